@@ -1,0 +1,57 @@
+"""From a command line to an exit code: 0 done, 1 the run failed, 2 wrong input."""
+
+import errno
+import io
+import sys
+from collections.abc import Sequence
+
+from deeplimit.cli.output import is_first_process, say, stop_writing
+from deeplimit.cli.verbs import parse
+from deeplimit.errors import InputError, RunError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# What a full, read-only or forbidden place answers: a line for the user, no traceback.
+REMEDIES = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EROFS: "use a place that can be written to",
+    errno.EACCES: "use a place that you may write to, or change its permissions",
+    errno.EPERM: "use a place that you may write to, or change its permissions",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code.
+
+    Args:
+        args: the command line without the program's name; the process's own by default.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # better a ? for γ than no answer
+            stream.reconfigure(errors="replace")
+    try:
+        parse(list(sys.argv[1:] if args is None else args))()
+    except SystemExit as stop:  # the parser's: 0 after --help, 2 after its message
+        return stop.code if isinstance(stop.code, int) else 1
+    except InputError as error:
+        return _failed(2, str(error))
+    except RunError as error:
+        return _failed(1, str(error))
+    except KeyboardInterrupt as stop:
+        return _failed(INTERRUPTED, str(stop) or "stopped; run the same command again")
+    except BrokenPipeError:  # nobody reads any more: there is no place to say anything
+        stop_writing()
+        return 1
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _failed(1, f"{place}{error.strerror}; {REMEDIES[error.errno]}, then run it again")
+    return 0
+
+
+def _failed(code: int, message: str) -> int:
+    if is_first_process():
+        say(f"deeplimit: {message}")
+    return code

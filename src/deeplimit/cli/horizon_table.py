@@ -1,0 +1,41 @@
+"""The horizon study for the terminal."""
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deeplimit.report.numbers import significant
+from deeplimit.studies import HorizonStudy
+
+
+def horizon_table(study: HorizonStudy) -> RenderableType:
+    """Layers outside the tube for every depth and seed, and how their number grows."""
+    table = Table(title="Layers outside the tube", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("layers N", justify="right")
+    for seed in study.seeds:
+        table.add_column(f"seed {seed}", justify="right")
+    for name in ("mean", "entry", "test accuracy"):
+        table.add_column(name, justify="right")
+    for depth in study.depths:
+        table.add_row(
+            str(depth.horizon),
+            *map(str, depth.outside),
+            f"{depth.mean_outside:.1f}",
+            " ".join("–" if entry is None else str(entry) for entry in depth.entry),
+            " ".join(f"{100 * accuracy:.1f}" for accuracy in depth.accuracy),
+        )
+    note = (
+        f"{study.data}, step h = {study.step:g}, γ = {study.stage_cost:g} and r = "
+        f"{study.control_cost:g} per layer, {study.epochs} epochs; tube δ = "
+        f"{significant(study.radius)}; on test data. The runs are in {study.folder}"
+    )
+    return Group(
+        Text(
+            f"From {study.depths[0].horizon} to {study.depths[-1].horizon} layers the number "
+            f"outside the tube grows by a factor of {study.growth:.2f}.",
+            style="bold",
+        ),
+        table,
+        Text(note, style="dim"),
+    )

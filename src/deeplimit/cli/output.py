@@ -1,0 +1,46 @@
+"""Where a verb's words go: results to stdout, everything else to stderr, and from one process."""
+
+import json as json_text
+import os
+import sys
+from typing import Any
+
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks: with several devices the same command runs once for each."""
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def emit(result: Any, *shown: Any, json: bool) -> None:
+    """The result on stdout: as JSON, or as what `shown` renders (rich's renderables or text).
+
+    JSON is that of the run folder's files: tuples are lists, NaN is null.
+    """
+    from rich.console import Console
+
+    from deeplimit.training.typed_values import to_plain
+
+    try:
+        if json:
+            print(json_text.dumps(to_plain(result), allow_nan=False, ensure_ascii=False))
+        else:
+            console = Console(soft_wrap=True, highlight=False)
+            for part in shown:
+                console.print(part)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; the work itself is done
+        stop_writing()
+
+
+def stop_writing() -> None:
+    """Sends what is still to be written nowhere, so that the interpreter ends without complaint."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())

@@ -1,0 +1,98 @@
+"""`deeplimit train`: its options are a recipe's fields, with the defaults of the data set given."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+from deeplimit.cli.finish import finish
+from deeplimit.cli.options import STYLE, Json
+from deeplimit.errors import InputError
+from deeplimit.training import Recipe, recipe_for, resume, train
+
+DEFAULT_DATA = "digits"
+
+
+@dataclass(frozen=True)
+class Train(Recipe):
+    """Train a network that is too deep with a stage cost, find its turnpike, cut it there.
+
+    Leaves a folder, runs/NAME, with recipe, metrics, weights, profile, cut and a page, report.html.
+    The defaults below are those of the data set given. For example:
+      deeplimit train digits --depth 40 --stage-cost 0.1
+      deeplimit train mnist --data-dir DIR
+      deeplimit train mnist --help                        the defaults for MNIST
+      deeplimit train --recipe runs/mnist/recipe.toml     the same run again
+      deeplimit train --resume runs/mnist                 go on with a run that was stopped
+    """
+
+    data: Annotated[str, Positional, arg(metavar="DATA")] = DEFAULT_DATA
+    """digits, spirals, mnist, cifar10, hub:OWNER/NAME, npz:FILE, or a folder in the data folder."""
+    recipe: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Take data set and defaults from this recipe.toml; options given beside it override it."""
+    resume: Annotated[Path | None, arg(metavar="RUN")] = None
+    """Go on with the run in this folder, by its own recipe; goes with no other option but json."""
+    runs: Annotated[Path, arg(metavar="DIR")] = Path("runs")
+    """Folder for the run folders."""
+    name: Annotated[str | None, arg(metavar="NAME")] = None
+    """The run folder's name; by default the data set's. A name that is taken gets -2, -3, …"""
+    json: Json = False
+    """Print the results as JSON on stdout, and nothing else there."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing: the parser would put a box around what `Recipe` has to say."""
+
+    def __call__(self) -> None:
+        """Trains, or goes on training; then profiles, cuts, writes the page, prints the answer."""
+        if self.resume is not None:
+            finish(resume(self.resume), json=self.json)
+            return
+        own = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        finish(train(Recipe(**own), runs=self.runs, name=self.name), json=self.json)
+
+
+def parse_train(args: list[str]) -> Train:
+    """Reads the options twice: to see which data set is meant, then with that one's defaults.
+
+    Raises:
+        InputError: options that do not go together, or a recipe that cannot be read.
+    """
+    nothing = Train(data="")
+    words = [word for word in args if word not in ("-h", "--help")]
+    given = _parse(words, nothing)
+    if given.resume is not None:
+        _refuse_others(given, nothing)
+    if given.recipe is not None and given.data:
+        raise InputError(
+            f"data set {given.data!r} and --recipe {given.recipe} given; the recipe names its own "
+            "data set: leave one of them out"
+        )
+    if given.recipe is not None:
+        defaults = Recipe.from_toml(given.recipe)
+    else:
+        defaults = recipe_for(given.data or DEFAULT_DATA)
+    # Help on its own: what was given already would be left out of it.
+    return _parse(args if words == args else ["--help"], Train(**vars(defaults)))
+
+
+def _parse(args: list[str], defaults: Train) -> Train:
+    return tyro.cli(Train, prog="deeplimit train", args=args, default=defaults, config=STYLE)
+
+
+def _refuse_others(given: Train, nothing: Train) -> None:
+    """A run goes on by its own recipe: an option that would silently be ignored is refused."""
+    changed: dict[str, Any] = {
+        field.name: getattr(given, field.name)
+        for field in fields(given)
+        if getattr(given, field.name) != getattr(nothing, field.name)
+        and field.name not in ("resume", "json")
+    }
+    for name, value in changed.items():
+        what = "data set" if name == "data" else f"--{name.replace('_', '-')}"
+        words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        raise InputError(
+            f"{what} {words} and --resume {given.resume} given; a run goes on by its own recipe: "
+            f"leave out {what}, or leave out --resume to start a new run"
+        )

@@ -1,0 +1,106 @@
+"""The verbs: which there are, and how a command line becomes one of them with its options."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+from tyro.extras import SubcommandApp
+
+from deeplimit.cli.crop import Crop
+from deeplimit.cli.demo import Demo
+from deeplimit.cli.horizon import Horizon
+from deeplimit.cli.options import STYLE
+from deeplimit.cli.profile import Profile
+from deeplimit.cli.report import Report
+
+Command = Callable[[], None]
+
+DESCRIPTION = """How deep must my residual network be?
+
+Train it once, too deep, with a stage cost; deeplimit finds the turnpike, cuts the
+network there, and shows on held-out data that nothing was lost. For example:
+  deeplimit demo                        all of it on scikit-learn's digits, in a minute
+  deeplimit train mnist --data-dir DIR  all of it on your data
+  deeplimit crop runs/mnist --to 6      another cut of the same network
+  deeplimit train --help                every setting, with its meaning and default
+
+Each run leaves a folder, runs/NAME, with a page to look at, report.html.
+Exit codes: 0 done, 1 the run failed, 2 wrong input. Version: deeplimit --version"""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb, or a group of them.
+
+    Attributes:
+        summary: what it is for, in a line.
+        parse: reads the words after the verb.
+    """
+
+    summary: str
+    parse: Callable[[list[str]], Command]
+
+
+def parse(args: list[str]) -> Command:
+    """The verb that a command line asks for, with its options, ready to be called.
+
+    Raises:
+        SystemExit: after --help, or after the parser's own message about a wrong verb or option.
+        InputError: options that are wrong together.
+    """
+    if args == ["--version"]:
+        return _print_version
+    return _choose(VERBS, "deeplimit", DESCRIPTION, args)
+
+
+def _choose(verbs: dict[str, Verb], prog: str, description: str, args: list[str]) -> Command:
+    if args and args[0] in verbs:
+        return verbs[args[0]].parse(args[1:])
+    listing = SubcommandApp()  # for --help, and to say what is wrong with the verb
+    for name, verb in verbs.items():
+        listing.command(name=name, help=verb.summary)(lambda: None)
+    listing.cli(prog=prog, description=description, args=args)
+    return lambda: None
+
+
+def _options(kind: type[Any], prog: str) -> Callable[[list[str]], Command]:
+    return lambda args: tyro.cli(kind, prog=prog, args=args, config=STYLE)
+
+
+def _train(args: list[str]) -> Command:
+    from deeplimit.cli.train import parse_train  # its options are a recipe's: it needs torch
+
+    return parse_train(args)
+
+
+def _study(args: list[str]) -> Command:
+    return _choose(STUDIES, "deeplimit study", "Experiments over several runs.", args)
+
+
+def _print_version() -> None:
+    from deeplimit import __version__
+
+    print(f"deeplimit {__version__}")
+
+
+STUDIES = {
+    "horizon": Verb(
+        "Does the number of layers in use stay bounded as the network gets deeper?",
+        _options(Horizon, "deeplimit study horizon"),
+    ),
+}
+VERBS = {
+    "demo": Verb(
+        "All of it on data that need no download, within a minute.",
+        _options(Demo, "deeplimit demo"),
+    ),
+    "train": Verb("Train too deep, find the turnpike, cut the network there.", _train),
+    "profile": Verb(
+        "Measure the turnpike of a trained network, layer by layer.",
+        _options(Profile, "deeplimit profile"),
+    ),
+    "crop": Verb("Cut a trained network to fewer layers.", _options(Crop, "deeplimit crop")),
+    "report": Verb("Write the page of a run again.", _options(Report, "deeplimit report")),
+    "study": Verb("Experiments over several runs: horizon.", _study),
+}

@@ -1,0 +1,41 @@
+"""What a cut changed, measured on held-out data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CropReport:
+    """A network before and after a cut, on the same held-out samples.
+
+    Attributes:
+        samples: number of samples compared.
+        horizon_before, horizon_after: residual steps (blocks) of the network.
+        accuracy_before, accuracy_after: fractions in [0, 1].
+        accuracy_error: standard error of accuracy_after − accuracy_before, paired by sample.
+        loss_before, loss_after: mean loss in nats.
+        agreement: fraction of samples for which both predict the same class.
+        parameters_before, parameters_after: numbers of parameters.
+        multiply_adds_before, multiply_adds_after: for one sample.
+        latency_before, latency_after: median seconds of a forward pass of `latency_batch` samples,
+            the two networks timed in turns.
+        latency_batch: samples in a timed batch.
+        device: where the latency was measured, as torch names it.
+    """
+
+    samples: int
+    horizon_before: int
+    horizon_after: int
+    accuracy_before: float
+    accuracy_after: float
+    accuracy_error: float
+    loss_before: float
+    loss_after: float
+    agreement: float
+    parameters_before: int
+    parameters_after: int
+    multiply_adds_before: int
+    multiply_adds_after: int
+    latency_before: float
+    latency_after: float
+    latency_batch: int
+    device: str

@@ -1,0 +1,156 @@
+"""Cutting the layers that do nothing, and showing that nothing was lost."""
+
+import copy
+from collections.abc import Iterable
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from deeplimit.control.crop_report import CropReport
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy import anatomy
+from deeplimit.network.modes import device_of
+
+LATENCY_ROUNDS = 7
+
+
+def removal(profile: TurnpikeProfile) -> range:
+    """The layers that a profile says can go.
+
+    The tail from `profile.recommended_depth` on. If no depth but the full one will do because the
+    states leave the tube again at the end (a leaving arc, exit < N), the layers from entry to exit:
+    n_in … n_out − 1.
+    """
+    depth, horizon = profile.recommended_depth, profile.horizon
+    entry, last = profile.entry(), profile.exit()
+    if depth == horizon and entry is not None and last is not None and last < horizon:
+        return range(entry, last)
+    return range(depth, horizon)
+
+
+def crop(
+    model: nn.Module,
+    depth: int | TurnpikeProfile | None = None,
+    *,
+    remove: Iterable[int] | None = None,
+) -> nn.Module:
+    """A smaller model of the same kind, independent of the first.
+
+    `crop(model, 5)` keeps the first 5 layers: in evaluation mode its output is, to the last bit,
+    the model's own intermediate output at that depth. `crop(model, profile)` takes out what
+    `removal(profile)` names. `crop(model, remove=range(5, 18))` takes out those layers, from the
+    middle if need be: the output then changes by what they did.
+
+    Raises:
+        InputError: a depth outside 0 … N, a profile of another horizon, a layer that does not
+            exist or that the model cannot do without, or neither or both of depth and remove.
+    """
+    structure = anatomy(model)
+    horizon = structure.horizon
+    if (depth is None) == (remove is None):
+        raise InputError("give crop a depth, a profile, or remove=…; exactly one of them")
+    if isinstance(depth, TurnpikeProfile):
+        if depth.horizon != horizon:
+            raise InputError(
+                f"the profile is of a network with {depth.horizon} layers, the model has "
+                f"{horizon}; profile this model"
+            )
+        remove = removal(depth)
+    elif depth is not None:
+        if not 0 <= depth <= horizon:
+            raise InputError(f"depth {depth} given; the model has {horizon} layers: 0 … {horizon}")
+        remove = range(depth, horizon)
+    return structure.without(remove or ())
+
+
+@torch.no_grad()
+def verify_crop(
+    model: nn.Module,
+    cropped: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    loss: SoftCrossEntropy | None = None,
+) -> CropReport:
+    """Compares a model and its crop on held-out data: what the cut cost and what it saves.
+
+    Args:
+        model: the network before the cut; a copy of it runs in evaluation mode.
+        cropped: the network after the cut, likewise.
+        loader: batches (x, y) that chose neither the weights nor the depth.
+        loss: the loss reported; the plain cross-entropy by default.
+
+    Raises:
+        InputError: an empty loader.
+    """
+    device = device_of(model)
+    before, after = copy.deepcopy(model).eval(), copy.deepcopy(cropped).to(device).eval()
+    measured: Tensor | None = None
+    count, sample = 0, None
+    for x, y in loader:
+        x, y = x.to(device), y.to(device)
+        sample = x if sample is None else sample
+        z, w = before(x).double(), after(x).double()
+        hit, kept = z.argmax(-1) == y, w.argmax(-1) == y
+        change = kept.double() - hit.double()
+        same = (z.argmax(-1) == w.argmax(-1)).double()
+        columns = (_loss(loss, z, y), _loss(loss, w, y), hit, kept, same, change, change.square())
+        sums = torch.stack([column.double().sum() for column in columns])
+        measured = sums if measured is None else measured + sums
+        count += len(y)
+    if measured is None or sample is None:
+        raise InputError("the loader gave no batch; a crop is verified on at least one sample")
+    l0, l1, hits, kept_hits, agreement, mean_change, squares = (measured / count).tolist()
+    latency_before, latency_after = _latencies(before, after, sample)
+    return CropReport(
+        samples=count,
+        horizon_before=anatomy(model).horizon,
+        horizon_after=anatomy(cropped).horizon,
+        accuracy_before=hits,
+        accuracy_after=kept_hits,
+        accuracy_error=(max(squares - mean_change**2, 0) / count) ** 0.5,
+        loss_before=l0,
+        loss_after=l1,
+        agreement=agreement,
+        parameters_before=sum(p.numel() for p in model.parameters()),
+        parameters_after=sum(p.numel() for p in cropped.parameters()),
+        multiply_adds_before=multiply_adds(before, sample[:1]),
+        multiply_adds_after=multiply_adds(after, sample[:1]),
+        latency_before=latency_before,
+        latency_after=latency_after,
+        latency_batch=len(sample),
+        device=str(device),
+    )
+
+
+def multiply_adds(model: nn.Module, x: Tensor) -> int:
+    """Multiply-adds of a forward pass: the products of matrices and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() // 2
+
+
+def _loss(loss: SoftCrossEntropy | None, logits: Tensor, y: Tensor) -> Tensor:
+    if loss is None:
+        return F.cross_entropy(logits, y, reduction="none")
+    return loss(logits, y)
+
+
+def _latencies(before: nn.Module, after: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Median seconds per forward pass of each, timed in turns so that both see the same machine."""
+    timers = [
+        Timer("model(x)", globals={"model": model, "x": x}, num_threads=torch.get_num_threads())
+        for model in (before, after)
+    ]
+    times: tuple[list[float], list[float]] = ([], [])
+    for timer in timers:
+        timer.timeit(1)
+    repeat = max(int(0.02 / max(timers[0].timeit(1).mean, 1e-6)), 1)
+    for _ in range(LATENCY_ROUNDS):
+        for timer, seconds in zip(timers, times, strict=True):
+            seconds.append(timer.timeit(repeat).mean)
+    return median(times[0]), median(times[1])

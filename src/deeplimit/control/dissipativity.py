@@ -1,0 +1,142 @@
+"""Strict dissipativity, checked along the trajectories that a network really takes."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.stage_cost import StageCost
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy import Anatomy
+from deeplimit.network.modes import device_of, evaluating
+
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class DissipativityReport:
+    """The dissipation inequality per layer n = 0 … N−1; positive margins hold.
+
+    Attributes:
+        samples: number of samples.
+        supply: the running cost above its minimum, s_n = γ(mean ℓ(z_n, y) − H) + (r/2)‖θ_n‖². A
+            control that several layers share is divided evenly among them.
+        lower_bound: γ α(mean dist(z_n, Z*_y)) + (|r|/2)‖θ_n‖², the class-K∞ function that strict
+            dissipativity asks the supply to stay above.
+        sample_margin: smallest γ(ℓ − H − α(dist)) of a single sample, per layer.
+    """
+
+    samples: int
+    supply: tuple[float, ...]
+    lower_bound: tuple[float, ...]
+    sample_margin: tuple[float, ...]
+
+    @property
+    def margins(self) -> tuple[float, ...]:
+        """s_n − lower bound, per layer."""
+        return tuple(s - b for s, b in zip(self.supply, self.lower_bound, strict=True))
+
+    @property
+    def margin(self) -> float:
+        """The smallest margin of all layers, of the means and of single samples."""
+        return min((*self.margins, *self.sample_margin))
+
+    @property
+    def layer(self) -> int:
+        """The layer at which the smallest margin occurs."""
+        worst = [min(pair) for pair in zip(self.margins, self.sample_margin, strict=True)]
+        return worst.index(min(worst))
+
+    @property
+    def holds(self) -> bool:
+        """Whether the inequality holds at every layer, up to float64's rounding.
+
+        On the minimisers both sides are 0, and their difference is rounding of either sign.
+        """
+        return self.margin >= -ROUNDING * max(1.0, *map(abs, self.supply))
+
+
+def class_k_bound(loss: SoftCrossEntropy, distance: Tensor) -> Tensor:
+    """α(d) = (λ/2)(e^{−√2 d} − 1 + √2 d), a class-K∞ function below the excess: KL ≥ α(dist).
+
+    λ = ε/(C−1) for C ≥ 3 and 2ε(1−ε) for C = 2. α is convex, so that it bounds the mean excess from
+    below at the mean distance too.
+    """
+    curvature = 2 * loss.softness * (1 - loss.softness) if loss.classes == 2 else loss.other
+    scaled = 2**0.5 * distance
+    return curvature / 2 * (torch.expm1(-scaled) + scaled)
+
+
+@torch.no_grad()
+def dissipativity(
+    stage_cost: StageCost,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    minimum: float | None = None,
+    control_cost: float | None = None,
+) -> DissipativityReport:
+    """Checks strict dissipativity with zero storage function on the trajectories of real data.
+
+    Strictly dissipative with respect to {z ∈ Z*_y} × {θ = 0} means, at every layer, a running cost
+    above its minimum by at least a class-K∞ function of the distances:
+
+        γ(mean_i ℓ(z_n^i, y^i) − H) + (r/2)‖θ_n‖²  ≥  γ α(mean_i dist_n^i) + (|r|/2)‖θ_n‖²,
+
+    dist_n^i = dist(z_n^i, Z*_{y^i}).
+
+    It is computed in float64 from the model's states, in evaluation mode. Source: [PF24]
+    arXiv 2405.19013.
+
+    Args:
+        stage_cost: the objective, with the model, γ and r.
+        loader: batches (x, y).
+        minimum: H, the claimed minimum of ℓ; the soft cross-entropy's own by default.
+        control_cost: r; the stage cost's own by default. A negative one is no dissipative cost, and
+            is found not to be.
+
+    Raises:
+        InputError: an empty loader.
+    """
+    loss, structure = stage_cost.loss, stage_cost.anatomy
+    gamma = stage_cost.weight
+    r = stage_cost.control_cost if control_cost is None else control_cost
+    misstated = 0.0 if minimum is None else minimum - loss.minimum
+    device = device_of(stage_cost)
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    count = 0
+    with evaluating(stage_cost):
+        for x, y in loader:
+            states, _ = structure.states(x.to(device))
+            logits = structure.logits(states[:-1]).double()
+            targets = y.to(device).expand(len(logits), *y.shape)
+            above = loss.excess(logits, targets) - misstated
+            apart = loss.distance(logits, targets)
+            count += len(y)
+            margin = (above - class_k_bound(loss, apart)).amin(1)
+            rows.append((above.sum(1), apart.sum(1), margin))
+    if count == 0:
+        raise InputError("the loader gave no batch; the check needs at least one sample")
+    excesses, distances, least = (torch.stack(column) for column in zip(*rows, strict=True))
+    excess, distance = excesses.sum(0) / count, distances.sum(0) / count
+    control = torch.tensor(_control_squares(structure), dtype=torch.float64, device=device)
+    supply = gamma * excess + r / 2 * control
+    bound = gamma * class_k_bound(loss, distance) + abs(r) / 2 * control
+    return DissipativityReport(
+        samples=count,
+        supply=tuple(supply.tolist()),
+        lower_bound=tuple(bound.tolist()),
+        sample_margin=tuple((gamma * least.amin(0)).tolist()),
+    )
+
+
+def _control_squares(structure: Anatomy) -> list[float]:
+    """‖θ_n‖² per layer; shared controls are divided, so that the sum counts each once."""
+    thetas = [structure.control(n) for n in range(structure.horizon)]
+    shared = Counter(id(theta) for own in thetas for theta in own)
+    return [
+        sum(float(theta.double().square().sum()) / shared[id(theta)] for theta in own)
+        for own in thetas
+    ]

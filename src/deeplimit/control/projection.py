@@ -1,0 +1,101 @@
+"""Trajectories of single samples in a plane, for looking at."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy import anatomy
+from deeplimit.network.modes import device_of, evaluating
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class TrajectoryPicture:
+    """Points in a plane, layer by layer: [N + 1][P][2].
+
+    Attributes:
+        points: for layer n and sample i, its two coordinates.
+        labels: the class of each of the P samples.
+        plane: "state" when the state is the plane itself (d = C = 2), else "logits": the two
+            leading principal axes of the centred logits z − mean(z).
+        explained: fraction of the variance of the centred logits that the two axes carry (1 for
+            "state").
+        minimisers: per class the ends ((x, y), (x, y)) of the piece of the line Z*_y to be
+            drawn; among centred logits the line is seen end on and both ends agree.
+    """
+
+    points: tuple[tuple[Point, ...], ...]
+    labels: tuple[int, ...]
+    plane: str
+    explained: float
+    minimisers: tuple[tuple[Point, Point], ...]
+
+
+@torch.no_grad()
+def picture_trajectories(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    loss: SoftCrossEntropy,
+    samples: int = 300,
+) -> TrajectoryPicture:
+    """Projects the logits of the first `samples` samples, at every layer, to a plane.
+
+    For C = 2 and states that are logits the plane is the state space itself and Z*_y are lines.
+    Otherwise the logits are centred (what the loss sees of them) and the plane is spanned by their
+    two leading principal axes over all layers and samples: one plane for the whole trajectory, in
+    which each Z*_y is a point.
+
+    Raises:
+        InputError: an empty loader.
+    """
+    structure = anatomy(model)
+    layers: list[Tensor] = []
+    labels: list[Tensor] = []
+    plane = False
+    with evaluating(model):
+        for x, y in loader:
+            states, _ = structure.states(x.to(device_of(model)))
+            logits = structure.logits(states)
+            plane = loss.classes == 2 and torch.equal(logits[0], states[0])
+            layers.append(logits.double().cpu())
+            labels.append(y.cpu())
+            if sum(map(len, labels)) >= samples:
+                break
+    if not layers:
+        raise InputError("the loader gave no batch; a picture needs at least one sample")
+    z = torch.cat(layers, dim=1)[:, :samples]
+    targets = torch.cat(labels)[:samples]
+    classes = torch.arange(loss.classes)
+    targets_logits = loss.minimiser(classes, torch.float64)
+    if plane:
+        reach = float(z.abs().max())
+        ends = targets_logits[:, None, :] + torch.tensor([[-reach], [reach]], dtype=torch.float64)
+        return _picture(z, targets, "state", 1.0, ends)
+    centred = z - z.mean(-1, keepdim=True)
+    flat = centred.reshape(-1, loss.classes)
+    centre = flat.mean(0)
+    _, spread, axes = torch.linalg.svd(flat - centre, full_matrices=False)
+    axes = axes[:2] if len(axes) > 1 else torch.cat([axes, torch.zeros_like(axes)])
+    explained = float(spread[:2].square().sum() / spread.square().sum().clamp(min=1e-300))
+    goal = targets_logits - targets_logits.mean(-1, keepdim=True)
+    ends = ((goal - centre) @ axes.T)[:, None, :].expand(-1, 2, -1)
+    return _picture((centred - centre) @ axes.T, targets, "logits", explained, ends)
+
+
+def _picture(
+    points: Tensor, labels: Tensor, plane: str, explained: float, ends: Tensor
+) -> TrajectoryPicture:
+    return TrajectoryPicture(
+        points=tuple(
+            tuple((round(a, 4), round(b, 4)) for a, b in layer) for layer in points.tolist()
+        ),
+        labels=tuple(labels.tolist()),
+        plane=plane,
+        explained=explained,
+        minimisers=tuple(((a, b), (c, d)) for (a, b), (c, d) in ends.tolist()),
+    )

@@ -1,0 +1,118 @@
+"""The soft cross-entropy: a cross-entropy that has minimisers, and the distance to them."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+
+
+class SoftCrossEntropy(nn.Module):
+    """ℓ(z, y) = −Σ_c q_c log softmax(z)_c with q_y = 1 − ε and q_c = ε/(C−1) for c ≠ y.
+
+    Unlike the cross-entropy it attains its minimum H(q), on the line
+
+        Z*_y = { log q^{(y)} + α·1 : α ∈ ℝ },   ℓ(z, y) − H(q) = KL(q ‖ softmax z) ≥ 0.
+
+    It does not change under z ↦ z + α1. PyTorch's `label_smoothing=s` is the same loss with
+    ε = s(C−1)/C. Source: [PF24] arXiv 2405.19013.
+
+    All values are per sample, in nats: logits [..., C] and integer targets [...] give [...].
+
+    Args:
+        classes: C ≥ 2.
+        softness: 0 < ε < 1 − 1/C. At ε = 0 there is no minimiser, at 1 − 1/C no class is preferred.
+
+    Raises:
+        InputError: C or ε out of range.
+    """
+
+    def __init__(self, classes: int, softness: float = 0.05):
+        super().__init__()
+        if classes < 2:
+            raise InputError(f"{classes} classes given; the soft cross-entropy needs at least 2")
+        if not 0 < softness < 1 - 1 / classes:
+            raise InputError(
+                f"softness {softness} given; with {classes} classes it must lie between 0 and "
+                f"1 − 1/C = {1 - 1 / classes:.4g}, both excluded"
+            )
+        self.classes = classes
+        self.softness = softness
+
+    @property
+    def other(self) -> float:
+        """The probability ε/(C−1) of each class that is not the target's."""
+        return self.softness / (self.classes - 1)
+
+    @property
+    def minimum(self) -> float:
+        """H(q) = −(1−ε) log(1−ε) − ε log(ε/(C−1))."""
+        return -(1 - self.softness) * math.log1p(-self.softness) - self.softness * math.log(
+            self.other
+        )
+
+    @property
+    def contrast(self) -> float:
+        """How far the target's logit stands above the others on Z*_y: log((1−ε)(C−1)/ε)."""
+        return math.log((1 - self.softness) / self.other)
+
+    def forward(
+        self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch"]:
+        """ℓ(z, y) for each sample."""
+        self._check(logits, targets)
+        smoothing = self.softness * self.classes / (self.classes - 1)
+        values = F.cross_entropy(
+            logits.reshape(-1, self.classes),
+            targets.reshape(-1),
+            reduction="none",
+            label_smoothing=smoothing,
+        )
+        return values.reshape(targets.shape)
+
+    def excess(
+        self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch"]:
+        """ℓ(z, y) − H(q) = KL(q ‖ softmax z) for each sample, without cancellation near 0.
+
+        With g_c = log q_c − log softmax(z)_c and Σ q = Σ softmax = 1 it is
+        Σ_c q_c (e^{−g_c} − 1 + g_c), a sum of terms that are each ≥ 0.
+        """
+        self._check(logits, targets)
+        log_q = self.minimiser(targets, logits.dtype)
+        gap = log_q - logits.log_softmax(-1)
+        return (log_q.exp() * (torch.expm1(-gap) + gap)).sum(-1)
+
+    def minimiser(
+        self, targets: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "*batch classes"]:
+        """The point log q^{(y)} of Z*_y, whose exponentials sum to 1."""
+        own = F.one_hot(targets, self.classes).to(dtype or torch.get_default_dtype())
+        return math.log(self.other) + own * self.contrast
+
+    def distance(
+        self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch"]:
+        """dist(z, Z*_y) = ‖P(z − log q^{(y)})‖ for each sample, P = I − 11ᵀ/C."""
+        self._check(logits, targets)
+        apart = logits - self.minimiser(targets, logits.dtype)
+        return torch.linalg.vector_norm(apart - apart.mean(-1, keepdim=True), dim=-1)
+
+    def _check(self, logits: Tensor, targets: Tensor) -> None:
+        if logits.shape[-1:] != (self.classes,):
+            raise InputError(
+                f"logits of shape {tuple(logits.shape)} given; expected [..., {self.classes}], the "
+                "classes last"
+            )
+        if logits.shape[:-1] != targets.shape:
+            raise InputError(
+                f"targets of shape {tuple(targets.shape)} given for logits of shape "
+                f"{tuple(logits.shape)}; expected {tuple(logits.shape[:-1])}, a class per sample"
+            )
+
+    def extra_repr(self) -> str:
+        """Classes and softness."""
+        return f"classes={self.classes}, softness={self.softness:g}"

@@ -1,0 +1,99 @@
+"""Training as optimal control: the terminal cost plus a stage cost at every layer."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy import Anatomy, anatomy
+
+WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, FSDPModule)
+
+
+class StageCost(nn.Module):
+    """The objective of the optimal control problem of a residual network, for one batch:
+
+        Σ_{n=0}^{N−1} [ γ·mean_i ℓ(z_n^i, y^i) + (r/2)‖θ_n‖² ] + mean_i ℓ(z_N^i, y^i)
+
+    z_n are the logits of the state at layer n, through the remaining projection shortcuts and the
+    model's own head. γ and r are *per layer*: with h fixed too, the number of layers outside a tube
+    around the minimisers is bounded whatever N (the turnpike). Sources: [PF24] arXiv 2405.19013,
+    [PHFF25] arXiv 2506.21453.
+
+    `cost, logits = stage_cost(x, y)`; cost is a scalar ready for `backward()`, logits are z_N, the
+    model's own output. The states of all layers meet the head in one stacked call, in which batch
+    norms use their running statistics and leave them alone.
+
+    This module is what goes into Fabric, DistributedDataParallel or `fully_shard`; save
+    `stage_cost.model.state_dict()`.
+
+    Args:
+        model: a classifier that `anatomy` can read.
+        loss: ℓ; called with (logits [..., C], targets [...]) it returns values [...].
+        weight: γ ≥ 0, the weight of the loss at every layer.
+        control_cost: r ≥ 0, the weight of the controls. θ_n is all parameters of block n;
+            where it has a norm those from its last norm on, which undoes the scale of the others.
+
+    Raises:
+        InputError: a negative or non-finite weight, a model without anatomy, or one that is wrapped
+            already (gradients of the intermediate states would silently not be synchronised).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: SoftCrossEntropy,
+        weight: float = 0.1,
+        control_cost: float = 0.0,
+    ):
+        super().__init__()
+        for name, value in (("weight γ", weight), ("control cost r", control_cost)):
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} is {value}; it must be a number ≥ 0")
+        wrapped = next((m for m in model.modules() if isinstance(m, WRAPPERS)), None)
+        if wrapped is not None:
+            raise InputError(
+                f"the model is wrapped in {type(wrapped).__name__} already; give StageCost the "
+                "bare model, then wrap the StageCost"
+            )
+        self.anatomy: Anatomy = anatomy(model)
+        self.model = model
+        self.loss = loss
+        self.weight = weight
+        self.control_cost = control_cost
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(cost, logits) of a batch of inputs x [B, …] and targets y [B]."""
+        # Looked up before the model runs: under FSDP2 the parameters are then still the sharded
+        # ones, whose gradients are the optimiser's.
+        controls = self.anatomy.controls if self.control_cost else []
+        if self.weight:
+            states, logits = self.anatomy.states(x)
+            cost = self.loss(logits, y).mean()
+            if len(states) > 1:
+                running = self.anatomy.logits(states[:-1])
+                values = self.loss(running, y.expand(len(running), *y.shape))
+                cost = cost + self.weight * values.mean(dim=1).sum()
+        else:
+            logits = self.model(x)
+            cost = self.loss(logits, y).mean()
+        if controls:
+            # Counted after the model ran, so that its backward comes first: FSDP2 reduces gradients
+            # on a stream of its own, onto what is there; added later it would race with that.
+            cost = cost + self.control_cost / 2 * _squared_norm(controls)
+        return cost, logits
+
+    def extra_repr(self) -> str:
+        """γ and r."""
+        return f"weight={self.weight:g}, control_cost={self.control_cost:g}"
+
+
+def _squared_norm(controls: list[nn.Parameter]) -> Tensor:
+    """Σ_n ‖θ_n‖²; of sharded controls with one sum over the processes for all."""
+    square = torch.stack([theta.square().sum() for theta in controls]).sum()
+    return square.full_tensor() if isinstance(square, DTensor) else square

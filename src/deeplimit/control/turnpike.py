@@ -1,0 +1,232 @@
+"""The turnpike of a trained network: what every layer's state achieves, and where it may be cut.
+
+The states of a network that was trained with a stage cost reach the minimisers Z*_y of the soft
+cross-entropy early and stay there ([PF24] arXiv 2405.19013, [PHFF25] arXiv 2506.21453). Here it is
+measured, layer by layer, on held-out data.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy import Anatomy, anatomy
+from deeplimit.network.modes import device_of, evaluating
+
+ACCURACY_TOLERANCE = 0.005
+LOSS_TOLERANCE = 0.01
+TUBE = 0.2
+
+
+@dataclass(frozen=True)
+class TurnpikeProfile:
+    """Per layer n = 0 … N, over all samples: loss, accuracy, distance to the minimisers, update.
+
+    z_n are the logits of the state x_n, carried through the remaining projection shortcuts and the
+    network's own head; ℓ is the soft cross-entropy. Layer N is the network's own output.
+
+    Attributes:
+        samples: number of samples profiled.
+        classes: number of classes C.
+        softness: softness ε of the loss.
+        minimum: H(q), the least value that ℓ can take.
+        loss: mean ℓ(z_n, y), N + 1 values, in nats.
+        accuracy: fraction of samples whose largest logit is their class's, N + 1 values.
+        distance: d_n = mean dist(z_n, Z*_y), N + 1 values.
+        class_distance: the same for each class, [N + 1][C]; NaN for a class with no samples.
+        relative_update: mean ‖x_{n+1} − x_n‖ / ‖x_n‖ per sample, N values; at a change of stage x_n
+            is carried to the shape of x_{n+1} first.
+        loss_error: standard error of mean(ℓ_n − ℓ_N), paired by sample, N + 1 values.
+        accuracy_error: standard error of accuracy_n − accuracy_N, paired by sample, N + 1 values.
+    """
+
+    samples: int
+    classes: int
+    softness: float
+    minimum: float
+    loss: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    distance: tuple[float, ...]
+    class_distance: tuple[tuple[float, ...], ...]
+    relative_update: tuple[float, ...]
+    loss_error: tuple[float, ...]
+    accuracy_error: tuple[float, ...]
+
+    @property
+    def horizon(self) -> int:
+        """N, the number of layers (residual steps) of the network."""
+        return len(self.loss) - 1
+
+    @property
+    def radius(self) -> float:
+        """The default tube radius δ = 0.2·d_0.
+
+        d_0 = log((1−ε)(C−1)/ε)·√(1−1/C) is the distance of zero logits from the minimisers: a
+        network inside the tube has gone four fifths of the way from knowing nothing.
+        """
+        contrast = math.log((1 - self.softness) * (self.classes - 1) / self.softness)
+        return TUBE * contrast * math.sqrt(1 - 1 / self.classes)
+
+    def exit(self, radius: float | None = None) -> int | None:
+        """Last layer in the tube: n_out(δ) = max{n ≤ N : d_n ≤ δ}; None if no layer is in it."""
+        limit = self._limit(radius)
+        return max((n for n, d in enumerate(self.distance) if d <= limit), default=None)
+
+    def entry(self, radius: float | None = None) -> int | None:
+        """First layer from which on all are in the tube up to the exit; None if none is in it.
+
+        n_in(δ) = min{n : d_k ≤ δ for n ≤ k ≤ n_out}.
+        """
+        limit = self._limit(radius)
+        last = self.exit(radius)
+        if last is None:
+            return None
+        first = last
+        while first > 0 and self.distance[first - 1] <= limit:
+            first -= 1
+        return first
+
+    def outside(self, radius: float | None = None) -> int:
+        """Number of layers 0 … N outside the tube, the count that the turnpike theorem bounds."""
+        limit = self._limit(radius)
+        return sum(not d <= limit for d in self.distance)
+
+    def depth_within(
+        self, accuracy: float = ACCURACY_TOLERANCE, loss: float = LOSS_TOLERANCE
+    ) -> int:
+        """The smallest depth whose output is as good as the full network's, within tolerances.
+
+        The rule, one-sided (a shallower network may be better, never worse), for the layer n:
+
+            accuracy_N − accuracy_n + se  ≤ max(accuracy, 2/samples)    (0.005 = half a point)
+            loss_n − loss_N + se          ≤ loss·(log C − H(q))
+
+        with se the standard error of the difference, paired by sample. No tolerance finer than two
+        samples can be told from chance, hence the maximum. log C − H(q) is the loss of knowing
+        nothing above the minimum, so that the second tolerance does not depend on the number of
+        classes. Layer N satisfies both. Choose on validation data, report on test data.
+        """
+        margin = max(accuracy, 2 / self.samples)
+        scale = math.log(self.classes) - self.minimum
+        for n in range(self.horizon):
+            drop = self.accuracy[-1] - self.accuracy[n] + self.accuracy_error[n]
+            rise = self.loss[n] - self.loss[-1] + self.loss_error[n]
+            if drop <= margin and rise <= loss * scale:
+                return n
+        return self.horizon
+
+    @property
+    def recommended_depth(self) -> int:
+        """`depth_within` the defaults: half a point of accuracy, 1 % of the loss range."""
+        return self.depth_within()
+
+    def _limit(self, radius: float | None) -> float:
+        if radius is not None and not radius >= 0:
+            raise InputError(f"the tube radius is {radius}; it must be a number ≥ 0")
+        return self.radius if radius is None else radius
+
+
+@torch.no_grad()
+def turnpike_profile(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], loss: SoftCrossEntropy
+) -> TurnpikeProfile:
+    """Profiles a model layer by layer over a loader of (x, y), in one pass.
+
+    The model runs in evaluation mode and is left in the mode it was in. One batch's states are in
+    memory at a time.
+
+    Raises:
+        InputError: an empty loader, or a model that `anatomy` cannot read.
+    """
+    structure = anatomy(model)
+    sums: _Sums | None = None
+    device = device_of(model)
+    with evaluating(model):
+        for x, y in loader:
+            batch = _measure(structure, x.to(device), y.to(device), loss)
+            sums = batch if sums is None else sums + batch
+    if sums is None:
+        raise InputError("the loader gave no batch; a profile needs at least one sample")
+    return sums.profile(loss)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over samples, per layer, in float64."""
+
+    count: int
+    loss: Tensor
+    correct: Tensor
+    distance: Tensor
+    update: Tensor
+    loss_gap: Tensor
+    loss_gap_squared: Tensor
+    hit_gap_squared: Tensor
+    class_distance: Tensor
+    class_count: Tensor
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        mine, theirs = vars(self), vars(other)
+        return _Sums(**{name: mine[name] + theirs[name] for name in mine})
+
+    def profile(self, loss: SoftCrossEntropy) -> TurnpikeProfile:
+        n = self.count
+        mean_gap = self.loss_gap / n
+        hit_gap = (self.correct - self.correct[-1]) / n
+        spread = (self.loss_gap_squared / n - mean_gap**2).clamp(min=0)
+        hit_spread = (self.hit_gap_squared / n - hit_gap**2).clamp(min=0)
+        per_class = self.class_distance / self.class_count
+        return TurnpikeProfile(
+            samples=n,
+            classes=loss.classes,
+            softness=loss.softness,
+            minimum=loss.minimum,
+            loss=tuple((self.loss / n).tolist()),
+            accuracy=tuple((self.correct / n).tolist()),
+            distance=tuple((self.distance / n).tolist()),
+            class_distance=tuple(tuple(row) for row in per_class.tolist()),
+            relative_update=tuple((self.update / n).tolist()),
+            loss_error=tuple((spread / n).sqrt().tolist()),
+            accuracy_error=tuple((hit_spread / n).sqrt().tolist()),
+        )
+
+
+def _measure(structure: Anatomy, x: Tensor, y: Tensor, loss: SoftCrossEntropy) -> _Sums:
+    states, output = structure.states(x)
+    logits = (
+        torch.cat([structure.logits(states[:-1]), output[None]]) if states[1:] else output[None]
+    )
+    logits = logits.double()
+    targets = y.expand(len(logits), *y.shape)
+    values = loss(logits, targets)
+    distance = loss.distance(logits, targets)
+    hits = (logits.argmax(-1) == targets).double()
+    gap = values - values[-1]
+    own = torch.nn.functional.one_hot(y, loss.classes).double()
+    return _Sums(
+        count=len(y),
+        loss=values.sum(1).cpu(),
+        correct=hits.sum(1).cpu(),
+        distance=distance.sum(1).cpu(),
+        update=_relative_updates(structure, states).cpu(),
+        loss_gap=gap.sum(1).cpu(),
+        loss_gap_squared=gap.square().sum(1).cpu(),
+        hit_gap_squared=(hits - hits[-1]).square().sum(1).cpu(),
+        class_distance=(distance @ own).cpu(),
+        class_count=own.sum(0).cpu(),
+    )
+
+
+def _relative_updates(structure: Anatomy, states: list[Tensor]) -> Tensor:
+    """Σ_i ‖x_{n+1} − x_n‖ / ‖x_n‖, per layer."""
+    sums = []
+    for n in range(len(states) - 1):
+        before = structure.carried(n, states[n]).flatten(1).double()
+        after = states[n + 1].flatten(1).double()
+        size = torch.linalg.vector_norm(before, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        sums.append((torch.linalg.vector_norm(after - before, dim=1) / size).sum())
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)

@@ -1,0 +1,128 @@
+"""Batches of a split: the same for one process and for several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from deeplimit.data.augmentation import Augmentation
+from deeplimit.data.dataset import Split
+from deeplimit.errors import InputError
+
+_ORDER, _AUGMENTATION = 0, 1  # independent random streams of one (seed, epoch)
+
+Batch = tuple[Tensor, Tensor]
+
+
+def batches(
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    epoch: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    augmentation: Augmentation | None = None,
+) -> DataLoader[Batch]:
+    """A loader of (x, y) batches of one epoch.
+
+    Without a seed, for evaluation: every sample, in order, on every rank; the last batch may be
+    smaller. With a seed, for training: the permutation and the augmentation are functions of
+    (seed, epoch) alone; an incomplete last global batch is dropped; each rank gets its contiguous
+    slice of every global batch, so that the ranks' batches, concatenated, are those of one process.
+    Global random state is neither read nor changed.
+
+    Args:
+        split: the samples.
+        batch_size: samples of a *global* batch; a smaller split is one batch.
+        seed: of the training order, ≥ 0; None for evaluation.
+        epoch: which pass over the data, ≥ 0.
+        rank: this process, 0 … world − 1.
+        world: the number of processes; divides the batch.
+        augmentation: of images, in training only.
+
+    Raises:
+        InputError: on arguments out of range, a batch that `world` does not divide, augmentation
+            of vectors or without a seed.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch size {batch_size}: give at least 1")
+    if world < 1 or not 0 <= rank < world:
+        raise InputError(f"rank {rank} of {world} processes: give 0 <= rank < world")
+    if augmentation is not None:
+        augmentation.check(tuple(split.x.shape[1:]))
+    if seed is None:
+        if augmentation is not None:
+            raise InputError("augmentation without a seed: evaluate without augmentation")
+        return _loader(_Samples(split), _Slices(torch.arange(len(split)), batch_size))
+    if seed < 0 or epoch < 0:
+        raise InputError(f"seed {seed}, epoch {epoch}: give integers of at least 0")
+
+    size = min(batch_size, len(split))
+    if size % world:
+        raise InputError(
+            f"a batch of {size} samples cannot be shared by {world} processes: "
+            f"give a multiple of {world}, at most the split's {len(split)} samples"
+        )
+    order = torch.from_numpy(_generator(seed, epoch, _ORDER).permutation(len(split)))
+    complete = order[: len(split) // size * size].view(-1, world, size // world)
+    draws = None
+    if augmentation is not None:
+        draws = augmentation.draw(len(split), _generator(seed, epoch, _AUGMENTATION))
+    return _loader(
+        _Samples(split, augmentation, draws), _Slices(complete[:, rank].flatten(), size // world)
+    )
+
+
+def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng([seed, epoch, stream])
+
+
+class _Samples(Dataset[Batch]):
+    """A split that is asked for whole batches at once."""
+
+    def __init__(
+        self,
+        split: Split,
+        augmentation: Augmentation | None = None,
+        draws: Tensor | None = None,
+    ) -> None:
+        self.split, self.augmentation, self.draws = split, augmentation, draws
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        x, y = self.split.batch(indices)
+        if self.augmentation is not None and self.draws is not None:
+            x = self.augmentation.apply(x, self.draws[indices])
+        return x, y
+
+
+class _Slices(Sampler[list[int]]):
+    """Sample numbers, a batch at a time."""
+
+    def __init__(self, order: Tensor, size: int) -> None:
+        self.parts = [part.tolist() for part in order.split(size)]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.parts)
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def _loader(samples: _Samples, slices: _Slices) -> DataLoader[Batch]:
+    # Its own generator: without one a DataLoader draws from torch's global random state.
+    return DataLoader(
+        samples, batch_sampler=slices, collate_fn=_identity, generator=torch.Generator()
+    )

@@ -1,0 +1,155 @@
+"""A data set: three splits of labelled samples, and what a model needs to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64, UInt8
+from torch import Tensor
+
+from deeplimit.errors import InputError
+
+RARE = 10.0  # standard deviations; what lies further out is a rare value, not a scale
+_CHUNK = 4096  # images converted at once, so that a memory-mapped set is never copied whole
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled samples.
+
+    Attributes:
+        x: float32 [n, d] for vectors; uint8 [n, C, H, W] for images, possibly memory-mapped.
+        y: int64 [n], the class of each sample.
+
+    Raises:
+        InputError: without samples, or when x and y differ in length.
+    """
+
+    x: Float32[Tensor, "samples features"] | UInt8[Tensor, "samples channels height width"]
+    y: Int64[Tensor, " labels"]
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise InputError(
+                f"{len(self.x)} samples but {len(self.y)} labels: give one label per sample"
+            )
+        if len(self.y) == 0:
+            raise InputError("a split without samples: give it at least one")
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def batch(
+        self, indices: Tensor | np.ndarray | Sequence[int]
+    ) -> tuple[Float32[Tensor, "batch ..."], Int64[Tensor, " batch"]]:
+        """Samples and labels at `indices`; images as float32 in [0, 1]."""
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        x = self.x[rows]
+        if x.dtype == torch.uint8:
+            x = x.to(torch.float32).div_(255)
+        return x, self.y[rows]
+
+    def take(self, count: int) -> Split:
+        """The first `count` samples, without a copy.
+
+        Held-out and training splits are in random order, so there this is a random sample;
+        a set's own test part keeps the order of its file.
+        """
+        if not 1 <= count <= len(self):
+            raise InputError(f"{count} samples asked of a split of {len(self)}: take 1 to all")
+        return Split(self.x[:count], self.y[:count])
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Three disjoint splits: train on one, choose on validation, report on test.
+
+    Attributes:
+        name: what `load` was asked for.
+        class_names: one per class; class c of `y` is `class_names[c]`.
+        train: what parameters are fitted to.
+        validation: what depth and settings are chosen on.
+        test: what figures are reported on, and nothing else.
+
+    Raises:
+        InputError: if the splits' samples differ in shape or kind, or a label has no class name.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+
+    def __post_init__(self) -> None:
+        for part in ("validation", "test"):
+            split: Split = getattr(self, part)
+            if split.x.dtype != self.train.x.dtype or split.x.shape[1:] != self.train.x.shape[1:]:
+                raise InputError(
+                    f"data set {self.name!r}: {part} samples are {_describe(split.x)}, training "
+                    f"samples are {_describe(self.train.x)}: give all parts one shape"
+                )
+        for part in ("train", "validation", "test"):
+            y = getattr(self, part).y
+            if int(y.min()) < 0 or int(y.max()) >= self.classes:
+                raise InputError(
+                    f"data set {self.name!r}: {part} labels lie in {int(y.min())} … "
+                    f"{int(y.max())}, expected 0 … {self.classes - 1}: correct the labels"
+                )
+
+    @property
+    def classes(self) -> int:
+        """The number of classes C."""
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample: (d,) for vectors, (C, H, W) for images."""
+        return tuple(self.train.x.shape[1:])
+
+    @property
+    def is_image(self) -> bool:
+        """Whether samples are images."""
+        return self.train.x.dtype == torch.uint8
+
+    def standardisation(
+        self, *, pixelwise: bool = False
+    ) -> tuple[Float32[Tensor, "*k"], Float32[Tensor, " k"]]:
+        """Mean and standard deviation of the training split as the model sees it.
+
+        Args:
+            pixelwise: for images, the mean of every pixel, [C, H, W], in place of the channel's:
+                for networks that see an image as one vector.
+
+        Returns:
+            Mean and (population) standard deviation: per channel, over images in [0, 1], or per
+            feature. A constant feature gets standard deviation 1, so that it maps to zero; one that
+            is nearly constant at least a tenth of its largest deviation, so that no training sample
+            lies further than 10 from zero.
+        """
+        x = self.train.x
+        if not self.is_image:
+            std, mean = torch.std_mean(x.double(), dim=0, correction=0)
+            std = torch.maximum(std, (x - mean).abs().amax(dim=0) / RARE)
+            constant = x.amax(dim=0) == x.amin(dim=0)
+            return mean.float(), torch.where(constant, 1.0, std).float()
+        # Sums of integers below 2⁵³ are exact in float64: no cancellation in the variance.
+        total = torch.zeros(x.shape[1:], dtype=torch.float64)
+        squares = torch.zeros_like(total)
+        for chunk in x.split(_CHUNK):
+            pixels = chunk.double()
+            total += pixels.sum(dim=0)
+            squares += pixels.square_().sum(dim=0)
+        mean = total / len(x)
+        channel = mean.mean(dim=(1, 2))
+        variance = squares.mean(dim=(1, 2)) / len(x) - channel.square()
+        std = torch.where(variance > 0, variance.sqrt() / 255, 1.0)
+        return (mean if pixelwise else channel).float() / 255, std.float()
+
+
+def _describe(x: Tensor) -> str:
+    kind = "images" if x.dtype == torch.uint8 else "vectors"
+    return f"{kind} of shape {'×'.join(str(size) for size in x.shape[1:])}"

@@ -1,0 +1,116 @@
+"""Data sets by name: the one place where a source is entered."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from deeplimit.data.dataset import DataSet
+from deeplimit.data.digits import load_digits
+from deeplimit.data.hub import load_hub
+from deeplimit.data.idx import load_idx
+from deeplimit.data.npz import load_npz
+from deeplimit.data.parquet import load_parquet
+from deeplimit.data.request import Request
+from deeplimit.data.spirals import load_spirals
+from deeplimit.errors import InputError
+
+Source = Callable[[Request], DataSet]
+
+# A new source is one file, with a function Request → DataSet, and one entry here.
+BY_NAME: dict[str, Source] = {"digits": load_digits, "spirals": load_spirals}
+BY_PREFIX: dict[str, Source] = {"hub": load_hub, "npz": load_npz}
+BY_LAYOUT: dict[str, Source] = {"*-ubyte*": load_idx, "*.parquet": load_parquet}  # files in folder
+FOLDERS = ("mnist", "cifar10")  # well-known names of folders, for error messages only
+
+ENVIRONMENT = "DEEPLIMIT_DATA"
+
+
+def load(
+    name: str, *, data_dir: Path | None = None, cache_dir: Path | None = None, seed: int = 0
+) -> DataSet:
+    """The data set called `name`, with its training, validation and test split.
+
+    =============== ==========================================================================
+    digits          scikit-learn's digits, grey images of 8×8; no download
+    spirals         two spirals in the plane, generated from the seed
+    mnist, NAME     the folder DATA_DIR/NAME with the four IDX files, gzipped or not
+    cifar10, NAME   the folder DATA_DIR/NAME with train-*.parquet and test-*.parquet
+    hub:OWNER/NAME  an image set of the Hugging Face hub, or hub:PATH of a folder in its layout
+    npz:FILE        the arrays x and y of a NumPy archive
+    =============== ==========================================================================
+
+    Test is the set's own test part where it has one. What a set lacks is held out from its
+    training part, stratified by class: a tenth, at most 5,000; sets without any parts are split
+    60/20/20. The held-out samples are always the same, whatever `seed`; only spirals depend on it.
+
+    Args:
+        name: one of the above.
+        data_dir: DATA_DIR; by default the environment variable DEEPLIMIT_DATA.
+        cache_dir: where decoded Parquet and hub images are kept, memory-mapped; None: in memory.
+        seed: for generated data, ≥ 0.
+
+    Raises:
+        InputError: for an unknown name and for data that is missing, damaged or unusable.
+    """
+    if seed < 0:
+        raise InputError(f"seed {seed}: give an integer of at least 0")
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in BY_PREFIX:
+        if not rest:
+            raise InputError(f"data set {name!r}: nothing after the colon: see {prefix}:… in help")
+        return BY_PREFIX[prefix](Request(name, rest, cache_dir, seed))
+    if name in BY_NAME:
+        return BY_NAME[name](Request(name, name, cache_dir, seed))
+    folder = _folder(name, data_dir)
+    for pattern, source in BY_LAYOUT.items():
+        if any(folder.glob(pattern)):
+            return source(Request(name, str(folder), cache_dir, seed))
+    raise InputError(
+        f"{folder}: neither train-images-idx3-ubyte[.gz] and its kin nor train-*.parquet in this "
+        "folder: put the data set's files there"
+    )
+
+
+def _folder(name: str, data_dir: Path | None) -> Path:
+    """DATA_DIR/name, which exists; or the error that helps."""
+    if data_dir is None and os.environ.get(ENVIRONMENT):
+        data_dir = Path(os.environ[ENVIRONMENT])
+    if data_dir is None:
+        if name in FOLDERS:
+            raise InputError(
+                f"data set {name!r} is read from DATA_DIR/{name}, but no data folder was given: "
+                f"pass --data-dir or set {ENVIRONMENT}"
+            )
+        raise _unknown(name, None)
+    if not data_dir.is_dir():
+        raise InputError(
+            f"data folder {data_dir} does not exist: pass another --data-dir, or set {ENVIRONMENT}"
+        )
+    folder = data_dir / name
+    if name and folder.is_dir():
+        return folder
+    if name in FOLDERS:
+        raise InputError(f"no folder {folder}: put the data set {name!r} there")
+    raise _unknown(name, data_dir)
+
+
+def _unknown(name: str, data_dir: Path | None) -> InputError:
+    known = [*BY_NAME, *FOLDERS]
+    there = "with --data-dir, a folder there"
+    if data_dir is not None:
+        there = f"a folder in {data_dir}"
+        known += sorted(
+            folder.name
+            for folder in data_dir.iterdir()
+            if folder.is_dir()
+            and folder.name not in known
+            and any(any(folder.glob(pattern)) for pattern in BY_LAYOUT)
+        )
+    prefixes = [f"{prefix}:" for prefix in BY_PREFIX]
+    nearest = difflib.get_close_matches(name.lower(), known + prefixes, n=1)
+    guess = f"did you mean {nearest[0]!r}? Expected" if nearest else "expected"
+    listed = ", ".join(known + [f"{prefix}…" for prefix in prefixes])
+    return InputError(f"unknown data set {name!r}: {guess} one of {listed}, or {there}")

@@ -1,0 +1,14 @@
+"""A model read as stem, stages of layers, transitions and head; one file per family of models."""
+
+from deeplimit.network.anatomy import cifar_resnet, residual_classifier
+from deeplimit.network.anatomy.anatomy import Anatomy, Layer
+from deeplimit.network.anatomy.registry import anatomy, register
+
+__all__ = [
+    "Anatomy",
+    "Layer",
+    "anatomy",
+    "cifar_resnet",
+    "register",
+    "residual_classifier",
+]

@@ -1,0 +1,177 @@
+"""What everything else sees of a model: stem, stages of layers, what carries a state on, head."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deeplimit.errors import InputError
+from deeplimit.network.blocks import control
+from deeplimit.network.modes import running_statistics
+
+StateHook = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One residual step of a model.
+
+    Attributes:
+        stage: the stage of the state that enters it; states of one stage have one shape.
+        controls: the modules whose parameters are its control (two for a Heun step).
+        removable: whether the model can do without it.
+    """
+
+    stage: int
+    controls: tuple[nn.Module, ...]
+    removable: bool = True
+
+
+class Anatomy(ABC):
+    """A model read as x_0 = stem(input), layers x_n → x_{n+1} in stages, logits = head(x_N).
+
+    State n (0 ≤ n < N) is what enters layer n; state N is what enters the head. Between stages the
+    shape changes; `carry` takes a state of one stage past the change by the shortcut alone, so that
+    every state has logits z_n = head(carry(… carry(x_n))) without new parameters ([PHFF25]
+    arXiv 2506.21453).
+
+    A family of models is one subclass, which says where these parts are; it is registered with
+    `register`. Only abstract methods are overridden.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @property
+    @abstractmethod
+    def stages(self) -> int:
+        """The number of stages; the head reads states of the last one."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[Layer, ...]:
+        """The residual steps in order, through all stages."""
+
+    @abstractmethod
+    def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
+        """Calls hook(n, x_n), n = 0 … N, while the model's own forward runs."""
+
+    @abstractmethod
+    def carry(self, stage: int, x: Tensor) -> Tensor:
+        """A state of `stage` in the shape of stage + 1, through the shortcut alone."""
+
+    @abstractmethod
+    def head(self, x: Tensor) -> Tensor:
+        """The logits [B, C] of states of the last stage."""
+
+    @abstractmethod
+    def leave_out(self, removed: set[int]) -> nn.Module:
+        """The model less some layers, of the same kind; may share modules with it."""
+
+    @property
+    def horizon(self) -> int:
+        """N: the number of layers."""
+        return len(self.layers)
+
+    @property
+    def state_stages(self) -> tuple[int, ...]:
+        """The stage of each state x_0 … x_N."""
+        return (*(layer.stage for layer in self.layers), self.stages - 1)
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        """The layers that the model cannot do without."""
+        return tuple(n for n, layer in enumerate(self.layers) if not layer.removable)
+
+    def control(self, n: int) -> list[nn.Parameter]:
+        """The parameters θ_n on which a control cost acts.
+
+        All of the block's; where it has a norm, those from its last norm on.
+        """
+        return [p for module in self.layers[n].controls for p in control(module)]
+
+    @property
+    def controls(self) -> list[nn.Parameter]:
+        """The controls of all layers, each parameter once."""
+        every = (p for n in range(self.horizon) for p in self.control(n))
+        return list({id(p): p for p in every}.values())
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Collects the states x_0 … x_N of each forward of the model inside the block."""
+        states: list[Tensor] = []
+        handles = self.register_state_hook(lambda _, x: states.append(x))
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def states(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The states x_0 … x_N and the model's own logits for a batch of inputs."""
+        with self.recording() as states:
+            logits = self.model(x)
+        return states, logits
+
+    def carried(self, n: int, x: Tensor) -> Tensor:
+        """State n in the shape of state n + 1 (itself within a stage)."""
+        stages = self.state_stages
+        with running_statistics(self.model):
+            for stage in range(stages[n], stages[n + 1]):
+                x = self.carry(stage, x)
+        return x
+
+    def logits(self, states: Sequence[Tensor], first: int = 0) -> Tensor:
+        """The logits z_n [len(states), B, C] of the states first, first + 1, ….
+
+        The states of a stage are stacked along the batch and meet each shortcut and the head once,
+        not layer by layer. Batch norms use their running statistics and leave them alone.
+        """
+        if not states:
+            raise InputError("no states given; expected at least one")
+        batch = states[0].shape[0]
+        mine = self.state_stages[first : first + len(states)]
+        with running_statistics(self.model):
+            x = states[0][:0]
+            for stage in range(mine[0], self.stages):
+                if stage > mine[0]:
+                    x = self.carry(stage - 1, x)
+                x = torch.cat([x, *(s for s, at in zip(states, mine, strict=True) if at == stage)])
+            flat = self.head(x)
+        return flat.reshape(len(states), batch, *flat.shape[1:])
+
+    def without(self, removed: Iterable[int]) -> nn.Module:
+        """An independent copy of the model less some layers.
+
+        Raises:
+            InputError: a layer that does not exist, or that the model cannot do without.
+        """
+        gone = set(removed)
+        for n in sorted(gone):
+            if not 0 <= n < self.horizon:
+                raise InputError(
+                    f"layer {n} to be removed: the model has layers 0 … {self.horizon - 1}"
+                )
+            if not self.layers[n].removable:
+                raise InputError(
+                    f"layer {n} cannot be removed: {type(self.model).__name__} needs it"
+                )
+        return copy.deepcopy(self.leave_out(gone))
+
+    def __str__(self) -> str:
+        """The parts, a line each."""
+        lines = [
+            f"{type(self.model).__name__}: {self.horizon} layers, read by {type(self).__name__}"
+        ]
+        for stage in sorted({layer.stage for layer in self.layers}):
+            own = [n for n, layer in enumerate(self.layers) if layer.stage == stage]
+            names = dict.fromkeys(type(m).__name__ for n in own for m in self.layers[n].controls)
+            lines.append(f"  stage {stage}: layers {own[0]} … {own[-1]} ({', '.join(names)})")
+        if self.fixed:
+            lines.append(f"  cannot be removed: layers {', '.join(map(str, self.fixed))}")
+        return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""Anatomy of the CIFAR ResNet of He et al.: the states are what the blocks' last ReLU lets out."""
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deeplimit.network.anatomy.anatomy import Anatomy, Layer, StateHook
+from deeplimit.network.anatomy.registry import register
+from deeplimit.network.cifar_resnet import CHANNELS, BasicBlock, CifarResNet, Shortcut
+
+
+@register(CifarResNet)
+class CifarResNetAnatomy(Anatomy):
+    """Every residual block is a layer; in place of a strided one its shortcut can stand."""
+
+    model: CifarResNet
+    stages = len(CHANNELS)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The residual blocks; a strided block starts from a state of the stage before it."""
+        return tuple(
+            Layer(m - isinstance(block.shortcut, Shortcut), (block,))
+            for m, stage in enumerate(self.model.stages)
+            for block in stage
+            if isinstance(block, BasicBlock)
+        )
+
+    def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
+        """The inputs of the blocks, and the last stage's output."""
+        horizon = self.horizon
+        handles = [
+            layer.controls[0].register_forward_pre_hook(lambda _, args, n=n: hook(n, args[0]))
+            for n, layer in enumerate(self.layers)
+        ]
+        last = self.model.stages[-1]
+        return [*handles, last.register_forward_hook(lambda _, args, y: hook(horizon, y))]
+
+    def carry(self, stage: int, x: Tensor) -> Tensor:
+        """Option A: every second pixel, padded with zero channels."""
+        return Shortcut(CHANNELS[stage], CHANNELS[stage + 1])(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Pool and linear layer."""
+        return self.model.head(x)
+
+    def leave_out(self, removed: set[int]) -> nn.Module:
+        """The same class with fewer blocks."""
+        return self.model.without(removed)

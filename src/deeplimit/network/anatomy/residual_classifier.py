@@ -1,0 +1,94 @@
+"""Anatomy of our own classifiers, and of a bare chain."""
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deeplimit.network.anatomy.anatomy import Anatomy, Layer, StateHook
+from deeplimit.network.anatomy.registry import register
+from deeplimit.network.chain import ResidualChain
+from deeplimit.network.classifiers import ResidualClassifier
+
+
+def _layers(chain: ResidualChain, stage: int) -> list[Layer]:
+    controls = list(chain)
+    nodes = chain.scheme.nodes
+    return [Layer(stage, tuple(controls[n : n + nodes])) for n in range(chain.horizon)]
+
+
+@register(ResidualChain)
+class ChainAnatomy(Anatomy):
+    """A `ResidualChain` by itself: the state is the logits (constant width C)."""
+
+    model: ResidualChain
+    stages = 1
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The chain's steps."""
+        return tuple(_layers(self.model, 0))
+
+    def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
+        """The chain's own state hook."""
+        return [self.model.register_state_hook(hook)]
+
+    def carry(self, stage: int, x: Tensor) -> Tensor:
+        """One stage only: the state itself."""
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        """The state itself."""
+        return x
+
+    def leave_out(self, removed: set[int]) -> nn.Module:
+        """A shorter chain."""
+        return self.model.without(removed)
+
+
+@register(ResidualClassifier)
+class ResidualClassifierAnatomy(Anatomy):
+    """Stages are chains; a projection alone stands between two of them."""
+
+    model: ResidualClassifier
+
+    @property
+    def stages(self) -> int:
+        """One per chain."""
+        return len(self.model.stages)
+
+    @property
+    def _chains(self) -> list[ResidualChain]:
+        return list(self.model.stages)  # type: ignore[arg-type]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The steps of all chains."""
+        return tuple(layer for m, chain in enumerate(self._chains) for layer in _layers(chain, m))
+
+    def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
+        """The chains' state hooks, counted through; the end of a chain is the next one's start."""
+        handles, first = [], 0
+        for m, chain in enumerate(self._chains):
+            end = None if m == self.stages - 1 else chain.horizon
+            handles.append(chain.register_state_hook(_shifted(hook, first, end)))
+            first += chain.horizon
+        return handles
+
+    def carry(self, stage: int, x: Tensor) -> Tensor:
+        """Through the projection behind the stage."""
+        return self.model.projections[stage](x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """The classifier's head."""
+        return self.model.head(x)
+
+    def leave_out(self, removed: set[int]) -> nn.Module:
+        """A classifier with shorter chains."""
+        return self.model.without(removed)
+
+
+def _shifted(hook: StateHook, first: int, end: int | None) -> StateHook:
+    def shifted(n: int, x: Tensor) -> None:
+        if n != end:
+            hook(first + n, x)
+
+    return shifted

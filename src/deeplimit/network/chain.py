@@ -1,0 +1,117 @@
+"""A chain of residual functions: x_{n+1} = x_n + h φ_n(x_n)."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deeplimit.errors import InputError
+from deeplimit.network.schemes import Euler, Scheme
+
+StateHook = Callable[[int, Tensor], None]
+
+
+class ResidualChain(nn.Sequential):
+    """A controlled dynamical system in discrete time: N steps of a scheme over residual functions.
+
+    With `Euler` (the default) x_{n+1} = x_n + h φ_n(x_n) for n = 0 … N−1, the standard residual
+    network for h = 1, a discretised Neural ODE on [0, T] for h = T/N. With `Heun`, whose step uses
+    two neighbouring controls, the horizon is one less than the number of blocks.
+
+    Args:
+        blocks: the residual functions φ_n; each maps a state to a tensor of the state's shape.
+        step: the step size h > 0.
+        scheme: `Euler()` or `Heun()`.
+
+    Its state_dict keys are those of an `nn.Sequential` of the blocks: `0.…`, `1.…`.
+
+    Raises:
+        InputError: h is not a positive number.
+    """
+
+    def __init__(
+        self, blocks: Iterable[nn.Module], *, step: float = 1.0, scheme: Scheme | None = None
+    ):
+        super().__init__(*blocks)
+        if not (math.isfinite(step) and step > 0):
+            raise InputError(f"the step size is {step}; it must be a positive number (1, or T/N)")
+        self.step = float(step)
+        self.scheme: Scheme = Euler() if scheme is None else scheme
+        self._state_hooks: dict[int, StateHook] = OrderedDict()
+
+    @property
+    def horizon(self) -> int:
+        """N: the number of steps."""
+        return max(len(self) - self.scheme.nodes + 1, 0)
+
+    def advance(self, n: int, x: Tensor) -> Tensor:
+        """x_{n+1} from x_n: the scheme's step with the controls θ_n, θ_{n+1}, … that it uses."""
+        controls = list(self._modules.values())[n : n + self.scheme.nodes]
+        return self.scheme.step(controls, x, self.step)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x_N from x_0."""
+        x = input
+        self._show(0, x)
+        for n in range(self.horizon):
+            x = self.advance(n, x)
+            self._show(n + 1, x)
+        return x
+
+    def trajectory(self, x: Tensor) -> list[Tensor]:
+        """The N + 1 states x_0 … x_N, in the graph when gradients are on."""
+        states: list[Tensor] = []
+        with self.register_state_hook(lambda _, state: states.append(state)):
+            self(x)
+        return states
+
+    def register_state_hook(self, hook: StateHook) -> RemovableHandle:
+        """Calls hook(n, x_n) for n = 0 … N whenever the chain runs; remove by the handle."""
+        handle = RemovableHandle(self._state_hooks)
+        self._state_hooks[handle.id] = hook
+        return handle
+
+    def without(self, steps: Iterable[int]) -> "ResidualChain":
+        """A new chain over the same blocks that leaves out these steps.
+
+        Step n takes its last control away with it (θ_n for Euler, θ_{n+1} for Heun), so that a cut
+        of the tail leaves the first k steps exactly as they were for either scheme.
+
+        Raises:
+            InputError: a step that the chain does not have.
+        """
+        removed = set(steps)
+        for n in sorted(removed):
+            if not 0 <= n < self.horizon:
+                raise InputError(
+                    f"step {n} to be left out: the chain has steps 0 … {self.horizon - 1}"
+                )
+        gone = {n + self.scheme.nodes - 1 for n in removed}
+        kept = [block for i, block in enumerate(self) if i not in gone]
+        return self._like(kept)
+
+    def _show(self, n: int, x: Tensor) -> None:
+        for hook in list(self._state_hooks.values()):
+            hook(n, x)
+
+    def _like(self, blocks: Iterable[nn.Module]) -> "ResidualChain":
+        chain = ResidualChain(blocks, step=self.step, scheme=self.scheme)
+        chain.training = self.training
+        return chain
+
+    def __getitem__(self, index: Any) -> Any:
+        """A block, or for a slice the chain of those blocks with the same step and scheme."""
+        if isinstance(index, slice):
+            return self._like(list(self._modules.values())[index])
+        return super().__getitem__(index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the state hooks: they belong to whoever registered them, not to a copy."""
+        return self.__dict__ | {"_state_hooks": OrderedDict()}
+
+    def extra_repr(self) -> str:
+        """Step size, scheme and horizon."""
+        return f"horizon={self.horizon}, step={self.step:g}, scheme={type(self.scheme).__name__}"

@@ -1,0 +1,198 @@
+"""The CIFAR ResNet of He et al. 2015 (arXiv 1512.03385, section 4.2), option A shortcuts.
+
+Weights with keys `conv1.weight`, `bn1.*`, `layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}.*`, `linear.*`
+load as they are (the layout of pytorch_resnet_cifar10).
+"""
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+
+CHANNELS = (16, 32, 64)
+
+
+@dataclass(frozen=True)
+class CifarArchitecture:
+    """What a `CifarResNet` is built from.
+
+    Attributes:
+        depths: residual blocks in each of the three stages; (n, n, n) is ResNet-(6n + 2).
+        strided: whether stages 1 and 2 (of 0, 1, 2) begin with a residual block across the change
+            of shape, as published; without it the shortcut alone stands there.
+        classes: number of classes.
+        mean, std: standardisation of RGB values in [0, 1].
+    """
+
+    depths: tuple[int, ...] = (9, 9, 9)
+    strided: tuple[bool, ...] = (True, True)
+    classes: int = 10
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "strided", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.depths) != 3 or len(self.strided) != 2 or min(self.depths) < 0:
+            raise InputError(f"depths {self.depths} given; expected three numbers ≥ 0")
+        if any(self.strided[m - 1] and self.depths[m] == 0 for m in (1, 2)):
+            raise InputError(f"a stage of 0 blocks cannot begin with one: depths {self.depths}")
+
+    def build(self) -> "CifarResNet":
+        """A new network, initialised from torch's global random state."""
+        return CifarResNet(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+class Shortcut(nn.Module):
+    """Option A: every second pixel, new channels zero, half of them on each side; no parameters."""
+
+    def __init__(self, channels: int, new_channels: int):
+        super().__init__()
+        self.padding = (new_channels - channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The state in the shape of the next stage."""
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
+
+
+class BasicBlock(nn.Module):
+    """ReLU(x + bn2(conv2(ReLU(bn1(conv1 x))))), x through `shortcut` where the shape changes."""
+
+    def __init__(self, channels: int, new_channels: int):
+        super().__init__()
+        changes = channels != new_channels
+        self.conv1 = nn.Conv2d(
+            channels, new_channels, 3, stride=2 if changes else 1, padding=1, bias=False
+        )
+        self.bn1 = nn.BatchNorm2d(new_channels)
+        self.conv2 = nn.Conv2d(new_channels, new_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(new_channels)
+        self.shortcut = Shortcut(channels, new_channels) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The next state."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """conv1, bn1, ReLU, three stages of `BasicBlock`s at 16, 32, 64 channels, pool, linear."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, architecture: CifarArchitecture | None = None):
+        super().__init__()
+        a = self.architecture = architecture or CifarArchitecture()
+        self.register_buffer("mean", torch.tensor(a.mean).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(a.std).reshape(3, 1, 1), persistent=False)
+        self.conv1 = nn.Conv2d(3, CHANNELS[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(CHANNELS[0])
+        self.layer1 = nn.Sequential(*(BasicBlock(16, 16) for _ in range(a.depths[0])))
+        self.layer2 = self._stage(1)
+        self.layer3 = self._stage(2)
+        self.linear = nn.Linear(CHANNELS[-1], a.classes)
+
+    def _stage(self, m: int) -> nn.Sequential:
+        a, old, new = self.architecture, CHANNELS[m - 1], CHANNELS[m]
+        first: nn.Module = BasicBlock(old, new) if a.strided[m - 1] else Shortcut(old, new)
+        rest = a.depths[m] - a.strided[m - 1]
+        return nn.Sequential(first, *(BasicBlock(new, new) for _ in range(rest)))
+
+    @property
+    def stages(self) -> tuple[nn.Sequential, ...]:
+        """The three stages."""
+        return self.layer1, self.layer2, self.layer3
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, classes] of RGB images in [0, 1], [B, 3, H, W]."""
+        x = F.relu(self.bn1(self.conv1((x - self.mean) / self.std)))
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits of a state of the last stage."""
+        return self.linear(x.mean(dim=(2, 3)))
+
+    def standardise(self, mean: Tensor, std: Tensor) -> "CifarResNet":
+        """Stores the data's mean and standard deviation, per channel; returns self."""
+        self.mean.copy_(mean.reshape(3, 1, 1))
+        self.std.copy_(std.reshape(3, 1, 1))
+        self.architecture = replace(
+            self.architecture,
+            mean=tuple(mean.flatten().tolist()),
+            std=tuple(std.flatten().tolist()),
+        )
+        return self
+
+    def without(self, removed: set[int]) -> "CifarResNet":
+        """The same network less some of its blocks, counted through all stages."""
+        smaller = CifarResNet.__new__(CifarResNet)
+        nn.Module.__init__(smaller)
+        smaller.register_buffer("mean", self.mean, persistent=False)
+        smaller.register_buffer("std", self.std, persistent=False)
+        smaller.conv1, smaller.bn1 = self.conv1, self.bn1
+        depths, strided, n = [], [], 0
+        for m, stage in enumerate(self.stages):
+            kept: list[nn.Module] = []
+            for i, block in enumerate(stage):
+                if not isinstance(block, BasicBlock):
+                    kept.append(block)
+                    continue
+                if n not in removed:
+                    kept.append(block)
+                elif m > 0 and i == 0:
+                    kept.append(block.shortcut)
+                n += 1
+            rest = nn.Sequential(*kept)
+            rest.training = stage.training
+            setattr(smaller, f"layer{m + 1}", rest)
+            depths.append(sum(isinstance(block, BasicBlock) for block in kept))
+            strided.append(bool(kept) and isinstance(kept[0], BasicBlock))
+        smaller.linear = self.linear  # last, as when built: parameters keep their order
+        smaller.architecture = replace(
+            self.architecture, depths=tuple(depths), strided=tuple(strided[1:])
+        )
+        smaller.training = self.training
+        return smaller
+
+    @classmethod
+    def from_weights(cls, path: str | Path) -> "CifarResNet":
+        """Loads published weights; the depths are read off the keys."""
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+        model = cls(_architecture_of(weights, path))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = textwrap.shorten(str(error), 300)
+            raise InputError(f"{path}: not the weights of a CIFAR ResNet ({reason})") from error
+        return model
+
+
+def _architecture_of(weights: Mapping[str, Tensor], path: str | Path) -> CifarArchitecture:
+    depths = tuple(
+        sum(k.startswith(f"layer{m}.") and k.endswith(".conv1.weight") for k in weights)
+        for m in (1, 2, 3)
+    )
+    if "linear.weight" not in weights or 0 in depths:
+        raise InputError(
+            f"{path}: no CIFAR ResNet in it; expected the keys layer1.0.conv1.weight …"
+        )
+    return CifarArchitecture(depths=depths, classes=len(weights["linear.weight"]))

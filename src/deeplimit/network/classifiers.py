@@ -1,0 +1,244 @@
+"""Whole models for the built-in recipes: stem → chains joined by projection shortcuts → head."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.network.blocks import (
+    ACTIVATIONS,
+    NORMS,
+    ConvolutionalResidual,
+    LinearResidual,
+    TwoLayerResidual,
+    choose,
+    rescale_last_layer,
+)
+from deeplimit.network.chain import ResidualChain
+from deeplimit.network.schemes import SCHEMES
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything needed to build a `ResidualClassifier`; plain values, kept beside its weights.
+
+    Attributes:
+        kind: "logit" (state = logits, constant width C), "vector" (constant width d, shared head)
+            or "convolutional" (stem, one or several stages, pooled linear head).
+        shape: shape of one input sample, (features,) or (channels, height, width).
+        classes: C.
+        depths: residual steps per stage; one stage for "logit" and "vector".
+        width: d, or the channels of the first stage; each later stage doubles them and halves the
+            resolution. C for "logit".
+        hidden: particles (or hidden channels) per residual function; 0 for linear residuals. In
+            stage m of a convolutional network it grows with the channels.
+        activation, norm: names in blocks.ACTIVATIONS, blocks.NORMS (convolutional only).
+        step: step size h.
+        scheme: "euler" or "heun".
+        reduction: how much the stem of a convolutional network shrinks the image, 1, 2, 4, ….
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    classes: int
+    depths: tuple[int, ...]
+    width: int
+    hidden: int
+    activation: str = "relu"
+    norm: str = "batch"
+    step: float = 1.0
+    scheme: str = "euler"
+    reduction: int = 4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "depths", tuple(self.depths))
+        if self.kind not in ("logit", "vector", "convolutional"):
+            raise InputError(
+                f"the kind of network is {self.kind!r}; expected logit, vector or convolutional"
+            )
+        if self.classes < 2:
+            raise InputError(f"{self.classes} classes given; a classifier needs at least 2")
+        if not self.depths or min(self.depths) < 0:
+            raise InputError(f"depths {self.depths} given; expected one number ≥ 0 per stage")
+        if len(self.shape) not in (1, 3):
+            raise InputError(
+                f"samples of shape {self.shape} given; expected (features,) or "
+                "(channels, height, width): reshape the data"
+            )
+        if self.kind == "convolutional" and len(self.shape) != 3:
+            raise InputError(
+                f"a convolutional network needs images (channels, height, width), the data has "
+                f"samples of shape {self.shape}; use the kind 'vector'"
+            )
+        if self.kind != "convolutional" and len(self.depths) != 1:
+            raise InputError(f"a {self.kind} network has one stage, {len(self.depths)} given")
+        if self.kind == "logit" and self.width != self.classes:
+            raise InputError(
+                f"the state of a logit network is its logits: width {self.width} must be the "
+                f"number of classes, {self.classes}"
+            )
+        for name, least in (("width", 1), ("hidden", 0), ("reduction", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.reduction & (self.reduction - 1):
+            raise InputError(f"reduction is {self.reduction}; it must be a power of 2")
+
+    def build(self) -> "ResidualClassifier":
+        """A new network, initialised from torch's global random state."""
+        return ResidualClassifier(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+class Standardise(nn.Module):
+    """x ↦ (x − mean) / std, per feature or per channel; the figures are stored with the model.
+
+    Args:
+        shape: of mean and std: (d,) or (C, H, W) per feature, (C, 1, 1) per channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
+
+    def set(self, mean: Tensor, std: Tensor) -> None:
+        """Takes over mean and standard deviation; figures per channel serve all its features."""
+        for own, given in ((self.mean, mean), (self.std, std)):
+            per_channel = own.dim() == 3 and given.dim() == 1
+            own.copy_(given[:, None, None] if per_channel else given)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardised x."""
+        return (x - self.mean) / self.std
+
+
+class Projection(nn.Sequential):
+    """The shortcut between two stages: a strided 1×1 convolution to twice the channels, and a norm.
+
+    All that happens between the stages, so that a state of an earlier stage is carried past the
+    later ones by these alone ([PHFF25] arXiv 2506.21453).
+    """
+
+    def __init__(self, channels: int, norm: str):
+        super().__init__(
+            nn.Conv2d(channels, 2 * channels, 1, stride=2, bias=norm == "none"),
+            choose(NORMS, norm, "the norm")(2 * channels),
+        )
+
+
+class ResidualClassifier(nn.Module):
+    """stem → stage 0 → projection 0 → stage 1 → … → head.
+
+    Each stage is a `ResidualChain` whose residual functions start at φ = 0. Inputs are raw:
+    standardisation is part of the stem; where a sample has as many features as the state has
+    numbers the standardised sample is the state x_0, otherwise a linear layer maps it there.
+    """
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        a = self.architecture = architecture
+        self.stem = _stem(a)
+        self.stages = nn.ModuleList(_stage(a, m) for m in range(len(a.depths)))
+        self.projections = nn.ModuleList(
+            Projection(a.width * 2**m, a.norm) for m in range(len(a.depths) - 1)
+        )
+        self.head = _head(a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, C] of a batch of raw inputs [B, *shape]."""
+        x = self.stem(x)
+        for m, stage in enumerate(self.stages):
+            if m > 0:
+                x = self.projections[m - 1](x)
+            x = stage(x)
+        return self.head(x)
+
+    def standardise(self, mean: Tensor, std: Tensor) -> "ResidualClassifier":
+        """Stores the data's mean and standard deviation in the stem; returns self.
+
+        Per feature, [d] or [C, H, W], or for images per channel, [C]; convolutional networks keep
+        figures per channel only.
+        """
+        for module in self.stem.modules():
+            if isinstance(module, Standardise):
+                module.set(mean, std)
+        return self
+
+    def without(self, removed: set[int]) -> "ResidualClassifier":
+        """The same network less some of its residual steps, counted through all stages."""
+        smaller = ResidualClassifier.__new__(ResidualClassifier)
+        nn.Module.__init__(smaller)
+        smaller.stem = self.stem
+        chains, first = [], 0
+        for stage in self.stages:
+            chain: ResidualChain = stage  # type: ignore[assignment]
+            chains.append(
+                chain.without(n - first for n in removed if first <= n < first + chain.horizon)
+            )
+            first += chain.horizon
+        smaller.stages = nn.ModuleList(chains)
+        smaller.stages.training = self.stages.training
+        # In the order of a network that is built: an optimiser's state goes by it.
+        smaller.projections, smaller.head = self.projections, self.head
+        depths = tuple(chain.horizon for chain in chains)
+        smaller.architecture = replace(self.architecture, depths=depths)
+        smaller.training = self.training
+        return smaller
+
+
+def _stem(a: Architecture) -> nn.Sequential:
+    if a.kind == "convolutional":
+        layers: list[nn.Module] = [Standardise((a.shape[0], 1, 1))]
+        channels = a.shape[0]
+        for _ in range(max(int(math.log2(a.reduction)), 1)):
+            if len(layers) > 1:
+                layers.append(choose(ACTIVATIONS, a.activation, "the activation")())
+            stride = 1 if a.reduction == 1 else 2
+            bias = a.norm == "none"
+            layers.append(nn.Conv2d(channels, a.width, 3, stride, padding=1, bias=bias))
+            layers.append(choose(NORMS, a.norm, "the norm")(a.width))
+            channels = a.width
+        return nn.Sequential(*layers)
+    features = math.prod(a.shape)
+    flat = [nn.Flatten()] if len(a.shape) == 3 else []
+    embed = [nn.Linear(features, a.width)] if features != a.width else []
+    return nn.Sequential(Standardise(a.shape), *flat, *embed)
+
+
+def _stage(a: Architecture, m: int) -> ResidualChain:
+    scheme = choose(SCHEMES, a.scheme, "the scheme")
+    width, hidden = a.width * 2**m, a.hidden * 2**m
+    depth = a.depths[m]
+
+    def block() -> nn.Module:
+        if a.kind == "convolutional":
+            return ConvolutionalResidual(width, hidden or width, a.norm, a.activation)
+        if a.hidden == 0:
+            return LinearResidual(width)
+        return TwoLayerResidual(width, hidden, a.activation)
+
+    blocks = [block() for _ in range(depth + scheme.nodes - 1)]
+    for residual in blocks:
+        # Every layer starts as the identity: what training leaves alone stays an equilibrium, and
+        # the start does not depend on the horizon.
+        rescale_last_layer(residual, 0.0)
+    return ResidualChain(blocks, step=a.step, scheme=scheme)
+
+
+def _head(a: Architecture) -> nn.Module:
+    if a.kind == "logit":
+        return nn.Identity()
+    if a.kind == "vector":
+        return nn.Linear(a.width, a.classes)
+    channels = a.width * 2 ** (len(a.depths) - 1)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, a.classes))

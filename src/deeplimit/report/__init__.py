@@ -1,0 +1,27 @@
+"""Renderers of results: figures for notebooks, tables for the terminal, the page of a run."""
+
+from deeplimit.report.console import crop_summary, profile_table
+from deeplimit.report.figures import (
+    accuracy_figure,
+    class_figure,
+    distance_figure,
+    loss_figure,
+    training_figure,
+    trajectory_figure,
+    update_figure,
+)
+from deeplimit.report.page import render_page, write_page
+
+__all__ = [
+    "accuracy_figure",
+    "class_figure",
+    "crop_summary",
+    "distance_figure",
+    "loss_figure",
+    "profile_table",
+    "render_page",
+    "training_figure",
+    "trajectory_figure",
+    "update_figure",
+    "write_page",
+]

@@ -1,0 +1,212 @@
+"""The answer of a run in words and numbers: depth N → k, what it costs, how it was chosen."""
+
+from dataclasses import dataclass
+
+from deeplimit.control.crop_report import CropReport
+from deeplimit.control.turnpike import ACCURACY_TOLERANCE, LOSS_TOLERANCE
+from deeplimit.report.numbers import (
+    SPACE,
+    count,
+    layers,
+    percent,
+    points,
+    runs,
+    seconds,
+    significant,
+    times,
+)
+from deeplimit.training.results import Cut, Profiles, Reference, RunResults
+
+# The tolerances of TurnpikeProfile.depth_within in words.
+ACCURACY_LOST = f"{100 * ACCURACY_TOLERANCE:g} points of accuracy (or two samples, if that is more)"
+LOSS_GAINED = (
+    f"{100 * LOSS_TOLERANCE:g}{SPACE}% of its range, which reaches from its minimum to the loss of "
+    "knowing nothing"
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity before and after a cut, as text, and what the change amounts to."""
+
+    name: str
+    before: str
+    after: str
+    change: str
+
+
+def comparisons(report: CropReport) -> tuple[Comparison, ...]:
+    """Accuracy, loss, agreement and the three costs, each before and after."""
+    n = report.samples
+    batch = f"{report.latency_batch} samples, {report.device}"
+    return (
+        Comparison(
+            "Test accuracy",
+            percent(report.accuracy_before, n),
+            percent(report.accuracy_after, n),
+            points(report.accuracy_after - report.accuracy_before, n, report.accuracy_error),
+        ),
+        Comparison(
+            "Test loss",
+            significant(report.loss_before),
+            significant(report.loss_after),
+            signed(report.loss_after - report.loss_before) + f"{SPACE}nats",
+        ),
+        Comparison(
+            "Parameters",
+            count(report.parameters_before),
+            count(report.parameters_after),
+            times(report.parameters_before, report.parameters_after, "fewer", "more"),
+        ),
+        Comparison(
+            "Multiply-adds a sample",
+            count(report.multiply_adds_before),
+            count(report.multiply_adds_after),
+            times(report.multiply_adds_before, report.multiply_adds_after, "fewer", "more"),
+        ),
+        Comparison(
+            f"Latency ({batch})",
+            seconds(report.latency_before),
+            seconds(report.latency_after),
+            times(report.latency_before, report.latency_after, "faster", "slower"),
+        ),
+    )
+
+
+def signed(number: float) -> str:
+    """A difference with its sign, three significant digits."""
+    return ("+" if number > 0 else "") + significant(number)
+
+
+def lead(cut: Cut) -> str:
+    """What was taken out and what test data say about it."""
+    report = cut.report
+    n = report.samples
+    if not cut.removed:
+        return (
+            "No layer was removed. On test data the network of "
+            f"{layers(report.horizon_before)} has an accuracy of "
+            f"{percent(report.accuracy_before, n)}."
+        )
+    change = points(report.accuracy_after - report.accuracy_before, n, report.accuracy_error)
+    return (
+        f"{_removed(cut)} Accuracy on test data goes from {percent(report.accuracy_before, n)} to "
+        f"{percent(report.accuracy_after, n)} ({change}, one standard error), and both networks "
+        f"give the same answer for {percent(report.agreement, n)} of the {n:,} test samples."
+    )
+
+
+def _removed(cut: Cut) -> str:
+    total = cut.report.horizon_before
+    spans = runs(cut.removed)
+    first, last = spans[0]
+    if len(spans) == 1 and last == total - 1:
+        which = f"The last {len(cut.removed)} of" if first else "All"
+        return f"{which} {layers(total)} were removed."
+    where = ", ".join(str(a + 1) if a == b else f"{a + 1}–{b + 1}" for a, b in spans)
+    return f"{len(cut.removed)} of {layers(total)} were removed, counted from 1: {where}."
+
+
+def strip(cut: Cut) -> list[dict[str, bool]]:
+    """The layers in order, each kept or removed."""
+    removed = set(cut.removed)
+    return [{"kept": n not in removed} for n in range(cut.report.horizon_before)]
+
+
+def rule(cut: Cut, profiles: Profiles | None) -> str:
+    """How the depth was chosen, and on which data."""
+    validation = profiles.validation if profiles else None
+    if not cut.automatic:
+        text = "The depth was given by the user."
+        if validation is not None:
+            chosen = validation.recommended_depth
+            text += f" The rule, applied to validation data, would have chosen {chosen}."
+        return text + " The numbers on this page come from test data unless they say otherwise."
+    if not cut.removed:
+        return (
+            "On validation data, with one standard error added, every smaller depth loses more "
+            f"than {ACCURACY_LOST} or raises the loss by more than {LOSS_GAINED}. A larger stage "
+            "cost or longer training may change that."
+        )
+    if max(cut.removed) < cut.report.horizon_before - 1:
+        return (
+            "On validation data no smaller depth is as good as the full network, for the states "
+            "leave the tube around the minimisers again at the end; so the layers that lie in the "
+            "tube, between entry and exit, were taken out. Test data took no part in the choice."
+        )
+    text = (
+        "It is the smallest depth that, on validation data and with one standard error added, "
+        f"loses at most {ACCURACY_LOST} and raises the loss by at most {LOSS_GAINED}."
+    )
+    if validation is not None:
+        n, total = validation.recommended_depth, validation.horizon
+        (accuracy, loss), (accuracy_full, loss_full) = (
+            (percent(validation.accuracy[at], validation.samples), significant(validation.loss[at]))
+            for at in (n, total)
+        )
+        text += (
+            f" On validation data depth {n} has an accuracy of {accuracy} and a loss of {loss}; "
+            f"depth {total} has {accuracy_full} and {loss_full}."
+        )
+    return text + (
+        " Test data, from which the numbers on this page come unless they say otherwise, took no "
+        "part in the choice."
+    )
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """One network of the control experiment, as text and as the lengths of two bars in percent."""
+
+    name: str
+    full: str
+    cut: str
+    full_length: float
+    cut_length: float
+
+
+def control_sentence(reference: Reference) -> str:
+    """What the same cut costs where there was no stage cost."""
+    report = reference.report
+    n = report.samples
+    lost = report.accuracy_before - report.accuracy_after
+    verb = "loses" if lost >= 0 else "gains"
+    amount = points(abs(lost), n).lstrip("+")
+    return (
+        f"The same network trained without stage cost {verb} {amount} when it is cut to the same "
+        f"depth: from {percent(report.accuracy_before, n)} to {percent(report.accuracy_after, n)}."
+    )
+
+
+def control_rows(cut: Cut, reference: Reference) -> tuple[ControlRow, ...]:
+    """With and without stage cost, before and after the same cut."""
+    return tuple(
+        ControlRow(
+            name,
+            percent(report.accuracy_before, report.samples),
+            percent(report.accuracy_after, report.samples),
+            round(100 * report.accuracy_before, 2),
+            round(100 * report.accuracy_after, 2),
+        )
+        for name, report in (
+            ("With stage cost", cut.report),
+            ("Without stage cost", reference.report),
+        )
+    )
+
+
+def waiting(results: RunResults) -> str:
+    """What is known, and what to do, before a cut was made."""
+    if results.profiles is None:
+        return "The network has been trained; its turnpike has not been looked for yet."
+    validation = results.profiles.validation
+    depth = validation.recommended_depth
+    if depth == validation.horizon:
+        return (
+            f"On validation data no depth below {depth} is as good as the full network; "
+            "no layer would be removed."
+        )
+    return (
+        f"On validation data {layers(depth)} of {validation.horizon} are as good as the full "
+        "network, within the tolerances. The network has not been cut yet."
+    )

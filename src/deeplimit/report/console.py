@@ -1,0 +1,89 @@
+"""Tables for the terminal: a turnpike profile, and what a cut changed. Rich renders them."""
+
+import math
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.report.answer import comparisons, control_sentence
+from deeplimit.report.numbers import SPACE, percent, significant
+from deeplimit.training.results import Cut, Reference
+
+ROWS = 24  # a longer profile is abbreviated to about so many layers
+
+
+def profile_table(profile: TurnpikeProfile) -> RenderableType:
+    """Loss, accuracy, distance and update of every layer; entry, exit and depth are marked.
+
+    Of a long network every k-th layer is shown, and the layers at the marks.
+    """
+    table = _table(f"Turnpike on {profile.samples:,} samples")
+    for name in ("layer", "loss", "accuracy", "distance", "update"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    marks = layer_marks(profile)
+    shown = shown_layers(profile)
+    for n in shown:
+        inside = profile.distance[n] <= profile.radius
+        update = profile.relative_update[n] if n < profile.horizon else None
+        table.add_row(
+            str(n),
+            f"{profile.loss[n]:.4f}",
+            percent(profile.accuracy[n], profile.samples),
+            Text(f"{profile.distance[n]:.3f}", style="green" if inside else ""),
+            "" if update is None else f"{significant(100 * update)}{SPACE}%",
+            Text(", ".join(marks.get(n, ())), style="cyan"),
+            style="bold" if n in marks else "",
+        )
+    note = (
+        f"Loss in nats (minimum {profile.minimum:.4f}); distance to the minimisers, in the tube up "
+        f"to δ{SPACE}={SPACE}{profile.radius:.3f}; update by the next layer."
+    )
+    if len(shown) <= profile.horizon:
+        note += f" {len(shown)} of the layers 0 to {profile.horizon} are shown."
+    return Group(table, Text(note, style="dim"))
+
+
+def layer_marks(profile: TurnpikeProfile) -> dict[int, list[str]]:
+    """What is to be said of which layer: entry, exit where it is not N, recommended depth."""
+    marks: dict[int, list[str]] = {}
+    entry, leaving = profile.entry(), profile.exit()
+    if entry is not None:
+        marks.setdefault(entry, []).append("entry")
+    if leaving is not None and leaving < profile.horizon:
+        marks.setdefault(leaving, []).append("exit")
+    marks.setdefault(profile.recommended_depth, []).append("recommended")
+    return marks
+
+
+def shown_layers(profile: TurnpikeProfile) -> list[int]:
+    """All layers of a short network; of a long one every k-th, the last, and those at marks."""
+    horizon = profile.horizon
+    stride = 1 if horizon <= ROWS else math.ceil(horizon / ROWS)
+    near = {n + d for n in layer_marks(profile) for d in (-1, 0, 1)} if stride > 1 else set()
+    return sorted(n for n in {*range(0, horizon, stride), horizon, *near} if 0 <= n <= horizon)
+
+
+def crop_summary(cut: Cut, reference: Reference | None = None) -> RenderableType:
+    """Before and after on test data, and the control where there is one."""
+    report = cut.report
+    table = _table(f"Depth {report.horizon_before} → {report.horizon_after}")
+    table.add_column("")
+    table.add_column("before", justify="right", no_wrap=True)
+    table.add_column("after", justify="right", no_wrap=True, style="bold")
+    table.add_column("change", no_wrap=True)
+    for row in comparisons(report):
+        table.add_row(row.name, row.before, row.after, row.change)
+    table.add_row("Agreement", "", percent(report.agreement, report.samples), "same class")
+    how = "chosen on validation data" if cut.automatic else "given by the user"
+    lines = [Text(f"Depth {how}; {report.samples:,} test samples.", style="dim")]
+    if reference is not None and cut.removed:
+        lines.append(Text(control_sentence(reference)))
+    return Group(table, *lines)
+
+
+def _table(title: str) -> Table:
+    return Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)

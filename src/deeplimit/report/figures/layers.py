@@ -1,0 +1,133 @@
+"""Figures over the layers n = 0 … N: what every layer's state achieves."""
+
+from collections.abc import Callable, Sequence
+
+import plotly.graph_objects as go
+
+from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.report.figures.marks import layer_figure, logarithmic, mark_layer, shade_tube
+from deeplimit.report.figures.style import DASHED, NETWORK, REFERENCE, TUBE, line
+from deeplimit.report.numbers import significant
+from deeplimit.training.results import Cut, Profiles, Reference
+
+Values = Callable[[TurnpikeProfile], Sequence[float | None]]
+
+
+def loss_figure(
+    profiles: Profiles,
+    cut: Cut | None = None,
+    reference: Reference | None = None,
+    log: bool = False,
+) -> go.Figure:
+    """Loss over layers; with `log` its excess over the minimum H(q), on a logarithmic scale.
+
+    The excess ℓ − H(q) is what a layer can still gain; on the linear scale H(q) is a dotted line.
+    """
+    test = profiles.test
+
+    def values(profile: TurnpikeProfile) -> Sequence[float | None]:
+        return _positive([v - profile.minimum for v in profile.loss]) if log else profile.loss
+
+    if log:
+        figure = layer_figure("Loss above its minimum", test.horizon, "nats, logarithmic", cut)
+    else:
+        figure = layer_figure("Loss", test.horizon, "nats", cut)
+        figure.update_yaxes(rangemode="tozero")
+        figure.add_hline(y=test.minimum, line={"color": TUBE, "width": 1.5, "dash": "dot"})
+        figure.add_annotation(
+            x=1,
+            xref="paper",
+            y=test.minimum,
+            text=f"minimum {significant(test.minimum)}",
+            showarrow=False,
+            xanchor="right",
+            yanchor="top",
+            font={"color": TUBE, "size": 12},
+        )
+    _add_networks(figure, profiles, reference, values)
+    if log:
+        logarithmic(figure, _drawn(figure))
+    return _mark_entry(figure, test)
+
+
+def accuracy_figure(
+    profiles: Profiles, cut: Cut | None = None, reference: Reference | None = None
+) -> go.Figure:
+    """Accuracy over layers, in percent."""
+    figure = layer_figure("Accuracy", profiles.test.horizon, "percent", cut)
+    figure.update_yaxes(rangemode="tozero")
+    _add_networks(
+        figure, profiles, reference, lambda p: [100 * a for a in p.accuracy], "%{y:.2f} %"
+    )
+    return _mark_entry(figure, profiles.test)
+
+
+def distance_figure(
+    profiles: Profiles, cut: Cut | None = None, reference: Reference | None = None
+) -> go.Figure:
+    """Mean distance to the minimisers over layers, with the tube of radius δ shaded."""
+    test = profiles.test
+    figure = layer_figure("Distance to the minimisers", test.horizon, "mean distance", cut)
+    figure.update_yaxes(rangemode="tozero")
+    shade_tube(figure, test.radius)
+    _add_networks(figure, profiles, reference, lambda p: p.distance)
+    leaving = test.exit()
+    if leaving is not None and leaving < test.horizon:
+        mark_layer(figure, leaving, f"exit {leaving}")
+    return _mark_entry(figure, test)
+
+
+def update_figure(
+    profiles: Profiles, cut: Cut | None = None, reference: Reference | None = None
+) -> go.Figure:
+    """Relative update ‖x_{n+1} − x_n‖ / ‖x_n‖ in percent, drawn half way between n and n + 1."""
+    horizon = profiles.test.horizon
+    figure = layer_figure("Relative update", horizon, "percent, logarithmic", cut)
+    figure.update_xaxes(unifiedhovertitle={"text": "between layers, at %{x}"})
+    _add_networks(
+        figure,
+        profiles,
+        reference,
+        lambda p: _positive([100 * u for u in p.relative_update]),
+        "%{y:.3g} %",
+        shift=0.5,
+    )
+    logarithmic(figure, _drawn(figure))
+    return _mark_entry(figure, profiles.test)
+
+
+def _add_networks(
+    figure: go.Figure,
+    profiles: Profiles,
+    reference: Reference | None,
+    values: Values,
+    value: str = "%{y:.4g}",
+    shift: float = 0.0,
+) -> None:
+    """Train solid, test dashed; the network trained without stage cost behind them."""
+    drawn = [
+        (profiles.train, "train", NETWORK, "solid"),
+        (profiles.test, "test", NETWORK, DASHED),
+    ]
+    if reference is not None:
+        drawn.insert(0, (reference.test, "no stage cost", REFERENCE, DASHED))
+    for profile, name, color, dash in drawn:
+        y = values(profile)
+        figure.add_trace(line([n + shift for n in range(len(y))], y, name, color, dash, value))
+    figure.update_layout(legend={"traceorder": "reversed"})
+
+
+def _drawn(figure: go.Figure) -> list[float | None]:
+    return [value for trace in figure.data for value in trace.y]
+
+
+def _positive(values: Sequence[float]) -> list[float | None]:
+    """What a logarithmic scale can show; the rest is left out."""
+    return [v if v > 0 else None for v in values]
+
+
+def _mark_entry(figure: go.Figure, profile: TurnpikeProfile) -> go.Figure:
+    entry = profile.entry()
+    if entry is not None:
+        mark_layer(figure, entry, f"entry {entry}")
+    return figure

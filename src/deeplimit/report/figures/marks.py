@@ -1,0 +1,99 @@
+"""What figures over the layers share: the axis, removed layers, the tube, marked layers."""
+
+import math
+from collections.abc import Iterable
+
+import plotly.graph_objects as go
+
+from deeplimit.report.figures.style import SHADE, TEXT, TUBE, plain_figure
+from deeplimit.report.numbers import runs, significant, superscript
+from deeplimit.training.results import Cut
+
+
+def layer_figure(title: str, horizon: int, y_title: str, cut: Cut | None = None) -> go.Figure:
+    """An empty figure over the layers 0 … N, the removed ones shaded."""
+    figure = plain_figure(title, "layer", y_title)
+    margin = max(0.4, horizon / 60)
+    figure.update_xaxes(
+        range=[-margin, horizon + margin],
+        tickformat="d",
+        unifiedhovertitle={"text": "layer %{x}"},
+        **({"dtick": 1} if horizon < 12 else {"nticks": 12}),
+    )
+    for first, last in runs(cut.removed) if cut else ():
+        figure.add_vrect(
+            x0=first,
+            x1=last + 1,
+            fillcolor=SHADE,
+            line_width=0,
+            layer="below",
+        )
+        figure.add_annotation(
+            x=last + 1,
+            y=1,
+            yref="paper",
+            text="removed",
+            showarrow=False,
+            xanchor="right",
+            yanchor="bottom",
+            font={"color": TEXT, "size": 12},
+        )
+    return figure
+
+
+def shade_tube(figure: go.Figure, radius: float) -> None:
+    """The tube 0 ≤ d ≤ δ around the minimisers."""
+    figure.add_hrect(y0=0, y1=radius, fillcolor=TUBE, opacity=0.17, line_width=0)
+    figure.add_annotation(
+        x=0,
+        xref="paper",
+        y=radius,
+        text=f"tube, δ = {significant(radius)}",
+        showarrow=False,
+        xanchor="left",
+        yanchor="top",  # states come from above, so the tube is empty at its left end
+        font={"color": TUBE, "size": 12},
+    )
+
+
+def mark_layer(figure: go.Figure, layer: int, text: str) -> None:
+    """A vertical line at a layer, named above the plot."""
+    figure.add_vline(x=layer, line={"color": TUBE, "width": 1.5})
+    figure.add_annotation(
+        x=layer,
+        y=1,
+        yref="paper",
+        text=text,
+        showarrow=False,
+        xanchor="center",
+        yanchor="bottom",
+        font={"color": TUBE, "size": 12},
+    )
+
+
+def logarithmic(figure: go.Figure, values: Iterable[float | None]) -> None:
+    """A logarithmic y axis: 1, 2, 5 labelled over few decades, powers of ten over many."""
+    shown = [v for v in values if v]
+    if not shown:
+        return
+    low, high = math.log10(min(shown)), math.log10(max(shown))
+    few = high - low < 2.5
+    step = 1 if few else max(1, round((high - low) / 7))
+    ticks = [
+        (digit, power)
+        for power in range(math.floor(low), math.ceil(high) + 1, step)
+        for digit in ((1, 2, 5) if few else (1,))
+    ]
+    pad = max(0.05, (high - low) * 0.05)
+    figure.update_yaxes(
+        type="log",
+        range=[low - pad, high + pad],
+        tickvals=[digit * 10.0**power for digit, power in ticks],
+        ticktext=[_tick(digit, power) for digit, power in ticks],
+    )
+
+
+def _tick(digit: int, power: int) -> str:
+    if -4 <= power <= 3:
+        return f"{digit * 10.0**power:.{max(0, -power)}f}"
+    return f"{'' if digit == 1 else f'{digit}·'}10{superscript(power)}"

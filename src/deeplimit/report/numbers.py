@@ -1,0 +1,89 @@
+"""Numbers as people read them: one way to write a percentage, a count, a ratio, a time."""
+
+import math
+from collections.abc import Sequence
+
+SPACE = "\u00a0"  # keeps a number and its unit on one line
+FINE = 2000  # samples from which a hundredth of a point says something
+
+
+def decimals(samples: int) -> int:
+    """Decimals of a percentage of that many samples: no finer than one sample can move it."""
+    return 2 if samples >= FINE else 1
+
+
+def percent(fraction: float, samples: int = 0) -> str:
+    """0.9812 → 98.1 %; two decimals from 2000 samples on."""
+    return f"{100 * fraction:.{decimals(samples)}f}{SPACE}%"
+
+
+def points(difference: float, samples: int = 0, error: float | None = None) -> str:
+    """A signed difference of two fractions: −0.3 ± 0.2 points."""
+    digits = decimals(samples)
+    value = f"{100 * difference:+.{digits}f}".replace("-", "−")
+    if float(value.replace("−", "-")) == 0:
+        value = value[1:]
+    spread = "" if error is None else f"{SPACE}±{SPACE}{100 * error:.{digits}f}"
+    return f"{value}{spread}{SPACE}points"
+
+
+def count(number: int) -> str:
+    """165,514 in full below a million, else 1.27 million."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{significant(number / size)}{SPACE}{word}"
+    return f"{number:,}"
+
+
+def seconds(time: float) -> str:
+    """A time with three significant digits, in s, ms or µs."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms")):
+        if time >= size:
+            return f"{significant(time / size)}{SPACE}{unit}"
+    return f"{significant(time / 1e-6)}{SPACE}µs"
+
+
+def times(before: int | float, after: int | float, less: str, more: str) -> str:
+    """The ratio in words: `5.0 × fewer`, `1.2 × more`, `the same` to 2 %, `none left`."""
+    if before == after or (after > 0 and 0.98 < before / after < 1.02):
+        return "the same"
+    if after <= 0:
+        return "none left"
+    if before <= 0:
+        return more
+    ratio, word = (before / after, less) if before > after else (after / before, more)
+    return f"{ratio:.{1 if ratio < 99.95 else 0}f}{SPACE}×{SPACE}{word}"
+
+
+def significant(number: int | float, digits: int = 3) -> str:
+    """Rounded to significant digits, written without an exponent where that stays readable."""
+    if not math.isfinite(number):
+        return "–"
+    if number == 0:
+        return "0"
+    size = int(f"{number:.{digits - 1}e}".split("e")[1])  # of the rounded number
+    if size < -4 or size > 7:
+        mantissa = f"{number / 10.0**size:.{digits - 1}f}"
+        return f"{mantissa}·10{superscript(size)}".replace("-", "−")
+    return f"{round(number, digits - 1 - size):.{max(0, digits - 1 - size)}f}".replace("-", "−")
+
+
+def superscript(power: int) -> str:
+    """An exponent: −3 → ⁻³."""
+    return str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def layers(number: int) -> str:
+    """`1 layer`, `4 layers`, `no layer`."""
+    return "no layer" if number == 0 else f"{number} layer{'' if number == 1 else 's'}"
+
+
+def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive numbers as (first, last): (4, 5, 6, 9) → [(4, 6), (9, 9)]."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found

@@ -1,0 +1,113 @@
+"""The page of a run: one HTML file that opens offline, in light and dark, on a phone too."""
+
+import os
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.report import answer
+from deeplimit.report.numbers import percent, significant
+from deeplimit.report.panels import layer_panels, states_panel, training_panels
+from deeplimit.training.results import RunResults
+
+
+def render_page(results: RunResults) -> str:
+    """The page as HTML; parts that the results do not have are left out."""
+    environment = Environment(
+        loader=PackageLoader("deeplimit.report", "web"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(_context(results))
+
+
+def write_page(results: RunResults, path: Path) -> Path:
+    """Write the page, aside first and then renamed: a reader sees the old page or the new one."""
+    html = render_page(results)
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(html, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def _context(results: RunResults) -> dict[str, Any]:
+    profiles, cut, reference = results.profiles, results.cut, results.reference
+    control = None
+    if cut is not None and cut.removed and reference is not None:
+        control = {
+            "sentence": answer.control_sentence(reference),
+            "rows": answer.control_rows(cut, reference),
+        }
+    return {
+        "title": _title(results),
+        "css": _source("page.css"),
+        "script": _source("page.js"),
+        "plotly": Markup(get_plotlyjs()),
+        "results": results,
+        "horizon": profiles.test.horizon if profiles else None,
+        "cut": cut,
+        "strip": answer.strip(cut) if cut else [],
+        "lead": answer.lead(cut) if cut else "",
+        "rule": answer.rule(cut, profiles) if cut else "",
+        "comparisons": answer.comparisons(cut.report) if cut else (),
+        "agreement": percent(cut.report.agreement, cut.report.samples) if cut else "",
+        "waiting": answer.waiting(results),
+        "control": control,
+        "layer_panels": layer_panels(results),
+        "layer_rows": list(_layer_rows(profiles.test)) if profiles else [],
+        "states": states_panel(results),
+        "training_panels": training_panels(results),
+        "recipe": list(_flat(results.recipe)),
+    }
+
+
+def _title(results: RunResults) -> str:
+    if results.cut is None:
+        return f"{results.name} · deeplimit"
+    report = results.cut.report
+    return f"{results.name}: depth {report.horizon_before} → {report.horizon_after} · deeplimit"
+
+
+def _source(name: str) -> Markup:
+    """A style sheet or script of ours, to stand in the page as it is."""
+    return Markup(files("deeplimit.report").joinpath("web", name).read_text("utf-8"))
+
+
+def _layer_rows(profile: TurnpikeProfile) -> Iterator[dict[str, Any]]:
+    marks = {profile.exit(): "exit"} if profile.exit() != profile.horizon else {}
+    marks |= {profile.entry(): "entry"}
+    for n in range(profile.horizon + 1):
+        last = n == profile.horizon
+        yield {
+            "layer": n,
+            "mark": marks.get(n, ""),
+            "loss": significant(profile.loss[n], 4),
+            "accuracy": percent(profile.accuracy[n], profile.samples),
+            "distance": significant(profile.distance[n]),
+            "update": "" if last else f"{significant(100 * profile.relative_update[n])} %",
+        }
+
+
+def _flat(recipe: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The recipe's fields as in its file: nested tables with dots, lists with commas."""
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, bool):
+            yield f"{prefix}{key}", str(value).lower()
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{key}", ", ".join(map(str, value))
+        elif value is not None:
+            yield f"{prefix}{key}", str(value)

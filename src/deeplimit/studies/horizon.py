@@ -1,0 +1,170 @@
+"""Is there a turnpike? Train at N, 2N and 4N and count the layers outside the tube.
+
+If some control of N_0 layers brings all samples to the minimisers at cost K above the minimum, and
+training does no worse than that control followed by zeros, then for every horizon N
+
+    #{n : mean dist(z_n, Z*_y) > δ}  ≤  K / (γ α(δ))
+
+with α the class-K∞ function of strict dissipativity. The step size h, γ and r per layer stay what
+they are while N grows. The bound is on what training reaches: undertrained networks break it.
+Source: [PF24] arXiv 2405.19013.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deeplimit.control import TurnpikeProfile
+from deeplimit.errors import InputError
+from deeplimit.training import Recipe, profile_run, recipe_for, train
+from deeplimit.training.files import write_text
+from deeplimit.training.typed_values import to_plain
+
+STUDY = "study.json"
+MULTIPLES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class HorizonRuns:
+    """The networks of one depth, one for each seed of the study.
+
+    Attributes:
+        horizon: N, the number of layers.
+        runs: their run folders, in the study's.
+        outside: layers 0 … N outside the tube, on test data.
+        entry: first layer from which on all are in the tube; None where no layer is in it.
+        accuracy: of the whole network, on test data.
+    """
+
+    horizon: int
+    runs: tuple[str, ...]
+    outside: tuple[int, ...]
+    entry: tuple[int | None, ...]
+    accuracy: tuple[float, ...]
+
+    @property
+    def mean_outside(self) -> float:
+        """Layers outside the tube, mean over the seeds."""
+        return sum(self.outside) / len(self.outside)
+
+
+@dataclass(frozen=True)
+class HorizonStudy:
+    """Layers outside the tube at N, 2N and 4N.
+
+    Attributes:
+        folder: where the runs and study.json are.
+        data: the data set.
+        step, stage_cost, control_cost: h, γ and r, the same at every depth.
+        softness: ε.
+        radius: the tube's radius δ.
+        epochs: passes over the training data in each run.
+        seeds: of the runs.
+        depths: one entry per depth, from the smallest to the largest.
+    """
+
+    folder: str
+    data: str
+    step: float
+    stage_cost: float
+    control_cost: float
+    softness: float
+    radius: float
+    epochs: int
+    seeds: tuple[int, ...]
+    depths: tuple[HorizonRuns, ...]
+
+    @property
+    def growth(self) -> float:
+        """Mean layers outside at 4N over those at N; near 1 where there is a turnpike."""
+        return self.depths[-1].mean_outside / max(self.depths[0].mean_outside, 1e-9)
+
+
+def horizon_recipe(data: str) -> Recipe:
+    """The data set's recipe; for digits trained to convergence, in a state of 32 numbers."""
+    recipe = recipe_for(data)
+    return replace(recipe, width=32, epochs=300) if data == "digits" else recipe
+
+
+def study_horizon(
+    recipe: Recipe,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    radius: float | None = None,
+    runs: Path = Path("runs"),
+    quiet: bool = False,
+) -> HorizonStudy:
+    """Trains `recipe` at one, two and four times its depth, once for each seed.
+
+    Everything else, step size and costs per layer included, stays as the recipe says. The counts
+    are of test data. The runs and study.json are left in a new folder, horizon-DATA.
+
+    Args:
+        recipe: of the smallest network; its own seed is not used.
+        seeds: at least one.
+        radius: δ of the tube; by default `TurnpikeProfile.radius`, 0.2·d_0.
+        runs: folder for the study's folder.
+        quiet: show no progress.
+
+    Raises:
+        InputError: no seed, a seed twice, or a negative radius.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(
+            f"seeds {' '.join(map(str, seeds)) or '(none)'} given; expected at least one, each once"
+        )
+    if radius is not None and not radius >= 0:
+        raise InputError(f"the tube radius is {radius}; it must be a number ≥ 0")
+    folder = _free(runs / f"horizon-{Path(recipe.data.rpartition(':')[2]).stem}")
+    depths: list[HorizonRuns] = []
+    tests: list[TurnpikeProfile] = []
+    for multiple in MULTIPLES:
+        deeper = replace(recipe, depth=tuple(multiple * steps for steps in recipe.depth))
+        trained = [
+            train(
+                replace(deeper, seed=seed),
+                runs=folder,
+                name=f"{deeper.horizon}-layers-seed-{seed}",
+                quiet=quiet,
+            )
+            for seed in seeds
+        ]
+        tests = [profile_run(run).test for run in trained]
+        names = tuple(run.path.name for run in trained)
+        depths.append(_counted(deeper.horizon, names, tests, radius))
+    study = HorizonStudy(
+        folder=str(folder),
+        data=recipe.data,
+        step=recipe.step,
+        stage_cost=recipe.stage_cost,
+        control_cost=recipe.control_cost,
+        softness=recipe.softness,
+        radius=tests[0].radius if radius is None else radius,
+        epochs=recipe.epochs,
+        seeds=tuple(seeds),
+        depths=tuple(depths),
+    )
+    write_text(folder / STUDY, json.dumps(to_plain(study), allow_nan=False) + "\n")
+    return study
+
+
+def _free(path: Path) -> Path:
+    """The path itself, or the first of path-2, path-3, … that does not exist."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _counted(
+    horizon: int, runs: tuple[str, ...], tests: Sequence[TurnpikeProfile], radius: float | None
+) -> HorizonRuns:
+    return HorizonRuns(
+        horizon=horizon,
+        runs=runs,
+        outside=tuple(test.outside(radius) for test in tests),
+        entry=tuple(test.entry(radius) for test in tests),
+        accuracy=tuple(test.accuracy[-1] for test in tests),
+    )

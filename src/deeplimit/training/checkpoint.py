@@ -1,0 +1,157 @@
+"""Checkpoints: everything that a stopped run needs to go on to the same result.
+
+checkpoint/epoch-00012.pt holds the run after 12 epochs, checkpoint/latest names the newest. A file
+is written aside and renamed, then `latest` moves, and only then is the last but one deleted: at
+every moment a whole checkpoint is there, and from the second epoch on two.
+
+There is no random state in it: an epoch's randomness is a function of (seed, epoch, process).
+"""
+
+import contextlib
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from deeplimit.errors import InputError
+from deeplimit.training.files import write_text, write_whole
+from deeplimit.training.metrics import Row
+
+FORMAT = 1
+FOLDER, LATEST = "checkpoint", "latest"
+NAME = re.compile(r"epoch-\d{5,}\.pt")
+WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after some epochs.
+
+    Attributes:
+        model: the network's state_dict, whole whatever the strategy; keys of the bare network.
+        optimizer: the optimiser's state by parameter names.
+        scheduler: the schedule's state.
+        step: optimisation steps done.
+        rows: the metrics of the epochs done.
+    """
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    step: int
+    rows: list[Row]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs done."""
+        return len(self.rows)
+
+
+def capture(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State of network and optimiser on the CPU, gathered from all processes, which all call it.
+
+    In the first process they are whole, in the others empty.
+    """
+    return (
+        get_model_state_dict(model, options=WHOLE_ON_CPU),
+        get_optimizer_state_dict(model, optimizer, options=WHOLE_ON_CPU),
+    )
+
+
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+) -> None:
+    """Puts a checkpoint's state into network, optimiser and schedule, in every process.
+
+    Raises:
+        InputError: it is the checkpoint of another network.
+    """
+    whole = StateDictOptions(full_state_dict=True)
+    try:
+        set_model_state_dict(model, checkpoint.model, options=whole)
+        set_optimizer_state_dict(model, optimizer, checkpoint.optimizer, options=whole)
+    except (RuntimeError, KeyError) as error:
+        raise InputError(
+            f"the checkpoint is not of the network in recipe.toml ({_line(error)}); give the run "
+            "its own recipe back"
+        ) from error
+    scheduler.load_state_dict(checkpoint.scheduler)
+
+
+def save_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint into a run folder; keeps the one before it, deletes older ones.
+
+    Raises:
+        RunError: the disk is full or cannot be written to; the last good checkpoint is still there.
+    """
+    folder = run / FOLDER
+    with contextlib.suppress(OSError):  # the write below says why
+        folder.mkdir(exist_ok=True)
+    path = folder / f"epoch-{checkpoint.epochs:05d}.pt"
+    content = {"format": FORMAT, **vars(checkpoint)}
+    write_whole(path, lambda file: torch.save(content, file))
+    write_text(folder / LATEST, path.name + "\n")
+    for needless in (*_newest_first(folder)[2:], *folder.glob(".epoch-*")):
+        with contextlib.suppress(OSError):  # a file too many does no harm
+            needless.unlink()
+
+
+def load_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; None if the run was stopped before its first one.
+
+    Raises:
+        InputError: there are checkpoints, but none is whole, or they are of another version.
+    """
+    folder = run / FOLDER
+    paths = _newest_first(folder)
+    problems = []
+    for path in paths:
+        try:
+            return _load(path)
+        except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
+            problems.append(f"{path.name}: {_line(error)}")
+    if problems or (folder / LATEST).exists():
+        raise InputError(
+            f"{folder}: no whole checkpoint ({'; '.join(problems) or 'none of the files is left'});"
+            f" the run cannot go on: train again from {run / 'recipe.toml'}"
+        )
+    return None
+
+
+def _load(path: Path) -> Checkpoint:
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise InputError(f"the checksum of {damaged} is wrong")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if content.pop("format") != FORMAT:
+        raise InputError("it is of another version of deeplimit")
+    return Checkpoint(**content)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """The checkpoints, the one that `latest` names first; newer ones, if any, come last."""
+    if not folder.is_dir():
+        return []
+    paths = sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name)), reverse=True)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        latest = (folder / LATEST).read_text().strip()
+        paths.sort(key=lambda path: path.name > latest)
+    return paths
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,64 @@
+"""Default recipes: one entry for each named data set, one for each kind of unnamed data."""
+
+from dataclasses import replace
+
+from deeplimit.training.recipe import Recipe
+
+# The figures that benchmarks/results report were reached with these.
+RECIPES: dict[str, Recipe] = {
+    "digits": Recipe(),
+    "spirals": Recipe(
+        data="spirals",
+        kind="logit",
+        depth=(40,),
+        width=2,
+        hidden=32,
+        activation="tanh",
+        step=0.25,
+        stage_cost=0.25,
+        epochs=200,
+        weight_decay=1e-2,
+        batch_size=50,
+        learning_rate=1e-2,
+    ),
+    "mnist": Recipe(
+        data="mnist",
+        kind="convolutional",
+        depth=(24,),
+        width=16,
+        hidden=16,
+        reduction=4,
+        stage_cost=0.2,
+        epochs=14,
+        weight_decay=1e-2,
+        batch_size=128,
+        learning_rate=5e-3,
+        crop=2,
+    ),
+    "cifar10": Recipe(
+        data="cifar10",
+        kind="convolutional",
+        depth=(9, 9, 9),
+        width=16,
+        hidden=16,
+        reduction=1,
+        epochs=100,
+        batch_size=128,
+        learning_rate=5e-3,
+        weight_decay=5e-4,
+        crop=4,
+        flip=True,
+    ),
+}
+IMAGES = replace(RECIPES["cifar10"], depth=(8, 8, 8), reduction=2, epochs=30)
+VECTORS = RECIPES["digits"]
+
+
+def recipe_for(data: str) -> Recipe:
+    """The default recipe of a data set.
+
+    A name without an entry of its own gets the one for vectors (`npz:FILE`) or for images.
+    """
+    if data in RECIPES:
+        return RECIPES[data]
+    return replace(VECTORS if data.startswith("npz:") else IMAGES, data=data)

@@ -1,0 +1,149 @@
+"""The loop: an epoch of steps, its evaluation, its checkpoint."""
+
+import math
+import time
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+
+from deeplimit.control import StageCost, turnpike_profile
+from deeplimit.data import DataSet
+from deeplimit.training.building import (
+    build_model,
+    evaluation_batches,
+    loss_of,
+    training_batches,
+)
+from deeplimit.training.checkpoint import Checkpoint, capture, restore, save_checkpoint
+from deeplimit.training.determinism import seed_epoch
+from deeplimit.training.divergence import check_validation, loss_not_finite
+from deeplimit.training.metrics import Row
+from deeplimit.training.processes import first_process_does, over_processes
+from deeplimit.training.progress import Observer
+from deeplimit.training.recipe import Recipe
+from deeplimit.training.run_folder import RunFolder
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Training:
+    """All that changes while a network is trained, in one process of possibly several.
+
+    Attributes:
+        objective: the stage cost around the network that is trained; under fsdp its parameters are
+            divided among the processes.
+        network: in the first process, a whole copy of the network on its device, as of the last
+            epoch's end: what is evaluated, checkpointed and saved. It lives in 32 bits.
+        rows: metrics of the epochs done.
+        steps: optimisation steps done.
+    """
+
+    def __init__(self, fabric: Fabric, recipe: Recipe, data: DataSet, folder: RunFolder):
+        self.fabric, self.recipe, self.data, self.folder = fabric, recipe, data, folder
+        self.rows: list[Row] = []
+        self.steps = 0
+        self.steps_per_epoch = len(self._batches(epoch=0))
+        self.network = build_model(recipe, data)
+        self.objective = StageCost(
+            build_model(recipe, data), loss_of(recipe, data), recipe.stage_cost, recipe.control_cost
+        )
+        self.module: Any = fabric.setup_module(self.objective)
+        # Only now: under fsdp the parameters have become other objects.
+        self.optimizer = AdamW(
+            self.objective.parameters(),
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        self.schedule = OneCycleLR(
+            self.optimizer,
+            max_lr=recipe.learning_rate,
+            total_steps=recipe.epochs * self.steps_per_epoch,
+        )
+        self.stepper: Any = fabric.setup_optimizers(self.optimizer)
+        if fabric.is_global_zero:
+            self.network.to(fabric.device)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to where a checkpoint was taken."""
+        restore(checkpoint, self.objective.model, self.optimizer, self.schedule)
+        self.network.load_state_dict(checkpoint.model)
+        self.rows, self.steps = list(checkpoint.rows), checkpoint.step
+
+    def run_epoch(self, observer: Observer) -> None:
+        """One pass over the training data, evaluated, with a checkpoint.
+
+        Raises:
+            RunError: a loss that is not finite, or a disk that is full; the last good checkpoint is
+                still there.
+        """
+        began = time.perf_counter()
+        epoch = len(self.rows)
+        seed_epoch(self.recipe.seed, epoch, self.fabric.global_rank)
+        self.module.train()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
+
+        def figures() -> tuple[float, float]:
+            loss, hits, count = sums.tolist()
+            return loss / count, hits / count
+
+        for batch in self._batches(epoch):
+            sums += self._step(self.fabric.to_device(batch))
+            observer.step(figures)
+        sums = over_processes(self.fabric, sums, "sum")
+        weights, optimizer = capture(self.objective.model, self.optimizer)
+
+        def judge() -> Row:
+            """Evaluates the gathered weights and writes them down."""
+            self.network.load_state_dict(weights)
+            loss, accuracy = figures()
+            trained: Row = {"epoch": float(epoch + 1), "loss": loss, "accuracy": accuracy}
+            row = trained | self._validate() | {"seconds": time.perf_counter() - began}
+            rows = [*self.rows, row]
+            state = self.schedule.state_dict()
+            checkpoint = Checkpoint(weights, optimizer, state, self.steps, rows)
+            save_checkpoint(self.folder.path, checkpoint)
+            self.folder.write_metrics(rows)
+            return row
+
+        row = first_process_does(self.fabric, judge)
+        self.rows.append(row)
+        observer.epoch(row)
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One optimisation step; sums of loss, hits and samples in this process's part."""
+        self.stepper.zero_grad(set_to_none=True)
+        cost, logits = self.module(*batch)
+        self.fabric.backward(cost)
+        self.steps += 1
+        # While the parameters are still those that made the cost, and in all processes together.
+        if not math.isfinite(over_processes(self.fabric, cost.detach(), "mean").item()):
+            structure, done = self.objective.anatomy, len(self.rows)
+            raise loss_not_finite(self.fabric, self.module, structure, batch, self.steps, done)
+        self.stepper.step()
+        self.schedule.step()
+        with torch.no_grad():
+            losses = self.objective.loss(logits, batch[1]).double()
+            hits = (logits.argmax(-1) == batch[1]).double()
+            return torch.stack([losses.sum(), hits.sum(), torch.ones_like(hits).sum()])
+
+    def _validate(self) -> Row:
+        """The metrics of the whole network on validation data."""
+        loader = evaluation_batches(self.data.validation)
+        profile = turnpike_profile(self.network, loader, self.objective.loss)
+        check_validation(profile, len(self.rows))
+        entry = profile.entry()
+        return {
+            "validation_loss": profile.loss[-1],
+            "validation_accuracy": profile.accuracy[-1],
+            "entry": None if entry is None else float(entry),
+            "learning_rate": float(self.schedule.get_last_lr()[0]),
+        }
+
+    def _batches(self, epoch: int) -> Any:
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        return training_batches(self.recipe, self.data, epoch, rank, world)

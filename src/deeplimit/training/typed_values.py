@@ -1,0 +1,106 @@
+"""Typed dataclasses as the plain values that JSON and TOML hold, and back, checked."""
+
+import difflib
+import math
+import types
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from deeplimit.errors import InputError
+
+Record = TypeVar("Record")
+
+
+def to_plain(value: Any) -> Any:
+    """Dicts, lists, strings and finite numbers only. NaN becomes None, ±∞ the strings ±inf."""
+    if is_dataclass(value):
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def from_plain(kind: type[Record], value: Any, where: str = "") -> Record:
+    """The dataclass that `to_plain` took apart; fields that may be None may be left out.
+
+    Raises:
+        InputError: an unknown, missing or ill-typed field; the message names it.
+    """
+    hints = get_type_hints(kind)
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(value, dict):
+        raise InputError(f"{where or kind.__name__} is {_shown(value)}; expected the fields of one")
+    prefix = f"{where}." if where else ""
+    for name in value:
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
+            meant = f", did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"unknown field {prefix}{name}{meant}")
+    for name in names:
+        if name not in value and type(None) not in get_args(hints[name]):
+            raise InputError(f"the field {prefix}{name} is missing")
+    return kind(**{n: conform(hints[n], value.get(n), prefix + n) for n in names})
+
+
+def conform(hint: Any, value: Any, where: str) -> Any:
+    """The value as its annotation says it, converted only where nothing can be lost.
+
+    A list becomes a tuple, a whole number a float, a string a path, None (in a float) NaN.
+
+    Raises:
+        InputError: it is of another type, or not among the choices.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in inner:
+            choices = ", ".join(map(str, inner))
+            raise InputError(f"{where} is {_shown(value)}; expected one of {choices}")
+        return value
+    if origin in (Union, types.UnionType):
+        (kind,) = (one for one in inner if one is not type(None))
+        return None if value is None else conform(kind, value, where)
+    if origin is tuple:
+        return _tuple(inner, value, where)
+    if is_dataclass(hint):
+        return from_plain(cast(type, hint), value, where)
+    if hint is float:
+        return _float(value, where)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise _ill_typed(where, value, {int: "a whole number", bool: "true or false"}, hint)
+    return value
+
+
+def _tuple(inner: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, tuple | list):
+        raise InputError(f"{where} is {_shown(value)}; expected a list")
+    kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+    if len(kinds) != len(value):
+        raise InputError(f"{where} has {len(value)} entries; expected {len(kinds)}")
+    pairs = enumerate(zip(kinds, value, strict=True))
+    return tuple(conform(kind, item, f"{where}[{i}]") for i, (kind, item) in pairs)
+
+
+def _float(value: Any, where: str) -> float:
+    if value is None:
+        return math.nan
+    if value in ("inf", "-inf"):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _ill_typed(where, value, {float: "a number"}, float)
+    return float(value)
+
+
+def _ill_typed(where: str, value: Any, words: dict[Any, str], hint: Any) -> InputError:
+    return InputError(f"{where} is {_shown(value)}; expected {words.get(hint, hint.__name__)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

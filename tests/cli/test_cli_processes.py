@@ -1,0 +1,114 @@
+"""The command in processes of its own: signals, pipes, several devices, both ways to start it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_commands import SMALL, process
+
+from deeplimit import __version__
+from deeplimit.training import RunFolder
+
+COMMAND = [sys.executable, "-m", "deeplimit"]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_the_script_and_the_module_are_the_same_command(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("deeplimit")
+    if not script.exists():
+        pytest.skip(f"deeplimit is not installed beside {sys.executable}")
+    said = subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
+    assert said == process("--version", cwd=tmp_path).out == f"deeplimit {__version__}\n"
+
+
+def test_wrong_input_in_a_process(tmp_path: Path) -> None:
+    done = process("train", "digitz", cwd=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    assert line.startswith("deeplimit: unknown data set 'digitz'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    """Ctrl-C: exit code 130, and the line says how to go on."""
+    args = ["train", "digits", *SMALL, "--epochs", "100000"]
+    with subprocess.Popen(
+        [*COMMAND, *args],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ONE_THREAD,
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if "epoch 2/" in line:
+                break
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read().splitlines()
+    assert running.returncode == 130
+    assert rest[-1].startswith("deeplimit: stopped in epoch ")
+    assert "deeplimit train --resume runs/digits" in rest[-1]
+    assert not any("Traceback" in line for line in rest)
+    assert len(RunFolder.open(tmp_path / "runs" / "digits").metrics()) >= 2
+
+
+def test_nobody_reads_the_result(run: Path) -> None:
+    """As in `deeplimit crop … --json | head -0`: the work is done, and nothing complains."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as out:
+        done = subprocess.run(
+            [*COMMAND, "crop", str(run), "--to", "2", "--json"],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ONE_THREAD,
+            timeout=240,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    cut = RunFolder.open(run).cut()
+    assert cut is not None
+    assert cut.removed == (2,)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("launcher", ["script", "torchrun"])
+def test_two_processes_speak_with_one_voice(launcher: str, tmp_path: Path) -> None:
+    """Only the first of them prints, profiles, cuts and writes the page."""
+    args = ["train", "digits", *SMALL, "--devices", "2", "--strategy", "ddp", "--json"]
+    start = [str(Path(sys.executable).with_name("deeplimit"))]
+    if launcher == "script" and not Path(start[0]).exists():
+        pytest.skip(f"deeplimit is not installed beside {sys.executable}")
+    if launcher == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        start = [sys.executable, *torchrun, "-m", "deeplimit"]
+    done = subprocess.run(
+        [*start, *args],
+        cwd=tmp_path,
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == "runs/digits"
+    assert done.stderr.count("epoch 2/2") == 1
+    assert [path.name for path in (tmp_path / "runs").glob("d*")] == ["digits"]
+    assert RunFolder.open(tmp_path / "runs" / "digits").cut() is not None
+
+
+@pytest.mark.processes
+def test_wrong_input_from_two_processes(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("in the way")
+    done = process("train", *SMALL, "--devices", "2", cwd=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    lines = [line for line in done.err.splitlines() if line.startswith("deeplimit: ")]
+    assert len(lines) == 1
+    assert "runs" in lines[0]
+    assert "Traceback" not in done.err

@@ -1,0 +1,279 @@
+"""The verbs on a small run: what they print, what they write, what they leave alone."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from cli_commands import SMALL, Done, command, contents
+
+from deeplimit.cli import main
+from deeplimit.cli.crop import Crop
+from deeplimit.cli.demo import Demo
+from deeplimit.cli.horizon import Horizon
+from deeplimit.cli.profile import Profile
+from deeplimit.cli.report import Report
+from deeplimit.cli.train import Train
+from deeplimit.cli.verbs import VERBS
+from deeplimit.network.storage import load
+from deeplimit.training import RunFolder, recipe_for
+
+FILES = {
+    "recipe.toml",
+    "metrics.csv",
+    "checkpoint",
+    "model.safetensors",
+    "profile.json",
+    "trajectories.json",
+    "crop.json",
+    "cropped.safetensors",
+    "report.html",
+}
+
+
+def files(run: Path) -> dict[str, object]:
+    return {name: json.loads((run / f"{name}.json").read_text()) for name in ("profile", "crop")}
+
+
+def printed(done: Done) -> dict[str, object]:
+    """The JSON object that is all of stdout."""
+    assert done.code == 0, done.err
+    assert done.out.count("\n") == 1
+    return json.loads(done.out)
+
+
+def without_times(result: object) -> object:
+    """The same result less how long it took."""
+    if isinstance(result, dict):
+        return {k: without_times(v) for k, v in result.items() if "latency" not in k}
+    return result
+
+
+def test_train_leaves_a_whole_run(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir()} == FILES
+    folder = RunFolder.open(trained)
+    assert (folder.recipe.depth, folder.recipe.hidden, folder.recipe.epochs) == ((3,), 8, 2)
+    assert len(folder.metrics()) == 2
+    cut = folder.cut()
+    assert cut is not None
+    assert cut.automatic
+    profiles = folder.profiles()
+    assert profiles is not None
+    assert cut.report.horizon_after == profiles.validation.recommended_depth
+
+
+def test_train_prints_the_answer_first_and_the_page_last(tmp_path: Path) -> None:
+    done = command("train", "digits", *SMALL, "--runs", tmp_path / "runs")
+    lines = done.out.splitlines()
+    assert re.match(r"Depth 3 → [0-3]$", lines[0].strip())
+    assert lines[-1] == f"The page is at {tmp_path / 'runs' / 'digits' / 'report.html'}"
+    assert "Test accuracy" in done.out
+    assert len(done.err.splitlines()) == 3  # what is trained, and a line for each epoch
+    assert "epoch 2/2" in done.err
+
+
+def test_train_as_json(tmp_path: Path) -> None:
+    result = printed(command("train", "digits", *SMALL, "--runs", tmp_path, "--json"))
+    run = tmp_path / "digits"
+    assert result["run"] == str(run)
+    assert result["page"] == str(run / "report.html")
+    results = result["results"]
+    assert isinstance(results, dict)
+    assert results["profiles"] == files(run)["profile"]
+    assert results["cut"] == files(run)["crop"]
+    assert results["recipe"]["depth"] == [3]
+    assert [row["epoch"] for row in results["metrics"]] == [1, 2]
+
+
+def test_profile(run: Path) -> None:
+    (run / "profile.json").unlink()
+    page = (run / "report.html").stat().st_mtime_ns
+    result = printed(command("profile", run, "--json"))
+    assert result == files(run)["profile"]
+    assert (run / "report.html").stat().st_mtime_ns > page
+    shown = command("profile", run).out
+    assert "recommended" in shown
+    assert len(re.findall(r"^ +\d ", shown, flags=re.MULTILINE)) == 4  # layers 0 … 3
+
+
+def test_crop_to_a_depth(run: Path) -> None:
+    result = printed(command("crop", run, "--to", "2", "--json"))
+    assert result == files(run)["crop"]
+    assert result["removed"] == [2]
+    assert result["automatic"] is False
+    assert result["report"]["horizon_after"] == 2
+    assert load(run / "cropped.safetensors").architecture.depths == (2,)
+    assert "Depth 3 → 2" in command("crop", run, "--to", "2").out
+    assert "Depth 3 → 2" not in command("report", run).err
+
+
+def test_crop_auto_is_the_default(run: Path) -> None:
+    before = files(run)["crop"]
+    command("crop", run, "--to", "1")
+    assert files(run)["crop"] != before
+    result = printed(command("crop", run, "--json"))
+    assert result["automatic"] is True
+    assert without_times(result) == without_times(before)
+
+
+def test_report_renews_the_page_and_computes_nothing(run: Path) -> None:
+    command("crop", run, "--to", "2")
+    before = contents(run)
+    (run / "report.html").unlink()
+    result = printed(command("report", run, "--json"))
+    assert result["results"]["cut"] == files(run)["crop"]
+    assert contents(run) == before
+    assert "<title>small: depth 3 → 2" in (run / "report.html").read_text()
+
+
+def test_report_of_a_run_that_is_not_finished(stopped: Path) -> None:
+    """There is something to see before the end: what was measured so far."""
+    done = command("report", stopped)
+    assert done.code == 0
+    assert (stopped / "report.html").exists()
+
+
+def test_a_run_is_never_overwritten(trained: Path) -> None:
+    before = contents(trained)
+    again = ["train", "digits", *SMALL, "--runs", trained.parent, "--name", "small"]
+    assert command(*again).code == 0
+    assert command(*again).code == 0
+    assert contents(trained) == before
+    assert {path.name for path in trained.parent.glob("small*")} == {"small", "small-2", "small-3"}
+
+
+def test_recipe_repeats_a_run(trained: Path, tmp_path: Path) -> None:
+    done = command("train", "--recipe", trained / "recipe.toml", "--runs", tmp_path)
+    assert done.code == 0
+    first, again = RunFolder.open(trained), RunFolder.open(tmp_path / "digits")
+    assert again.recipe == first.recipe
+    for old, new in zip(first.metrics(), again.metrics(), strict=True):
+        assert old | {"seconds": 0} == new | {"seconds": 0}
+    assert files(tmp_path / "digits")["profile"] == files(trained)["profile"]
+    weights = [folder.model().state_dict() for folder in (first, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_an_option_overrides_the_recipe(trained: Path, tmp_path: Path) -> None:
+    args = ["--recipe", trained / "recipe.toml", "--seed", "5", "--runs", tmp_path]
+    assert command("train", *args).code == 0
+    recipe = RunFolder.open(tmp_path / "digits").recipe
+    assert recipe == dataclasses.replace(RunFolder.open(trained).recipe, seed=5)
+
+
+def test_resume_goes_on_to_the_same_result(trained: Path, stopped: Path) -> None:
+    done = command("train", "--resume", stopped)
+    assert done.code == 0
+    assert "epoch 2/2" in done.err
+    assert "epoch 1/2" not in done.err
+    assert "Depth 3 →" in done.out
+    assert {path.name for path in stopped.iterdir()} == FILES
+    assert files(stopped)["profile"] == files(trained)["profile"]
+
+
+def test_resume_of_a_finished_run_changes_nothing(run: Path) -> None:
+    """Also a depth that the user chose stays; the weights are written again, the same ones."""
+    command("crop", run, "--to", "2")
+    before, weights = contents(run), load(run / "model.safetensors").state_dict()
+    done = command("train", "--resume", run)
+    assert done.code == 0
+    assert "epoch 2/2" not in done.err
+    assert "Depth 3 → 2" in done.out
+    assert contents(run) | {"model.safetensors": ""} == before | {"model.safetensors": ""}
+    again = load(run / "model.safetensors").state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_defaults_are_the_data_sets(tmp_path: Path) -> None:
+    done = command("train", "spirals", "--epochs", "1", "--depth", "4", "--runs", tmp_path)
+    assert done.code == 0
+    expected = dataclasses.replace(recipe_for("spirals"), epochs=1, depth=(4,))
+    assert RunFolder.open(tmp_path / "spirals").recipe == expected
+
+
+def test_a_network_that_diverges(tmp_path: Path) -> None:
+    """Exit code 1: the input was in order, the run failed; the line says where and what to do."""
+    done = command("train", *SMALL, "--learning-rate", "1e30", "--runs", tmp_path)
+    assert (done.code, done.out) == (1, "")
+    line = done.err.splitlines()[-1]
+    assert line.startswith("deeplimit: the loss is not finite at step 2")
+    assert "layer" in line
+    assert "smaller learning rate" in line
+
+
+def test_a_terminal_that_lacks_letters(run: Path) -> None:
+    """The answer comes all the same."""
+    written = io.BytesIO()
+    out = io.TextIOWrapper(written, encoding="latin-1")
+    with contextlib.redirect_stdout(out):
+        assert main(["crop", str(run), "--to", "2"]) == 0
+    assert "Depth 3 ? 2" in written.getvalue().decode("latin-1")
+
+
+HELP = {
+    "train": Train,
+    "profile": Profile,
+    "crop": Crop,
+    "report": Report,
+    "demo": Demo,
+    "study horizon": Horizon,
+}
+
+
+def explained(help_text: str) -> dict[str, str]:
+    """What the help says of each option, without metavar and default."""
+    text = re.sub(r"^[│|]|[│|] *$", " ", help_text, flags=re.MULTILINE)
+    entries = re.findall(r"^ {2,3}(--[\w-]+|[A-Z]+)\b(.*?)(?=^ {0,3}\S|\Z)", text, re.M | re.S)
+    return {
+        name: " ".join(
+            re.sub(r"\(default.*|\(required.*|\{.*?\}|\[.*\]", " ", said, flags=re.S).split()
+        )
+        for name, said in entries
+    }
+
+
+@pytest.mark.parametrize("verb", HELP)
+def test_help_names_and_explains_every_option(verb: str) -> None:
+    done = command(*verb.split(), "--help")
+    assert done.code == 0
+    assert done.err == ""
+    said = explained(done.out)
+    positional = {"run": "RUN"} | ({"data": "DATA"} if verb == "train" else {})
+    for field in dataclasses.fields(HELP[verb]):
+        name = positional.get(field.name, f"--{field.name.replace('_', '-')}")
+        assert len(said[name].split()) >= 4, f"{name} is not explained"
+    assert f"deeplimit {verb}" in done.out.replace(f"usage: deeplimit {verb}", "")  # an example
+
+
+@pytest.mark.parametrize("data", ["digits", "spirals", "mnist", "cifar10", "npz:x.npz"])
+def test_help_shows_the_defaults_of_the_data_set(data: str) -> None:
+    recipe = recipe_for(data)
+    shown = re.sub(r"[│|\s]+", " ", command("train", data, "--depth", "7", "--help").out)
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        assert f"(default: {value})" in shown
+    depth = re.search(r"--depth .*?\(default: ([\d ]+)\)", shown)
+    assert depth is not None
+    assert tuple(map(int, depth[1].split())) == recipe.depth
+
+
+def test_help_teaches() -> None:
+    done = command("--help")
+    assert done.code == 0
+    for name, verb in VERBS.items():
+        assert name in done.out
+        assert verb.summary.split()[-1] in done.out
+    assert "deeplimit demo" in done.out
+    assert "report.html" in done.out
+    assert "2 wrong input" in done.out
+
+
+def test_version() -> None:
+    import deeplimit
+
+    assert command("--version") == Done(0, f"deeplimit {deeplimit.__version__}\n", "")

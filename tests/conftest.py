@@ -1,0 +1,23 @@
+"""Shared fixtures; shapes in annotations are checked by beartype while the suite runs."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("deeplimit", "beartype.beartype")
+
+# A suite that runs in the background has Ctrl-C ignored, its children too; some tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real MNIST, CIFAR-10 and pretrained weights beside the project."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no data at {SHARED_DATA}")
+    return SHARED_DATA

@@ -1,0 +1,101 @@
+import io
+import re
+from dataclasses import replace
+
+from rich.console import Console, RenderableType
+
+from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.report import crop_summary, profile_table
+from deeplimit.report.console import layer_marks, shown_layers
+from deeplimit.training.results import RunResults
+
+
+def printed(renderable: RenderableType) -> str:
+    file = io.StringIO()
+    Console(width=100, no_color=True, file=file).print(renderable)
+    return file.getvalue().replace("\u00a0", " ")
+
+
+def row_of(text: str, layer: int) -> str:
+    return next(line for line in text.splitlines() if re.match(rf"\s*{layer}\s", line))
+
+
+def test_every_layer_of_a_short_network_is_shown(digits: RunResults) -> None:
+    assert digits.profiles is not None
+    test = digits.profiles.test
+    text = printed(profile_table(test))
+    for n in range(21):
+        row = row_of(text, n)
+        assert f"{test.loss[n]:.4f}" in row
+        assert f"{100 * test.accuracy[n]:.1f} %" in row
+        assert f"{test.distance[n]:.3f}" in row
+    assert "entry" in row_of(text, test.entry() or 0)
+    assert "recommended" in row_of(text, test.recommended_depth)
+    assert f"δ = {test.radius:.3f}" in text
+
+
+def test_a_long_network_is_abbreviated_around_its_marks(spirals: RunResults) -> None:
+    assert spirals.profiles is not None
+    base = spirals.profiles.test
+    long = stretched(base, 300)
+    shown = shown_layers(long)
+    assert len(shown) < 40
+    assert shown[0] == 0
+    assert shown[-1] == 300
+    for mark in layer_marks(long):
+        assert {mark - 1, mark, mark + 1} & set(range(301)) <= set(shown)
+    assert f"{len(shown)} of the layers 0 to 300 are shown" in printed(profile_table(long))
+
+
+def stretched(profile: TurnpikeProfile, horizon: int) -> TurnpikeProfile:
+    def longer(values: tuple[float, ...], length: int) -> tuple[float, ...]:
+        return values + values[-1:] * (length - len(values))
+
+    return replace(
+        profile,
+        loss=longer(profile.loss, horizon + 1),
+        accuracy=longer(profile.accuracy, horizon + 1),
+        distance=longer(profile.distance, horizon + 1),
+        relative_update=longer(profile.relative_update, horizon),
+        loss_error=longer(profile.loss_error, horizon + 1),
+        accuracy_error=longer(profile.accuracy_error, horizon + 1),
+    )
+
+
+def test_entry_and_exit_are_absent_without_a_turnpike(digits: RunResults) -> None:
+    assert digits.profiles is not None
+    test = replace(digits.profiles.test, distance=(5.0,) * 21)
+    text = printed(profile_table(test))
+    assert "entry" not in text
+    assert "exit" not in text
+
+
+def test_exit_is_marked_where_states_leave_again(digits: RunResults) -> None:
+    assert digits.profiles is not None
+    test = replace(digits.profiles.test, distance=(5.0,) * 6 + (0.1,) * 10 + (5.0,) * 5)
+    text = printed(profile_table(test))
+    assert "entry" in row_of(text, 6)
+    assert "exit" in row_of(text, 15)
+
+
+def test_crop_summary_has_both_sides_and_the_control(digits: RunResults) -> None:
+    assert digits.cut is not None
+    assert digits.reference is not None
+    report, plain = digits.cut.report, digits.reference.report
+    text = printed(crop_summary(digits.cut, digits.reference))
+    assert f"Depth 20 → {report.horizon_after}" in text
+    assert f"{100 * report.accuracy_before:.1f} %" in text
+    assert f"{report.parameters_before:,}" in text
+    assert f"{report.parameters_after:,}" in text
+    assert f"{report.parameters_before / report.parameters_after:.1f} × fewer" in text
+    assert f"{report.latency_before / report.latency_after:.1f} × faster" in text
+    assert "chosen on validation data" in text
+    lost = 100 * (plain.accuracy_before - plain.accuracy_after)
+    assert f"loses {lost:.1f} points" in " ".join(text.split())
+
+
+def test_crop_summary_without_control(spirals: RunResults) -> None:
+    assert spirals.cut is not None
+    text = printed(crop_summary(spirals.cut))
+    assert "given by the user" in text
+    assert "without stage cost" not in text

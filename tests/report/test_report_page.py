@@ -1,0 +1,241 @@
+import html
+import os
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deeplimit.control.turnpike import ACCURACY_TOLERANCE, LOSS_TOLERANCE
+from deeplimit.report import render_page, write_page
+from deeplimit.report.numbers import count, percent, points, seconds, significant
+from deeplimit.training.results import RunResults
+
+
+def readable(page: str) -> str:
+    """What a reader sees of the page, without scripts, styles and tags."""
+    page = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return spaced(html.unescape(re.sub(r"<[^>]+>", " ", page)))
+
+
+def spaced(text: str) -> str:
+    """With one plain space for any white space, the kind that does not break included."""
+    return " ".join(text.split())
+
+
+def test_the_answer_comes_first_with_the_numbers_of_the_results(
+    digits: RunResults, digits_page: str
+) -> None:
+    assert digits.cut is not None
+    report = digits.cut.report
+    page = readable(digits_page)
+    answer = page.split("Layer by layer")[0]
+    change = report.accuracy_after - report.accuracy_before
+    for number in (
+        f"Depth 20 → {report.horizon_after}",
+        percent(report.accuracy_before, report.samples),
+        percent(report.accuracy_after, report.samples),
+        points(change, report.samples, report.accuracy_error),
+        percent(report.agreement, report.samples),
+        count(report.parameters_before),
+        count(report.parameters_after),
+        f"{report.parameters_before / report.parameters_after:.1f} × fewer",
+        count(report.multiply_adds_before),
+        count(report.multiply_adds_after),
+        seconds(report.latency_before),
+        seconds(report.latency_after),
+        f"{report.latency_before / report.latency_after:.1f} × faster",
+        significant(report.loss_after),
+    ):
+        assert spaced(number) in answer
+
+
+def test_the_rule_is_told_with_validation_figures(digits: RunResults, digits_page: str) -> None:
+    assert digits.profiles is not None
+    validation = digits.profiles.validation
+    depth = validation.recommended_depth
+    page = readable(digits_page)
+    assert "It is the smallest depth that, on validation data" in page
+    assert f"{100 * ACCURACY_TOLERANCE:g} points of accuracy" in page
+    assert f"{100 * LOSS_TOLERANCE:g} % of its range" in page
+    accuracy = percent(validation.accuracy[depth], validation.samples)
+    shown = f"depth {depth} has an accuracy of {accuracy}"
+    assert spaced(shown) in page
+    assert "took no part in the choice" in page
+
+
+def test_a_depth_given_by_the_user_is_told_beside_the_rule_s(spirals: RunResults) -> None:
+    assert spirals.profiles is not None
+    page = readable(render_page(spirals))
+    chosen = spirals.profiles.validation.recommended_depth
+    assert "The depth was given by the user." in page
+    assert f"applied to validation data, would have chosen {chosen}." in page
+    assert "The control" not in page
+
+
+def test_the_control_says_what_the_cut_costs_without_stage_cost(
+    digits: RunResults, digits_page: str
+) -> None:
+    assert digits.reference is not None
+    report = digits.reference.report
+    page = readable(digits_page)
+    lost = 100 * (report.accuracy_before - report.accuracy_after)
+    assert lost > 20
+    assert f"trained without stage cost loses {lost:.1f} points" in page
+
+
+def test_every_layer_of_the_test_profile_is_in_the_table(
+    digits: RunResults, digits_page: str
+) -> None:
+    assert digits.profiles is not None
+    test = digits.profiles.test
+    rows = re.findall(r"<tr[^>]*><th scope=\"row\">(\d+).*?</tr>", digits_page)
+    assert [int(n) for n in rows] == list(range(21))
+    page = readable(digits_page)
+    for n in range(21):
+        values = f"{significant(test.loss[n], 4)} {percent(test.accuracy[n], test.samples)}"
+        row = f"{values} {significant(test.distance[n])}"
+        update = f" {significant(100 * test.relative_update[n])} %" if n < 20 else ""
+        assert spaced(row + update) in page
+    assert render_page(digits) == digits_page
+
+
+def test_the_recipe_is_there_and_how_to_repeat_the_run(digits_page: str) -> None:
+    page = readable(digits_page)
+    assert "deeplimit train --recipe recipe.toml" in page
+    for field in ("stage_cost 0.1", "control_cost 0.0001", "seed 0", "versions.torch 2.13.0"):
+        assert field in page
+
+
+def test_names_are_escaped_everywhere(digits: RunResults, digits_page: str) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"'"
+    results = replace(
+        digits,
+        name=evil,
+        class_names=(evil, *digits.class_names[1:]),
+        recipe={"data": evil, evil: ["a", True]},
+    )
+    page = render_page(results)
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    assert page.count("<script") == digits_page.count("<script")
+    assert evil in html.unescape(page)
+
+
+def test_a_run_without_results_says_what_to_do() -> None:
+    empty = RunResults(name="empty", recipe={}, class_names=("a", "b"))
+    page = readable(render_page(empty))
+    assert "deeplimit crop RUN --to auto" in page
+    assert "→ ?" in page
+    for absent in ("Layer by layer", "Training", "States", "The control"):
+        assert absent not in page
+
+
+@pytest.mark.parametrize(
+    ("absent", "heading"),
+    [
+        ({"profiles": None}, "Layer by layer"),
+        ({"picture": None}, "States on"),
+        ({"metrics": ()}, "Training"),
+        ({"reference": None}, "The control"),
+    ],
+)
+def test_what_is_absent_is_left_out(
+    digits: RunResults, digits_page: str, absent: dict[str, None], heading: str
+) -> None:
+    assert heading in readable(digits_page)
+    assert heading not in readable(render_page(replace(digits, **absent)))
+
+
+def test_before_a_cut_the_validation_profile_recommends(digits: RunResults) -> None:
+    assert digits.profiles is not None
+    page = readable(render_page(replace(digits, cut=None, reference=None)))
+    depth = digits.profiles.validation.recommended_depth
+    assert f"{depth} layers of 20 are as good as the full network" in page
+    assert "Depth 20 → ?" in page
+
+
+def test_a_cut_from_the_middle_is_told(digits: RunResults) -> None:
+    assert digits.cut is not None
+    report = replace(digits.cut.report, horizon_after=10)
+    cut = replace(digits.cut, removed=tuple(range(6, 16)), report=report)
+    page = readable(render_page(replace(digits, cut=cut)))
+    assert "10 of 20 layers were removed, counted from 1: 7–16." in page
+    assert "between entry and exit" in page
+
+
+def test_nothing_removed_is_told(digits: RunResults) -> None:
+    assert digits.cut is not None
+    report = replace(digits.cut.report, horizon_after=20)
+    page = readable(
+        render_page(replace(digits, cut=replace(digits.cut, removed=(), report=report)))
+    )
+    assert "Depth 20 → 20" in page
+    assert "No layer was removed" in page
+    assert "every smaller depth loses more than" in page
+
+
+def test_states_that_miss_the_tube_are_told(digits: RunResults) -> None:
+    assert digits.profiles is not None
+    test = replace(digits.profiles.test, distance=tuple(4 + 0.01 * n for n in range(21)))
+    page = readable(render_page(replace(digits, profiles=replace(digits.profiles, test=test))))
+    assert "No layer lies in the tube" in page
+    assert "the smallest mean distance to the minimisers is 4.00" in page
+
+
+def test_it_is_one_small_file_made_quickly(digits: RunResults, tmp_path: Path) -> None:
+    render_page(digits)  # plotly's first import of its schema is not the page's doing
+    start = time.perf_counter()
+    path = write_page(digits, tmp_path / "report.html")
+    assert time.perf_counter() - start < 3
+    assert path.stat().st_size < 6_000_000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_deep_network_s_page_stays_small(digits: RunResults) -> None:
+    assert digits.picture is not None
+    deep = replace(digits.picture, points=digits.picture.points * 20)
+    page = render_page(replace(digits, picture=deep))
+    assert len(page.encode()) < 6_000_000
+    assert "95 of 300 test samples" in readable(page)
+
+
+def test_nothing_is_loaded_from_elsewhere(digits_page: str) -> None:
+    page = re.sub(r"<script\b.*?</script>", " ", digits_page, flags=re.DOTALL)
+    assert re.findall(r"""(?:src|href)=["']([^"']*)""", page) == ["data:,", "#main"]
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+def test_writing_replaces_the_page_at_once(
+    digits: RunResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    seen = []
+    rename = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        seen.append((target.read_text(), len(source.read_text())))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    write_page(digits, path)
+    assert seen == [("old", len(path.read_text()))]
+
+
+def test_a_failed_write_leaves_the_old_page_alone(
+    digits: RunResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_page(digits, path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,64 @@
+"""The demo: the network, its control, and the figures that it has to reach."""
+
+import contextlib
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deeplimit.cli import main
+from deeplimit.studies import demo_recipe, run_demo
+from deeplimit.training import RunFolder, crop_run
+
+
+def test_the_control_differs_in_the_stage_cost_alone(tmp_path: Path) -> None:
+    small = replace(demo_recipe(), depth=(4,), hidden=16, epochs=3, learning_rate=1e-2)
+    folder = run_demo(small, runs=tmp_path, quiet=True)
+    control = RunFolder.open(tmp_path / "demo-without-stage-cost")
+    assert folder.path == tmp_path / "demo"
+    assert folder.recipe == small
+    assert control.recipe == replace(small, stage_cost=0.0)
+
+    cut, reference, profiles = folder.cut(), folder.reference(), control.profiles()
+    assert cut is not None
+    assert reference is not None
+    assert profiles is not None
+    assert reference.test == profiles.test
+    assert reference.report.horizon_after == cut.report.horizon_after
+    again = crop_run(control, cut.report.horizon_after).report
+    assert reference.report.accuracy_before == again.accuracy_before
+    assert reference.report.accuracy_after == again.accuracy_after
+
+
+def test_a_second_demo_leaves_the_first_alone(tmp_path: Path) -> None:
+    small = replace(demo_recipe(1), depth=(2,), hidden=4, epochs=1)
+    run_demo(small, runs=tmp_path, quiet=True)
+    second = run_demo(small, runs=tmp_path, quiet=True)
+    assert second.path.name == "demo-2"
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "demo",
+        "demo-without-stage-cost",
+        "demo-2",
+        "demo-2-without-stage-cost",
+    }
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_the_demo_reaches_its_figures(seed: int, tmp_path: Path) -> None:
+    """The issue's first row: 20 layers on digits."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["demo", "--seed", str(seed), "--runs", str(tmp_path), "--json"]) == 0
+    printed = json.loads(out.getvalue())
+    report = printed["results"]["cut"]["report"]
+    control = printed["results"]["reference"]["report"]
+    assert report["horizon_before"] == 20
+    assert report["horizon_after"] <= 6
+    assert report["accuracy_after"] >= 0.975
+    assert report["accuracy_before"] - report["accuracy_after"] <= 0.005
+    assert control["horizon_after"] == report["horizon_after"]
+    assert control["accuracy_before"] - control["accuracy_after"] >= 0.20
+    page = Path(printed["page"]).read_text()
+    assert "The same network trained without stage cost loses" in page

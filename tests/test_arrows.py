@@ -1,0 +1,201 @@
+"""Imports between rooms follow DESIGN.md: arrows point one way, function-local imports included."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "deeplimit"
+
+# room: what it may import besides itself; errors is open to every room.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "network": set(),
+    "data": set(),
+    "gradient": {"network"},
+    "control": {"network"},
+    "ode": {"network"},
+    "meanfield": {"network"},
+    "training": {"data", "gradient", "control", "network"},
+    "studies": {"training", "control", "ode", "meanfield", "gradient", "network", "data"},
+}
+ARROWS["report"] = set(ARROWS) - {"errors"}
+ARROWS["cli"] = set(ARROWS) | {""}  # "" is the package itself: its version
+ARROWS["__main__"] = {"cli"}
+
+
+class Import(NamedTuple):
+    """An import of something of ours."""
+
+    file: Path
+    line: int
+    room: str
+    target: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.room or 'deeplimit'} imports {self.target}"
+
+
+def room_of(module: str) -> str:
+    """`deeplimit.network.chain` → network; the package itself → ''."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def module_of(file: Path, package: Path) -> list[str]:
+    parts = [package.name, *file.relative_to(package).with_suffix("").parts]
+    return parts
+
+
+def imported(node: ast.AST, module: list[str]) -> Iterator[tuple[str, str]]:
+    """(module, name) of what a node imports, by absolute names."""
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, "") for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = module[: -node.level] if node.level else []
+        source = ".".join([*base, *([node.module] if node.module else [])])
+        yield from ((source, alias.name) for alias in node.names)
+    elif isinstance(node, ast.Call):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        called = node.func.id if isinstance(node.func, ast.Name) else called
+        if called in ("import_module", "__import__") and node.args:
+            match node.args[0]:
+                case ast.Constant(value=str(name)):
+                    yield name, ""
+                case _:
+                    yield module[0] + ".?", ""  # computed: nobody can say where it points
+
+
+def imports(package: Path) -> Iterator[Import]:
+    """Every import of ours in a package, at any depth of nesting."""
+    for file in sorted(package.rglob("*.py")):
+        module = module_of(file, package)
+        room = "" if module[1:] == ["__init__"] else module[1]
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for source, name in imported(node, module):
+                if source.split(".")[0] != package.name:
+                    continue
+                # `from deeplimit import network` names a room, `import StageCost` a re-export.
+                target = f"{source}.{name}" if source == package.name and name else source
+                if source == package.name and not is_module(package, name):
+                    target = source
+                yield Import(file, node.lineno, room, target, name)  # type: ignore[attr-defined]
+
+
+def is_module(package: Path, name: str) -> bool:
+    return bool(name) and ((package / name).is_dir() or (package / f"{name}.py").is_file())
+
+
+def back_arrows(package: Path) -> list[str]:
+    """Imports that DESIGN.md does not allow."""
+    wrong = []
+    for found in imports(package):
+        target = room_of(found.target)
+        if found.room == "" or target == found.room or target == "errors":
+            continue
+        if found.room not in ARROWS:
+            wrong.append(f"{found.file}: no such room in DESIGN.md: {found.room}")
+        elif target not in ARROWS[found.room]:
+            wrong.append(str(found))
+    return wrong
+
+
+def test_no_back_arrow():
+    assert not back_arrows(PACKAGE), "\n".join(back_arrows(PACKAGE))
+
+
+def test_every_room_is_in_the_design():
+    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.rglob("*.py"))}
+    assert rooms <= set(ARROWS)
+    assert {"network", "control", "data", "training", "studies", "report", "cli"} <= rooms
+
+
+def test_the_arrows_have_no_cycle():
+    left = {room: set(targets) - {""} for room, targets in ARROWS.items()}
+    while left:
+        free = {room for room, targets in left.items() if not targets & set(left)}
+        assert free, f"a cycle among {sorted(left)}"
+        left = {room: targets for room, targets in left.items() if room not in free}
+
+
+def test_report_imports_results_and_nothing_that_computes():
+    """Classes and constants only: a renderer calls no function of another room."""
+    called = [
+        str(found) + f" {found.name}"
+        for found in imports(PACKAGE)
+        if found.room == "report"
+        and room_of(found.target) not in ("report", "errors")
+        and not found.name[:1].isupper()
+    ]
+    assert not called, "\n".join(called)
+
+
+def test_the_package_only_re_exports():
+    """Docstring, imports (on first use is fine), `__version__`, `__all__`; every name is there."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    for node in tree.body[1:]:
+        match node:
+            case ast.ImportFrom() | ast.Import():
+                pass
+            case ast.If(test=ast.Name(id="TYPE_CHECKING"), body=body):
+                assert all(isinstance(inner, ast.ImportFrom) for inner in body)
+            case ast.FunctionDef(name=name):
+                assert name in ("__getattr__", "__dir__")
+            case ast.Assign(targets=[ast.Name(id=name)]):
+                assert name in ("__version__", "__all__") or name.startswith("_")
+            case _:
+                pytest.fail(f"more than a re-export: {ast.unparse(node)}")
+    import deeplimit
+
+    assert deeplimit.__version__
+    assert all(hasattr(deeplimit, name) for name in deeplimit.__all__)
+
+
+PLANTED = {
+    "network/chain.py": "def f():\n    from ..control import crop\n",
+    "network/blocks.py": "def f():\n    from deeplimit.training.loop import train\n",
+    "network/anatomy/deep.py": "def f():\n    from ...control.turnpike import TurnpikeProfile\n",
+    "control/turnpike.py": "from deeplimit import training\n",
+    "data/idx.py": "class A:\n    def f(self):\n        import deeplimit.network.chain\n",
+    "training/loop.py": "from deeplimit import StageCost\n",
+    "studies/horizon.py": "import importlib\nimportlib.import_module('deeplimit.report')\n",
+    "gradient/adjoint.py": "from .. import control\n",
+    "cellar/x.py": "import deeplimit.errors\nimport deeplimit.network\n",
+    "errors.py": "if True:\n    from . import network\n",
+    "__main__.py": "from deeplimit.network import chain\n",
+    "report/page.py": "import importlib\nimportlib.import_module(name)\n",
+}
+
+
+@pytest.mark.parametrize("path", PLANTED)
+def test_a_planted_back_arrow_is_found(path: str, tmp_path: Path):
+    package = tmp_path / "deeplimit"
+    for room in ("network", "control", "training", "data"):
+        (package / room).mkdir(parents=True)
+    (package / path).parent.mkdir(parents=True, exist_ok=True)
+    (package / path).write_text(PLANTED[path])
+    found = back_arrows(package)
+    assert len(found) == 1
+    assert str(package / path) in found[0]
+
+
+ALLOWED = {
+    "network/anatomy/registry.py": "from . import anatomy\nfrom ..chain import ResidualChain\n",
+    "control/turnpike.py": "from ..errors import InputError\nfrom deeplimit import network\n",
+    "cli/train.py": "def f():\n    from .. import __version__\n    import deeplimit.report\n",
+    "__main__.py": "from .cli import main\n",
+    "__init__.py": "from .control import crop\n",
+    "data/idx.py": "import torch\nfrom deeplimit_other import x\n",
+}
+
+
+@pytest.mark.parametrize("path", ALLOWED)
+def test_a_right_arrow_is_left_alone(path: str, tmp_path: Path):
+    package = tmp_path / "deeplimit"
+    (package / "network").mkdir(parents=True)
+    (package / path).parent.mkdir(parents=True, exist_ok=True)
+    (package / path).write_text(ALLOWED[path])
+    assert back_arrows(package) == []

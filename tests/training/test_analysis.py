@@ -1,0 +1,98 @@
+"""Profile and cut of a run against the functions of the control room, called by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import equal_weights
+
+from deeplimit.control import crop, picture_trajectories, removal, turnpike_profile, verify_crop
+from deeplimit.data import batches
+from deeplimit.errors import InputError
+from deeplimit.training import (
+    Recipe,
+    RunFolder,
+    crop_run,
+    load_data,
+    loss_of,
+    profile_run,
+    train,
+)
+
+RECIPE = Recipe(
+    data="digits", depth=(8,), width=32, hidden=32, epochs=10, batch_size=64, device="cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return train(RECIPE, runs=tmp_path_factory.mktemp("runs"), quiet=True)
+
+
+def test_profiles_are_of_the_three_splits(run: RunFolder) -> None:
+    data, model = load_data(RECIPE, run.path.parent), run.model()
+    loss = loss_of(RECIPE, data)
+    profiles = profile_run(run)
+    for name in ("train", "validation", "test"):
+        split, measured = getattr(data, name), getattr(profiles, name)
+        by_hand = turnpike_profile(model, batches(split, 100), loss)
+        assert measured.samples == len(split)
+        assert measured.loss == pytest.approx(by_hand.loss, rel=1e-5)
+        assert measured.accuracy == by_hand.accuracy
+    stored = RunFolder.open(run.path)
+    assert stored.profiles() == profiles
+    assert stored.picture() == picture_trajectories(model, batches(data.test, 256), loss)
+    last = run.metrics()[-1]
+    assert profiles.validation.loss[-1] == pytest.approx(last["validation_loss"], rel=1e-6)
+    assert profiles.validation.accuracy[-1] == last["validation_accuracy"]
+
+
+def test_the_automatic_cut_is_chosen_on_validation_and_measured_on_test(run: RunFolder) -> None:
+    data, model = load_data(RECIPE, run.path.parent), run.model()
+    loss = loss_of(RECIPE, data)
+    (run.path / "profile.json").unlink(missing_ok=True)
+    cut = crop_run(run, "auto")
+    profiles = run.profiles()  # an unprofiled run is profiled first
+    assert profiles is not None
+    assert cut.automatic
+    assert cut.removed == tuple(removal(profiles.validation))
+    by_hand = crop(model, remove=cut.removed)
+    assert equal_weights(run.cropped(), by_hand)
+    report = verify_crop(model, by_hand, batches(data.test, 256), loss)
+    assert cut.report.samples == len(data.test)
+    for name in ("accuracy_before", "accuracy_after", "agreement", "loss_before", "loss_after"):
+        assert getattr(cut.report, name) == pytest.approx(getattr(report, name), rel=1e-6)
+    assert cut.report.loss_before == pytest.approx(profiles.test.loss[-1], rel=1e-5)
+    assert run.cut() == cut
+
+
+def test_a_cut_to_a_depth_keeps_that_many_layers(run: RunFolder) -> None:
+    data, model = load_data(RECIPE, run.path.parent), run.model()
+    cut = crop_run(run, 3, data=data)
+    assert (cut.removed, cut.automatic) == ((3, 4, 5, 6, 7), False)
+    assert (cut.report.horizon_before, cut.report.horizon_after) == (8, 3)
+    x, _ = next(iter(batches(data.test, 50)))
+    states = model.stages[0].trajectory(model.stem(x))
+    assert torch.equal(run.cropped()(x), model.head(states[3]))
+    assert run.cut() == cut
+    crop_run(run, 8, data=data)
+    stored = run.cut()
+    assert stored is not None
+    assert stored.removed == ()
+
+
+@pytest.mark.parametrize("depth", [-1, 9])
+def test_a_depth_that_is_not_there_is_refused(depth: int, run: RunFolder) -> None:
+    before = run.cut()
+    with pytest.raises(InputError, match="the network has 8: give 0 … 8, auto"):
+        crop_run(run, depth)
+    assert run.cut() == before
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, None, RECIPE)
+    with pytest.raises(InputError, match="deeplimit train --resume"):
+        profile_run(folder)
+    with pytest.raises(InputError, match="deeplimit train --resume"):
+        crop_run(folder)
+    assert not (folder.path / "profile.json").exists()

@@ -1,0 +1,160 @@
+"""Recipes: what is accepted, what is refused, and the way to disk and back."""
+
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deeplimit.errors import InputError
+from deeplimit.training import Recipe, recipe_for
+from deeplimit.training.defaults import RECIPES
+from deeplimit.training.typed_values import from_plain, to_plain
+
+WRONG = {
+    "depth 0": ({"depth": (0,)}, "depth is 0; expected at least 1"),
+    "no depth": ({"depth": ()}, "depth is empty"),
+    "negative depth": ({"depth": (3, -1), "kind": "convolutional"}, "depth is 3 -1"),
+    "two stages of vectors": ({"depth": (2, 2)}, "a vector network has one stage"),
+    "two stages of logits": ({"depth": (2, 2), "kind": "logit"}, "a logit network has one stage"),
+    "depth of another type": ({"depth": ("a",)}, "depth[0] is 'a'; expected a whole number"),
+    "depth not whole": ({"depth": (2.5,)}, "depth[0] is 2.5; expected a whole number"),
+    "width": ({"width": 0}, "width is 0; expected at least 1"),
+    "hidden": ({"hidden": -1}, "hidden is -1"),
+    "reduction": ({"reduction": 3}, "reduction is 3; expected a power of 2"),
+    "step 0": ({"step": 0.0}, "step is 0; expected a number above 0"),
+    "step nan": ({"step": math.nan}, "step is nan"),
+    "kind": ({"kind": "convolutionl"}, "kind is 'convolutionl'; expected one of logit,"),
+    "scheme": ({"scheme": "rk4"}, "scheme is 'rk4'; expected one of euler, heun"),
+    "softness 0": ({"softness": 0.0}, "softness is 0"),
+    "softness 1": ({"softness": 1.0}, "softness is 1"),
+    "negative stage cost": ({"stage_cost": -0.1}, "stage_cost is -0.1; expected a number ≥ 0"),
+    "infinite stage cost": ({"stage_cost": math.inf}, "stage_cost is inf"),
+    "negative control cost": ({"control_cost": -1.0}, "control_cost is -1"),
+    "negative decay": ({"weight_decay": -1.0}, "weight_decay is -1"),
+    "learning rate": ({"learning_rate": 0.0}, "learning_rate is 0"),
+    "no epochs": ({"epochs": 0}, "epochs is 0; expected at least 1"),
+    "batch 0": ({"batch_size": 0}, "batch_size is 0"),
+    "batch below devices": ({"batch_size": 2, "devices": 4}, "4 devices cannot share"),
+    "batch not shared": ({"batch_size": 50, "devices": 4}, "give a multiple of 4"),
+    "devices": ({"devices": 0}, "devices is 0"),
+    "crop": ({"crop": -1}, "crop is -1"),
+    "negative seed": ({"seed": -1}, "seed is -1"),
+    "huge seed": ({"seed": 2**31}, "seed is 2147483648"),
+    "precision": ({"precision": "16"}, "precision is '16'; expected one of 32-true"),
+    "device": ({"device": "gpu"}, "device is 'gpu'; expected one of auto, cpu, cuda"),
+    "strategy": ({"strategy": "dp"}, "strategy is 'dp'; expected one of auto, ddp, fsdp"),
+    "flip": ({"flip": "yes"}, "flip is 'yes'; expected true or false"),
+    "seed a truth value": ({"seed": True}, "seed is True; expected a whole number"),
+    "no data": ({"data": ""}, "data is empty"),
+    "cifar stages": ({"kind": "cifar-resnet"}, "a cifar-resnet has three stages"),
+    "cifar scheme": (
+        {"kind": "cifar-resnet", "depth": (1, 1, 1), "scheme": "heun"},
+        "a cifar-resnet has scheme euler",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_fields_are_refused_by_name(case: str) -> None:
+    changes, message = WRONG[case]
+    with pytest.raises(InputError) as caught:
+        from_plain(Recipe, to_plain(Recipe()) | changes)
+    assert message in str(caught.value)
+
+
+def test_defaults_of_named_and_unnamed_data() -> None:
+    for name, recipe in RECIPES.items():
+        assert recipe.data == name
+        assert recipe_for(name) is recipe
+    assert recipe_for("digits").kind == "vector"
+    assert recipe_for("digits").horizon == 20
+    assert recipe_for("npz:x.npz").kind == "vector"
+    assert recipe_for("npz:x.npz").data == "npz:x.npz"
+    assert recipe_for("hub:someone/images").kind == "convolutional"
+    assert recipe_for("cifar10").horizon == sum(recipe_for("cifar10").depth)
+
+
+def test_every_field_says_what_it_means(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tyro.cli(Recipe, args=["--help"])
+    text = capsys.readouterr().out
+    for field in fields(Recipe):
+        option = "--" + field.name.replace("_", "-")
+        assert option in text
+    assert "Step size h" in text
+    assert "Weight γ of the loss at every layer" in text
+
+
+positive = st.floats(1e-12, 1e12)
+settings = st.fixed_dictionaries(
+    {
+        "data": st.text(min_size=1),
+        "data_dir": st.none() | st.just(Path("some") / "where"),
+        "kind": st.just("convolutional"),
+        "depth": st.lists(st.integers(1, 99), min_size=1, max_size=4).map(tuple),
+        "step": positive,
+        "scheme": st.sampled_from(["euler", "heun"]),
+        "softness": st.floats(0, 1, exclude_min=True, exclude_max=True),
+        "stage_cost": positive | st.just(0.0),
+        "control_cost": positive,
+        "learning_rate": positive,
+        "flip": st.booleans(),
+        "seed": st.integers(0, 2**31 - 1),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recipes") / "recipe.toml"
+
+
+@given(fields=settings)
+def test_toml_gives_the_recipe_back(fields: dict[str, Any], file: Path) -> None:
+    recipe = Recipe(**fields)
+    file.write_text(recipe.to_toml(), encoding="utf-8")
+    assert Recipe.from_toml(file) == recipe
+
+
+DAMAGE = {
+    "unknown field": ("depth =", "deph =", "unknown field deph, did you mean 'depth'?"),
+    "missing field": ("epochs = 40\n", "", "the field epochs is missing"),
+    "ill-typed": ('kind = "vector"', "kind = 3", "kind is 3"),
+    "out of range": ("softness = 0.05", "softness = 2.0", "softness is 2"),
+    "another format": ("format = 1", "format = 2", "format 2, this deeplimit reads 1"),
+    "no format": ("format = 1\n", "", "format None"),
+    "another table": ("[versions]", "[version]", "unknown field version"),
+    "no recipe": ("[recipe]", "[data]\n[data.recipe]", "missing"),
+    "not TOML": ("epochs = 40", "epochs = = 40", "damaged, not TOML"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_recipe_is_refused_with_file_and_field(case: str, tmp_path: Path) -> None:
+    old, new, message = DAMAGE[case]
+    text = Recipe(epochs=40, softness=0.05).to_toml()
+    assert old in text
+    path = tmp_path / "recipe.toml"
+    path.write_text(text.replace(old, new, 1).split("[data]\nclass_names")[0], encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        Recipe.from_toml(path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        Recipe.from_toml(tmp_path / "recipe.toml")
+
+
+def test_toml_names_versions_and_classes() -> None:
+    text = replace(Recipe(), depth=(7,)).to_toml(["ship", "frog"])
+    assert '"ship",\n    "frog",' in text
+    assert 'torch = "' in text
+    assert 'deeplimit = "' in text
+    assert 'python = "' in text
