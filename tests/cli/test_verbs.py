@@ -60,7 +60,7 @@ def test_train_leaves_a_whole_run(trained: Path) -> None:
     assert len(folder.metrics()) == 2
     cut = folder.cut()
     assert cut is not None
-    assert cut.automatic
+    assert cut.tolerance == 0.005  # --points 0.5
     profiles = folder.profiles()
     assert profiles is not None
     assert cut.report.horizon_after == profiles.validation.recommended_depth
@@ -104,7 +104,7 @@ def test_crop_to_a_depth(run: Path) -> None:
     result = printed(command("crop", run, "--to", "2", "--json"))
     assert result == files(run)["crop"]
     assert result["removed"] == [2]
-    assert result["automatic"] is False
+    assert result["tolerance"] is None
     assert result["report"]["horizon_after"] == 2
     assert load(run / "cropped.safetensors").architecture.depths == (2,)
     assert "Depth 3 → 2" in command("crop", run, "--to", "2").out
@@ -116,7 +116,7 @@ def test_crop_auto_is_the_default(run: Path) -> None:
     command("crop", run, "--to", "1")
     assert files(run)["crop"] != before
     result = printed(command("crop", run, "--json"))
-    assert result["automatic"] is True
+    assert result["tolerance"] == 0.005
     assert without_times(result) == without_times(before)
 
 

@@ -119,3 +119,8 @@ def test_resume_and_recipe(stopped: Path) -> None:
     recipe = stopped / "recipe.toml"
     says = ("--recipe", "--resume", "leave out")
     refused("train", "--resume", stopped, "--recipe", recipe, says=says, folder=stopped)
+
+
+@pytest.mark.parametrize("points", ["-1", "101", "nan"])
+def test_points_that_cannot_be_lost(points: str, run: Path) -> None:
+    refused("crop", run, "--points", points, says=(f"{points} points", "0 … 100"), folder=run)

@@ -194,7 +194,7 @@ def digits_results() -> RunResults:
         metrics=training_metrics(40),
         profiles=Profiles(train, validation, test),
         picture=logit_picture(logits[:, :300], labels[:300]),
-        cut=Cut(tuple(range(depth, 20)), True, crop_report(test, depth)),
+        cut=Cut(tuple(range(depth, 20)), 0.005, crop_report(test, depth)),
         reference=Reference(plain, crop_report(plain, depth)),
     )
 
@@ -210,5 +210,5 @@ def spirals_results() -> RunResults:
         metrics=training_metrics(60),
         profiles=Profiles(test, test, test),
         picture=state_picture(states, labels),
-        cut=Cut(tuple(range(10, 40)), False, crop_report(test, 10)),
+        cut=Cut(tuple(range(10, 40)), None, crop_report(test, 10)),
     )

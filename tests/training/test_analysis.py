@@ -54,7 +54,7 @@ def test_the_automatic_cut_is_chosen_on_validation_and_measured_on_test(run: Run
     cut = crop_run(run, "auto")
     profiles = run.profiles()  # an unprofiled run is profiled first
     assert profiles is not None
-    assert cut.automatic
+    assert cut.tolerance == 0.005
     assert cut.removed == tuple(removal(profiles.validation))
     by_hand = crop(model, remove=cut.removed)
     assert equal_weights(run.cropped(), by_hand)
@@ -66,10 +66,23 @@ def test_the_automatic_cut_is_chosen_on_validation_and_measured_on_test(run: Run
     assert run.cut() == cut
 
 
+def test_the_accuracy_that_may_be_lost_is_the_users(run: RunFolder) -> None:
+    profiles = run.profiles() or profile_run(run)
+    depths = [8 - len(crop_run(run, "auto", accuracy=lost).removed) for lost in (0.001, 0.3)]
+    assert depths == [profiles.validation.depth_within(lost) for lost in (0.001, 0.3)]
+    stored = run.cut()
+    assert stored is not None
+    assert stored.tolerance == 0.3
+    for wrong in (-0.1, 1.5, float("nan")):
+        with pytest.raises(InputError, match="give 0 … 100 points"):
+            crop_run(run, "auto", accuracy=wrong)
+    assert run.cut() == stored
+
+
 def test_a_cut_to_a_depth_keeps_that_many_layers(run: RunFolder) -> None:
     data, model = load_data(RECIPE, run.path.parent), run.model()
     cut = crop_run(run, 3, data=data)
-    assert (cut.removed, cut.automatic) == ((3, 4, 5, 6, 7), False)
+    assert (cut.removed, cut.tolerance) == ((3, 4, 5, 6, 7), None)
     assert (cut.report.horizon_before, cut.report.horizon_after) == (8, 3)
     x, _ = next(iter(batches(data.test, 50)))
     states = model.stages[0].trajectory(model.stem(x))

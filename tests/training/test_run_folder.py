@@ -116,7 +116,7 @@ def test_results_come_back_exactly(tmp_path: Path) -> None:
     assert empty.recipe["kind"] == "logit"
     assert (empty.metrics, empty.profiles, empty.picture) == ((), None, None)
     assert (empty.cut, empty.reference) == (None, None)
-    cut, reference = Cut((1,), True, REPORT), Reference(PROFILE, REPORT)
+    cut, reference = Cut((1,), 0.005, REPORT), Reference(PROFILE, REPORT)
     folder.write_profiles(Profiles(PROFILE, PROFILE, PROFILE))
     folder.write_picture(PICTURE)
     folder.write_cut(cut)
@@ -140,7 +140,7 @@ JSON: dict[str, tuple[Callable[[RunFolder], None], Callable[[RunFolder], object]
         RunFolder.profiles,
     ),
     "trajectories.json": (lambda f: f.write_picture(PICTURE), RunFolder.picture),
-    "crop.json": (lambda f: f.write_cut(Cut((1,), True, REPORT)), RunFolder.cut),
+    "crop.json": (lambda f: f.write_cut(Cut((1,), 0.005, REPORT)), RunFolder.cut),
     "reference.json": (
         lambda f: f.write_reference(Reference(PROFILE, REPORT)),
         RunFolder.reference,

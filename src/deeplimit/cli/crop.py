@@ -18,6 +18,7 @@ class Crop:
     page. For example:
       deeplimit crop runs/digits --to 5
       deeplimit crop runs/digits --to auto
+      deeplimit crop runs/mnist --to auto --points 0.1
     """
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
@@ -30,6 +31,14 @@ class Crop:
             "on validation data.",
         ),
     ] = "auto"
+    points: Annotated[
+        float,
+        arg(
+            metavar="P",
+            help="With auto: how many points of accuracy (percent of the samples) may be lost on "
+            "validation data, its standard error included.",
+        ),
+    ] = 0.5
     json: Json = False
 
     def __call__(self) -> None:
@@ -39,5 +48,5 @@ class Crop:
         from deeplimit.training import RunFolder, crop_run
 
         folder = RunFolder.open(self.run)
-        cut = crop_run(folder, self.to)
+        cut = crop_run(folder, self.to, accuracy=self.points / 100)
         emit(cut, crop_summary(cut, folder.reference()), renew_page(folder), json=self.json)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
 from deeplimit.network.modes import device_of
@@ -20,14 +20,14 @@ from deeplimit.network.modes import device_of
 LATENCY_ROUNDS = 7
 
 
-def removal(profile: TurnpikeProfile) -> range:
+def removal(profile: TurnpikeProfile, accuracy: float = ACCURACY_TOLERANCE) -> range:
     """The layers that a profile says can go.
 
-    The tail from `profile.recommended_depth` on. If no depth but the full one will do because the
-    states leave the tube again at the end (a leaving arc, exit < N), the layers from entry to exit:
-    n_in … n_out − 1.
+    The tail from `profile.depth_within(accuracy)` on. If no depth but the full one will do because
+    the states leave the tube again at the end (a leaving arc, exit < N), the layers from entry to
+    exit: n_in … n_out − 1.
     """
-    depth, horizon = profile.recommended_depth, profile.horizon
+    depth, horizon = profile.depth_within(accuracy), profile.horizon
     entry, last = profile.entry(), profile.exit()
     if depth == horizon and entry is not None and last is not None and last < horizon:
         return range(entry, last)

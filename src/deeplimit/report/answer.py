@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from deeplimit.control.crop_report import CropReport
-from deeplimit.control.turnpike import ACCURACY_TOLERANCE, LOSS_TOLERANCE
+from deeplimit.control.turnpike import LOSS_TOLERANCE
 from deeplimit.report.numbers import (
     SPACE,
     count,
@@ -17,8 +17,7 @@ from deeplimit.report.numbers import (
 )
 from deeplimit.training.results import Cut, Profiles, Reference, RunResults
 
-# The tolerances of TurnpikeProfile.depth_within in words.
-ACCURACY_LOST = f"{100 * ACCURACY_TOLERANCE:g} points of accuracy (or two samples, if that is more)"
+# The loss tolerance of TurnpikeProfile.depth_within in words.
 LOSS_GAINED = (
     f"{100 * LOSS_TOLERANCE:g}{SPACE}% of its range, which reaches from its minimum to the loss of "
     "knowing nothing"
@@ -116,16 +115,17 @@ def strip(cut: Cut) -> list[dict[str, bool]]:
 def rule(cut: Cut, profiles: Profiles | None) -> str:
     """How the depth was chosen, and on which data."""
     validation = profiles.validation if profiles else None
-    if not cut.automatic:
+    if cut.tolerance is None:
         text = "The depth was given by the user."
         if validation is not None:
             chosen = validation.recommended_depth
             text += f" The rule, applied to validation data, would have chosen {chosen}."
         return text + " The numbers on this page come from test data unless they say otherwise."
+    lost = f"{100 * cut.tolerance:g} points of accuracy (or two samples, if that is more)"
     if not cut.removed:
         return (
             "On validation data, with one standard error added, every smaller depth loses more "
-            f"than {ACCURACY_LOST} or raises the loss by more than {LOSS_GAINED}. A larger stage "
+            f"than {lost} or raises the loss by more than {LOSS_GAINED}. A larger stage "
             "cost or longer training may change that."
         )
     if max(cut.removed) < cut.report.horizon_before - 1:
@@ -136,10 +136,10 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
         )
     text = (
         "It is the smallest depth that, on validation data and with one standard error added, "
-        f"loses at most {ACCURACY_LOST} and raises the loss by at most {LOSS_GAINED}."
+        f"loses at most {lost} and raises the loss by at most {LOSS_GAINED}."
     )
     if validation is not None:
-        n, total = validation.recommended_depth, validation.horizon
+        n, total = validation.depth_within(cut.tolerance), validation.horizon
         (accuracy, loss), (accuracy_full, loss_full) = (
             (percent(validation.accuracy[at], validation.samples), significant(validation.loss[at]))
             for at in (n, total)

@@ -78,7 +78,7 @@ def crop_summary(cut: Cut, reference: Reference | None = None) -> RenderableType
     for row in comparisons(report):
         table.add_row(row.name, row.before, row.after, row.change)
     table.add_row("Agreement", "", percent(report.agreement, report.samples), "same class")
-    how = "chosen on validation data" if cut.automatic else "given by the user"
+    how = "chosen on validation data" if cut.tolerance is not None else "given by the user"
     lines = [Text(f"Depth {how}; {report.samples:,} test samples.", style="dim")]
     if reference is not None and cut.removed:
         lines.append(Text(control_sentence(reference)))

@@ -11,6 +11,7 @@ from deeplimit.control import (
     turnpike_profile,
     verify_crop,
 )
+from deeplimit.control.turnpike import ACCURACY_TOLERANCE
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
 from deeplimit.training.building import Network, evaluation_batches, load_data, loss_of
@@ -46,7 +47,11 @@ def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
 
 
 def crop_run(
-    folder: RunFolder, to: int | Literal["auto"] = "auto", *, data: DataSet | None = None
+    folder: RunFolder,
+    to: int | Literal["auto"] = "auto",
+    *,
+    accuracy: float = ACCURACY_TOLERANCE,
+    data: DataSet | None = None,
 ) -> Cut:
     """Cuts a run's network; writes cropped.safetensors and crop.json.
 
@@ -56,19 +61,27 @@ def crop_run(
     Args:
         folder: a finished run; it is profiled first if it has not been.
         to: how many layers to keep, or "auto": what the validation profile says can go.
+        accuracy: with "auto", the fraction of accuracy that may be lost on validation data
+            (`TurnpikeProfile.depth_within`).
         data: the run's data where it is loaded already.
 
     Raises:
-        InputError: a depth that the network does not have, or a run that is not finished.
+        InputError: a depth that the network does not have, a tolerance outside 0 … 1, or a run that
+            is not finished.
     """
     model = folder.model()
     layers = folder.recipe.horizon
     if to != "auto" and not 0 <= to <= layers:
         raise InputError(f"a cut to {to} layers; the network has {layers}: give 0 … {layers}, auto")
+    if not 0 <= accuracy <= 1:
+        raise InputError(
+            f"{100 * accuracy:g} points of accuracy may be lost; give 0 … 100 points (in Python, "
+            "accuracy = 0 … 1)"
+        )
     data = data or load_data(folder.recipe, folder.path.parent)
     if to == "auto":
         profiles = folder.profiles() or profile_run(folder, data=data)
-        removed = removal(profiles.validation)
+        removed = removal(profiles.validation, accuracy)
     else:
         removed = range(to, layers)
     model = model.to(_device(folder.recipe))
@@ -77,7 +90,7 @@ def crop_run(
         report = verify_crop(
             model, cropped, evaluation_batches(data.test), loss_of(folder.recipe, data)
         )
-    cut = Cut(removed=tuple(removed), automatic=to == "auto", report=report)
+    cut = Cut(tuple(removed), accuracy if to == "auto" else None, report)
     folder.write_cropped(cast(Network, cropped))
     folder.write_cut(cut)
     return cut

@@ -1,7 +1,9 @@
 """One process or several: the device, the strategy, and what only the first process does."""
 
+import atexit
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -87,7 +89,20 @@ def launch(recipe: Recipe) -> Fabric:
         plugins=DoublePrecision() if double else None,
     )
     fabric.launch()
+    atexit.unregister(_leave)
+    atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Lets gloo's worker threads drop the last collective's tensors before the interpreter ends.
+
+    Such a thread drops its tensor after the main thread has gone on, and needs the interpreter's
+    lock for it; asked for while the interpreter ends, that aborts the process (one exit in ten).
+    Destroying the process group does not help: others refer to it, and its threads live on.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(0.1)
 
 
 def shard(stage_cost: StageCost, mesh: DeviceMesh) -> StageCost:

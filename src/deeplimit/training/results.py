@@ -23,12 +23,13 @@ class Cut:
 
     Attributes:
         removed: the layers that were taken out.
-        automatic: whether the depth was chosen from the validation profile, or given by the user.
+        tolerance: the accuracy that might be lost where the depth was chosen from the validation
+            profile; None where the user gave the depth.
         report: before and after, on test data.
     """
 
     removed: tuple[int, ...]
-    automatic: bool
+    tolerance: float | None
     report: CropReport
 
 
