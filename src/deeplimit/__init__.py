@@ -14,6 +14,13 @@ if TYPE_CHECKING:
         turnpike_profile,
         verify_crop,
     )
+    from deeplimit.gradient import (
+        drift,
+        gradient_error,
+        plan_anchors,
+        use_adjoint,
+        use_backprop,
+    )
     from deeplimit.network import Euler, Heun, ResidualChain, anatomy
 
 __version__ = "0.1.0"
@@ -29,16 +36,24 @@ __all__ = [
     "anatomy",
     "crop",
     "dissipativity",
+    "drift",
+    "gradient_error",
+    "plan_anchors",
     "turnpike_profile",
+    "use_adjoint",
+    "use_backprop",
     "verify_crop",
 ]
 
-_NETWORK = {"Euler", "Heun", "ResidualChain", "anatomy"}
+_ROOMS = {
+    "network": {"Euler", "Heun", "ResidualChain", "anatomy"},
+    "gradient": {"drift", "gradient_error", "plan_anchors", "use_adjoint", "use_backprop"},
+}
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name on first use: `deeplimit --help` need not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'deeplimit' has no attribute {name!r}")
-    room = "network" if name in _NETWORK else "control"
+    room = next((room for room, names in _ROOMS.items() if name in names), "control")
     return getattr(import_module(f"deeplimit.{room}"), name)

@@ -1,6 +1,7 @@
 """Training as optimal control: the terminal cost plus a stage cost at every layer."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class StageCost(nn.Module):
 
     `cost, logits = stage_cost(x, y)`; cost is a scalar ready for `backward()`, logits are z_N, the
     model's own output. The states of all layers meet the head in one stacked call, in which batch
-    norms use their running statistics and leave them alone.
+    norms use their running statistics and leave them alone. Under the adjoint each step computes
+    the loss of its own state instead, inside its replay, so that no state is kept for it.
 
     This module is what goes into Fabric, DistributedDataParallel or `fully_shard`; save
     `stage_cost.model.state_dict()`.
@@ -72,7 +74,13 @@ class StageCost(nn.Module):
         # Looked up before the model runs: under FSDP2 the parameters are then still the sharded
         # ones, whose gradients are the optimiser's.
         controls = self.anatomy.controls if self.control_cost else []
-        if self.weight:
+        if self.weight and self.anatomy.replayed:
+            with self.anatomy.charging(partial(self._running, y)) as costs:
+                logits = self.model(x)
+            cost = self.loss(logits, y).mean()
+            if costs:
+                cost = cost + self.weight * torch.stack(costs).sum()
+        elif self.weight:
             states, logits = self.anatomy.states(x)
             cost = self.loss(logits, y).mean()
             if len(states) > 1:
@@ -87,6 +95,10 @@ class StageCost(nn.Module):
             # on a stream of its own, onto what is there; added later it would race with that.
             cost = cost + self.control_cost / 2 * _squared_norm(controls)
         return cost, logits
+
+    def _running(self, y: Tensor, n: int, x: Tensor) -> Tensor:
+        """mean_i ℓ(z_n^i, y^i) of one state."""
+        return self.loss(self.anatomy.logits([x], first=n)[0], y).mean()
 
     def extra_repr(self) -> str:
         """γ and r."""

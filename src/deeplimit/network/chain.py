@@ -2,9 +2,12 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -12,6 +15,7 @@ from deeplimit.errors import InputError
 from deeplimit.network.schemes import Euler, Scheme
 
 StateHook = Callable[[int, Tensor], None]
+RunningCost = Callable[[Tensor], Tensor]
 
 
 class ResidualChain(nn.Sequential):
@@ -41,23 +45,60 @@ class ResidualChain(nn.Sequential):
         self.step = float(step)
         self.scheme: Scheme = Euler() if scheme is None else scheme
         self._state_hooks: dict[int, StateHook] = OrderedDict()
+        self._running_cost: Callable[[int, Tensor], Tensor] | None = None
+        self._costs: list[Tensor] = []
 
     @property
     def horizon(self) -> int:
         """N: the number of steps."""
         return max(len(self) - self.scheme.nodes + 1, 0)
 
+    def controls(self, n: int) -> list[nn.Module]:
+        """The residual functions that step n uses: φ_n for Euler, φ_n and φ_{n+1} for Heun."""
+        return [self._modules[str(i)] for i in range(n, n + self.scheme.nodes)]
+
     def advance(self, n: int, x: Tensor) -> Tensor:
         """x_{n+1} from x_n: the scheme's step with the controls θ_n, θ_{n+1}, … that it uses."""
-        controls = list(self._modules.values())[n : n + self.scheme.nodes]
-        return self.scheme.step(controls, x, self.step)
+        return self.scheme.step(self.controls(n), x, self.step)
+
+    def run_step(
+        self, n: int, x: Tensor, cost: RunningCost | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Step n as `forward` runs it: x_{n+1}, with cost(x_n) beside it where one is given.
+
+        What replays steps in the backward pass puts its own in place of this method in the chain's
+        attributes. A replay without gradients leaves the cost out.
+        """
+        y = self.advance(n, x)
+        if cost is None or not torch.is_grad_enabled():
+            return y
+        return y, cost(x)
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the steps are replayed in the backward pass: a cost of states belongs in them."""
+        return "run_step" in self.__dict__
+
+    @contextmanager
+    def charging(self, cost: Callable[[int, Tensor], Tensor]) -> Iterator[list[Tensor]]:
+        """Collects the running costs cost(n, x_n), n = 0 … N−1, computed inside the steps."""
+        self._running_cost, self._costs = cost, []
+        try:
+            yield self._costs
+        finally:
+            self._running_cost, self._costs = None, []
 
     def forward(self, input: Tensor) -> Tensor:
         """x_N from x_0."""
         x = input
         self._show(0, x)
         for n in range(self.horizon):
-            x = self.advance(n, x)
+            cost = None if self._running_cost is None else partial(self._running_cost, n)
+            after = self.run_step(n, x, cost)
+            if isinstance(after, tuple):
+                after, paid = after
+                self._costs.append(paid)
+            x = after
             self._show(n + 1, x)
         return x
 

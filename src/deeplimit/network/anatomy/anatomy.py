@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from deeplimit.network.blocks import control
 from deeplimit.network.modes import running_statistics
 
 StateHook = Callable[[int, Tensor], None]
+RunningCost = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,15 @@ class Anatomy(ABC):
     @abstractmethod
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
         """Calls hook(n, x_n), n = 0 … N, while the model's own forward runs."""
+
+    @property
+    def replayed(self) -> bool:
+        """Whether layers are replayed in the backward pass, so that kept states cost memory."""
+        return False
+
+    def charging(self, cost: RunningCost) -> AbstractContextManager[list[Tensor]]:
+        """Collects cost(n, x_n), n < N, computed inside the layers; where they are replayed."""
+        raise NotImplementedError
 
     @abstractmethod
     def carry(self, stage: int, x: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """Anatomy of our own classifiers, and of a bare chain."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deeplimit.network.anatomy.anatomy import Anatomy, Layer, StateHook
+from deeplimit.network.anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
 from deeplimit.network.anatomy.registry import register
 from deeplimit.network.chain import ResidualChain
 from deeplimit.network.classifiers import ResidualClassifier
@@ -30,6 +34,15 @@ class ChainAnatomy(Anatomy):
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
         """The chain's own state hook."""
         return [self.model.register_state_hook(hook)]
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the chain's steps are."""
+        return self.model.replayed
+
+    def charging(self, cost: RunningCost) -> AbstractContextManager[list[Tensor]]:
+        """The chain's own."""
+        return self.model.charging(cost)
 
     def carry(self, stage: int, x: Tensor) -> Tensor:
         """One stage only: the state itself."""
@@ -73,6 +86,24 @@ class ResidualClassifierAnatomy(Anatomy):
             first += chain.horizon
         return handles
 
+    @property
+    def replayed(self) -> bool:
+        """Whether the steps of some chain are."""
+        return any(chain.replayed for chain in self._chains)
+
+    @contextmanager
+    def charging(self, cost: RunningCost) -> Iterator[list[Tensor]]:
+        """The chains' running costs, counted through."""
+        collected: list[Tensor] = []
+        first = 0
+        with ExitStack() as stack:
+            paid = []
+            for chain in self._chains:
+                paid.append(stack.enter_context(chain.charging(partial(_from, cost, first))))
+                first += chain.horizon
+            yield collected
+            collected += [c for costs in paid for c in costs]
+
     def carry(self, stage: int, x: Tensor) -> Tensor:
         """Through the projection behind the stage."""
         return self.model.projections[stage](x)
@@ -84,6 +115,10 @@ class ResidualClassifierAnatomy(Anatomy):
     def leave_out(self, removed: set[int]) -> nn.Module:
         """A classifier with shorter chains."""
         return self.model.without(removed)
+
+
+def _from(cost: RunningCost, first: int, n: int, x: Tensor) -> Tensor:
+    return cost(first + n, x)
 
 
 def _shifted(hook: StateHook, first: int, end: int | None) -> StateHook:

@@ -1,0 +1,156 @@
+"""How exact the rebuilt states and the gradient are: measured, not hoped for."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.gradient.adjoint import engines, switches
+from deeplimit.gradient.engine import Engine
+
+LossOf = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class GradientAccuracy:
+    """The gradient of one batch by the adjoint, against exact backpropagation.
+
+    Attributes:
+        error: ‖g − g*‖ / ‖g*‖ over all parameters that have a gradient.
+        worst: the parameter with the largest relative error of its own.
+        worst_error: that error.
+        drift: the largest drift of the backward pass, as `drift` gives it.
+        drift_at: the block before which it was found; empty if none was.
+        loss: the loss of the batch.
+    """
+
+    error: float
+    worst: str
+    worst_error: float
+    drift: float
+    drift_at: str
+    loss: float
+
+
+def drift(model: nn.Module) -> float:
+    """The largest drift ‖x̃_n − x_n‖ / ‖x_{n+1} − x_n‖ in the last backward pass.
+
+    It is measured wherever a kept state can be compared with a rebuilt one: at each anchor and at
+    the start of each chain. 0 if nothing was rebuilt; NaN if the pass ended before a kept state.
+
+    Raises:
+        InputError: the model is not switched by `use_adjoint`.
+    """
+    found = [e.drift for e in engines(model)]
+    return math.nan if any(math.isnan(d) for d in found) else max(found)
+
+
+def gradient_error(model: nn.Module, loss_of: LossOf, batch: Any) -> GradientAccuracy:
+    """The gradient's relative error on one batch, against backpropagation through the same model.
+
+    Both passes see the same random numbers; parameters, gradients (`.grad`), buffers and random
+    states are left as they were. Costs the memory of ordinary backpropagation.
+
+    Args:
+        model: a model switched by `use_adjoint`.
+        loss_of: loss_of(model, batch) → a scalar.
+        batch: whatever it takes.
+
+    Raises:
+        InputError: the model is not switched, or no parameter has a gradient.
+    """
+    measure = Measurement(model, loss_of, batch)
+    return measure.accuracy(measure.gradient())
+
+
+class Measurement:
+    """One batch, its exact gradient, and as many others as are asked for."""
+
+    def __init__(self, model: nn.Module, loss_of: LossOf, batch: Any):
+        self.model, self.engines = model, engines(model)
+        self._loss_of, self._batch = loss_of, batch
+        self._random = torch.get_rng_state()
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise InputError("no parameter of the model requires a gradient")
+        with _each(self.engines, paused=True):
+            self.exact = self.gradient()
+        self.scale = _norm(self.exact.values())
+        if any(not step.known for switch in switches(model) for step in switch.steps):
+            self.gradient()  # the first run is where residual blocks are told from others
+
+    def gradient(self) -> dict[str, Tensor]:
+        """∇θ as the model is switched now; parameters that the loss does not reach are left out."""
+        with self._undisturbed(), _each(self.engines, on_drift="ignore"):
+            loss = self._loss_of(self.model, self._batch)
+            if loss.dim() != 0 or not loss.requires_grad:
+                raise InputError(
+                    f"loss_of gave a tensor of shape {tuple(loss.shape)}"
+                    f"{'' if loss.requires_grad else ' without a gradient'}; expected a scalar "
+                    "that backward() can start from"
+                )
+            self.loss = float(loss.detach())
+            found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        named = zip(self.parameters, found, strict=True)
+        return {name: g for name, g in named if g is not None}
+
+    def error(self, gradient: dict[str, Tensor]) -> float:
+        """‖g − g*‖ / ‖g*‖ over all parameters."""
+        gap = _norm(self._gaps(gradient).values())
+        return gap / self.scale if self.scale else (0.0 if gap == 0 else math.inf)
+
+    def accuracy(self, gradient: dict[str, Tensor]) -> GradientAccuracy:
+        """All that is said about one gradient."""
+        own = {
+            name: float(gap.norm() / self.exact[name].norm().clamp(min=1e-30))
+            for name, gap in self._gaps(gradient).items()
+        }
+        worst = max(own, key=lambda name: own[name])
+        at = max(self.engines, key=lambda e: e.drift)
+        return GradientAccuracy(
+            self.error(gradient), worst, own[worst], drift(self.model), at.drift_at, self.loss
+        )
+
+    def _gaps(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+        if gradient.keys() != self.exact.keys():
+            odd = next(iter(gradient.keys() ^ self.exact.keys()))
+            raise InputError(
+                f"{odd} has a gradient in one of two passes only; is the model random?"
+            )
+        return {name: gradient[name] - self.exact[name] for name in self.exact}
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """The same random numbers each time; buffers as before at the end."""
+        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.set_rng_state(self._random)
+            if torch.cuda.is_available():
+                torch.cuda.manual_seed_all(0)
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for buffer, copy in buffers:
+                        buffer.copy_(copy)
+
+
+@contextmanager
+def _each(engines: list[Engine], **settings: Any) -> Iterator[None]:
+    """All engines with other settings for a while."""
+    with ExitStack() as stack:
+        for engine in engines:
+            for name, value in settings.items():
+                stack.callback(setattr, engine, name, getattr(engine, name))
+                setattr(engine, name, value)
+        yield
+
+
+def _norm(tensors: Any) -> float:
+    squares = [t.detach().double().square().sum() for t in tensors]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

@@ -1,0 +1,114 @@
+"""What a block is called with: the state, and everything else."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deeplimit.errors import RunError
+
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+
+
+def state_of(output: Any) -> Tensor | None:
+    """The state in a block's output: the output itself, or the first of a tuple."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def is_cache(value: Any) -> bool:
+    """A key-value cache of transformers, by what it can do."""
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
+class Arguments:
+    """The arguments of one call, with a hole where the state was.
+
+    The state is the first positional argument, or else the first tensor among the keywords.
+    """
+
+    __slots__ = ("_args", "_kwargs", "_place", "_versions")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]):
+        place: int | str | None = 0
+        if not args:
+            place = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), None)
+        elif not isinstance(args[0], Tensor):
+            place = None
+        self._place = place
+        self._args, self._kwargs = args, dict(kwargs)
+        self._versions: list[tuple[Tensor, int]] = []
+
+    @property
+    def state(self) -> Tensor | None:
+        """The state, as long as it is there."""
+        place = self._place
+        if place is None:
+            return None
+        value = self._args[place] if isinstance(place, int) else self._kwargs[place]
+        assert isinstance(value, Tensor) or value is None
+        return value
+
+    def let_go(self) -> None:
+        """Forgets the state, and remembers the versions of the other tensors."""
+        place = self._place
+        if isinstance(place, int):
+            self._args = (*self._args[:place], None, *self._args[place + 1 :])
+        elif place is not None:
+            self._kwargs[place] = None
+        self._versions = [(t, t._version) for t in self.tensors()]
+
+    def tensors(self) -> Iterable[Tensor]:
+        """The tensors among the arguments, one level deep into tuples."""
+        for value in (*self._args, *self._kwargs.values()):
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, tuple | list):
+                yield from (item for item in value if isinstance(item, Tensor))
+
+    def filled_cache(self, layer: int | None) -> bool:
+        """Whether a key-value cache already holds something of this layer."""
+        for value in (*self._args, *self._kwargs.values()):
+            if is_cache(value):
+                if layer is None or value.get_seq_length(layer) > 0:
+                    return True
+            elif isinstance(value, tuple) and value and isinstance(value[0], tuple):
+                return True  # the old form: a tuple of keys and values per layer
+        return False
+
+    def forward(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """For the forward pass: (args, kwargs) as they came."""
+        return self._with(x, self._args, self._kwargs)
+
+    def replay(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """For a replay: without caches, which would grow by it."""
+        args = tuple(None if is_cache(value) else value for value in self._args)
+        kwargs = {k: None if k in CACHES or is_cache(v) else v for k, v in self._kwargs.items()}
+        if kwargs.get("use_cache"):
+            kwargs["use_cache"] = False
+        return self._with(x, args, kwargs)
+
+    def _with(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        place = self._place
+        if isinstance(place, int):
+            return (*args[:place], x, *args[place + 1 :]), kwargs
+        assert place is not None
+        return args, kwargs | {place: x}
+
+    def check(self, name: str) -> None:
+        """Raises RunError if another tensor argument was changed in place since."""
+        if any(t._version != v for t, v in self._versions):
+            raise RunError(
+                f"{name}: one of its other arguments (a mask, an embedding) was changed in place "
+                "between forward and backward; change a copy of it"
+            )
+
+
+def layer_index(modules: Iterable[torch.nn.Module]) -> int | None:
+    """Which layer of a cache a block uses: transformers' modules know it as layer_idx."""
+    found = (getattr(m, "layer_idx", None) for m in modules)
+    return next((i for i in found if isinstance(i, int)), None)

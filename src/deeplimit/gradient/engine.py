@@ -1,0 +1,299 @@
+"""What all switched blocks of a model share: settings, exits, and the drift of a backward pass."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deeplimit.errors import InputError
+from deeplimit.gradient.arguments import Arguments, layer_index, state_of
+from deeplimit.gradient.circumstances import Modules
+from deeplimit.gradient.linking import Exits
+from deeplimit.gradient.node import AdjointError, Node, Start
+from deeplimit.gradient.residual import adds_input
+
+OnDrift = Literal["warn", "raise", "ignore"]
+
+# Gradient error ≤ SAFETY · drift on every network tried (benchmarks/results/adjoint_accuracy.json).
+SAFETY = 4.0
+
+
+class DriftWarning(UserWarning):
+    """Rebuilt states are so far off that the gradient may be wrong beyond the tolerance."""
+
+
+@dataclass
+class Step:
+    """One block of a model, or one step of a chain, and what has been learnt of it.
+
+    Attributes:
+        name: its path in the model.
+        modules: what it consists of.
+        inner: candidates inside it, which are preferred if they turn out to be residual.
+        named: chosen by the user, or a step of our own chain: residual by definition.
+        plain: why it is run as it is; None as long as nothing speaks against the adjoint.
+        known: whether it has run once with gradients.
+    """
+
+    name: str
+    modules: Modules
+    layer: int | None = None
+    inner: tuple["Step", ...] = ()
+    named: bool = False
+    plain: str | None = None
+    known: bool = False
+
+    @staticmethod
+    def of(name: str, *roots: nn.Module, **settings: Any) -> "Step":
+        """The step that consists of these modules."""
+        layer = layer_index(m for root in roots for m in root.modules())
+        return Step(name, Modules(roots), layer, **settings)
+
+
+@dataclass
+class Engine:
+    """The settings of `use_adjoint`, and what is going on. A copy starts with nothing going on.
+
+    Attributes:
+        evaluations: e ≥ 1, evaluations of a step per rebuilt state.
+        anchor_every: every so manyth state of a chain is kept; None: only a chain's first and last.
+        anchors: names of blocks whose input is kept.
+        tolerance: of the gradient's relative error.
+        on_drift: what to do when it may be exceeded.
+        paused: every block runs as if it were not switched.
+        drift: the largest of the last backward pass; NaN if it ended before a kept state.
+        drift_at: the block before which it was found.
+        residual: how many blocks were found to be residual so far.
+        chains: where a list is put here, the names of the blocks of every new chain.
+    """
+
+    evaluations: int
+    anchor_every: int | None
+    tolerance: float
+    on_drift: OnDrift
+    anchors: frozenset[str] = frozenset()
+    paused: bool = False
+    warned: bool = False
+    drift: float = 0.0
+    drift_at: str = ""
+    chains: list[list[str]] | None = None
+    residual: int = 0
+    _refused: list[str] = field(default_factory=list, repr=False)
+    _exits: Exits = field(default_factory=Exits, repr=False)
+    _task: int | None = field(default=None, repr=False)
+    _drifts: list[tuple[str, Tensor, Tensor]] = field(default_factory=list, repr=False)
+    _unmeasured: dict[int, str] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings only: nodes and graphs belong to forward passes of the original."""
+        idle = {"chains": None, "paused": False, "drift": 0.0, "drift_at": ""}
+        fresh: dict[str, Any] = {"_exits": Exits(), "_task": None, "_drifts": [], "_unmeasured": {}}
+        return self.__dict__ | idle | fresh
+
+    def keeps(self, step: Step, position: int) -> bool:
+        """Whether the input of the step at this position of a chain is an anchor."""
+        every = self.anchor_every
+        return position == 0 or step.name in self.anchors or bool(every and position % every == 0)
+
+    def run(
+        self,
+        step: Step,
+        function: Callable[..., Any],
+        start: Start | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Calls the step's own function, so that its input need not be kept."""
+        if self.paused or step.plain is not None or not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise AdjointError(
+                f"{step.name}: torch.func transforms do not go with the adjoint; call "
+                "use_backprop(model) first"
+            )
+        arguments = Arguments(args, kwargs)
+        x = arguments.state
+        if x is None or not self._goes(step, arguments, x):
+            return function(*args, **kwargs)
+        if not step.known:
+            return self._first_run(step, function, start, arguments, x)
+        return self._later_run(Node(self, step, function, start, arguments, x), arguments, x)
+
+    def _goes(self, step: Step, arguments: Arguments, x: Tensor) -> bool:
+        """Whether this call has a gradient that can be had by a replay."""
+        if x.is_inference() or not x.is_floating_point() or _forward_mode():
+            return False
+        if not (
+            x.requires_grad
+            or any(t.requires_grad for t in arguments.tensors())
+            or any(p.requires_grad for p in step.modules.parameters())
+        ):
+            return False
+        return not arguments.filled_cache(step.layer)
+
+    def _first_run(
+        self,
+        step: Step,
+        function: Callable[..., Any],
+        start: Start | None,
+        arguments: Arguments,
+        x: Tensor,
+    ) -> Any:
+        """Runs a step of which nothing is known yet, and learns whether it is residual."""
+        asks = not step.named
+        given = x
+        if asks and not x.requires_grad:
+            given = x.detach().requires_grad_()  # or the graph would not show the way through
+        version = given._version
+        node = None
+        if step.inner:
+            args, kwargs = arguments.forward(given)
+            output = function(*args, **kwargs)
+        else:
+            copy = given.detach().clone()  # in case the step edits its input
+            node = Node(self, step, function, start, arguments, given)
+            output = self._run(node, arguments, given)
+            if given._version != version:
+                node.replace_input(copy)
+        y = state_of(output)
+        step.known = True
+        inner = [s.name for s in step.inner if s.known and s.plain is None]
+        if inner:
+            step.plain = f"holds residual blocks of its own ({inner[0]}, …)"
+        elif y is None or y.shape != x.shape or y.dtype != x.dtype:
+            was = "no tensor" if y is None else f"{tuple(y.shape)}, {y.dtype}"
+            step.plain = f"turns a state {tuple(x.shape)}, {x.dtype} into {was}"
+        elif given._version != version:
+            step.plain = "changes its own input in place"
+        elif asks and not adds_input(y, given):
+            step.plain = "does not add its input to its output: not a residual block"
+        elif node is not None:
+            self._exits.leave(node, y)
+        if step.plain is None:
+            self.residual += 1
+        elif not step.inner:
+            self._refused.append(f"{step.name} {step.plain}")
+        return output
+
+    def _later_run(self, node: Node, arguments: Arguments, x: Tensor) -> Any:
+        """Runs a step that is known to be residual."""
+        version = x._version
+        output = self._run(node, arguments, x)
+        if x._version != version:
+            raise AdjointError(
+                f"{node.step.name}: changed its own input in place, which it had not done before; "
+                "leave it out of blocks="
+            )
+        y = state_of(output)
+        if y is not None and y.grad_fn is not None and y.shape == x.shape and y.dtype == x.dtype:
+            self._exits.leave(node, y)
+        return output
+
+    def _run(self, node: Node, arguments: Arguments, x: Tensor) -> Any:
+        """Runs a step under the checkpoint whose input is rebuilt."""
+        before = self._exits.enter(x)
+        if before is not None:
+            node.follows(before)
+        elif self.chains is not None:
+            self.chains.append(node.chain)
+        arguments.let_go()
+        return checkpoint(node, use_reentrant=False, preserve_rng_state=False, early_stop=False)
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around every replay: the first of a backward pass has its drift looked at at the end."""
+        task = torch._C._current_graph_task_id()
+        if task not in (-1, self._task):
+            self._task = task
+            self._drifts.clear()
+            self._unmeasured.clear()
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        yield
+
+    def note_rebuilt(self, node: Node) -> None:
+        """A state was rebuilt; the kept state that its segment ends at will tell how well."""
+        self._unmeasured[id(node.segment)] = node.step.name
+
+    def note_drift(self, node: Node, gap: Tensor, update: Tensor) -> None:
+        """At a kept state: ‖x̃_n − x_n‖ and ‖x_{n+1} − x_n‖ of the node behind it."""
+        self._unmeasured.pop(id(node.segment), None)
+        self._drifts.append((node.step.name, gap, update))
+
+    def _finish(self) -> None:
+        """At the end of a backward pass: the largest drift, and what it means."""
+        self._task = None
+        self.drift, self.drift_at = 0.0, ""
+        if self._refused and not self.residual:
+            self._warn(
+                f"no state will be rebuilt: {self._refused[0]}. layout(model) tells of others"
+            )
+        self._refused.clear()
+        if not self._drifts:
+            if self._unmeasured:
+                self._report_unmeasured()
+            return
+        gaps = torch.stack([gap.double().cpu() for _, gap, _ in self._drifts])
+        updates = torch.stack([update.double().cpu() for _, _, update in self._drifts])
+        drifts = torch.where(gaps == 0, 0.0, gaps / updates)
+        drifts = torch.where(drifts.isnan(), math.inf, drifts)
+        worst = int(drifts.argmax())
+        self.drift, self.drift_at = float(drifts[worst]), self._drifts[worst][0]
+        self._drifts.clear()
+        if self.tolerance < SAFETY * self.drift:
+            self._report(self.drift, self.drift_at)
+
+    def _report_unmeasured(self) -> None:
+        name = next(reversed(self._unmeasured.values()))
+        self._unmeasured.clear()
+        self.drift = math.nan
+        self._warn(
+            f"the backward pass ended at {name}, before a kept state: how far the rebuilt states "
+            "were off is not known. gradient_error measures it; anchors=[…] puts a kept state "
+            "where the backward pass ends"
+        )
+
+    def _warn(self, message: str) -> None:
+        """Once for each switch, unless the user wants to hear nothing."""
+        if self.on_drift != "ignore" and not self.warned:
+            self.warned = True
+            warnings.warn(message, DriftWarning, stacklevel=2)
+
+    def _report(self, drift: float, name: str) -> None:
+        message = (
+            f"drift {drift:.2g} at {name}: rebuilt states are off by that part of a layer's "
+            f"update, so the gradient's relative error may exceed the tolerance {self.tolerance:g} "
+            f"(it has stayed below {SAFETY:g} times the drift). More evaluations "
+            f"({self.evaluations + 1} instead of {self.evaluations}), anchor_every, or "
+            "plan_anchors(model, loss_of, batch, tolerance) bring it down; gradient_error measures "
+            "it"
+        )
+        if self.on_drift == "raise":
+            raise AdjointError(message)
+        self._warn(message)
+
+
+def checked(evaluations: int, anchor_every: int | None, tolerance: float, on_drift: str) -> Engine:
+    """An engine with these settings.
+
+    Raises:
+        InputError: one of them cannot be.
+    """
+    if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 1:
+        raise InputError(f"evaluations is {evaluations}; expected a whole number ≥ 1")
+    if anchor_every is not None and (not isinstance(anchor_every, int) or anchor_every < 1):
+        raise InputError(f"anchor_every is {anchor_every}; expected a whole number ≥ 1, or None")
+    if not tolerance > 0:
+        raise InputError(f"the tolerance is {tolerance}; it must be a number > 0")
+    if on_drift not in ("warn", "raise", "ignore"):
+        raise InputError(f"on_drift is {on_drift!r}; expected 'warn', 'raise' or 'ignore'")
+    return Engine(evaluations, anchor_every, tolerance, on_drift)  # type: ignore[arg-type]
+
+
+def _forward_mode() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0

@@ -1,0 +1,222 @@
+"""One run of one step: what is kept of it, and how its input is rebuilt for the backward pass."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from deeplimit.errors import RunError
+from deeplimit.gradient.arguments import Arguments, state_of
+from deeplimit.gradient.circumstances import Circumstances
+
+if TYPE_CHECKING:
+    from deeplimit.gradient.engine import Engine, Step
+
+Start = Callable[[Tensor], Tensor]
+
+
+class AdjointError(RunError):
+    """A gradient that would be wrong: what happened, and what to do instead."""
+
+
+class Node:
+    """One run of a step x_{n+1} = x_n + Φ_n(x_n) in a forward pass with gradients.
+
+    It lives as long as the graph of that run does: the checkpoint in the graph holds it, and the
+    node before it, which rebuilds its own input from this one's, does. Nothing else.
+
+    Attributes:
+        x: the input x_n, while it is kept: at the start of a chain, at anchors, at the end.
+        next: the node whose input is this one's output, once that is proven.
+        rebuilt: x̃_n in the backward pass, until the node before has used it.
+        update: ‖x̃_{n+1} − x̃_n‖ of the replay, where drift is measured against it.
+        chain: names of the steps linked so far, shared by all nodes of the chain.
+        segment: what the nodes share whose states are rebuilt from the same kept one.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_arguments",
+        "_circumstances",
+        "_parameters",
+        "_ran",
+        "_requires_grad",
+        "_versions",
+        "_x_version",
+        "chain",
+        "engine",
+        "function",
+        "next",
+        "position",
+        "rebuilt",
+        "segment",
+        "start",
+        "step",
+        "update",
+        "watched",
+        "x",
+    )
+
+    def __init__(
+        self,
+        engine: "Engine",
+        step: "Step",
+        function: Callable[..., Any],
+        start: Start | None,
+        arguments: Arguments,
+        x: Tensor,
+    ):
+        self.engine, self.step, self.function, self.start = engine, step, function, start
+        self.x: Tensor | None = x
+        self.next: Node | None = None
+        self.rebuilt: Tensor | None = None
+        self.update: Tensor | None = None
+        self.position = 0
+        self.chain = [step.name]
+        self.watched = False  # whether the node before it measures drift
+        self.segment = object()  # the same from one kept state to the next
+        self._arguments = arguments
+        self._requires_grad = x.requires_grad
+        self._x_version = x._version
+        self._parameters = step.modules.parameters()
+        self._versions = [p._version for p in self._parameters]
+        self._circumstances = Circumstances(step.modules, x.device)
+        self._ran = False
+
+    def __call__(self) -> Any:
+        """What the checkpoint calls: first the forward pass, later its replay."""
+        if not self._ran:
+            assert self.x is not None
+            args, kwargs = self._arguments.forward(self.x)
+            output = self.function(*args, **kwargs)
+            self._ran = True
+            self._circumstances.complete()
+            self._x_version = self.x._version if self.x is not None else 0
+            return output
+        with self.engine.backward():
+            self._check_unchanged()
+            if self.x is None:
+                self._replay_rebuilt()
+            else:
+                self._replay_kept(self.x)
+        return None
+
+    def follows(self, before: "Node") -> None:
+        """Links this node to the one whose output is its input; that one's own input can go."""
+        before.next = self
+        self.position = before.position + 1
+        self.chain = before.chain
+        self.chain.append(self.step.name)
+        self.watched = before.x is not None
+        if not self.engine.keeps(before.step, before.position):
+            before.x = None
+            self.watched = False
+            self.segment = before.segment
+
+    def replace_input(self, copy: Tensor) -> None:
+        """For a block that edits its own input: replays from a copy made before."""
+        self.x, self._x_version = copy, copy._version
+
+    def state(self) -> Tensor:
+        """The input x_n: kept, rebuilt, or rebuilt now from the nearest later one that is there.
+
+        The last happens when the loss does not depend on later layers, or when they saved nothing.
+        """
+        missing: list[Node] = []
+        node = self
+        while node.x is None and node.rebuilt is None:
+            missing.append(node)
+            assert node.next is not None  # only a link lets an input go
+            node = node.next
+        node._check_input()
+        state = node.rebuilt if node.x is None else node.x.detach()
+        assert state is not None
+        for node in reversed(missing):
+            node._check_unchanged(lazily=True)
+            state = node._approach(state, self.engine.evaluations)
+        if missing:
+            self.rebuilt = state
+        return state
+
+    def _replay_kept(self, x: Tensor) -> None:
+        """The exact input is here: an ordinary checkpoint's replay, and a look at the drift."""
+        leaf = x.detach().requires_grad_(self._requires_grad)
+        y = self._evaluate(leaf)
+        after = self.next
+        if after is not None and after.rebuilt is not None and after.update is not None:
+            with torch.no_grad():
+                gap = _norm(after.rebuilt - y)
+                self.engine.note_drift(after, gap, after.update)
+        if after is not None:
+            after.rebuilt = None
+
+    def _replay_rebuilt(self) -> None:
+        """x̃_n by the fixed point z ↦ x_{n+1} − Φ_n(z), its last evaluation with gradients."""
+        after = self.next
+        assert after is not None
+        target = after.state()
+        z = self._approach(target, self.engine.evaluations - 1)
+        leaf = z.detach().requires_grad_(self._requires_grad)
+        y = self._evaluate(leaf)
+        with torch.no_grad():
+            increment = y - z
+            self.rebuilt = target - increment
+            self.update = _norm(increment) if self.watched else None
+        self.engine.note_rebuilt(self)
+        after.rebuilt = None  # it has served; a second backward pass rebuilds it again
+
+    @torch.no_grad()
+    def _approach(self, target: Tensor, evaluations: int) -> Tensor:
+        """z^j = x_{n+1} − Φ_n(z^{j−1}) after so many evaluations, from the scheme's own start."""
+        z = target
+        if self.start is not None:
+            with self._circumstances.again():
+                z = self.start(target)
+        for _ in range(evaluations):
+            z = target - (self._evaluate(z) - z)
+        return z
+
+    def _evaluate(self, z: Tensor) -> Tensor:
+        with self._circumstances.again():
+            args, kwargs = self._arguments.replay(z)
+            y = state_of(self.function(*args, **kwargs))
+        assert y is not None
+        return y.detach()
+
+    def _check_unchanged(self, lazily: bool = False) -> None:
+        """The replay must see what the forward pass saw.
+
+        Raises:
+            AdjointError: it would not.
+        """
+        parameters = self.step.modules.parameters()
+        if lazily and any(isinstance(p, DTensor) for p in parameters):
+            raise AdjointError(
+                f"{self.step.name}: its state is needed although the loss does not depend on its "
+                "output, and its parameters are sharded now; put the loss on later states too, or "
+                "name the block as an anchor"
+            )
+        if len(parameters) != len(self._parameters) or any(
+            p is not q or p._version != v
+            for p, q, v in zip(parameters, self._parameters, self._versions, strict=False)
+        ):
+            raise AdjointError(
+                f"{self.step.name}: its parameters were changed between forward and backward; "
+                "states cannot be rebuilt with others. Run backward before the optimiser's step, "
+                "or functional_call around both"
+            )
+        self._check_input()
+        self._arguments.check(self.step.name)
+
+    def _check_input(self) -> None:
+        if self.x is not None and self.x._version != self._x_version:
+            raise AdjointError(
+                f"{self.step.name}: its input was changed in place after it was used; change a "
+                "copy of it (x = x + …, not x += …)"
+            )
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float32 if x.itemsize < 4 else x.dtype)

@@ -1,0 +1,58 @@
+"""Whether a block adds its input to its output, read off the graph."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+# Operations that hand one of their inputs on as it is: by form, by type, or through an addition
+# or a last activation. The inputs that they hand on.
+PASSES: dict[str, tuple[int, ...] | None] = {
+    "AddBackward0": None,
+    "AddcmulBackward0": (0,),
+    "SubBackward0": (0,),
+    "AliasBackward0": (0,),
+    "CloneBackward0": (0,),
+    "ContiguousBackward0": (0,),
+    "HardtanhBackward0": (0,),
+    "PermuteBackward0": (0,),
+    "ReluBackward0": (0,),
+    "ReshapeAliasBackward0": (0,),
+    "SqueezeBackward1": (0,),
+    "ToCopyBackward0": (0,),
+    "TransposeBackward0": (0,),
+    "UnsafeViewBackward0": (0,),
+    "UnsqueezeBackward0": (0,),
+    "ViewBackward0": (0,),
+    "BackwardHookFunctionBackward": None,
+}
+COMPILED = "CompiledFunctionBackward"
+
+
+def adds_input(y: Tensor, x: Tensor) -> bool:
+    """Whether some way through the graph from y to x passes additions only: y = x + ….
+
+    A block that is compiled as a whole is taken at its word.
+    """
+    if y is x:
+        return True
+    if y.grad_fn is None or not x.requires_grad:
+        return False
+    goal = get_gradient_edge(x)
+    waiting: list[tuple[Any, int]] = [(y.grad_fn, y.output_nr)]
+    seen = set()
+    while waiting:
+        node, output = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node == goal.node and output == goal.output_nr:
+            return True
+        seen.add(node)
+        name = node.name()
+        if name == COMPILED:
+            return True
+        if name in PASSES:
+            passed = PASSES[name]
+            following = node.next_functions
+            waiting += following if passed is None else [following[i] for i in passed]
+    return False
