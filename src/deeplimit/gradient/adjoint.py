@@ -223,8 +223,10 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(module, nn.Sequential | nn.ModuleList) or module in ours:
             continue
         for child_name, child in module.named_children():
-            whole = next(child.children(), None) is not None
-            if whole and child not in seen and type(child).forward is not nn.Module.forward:
+            # What holds a chain of ours is none: the chain's steps are switched already.
+            whole = next(child.children(), None) is not None and ours.isdisjoint(child.modules())
+            runs = "forward" in vars(child) or type(child).forward is not nn.Module.forward
+            if whole and child not in seen and runs:
                 seen.add(child)
                 found[f"{name}.{child_name}" if name else child_name] = child
     return found

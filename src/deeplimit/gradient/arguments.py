@@ -51,13 +51,20 @@ class Arguments:
         assert isinstance(value, Tensor) or value is None
         return value
 
-    def let_go(self) -> None:
-        """Forgets the state, and remembers the versions of the other tensors."""
-        place = self._place
-        if isinstance(place, int):
-            self._args = (*self._args[:place], None, *self._args[place + 1 :])
-        elif place is not None:
-            self._kwargs[place] = None
+    def complete(self) -> None:
+        """After the forward pass: forgets the state and caches, and lets go of the graph.
+
+        What a replay needs of another tensor is its numbers. With its graph it would hold the
+        graph of earlier blocks, which hold this call: memory that is never freed.
+        """
+        args, kwargs = self._with(None, self._args, self._kwargs)
+        self._args = tuple(_without_graph(value) for value in args)
+        self._kwargs = {name: _without_graph(value) for name, value in kwargs.items()}
+        for name in CACHES:
+            if name in kwargs:
+                self._kwargs[name] = None
+        if kwargs.get("use_cache"):
+            self._kwargs["use_cache"] = False
         self._versions = [(t, t._version) for t in self.tensors()]
 
     def tensors(self) -> Iterable[Tensor]:
@@ -78,20 +85,15 @@ class Arguments:
                 return True  # the old form: a tuple of keys and values per layer
         return False
 
-    def forward(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """For the forward pass: (args, kwargs) as they came."""
+    def at(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) with this state: as they came, or once complete without caches.
+
+        A cache would grow by a replay.
+        """
         return self._with(x, self._args, self._kwargs)
 
-    def replay(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """For a replay: without caches, which would grow by it."""
-        args = tuple(None if is_cache(value) else value for value in self._args)
-        kwargs = {k: None if k in CACHES or is_cache(v) else v for k, v in self._kwargs.items()}
-        if kwargs.get("use_cache"):
-            kwargs["use_cache"] = False
-        return self._with(x, args, kwargs)
-
     def _with(
-        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, x: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         place = self._place
         if isinstance(place, int):
@@ -106,6 +108,16 @@ class Arguments:
                 f"{name}: one of its other arguments (a mask, an embedding) was changed in place "
                 "between forward and backward; change a copy of it"
             )
+
+
+def _without_graph(value: Any) -> Any:
+    if is_cache(value):
+        return None
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(value.requires_grad)
+    if type(value) in (tuple, list):
+        return type(value)(_without_graph(item) for item in value)
+    return value
 
 
 def layer_index(modules: Iterable[torch.nn.Module]) -> int | None:

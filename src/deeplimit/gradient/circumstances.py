@@ -10,50 +10,124 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 
+Modes = tuple[bool, ...]
+Buffer = tuple[nn.Module, str]
+Snapshot = tuple[nn.Module, str, Tensor, int, Tensor]
+
+
 class Modules:
-    """The modules under a block, read once: parameters, norms with statistics, other buffers."""
+    """The modules under a block: parameters, norms with statistics, other buffers.
+
+    Read once, and again when a part has been replaced, added or parametrised.
+
+    Attributes:
+        parts: the modules, and what tells that they have to be read again.
+        norms: batch norms with running statistics.
+        proven: modes in which a replay was seen to give the output of the forward pass.
+    """
 
     def __init__(self, roots: Sequence[nn.Module]):
-        modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
+        self._roots = roots
+        self._read()
+
+    def _read(self) -> None:
+        modules = list(dict.fromkeys(m for root in self._roots for m in root.modules()))
+        self.parts = [(m, dict(m._modules), len(m._parameters), len(m._buffers)) for m in modules]
         self._parameters = [(m, name) for m in modules for name in m._parameters]
         self.norms = [m for m in modules if isinstance(m, _NormBase) and m.track_running_stats]
         norms = set(self.norms)
         self._buffers = [(m, name) for m in modules if m not in norms for name in m._buffers]
-        self._changing: list[tuple[nn.Module, str]] | None = None
+        self._changing: dict[Modes, set[Buffer]] = {}
+        self.proven: set[Modes] = set()
 
     def parameters(self) -> list[Tensor]:
-        """The parameters as they are now: FSDP2 and functional_call put others in their place."""
+        """The parameters as they are now: functional_call puts others in their place.
+
+        Of those that FSDP2 manages the sharded ones: whole parameters come and go, and are
+        filled without a trace in their version.
+        """
+        if any(
+            m._modules != parts or len(m._parameters) != p or len(m._buffers) != b
+            for m, parts, p, b in self.parts
+        ):
+            self._read()
+        sharded = [p for m, *_ in self.parts if isinstance(m, FSDPModule) for p in _shards(m)]
+        managed = {place for _, places in sharded for place in places}
+        found = (m._parameters.get(name) for m, name in self._parameters if (m, name) not in managed)
+        return [*(p for p in found if p is not None), *(shard for shard, _ in sharded)]
+
+    def trained(self) -> bool:
+        """Whether some parameter requires a gradient."""
         found = (m._parameters.get(name) for m, name in self._parameters)
-        return [p for p in found if p is not None]
+        return any(p is not None and p.requires_grad for p in found)
 
-    def snapshot(self) -> list[tuple[nn.Module, str, Tensor, int]]:
+    def scattered(self) -> bool:
+        """Whether parameters are divided among processes at this moment."""
+        return any(isinstance(m._parameters.get(name), DTensor) for m, name in self._parameters)
+
+    def modes(self) -> Modes:
+        """Which of them are in training mode; a block in other modes is another function."""
+        return tuple(m.training for m, *_ in self.parts)
+
+    def snapshot(self) -> list[Snapshot]:
         """Copies of the buffers that a forward pass changes; before the first one, of all."""
-        watched = self._buffers if self._changing is None else self._changing
+        watched = self._changing.get(self.modes(), self._buffers)
         now = ((m, name, m._buffers.get(name)) for m, name in watched)
-        return [(m, name, b.clone(), b._version) for m, name, b in now if b is not None]
+        return [(m, name, b, b._version, b.clone()) for m, name, b in now if b is not None]
 
-    def changed(
-        self, before: list[tuple[nn.Module, str, Tensor, int]]
-    ) -> list[tuple[nn.Module, str, Tensor]]:
+    def changed(self, before: list[Snapshot]) -> list[tuple[nn.Module, str, Tensor]]:
         """Of a snapshot, the copies of those that the forward pass did change."""
-        if self._changing is None:
-            self._changing = [(m, name) for m, name, _, v in before if _moved(m, name, v)]
-        keep = set(self._changing)
-        return [(m, name, copy) for m, name, copy, _ in before if (m, name) in keep]
+        moved = {(m, name) for m, name, b, v, _ in before if _moved(m, name, b, v)}
+        keep = self._changing.setdefault(self.modes(), moved)
+        return [(m, name, copy) for m, name, _, _, copy in before if (m, name) in keep]
+
+    def constant(self) -> list[tuple[nn.Module, str, Tensor, int]] | None:
+        """The buffers that a forward pass does not change; None before the first one."""
+        changing = self._changing.get(self.modes())
+        if changing is None:
+            return None
+        names: list[Buffer] = [key for key in self._buffers if key not in changing]
+        names += [(norm, n) for norm in self.norms if not norm.training for n in norm._buffers]
+        now = ((m, name, m._buffers.get(name)) for m, name in names)
+        return [(m, name, b, b._version) for m, name, b in now if b is not None]
 
 
-def _moved(module: nn.Module, name: str, version: int) -> bool:
-    buffer = module._buffers.get(name)
-    return buffer is None or buffer._version != version
+def _shards(module: FSDPModule) -> Iterator[tuple[Tensor, list[Buffer]]]:
+    """The sharded parameters that a module of FSDP2 manages, each with its places."""
+    state: Any = module._get_fsdp_state()
+    for group in state._fsdp_param_groups:
+        for managed in group.fsdp_params:
+            at = managed._module_info
+            names = [at.param_name, *at.shared_param_names]
+            places = list(zip([at.module, *at.shared_modules], names, strict=True))
+            yield managed.sharded_param, places
+
+
+def _moved(module: nn.Module, name: str, before: Tensor, version: int) -> bool:
+    """Whether a buffer was changed in place, or another put in its place."""
+    now = module._buffers.get(name)
+    return now is not before or now._version != version
 
 
 class Circumstances:
     """Taken before a forward pass, completed after it, met again in `again`."""
 
-    __slots__ = ("_autocast", "_buffers", "_device", "_modules", "_random", "_snapshot")
+    __slots__ = (
+        "_autocast",
+        "_buffers",
+        "_constant",
+        "_device",
+        "_modes",
+        "_modules",
+        "_parts",
+        "_random",
+        "_snapshot",
+    )
 
     def __init__(self, modules: Modules, device: torch.device):
         self._modules = modules
@@ -64,7 +138,9 @@ class Circumstances:
             for kind in kinds
         ]
         self._random: tuple[Tensor, ...] | None = _random_state(device)
+        self._modes, self._parts = modules.modes(), modules.parts
         self._snapshot = modules.snapshot()
+        self._constant = modules.constant()
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
 
     def complete(self) -> None:
@@ -73,8 +149,23 @@ class Circumstances:
         before = self._random
         if before is not None and all(torch.equal(a, b) for a, b in zip(before, now, strict=True)):
             self._random = None  # nothing random was drawn, or 5 kB per layer would be kept
+        self._modules.parameters()  # reads them again, should buffers have been registered
+        self._parts = self._modules.parts
         self._buffers = self._modules.changed(self._snapshot)
         self._snapshot = []
+        if self._constant is None:
+            self._constant = self._modules.constant()
+
+    def difference(self) -> str | None:
+        """What a replay would meet otherwise than the forward pass did; None if nothing."""
+        if self._modules.parts is not self._parts:
+            return "one of its parts was replaced"
+        if self._modules.modes() != self._modes:
+            return "train() or eval() was called"
+        for module, name, buffer, version in self._constant or ():
+            if _moved(module, name, buffer, version):
+                return f"its buffer {name} was changed"
+        return None
 
     @contextmanager
     def again(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from deeplimit.errors import InputError
 from deeplimit.gradient.arguments import Arguments, layer_index, state_of
 from deeplimit.gradient.circumstances import Modules
 from deeplimit.gradient.linking import Exits
-from deeplimit.gradient.node import AdjointError, Node, Start
+from deeplimit.gradient.node import AdjointError, Node, Start, inside_step
 from deeplimit.gradient.residual import adds_input
 
 OnDrift = Literal["warn", "raise", "ignore"]
@@ -101,6 +101,11 @@ class Engine:
         every = self.anchor_every
         return position == 0 or step.name in self.anchors or bool(every and position % every == 0)
 
+    # A compiled graph of what is done here would keep what it must not: it stays outside of graphs.
+    @torch.compiler.disable(
+        reason="blocks under deeplimit's adjoint run outside of a compiled graph; to have them "
+        "compiled: block.forward = torch.compile(block.forward), then use_adjoint(model)"
+    )
     def run(
         self,
         step: Step,
@@ -110,7 +115,7 @@ class Engine:
         kwargs: dict[str, Any],
     ) -> Any:
         """Calls the step's own function, so that its input need not be kept."""
-        if self.paused or step.plain is not None or not torch.is_grad_enabled():
+        if self.paused or step.plain is not None or not torch.is_grad_enabled() or inside_step():
             return function(*args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise AdjointError(
@@ -132,7 +137,7 @@ class Engine:
         if not (
             x.requires_grad
             or any(t.requires_grad for t in arguments.tensors())
-            or any(p.requires_grad for p in step.modules.parameters())
+            or step.modules.trained()
         ):
             return False
         return not arguments.filled_cache(step.layer)
@@ -153,7 +158,7 @@ class Engine:
         version = given._version
         node = None
         if step.inner:
-            args, kwargs = arguments.forward(given)
+            args, kwargs = arguments.at(given)
             output = function(*args, **kwargs)
         else:
             copy = given.detach().clone()  # in case the step edits its input
@@ -202,7 +207,6 @@ class Engine:
             node.follows(before)
         elif self.chains is not None:
             self.chains.append(node.chain)
-        arguments.let_go()
         return checkpoint(node, use_reentrant=False, preserve_rng_state=False, early_stop=False)
 
     @contextmanager

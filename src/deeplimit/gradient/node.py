@@ -1,11 +1,11 @@
 """One run of one step: what is kept of it, and how its input is rebuilt for the backward pass."""
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from deeplimit.errors import RunError
 from deeplimit.gradient.arguments import Arguments, state_of
@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from deeplimit.gradient.engine import Engine, Step
 
 Start = Callable[[Tensor], Tensor]
+
+
+class _Inside(threading.local):
+    step = False
+
+
+_inside = _Inside()
+
+
+def inside_step() -> bool:
+    """Whether this thread is inside a step: a checkpoint in a checkpoint's replay would not fit."""
+    return _inside.step
 
 
 class AdjointError(RunError):
@@ -40,6 +52,7 @@ class Node:
         "__weakref__",
         "_arguments",
         "_circumstances",
+        "_edits",
         "_parameters",
         "_ran",
         "_requires_grad",
@@ -83,17 +96,18 @@ class Node:
         self._parameters = step.modules.parameters()
         self._versions = [p._version for p in self._parameters]
         self._circumstances = Circumstances(step.modules, x.device)
-        self._ran = False
+        self._ran = self._edits = False
 
     def __call__(self) -> Any:
         """What the checkpoint calls: first the forward pass, later its replay."""
         if not self._ran:
             assert self.x is not None
-            args, kwargs = self._arguments.forward(self.x)
-            output = self.function(*args, **kwargs)
+            output = self._apply(self.x)
             self._ran = True
             self._circumstances.complete()
-            self._x_version = self.x._version if self.x is not None else 0
+            self._arguments.complete()
+            # Without its graph, which holds the nodes before, which hold this one.
+            self.x, self._x_version = self.x.detach(), self.x._version
             return output
         with self.engine.backward():
             self._check_unchanged()
@@ -117,7 +131,7 @@ class Node:
 
     def replace_input(self, copy: Tensor) -> None:
         """For a block that edits its own input: replays from a copy made before."""
-        self.x, self._x_version = copy, copy._version
+        self.x, self._x_version, self._edits = copy, copy._version, True
 
     def state(self) -> Tensor:
         """The input x_n: kept, rebuilt, or rebuilt now from the nearest later one that is there.
@@ -131,7 +145,7 @@ class Node:
             assert node.next is not None  # only a link lets an input go
             node = node.next
         node._check_input()
-        state = node.rebuilt if node.x is None else node.x.detach()
+        state = node.rebuilt if node.x is None else node.x
         assert state is not None
         for node in reversed(missing):
             node._check_unchanged(lazily=True)
@@ -143,7 +157,8 @@ class Node:
     def _replay_kept(self, x: Tensor) -> None:
         """The exact input is here: an ordinary checkpoint's replay, and a look at the drift."""
         leaf = x.detach().requires_grad_(self._requires_grad)
-        y = self._evaluate(leaf)
+        y = self._evaluate(leaf.clone() if self._edits else leaf)
+        self._check_repeats(leaf, y)
         after = self.next
         if after is not None and after.rebuilt is not None and after.update is not None:
             with torch.no_grad():
@@ -160,6 +175,7 @@ class Node:
         z = self._approach(target, self.engine.evaluations - 1)
         leaf = z.detach().requires_grad_(self._requires_grad)
         y = self._evaluate(leaf)
+        self._check_repeats(leaf, y)
         with torch.no_grad():
             increment = y - z
             self.rebuilt = target - increment
@@ -180,10 +196,39 @@ class Node:
 
     def _evaluate(self, z: Tensor) -> Tensor:
         with self._circumstances.again():
-            args, kwargs = self._arguments.replay(z)
-            y = state_of(self.function(*args, **kwargs))
-        assert y is not None
-        return y.detach()
+            y = state_of(self._apply(z))
+        # Without a tensor in its output it is no residual block, and nobody asks for it again.
+        return z.detach() if y is None else y.detach()
+
+    def _apply(self, x: Tensor) -> Any:
+        """The step's own function; blocks met inside it, a head for example, are part of it."""
+        args, kwargs = self._arguments.at(x)
+        outer, _inside.step = _inside.step, True
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            _inside.step = outer
+
+    @torch.no_grad()
+    def _check_repeats(self, x: Tensor, y: Tensor) -> None:
+        """Once for each block and mode: another evaluation gives the same output.
+
+        Raises:
+            AdjointError: it does not, so that no replay is what the forward pass was.
+        """
+        modules = self.step.modules
+        if modules.modes() in modules.proven or not y.is_floating_point():
+            return
+        gap = _norm(self._evaluate(x.detach().clone()) - y)
+        update = _norm(y - x if y.shape == x.shape else y)  # it may turn out not to be residual
+        rounding = 1e3 * torch.finfo(y.dtype).eps * _norm(y)
+        if gap > 0.1 * self.engine.tolerance * update + rounding:
+            raise AdjointError(
+                f"{self.step.name}: gives another output when it is run again at the same input: "
+                "it has a state that is no buffer, or random numbers that are not from torch's "
+                "default generators. Leave it out of blocks="
+            )
+        modules.proven.add(modules.modes())
 
     def _check_unchanged(self, lazily: bool = False) -> None:
         """The replay must see what the forward pass saw.
@@ -192,7 +237,7 @@ class Node:
             AdjointError: it would not.
         """
         parameters = self.step.modules.parameters()
-        if lazily and any(isinstance(p, DTensor) for p in parameters):
+        if lazily and self.step.modules.scattered():
             raise AdjointError(
                 f"{self.step.name}: its state is needed although the loss does not depend on its "
                 "output, and its parameters are sharded now; put the loss on later states too, or "
@@ -206,6 +251,12 @@ class Node:
                 f"{self.step.name}: its parameters were changed between forward and backward; "
                 "states cannot be rebuilt with others. Run backward before the optimiser's step, "
                 "or functional_call around both"
+            )
+        difference = self._circumstances.difference()
+        if difference is not None:
+            raise AdjointError(
+                f"{self.step.name}: {difference} between forward and backward; states cannot be "
+                "rebuilt as they were. Do it after backward, or leave the block out of blocks="
             )
         self._check_input()
         self._arguments.check(self.step.name)

@@ -1,0 +1,292 @@
+"""When two blocks are linked and when not; what is kept, what is let go; drift and its warnings."""
+
+import gc
+import math
+import warnings
+
+import pytest
+import torch
+from test_adjoint_modules import EXACT, MANY, assert_equal, inputs, sequence
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from deeplimit import InputError, drift, gradient_error, use_adjoint, use_backprop
+from deeplimit.gradient import AdjointError, DriftWarning, layout
+from deeplimit.gradient.adjoint import engines, switches
+from deeplimit.gradient.engine import checked
+
+
+class Between(nn.Module):
+    """Blocks with something done to the state after the third."""
+
+    def __init__(self, what: str, depth: int = 6):
+        super().__init__()
+        self.blocks, self.what = sequence(depth), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        for n, block in enumerate(self.blocks):
+            x = block(x)
+            if n == 2:
+                x = self._between(x)
+        return x
+
+    def _between(self, x: Tensor) -> Tensor:
+        if self.what == "edited":
+            x += 0.1
+        elif self.what == "slice":
+            return x[:, :4].repeat(1, 2)[:, :6]
+        elif self.what == "first rows":
+            return x[:3]
+        elif self.what == "transposed":
+            return x.T.contiguous().T
+        elif self.what == "view":
+            return x.view(x.shape)
+        elif self.what == "memory used again":
+            values = x.tolist()
+            del x
+            return torch.tensor(values, dtype=torch.float64).requires_grad_() * 1.0
+        return x
+
+
+def chains(model: nn.Module, x: Tensor) -> list[int]:
+    """Lengths of the chains of a forward pass."""
+    (engine,) = engines(model)
+    engine.chains = []
+    model(x)
+    found, engine.chains = engine.chains, None
+    return [len(chain) for chain in found]
+
+
+@pytest.mark.parametrize(
+    ("what", "lengths"),
+    [
+        ("nothing", [6]),
+        ("view", [6]),  # the same numbers at the same place, as FSDP2 passes them on
+        ("edited", [3, 3]),
+        ("slice", [3, 3]),
+        ("first rows", [3, 3]),
+        ("transposed", [3, 3]),
+        ("memory used again", [3, 3]),
+    ],
+)
+def test_a_chain_ends_where_the_state_is_another(what: str, lengths: list[int]) -> None:
+    model, x = Between(what), inputs(5, 6).requires_grad_()
+    leaves = [x, *model.parameters()]
+    expected = torch.autograd.grad(model(x).sin().sum(), leaves, allow_unused=True)
+    use_adjoint(model, **MANY)  # type: ignore[arg-type]
+    for _ in range(2):
+        got = torch.autograd.grad(model(x).sin().sum(), leaves, allow_unused=True)
+        assert_equal(list(got), list(expected), EXACT)
+    assert chains(model, x) == lengths
+
+
+def test_a_state_that_goes_two_ways() -> None:
+    """One block after it links, the other starts a chain of its own; a later use is no matter."""
+    blocks = nn.ModuleList(sequence(6))
+    x = inputs(5, 6).requires_grad_()
+
+    def loss() -> Tensor:
+        y = blocks[1](blocks[0](x))
+        left, right = blocks[3](blocks[2](y)), blocks[5](blocks[4](y))
+        return left.sin().sum() + right.square().sum() + y.cos().sum()
+
+    leaves = [x, *blocks.parameters()]
+    expected = torch.autograd.grad(loss(), leaves)
+    use_adjoint(blocks, **MANY)  # type: ignore[arg-type]
+    for _ in range(2):
+        assert_equal(list(torch.autograd.grad(loss(), leaves)), list(expected), EXACT)
+
+
+def test_a_loss_on_an_intermediate_state_only() -> None:
+    """The later states are rebuilt from the end although their blocks have no gradient."""
+    model, x = sequence(8), inputs(5, 6).requires_grad_()
+
+    def loss() -> Tensor:
+        states = [x]
+        for block in model:
+            states.append(block(states[-1]))
+        return states[4].sin().sum()
+
+    leaves = [x, *model[:4].parameters()]
+    expected = torch.autograd.grad(loss(), leaves)
+    use_adjoint(model, **MANY)  # type: ignore[arg-type]
+    for _ in range(2):
+        assert_equal(list(torch.autograd.grad(loss(), leaves)), list(expected), EXACT)
+
+
+def test_an_input_edited_after_its_use_is_an_error() -> None:
+    model, x = use_adjoint(sequence(3), **MANY), inputs(5, 6)  # type: ignore[arg-type]
+    start = x.requires_grad_() * 1.0
+    loss = model(start).sum()
+    with torch.no_grad():
+        start.mul_(2.0)
+    with pytest.raises(AdjointError, match="changed in place after it was used"):
+        loss.backward()
+
+
+class EditsItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(nn.Tanh(), nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += 0.2 * self.inside(x)
+        return x
+
+
+def test_a_block_that_edits_its_input_is_left_plain_and_said() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(EditsItsInput() for _ in range(4))).double()
+    x = inputs(5, 6).requires_grad_()
+    leaves = [x, *model.parameters()]
+    expected = torch.autograd.grad(model(x * 1.0).sin().sum(), leaves)
+    use_adjoint(model)
+    for turn in range(2):
+        if turn == 0:
+            with pytest.warns(DriftWarning, match="no state will be rebuilt: 0 changes its own"):
+                got = torch.autograd.grad(model(x * 1.0).sin().sum(), leaves)
+        else:
+            got = torch.autograd.grad(model(x * 1.0).sin().sum(), leaves)
+        assert_equal(list(got), list(expected), 1e-15)
+    assert set(layout(model).plain) == {"0", "1", "2", "3"}
+    assert "changes its own input" in str(layout(model))
+
+
+@pytest.mark.parametrize("end", ["backward", "dropped", "exception"])
+def test_states_die_without_the_garbage_collector(end: str) -> None:
+    model = use_adjoint(sequence(6), evaluations=2, on_drift="ignore")
+    seen: list[StorageWeakRef] = []
+    for block in model:
+        block.register_forward_hook(
+            lambda m, args, y: seen.append(StorageWeakRef(y.untyped_storage()))
+        )
+    gradients_of = inputs(5, 6).requires_grad_()
+    gc.collect()
+    gc.disable()
+    try:
+        model(gradients_of).sum().backward()
+        seen.clear()
+        loss = model(gradients_of).sum()
+        alive = [not ref.expired() for ref in seen]
+        assert alive == [False] * 4 + [True, False]  # the last block's input is kept
+        if end == "backward":
+            loss.backward()
+        elif end == "exception":
+            model[2].inner.weight.data.mul_(2.0)  # type: ignore[union-attr,operator]
+            with torch.no_grad():
+                model[2].inner.weight.add_(1.0)  # type: ignore[union-attr,operator]
+            with pytest.raises(AdjointError):
+                loss.backward()
+        del loss
+        assert all(ref.expired() for ref in seen)
+    finally:
+        gc.enable()
+
+
+def test_anchors_are_kept_and_exact() -> None:
+    model, x = sequence(9, gain=0.6), inputs(5, 6)
+    errors = []
+    for every in (None, 4, 2, 1):
+        use_adjoint(model, evaluations=1, anchor_every=every, on_drift="ignore")
+        errors.append(gradient_error(model, lambda m, x: m(x).sin().sum(), x).error)
+    assert errors[0] > 1.05 * errors[1] > 1.1 * errors[2] > 0
+    assert errors[3] < 1e-15
+    assert drift(model) == 0
+
+
+def test_drift_is_the_rebuilt_state_against_the_true_one() -> None:
+    """Four blocks: x_2 and x_1 are rebuilt from x_3; drift is that of x_1, by hand."""
+    model, x = sequence(4, gain=0.5), inputs(5, 6)
+    with torch.no_grad():
+        states = [x]
+        for block in model:
+            states.append(block(states[-1]))
+        z = states[3]
+        rebuilt = {}
+        for n in (2, 1):
+            target, z = z, z
+            for _ in range(2):
+                z = target - (model[n](z) - z)
+            rebuilt[n] = z
+        # the update of the replay, at the point where the gradient is taken
+        before = rebuilt[2] - (model[1](rebuilt[2]) - rebuilt[2])
+        update = (model[1](before) - before).norm()
+        expected = float((rebuilt[1] - states[1]).norm() / update)
+    use_adjoint(model, evaluations=2, on_drift="ignore")
+    model(x).sum().backward()
+    assert drift(model) == pytest.approx(expected, rel=1e-9)
+    assert math.isclose(float(update), float((states[2] - states[1]).norm()), rel_tol=0.05)
+
+
+def test_a_large_drift_warns_once_with_the_layer_and_the_remedy() -> None:
+    model, x = use_adjoint(sequence(6, gain=2.0), evaluations=1), inputs(5, 6)
+    with pytest.warns(DriftWarning, match=r"drift .* at 1: .*\(2 instead of 1\).*plan_anchors"):
+        model(x).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x).sum().backward()
+    assert drift(model) > 0.01
+
+
+def test_a_large_drift_raises_where_that_is_asked_for() -> None:
+    model = use_adjoint(sequence(6, gain=2.0), evaluations=1, on_drift="raise")
+    for _ in range(2):
+        with pytest.raises(AdjointError, match="may exceed the tolerance"):
+            model(inputs(5, 6)).sum().backward()
+    use_adjoint(model, evaluations=30, on_drift="raise", anchor_every=2)
+
+
+def test_a_backward_pass_that_ends_before_a_kept_state_says_so() -> None:
+    model = use_adjoint(sequence(6), evaluations=2)
+    loss = model(inputs(5, 6)).sum()
+    with pytest.warns(DriftWarning, match="ended at 3, before a kept state"):
+        torch.autograd.grad(loss, list(model[3:].parameters()))
+    assert math.isnan(drift(model))
+
+
+def test_switching_back_leaves_no_trace() -> None:
+    model = sequence(4)
+    before = [dict(m.__dict__) for m in model.modules()]
+    keys = list(model.state_dict())
+    use_adjoint(model, evaluations=1, on_drift="ignore")
+    use_adjoint(model, evaluations=3, on_drift="ignore")  # again, with other settings
+    assert {s.engine.evaluations for s in switches(model)} == {3}
+    model(inputs(5, 6)).sum().backward()
+    assert list(model.state_dict()) == keys
+    assert use_backprop(model) is model
+    model.zero_grad()
+    assert [m.__dict__.keys() for m in model.modules()] == [d.keys() for d in before]
+    with pytest.raises(InputError, match="call use_adjoint"):
+        drift(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"evaluations": 0}, "evaluations is 0; expected a whole number ≥ 1"),
+        ({"anchor_every": 0}, "anchor_every is 0"),
+        ({"tolerance": 0.0}, "tolerance is 0.0"),
+        ({"tolerance": math.nan}, "tolerance is nan"),
+        ({"blocks": ["7"]}, "blocks names '7', which the model does not have"),
+        ({"blocks": "0"}, "expected a list of names"),
+        ({"blocks": ["0", "0.inner"]}, "give one"),
+        ({"anchors": ["nine"]}, "anchors names 'nine', which is not one of the blocks"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> None:
+    model = sequence(3)
+    with pytest.raises(InputError, match=message):
+        use_adjoint(model, **settings)  # type: ignore[arg-type]
+    assert not switches(model)
+
+
+def test_something_else_than_a_whole_number_or_a_choice() -> None:
+    with pytest.raises(InputError, match=r"evaluations is True; expected a whole number"):
+        checked(True, None, 1e-2, "warn")
+    with pytest.raises(InputError, match="on_drift is 'shout'; expected 'warn', 'raise' or"):
+        checked(1, None, 1e-2, "shout")
+
+
+def test_a_model_without_blocks_is_an_error() -> None:
+    with pytest.raises(InputError, match="name them with blocks="):
+        use_adjoint(nn.Linear(3, 3))
