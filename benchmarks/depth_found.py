@@ -4,7 +4,9 @@
     python benchmarks/depth_found.py mnist --data-dir PATH
 
 Three seeds each, with the data set's default recipe; one JSON file per data set is written to
-benchmarks/results/, with the machine and the versions.
+benchmarks/results/, with the machine and the versions, after each seed. A run that was stopped goes
+on, a finished one is not trained again. "seconds" are those of the training's epochs, evaluation
+included; of the whole demo for digits.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from typing import Any
 from deeplimit.control import CropReport
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE
 from deeplimit.studies import demo_recipe, run_demo
-from deeplimit.training import RunFolder, crop_run, profile_run, recipe_for, train
+from deeplimit.training import RunFolder, crop_run, profile_run, recipe_for, resume, train
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,23 +57,27 @@ def run(data: str, seed: int, data_dir: Path | None, runs: Path) -> dict[str, An
     began, given = time.perf_counter(), None
     if data == "digits":
         folder = run_demo(demo_recipe(seed), runs=runs, quiet=True)
+        seconds = time.perf_counter() - began
     else:
         recipe = replace(recipe_for(data), seed=seed, data_dir=data_dir)
-        folder = train(recipe, runs=runs, name=f"{data}-{seed}")
+        name = f"{data}-{seed}"
+        there = (runs / name).is_dir()
+        folder = resume(runs / name) if there else train(recipe, runs=runs, name=name)
+        seconds = sum(row["seconds"] or 0.0 for row in folder.metrics())
         profile_run(folder)
         if data in GIVEN_DEPTH:
             given = crop_run(folder, GIVEN_DEPTH[data]).report
         crop_run(folder, "auto", accuracy=MAY_LOSE.get(data, ACCURACY_TOLERANCE))
-    return figures(folder, seed, time.perf_counter() - began, given)
+    return figures(folder, seed, seconds, given)
 
 
-def written(data: str, recipe: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Puts the rows among those of other seeds of the same recipe."""
+def written(data: str, recipe: dict[str, Any], row: dict[str, Any]) -> None:
+    """Puts the row among those of other seeds of the same recipe."""
     path = RESULTS / f"{data}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     plain = json.loads(json.dumps(recipe))
     kept = before.get("runs", []) if before.get("recipe") == plain else []
-    merged = {row["seed"]: row for row in [*kept, *rows]}
+    merged = {row["seed"]: row for row in [*kept, row]}
     runs = [merged[seed] for seed in sorted(merged)]
     RESULTS.mkdir(exist_ok=True)
     path.write_text(
@@ -87,15 +93,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     options = parser.parse_args()
     for data in options.data:
-        rows = [run(data, seed, options.data_dir, options.runs) for seed in options.seeds]
-        for row in rows:
+        for seed in options.seeds:
+            row = run(data, seed, options.data_dir, options.runs)
             crop = row["crop"]
             print(
                 f"{data} seed {row['seed']}: {row['seconds']} s, entry {row['entry']}, "
                 f"{crop['horizon_before']} → {crop['horizon_after']} layers, "
                 f"{100 * crop['accuracy_before']:.2f} → {100 * crop['accuracy_after']:.2f} %"
             )
-        written(data, asdict(recipe_for(data)) | {"data_dir": None, "seed": None}, rows)
+            written(data, asdict(recipe_for(data)) | {"data_dir": None, "seed": None}, row)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ from adjoint_references import (
     gradients,
     inputs,
     relative_error,
-    tower,
 )
 from torch import Tensor, nn
 
 from deeplimit import drift, use_adjoint
-from deeplimit.gradient import AdjointError, layout
+from deeplimit.gradient import layout
 
 transformers = pytest.importorskip("transformers")
 
@@ -192,33 +191,3 @@ def test_an_output_that_is_no_tensor_is_left_plain() -> None:
     assert relative_error(found, exact) == 0.0
     assert layout(model).rebuilt == ()
     assert "into no tensor" in layout(model).plain["blocks.0"]
-
-
-class Counting(Block):
-    """A state of its own that no buffer holds."""
-
-    calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x + self.residual(x) / self.calls
-
-
-class OwnRandomNumbers(Block):
-    """Dropout from a generator of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = torch.rand(x.shape, generator=self.generator, dtype=x.dtype) < 0.5
-        return x + self.residual(x) * kept
-
-
-@pytest.mark.parametrize("block", [Counting, OwnRandomNumbers])
-@pytest.mark.parametrize("evaluations", [1, 2])
-def test_a_block_that_cannot_be_run_again_is_an_error(block: type[Block], evaluations: int) -> None:
-    model = use_adjoint(tower(block), evaluations=evaluations, on_drift="ignore")
-    with pytest.raises(AdjointError, match="another output when it is run again"):
-        gradients(model, inputs())

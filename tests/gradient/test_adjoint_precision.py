@@ -90,13 +90,11 @@ def test_float16_with_a_gradient_scaler() -> None:
 
 
 def test_a_scale_that_overflows_skips_the_steps_it_would_skip() -> None:
-    exact, scale = trained(tower().float(), 2.0**127)
-    model = use_adjoint(tower().float(), evaluations=4, on_drift="ignore")
-    found, scale_now = trained(model, 2.0**127)
-    assert scale_now == scale < 2.0**127
-    assert {name: float(g.norm()) for name, g in exact.items()} == pytest.approx(
-        {name: float(g.norm()) for name, g in found.items()}, rel=1e-2, abs=1e-6
-    )
+    exact, scale = trained(tower().float(), 2.0**18)
+    model = use_adjoint(tower().float(), evaluations=4, on_drift="raise", tolerance=0.1)
+    found, scale_now = trained(model, 2.0**18)
+    assert scale_now == scale == 2.0**17
+    assert 0 < relative_error(found, exact) < 1e-2
 
 
 @pytest.mark.parametrize(

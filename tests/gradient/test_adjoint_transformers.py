@@ -190,7 +190,7 @@ def test_post_norm_model_stays_plain_and_says_so() -> None:
     batch = batch_for(model)
     _, exact = exact_gradients(model, batch, loss_of)
     use_adjoint(model)
-    with pytest.warns(DriftWarning, match=r"no state will be rebuilt: bert\.encoder\.layer\.0 does"):
+    with pytest.warns(DriftWarning, match=r"no state will be rebuilt: bert\.encoder\.layer\.0"):
         _, found = gradients(model, batch, loss_of)
     assert relative_error(found, exact) == 0.0
     assert layout(model).rebuilt == ()

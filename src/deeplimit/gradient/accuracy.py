@@ -13,6 +13,8 @@ from deeplimit.errors import InputError
 from deeplimit.gradient.adjoint import engines, switches
 from deeplimit.gradient.engine import Engine
 
+SMALL = 0.01
+
 LossOf = Callable[[Any, Any], Tensor]
 
 
@@ -22,7 +24,8 @@ class GradientAccuracy:
 
     Attributes:
         error: ‖g − g*‖ / ‖g*‖ over all parameters that have a gradient.
-        worst: the parameter with the largest relative error of its own.
+        worst: the parameter with the largest relative error of its own; one whose gradient is below
+            1 % of the whole is measured against that (the bias of an attention's keys has none).
         worst_error: that error.
         drift: the largest drift of the backward pass, as `drift` gives it.
         drift_at: the block before which it was found; empty if none was.
@@ -107,7 +110,7 @@ class Measurement:
     def accuracy(self, gradient: dict[str, Tensor]) -> GradientAccuracy:
         """All that is said about one gradient."""
         own = {
-            name: float(gap.norm() / self.exact[name].norm().clamp(min=1e-30))
+            name: float(gap.norm() / self.exact[name].norm().clamp(min=SMALL * self.scale or 1e-30))
             for name, gap in self._gaps(gradient).items()
         }
         worst = max(own, key=lambda name: own[name])

@@ -5,7 +5,7 @@ norms whose running statistics do not move a second time, buffers as they were, 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
-
 
 Modes = tuple[bool, ...]
 Buffer = tuple[nn.Module, str]
@@ -58,7 +57,9 @@ class Modules:
             self._read()
         sharded = [p for m, *_ in self.parts if isinstance(m, FSDPModule) for p in _shards(m)]
         managed = {place for _, places in sharded for place in places}
-        found = (m._parameters.get(name) for m, name in self._parameters if (m, name) not in managed)
+        found = (
+            m._parameters.get(name) for m, name in self._parameters if (m, name) not in managed
+        )
         return [*(p for p in found if p is not None), *(shard for shard, _ in sharded)]
 
     def trained(self) -> bool:
@@ -114,11 +115,15 @@ def _moved(module: nn.Module, name: str, before: Tensor, version: int) -> bool:
     return now is not before or now._version != version
 
 
+_NOTHING = nullcontext()
+
+
 class Circumstances:
     """Taken before a forward pass, completed after it, met again in `again`."""
 
     __slots__ = (
         "_autocast",
+        "_bare",
         "_buffers",
         "_constant",
         "_device",
@@ -142,6 +147,7 @@ class Circumstances:
         self._snapshot = modules.snapshot()
         self._constant = modules.constant()
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self._bare = False  # whether there is nothing to be met again
 
     def complete(self) -> None:
         """After the forward pass: keeps of the random state and the buffers what it used."""
@@ -155,6 +161,12 @@ class Circumstances:
         self._snapshot = []
         if self._constant is None:
             self._constant = self._modules.constant()
+        self._bare = (
+            self._random is None
+            and not self._buffers
+            and not any(enabled for _, _, enabled in self._autocast)
+            and not any(norm.training for norm in self._modules.norms)
+        )
 
     def difference(self) -> str | None:
         """What a replay would meet otherwise than the forward pass did; None if nothing."""
@@ -167,9 +179,14 @@ class Circumstances:
                 return f"its buffer {name} was changed"
         return None
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self) -> AbstractContextManager[None]:
         """One evaluation as in the forward pass; afterwards everything is as it was."""
+        if self._bare and not any(torch.is_autocast_enabled(kind) for kind, _, _ in self._autocast):
+            return _NOTHING
+        return self._met_again()
+
+    @contextmanager
+    def _met_again(self) -> Iterator[None]:
         with ExitStack() as stack:
             for kind, dtype, enabled in self._autocast:
                 # No cache: a weight cast without gradients would be found in it with gradients on.

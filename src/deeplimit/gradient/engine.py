@@ -207,7 +207,13 @@ class Engine:
             node.follows(before)
         elif self.chains is not None:
             self.chains.append(node.chain)
-        return checkpoint(node, use_reentrant=False, preserve_rng_state=False, early_stop=False)
+        return checkpoint(
+            node,
+            use_reentrant=False,
+            preserve_rng_state=False,  # the node does that, for every evaluation
+            determinism_check="none",  # the node has its own
+            early_stop=False,  # or there were no output to rebuild the input from
+        )
 
     @contextmanager
     def backward(self) -> Iterator[None]:
