@@ -14,6 +14,7 @@ from cli_commands import SMALL, Done, command, contents
 from deeplimit.cli import main
 from deeplimit.cli.crop import Crop
 from deeplimit.cli.demo import Demo
+from deeplimit.cli.gradient import Gradient
 from deeplimit.cli.horizon import Horizon
 from deeplimit.cli.profile import Profile
 from deeplimit.cli.report import Report
@@ -182,7 +183,9 @@ def test_resume_of_a_finished_run_changes_nothing(run: Path) -> None:
     done = command("train", "--resume", run)
     assert done.code == 0
     assert "epoch 2/2" not in done.err
+    assert "2 epochs: finished already, nothing to train" in done.err
     assert "Depth 3 → 2" in done.out
+    assert f"The page is at {(run / 'report.html').resolve()}" in done.out
     assert contents(run) | {"model.safetensors": ""} == before | {"model.safetensors": ""}
     again = load(run / "model.safetensors").state_dict()
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -218,6 +221,7 @@ HELP = {
     "train": Train,
     "profile": Profile,
     "crop": Crop,
+    "gradient": Gradient,
     "report": Report,
     "demo": Demo,
     "study horizon": Horizon,
@@ -242,7 +246,7 @@ def test_help_names_and_explains_every_option(verb: str) -> None:
     assert done.code == 0
     assert done.err == ""
     said = explained(done.out)
-    positional = {"run": "RUN"} | ({"data": "DATA"} if verb == "train" else {})
+    positional = {"run": "RUN", "model": "MODEL"} | ({"data": "DATA"} if verb == "train" else {})
     for field in dataclasses.fields(HELP[verb]):
         name = positional.get(field.name, f"--{field.name.replace('_', '-')}")
         assert len(said[name].split()) >= 4, f"{name} is not explained"

@@ -9,6 +9,7 @@ from tyro.extras import SubcommandApp
 
 from deeplimit.cli.crop import Crop
 from deeplimit.cli.demo import Demo
+from deeplimit.cli.gradient import Gradient
 from deeplimit.cli.horizon import Horizon
 from deeplimit.cli.options import STYLE
 from deeplimit.cli.profile import Profile
@@ -101,6 +102,10 @@ VERBS = {
         _options(Profile, "deeplimit profile"),
     ),
     "crop": Verb("Cut a trained network to fewer layers.", _options(Crop, "deeplimit crop")),
+    "gradient": Verb(
+        "What memory-free gradients would save on a model, and at what error.",
+        _options(Gradient, "deeplimit gradient"),
+    ),
     "report": Verb("Write the page of a run again.", _options(Report, "deeplimit report")),
     "study": Verb("Experiments over several runs: horizon.", _study),
 }

@@ -5,11 +5,13 @@ from deeplimit.report.figures import (
     accuracy_figure,
     class_figure,
     distance_figure,
+    gradient_cost_figure,
     loss_figure,
     training_figure,
     trajectory_figure,
     update_figure,
 )
+from deeplimit.report.gradient_cost import gradient_answer, gradient_summary
 from deeplimit.report.page import render_page, write_page
 
 __all__ = [
@@ -17,6 +19,9 @@ __all__ = [
     "class_figure",
     "crop_summary",
     "distance_figure",
+    "gradient_answer",
+    "gradient_cost_figure",
+    "gradient_summary",
     "loss_figure",
     "profile_table",
     "render_page",

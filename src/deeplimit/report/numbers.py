@@ -35,6 +35,14 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def memory(size: int) -> str:
+    """Bytes with three significant digits, in GB, MB, kB (powers of a thousand)."""
+    for unit, word in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{significant(size / unit)}{SPACE}{word}"
+    return f"{size}{SPACE}B"
+
+
 def seconds(time: float) -> str:
     """A time with three significant digits, in s, ms or µs."""
     for size, unit in ((1.0, "s"), (1e-3, "ms")):

@@ -1,6 +1,7 @@
 """Figures of a run's results; plotly figures are returned, so that notebooks show them."""
 
 from deeplimit.report.figures.classes import class_figure
+from deeplimit.report.figures.gradient_cost import gradient_cost_figure
 from deeplimit.report.figures.layers import (
     accuracy_figure,
     distance_figure,
@@ -14,6 +15,7 @@ __all__ = [
     "accuracy_figure",
     "class_figure",
     "distance_figure",
+    "gradient_cost_figure",
     "loss_figure",
     "training_figure",
     "trajectory_figure",

@@ -1,0 +1,189 @@
+"""What would the adjoint save on a model, and at what error? All methods measured on one batch."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.gradient import use_backprop
+from deeplimit.gradient.accuracy import LossOf
+from deeplimit.studies.gradient_methods import MethodCost, Methods, Tell
+
+EVALUATIONS = (1, 2, 3)
+SAME = 1.02  # memories this near count as equal: then the faster method is the better one
+
+
+@dataclass(frozen=True)
+class LeftPlain:
+    """A candidate that is not rebuilt, and why."""
+
+    block: str
+    why: str
+
+
+@dataclass(frozen=True)
+class GradientCost:
+    """All methods on one model and batch.
+
+    Attributes:
+        model: as the user gave it.
+        weights: where its parameters come from, in words.
+        device, dtype: where and in what numbers.
+        batch: what is in it, in words.
+        loss: of the batch.
+        parameters: how many.
+        parameter_bytes: theirs; their gradients take as many again.
+        tolerance: of the gradient's error, what the anchors were planned for.
+        steps: timed per method.
+        seed: of random numbers.
+        chains: the blocks linked to each other, in order; their states can be rebuilt.
+        left_plain: candidates that are not rebuilt.
+        methods: plain first; only that one where no block is rebuilt.
+    """
+
+    model: str
+    weights: str
+    device: str
+    dtype: str
+    batch: str
+    loss: float
+    parameters: int
+    parameter_bytes: int
+    tolerance: float
+    steps: int
+    seed: int
+    chains: tuple[tuple[str, ...], ...]
+    left_plain: tuple[LeftPlain, ...]
+    methods: tuple[MethodCost, ...]
+
+    @property
+    def plain(self) -> MethodCost:
+        """Ordinary backpropagation, what the others are compared with."""
+        return self.methods[0]
+
+    @property
+    def best(self) -> MethodCost | None:
+        """The least memory at an error within the tolerance; of about equal ones the fastest.
+
+        None where none needs less than plain backpropagation.
+        """
+        limit = float("inf") if self.plain.memory is None else self.plain.memory / SAME
+        fit = [
+            (method.memory, method.seconds or 0.0, method)
+            for method in self.methods[1:]
+            if method.memory is not None
+            and method.memory < limit
+            and method.error is not None
+            and method.error <= self.tolerance
+            and not self._repeated(method)
+        ]
+        if not fit:
+            return None
+        least = min(memory for memory, _, _ in fit)
+        return min((f for f in fit if f[0] <= SAME * least), key=lambda f: f[1])[2]
+
+    @staticmethod
+    def _repeated(method: MethodCost) -> bool:
+        """A plan without anchors is one of the others again."""
+        planned = method.method == "planned" and method.evaluations in EVALUATIONS
+        return planned and not method.anchors
+
+
+def measure_gradient_cost(
+    model: nn.Module,
+    loss_of: LossOf,
+    batch: Any,
+    *,
+    name: str = "",
+    weights: str = "",
+    evaluations: int = 2,
+    tolerance: float = 1e-2,
+    steps: int = 5,
+    seed: int = 0,
+    tell: Tell = lambda _: None,
+) -> GradientCost:
+    """Memory, time, gradient error and drift of every method on one batch.
+
+    Plain backpropagation, torch's checkpoint per block, the adjoint with e = 1, 2, 3, and with the
+    anchors that `plan_anchors` finds. Parameters, buffers, gradients and torch's random state are
+    left as they were; a model that was switched is plain afterwards.
+
+    Args:
+        model: any model, in the mode to be measured.
+        loss_of: loss_of(model, batch) → a scalar.
+        batch: whatever it takes, on the model's device.
+        name: of the model, for the result.
+        weights: where its parameters come from, for the result.
+        evaluations: e of the planned anchors.
+        tolerance: of the gradient's relative error, for the planned anchors.
+        steps: how many are timed for each method.
+        seed: of dropout and the like.
+        tell: told before each method what comes.
+
+    Raises:
+        InputError: a number out of range, a model without candidates for blocks, or one that does
+            not run on the batch.
+    """
+    if steps < 1:
+        raise InputError(f"steps is {steps}; expected at least 1")
+    with _as_it_was(model, seed):
+        study = Methods(model, loss_of, batch, evaluations, tolerance, steps, tell)
+        wanted: list[tuple[str, int | None]] = [("plain", None)]
+        if study.blocks:
+            wanted.append(("checkpointed", None))
+            wanted += [("adjoint", e) for e in EVALUATIONS]
+            wanted.append(("planned", evaluations))
+        methods = study.costs(wanted)
+    parameters = list(model.parameters())
+    return GradientCost(
+        model=name,
+        weights=weights,
+        device=str(study.device),
+        dtype=str(parameters[0].dtype).removeprefix("torch."),
+        batch=_described(batch),
+        loss=study.loss,
+        parameters=sum(p.numel() for p in parameters),
+        parameter_bytes=sum(p.numel() * p.itemsize for p in parameters),
+        tolerance=tolerance,
+        steps=steps,
+        seed=seed,
+        chains=study.chains,
+        left_plain=tuple(LeftPlain(*entry) for entry in study.left_plain.items()),
+        methods=methods,
+    )
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, seed: int) -> Iterator[None]:
+    """Afterwards buffers, gradients and random state are what they were."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            use_backprop(model)
+            with torch.no_grad():
+                for buffer, copy in buffers:
+                    buffer.copy_(copy)
+            for p, gradient in gradients:
+                p.grad = gradient
+
+
+def _described(batch: Any) -> str:
+    """Names and shapes of what is in a batch."""
+    named = (
+        batch.items()
+        if isinstance(batch, Mapping)
+        else enumerate(batch if isinstance(batch, tuple | list) else (batch,))
+    )
+    return ", ".join(
+        f"{f'{name} ' if isinstance(name, str) else ''}{'×'.join(map(str, part.shape)) or 'scalar'}"
+        for name, part in named
+        if isinstance(part, Tensor)
+    )

@@ -1,0 +1,228 @@
+"""The ways to a gradient, one after the other on one model and batch: what each costs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from deeplimit.errors import InputError
+from deeplimit.gradient import drift, layout, plan_anchors, use_adjoint, use_backprop
+from deeplimit.gradient.accuracy import LossOf, Measurement
+from deeplimit.gradient.adjoint import AdjointForward, Switch, engines, switches
+from deeplimit.network import ResidualChain
+from deeplimit.studies.step_cost import median_times, peak_memory
+from deeplimit.training.loaded_model import told
+
+METHODS = ("forward", "run_step")
+
+Tell = Callable[[str], None]
+Own = list[tuple[nn.Module, str, Any]]
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """One way to the gradient.
+
+    Attributes:
+        method: plain; checkpointed: torch's non-reentrant checkpoint per block; adjoint; planned:
+            the adjoint with the anchors of `plan_anchors`.
+        evaluations: e, of the adjoint.
+        anchors: the blocks whose input is kept beside the first and last of every chain.
+        memory: bytes at the peak of a step beyond parameters and gradients.
+        seconds: of a forward and backward pass, the median.
+        error: ‖g − g*‖ / ‖g*‖ over all parameters, g* that of plain backpropagation.
+        drift: the largest of each chain.
+        kept: how many of the blocks' inputs are kept.
+        failed: why there are no figures; empty if there are.
+    """
+
+    method: str
+    evaluations: int | None
+    anchors: tuple[str, ...]
+    memory: int | None
+    seconds: float | None
+    error: float | None
+    drift: tuple[float, ...]
+    kept: int | None
+    failed: str = ""
+
+
+class Methods:
+    """One model and batch, and what the first passes found out about them.
+
+    Attributes:
+        reference: the exact gradient; None where plain backpropagation runs out of memory.
+        loss: of the batch; NaN then.
+        chains: names of the blocks linked to each other.
+        left_plain: candidates that are not rebuilt, and why.
+        blocks: where the adjoint stands in; none if no state can be rebuilt.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_of: LossOf,
+        batch: Any,
+        evaluations: int,
+        tolerance: float,
+        steps: int,
+        tell: Tell,
+    ):
+        self.model, self.loss_of, self.batch = model, loss_of, batch
+        self.tolerance, self.steps, self.tell = tolerance, steps, tell
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        use_backprop(model)
+        self.plain = _own(model)
+        use_adjoint(model, evaluations=evaluations, tolerance=tolerance, on_drift="ignore")
+        tell("the exact gradient")
+        self.reference = self._reference()
+        self.loss = float("nan") if self.reference is None else self.reference.loss
+        (engine,) = engines(model)
+        engine.chains = []
+        self._pass()
+        found = layout(model)
+        self.chains = tuple(tuple(chain) for chain in engine.chains)
+        self.left_plain = found.plain
+        self.blocks = [s for s in switches(model) if set(found.rebuilt) & {t.name for t in s.steps}]
+        _put(model, self.plain)
+
+    def costs(self, methods: Sequence[tuple[str, int | None]]) -> tuple[MethodCost, ...]:
+        """One row for each (method, evaluations): the figures, or why there are none.
+
+        Times are taken in turns, a step of each method after the other, so that whatever else the
+        machine does meets all of them.
+        """
+        rows, ways = [], []
+        for method, evaluations in methods:
+            row, way = self._measured(method, evaluations)
+            rows.append(row)
+            ways.append(way)
+        self.tell("time")
+        runs = [partial(_put, self.model, way) for way in ways if way is not None]
+        try:
+            times = iter(median_times(runs, self._step, self.model, self.device, self.steps))
+        finally:
+            _put(self.model, self.plain)
+        return tuple(row if row.failed else replace(row, seconds=next(times)) for row in rows)
+
+    def _measured(self, method: str, evaluations: int | None) -> tuple[MethodCost, Own | None]:
+        """All but the time, and how the model is switched to this method again."""
+        self.tell(method if evaluations is None else f"{method}, e = {evaluations}")
+        anchors: tuple[str, ...] = ()
+        try:
+            self._switch(method, evaluations)
+            self._pass()  # warm; and blocks are told apart in an adjoint's first pass
+            if method == "planned":
+                anchors = self._plan()
+            error = self._error()
+            drifts = () if evaluations is None else self._drifts(anchors)
+            memory = peak_memory(self._step, self.model, self.device)
+            kept = self._kept(None if evaluations is None else anchors)
+            row = MethodCost(method, evaluations, anchors, memory, None, error, drifts, kept)
+            return row, _own(self.model)
+        except RuntimeError as failure:
+            if method == "plain" and not isinstance(failure, torch.OutOfMemoryError):
+                raise
+            why = str(failure).strip().splitlines()
+            failed = f"{type(failure).__name__}: {why[0] if why else 'no reason given'}"
+            nothing = MethodCost(method, evaluations, anchors, None, None, None, (), None, failed)
+            return nothing, None
+        finally:
+            _put(self.model, self.plain)
+
+    def _switch(self, method: str, evaluations: int | None) -> None:
+        if method == "checkpointed":
+            _checkpoint(self.blocks)
+        elif evaluations is not None:
+            use_adjoint(
+                self.model, evaluations=evaluations, tolerance=self.tolerance, on_drift="ignore"
+            )
+
+    def _reference(self) -> Measurement | None:
+        """The exact gradient; None where plain backpropagation runs out of memory."""
+        try:
+            return Measurement(self.model, self.loss_of, self.batch)
+        except torch.OutOfMemoryError:
+            return None
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"the model does not run on its batch: {told(error)}") from error
+
+    def _step(self) -> None:
+        self.loss_of(self.model, self.batch).backward()
+
+    def _pass(self) -> None:
+        """One backward pass that leaves nothing behind."""
+        if self.reference is not None:
+            self.reference.gradient()
+        else:
+            self._step()
+            self.model.zero_grad(set_to_none=True)
+
+    def _plan(self) -> tuple[str, ...]:
+        """Switches to the fewest anchors."""
+        if self.reference is None:
+            raise torch.OutOfMemoryError("planning anchors needs plain backpropagation once")
+        plan = plan_anchors(self.model, self.loss_of, self.batch, self.tolerance)
+        (engine,) = engines(self.model)
+        engine.anchors = frozenset(plan.anchors)
+        return plan.anchors
+
+    def _error(self) -> float | None:
+        if self.reference is None:
+            return None
+        return self.reference.error(self.reference.gradient())
+
+    def _drifts(self, anchors: tuple[str, ...]) -> tuple[float, ...]:
+        """Of each chain by itself: in a pass in which all states of the others are kept."""
+        (engine,) = engines(self.model)
+        names = {name for chain in self.chains for name in chain}
+        drifts = []
+        for chain in self.chains:
+            engine.anchors = frozenset(anchors) | (names - set(chain))
+            if len(chain) > 2:  # of fewer, all states are kept
+                self._pass()
+            drifts.append(drift(self.model) if len(chain) > 2 else 0.0)
+        engine.anchors = frozenset(anchors)
+        return tuple(drifts)
+
+    def _kept(self, anchors: tuple[str, ...] | None) -> int:
+        """Inputs of linked blocks that are kept: all (None), or first, last and anchors."""
+        return sum(
+            anchors is None or n in (0, len(chain) - 1) or block in anchors
+            for chain in self.chains
+            for n, block in enumerate(chain)
+        )
+
+
+def _checkpoint(blocks: list[Switch]) -> None:
+    """Torch's non-reentrant checkpoint around each of the blocks that the adjoint found."""
+    for switch in blocks:
+        if isinstance(switch, AdjointForward):
+            forward = switch.block.forward
+            switch.block.forward = partial(checkpoint, forward, use_reentrant=False)
+        else:
+            step = partial(ResidualChain.run_step, switch.chain)
+            run: Any = partial(checkpoint, step, use_reentrant=False)
+            switch.chain.run_step = run  # type: ignore[method-assign]
+
+
+def _own(model: nn.Module) -> Own:
+    """What stands in the modules' own attributes in place of their classes' methods."""
+    return [
+        (m, name, vars(m)[name]) for m in model.modules() for name in METHODS if name in vars(m)
+    ]
+
+
+def _put(model: nn.Module, own: Own) -> None:
+    """Puts that back, and takes away what was not there."""
+    for module in model.modules():
+        for name in METHODS:
+            vars(module).pop(name, None)
+    for module, name, method in own:
+        vars(module)[name] = method

@@ -1,0 +1,255 @@
+"""One batch and a loss for a model: all that a training step is made of besides the optimiser."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning_fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deeplimit.control import StageCost
+from deeplimit.errors import InputError
+from deeplimit.gradient.accuracy import LossOf
+from deeplimit.training.building import load_data, loss_of, training_batches
+from deeplimit.training.loaded_model import LoadedModel, told
+from deeplimit.training.recipe import LARGEST_SEED
+from deeplimit.training.run_folder import RunFolder
+
+SAMPLES, LENGTH, IMAGE = 4, 128, 224
+FUNCTION = "a function that returns (model, batch), given as module:function, brings its own"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A batch, and loss_of(model, batch) → a scalar."""
+
+    batch: Any
+    loss_of: LossOf
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks of a batch; None is left to the model.
+
+    Attributes:
+        samples: how many.
+        shape: of one sample, for random inputs.
+        length: of one sample, for random tokens.
+        seed: of what is drawn.
+
+    Raises:
+        InputError: a number below 1, both shape and length, or a seed that is none.
+    """
+
+    samples: int | None = None
+    shape: tuple[int, ...] | None = None
+    length: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch", self.samples), ("length", self.length)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; expected at least 1")
+        if self.shape is not None and (not self.shape or min(self.shape) < 1):
+            raise InputError(f"shape is {self.shape}; expected sizes of at least 1: 3,224,224")
+        if self.shape is not None and self.length is not None:
+            raise InputError("shape and length given; give the one that the model takes")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"seed is {self.seed}; expected a number from 0 to {LARGEST_SEED}")
+
+
+def example(loaded: LoadedModel, wish: Wish, device: torch.device | str = "cpu") -> Example:
+    """A batch for the model, and its loss; the model is moved to the device.
+
+    A run brings its data and its objective, stage cost included. A user's function may bring a
+    batch: a tensor, a dict of keyword arguments, or (inputs, targets). Everything else gets random
+    inputs: those that a transformers model names, numbers of the shape, or tokens of the length.
+    Where no loss is given it is the model's own, if it returns one for labels; otherwise the
+    cross-entropy against random classes of an output [B, C], or the mean square of any other.
+
+    Raises:
+        InputError: the wish does not go with the model, or the model does not run on the batch.
+    """
+    loaded.model.to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(wish.seed)
+        if loaded.run is not None:
+            _refuse(wish, "the run has its own data", but="batch")
+            made = _of_run(loaded.run, loaded.model, wish)
+            return Example(move_data_to_device(made.batch, device), made.loss_of)
+        if loaded.batch is not None:
+            _refuse(wish, f"{loaded.spec} returned its own batch")
+        inputs = _inputs(loaded, wish) if loaded.batch is None else loaded.batch
+        inputs = move_data_to_device(inputs, device)
+        if loaded.loss_of is not None:
+            return Example(inputs, loaded.loss_of)
+        made = _completed(loaded, inputs)
+        return Example(move_data_to_device(made.batch, device), made.loss_of)
+
+
+def _refuse(wish: Wish, why: str, but: str = "") -> None:
+    """What would silently be ignored."""
+    given = {"batch": wish.samples, "shape": wish.shape, "length": wish.length}
+    for name, value in given.items():
+        if value is not None and name != but:
+            raise InputError(f"{name} given, but {why}; leave it out")
+
+
+def _of_run(run: RunFolder, model: nn.Module, wish: Wish) -> Example:
+    """The first batch of the run's own training, and what it minimises."""
+    recipe = run.recipe
+    data = load_data(recipe, run.path.parent)
+    x, y = next(iter(training_batches(recipe, data, 0)))
+    if wish.samples is not None:
+        if wish.samples > len(y):
+            raise InputError(
+                f"batch is {wish.samples}; the run's own is {len(y)}: give at most that"
+            )
+        x, y = x[: wish.samples], y[: wish.samples]
+    objective = StageCost(model, loss_of(recipe, data), recipe.stage_cost, recipe.control_cost)
+    return Example((x, y), lambda _, batch: objective(*batch)[0])
+
+
+def _inputs(loaded: LoadedModel, wish: Wish) -> Any:
+    """Random inputs."""
+    model, count = loaded.model, wish.samples or SAMPLES
+    config: Any = getattr(model, "config", None)
+    name = getattr(model, "main_input_name", None)
+    if config is not None and isinstance(name, str):
+        return _named_inputs(model, config, name, count, wish)
+    if wish.length is not None:
+        tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
+        table = next(tables, None)
+        if table is None:
+            raise InputError(f"length given, but {loaded.spec} has no embedding; give a shape")
+        return torch.randint(table.num_embeddings, (count, wish.length))
+    shape = wish.shape or loaded.input_shape
+    if shape is None:
+        raise InputError(
+            f"{loaded.spec}: what goes into it is not known; give a shape such as 3,224,224, a "
+            f"length for tokens, or {FUNCTION}"
+        )
+    return torch.randn(count, *shape, dtype=_dtype(model))
+
+
+def _named_inputs(
+    model: nn.Module, config: Any, name: str, count: int, wish: Wish
+) -> dict[str, Any]:
+    """What a transformers model calls its main input: tokens, images or something continuous."""
+    inputs: dict[str, Any] = {}
+    if name == "input_ids":
+        if wish.shape is not None:
+            raise InputError("shape given, but the model takes tokens; give a length")
+        longest = getattr(config, "max_position_embeddings", None) or LENGTH
+        length = wish.length or min(LENGTH, longest)
+        inputs[name] = torch.randint(config.get_text_config().vocab_size, (count, length))
+        if config.is_encoder_decoder:
+            inputs["labels"] = inputs[name].clone()
+    elif wish.length is not None and wish.shape is None:
+        if name == "pixel_values":
+            raise InputError("length given, but the model takes images; give a shape: 3,224,224")
+        inputs[name] = torch.randn(count, wish.length, dtype=_dtype(model))
+    else:
+        shape = wish.shape or _image(config)
+        inputs[name] = torch.randn(count, *shape, dtype=_dtype(model))
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False  # in training nothing is generated
+    return inputs
+
+
+def _image(config: Any) -> tuple[int, ...]:
+    size = getattr(config, "image_size", None) or IMAGE
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return (getattr(config, "num_channels", 3), height, width)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floating, torch.float32)
+
+
+def _completed(loaded: LoadedModel, inputs: Any) -> Example:
+    """Inputs with what the loss needs, and the loss, both from what the model gives for them."""
+    if isinstance(inputs, tuple | list):
+        if len(inputs) != 2:
+            raise InputError(
+                f"{loaded.spec} returned a batch of {len(inputs)} parts; expected a tensor, a dict "
+                "of keyword arguments, (inputs, targets), or a loss_of beside it"
+            )
+        return Example(tuple(inputs), _of_targets)
+    model = loaded.model
+    try:
+        with torch.no_grad():
+            output = _run(model, inputs)
+    except Exception as error:
+        raise InputError(
+            f"{loaded.spec} does not run on its batch: {told(error)}; see shape and length, or "
+            f"{FUNCTION}"
+        ) from error
+    if _loss(output) is not None:
+        return Example(inputs, _own)
+    tensor = _first_tensor(output)
+    if tensor is None:
+        raise InputError(
+            f"{loaded.spec} returns {type(output).__name__} without a tensor; {FUNCTION}, and "
+            "(model, batch, loss_of) its loss too"
+        )
+    labels = "labels" in inspect.signature(model.forward).parameters
+    if isinstance(inputs, Mapping) and labels and isinstance(_part(output, "logits"), Tensor):
+        return Example({**inputs, "labels": _classes(_part(output, "logits"))}, _own)
+    if tensor.dim() == 2 and tensor.shape[1] > 1:
+        return Example((inputs, _classes(tensor)), _of_targets)
+    return Example(inputs, _mean_square)
+
+
+def _classes(logits: Tensor) -> Tensor:
+    """A random class for every row of logits [..., C]."""
+    return torch.randint(logits.shape[-1], logits.shape[:-1])
+
+
+def _run(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def _part(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else None
+
+
+def _loss(output: Any) -> Tensor | None:
+    found = _part(output, "loss")
+    return found if isinstance(found, Tensor) and found.dim() == 0 else None
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    parts = output.values() if isinstance(output, Mapping) else output
+    parts = parts if isinstance(parts, tuple | list) or isinstance(output, Mapping) else ()
+    return next((part for part in parts if isinstance(part, Tensor)), None)
+
+
+def _own(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that the model returns."""
+    found = _loss(_run(model, batch))
+    assert found is not None
+    return found
+
+
+def _of_targets(model: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy for classes, mean squared error for other targets."""
+    inputs, targets = batch
+    output = _first_tensor(_run(model, inputs))
+    assert output is not None
+    if targets.is_floating_point():
+        return F.mse_loss(output, targets)
+    return F.cross_entropy(output.flatten(0, -2), targets.flatten())
+
+
+def _mean_square(model: nn.Module, batch: Any) -> Tensor:
+    """A loss for what has neither labels nor classes."""
+    output = _first_tensor(_run(model, batch))
+    assert output is not None
+    return output.square().mean()

@@ -1,0 +1,174 @@
+"""Models of transformers, torchvision and timm, by name; nothing is downloaded."""
+
+import os
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deeplimit.errors import InputError
+from deeplimit.training.loaded_model import LoadedModel, meant, told
+
+CONFIG = "config.json"
+UNTRAINED = "random, untrained"
+
+# With the head whose loss is its training's, where the model has one of these.
+TASKS = ("IMAGE_CLASSIFICATION", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM")
+COPIES = 3  # of the parameters: themselves, their gradients, and the gradients compared with
+
+
+def transformers_model(name: str) -> LoadedModel:
+    """A model type with its default config, a config.json, or a folder, on disk or cached.
+
+    Raises:
+        InputError: transformers is not installed, there is no such config, or it cannot be built.
+    """
+    hf = _library("transformers", "pip install 'deeplimit[hub]'")
+    spec = f"transformers:{name}"
+    with _quiet(hf):
+        config, folder = _config(hf, name)
+        kind = _model_class(hf, config)
+        if folder is not None and _has_weights(folder):
+            build, weights = partial(kind.from_pretrained, folder, local_files_only=True), "trained"
+        else:
+            build, weights = partial(kind, config), UNTRAINED
+        return LoadedModel(spec, _built(spec, build, partial(kind, config)), weights)
+
+
+def torchvision_model(name: str) -> LoadedModel:
+    """An untrained model of torchvision.
+
+    Raises:
+        InputError: torchvision cannot be imported, or has no such model.
+    """
+    models = _library("torchvision.models", "install the one that goes with your torch")
+    if name not in models.list_models():
+        raise InputError(f"torchvision has no model {name!r}{meant(name, models.list_models())}")
+    spec, build = f"torchvision:{name}", partial(models.get_model, name, weights=None)
+    return LoadedModel(spec, _built(spec, build, build), UNTRAINED, input_shape=(3, 224, 224))
+
+
+def timm_model(name: str) -> LoadedModel:
+    """An untrained model of timm.
+
+    Raises:
+        InputError: timm cannot be imported, or has no such model.
+    """
+    timm = _library("timm", "install the one that goes with your torch")
+    if not timm.is_model(name):
+        raise InputError(f"timm has no model {name!r}{meant(name, timm.list_models())}")
+    spec, build = f"timm:{name}", partial(timm.create_model, name, pretrained=False)
+    model = _built(spec, build, build)
+    settings: Any = getattr(model, "default_cfg", {})
+    shape = tuple(settings.get("input_size", (3, 224, 224)))
+    return LoadedModel(spec, model, UNTRAINED, input_shape=shape)
+
+
+LIBRARIES: dict[str, Callable[[str], LoadedModel]] = {
+    "transformers": transformers_model,
+    "torchvision": torchvision_model,
+    "timm": timm_model,
+}
+
+
+def _library(name: str, remedy: str) -> Any:
+    """Imported only now: these are not among what deeplimit needs."""
+    try:
+        return pkgutil.resolve_name(f"{name}:")
+    except (ImportError, RuntimeError, OSError) as error:  # a build for another torch: the latter
+        package = name.partition(".")[0]
+        raise InputError(f"{package} cannot be imported ({told(error)}); {remedy}") from error
+
+
+@contextmanager
+def _quiet(hf: Any) -> Iterator[None]:
+    """Without the library's bars and remarks."""
+    log = hf.utils.logging
+    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bar:
+            log.enable_progress_bar()
+
+
+def _config(hf: Any, name: str) -> tuple[Any, Path | None]:
+    """The config, and the folder that may have weights beside it."""
+    path = Path(name)
+    if name in hf.CONFIG_MAPPING:
+        return hf.AutoConfig.for_model(name), None
+    if not path.exists():
+        try:
+            path = Path(hf.utils.cached_file(name, CONFIG, local_files_only=True)).parent
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"transformers:{name}: no file or folder of that name, no model type"
+                f"{meant(name, hf.CONFIG_MAPPING)}, and nothing in the hub's cache; fetch it first "
+                f"(hf download {name}), or give a config.json"
+            ) from error
+    try:
+        config = hf.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: no config of transformers ({told(error)}); expected a config.json with a "
+            "model_type, or a folder that has one"
+        ) from error
+    return config, path if path.is_dir() else None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(form)) for form in ("*.safetensors", "pytorch_model*.bin"))
+
+
+def _model_class(hf: Any, config: Any) -> Any:
+    """The config's own class, or the first of its family that comes with a loss."""
+    for name in config.architectures or ():
+        if hasattr(hf, name):
+            return getattr(hf, name)
+    mappings = [getattr(hf, f"MODEL_FOR_{task}_MAPPING") for task in TASKS]
+    for mapping in [*mappings, hf.MODEL_MAPPING]:
+        found = mapping.get(type(config), None)
+        if found is not None:
+            return found[0] if isinstance(found, tuple) else found
+    raise InputError(
+        f"{type(config).__name__} belongs to no model of transformers that can be built by itself; "
+        "give a model type such as gpt2 or vit"
+    )
+
+
+def _built(spec: str, build: Callable[[], nn.Module], outline: Callable[[], nn.Module]) -> Any:
+    """The model in training mode, if this machine has the memory for it.
+
+    Raises:
+        InputError: it has not, or the model cannot be built.
+    """
+    try:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in outline().parameters())
+        needed, there = COPIES * 4 * count, _memory()
+        if needed <= there:
+            return build().train()
+    except Exception as error:
+        raise InputError(
+            f"{spec} cannot be built: {told(error)}; a function of yours that returns the model "
+            "can be given as module:function"
+        ) from error
+    raise InputError(
+        f"{spec} has {count / 1e9:.1f} billion parameters: {needed / 1e9:.0f} GB with two copies "
+        f"of their gradients, this machine has {there / 1e9:.0f} GB; give a smaller config"
+    )
+
+
+def _memory() -> float:
+    """The machine's, in bytes; unlimited where it does not say."""
+    if not hasattr(os, "sysconf"):
+        return float("inf")
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,0 +1,102 @@
+"""A model named on the command line: a run folder, a function of the user's, or a library's model.
+
+runs/digits                 the network of a run, with its data and its loss
+net:build                   what `build` in net.py returns
+transformers:vit            a model type with its default config, a config.json, a folder, or a
+                            name on the hub whose files are in the cache
+torchvision:resnet50        untrained
+timm:vit_small_patch16_224  untrained
+"""
+
+import os
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deeplimit.errors import InputError
+from deeplimit.training.library_models import LIBRARIES
+from deeplimit.training.loaded_model import LoadedModel, meant, told
+from deeplimit.training.run_folder import RunFolder
+
+FORMS = "a run folder, module:function, transformers:NAME, torchvision:NAME or timm:NAME"
+
+
+def load_model(spec: str, *, seed: int = 0) -> LoadedModel:
+    """The model that a specification names; nothing is downloaded.
+
+    Args:
+        spec: one of the forms above.
+        seed: of the parameters that are drawn here; torch's own random state is left as it was.
+
+    Raises:
+        InputError: no such model, a library that is not installed, or a function that fails or
+            returns something else.
+    """
+    source, colon, name = spec.partition(":")
+    if not colon or Path(spec).is_dir():
+        return _of_run(spec)
+    if not source or not name:
+        raise InputError(f"the model is {spec!r}; expected {FORMS}")
+    with torch.random.fork_rng(devices=[]):
+        module = None if source in LIBRARIES else _imported(source, name)
+        torch.manual_seed(seed)  # only now: a module may draw numbers while it is imported
+        return LIBRARIES[source](name) if module is None else _of_function(spec, module, name)
+
+
+def _of_run(spec: str) -> LoadedModel:
+    if not Path(spec).exists():
+        raise InputError(f"{spec}: no such folder; the model is given as {FORMS}")
+    run = RunFolder.open(spec)
+    return LoadedModel(spec, run.model().train(), "trained", run=run)
+
+
+def _of_function(spec: str, module: Any, name: str) -> LoadedModel:
+    """What the user's function returns: a model, (model, batch) or (model, batch, loss_of)."""
+    found = getattr(module, name, None)
+    if not callable(found):
+        if found is not None:
+            raise InputError(f"{spec} is of type {type(found).__name__}; expected a function")
+        source = module.__name__
+        raise InputError(f"{source} has no function {name!r}{meant(name, vars(module))}")
+    try:
+        made = found() if not isinstance(found, nn.Module) else found
+    except Exception as error:
+        raise InputError(f"{spec} raised {told(error)}") from error
+    parts: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
+    model, batch, loss_of = (*parts, None, None, None)[:3]
+    if (
+        not isinstance(model, nn.Module)
+        or len(parts) > 3
+        or not (loss_of is None or callable(loss_of))
+    ):
+        given = ", ".join(type(part).__name__ for part in parts)
+        raise InputError(
+            f"{spec} returned {f'({given})' if isinstance(made, tuple) else given}; expected a "
+            "model, (model, batch) or (model, batch, loss_of), with loss_of(model, batch) a scalar"
+        )
+    return LoadedModel(spec, model, "as the function returned them", None, batch, loss_of)
+
+
+def _imported(name: str, function: str) -> Any:
+    """The user's module; the current folder is looked through as by `python -m`."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise InputError(f"{name}:{function} names no module and function; expected {FORMS}")
+    try:
+        return pkgutil.resolve_name(f"{name}:")
+    except Exception as error:
+        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if missing is None or not f"{name}.".startswith(f"{missing}."):
+            raise InputError(f"{name} cannot be imported: {told(error)}") from error
+        remedy = meant(name, LIBRARIES) or f"; expected {FORMS}"
+        if name.endswith(".py"):
+            remedy = f"; leave out .py: {name.removesuffix('.py')}:{function}"
+        raise InputError(
+            f"no module {name!r}, neither in this folder nor installed{remedy}"
+        ) from error
