@@ -1,14 +1,6 @@
 """Fixtures of the control tests, on the models of the network tests."""
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "network"))  # model_families, naive_networks
-
 from model_families import FAMILIES, Sample, sample
 
 
@@ -16,12 +8,3 @@ from model_families import FAMILIES, Sample, sample
 def family(request: pytest.FixtureRequest) -> Sample:
     """A model of each family in turn, with a batch."""
     return sample(request.param)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: several threads would only wait for each other, long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -58,15 +58,19 @@ def naive_cost(
     model: nn.Module, x: Tensor, y: Tensor, gamma: float, r: float
 ) -> tuple[Tensor, Tensor]:
     """(4): the terminal cost on the model's own forward, then one layer after the other."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    before = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
     walk, logits = naive_walk(model, x)
     cost = naive_loss(logits, y)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-    for norm in norms:  # only now: the forward has moved the running statistics
+    after = [(m.running_mean, m.running_var) for m in norms]  # the forward has moved them
+    for norm, (mean, var) in zip(norms, before, strict=True):
         norm.eval()
+        norm.running_mean, norm.running_var = mean, var
     for stage, state in walk[:-1]:
         cost = cost + gamma * naive_loss(naive_logits(model, stage, state), y)
-    for norm in norms:
+    for norm, (mean, var) in zip(norms, after, strict=True):
         norm.train()
+        norm.running_mean, norm.running_var = mean, var
     for theta in naive_controls(model):
         cost = cost + r / 2 * (theta**2).sum()
     return cost, logits

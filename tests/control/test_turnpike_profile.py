@@ -93,6 +93,25 @@ def test_every_figure_is_the_naive_one(family: Sample) -> None:
     assert profile.loss_error[-1] == profile.accuracy_error[-1] == 0
 
 
+def test_samples_whose_state_is_zero_have_no_relative_update() -> None:
+    """They are in every other figure; a layer that sees no other has no mean at all."""
+    family = sample("chain")
+    x, y = samples_of(family)
+    x[[0, 6, 16]] = 0.0
+    profile = turnpike_profile(family.model, batches(x, y, 5), LOSS)
+    others = x.abs().sum(1) != 0
+    rest = turnpike_profile(family.model, batches(x[others], y[others], 5), LOSS)
+    assert profile.relative_update[0] == pytest.approx(rest.relative_update[0], rel=1e-12)
+    # Behind the first layer no state is zero any more: 17 samples again.
+    with torch.no_grad():
+        naive = naive_profile(family.model.eval(), x, y)
+    assert np.allclose(profile.relative_update[1:], naive["relative_update"][1:], rtol=1e-12)
+    assert np.allclose(profile.loss, naive["loss"], rtol=1e-12)
+    none = turnpike_profile(family.model, batches(torch.zeros_like(x), y, 5), LOSS)
+    assert math.isnan(none.relative_update[0])
+    assert all(math.isfinite(u) for u in none.relative_update[1:])
+
+
 def test_the_batch_size_does_not_matter(family: Sample) -> None:
     x, y = samples_of(family, 16)
     profiles = [turnpike_profile(family.model, batches(x, y, n), LOSS) for n in (1, 3, 16)]

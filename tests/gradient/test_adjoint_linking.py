@@ -10,7 +10,7 @@ from test_adjoint_modules import EXACT, MANY, assert_equal, inputs, sequence
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from deeplimit import InputError, drift, gradient_error, use_adjoint, use_backprop
+from deeplimit import InputError, ResidualChain, drift, gradient_error, use_adjoint, use_backprop
 from deeplimit.gradient import AdjointError, DriftWarning, layout
 from deeplimit.gradient.adjoint import engines, switches
 from deeplimit.gradient.engine import checked
@@ -231,9 +231,22 @@ def test_a_large_drift_warns_once_with_the_layer_and_the_remedy() -> None:
 def test_a_large_drift_raises_where_that_is_asked_for() -> None:
     model = use_adjoint(sequence(6, gain=2.0), evaluations=1, on_drift="raise")
     for _ in range(2):
-        with pytest.raises(AdjointError, match="may exceed the tolerance"):
+        with pytest.raises(AdjointError, match=r"may be up to .*, beyond the tolerance 0\.01"):
             model(inputs(5, 6)).sum().backward()
     use_adjoint(model, evaluations=30, on_drift="raise", anchor_every=2)
+
+
+@pytest.mark.parametrize("kink", [nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.Tanh, nn.GELU])
+def test_kinks_are_seen_and_weigh_with_the_root_of_drift(kink: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 12), kink(), nn.Linear(12, 6)) for _ in range(6)]
+    model = use_adjoint(ResidualChain(blocks, step=0.2).double(), on_drift="ignore")
+    (engine,) = engines(model)
+    model(inputs(5, 6)).sum().backward()
+    smooth = kink in (nn.Tanh, nn.GELU)
+    assert engine.kinked is not smooth
+    assert engine.error_bound(1e-4) == pytest.approx(2e-4 if smooth else 1.25e-2)
+    assert engine.error_bound(4.0) == 8.0
 
 
 def test_a_backward_pass_that_ends_before_a_kept_state_says_so() -> None:

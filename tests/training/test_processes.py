@@ -28,7 +28,7 @@ EXACT = replace(SMALL, precision="64-true", control_cost=0.3, epochs=2)
 IMAGES = Recipe(
     data="npz:images.npz",
     kind="convolutional",
-    depth=(2, 1),
+    depth=(3, 1),
     width=4,
     hidden=4,
     norm="none",
@@ -68,8 +68,9 @@ def script(path: Path, body: str) -> Path:
 
 @pytest.mark.parametrize("launcher", ["own", "torchrun"])
 def test_two_processes_are_one(launcher: str, images: Recipe, tmp_path: Path) -> None:
-    """One script, run by both processes, trains twice: with Fabric's launcher ddp and fsdp on
-    vectors, with torchrun fsdp and ddp on images. Each process says what it returned."""
+    """One script, run by both processes, trains by ddp and fsdp, and by one of them with states
+    rebuilt: with Fabric's launcher on vectors, with torchrun on images. Each process says what it
+    returned."""
     recipe = EXACT if launcher == "own" else images
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     devices = "devices=2, " if launcher == "own" else ""  # torchrun's number holds
@@ -78,22 +79,39 @@ def test_two_processes_are_one(launcher: str, images: Recipe, tmp_path: Path) ->
         f"""
         runs = Path(sys.argv[1])
         recipe = Recipe.from_toml(runs / "recipe.toml")
-        for strategy in ("ddp", "fsdp"):
-            folder = train(replace(recipe, {devices}strategy=strategy), runs=runs, name=strategy)
-            print(os.environ.get("LOCAL_RANK"), folder.path.name, flush=True)
+        for name in sys.argv[2:]:
+            strategy, gradient = name.split("-")
+            how = replace(recipe, {devices}strategy=strategy, gradient=gradient)
+            folder = train(how, runs=runs, name=name)
+            rank = os.environ.get("LOCAL_RANK")
+            print(f"{{rank}} {{folder.path.name}}\\n", end="", flush=True)  # one write for a line
         """,
     )
-    said = run_script(two, str(tmp_path), torchrun=0 if launcher == "own" else 2)
-    assert sorted(said.stdout.split("\n")) == ["", "0 ddp", "0 fsdp", "1 ddp", "1 fsdp"]
-    assert said.stderr.count("epoch 2/2") == 2  # one process speaks
-    one = checkpoint_of(train(recipe, runs=tmp_path, name="one", quiet=True).path)
-    for strategy in ("ddp", "fsdp"):
-        several = checkpoint_of(tmp_path / strategy)
-        assert largest_difference(one, several) < 1e-13
+    names = ["ddp-backprop", "fsdp-backprop"]
+    names.append("ddp-adjoint" if launcher == "own" else "fsdp-adjoint")
+    said = run_script(two, str(tmp_path), *names, torchrun=0 if launcher == "own" else 2)
+    returned = [f"{rank} {name}" for rank in (0, 1) for name in names]
+    assert sorted(said.stdout.split("\n")) == sorted(["", *returned])
+    assert said.stderr.count("epoch 2/2") == 3  # one process speaks
+    ones = {
+        gradient: checkpoint_of(
+            train(replace(recipe, gradient=gradient), runs=tmp_path, name=gradient).path
+        )
+        for gradient in ("backprop", "adjoint")
+    }
+    for name in names:
+        gradient = name.split("-")[1]
+        one, several = ones[gradient], checkpoint_of(tmp_path / name)
+        assert largest_difference(one, several) < 1e-12
         for mine, theirs in zip(one.rows, several.rows, strict=True):
-            for name in ("loss", "accuracy", "validation_loss", "validation_accuracy", "entry"):
-                assert mine[name] == pytest.approx(theirs[name], abs=1e-6)
-        assert RunFolder.open(tmp_path / strategy).recipe.devices == 2
+            for figure in ("loss", "accuracy", "validation_loss", "validation_accuracy", "entry"):
+                assert mine[figure] == pytest.approx(theirs[figure], abs=1e-6)
+            # Each process measures its own part of the batch: the largest is at least the whole's.
+            assert (mine["drift"] is None) == (theirs["drift"] is None) == (gradient == "backprop")
+            assert mine["drift"] is None or theirs["drift"] > 0.9 * mine["drift"] > 0
+        assert RunFolder.open(tmp_path / name).recipe.devices == 2
+    one = ones["backprop"]
+    assert largest_difference(one, ones["adjoint"]) > 1e-9  # states were rebuilt
     free = train(replace(recipe, control_cost=0.0), runs=tmp_path, name="free", quiet=True)
     assert largest_difference(one, checkpoint_of(free.path)) > 1e-4  # the control cost did act
 

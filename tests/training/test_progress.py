@@ -19,9 +19,14 @@ def test_the_bar_shows_epoch_loss_accuracy_and_entry() -> None:
         figures = {"epoch": 2.0, "loss": 0.125, "accuracy": 0.75, "validation_accuracy": 0.5}
         bar.epoch(row | figures | {"entry": 7.0})
         bar.progress.refresh()
+        bar.warn("drift 0.5 at layer [1]")
+        bar.epoch(row | figures | {"entry": 7.0, "drift": 0.0123, "epoch": 3.0})
+        bar.progress.refresh()
     text = shown.getvalue()
     assert "runs/x: what is trained" in text
     assert "epoch 2/4" in text
     assert "loss 0.500  accuracy 25.0%" in text
     assert "epoch 3/4" in text
     assert "loss 0.125  accuracy 75.0%  validation 50.0%  entry layer 7" in text
+    assert "warning: drift 0.5 at layer [1]" in text
+    assert "entry layer 7  drift 0.012" in text

@@ -51,6 +51,23 @@ WRONG = {
     "flip": ({"flip": "yes"}, "flip is 'yes'; expected true or false"),
     "seed a truth value": ({"seed": True}, "seed is True; expected a whole number"),
     "no data": ({"data": ""}, "data is empty"),
+    "gradient": (
+        {"gradient": "adjont"},
+        "gradient is 'adjont'; expected one of backprop, adjoint, did you mean 'adjoint'?",
+    ),
+    "no evaluations": (
+        {"gradient": "adjoint", "evaluations": 0},
+        "evaluations is 0; expected at least 1",
+    ),
+    "evaluations not whole": ({"evaluations": 1.5}, "evaluations is 1.5; expected a whole number"),
+    "evaluations by backprop": (
+        {"evaluations": 3},
+        "evaluations is 3, but the gradient backprop rebuilds no state; give the gradient adjoint",
+    ),
+    "cifar by the adjoint": (
+        {"kind": "cifar-resnet", "depth": (1, 1, 1), "gradient": "adjoint"},
+        "gradient is adjoint: the states of a cifar-resnet cannot be rebuilt",
+    ),
     "cifar stages": ({"kind": "cifar-resnet"}, "a cifar-resnet has three stages"),
     "cifar scheme": (
         {"kind": "cifar-resnet", "depth": (1, 1, 1), "scheme": "heun"},
@@ -104,6 +121,8 @@ settings = st.fixed_dictionaries(
         "control_cost": positive,
         "learning_rate": positive,
         "flip": st.booleans(),
+        "gradient": st.just("adjoint"),
+        "evaluations": st.integers(1, 99),
         "seed": st.integers(0, 2**31 - 1),
     }
 )
@@ -145,6 +164,22 @@ def test_a_damaged_recipe_is_refused_with_file_and_field(case: str, tmp_path: Pa
         Recipe.from_toml(path)
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_a_recipe_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("format = 1\nrecipe = 3\n", encoding="utf-8")
+    with pytest.raises(InputError, match="Recipe is 3; expected the fields of one"):
+        Recipe.from_toml(path)
+
+
+def test_a_recipe_from_before_the_adjoint_is_read(tmp_path: Path) -> None:
+    text = Recipe(epochs=7).to_toml()
+    older = text.replace('gradient = "backprop"\n', "").replace("evaluations = 2\n", "")
+    assert len(older.splitlines()) == len(text.splitlines()) - 2
+    path = tmp_path / "recipe.toml"
+    path.write_text(older, encoding="utf-8")
+    assert Recipe.from_toml(path) == Recipe(epochs=7)
 
 
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:

@@ -180,6 +180,15 @@ def test_metrics_come_back_exactly(rows: list[Row], entry: float | None) -> None
     assert from_csv(to_csv(numbered)) == tuple(numbered)
 
 
+def test_metrics_from_before_the_adjoint_are_read() -> None:
+    row: Row = dict.fromkeys(COLUMNS, 0.125) | {"epoch": 1.0, "entry": 2.0, "drift": None}
+    older = "\n".join(line.rpartition(",")[0] for line in to_csv([row]).splitlines()) + "\n"
+    assert "drift" not in older
+    assert from_csv(older) == (row,)
+    del row["drift"]  # as in an older checkpoint
+    assert from_csv(to_csv([row])) == (row | {"drift": None},)
+
+
 @pytest.mark.parametrize("damage", ["", "epoch,loss\n1,2\n", "half a row", "not a number"])
 def test_damaged_metrics_are_named(damage: str, tmp_path: Path) -> None:
     folder = new(tmp_path)

@@ -1,7 +1,6 @@
 """Training as optimal control: the terminal cost plus a stage cost at every layer."""
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
+from deeplimit.network.modes import RunningStatistics
 
 WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, FSDPModule)
 
@@ -28,8 +28,9 @@ class StageCost(nn.Module):
 
     `cost, logits = stage_cost(x, y)`; cost is a scalar ready for `backward()`, logits are z_N, the
     model's own output. The states of all layers meet the head in one stacked call, in which batch
-    norms use their running statistics and leave them alone. Under the adjoint each step computes
-    the loss of its own state instead, inside its replay, so that no state is kept for it.
+    norms use the running statistics from before this batch and leave them alone. Under the adjoint
+    each step computes the loss of its own state instead, inside its replay, so that no state is
+    kept for it.
 
     This module is what goes into Fabric, DistributedDataParallel or `fully_shard`; save
     `stage_cost.model.state_dict()`.
@@ -74,31 +75,32 @@ class StageCost(nn.Module):
         # Looked up before the model runs: under FSDP2 the parameters are then still the sharded
         # ones, whose gradients are the optimiser's.
         controls = self.anatomy.controls if self.control_cost else []
-        if self.weight and self.anatomy.replayed:
-            with self.anatomy.charging(partial(self._running, y)) as costs:
-                logits = self.model(x)
-            cost = self.loss(logits, y).mean()
-            if costs:
-                cost = cost + self.weight * torch.stack(costs).sum()
-        elif self.weight:
-            states, logits = self.anatomy.states(x)
-            cost = self.loss(logits, y).mean()
-            if len(states) > 1:
-                running = self.anatomy.logits(states[:-1])
-                values = self.loss(running, y.expand(len(running), *y.shape))
-                cost = cost + self.weight * values.mean(dim=1).sum()
-        else:
-            logits = self.model(x)
-            cost = self.loss(logits, y).mean()
+        logits, running = self._run(x, y)
+        cost = self.loss(logits, y).mean()
+        if running is not None:
+            cost = cost + self.weight * running
         if controls:
             # Counted after the model ran, so that its backward comes first: FSDP2 reduces gradients
             # on a stream of its own, onto what is there; added later it would race with that.
             cost = cost + self.control_cost / 2 * _squared_norm(controls)
         return cost, logits
 
-    def _running(self, y: Tensor, n: int, x: Tensor) -> Tensor:
-        """mean_i ℓ(z_n^i, y^i) of one state."""
-        return self.loss(self.anatomy.logits([x], first=n)[0], y).mean()
+    def _run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The model's logits, and Σ_{n<N} mean_i ℓ(z_n^i, y^i) where it has a weight."""
+        if not self.weight:
+            return self.model(x), None
+        if self.anatomy.replayed and torch.is_grad_enabled():
+            with self.anatomy.charging(lambda z: self.loss(z, y).mean()) as costs:
+                logits = self.model(x)
+            return logits, torch.stack(costs).sum() if costs else None
+        # Before the model runs, as under the adjoint, where the first layers' costs are computed
+        # before the later projections' statistics move.
+        statistics = RunningStatistics(self.model.modules())
+        states, logits = self.anatomy.states(x)
+        if len(states) == 1:
+            return logits, None
+        z = self.anatomy.logits(states[:-1], statistics=statistics)
+        return logits, self.loss(z, y.expand(len(z), *y.shape)).mean(dim=1).sum()
 
     def extra_repr(self) -> str:
         """γ and r."""

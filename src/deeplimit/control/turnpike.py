@@ -39,7 +39,8 @@ class TurnpikeProfile:
         distance: d_n = mean dist(z_n, Z*_y), N + 1 values.
         class_distance: the same for each class, [N + 1][C]; NaN for a class with no samples.
         relative_update: mean ‖x_{n+1} − x_n‖ / ‖x_n‖ per sample, N values; at a change of stage x_n
-            is carried to the shape of x_{n+1} first.
+            is carried to the shape of x_{n+1} first. Samples with x_n = 0 are left out; NaN where
+            no other is left.
         loss_error: standard error of mean(ℓ_n − ℓ_N), paired by sample, N + 1 values.
         accuracy_error: standard error of accuracy_n − accuracy_N, paired by sample, N + 1 values.
     """
@@ -163,6 +164,7 @@ class _Sums:
     correct: Tensor
     distance: Tensor
     update: Tensor
+    update_count: Tensor
     loss_gap: Tensor
     loss_gap_squared: Tensor
     hit_gap_squared: Tensor
@@ -189,7 +191,7 @@ class _Sums:
             accuracy=tuple((self.correct / n).tolist()),
             distance=tuple((self.distance / n).tolist()),
             class_distance=tuple(tuple(row) for row in per_class.tolist()),
-            relative_update=tuple((self.update / n).tolist()),
+            relative_update=tuple((self.update / self.update_count).tolist()),
             loss_error=tuple((spread / n).sqrt().tolist()),
             accuracy_error=tuple((hit_spread / n).sqrt().tolist()),
         )
@@ -207,12 +209,14 @@ def _measure(structure: Anatomy, x: Tensor, y: Tensor, loss: SoftCrossEntropy) -
     hits = (logits.argmax(-1) == targets).double()
     gap = values - values[-1]
     own = torch.nn.functional.one_hot(y, loss.classes).double()
+    updates, update_count = _relative_updates(structure, states)
     return _Sums(
         count=len(y),
         loss=values.sum(1).cpu(),
         correct=hits.sum(1).cpu(),
         distance=distance.sum(1).cpu(),
-        update=_relative_updates(structure, states).cpu(),
+        update=updates.cpu(),
+        update_count=update_count.cpu(),
         loss_gap=gap.sum(1).cpu(),
         loss_gap_squared=gap.square().sum(1).cpu(),
         hit_gap_squared=(hits - hits[-1]).square().sum(1).cpu(),
@@ -221,12 +225,16 @@ def _measure(structure: Anatomy, x: Tensor, y: Tensor, loss: SoftCrossEntropy) -
     )
 
 
-def _relative_updates(structure: Anatomy, states: list[Tensor]) -> Tensor:
-    """Σ_i ‖x_{n+1} − x_n‖ / ‖x_n‖, per layer."""
-    sums = []
+def _relative_updates(structure: Anatomy, states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Σ_i ‖x_{n+1} − x_n‖ / ‖x_n‖ over samples with x_n ≠ 0, and their number, per layer."""
+    sums, counts = [], []
     for n in range(len(states) - 1):
         before = structure.carried(n, states[n]).flatten(1).double()
         after = states[n + 1].flatten(1).double()
-        size = torch.linalg.vector_norm(before, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-        sums.append((torch.linalg.vector_norm(after - before, dim=1) / size).sum())
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+        size = torch.linalg.vector_norm(before, dim=1)
+        ratio = torch.linalg.vector_norm(after - before, dim=1) / size
+        sums.append(ratio.where(size != 0, 0.0).sum())
+        counts.append((size != 0).sum())
+    if not sums:
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.long)
+    return torch.stack(sums), torch.stack(counts)

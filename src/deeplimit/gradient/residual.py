@@ -28,6 +28,38 @@ PASSES: dict[str, tuple[int, ...] | None] = {
 }
 COMPILED = "CompiledFunctionBackward"
 
+# Operations whose derivative jumps somewhere.
+KINKS = (
+    "AbsBackward",
+    "AdaptiveMaxPool",
+    "AmaxBackward",
+    "AminBackward",
+    "ClampBackward",
+    "ClampM",
+    "CummaxBackward",
+    "EluBackward",
+    "FractionalMaxPool",
+    "HardshrinkBackward",
+    "HardsigmoidBackward",
+    "HardswishBackward",
+    "HardtanhBackward",
+    "LeakyReluBackward",
+    "MaxBackward",
+    "MaxPool",
+    "MaximumBackward",
+    "MinBackward",
+    "MinimumBackward",
+    "PreluKernelBackward",
+    "ReluBackward",
+    "RreluWithNoise",
+    "SortBackward",
+    "SoftshrinkBackward",
+    "ThresholdBackward",
+    "TopkBackward",
+    "WhereBackward",
+    COMPILED,  # nobody can see what is inside
+)
+
 
 def adds_input(y: Tensor, x: Tensor) -> bool:
     """Whether some way through the graph from y to x passes additions only: y = x + ….
@@ -55,4 +87,19 @@ def adds_input(y: Tensor, x: Tensor) -> bool:
             passed = PASSES[name]
             following = node.next_functions
             waiting += following if passed is None else [following[i] for i in passed]
+    return False
+
+
+def has_kinks(y: Tensor, x: Tensor) -> bool:
+    """Whether some operation between x and y has a derivative that jumps."""
+    end = get_gradient_edge(x).node if x.requires_grad else None
+    waiting, seen = [y.grad_fn], {end}
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().startswith(KINKS):
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
     return False

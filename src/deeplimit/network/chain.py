@@ -4,7 +4,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class ResidualChain(nn.Sequential):
         self.step = float(step)
         self.scheme: Scheme = Euler() if scheme is None else scheme
         self._state_hooks: dict[int, StateHook] = OrderedDict()
-        self._running_cost: Callable[[int, Tensor], Tensor] | None = None
+        self._running_cost: RunningCost | None = None
         self._costs: list[Tensor] = []
 
     @property
@@ -67,7 +66,7 @@ class ResidualChain(nn.Sequential):
         """Step n as `forward` runs it: x_{n+1}, with cost(x_n) beside it where one is given.
 
         What replays steps in the backward pass puts its own in place of this method in the chain's
-        attributes. A replay without gradients leaves the cost out.
+        attributes. Without gradients, as while a state is rebuilt, the cost is left out.
         """
         y = self.advance(n, x)
         if cost is None or not torch.is_grad_enabled():
@@ -80,8 +79,11 @@ class ResidualChain(nn.Sequential):
         return "run_step" in self.__dict__
 
     @contextmanager
-    def charging(self, cost: Callable[[int, Tensor], Tensor]) -> Iterator[list[Tensor]]:
-        """Collects the running costs cost(n, x_n), n = 0 … N−1, computed inside the steps."""
+    def charging(self, cost: RunningCost) -> Iterator[list[Tensor]]:
+        """Collects the running costs cost(x_n), n = 0 … N−1, computed inside the steps.
+
+        With gradients only; nothing is collected without.
+        """
         self._running_cost, self._costs = cost, []
         try:
             yield self._costs
@@ -93,8 +95,7 @@ class ResidualChain(nn.Sequential):
         x = input
         self._show(0, x)
         for n in range(self.horizon):
-            cost = None if self._running_cost is None else partial(self._running_cost, n)
-            after = self.run_step(n, x, cost)
+            after = self.run_step(n, x, self._running_cost)
             if isinstance(after, tuple):
                 after, paid = after
                 self._costs.append(paid)

@@ -1,6 +1,6 @@
 """Modes of a model's modules, changed for a while and put back one by one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,26 +24,39 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-@contextmanager
-def running_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms use their running statistics and leave them alone; nothing else changes mode.
+class RunningStatistics:
+    """Batch norms in training mode, with their running statistics as they are now.
 
+    While it is in `use` they normalise by these and leave them alone; nothing else changes mode.
     States of all layers stacked have other statistics than a batch: through a batch norm in
     training mode they would be normalised by figures that no layer has.
+
+    Args:
+        modules: among them, the batch norms; those in evaluation mode are left as they are.
     """
-    norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
-    ]
-    kept = [(m.running_mean, m.running_var) for m in norms]
-    for norm, (mean, var) in zip(norms, kept, strict=True):
-        norm.training = False
-        if mean is not None and var is not None:
-            # Autograd keeps what is used here, unguarded against a later forward that moves the
-            # statistics in place: without copies, gradients of that first use would be wrong.
-            norm.running_mean, norm.running_var = mean.clone(), var.clone()
-    try:
-        yield
-    finally:
-        for norm, (mean, var) in zip(norms, kept, strict=True):
-            norm.training = True
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self._norms = [
+            m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+        ]
+        # Copies: autograd keeps what is used, unguarded against a later forward that moves the
+        # statistics in place, and a replay in the backward pass must find what the forward did.
+        self._now = [(_copy(m.running_mean), _copy(m.running_var)) for m in self._norms]
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """For a while; may be used again."""
+        kept = [(m.running_mean, m.running_var) for m in self._norms]
+        for norm, (mean, var) in zip(self._norms, self._now, strict=True):
+            norm.training = False
             norm.running_mean, norm.running_var = mean, var
+        try:
+            yield
+        finally:
+            for norm, (mean, var) in zip(self._norms, kept, strict=True):
+                norm.training = True
+                norm.running_mean, norm.running_var = mean, var
+
+
+def _copy(statistic: torch.Tensor | None) -> torch.Tensor | None:
+    return None if statistic is None else statistic.clone()

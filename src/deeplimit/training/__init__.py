@@ -3,21 +3,29 @@
 from deeplimit.training.analysis import crop_run, profile_run
 from deeplimit.training.building import build_model, load_data, loss_of
 from deeplimit.training.defaults import recipe_for
+from deeplimit.training.example_batch import Example, Wish, example
 from deeplimit.training.fit import resume, train
+from deeplimit.training.loaded_model import LoadedModel
+from deeplimit.training.model_spec import load_model
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Cut, Profiles, Reference, RunResults
 from deeplimit.training.run_folder import RunFolder
 
 __all__ = [
     "Cut",
+    "Example",
+    "LoadedModel",
     "Profiles",
     "Recipe",
     "Reference",
     "RunFolder",
     "RunResults",
+    "Wish",
     "build_model",
     "crop_run",
+    "example",
     "load_data",
+    "load_model",
     "loss_of",
     "profile_run",
     "recipe_for",

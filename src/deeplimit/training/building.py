@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from deeplimit.control import SoftCrossEntropy
+from deeplimit.control import SoftCrossEntropy, StageCost
 from deeplimit.data import Augmentation, DataSet, Split, batches, load
 from deeplimit.errors import InputError
+from deeplimit.gradient import use_adjoint
 from deeplimit.network import Architecture, CifarArchitecture, CifarResNet, ResidualClassifier
 from deeplimit.training.recipe import Recipe
 
@@ -38,6 +39,17 @@ def build_model(recipe: Recipe, data: DataSet) -> Network:
         model = architecture.build()
     flat = recipe.kind in ("logit", "vector")
     return model.standardise(*data.standardisation(pixelwise=flat))
+
+
+def build_objective(recipe: Recipe, data: DataSet) -> StageCost:
+    """What is minimised: the stage cost around a new network, switched to the recipe's gradient.
+
+    Of how far rebuilt states are off the training itself tells: for all processes together.
+    """
+    model = build_model(recipe, data)
+    if recipe.gradient == "adjoint":
+        use_adjoint(model, evaluations=recipe.evaluations, on_drift="ignore")
+    return StageCost(model, loss_of(recipe, data), recipe.stage_cost, recipe.control_cost)
 
 
 def loss_of(recipe: Recipe, data: DataSet) -> SoftCrossEntropy:

@@ -105,6 +105,8 @@ def _finish(folder: RunFolder, training: Training) -> None:
 def _planned(recipe: Recipe, done: int) -> str:
     network = f"{recipe.kind} network of {recipe.horizon} layers on {recipe.data}"
     what = f"{network}, {recipe.epochs} epochs"
+    if done >= recipe.epochs:
+        return f"{what}: finished already, nothing to train"
     return what if done == 0 else f"{what}, going on after {done}"
 
 

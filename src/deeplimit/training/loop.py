@@ -10,17 +10,18 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from deeplimit.control import StageCost, turnpike_profile
+from deeplimit.control import turnpike_profile
 from deeplimit.data import DataSet
 from deeplimit.training.building import (
     build_model,
+    build_objective,
     evaluation_batches,
-    loss_of,
     training_batches,
 )
 from deeplimit.training.checkpoint import Checkpoint, capture, restore, save_checkpoint
 from deeplimit.training.determinism import seed_epoch
 from deeplimit.training.divergence import check_validation, loss_not_finite
+from deeplimit.training.drift import DriftWatch
 from deeplimit.training.metrics import Row
 from deeplimit.training.processes import first_process_does, over_processes
 from deeplimit.training.progress import Observer
@@ -38,6 +39,7 @@ class Training:
             divided among the processes.
         network: in the first process, a whole copy of the network on its device, as of the last
             epoch's end: what is evaluated, checkpointed and saved. It lives in 32 bits.
+        drift: what watches the rebuilt states under the adjoint.
         rows: metrics of the epochs done.
         steps: optimisation steps done.
     """
@@ -48,9 +50,10 @@ class Training:
         self.steps = 0
         self.steps_per_epoch = len(self._batches(epoch=0))
         self.network = build_model(recipe, data)
-        self.objective = StageCost(
-            build_model(recipe, data), loss_of(recipe, data), recipe.stage_cost, recipe.control_cost
-        )
+        self.objective = build_objective(recipe, data)
+        self.drift = None
+        if recipe.gradient == "adjoint":
+            self.drift = DriftWatch(fabric, self.objective.model)
         self.module: Any = fabric.setup_module(self.objective)
         # Only now: under fsdp the parameters have become other objects.
         self.optimizer = AdamW(
@@ -86,13 +89,15 @@ class Training:
         seed_epoch(self.recipe.seed, epoch, self.fabric.global_rank)
         self.module.train()
         sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
+        if self.drift is not None:
+            self.drift.largest = 0.0
 
         def figures() -> tuple[float, float]:
             loss, hits, count = sums.tolist()
             return loss / count, hits / count
 
         for batch in self._batches(epoch):
-            sums += self._step(self.fabric.to_device(batch))
+            sums += self._step(self.fabric.to_device(batch), observer)
             observer.step(figures)
         sums = over_processes(self.fabric, sums, "sum")
         weights, optimizer = capture(self.objective.model, self.optimizer)
@@ -103,6 +108,7 @@ class Training:
             loss, accuracy = figures()
             trained: Row = {"epoch": float(epoch + 1), "loss": loss, "accuracy": accuracy}
             row = trained | self._validate() | {"seconds": time.perf_counter() - began}
+            row["drift"] = None if self.drift is None else self.drift.largest
             rows = [*self.rows, row]
             state = self.schedule.state_dict()
             checkpoint = Checkpoint(weights, optimizer, state, self.steps, rows)
@@ -114,7 +120,7 @@ class Training:
         self.rows.append(row)
         observer.epoch(row)
 
-    def _step(self, batch: Batch) -> Tensor:
+    def _step(self, batch: Batch, observer: Observer) -> Tensor:
         """One optimisation step; sums of loss, hits and samples in this process's part."""
         self.stepper.zero_grad(set_to_none=True)
         cost, logits = self.module(*batch)
@@ -124,6 +130,8 @@ class Training:
         if not math.isfinite(over_processes(self.fabric, cost.detach(), "mean").item()):
             structure, done = self.objective.anatomy, len(self.rows)
             raise loss_not_finite(self.fabric, self.module, structure, batch, self.steps, done)
+        if self.drift is not None:
+            self.drift.look(observer)
         self.stepper.step()
         self.schedule.step()
         with torch.no_grad():

@@ -13,6 +13,7 @@ COLUMNS = (
     "entry",
     "learning_rate",
     "seconds",
+    "drift",
 )
 WHOLE = ("epoch", "entry")
 
@@ -24,16 +25,18 @@ def to_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _cell(name, row[name]) for name in COLUMNS} for row in rows)
+    writer.writerows({name: _cell(name, row.get(name)) for name in COLUMNS} for row in rows)
     return text.getvalue()
 
 
 def from_csv(text: str) -> tuple[Row, ...]:
     """The rows in the text of metrics.csv; ValueError where it is not one."""
     reader = csv.DictReader(io.StringIO(text), strict=True)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    columns = tuple(reader.fieldnames or ())
+    if columns not in (COLUMNS, COLUMNS[:-1]):  # older files have no drift
         raise ValueError(f"the columns are not {', '.join(COLUMNS)}")
-    return tuple({name: _number(row[name]) for name in COLUMNS} for row in reader)
+    empty: Row = dict.fromkeys(COLUMNS)
+    return tuple(empty | {name: _number(row[name]) for name in columns} for row in reader)
 
 
 def _cell(name: str, value: float | None) -> str:

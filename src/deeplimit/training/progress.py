@@ -2,12 +2,14 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deeplimit.gradient import DriftWarning
 from deeplimit.training.metrics import Row
 
 REFRESH = 0.25  # seconds between two looks at the running loss, each of which waits for the device
@@ -16,7 +18,7 @@ Figures = Callable[[], tuple[float, float]]
 
 
 class Observer:
-    """Told of every step and every epoch; this one shows nothing, the others write to stderr."""
+    """Told of every step and every epoch; this one shows no progress, the others do, on stderr."""
 
     def __enter__(self) -> "Observer":
         return self
@@ -38,6 +40,10 @@ class Observer:
     def epoch(self, row: Row) -> None:
         """After an epoch, with its metrics."""
 
+    def warn(self, message: str) -> None:
+        """Something that nobody should miss; where nothing is shown, as a warning of Python's."""
+        warnings.warn(message, DriftWarning, stacklevel=2)
+
     def close(self) -> None:
         """At the end, however it came."""
 
@@ -56,6 +62,10 @@ class Lines(Observer):
         """A line."""
         told = f"epoch {row['epoch']:.0f}/{self.epochs}  {described(row)}  {row['seconds']:.1f} s"
         print(told, file=sys.stderr, flush=True)
+
+    def warn(self, message: str) -> None:
+        """A line."""
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class Bar(Observer):
@@ -101,14 +111,19 @@ class Bar(Observer):
         following = min(int(row["epoch"] or 0) + 1, self.epochs)
         self.progress.update(self.task, figures=described(row), epoch=following)
 
+    def warn(self, message: str) -> None:
+        """Says it above the bar."""
+        self.progress.console.print(f"warning: {message}", highlight=False, markup=False)
+
     def close(self) -> None:
         """Leaves the bar as it is."""
         self.progress.stop()
 
 
 def described(row: Row) -> str:
-    """Loss and accuracy in training, accuracy and entry depth in validation."""
-    return f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}  {validated(row)}"
+    """Loss and accuracy in training, accuracy and entry depth in validation, drift if there is."""
+    drift = "" if row.get("drift") is None else f"  drift {row['drift']:.2g}"
+    return f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}  {validated(row)}{drift}"
 
 
 def validated(row: Row) -> str:

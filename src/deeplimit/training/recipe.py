@@ -11,6 +11,7 @@ from deeplimit.training.recipe_file import read_recipe_file, recipe_text
 from deeplimit.training.typed_values import conform, from_plain, to_plain
 
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
+BEFORE_THE_ADJOINT = {"gradient": "backprop", "evaluations": 2}  # what older files do not say
 PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
 
 
@@ -32,19 +33,24 @@ class Recipe:
     depth: tuple[int, ...] = (20,)
     """Residual steps in each stage; one number is one stage."""
     width: int = 64
-    """Size of a vector state, or channels of the first stage of a convolutional network."""
+    """Numbers in a vector state, or channels of a first stage; logit, cifar-resnet: not read."""
     hidden: int = 64
-    """Particles, or hidden channels, of a residual function; 0: linear, or as many as channels."""
+    """Particles, or hidden channels; 0: linear, or as many as channels; cifar-resnet: not read."""
     activation: Literal["relu", "gelu", "tanh", "silu"] = "relu"
     """Activation inside a residual function."""
     norm: Literal["batch", "group", "none"] = "batch"
-    """Norm layers of a convolutional network."""
+    """Norm layers of a convolutional network; logit, vector: not read."""
     reduction: int = 4
-    """How much the stem of a convolutional network shrinks the image: 1, 2, 4, …"""
+    """How much the stem of a convolutional network shrinks the image: 1, 2, 4, …; else not read."""
     step: float = 1.0
     """Step size h: 1 is a standard residual network, T/N discretises a Neural ODE on [0, T]."""
     scheme: Literal["euler", "heun"] = "euler"
     """How a residual function moves the state."""
+
+    gradient: Literal["backprop", "adjoint"] = "backprop"
+    """adjoint: states rebuilt, not kept: memory flat in depth, a small gradient error, measured."""
+    evaluations: int = 2
+    """Evaluations of a layer for each state that the adjoint rebuilds; backprop: not read."""
 
     softness: float = 0.05
     """Softness ε of the cross-entropy: what the target leaves for the other classes together."""
@@ -83,6 +89,7 @@ class Recipe:
             value = conform(hints[field.name], getattr(self, field.name), field.name)
             object.__setattr__(self, field.name, value)
         self._check_network()
+        self._check_gradient()
         self._check_cost()
         self._check_training()
 
@@ -97,6 +104,8 @@ class Recipe:
         path = Path(path)
         settings = read_recipe_file(path)["recipe"]
         try:
+            if isinstance(settings, dict):
+                settings = BEFORE_THE_ADJOINT | settings
             return from_plain(cls, settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
@@ -142,6 +151,20 @@ class Recipe:
                     f"{name} is {getattr(self, name)}; a cifar-resnet has {name} {fixed}. Leave it "
                     "out, or give the kind convolutional"
                 )
+
+    def _check_gradient(self) -> None:
+        _at_least("evaluations", self.evaluations, 1)
+        if self.gradient == "backprop" and self.evaluations != Recipe.evaluations:
+            raise InputError(
+                f"evaluations is {self.evaluations}, but the gradient backprop rebuilds no state; "
+                f"give the gradient adjoint, or leave evaluations at {Recipe.evaluations}"
+            )
+        if self.gradient == "adjoint" and self.kind == "cifar-resnet":
+            raise InputError(
+                "gradient is adjoint: the states of a cifar-resnet cannot be rebuilt, because of "
+                "the ReLU after every addition; give the gradient backprop, or the kind "
+                "convolutional"
+            )
 
     def _check_cost(self) -> None:
         if not 0 < self.softness < 1:

@@ -51,7 +51,7 @@ class RunResults:
         class_names: names of the classes.
         metrics: one row per epoch: epoch, loss, accuracy (training), validation_loss,
             validation_accuracy, entry (empty while no layer is in the tube), learning_rate,
-            seconds.
+            seconds, drift (the largest of all steps; empty under backprop).
     """
 
     name: str

@@ -3,6 +3,7 @@
 import difflib
 import math
 import types
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -38,9 +39,7 @@ def from_plain(kind: type[Record], value: Any, where: str = "") -> Record:
     prefix = f"{where}." if where else ""
     for name in value:
         if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1)
-            meant = f", did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"unknown field {prefix}{name}{meant}")
+            raise InputError(f"unknown field {prefix}{name}{_meant(name, names)}")
     for name in names:
         if name not in value and type(None) not in get_args(hints[name]):
             raise InputError(f"the field {prefix}{name} is missing")
@@ -59,7 +58,8 @@ def conform(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value not in inner:
             choices = ", ".join(map(str, inner))
-            raise InputError(f"{where} is {_shown(value)}; expected one of {choices}")
+            meant = _meant(value, inner)
+            raise InputError(f"{where} is {_shown(value)}; expected one of {choices}{meant}")
         return value
     if origin in (Union, types.UnionType):
         (kind,) = (one for one in inner if one is not type(None))
@@ -99,6 +99,12 @@ def _float(value: Any, where: str) -> float:
 
 def _ill_typed(where: str, value: Any, words: dict[Any, str], hint: Any) -> InputError:
     return InputError(f"{where} is {_shown(value)}; expected {words.get(hint, hint.__name__)}")
+
+
+def _meant(value: Any, names: Sequence[str]) -> str:
+    """The nearest name, as a question."""
+    close = difflib.get_close_matches(str(value), names, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _shown(value: Any) -> str:

@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit.errors import InputError
 from deeplimit.network.blocks import control
-from deeplimit.network.modes import running_statistics
+from deeplimit.network.modes import RunningStatistics
 
 StateHook = Callable[[int, Tensor], None]
-RunningCost = Callable[[int, Tensor], Tensor]
+RunningCost = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ class Anatomy(ABC):
         return False
 
     def charging(self, cost: RunningCost) -> AbstractContextManager[list[Tensor]]:
-        """Collects cost(n, x_n), n < N, computed inside the layers; where they are replayed."""
+        """Collects cost(z_n), n < N, computed inside the layers; where they are replayed.
+
+        As in `logits` the states are carried with the running statistics of this moment.
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -131,22 +134,29 @@ class Anatomy(ABC):
     def carried(self, n: int, x: Tensor) -> Tensor:
         """State n in the shape of state n + 1 (itself within a stage)."""
         stages = self.state_stages
-        with running_statistics(self.model):
+        with RunningStatistics(self.model.modules()).use():
             for stage in range(stages[n], stages[n + 1]):
                 x = self.carry(stage, x)
         return x
 
-    def logits(self, states: Sequence[Tensor], first: int = 0) -> Tensor:
+    def logits(
+        self,
+        states: Sequence[Tensor],
+        first: int = 0,
+        statistics: RunningStatistics | None = None,
+    ) -> Tensor:
         """The logits z_n [len(states), B, C] of the states first, first + 1, ….
 
         The states of a stage are stacked along the batch and meet each shortcut and the head once,
-        not layer by layer. Batch norms use their running statistics and leave them alone.
+        not layer by layer. Batch norms use their running statistics, of now or of another moment,
+        and leave them alone.
         """
         if not states:
             raise InputError("no states given; expected at least one")
         batch = states[0].shape[0]
         mine = self.state_stages[first : first + len(states)]
-        with running_statistics(self.model):
+        statistics = statistics or RunningStatistics(self.model.modules())
+        with statistics.use():
             x = states[0][:0]
             for stage in range(mine[0], self.stages):
                 if stage > mine[0]:

@@ -11,6 +11,7 @@ from deeplimit.network.anatomy.anatomy import Anatomy, Layer, RunningCost, State
 from deeplimit.network.anatomy.registry import register
 from deeplimit.network.chain import ResidualChain
 from deeplimit.network.classifiers import ResidualClassifier
+from deeplimit.network.modes import RunningStatistics
 
 
 def _layers(chain: ResidualChain, stage: int) -> list[Layer]:
@@ -41,7 +42,7 @@ class ChainAnatomy(Anatomy):
         return self.model.replayed
 
     def charging(self, cost: RunningCost) -> AbstractContextManager[list[Tensor]]:
-        """The chain's own."""
+        """The chain's own: z_n is x_n."""
         return self.model.charging(cost)
 
     def carry(self, stage: int, x: Tensor) -> Tensor:
@@ -93,14 +94,27 @@ class ResidualClassifierAnatomy(Anatomy):
 
     @contextmanager
     def charging(self, cost: RunningCost) -> Iterator[list[Tensor]]:
-        """The chains' running costs, counted through."""
+        """The chains' running costs, together once the model has run.
+
+        Inside a step only what lies between the stages and the head is used: one state at a time
+        meets them, and no other module need be looked at.
+        """
+        statistics = RunningStatistics(
+            [*self.model.projections.modules(), *self.model.head.modules()]
+        )
+
+        def charge(stage: int, x: Tensor) -> Tensor:
+            with statistics.use():
+                for m in range(stage, self.stages - 1):
+                    x = self.carry(m, x)
+                return cost(self.head(x))
+
         collected: list[Tensor] = []
-        first = 0
         with ExitStack() as stack:
-            paid = []
-            for chain in self._chains:
-                paid.append(stack.enter_context(chain.charging(partial(_from, cost, first))))
-                first += chain.horizon
+            paid = [
+                stack.enter_context(chain.charging(partial(charge, m)))
+                for m, chain in enumerate(self._chains)
+            ]
             yield collected
             collected += [c for costs in paid for c in costs]
 
@@ -115,10 +129,6 @@ class ResidualClassifierAnatomy(Anatomy):
     def leave_out(self, removed: set[int]) -> nn.Module:
         """A classifier with shorter chains."""
         return self.model.without(removed)
-
-
-def _from(cost: RunningCost, first: int, n: int, x: Tensor) -> Tensor:
-    return cost(first + n, x)
 
 
 def _shifted(hook: StateHook, first: int, end: int | None) -> StateHook:

@@ -1,0 +1,55 @@
+"""How far rebuilt states are off while a network is trained by the adjoint."""
+
+import math
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from deeplimit.gradient import drift
+from deeplimit.gradient.adjoint import AdjointSteps, engines, switches
+from deeplimit.training.processes import over_processes
+from deeplimit.training.progress import Observer
+
+
+class DriftWatch:
+    """Looks at the drift of every step, in all processes together; says once that it is too large.
+
+    The engines themselves are to keep silent: each would speak for its own process.
+
+    Attributes:
+        largest: the largest drift since it was last put back to 0.
+    """
+
+    def __init__(self, fabric: Fabric, model: nn.Module):
+        self.fabric, self.model = fabric, model
+        self.largest = 0.0
+        self._told = False
+        chains = (s for s in switches(model) if isinstance(s, AdjointSteps))
+        self._layers = [step.name for chain in chains for step in chain.steps]
+
+    def look(self, observer: Observer) -> None:
+        """After a backward pass; all processes call it together."""
+        found, layer = self._worst()
+        self.largest = max(self.largest, found)
+        engine = engines(self.model)[0]
+        bound = engine.error_bound(found)
+        if bound <= engine.tolerance or self._told:
+            return
+        self._told = True
+        if self.fabric.is_global_zero:
+            observer.warn(
+                f"drift {found:.2g} at layer {layer}: rebuilt states are off by that part of a "
+                f"layer's update, so the gradient may be off by up to {bound:.2g} of its size. Train "
+                f"with evaluations {engine.evaluations + 1} instead of {engine.evaluations}, a "
+                "smaller step, or the gradient backprop"
+            )
+
+    def _worst(self) -> tuple[float, int]:
+        """The largest drift of the last backward pass, and where, over all processes."""
+        per_layer = torch.zeros(len(self._layers), dtype=torch.float64, device=self.fabric.device)
+        at, mine = engines(self.model)[0].drift_at, drift(self.model)
+        per_layer[self._layers.index(at) if at else 0] = math.inf if math.isnan(mine) else mine
+        per_layer = over_processes(self.fabric, per_layer, "max")
+        layer = int(per_layer.argmax())
+        return float(per_layer[layer]), layer
