@@ -40,8 +40,8 @@ class DriftWatch:
         if self.fabric.is_global_zero:
             observer.warn(
                 f"drift {found:.2g} at layer {layer}: rebuilt states are off by that part of a "
-                f"layer's update, so the gradient may be off by up to {bound:.2g} of its size. Train "
-                f"with evaluations {engine.evaluations + 1} instead of {engine.evaluations}, a "
+                f"layer's update, so the gradient may be off by up to {bound:.2g} of its size. "
+                f"Train with evaluations {engine.evaluations + 1} instead of {engine.evaluations}, a "
                 "smaller step, or the gradient backprop"
             )
 
