@@ -1,5 +1,6 @@
 """Training with states rebuilt in the backward pass: against a naive loop, against backprop."""
 
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_a_drift_that_is_too_large_is_told_once_in_a_line(
     (warning,) = [line for line in lines if "rebuilt states" in line]
     assert warning.startswith("warning: drift 0.")
     assert "layer" in warning
-    assert "up to 0.012 of its size" in warning
+    assert re.search(r"may be off by up to 0\.\d+ of its size", warning)
     assert "evaluations 2 instead of 1" in warning
     rows = folder.metrics()
     assert rows[-1]["drift"] is not None

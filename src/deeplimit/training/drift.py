@@ -41,8 +41,8 @@ class DriftWatch:
             observer.warn(
                 f"drift {found:.2g} at layer {layer}: rebuilt states are off by that part of a "
                 f"layer's update, so the gradient may be off by up to {bound:.2g} of its size. "
-                f"Train with evaluations {engine.evaluations + 1} instead of {engine.evaluations}, a "
-                "smaller step, or the gradient backprop"
+                f"Train with evaluations {engine.evaluations + 1} instead of {engine.evaluations}, "
+                "a smaller step, or the gradient backprop"
             )
 
     def _worst(self) -> tuple[float, int]:
