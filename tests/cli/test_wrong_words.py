@@ -6,8 +6,8 @@ import pytest
 from cli_commands import command, contents
 
 WRONG = {
-    "unknown verb": (["trian", "digits"], ["trian", "train, profile, crop, report, study"]),
-    "no verb": ([], ["demo, train, profile, crop, report, study"]),
+    "unknown verb": (["trian", "digits"], ["trian", "train, profile, crop, gradient, report, study"]),
+    "no verb": ([], ["demo, train, profile, crop, gradient, report, study"]),
     "unknown study": (["study", "horizn"], ["horizn", "horizon"]),
     "no study": (["study"], ["horizon"]),
     "unknown option": (["train", "digits", "--dpeth", "3"], ["--dpeth", "--depth"]),

@@ -245,7 +245,7 @@ def test_kinks_are_seen_and_weigh_with_the_root_of_drift(kink: type[nn.Module]) 
     model(inputs(5, 6)).sum().backward()
     smooth = kink in (nn.Tanh, nn.GELU)
     assert engine.kinked is not smooth
-    assert engine.error_bound(1e-4) == pytest.approx(2e-4 if smooth else 1.25e-2)
+    assert engine.error_bound(1e-4) == pytest.approx(2e-4 if smooth else 2.5e-2)
     assert engine.error_bound(4.0) == 8.0
 
 

@@ -125,11 +125,11 @@ def test_two_processes_stop_together_at_a_loss_that_is_not_finite(tmp_path: Path
         try:
             train(recipe, runs=sys.argv[1], quiet=True)
         except RunError as error:
-            print(error, flush=True)
+            print(f"{error}\\n", end="", flush=True)
         try:
             train(recipe, runs=sys.argv[0], quiet=True)  # a file is in the way
         except InputError as error:
-            print(error, flush=True)
+            print(f"{error}\\n", end="", flush=True)
         """,
     )
     lines = run_script(both, str(tmp_path)).stdout.splitlines()

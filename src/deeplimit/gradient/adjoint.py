@@ -90,7 +90,7 @@ def use_adjoint(
         tolerance: of the gradient's relative error. At every anchor and at the start of each chain
             the drift ‖x̃_n − x_n‖ / ‖x_{n+1} − x_n‖ is measured in every backward pass.
         on_drift: when the gradient's error may exceed the tolerance, which is when 2·drift does, or
-            1.25·√drift for blocks with kinks (ReLU): "warn" (once), "raise" an AdjointError at the
+            2.5·√drift for blocks with kinks (ReLU): "warn" (once), "raise" an AdjointError at the
             end of backward(), or "ignore".
         blocks: names of the blocks, as in `named_modules()`, instead of those that would be found.
         anchors: names of blocks whose input is kept, as `plan_anchors` returns them.

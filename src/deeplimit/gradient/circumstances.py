@@ -36,6 +36,7 @@ class Modules:
 
     def _read(self) -> None:
         modules = list(dict.fromkeys(m for root in self._roots for m in root.modules()))
+        self._all = modules
         self.parts = [(m, dict(m._modules), len(m._parameters), len(m._buffers)) for m in modules]
         self._parameters = [(m, name) for m in modules for name in m._parameters]
         self.norms = [m for m in modules if isinstance(m, _NormBase) and m.track_running_stats]
@@ -50,17 +51,24 @@ class Modules:
         Of those that FSDP2 manages the sharded ones: whole parameters come and go, and are
         filled without a trace in their version.
         """
-        if any(
-            m._modules != parts or len(m._parameters) != p or len(m._buffers) != b
-            for m, parts, p, b in self.parts
-        ):
-            self._read()
-        sharded = [p for m, *_ in self.parts if isinstance(m, FSDPModule) for p in _shards(m)]
-        managed = {place for _, places in sharded for place in places}
-        found = (
-            m._parameters.get(name) for m, name in self._parameters if (m, name) not in managed
-        )
-        return [*(p for p in found if p is not None), *(shard for shard, _ in sharded)]
+        self.refresh()
+        sharded = [p for m in self._all if isinstance(m, FSDPModule) for p in _shards(m)]
+        places = self._parameters
+        if sharded:
+            managed = {place for _, its in sharded for place in its}
+            places = [place for place in places if place not in managed]
+        found = [p for m, name in places if (p := m._parameters.get(name)) is not None]
+        return found + [shard for shard, _ in sharded]
+
+    def refresh(self) -> None:
+        """Reads the modules again if one has been replaced, added or parametrised."""
+        for module, parts, parameters, buffers in self.parts:
+            if (
+                module._modules != parts
+                or len(module._parameters) != parameters
+                or len(module._buffers) != buffers
+            ):
+                return self._read()
 
     def trained(self) -> bool:
         """Whether some parameter requires a gradient."""
@@ -73,23 +81,23 @@ class Modules:
 
     def modes(self) -> Modes:
         """Which of them are in training mode; a block in other modes is another function."""
-        return tuple(m.training for m, *_ in self.parts)
+        return tuple([m.training for m in self._all])
 
-    def snapshot(self) -> list[Snapshot]:
+    def snapshot(self, modes: Modes) -> list[Snapshot]:
         """Copies of the buffers that a forward pass changes; before the first one, of all."""
-        watched = self._changing.get(self.modes(), self._buffers)
+        watched = self._changing.get(modes, self._buffers)
         now = ((m, name, m._buffers.get(name)) for m, name in watched)
         return [(m, name, b, b._version, b.clone()) for m, name, b in now if b is not None]
 
-    def changed(self, before: list[Snapshot]) -> list[tuple[nn.Module, str, Tensor]]:
+    def changed(self, before: list[Snapshot], modes: Modes) -> list[tuple[nn.Module, str, Tensor]]:
         """Of a snapshot, the copies of those that the forward pass did change."""
         moved = {(m, name) for m, name, b, v, _ in before if _moved(m, name, b, v)}
-        keep = self._changing.setdefault(self.modes(), moved)
+        keep = self._changing.setdefault(modes, moved)
         return [(m, name, copy) for m, name, _, _, copy in before if (m, name) in keep]
 
-    def constant(self) -> list[tuple[nn.Module, str, Tensor, int]] | None:
+    def constant(self, modes: Modes) -> list[tuple[nn.Module, str, Tensor, int]] | None:
         """The buffers that a forward pass does not change; None before the first one."""
-        changing = self._changing.get(self.modes())
+        changing = self._changing.get(modes)
         if changing is None:
             return None
         names: list[Buffer] = [key for key in self._buffers if key not in changing]
@@ -144,8 +152,8 @@ class Circumstances:
         ]
         self._random: tuple[Tensor, ...] | None = _random_state(device)
         self._modes, self._parts = modules.modes(), modules.parts
-        self._snapshot = modules.snapshot()
-        self._constant = modules.constant()
+        self._snapshot = modules.snapshot(self._modes)
+        self._constant = modules.constant(self._modes)
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._bare = False  # whether there is nothing to be met again
 
@@ -155,12 +163,12 @@ class Circumstances:
         before = self._random
         if before is not None and all(torch.equal(a, b) for a, b in zip(before, now, strict=True)):
             self._random = None  # nothing random was drawn, or 5 kB per layer would be kept
-        self._modules.parameters()  # reads them again, should buffers have been registered
+        self._modules.refresh()  # should buffers have been registered
         self._parts = self._modules.parts
-        self._buffers = self._modules.changed(self._snapshot)
+        self._buffers = self._modules.changed(self._snapshot, self._modes)
         self._snapshot = []
         if self._constant is None:
-            self._constant = self._modules.constant()
+            self._constant = self._modules.constant(self._modes)
         self._bare = (
             self._random is None
             and not self._buffers

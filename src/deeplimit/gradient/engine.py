@@ -23,7 +23,7 @@ OnDrift = Literal["warn", "raise", "ignore"]
 # Gradient error ≤ SAFETY·drift, or KINKED·√drift where there are kinks, on every network tried:
 # benchmarks/results/adjoint_accuracy.json.
 SAFETY = 2.0
-KINKED = 1.25
+KINKED = 2.5
 
 
 class DriftWarning(UserWarning):
@@ -267,7 +267,7 @@ class Engine:
         """What the gradient's relative error stayed below on all networks tried, at this drift.
 
         2·drift for blocks twice differentiable. Where a kink is met, units flip, as many as the
-        drift says, and the gradient is off by their share's root: 1.25·√drift.
+        drift says, and the gradient is off by their share's root: 2.5·√drift.
         """
         return max(SAFETY * drift, KINKED * math.sqrt(drift) if self.kinked else 0.0)
 
