@@ -6,7 +6,10 @@ import pytest
 from cli_commands import command, contents
 
 WRONG = {
-    "unknown verb": (["trian", "digits"], ["trian", "train, profile, crop, gradient, report, study"]),
+    "unknown verb": (
+        ["trian", "digits"],
+        ["trian", "train, profile, crop, gradient, report, study"],
+    ),
     "no verb": ([], ["demo, train, profile, crop, gradient, report, study"]),
     "unknown study": (["study", "horizn"], ["horizn", "horizon"]),
     "no study": (["study"], ["horizon"]),
