@@ -1,6 +1,7 @@
 """Blocks that do more than give an output: state of their own, random depth, losses kept aside."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -120,3 +121,61 @@ def test_losses_kept_in_attributes_have_their_gradients() -> None:
     for _ in range(2):
         _, found = gradients(model, x, with_what_is_aside)
         assert 0 < relative_error(found, exact) < 1e-6
+
+
+class Conditioned(nn.Module):
+    """Its condition is an attribute that the caller sets before each forward pass."""
+
+    cond: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.tanh(self.a(x)) * self.c(self.cond)
+
+
+@pytest.mark.parametrize(("depth", "every"), [(2, None), (6, 1)])
+@pytest.mark.parametrize("on_drift", ["warn", "ignore"])
+def test_a_condition_changed_between_forward_and_backward_is_an_error(
+    depth: int, every: int | None, on_drift: Any
+) -> None:
+    """Where all inputs are kept no drift would tell of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Conditioned() for _ in range(depth))).double()
+    use_adjoint(model, evaluations=30, anchor_every=every, on_drift=on_drift)
+    x, conditions = torch.randn(3, 4, 6).double(), torch.randn(2, 4, 6).double()
+
+    def forward(n: int) -> Tensor:
+        for block in model:
+            block.cond = conditions[n]  # type: ignore[assignment]
+        return model(x[n]).sum()
+
+    for _ in range(2):
+        forward(0).backward()
+    first, second = forward(0), forward(1)
+    with pytest.raises(AdjointError, match="another output than the forward pass"):
+        (first + second).backward()
+    forward(1).backward()
+
+
+class TakesFromAList(nn.Module):
+    """A U-Net's way of passing states on."""
+
+    def __init__(self, store: list[Tensor]) -> None:
+        super().__init__()
+        self.f, self.store = nn.Linear(6, 6), store
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.tanh(self.f(x) + self.store.pop())
+
+
+def test_a_block_that_takes_from_a_list_is_an_error_with_its_name() -> None:
+    store: list[Tensor] = []
+    model = nn.Sequential(*(TakesFromAList(store) for _ in range(3))).double()
+    use_adjoint(model)
+    store += [torch.ones(4, 6, dtype=torch.float64) for _ in range(3)]
+    loss = model(torch.randn(4, 6, dtype=torch.float64)).sum()
+    with pytest.raises(AdjointError, match=r"2: cannot be run again \(IndexError: pop from empty"):
+        loss.backward()

@@ -91,13 +91,20 @@ class Engine:
     _refused: list[str] = field(default_factory=list, repr=False)
     _exits: Exits = field(default_factory=Exits, repr=False)
     _task: int | None = field(default=None, repr=False)
-    _drifts: list[tuple[str, Tensor, Tensor]] = field(default_factory=list, repr=False)
+    _drifts: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)
+    _differences: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)
     _unmeasured: dict[int, str] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings only: nodes and graphs belong to forward passes of the original."""
         idle = {"chains": None, "paused": False, "drift": 0.0, "drift_at": ""}
-        fresh: dict[str, Any] = {"_exits": Exits(), "_task": None, "_drifts": [], "_unmeasured": {}}
+        fresh: dict[str, Any] = {
+            "_exits": Exits(),
+            "_task": None,
+            "_drifts": [],
+            "_differences": [],
+            "_unmeasured": {},
+        }
         return self.__dict__ | idle | fresh
 
     def keeps(self, step: Step, position: int) -> bool:
@@ -227,6 +234,7 @@ class Engine:
         if task not in (-1, self._task):
             self._task = task
             self._drifts.clear()
+            self._differences.clear()
             self._unmeasured.clear()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         yield
@@ -235,15 +243,20 @@ class Engine:
         """A state was rebuilt; the kept state that its segment ends at will tell how well."""
         self._unmeasured[id(node.segment)] = node.step.name
 
-    def note_drift(self, node: Node, gap: Tensor, update: Tensor) -> None:
-        """At a kept state: ‖x̃_n − x_n‖ and ‖x_{n+1} − x_n‖ of the node behind it."""
+    def note_drift(self, node: Node, drift: Tensor) -> None:
+        """At a kept state: the drift of the node behind it."""
         self._unmeasured.pop(id(node.segment), None)
-        self._drifts.append((node.step.name, gap, update))
+        self._drifts.append((node.step.name, drift))
+
+    def note_difference(self, node: Node, beyond: Tensor) -> None:
+        """A replay from an exact input gave another output, if this is above 0."""
+        self._differences.append((node.step.name, beyond))
 
     def _finish(self) -> None:
         """At the end of a backward pass: the largest drift, and what it means."""
         self._task = None
         self.drift, self.drift_at = 0.0, ""
+        self._check_differences()
         if self._refused and not self.residual:
             self._warn(
                 f"no state will be rebuilt: {self._refused[0]}. layout(model) tells of others"
@@ -253,15 +266,27 @@ class Engine:
             if self._unmeasured:
                 self._report_unmeasured()
             return
-        gaps = torch.stack([gap.double().cpu() for _, gap, _ in self._drifts])
-        updates = torch.stack([update.double().cpu() for _, _, update in self._drifts])
-        drifts = torch.where(gaps == 0, 0.0, gaps / updates)
+        drifts = torch.stack([drift.double().cpu() for _, drift in self._drifts])
         drifts = torch.where(drifts.isnan(), math.inf, drifts)
         worst = int(drifts.argmax())
         self.drift, self.drift_at = float(drifts[worst]), self._drifts[worst][0]
         self._drifts.clear()
         if self.tolerance < self.error_bound(self.drift):
             self._report(self.drift, self.drift_at)
+
+    def _check_differences(self) -> None:
+        found = self._differences
+        self._differences = []
+        if found:
+            beyond = torch.stack([value.double().cpu() for _, value in found])
+            worst = int(beyond.argmax())
+            if beyond[worst] > 0:
+                raise AdjointError(
+                    f"{found[worst][0]}: its replay gave another output than the forward pass: "
+                    "something that is neither input, parameter nor buffer was changed in between "
+                    "(an attribute, a hook, a generator). The gradient is wrong; leave the block "
+                    "out of blocks=, or run backward before the change"
+                )
 
     def error_bound(self, drift: float) -> float:
         """What the gradient's relative error stayed below on all networks tried, at this drift.
@@ -311,7 +336,7 @@ def checked(evaluations: int, anchor_every: int | None, tolerance: float, on_dri
         raise InputError(f"evaluations is {evaluations}; expected a whole number ≥ 1")
     if anchor_every is not None and (not isinstance(anchor_every, int) or anchor_every < 1):
         raise InputError(f"anchor_every is {anchor_every}; expected a whole number ≥ 1, or None")
-    if not tolerance > 0:
+    if not (isinstance(tolerance, int | float) and tolerance > 0):
         raise InputError(f"the tolerance is {tolerance}; it must be a number > 0")
     if on_drift not in ("warn", "raise", "ignore"):
         raise InputError(f"on_drift is {on_drift!r}; expected 'warn', 'raise' or 'ignore'")

@@ -43,9 +43,9 @@ class Node:
         x: the input x_n, while it is kept: at the start of a chain, at anchors, at the end.
         next: the node whose input is this one's output, once that is proven.
         rebuilt: x̃_n in the backward pass, until the node before has used it.
-        update: ‖x̃_{n+1} − x̃_n‖ of the replay, where drift is measured against it.
         chain: names of the steps linked so far, shared by all nodes of the chain.
-        segment: what the nodes share whose states are rebuilt from the same kept one.
+        segment: ‖x̃_{n+1} − x̃_n‖ per sample of the replays so far, shared by the nodes whose states
+            are rebuilt from the same kept one.
     """
 
     __slots__ = (
@@ -53,6 +53,7 @@ class Node:
         "_arguments",
         "_circumstances",
         "_edits",
+        "_entries",
         "_parameters",
         "_ran",
         "_requires_grad",
@@ -67,8 +68,6 @@ class Node:
         "segment",
         "start",
         "step",
-        "update",
-        "watched",
         "x",
     )
 
@@ -85,11 +84,9 @@ class Node:
         self.x: Tensor | None = x
         self.next: Node | None = None
         self.rebuilt: Tensor | None = None
-        self.update: Tensor | None = None
         self.position = 0
         self.chain = [step.name]
-        self.watched = False  # whether the node before it measures drift
-        self.segment = object()  # the same from one kept state to the next
+        self.segment: list[Tensor] = []
         self._arguments = arguments
         self._requires_grad = x.requires_grad
         self._x_version = x._version
@@ -97,12 +94,15 @@ class Node:
         self._versions = [p._version for p in self._parameters]
         self._circumstances = Circumstances(step.modules, x.device)
         self._ran = self._edits = False
+        self._entries: Tensor | None = None  # some of the output's
 
     def __call__(self) -> Any:
         """What the checkpoint calls: first the forward pass, later its replay."""
         if not self._ran:
             assert self.x is not None
             output = self._apply(self.x)
+            y = state_of(output)
+            self._entries = None if y is None else _some(y)
             self._ran = True
             self._circumstances.complete()
             self._arguments.complete()
@@ -111,10 +111,17 @@ class Node:
             return output
         with self.engine.backward():
             self._check_unchanged()
-            if self.x is None:
-                self._replay_rebuilt()
-            else:
-                self._replay_kept(self.x)
+            try:
+                if self.x is None:
+                    self._replay_rebuilt()
+                else:
+                    self._replay_kept(self.x)
+            except (LookupError, TypeError, ValueError) as error:
+                raise AdjointError(
+                    f"{self.step.name}: cannot be run again ({type(error).__name__}: {error}); a "
+                    "block that takes from a list or another store of its caller's does something "
+                    "else the second time. Leave it out of blocks="
+                ) from error
         return None
 
     def follows(self, before: "Node") -> None:
@@ -123,10 +130,8 @@ class Node:
         self.position = before.position + 1
         self.chain = before.chain
         self.chain.append(self.step.name)
-        self.watched = before.x is not None
         if not self.engine.keeps(before.step, before.position):
             before.x = None
-            self.watched = False
             self.segment = before.segment
 
     def replace_input(self, copy: Tensor) -> None:
@@ -159,11 +164,12 @@ class Node:
         leaf = x.detach().requires_grad_(self._requires_grad)
         y = self._evaluate(leaf.clone() if self._edits else leaf)
         self._check_repeats(leaf, y)
+        self._compare(x, y)
         after = self.next
-        if after is not None and after.rebuilt is not None and after.update is not None:
+        if after is not None and after.rebuilt is not None and after.segment:
             with torch.no_grad():
-                gap = _norm(after.rebuilt - y)
-                self.engine.note_drift(after, gap, after.update)
+                self.engine.note_drift(after, _drift(after.rebuilt - y, after.segment))
+            after.segment.clear()
         if after is not None:
             after.rebuilt = None
 
@@ -179,7 +185,7 @@ class Node:
         with torch.no_grad():
             increment = y - z
             self.rebuilt = target - increment
-            self.update = _norm(increment) if self.watched else None
+            self.segment.append(_norms(increment))
         self.engine.note_rebuilt(self)
         after.rebuilt = None  # it has served; a second backward pass rebuilds it again
 
@@ -208,6 +214,17 @@ class Node:
             return self.function(*args, **kwargs)
         finally:
             _inside.step = outer
+
+    @torch.no_grad()
+    def _compare(self, x: Tensor, y: Tensor) -> None:
+        """From the exact input the forward pass's output must come again: some entries of it."""
+        if self._entries is None or not y.is_floating_point():
+            return
+        entries = _some(y)
+        update = entries - _some(x) if x.shape == y.shape else entries
+        rounding = 1e3 * torch.finfo(y.dtype).eps * _norm(entries)
+        allowed = 0.1 * self.engine.tolerance * _norm(update) + rounding
+        self.engine.note_difference(self, _norm(entries - self._entries) - allowed)
 
     @torch.no_grad()
     def _check_repeats(self, x: Tensor, y: Tensor) -> None:
@@ -267,6 +284,33 @@ class Node:
                 f"{self.step.name}: its input was changed in place after it was used; change a "
                 "copy of it (x = x + …, not x += …)"
             )
+
+
+def _some(x: Tensor) -> Tensor:
+    """At most about 64 entries, of at most 8 samples."""
+    x = x.detach()
+    some = x[:: -(-len(x) // 8) or 1].reshape(-1) if x.dim() else x.reshape(1)
+    return some[:: max(1, len(some) // 64)].clone()
+
+
+def _norms(x: Tensor) -> Tensor:
+    """‖x_i‖ per sample."""
+    if x.dim() < 2:
+        return _norm(x)[None]
+    dtype = torch.float32 if x.itemsize < 4 else x.dtype
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype)
+
+
+def _drift(gap: Tensor, updates: list[Tensor]) -> Tensor:
+    """Root mean square over samples of ‖x̃_n − x_n‖ / ‖x_{n+1} − x_n‖.
+
+    The update is taken as no larger than the median of those rebuilt since the last kept state: one
+    layer with a huge update, or one sample, would hide an error that all others feel.
+    """
+    gaps, own = _norms(gap), updates[-1]
+    usual = torch.stack(updates).median(dim=0).values
+    ratios = torch.where(gaps == 0, 0.0, gaps / torch.minimum(own, usual))
+    return ratios.square().mean().sqrt()
 
 
 def _norm(x: Tensor) -> Tensor:

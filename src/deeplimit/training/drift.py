@@ -13,7 +13,8 @@ from deeplimit.training.progress import Observer
 
 
 class DriftWatch:
-    """Looks at the drift of every step, in all processes together; says once that it is too large.
+    """Looks at the drift of every step, in all processes together; says so when it is too large,
+    and again when it is ten times larger.
 
     The engines themselves are to keep silent: each would speak for its own process.
 
@@ -24,7 +25,7 @@ class DriftWatch:
     def __init__(self, fabric: Fabric, model: nn.Module):
         self.fabric, self.model = fabric, model
         self.largest = 0.0
-        self._told = False
+        self._told = 0.0
         chains = (s for s in switches(model) if isinstance(s, AdjointSteps))
         self._layers = [step.name for chain in chains for step in chain.steps]
 
@@ -34,9 +35,9 @@ class DriftWatch:
         self.largest = max(self.largest, found)
         engine = engines(self.model)[0]
         bound = engine.error_bound(found)
-        if bound <= engine.tolerance or self._told:
+        if bound <= engine.tolerance or found < 10 * self._told:
             return
-        self._told = True
+        self._told = found
         if self.fabric.is_global_zero:
             observer.warn(
                 f"drift {found:.2g} at layer {layer}: rebuilt states are off by that part of a "
