@@ -3,6 +3,9 @@
 import gc
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -270,14 +273,42 @@ def test_a_large_drift_raises_where_that_is_asked_for() -> None:
     use_adjoint(model, evaluations=30, on_drift="raise", anchor_every=2)
 
 
-@pytest.mark.parametrize("kink", [nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.Tanh, nn.GELU])
-def test_kinks_are_seen_and_weigh_with_the_root_of_drift(kink: type[nn.Module]) -> None:
+class Masked(nn.Module):
+    """ReLU in ways that leave no trace in the graph."""
+
+    def __init__(self, way: int = 0):
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == 0:
+            return x * (x > 0)
+        return x.masked_fill(x < 0, 0) if self.way == 1 else Ramp.apply(x)  # type: ignore[no-any-return]
+
+
+class Ramp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.ge(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * ctx.saved_tensors[0].ge(0)
+
+
+SMOOTH = (nn.Tanh, nn.GELU, nn.SiLU)
+KINKED = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, *(partial(Masked, n) for n in range(3)))
+
+
+@pytest.mark.parametrize("kink", [*SMOOTH, *KINKED])
+def test_kinks_are_seen_and_weigh_with_the_root_of_drift(kink: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(6, 12), kink(), nn.Linear(12, 6)) for _ in range(6)]
     model = use_adjoint(ResidualChain(blocks, step=0.2).double(), on_drift="ignore")
     (engine,) = engines(model)
     model(inputs(5, 6)).sum().backward()
-    smooth = kink in (nn.Tanh, nn.GELU)
+    smooth = kink in SMOOTH
     assert engine.kinked is not smooth
     assert engine.error_bound(1e-4) == pytest.approx(2e-4 if smooth else 2.5e-2)
     assert engine.error_bound(4.0) == 8.0

@@ -14,6 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from deeplimit.gradient.residual import is_compiled
+
 Modes = tuple[bool, ...]
 Buffer = tuple[nn.Module, str]
 Snapshot = tuple[nn.Module, str, Tensor, int, Tensor]
@@ -74,6 +76,15 @@ class Modules:
         """Whether some parameter requires a gradient."""
         found = (m._parameters.get(name) for m, name in self._parameters)
         return any(p is not None and p.requires_grad for p in found)
+
+    def compiled(self) -> bool:
+        """Whether torch.compile has been at work on one of them."""
+        return any(
+            type(m).__name__ == "OptimizedModule"
+            or m._compiled_call_impl is not None
+            or any(is_compiled(value) for value in m.__dict__.values())
+            for m in self._all
+        )
 
     def scattered(self) -> bool:
         """Whether parameters are divided among processes at this moment."""

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from deeplimit.gradient.arguments import Arguments, layer_index, state_of
 from deeplimit.gradient.circumstances import Modules
 from deeplimit.gradient.linking import Exits
 from deeplimit.gradient.node import AdjointError, Node, Start, inside_step
-from deeplimit.gradient.residual import adds_input, has_kinks
+from deeplimit.gradient.residual import Comparisons, adds_input, has_kinks, is_compiled
 
 OnDrift = Literal["warn", "raise", "ignore"]
 
@@ -167,14 +167,17 @@ class Engine:
         if asks and not x.requires_grad:
             given = x.detach().requires_grad_()  # or the graph would not show the way through
         version = given._version
-        node = None
+        node, compared = None, Comparisons()
         if step.inner:
             args, kwargs = arguments.at(given)
             output = function(*args, **kwargs)
         else:
             copy = given.detach().clone()  # in case the step edits its input
             node = Node(self, step, function, start, arguments, given)
-            output = self._run(node, arguments, given)
+            # A compiled function would be given up for good where a mode looks at what it does.
+            watched = not (is_compiled(function) or step.modules.compiled())
+            with compared if watched else nullcontext():
+                output = self._run(node, arguments, given)
             if given._version != version:
                 node.replace_input(copy)
         y = state_of(output)
@@ -193,7 +196,8 @@ class Engine:
             self._exits.leave(node, y)
         if step.plain is None:
             self.residual += 1
-            self.kinked = self.kinked or (y is not None and has_kinks(y, given))
+            kinks = node is None or compared.seen or (y is not None and has_kinks(y, given))
+            self.kinked = self.kinked or kinks
         elif not step.inner:
             self._refused.append(f"{step.name} {step.plain}")
         return output

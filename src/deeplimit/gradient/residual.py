@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operations that hand one of their inputs on as it is: by form, by type, or through an addition
 # or a last activation. The inputs that they hand on.
@@ -106,3 +107,35 @@ def has_kinks(y: Tensor, x: Tensor) -> bool:
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]
     return False
+
+
+class Comparisons(TorchDispatchMode):
+    """Sees whether numbers are compared while it is entered, as in x·(x > 0): the graph does not.
+
+    Attributes:
+        seen: whether they were.
+    """
+
+    OPERATIONS = ("gt", "ge", "lt", "le", "sign", "heaviside", "floor", "round", "argmax", "argmin")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Runs the operation, and looks at its name."""
+        if func.overloadpacket.__name__.rstrip("_") in self.OPERATIONS:
+            numbers = (a for a in args if isinstance(a, Tensor) and a.dim() > 0)
+            self.seen = self.seen or any(a.is_floating_point() for a in numbers)
+        return func(*args, **(kwargs or {}))
+
+
+def is_compiled(function: Any) -> bool:
+    """Whether a function is what torch.compile made of another."""
+    return getattr(function, "_torchdynamo_orig_callable", None) is not None
