@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deeplimit.gradient.engine import Engine, Step
 
 Start = Callable[[Tensor], Tensor]
+MANY = 16
 
 
 class _Inside(threading.local):
@@ -131,7 +132,7 @@ class Node:
         self.chain = before.chain
         self.chain.append(self.step.name)
         if not self.engine.keeps(before.step, before.position):
-            before.x = None
+            before.x = before._entries = None
             self.segment = before.segment
 
     def replace_input(self, copy: Tensor) -> None:
@@ -186,6 +187,8 @@ class Node:
             increment = y - z
             self.rebuilt = target - increment
             self.segment.append(_norms(increment))
+            if len(self.segment) > MANY:  # enough for a median, and flat in depth
+                del self.segment[1::2]
         self.engine.note_rebuilt(self)
         after.rebuilt = None  # it has served; a second backward pass rebuilds it again
 
@@ -304,8 +307,9 @@ def _norms(x: Tensor) -> Tensor:
 def _drift(gap: Tensor, updates: list[Tensor]) -> Tensor:
     """Root mean square over samples of ‖x̃_n − x_n‖ / ‖x_{n+1} − x_n‖.
 
-    The update is taken as no larger than the median of those rebuilt since the last kept state: one
-    layer with a huge update, or one sample, would hide an error that all others feel.
+    The update is taken as no larger than the median of those rebuilt since the last kept state (of
+    8 to 16 spread over them, where there are more): one layer with a huge update, or one sample,
+    would hide an error that all others feel.
     """
     gaps, own = _norms(gap), updates[-1]
     usual = torch.stack(updates).median(dim=0).values
