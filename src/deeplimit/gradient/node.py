@@ -301,6 +301,8 @@ def _norms(x: Tensor) -> Tensor:
     if x.dim() < 2:
         return _norm(x)[None]
     dtype = torch.float32 if x.itemsize < 4 else x.dtype
+    if x.is_contiguous():
+        x = x.flatten(1)  # twice as fast as over several dimensions
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype)
 
 
