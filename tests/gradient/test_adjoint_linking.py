@@ -366,5 +366,5 @@ def test_something_else_than_a_whole_number_or_a_choice() -> None:
 
 
 def test_a_model_without_blocks_is_an_error() -> None:
-    with pytest.raises(InputError, match="name them with blocks="):
+    with pytest.raises(InputError, match="give their names to"):
         use_adjoint(nn.Linear(3, 3))

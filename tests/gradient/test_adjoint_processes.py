@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.processes
 
 SCRIPT = """
-import os, sys, warnings
+import os, sys, time, warnings
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -98,6 +98,7 @@ def work(rank, port):
             if rank == 0:
                 print("refused", str(error), flush=True)
     dist.destroy_process_group()
+    time.sleep(0.25)  # as deeplimit's own processes do: gloo's threads let go of tensors
 
 if __name__ == "__main__":
     mp.spawn(work, args=(sys.argv[1],), nprocs=2)

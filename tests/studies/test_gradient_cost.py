@@ -119,6 +119,25 @@ def test_planned_anchors_keep_the_tolerance_where_none_would_not() -> None:
     assert gradient_error(model, loss_of, batch()).error == pytest.approx(planned.error, rel=1e-6)
 
 
+class ReluAfter(nn.Module):
+    """ReLU after the addition: not invertible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.inner(x).tanh()).relu()
+
+
+def test_a_plan_that_keeps_every_state_is_a_checkpoint_and_called_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(ReluAfter() for _ in range(6))).double()
+    cost = measure_gradient_cost(model, loss_of, batch(), tolerance=1e-3, steps=1)
+    assert len(cost.methods[-1].anchors) == 4
+    assert cost.best is None or cost.best.method == "checkpointed"
+
+
 class Stages(nn.Module):
     """Two chains with a projection between them; batch norms, whose statistics move."""
 

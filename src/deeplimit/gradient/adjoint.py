@@ -105,12 +105,14 @@ def use_adjoint(
     names = None if blocks is None else _names(blocks, "blocks")
     engine.anchors = _names(anchors, "anchors")
     use_backprop(model)
+    _refuse_checkpoints(model)
     found = list(_chains(model)) if names is None else []
     candidates = _candidates(model) if names is None else _named(model, names)
     if not found and not candidates:
         raise InputError(
             f"{type(model).__name__} has no residual blocks that could be found: expected a "
-            "ResidualChain, or a Sequential or ModuleList of blocks; name them with blocks=[…]"
+            "ResidualChain, or a Sequential or ModuleList of blocks; give their names to "
+            "use_adjoint(model, blocks=[…])"
         )
     steps: dict[str, Step] = {}
     for name in sorted(candidates, key=lambda name: -name.count(".")):
@@ -161,17 +163,21 @@ class Layout:
 
     Attributes:
         rebuilt: names of the blocks, in order.
+        alone: residual blocks that no other was linked to; their input is kept, as by a checkpoint.
         plain: the other candidates, but for parts of those and what holds them: name → reason.
         waiting: candidates that have not run with gradients yet.
     """
 
     rebuilt: tuple[str, ...]
+    alone: tuple[str, ...]
     plain: dict[str, str]
     waiting: tuple[str, ...]
 
     def __str__(self) -> str:
         """A line each."""
         lines = [f"rebuilt: {', '.join(self.rebuilt) or 'none'}"]
+        if self.alone:
+            lines.append(f"linked to no other block, their input kept: {', '.join(self.alone)}")
         lines += [f"plain: {name}: {why}" for name, why in self.plain.items()]
         return "\n".join([*lines, *(f"not run yet: {name}" for name in self.waiting)])
 
@@ -184,18 +190,32 @@ def layout(model: nn.Module) -> Layout:
     """
     engines(model)
     steps = [step for switch in switches(model) for step in switch.steps]
-    rebuilt = tuple(s.name for s in steps if s.known and s.plain is None)
+    residual = [s for s in steps if s.known and s.plain is None]
     covered = {
         s.name
         for s in steps
-        for name in rebuilt
+        for name in (r.name for r in residual)
         if s.name.startswith(name + ".") or name.startswith(s.name + ".")
     }
     return Layout(
-        rebuilt,
+        tuple(s.name for s in residual if s.linked),
+        tuple(s.name for s in residual if not s.linked),
         {s.name: s.plain for s in steps if s.plain is not None and s.name not in covered},
         tuple(s.name for s in steps if not s.known),
     )
+
+
+def _refuse_checkpoints(model: nn.Module) -> None:
+    """With transformers' own checkpoints around the blocks nothing would be saved, without a word.
+
+    Raises:
+        InputError: they are switched on.
+    """
+    if any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} has gradient checkpointing on, which keeps every block's "
+            "input and runs it again; call model.gradient_checkpointing_disable() first"
+        )
 
 
 def _names(names: Iterable[str], what: str) -> frozenset[str]:

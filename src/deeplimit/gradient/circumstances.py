@@ -106,6 +106,10 @@ class Modules:
         keep = self._changing.setdefault(modes, moved)
         return [(m, name, copy) for m, name, _, _, copy in before if (m, name) in keep]
 
+    def remember(self, late: Sequence[Buffer], modes: Modes) -> None:
+        """Counts these among the buffers that a forward pass changes."""
+        self._changing.get(modes, set()).update(late)
+
     def constant(self, modes: Modes) -> list[tuple[nn.Module, str, Tensor, int]] | None:
         """The buffers that a forward pass does not change; None before the first one."""
         changing = self._changing.get(modes)
@@ -168,8 +172,12 @@ class Circumstances:
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._bare = False  # whether there is nothing to be met again
 
-    def complete(self) -> None:
-        """After the forward pass: keeps of the random state and the buffers what it used."""
+    def complete(self) -> str | None:
+        """After the forward pass: keeps of the random state and the buffers what it used.
+
+        Returns:
+            A buffer that has changed for the first time, so that no copy was made before.
+        """
         now = _random_state(self._device)
         before = self._random
         if before is not None and all(torch.equal(a, b) for a, b in zip(before, now, strict=True)):
@@ -180,12 +188,15 @@ class Circumstances:
         self._snapshot = []
         if self._constant is None:
             self._constant = self._modules.constant(self._modes)
+        late = [(m, name) for m, name, b, v in self._constant or () if _moved(m, name, b, v)]
+        self._modules.remember(late, self._modes)
         self._bare = (
             self._random is None
             and not self._buffers
             and not any(enabled for _, _, enabled in self._autocast)
             and not any(norm.training for norm in self._modules.norms)
         )
+        return late[0][1] if late else None
 
     def difference(self) -> str | None:
         """What a replay would meet otherwise than the forward pass did; None if nothing."""

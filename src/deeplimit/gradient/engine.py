@@ -16,7 +16,7 @@ from deeplimit.gradient.arguments import Arguments, layer_index, state_of
 from deeplimit.gradient.circumstances import Modules
 from deeplimit.gradient.linking import Exits
 from deeplimit.gradient.node import AdjointError, Node, Start, inside_step
-from deeplimit.gradient.residual import Comparisons, adds_input, has_kinks, is_compiled
+from deeplimit.gradient.residual import Operations, adds_input, has_kinks, is_compiled
 
 OnDrift = Literal["warn", "raise", "ignore"]
 
@@ -41,6 +41,8 @@ class Step:
         named: chosen by the user, or a step of our own chain: residual by definition.
         plain: why it is run as it is; None as long as nothing speaks against the adjoint.
         known: whether it has run once with gradients.
+        sorts: whether shapes in it depend on numbers, so that its input is always kept.
+        linked: whether it was linked to another.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Step:
     named: bool = False
     plain: str | None = None
     known: bool = False
+    sorts: bool = False
+    linked: bool = False
 
     @staticmethod
     def of(name: str, *roots: nn.Module, **settings: Any) -> "Step":
@@ -72,6 +76,7 @@ class Engine:
         drift: the largest of the last backward pass; NaN if it ended before a kept state.
         drift_at: the block before which it was found.
         residual: how many blocks were found to be residual so far.
+        linked: whether one was linked to another.
         kinked: whether one of them is not differentiable everywhere (ReLU, max-pooling).
         chains: where a list is put here, the names of the blocks of every new chain.
     """
@@ -87,7 +92,9 @@ class Engine:
     drift_at: str = ""
     chains: list[list[str]] | None = None
     residual: int = 0
+    linked: bool = False
     kinked: bool = False
+    _learnt: bool = field(default=False, repr=False)  # whether a step had its first run lately
     _refused: list[str] = field(default_factory=list, repr=False)
     _exits: Exits = field(default_factory=Exits, repr=False)
     _task: int | None = field(default=None, repr=False)
@@ -110,7 +117,8 @@ class Engine:
     def keeps(self, step: Step, position: int) -> bool:
         """Whether the input of the step at this position of a chain is an anchor."""
         every = self.anchor_every
-        return position == 0 or step.name in self.anchors or bool(every and position % every == 0)
+        named = step.name in self.anchors
+        return position == 0 or named or step.sorts or bool(every and position % every == 0)
 
     # A compiled graph of what is done here would keep what it must not: it stays outside of graphs.
     @torch.compiler.disable(
@@ -162,24 +170,25 @@ class Engine:
         x: Tensor,
     ) -> Any:
         """Runs a step of which nothing is known yet, and learns whether it is residual."""
+        self._learnt = True
         asks = not step.named
         given = x
         if asks and not x.requires_grad:
             given = x.detach().requires_grad_()  # or the graph would not show the way through
         version = given._version
-        node, compared = None, Comparisons()
-        if step.inner:
-            args, kwargs = arguments.at(given)
-            output = function(*args, **kwargs)
-        else:
-            copy = given.detach().clone()  # in case the step edits its input
-            node = Node(self, step, function, start, arguments, given)
-            # A compiled function would be given up for good where a mode looks at what it does.
-            watched = not (is_compiled(function) or step.modules.compiled())
-            with compared if watched else nullcontext():
+        node, seen = None, Operations()
+        # A compiled function would be given up for good where a mode looks at what it does.
+        watched = not (is_compiled(function) or step.modules.compiled())
+        with seen if watched else nullcontext():
+            if step.inner:
+                args, kwargs = arguments.at(given)
+                output = function(*args, **kwargs)
+            else:
+                copy = given.detach().clone()  # in case the step edits its input
+                node = Node(self, step, function, start, arguments, given)
                 output = self._run(node, arguments, given)
-            if given._version != version:
-                node.replace_input(copy)
+                if given._version != version:
+                    node.replace_input(copy)
         y = state_of(output)
         step.known = True
         inner = [s.name for s in step.inner if s.known and s.plain is None]
@@ -196,7 +205,8 @@ class Engine:
             self._exits.leave(node, y)
         if step.plain is None:
             self.residual += 1
-            kinks = node is None or compared.seen or (y is not None and has_kinks(y, given))
+            step.sorts = seen.sorted
+            kinks = node is None or seen.compared or (y is not None and has_kinks(y, given))
             self.kinked = self.kinked or kinks
         elif not step.inner:
             self._refused.append(f"{step.name} {step.plain}")
@@ -261,11 +271,7 @@ class Engine:
         self._task = None
         self.drift, self.drift_at = 0.0, ""
         self._check_differences()
-        if self._refused and not self.residual:
-            self._warn(
-                f"no state will be rebuilt: {self._refused[0]}. layout(model) tells of others"
-            )
-        self._refused.clear()
+        self._report_useless()
         if not self._drifts:
             if self._unmeasured:
                 self._report_unmeasured()
@@ -299,6 +305,16 @@ class Engine:
         drift says, and the gradient is off by their share's root: 2.5·√drift.
         """
         return max(SAFETY * drift, KINKED * math.sqrt(drift) if self.kinked else 0.0)
+
+    def _report_useless(self) -> None:
+        """Says once that nothing is saved, and why."""
+        why = self._refused[0] if self._refused and not self.residual else None
+        if self.residual > 1 and not self.linked and not self._learnt:
+            why = "no block's input is the output of the block before it as it is"
+        if why is not None:
+            self._warn(f"no state will be rebuilt: {why}. layout(model) tells more")
+        self._refused.clear()
+        self._learnt = False
 
     def _report_unmeasured(self) -> None:
         name = next(reversed(self._unmeasured.values()))

@@ -34,6 +34,22 @@ class AdjointError(RunError):
     """A gradient that would be wrong: what happened, and what to do instead."""
 
 
+class Segment:
+    """The nodes between two kept states.
+
+    Attributes:
+        length: how many there are.
+        updates: ‖x̃_{n+1} − x̃_n‖ per sample of the replays so far: of the first node, at which the
+            drift is measured, and of at most MANY in all, evenly spread.
+    """
+
+    __slots__ = ("length", "updates")
+
+    def __init__(self) -> None:
+        self.length = 1
+        self.updates: list[Tensor] = []
+
+
 class Node:
     """One run of a step x_{n+1} = x_n + Φ_n(x_n) in a forward pass with gradients.
 
@@ -45,8 +61,7 @@ class Node:
         next: the node whose input is this one's output, once that is proven.
         rebuilt: x̃_n in the backward pass, until the node before has used it.
         chain: names of the steps linked so far, shared by all nodes of the chain.
-        segment: ‖x̃_{n+1} − x̃_n‖ per sample of the replays so far, shared by the nodes whose states
-            are rebuilt from the same kept one.
+        segment: shared by the nodes whose states are rebuilt from the same kept one.
     """
 
     __slots__ = (
@@ -56,6 +71,7 @@ class Node:
         "_edits",
         "_entries",
         "_parameters",
+        "_place",
         "_ran",
         "_requires_grad",
         "_versions",
@@ -87,7 +103,7 @@ class Node:
         self.rebuilt: Tensor | None = None
         self.position = 0
         self.chain = [step.name]
-        self.segment: list[Tensor] = []
+        self.segment, self._place = Segment(), 0
         self._arguments = arguments
         self._requires_grad = x.requires_grad
         self._x_version = x._version
@@ -105,7 +121,13 @@ class Node:
             y = state_of(output)
             self._entries = None if y is None else _some(y)
             self._ran = True
-            self._circumstances.complete()
+            late = self._circumstances.complete()
+            if late is not None:
+                raise AdjointError(
+                    f"{self.step.name}: its buffer {late} was changed by its forward pass, which "
+                    "it had not done before, and what it was is gone; run the step again, from now "
+                    "on it is remembered"
+                )
             self._arguments.complete()
             # Without its graph, which holds the nodes before, which hold this one.
             self.x, self._x_version = self.x.detach(), self.x._version
@@ -128,12 +150,14 @@ class Node:
     def follows(self, before: "Node") -> None:
         """Links this node to the one whose output is its input; that one's own input can go."""
         before.next = self
+        before.step.linked = self.step.linked = self.engine.linked = True
         self.position = before.position + 1
         self.chain = before.chain
         self.chain.append(self.step.name)
         if not self.engine.keeps(before.step, before.position):
             before.x = before._entries = None
-            self.segment = before.segment
+            self.segment, self._place = before.segment, before._place + 1
+            self.segment.length = self._place + 1
 
     def replace_input(self, copy: Tensor) -> None:
         """For a block that edits its own input: replays from a copy made before."""
@@ -167,10 +191,10 @@ class Node:
         self._check_repeats(leaf, y)
         self._compare(x, y)
         after = self.next
-        if after is not None and after.rebuilt is not None and after.segment:
+        if after is not None and after.rebuilt is not None and after.segment.updates:
             with torch.no_grad():
-                self.engine.note_drift(after, _drift(after.rebuilt - y, after.segment))
-            after.segment.clear()
+                self.engine.note_drift(after, _drift(after.rebuilt - y, after.segment.updates))
+            after.segment.updates.clear()
         if after is not None:
             after.rebuilt = None
 
@@ -185,10 +209,9 @@ class Node:
         self._check_repeats(leaf, y)
         with torch.no_grad():
             increment = y - z
-            self.rebuilt = target - increment
-            self.segment.append(_norms(increment))
-            if len(self.segment) > MANY:  # enough for a median, and flat in depth
-                del self.segment[1::2]
+            if self._place % -(-self.segment.length // MANY) == 0:
+                self.segment.updates.append(_norms(increment))
+            self.rebuilt = torch.sub(target, increment, out=increment)
         self.engine.note_rebuilt(self)
         after.rebuilt = None  # it has served; a second backward pass rebuilds it again
 
@@ -290,10 +313,10 @@ class Node:
 
 
 def _some(x: Tensor) -> Tensor:
-    """At most about 64 entries, of at most 8 samples."""
+    """At most 64 entries, from all over it."""
     x = x.detach()
-    some = x[:: -(-len(x) // 8) or 1].reshape(-1) if x.dim() else x.reshape(1)
-    return some[:: max(1, len(some) // 64)].clone()
+    x = x.view(-1) if x.is_contiguous() else x.flatten()
+    return x[:: -(-len(x) // 64) or 1].clone()
 
 
 def _norms(x: Tensor) -> Tensor:
@@ -309,9 +332,9 @@ def _norms(x: Tensor) -> Tensor:
 def _drift(gap: Tensor, updates: list[Tensor]) -> Tensor:
     """Root mean square over samples of ‖x̃_n − x_n‖ / ‖x_{n+1} − x_n‖.
 
-    The update is taken as no larger than the median of those rebuilt since the last kept state (of
-    8 to 16 spread over them, where there are more): one layer with a huge update, or one sample,
-    would hide an error that all others feel.
+    The update is taken as no larger than the median of those since the last kept state (of some,
+    evenly spread over a deep chain): one layer with a huge update, or one sample, would hide an
+    error that all others feel.
     """
     gaps, own = _norms(gap), updates[-1]
     usual = torch.stack(updates).median(dim=0).values

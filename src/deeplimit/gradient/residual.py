@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,18 +110,20 @@ def has_kinks(y: Tensor, x: Tensor) -> bool:
     return False
 
 
-class Comparisons(TorchDispatchMode):
-    """Sees whether numbers are compared while it is entered, as in x·(x > 0): the graph does not.
+class Operations(TorchDispatchMode):
+    """Sees while it is entered what the graph does not show.
 
     Attributes:
-        seen: whether they were.
+        compared: whether numbers were compared, as in x·(x > 0): a kink.
+        sorted: whether the shape of something depended on numbers, as where a router sends tokens
+            to experts. From a rebuilt state, near the true one, it may have another shape.
     """
 
-    OPERATIONS = ("gt", "ge", "lt", "le", "sign", "heaviside", "floor", "round", "argmax", "argmin")
+    COMPARING = ("gt", "ge", "lt", "le", "sign", "heaviside", "floor", "round", "argmax", "argmin")
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = False
+        self.compared = self.sorted = False
 
     def __torch_dispatch__(
         self,
@@ -129,10 +132,18 @@ class Comparisons(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Runs the operation, and looks at its name."""
-        if func.overloadpacket.__name__.rstrip("_") in self.OPERATIONS:
+        """Runs the operation, and looks at what it is."""
+        if func.overloadpacket.__name__.rstrip("_") in self.COMPARING:
             numbers = (a for a in args if isinstance(a, Tensor) and a.dim() > 0)
-            self.seen = self.seen or any(a.is_floating_point() for a in numbers)
+            self.compared = self.compared or any(a.is_floating_point() for a in numbers)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            # Of the ways to index only that by a mask depends on numbers.
+            indexed = func.overloadpacket.__name__ == "index"
+            self.sorted = (
+                self.sorted
+                or not indexed
+                or any(t is not None and t.dtype == torch.bool for t in args[1])
+            )
         return func(*args, **(kwargs or {}))
 
 

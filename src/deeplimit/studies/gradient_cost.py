@@ -86,11 +86,13 @@ class GradientCost:
         least = min(memory for memory, _, _ in fit)
         return min((f for f in fit if f[0] <= SAME * least), key=lambda f: f[1])[2]
 
-    @staticmethod
-    def _repeated(method: MethodCost) -> bool:
-        """A plan without anchors is one of the others again."""
-        planned = method.method == "planned" and method.evaluations in EVALUATIONS
-        return planned and not method.anchors
+    def _repeated(self, method: MethodCost) -> bool:
+        """A plan without anchors is an adjoint again, and one of all states a checkpoint."""
+        if method.method != "planned":
+            return False
+        if not method.anchors:
+            return method.evaluations in EVALUATIONS
+        return method.kept == sum(map(len, self.chains))
 
 
 def measure_gradient_cost(

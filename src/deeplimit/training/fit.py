@@ -11,6 +11,7 @@ from deeplimit.errors import RunError
 from deeplimit.training.building import check_fit, load_data
 from deeplimit.training.checkpoint import load_checkpoint
 from deeplimit.training.determinism import repeatable
+from deeplimit.training.interruption import interruptible
 from deeplimit.training.loop import Training
 from deeplimit.training.processes import first_process_does, launch, place
 from deeplimit.training.progress import observer
@@ -81,13 +82,14 @@ def _fit(fabric: Fabric, folder: RunFolder, data: DataSet, quiet: bool) -> RunFo
         observer(recipe.epochs, training.steps_per_epoch, done, quiet) as seen,
         repeatable(fabric.device),
         fitting_threads(recipe),
+        interruptible() as check,
     ):
         seen.start(f"{folder.path}: {_planned(recipe, done)}")
         try:
             while len(training.rows) < recipe.epochs:
-                training.run_epoch(seen)
+                training.run_epoch(seen, check)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_stopped(folder, len(training.rows))) from None
+            raise KeyboardInterrupt(_stopped(folder, training)) from None
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"out of memory on {fabric.device} with batches of {recipe.batch_size}; train "
@@ -110,7 +112,8 @@ def _planned(recipe: Recipe, done: int) -> str:
     return what if done == 0 else f"{what}, going on after {done}"
 
 
-def _stopped(folder: RunFolder, done: int) -> str:
-    return f"stopped in epoch {done + 1}; deeplimit train --resume {folder.path} goes on " + (
-        f"after epoch {done}" if done else "from the start"
-    )
+def _stopped(folder: RunFolder, training: Training) -> str:
+    done = len(training.rows)
+    where = f"in epoch {done + 1}" if done < training.recipe.epochs else "after the last epoch"
+    after = f"after epoch {done}" if done else "from the start"
+    return f"stopped {where}; deeplimit train --resume {folder.path} goes on {after}"

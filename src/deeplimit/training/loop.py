@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,8 +78,12 @@ class Training:
         self.network.load_state_dict(checkpoint.model)
         self.rows, self.steps = list(checkpoint.rows), checkpoint.step
 
-    def run_epoch(self, observer: Observer) -> None:
+    def run_epoch(self, observer: Observer, check: Callable[[], None]) -> None:
         """One pass over the training data, evaluated, with a checkpoint.
+
+        Args:
+            observer: told of every step and of the epoch.
+            check: called after every step and at the end; may raise to stop.
 
         Raises:
             RunError: a loss that is not finite, or a disk that is full; the last good checkpoint is
@@ -99,6 +104,7 @@ class Training:
         for batch in self._batches(epoch):
             sums += self._step(self.fabric.to_device(batch), observer)
             observer.step(figures)
+            check()
         sums = over_processes(self.fabric, sums, "sum")
         weights, optimizer = capture(self.objective.model, self.optimizer)
 
@@ -119,6 +125,7 @@ class Training:
         row = first_process_does(self.fabric, judge)
         self.rows.append(row)
         observer.epoch(row)
+        check()
 
     def _step(self, batch: Batch, observer: Observer) -> Tensor:
         """One optimisation step; sums of loss, hits and samples in this process's part."""

@@ -102,7 +102,7 @@ def _leave() -> None:
     Destroying the process group does not help: others refer to it, and its threads live on.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        time.sleep(0.1)
+        time.sleep(0.25)
 
 
 def shard(stage_cost: StageCost, mesh: DeviceMesh) -> StageCost:
