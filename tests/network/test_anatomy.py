@@ -270,7 +270,7 @@ class RecurrentAnatomy(Anatomy):
         smaller = copy.copy(self.model)
         smaller._modules = dict(self.model._modules)
         smaller.body = nn.ModuleList(b for n, b in enumerate(self.model.body) if n not in removed)
-        return smaller
+        return copy.deepcopy(smaller)
 
 
 def test_somebodys_own_family_takes_one_small_class(monkeypatch) -> None:

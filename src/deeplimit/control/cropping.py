@@ -1,7 +1,7 @@
 """Cutting the layers that do nothing, and showing that nothing was lost."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from statistics import median
 
 import torch
@@ -15,7 +15,7 @@ from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
-from deeplimit.network.modes import device_of
+from deeplimit.network.modes import Inputs, device_of, first_samples, to_device
 
 LATENCY_ROUNDS = 7
 
@@ -73,7 +73,7 @@ def crop(
 def verify_crop(
     model: nn.Module,
     cropped: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[tuple[Inputs, Tensor]],
     loss: SoftCrossEntropy | None = None,
 ) -> CropReport:
     """Compares a model and its crop on held-out data: what the cut cost and what it saves.
@@ -89,12 +89,14 @@ def verify_crop(
     """
     device = device_of(model)
     before, after = copy.deepcopy(model).eval(), copy.deepcopy(cropped).to(device).eval()
+    run_before, run_after = anatomy(before).run, anatomy(after).run
     measured: Tensor | None = None
-    count, sample = 0, None
+    count, batch, sample = 0, 0, None
     for x, y in loader:
-        x, y = x.to(device), y.to(device)
-        sample = x if sample is None else sample
-        z, w = before(x).double(), after(x).double()
+        x, y = to_device(x, device), y.to(device)
+        if sample is None:
+            sample, batch = x, len(y)
+        z, w = run_before(x).double(), run_after(x).double()
         hit, kept = z.argmax(-1) == y, w.argmax(-1) == y
         change = kept.double() - hit.double()
         same = (z.argmax(-1) == w.argmax(-1)).double()
@@ -105,7 +107,7 @@ def verify_crop(
     if measured is None or sample is None:
         raise InputError("the loader gave no batch; a crop is verified on at least one sample")
     l0, l1, hits, kept_hits, agreement, mean_change, squares = (measured / count).tolist()
-    latency_before, latency_after = _latencies(before, after, sample)
+    latency_before, latency_after = _latencies(run_before, run_after, sample)
     return CropReport(
         samples=count,
         horizon_before=anatomy(model).horizon,
@@ -118,19 +120,20 @@ def verify_crop(
         agreement=agreement,
         parameters_before=sum(p.numel() for p in model.parameters()),
         parameters_after=sum(p.numel() for p in cropped.parameters()),
-        multiply_adds_before=multiply_adds(before, sample[:1]),
-        multiply_adds_after=multiply_adds(after, sample[:1]),
+        multiply_adds_before=multiply_adds(before, first_samples(sample, 1)),
+        multiply_adds_after=multiply_adds(after, first_samples(sample, 1)),
         latency_before=latency_before,
         latency_after=latency_after,
-        latency_batch=len(sample),
+        latency_batch=batch,
         device=str(device),
     )
 
 
-def multiply_adds(model: nn.Module, x: Tensor) -> int:
+def multiply_adds(model: nn.Module, x: Inputs) -> int:
     """Multiply-adds of a forward pass: the products of matrices and convolutions."""
-    with FlopCounterMode(display=False) as counter:
-        model(x)
+    run = anatomy(model).run
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run(x)
     return counter.get_total_flops() // 2
 
 
@@ -140,11 +143,13 @@ def _loss(loss: SoftCrossEntropy | None, logits: Tensor, y: Tensor) -> Tensor:
     return loss(logits, y)
 
 
-def _latencies(before: nn.Module, after: nn.Module, x: Tensor) -> tuple[float, float]:
+def _latencies(
+    before: Callable[[Inputs], Tensor], after: Callable[[Inputs], Tensor], x: Inputs
+) -> tuple[float, float]:
     """Median seconds per forward pass of each, timed in turns so that both see the same machine."""
     timers = [
-        Timer("model(x)", globals={"model": model, "x": x}, num_threads=torch.get_num_threads())
-        for model in (before, after)
+        Timer("run(x)", globals={"run": run, "x": x}, num_threads=torch.get_num_threads())
+        for run in (before, after)
     ]
     times: tuple[list[float], list[float]] = ([], [])
     for timer in timers:

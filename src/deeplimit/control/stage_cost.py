@@ -11,7 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.modes import RunningStatistics
+from deeplimit.network.modes import Inputs, RunningStatistics
 
 WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, FSDPModule)
 
@@ -70,7 +70,7 @@ class StageCost(nn.Module):
         self.weight = weight
         self.control_cost = control_cost
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         """(cost, logits) of a batch of inputs x [B, …] and targets y [B]."""
         # Looked up before the model runs: under FSDP2 the parameters are then still the sharded
         # ones, whose gradients are the optimiser's.
@@ -85,13 +85,13 @@ class StageCost(nn.Module):
             cost = cost + self.control_cost / 2 * _squared_norm(controls)
         return cost, logits
 
-    def _run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _run(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's logits, and Σ_{n<N} mean_i ℓ(z_n^i, y^i) where it has a weight."""
         if not self.weight:
-            return self.model(x), None
+            return self.anatomy.run(x), None
         if self.anatomy.replayed and torch.is_grad_enabled():
-            with self.anatomy.charging(lambda z: self.loss(z, y).mean()) as costs:
-                logits = self.model(x)
+            with self.anatomy.charging(lambda head, x: self.loss(head(x), y).mean()) as costs:
+                logits = self.anatomy.run(x)
             return logits, torch.stack(costs).sum() if costs else None
         # Before the model runs, as under the adjoint, where the first layers' costs are computed
         # before the later projections' statistics move.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.modes import device_of, evaluating
+from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
 
 ACCURACY_TOLERANCE = 0.005
 LOSS_TOLERANCE = 0.01
@@ -133,7 +133,7 @@ class TurnpikeProfile:
 
 @torch.no_grad()
 def turnpike_profile(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], loss: SoftCrossEntropy
+    model: nn.Module, loader: Iterable[tuple[Inputs, Tensor]], loss: SoftCrossEntropy
 ) -> TurnpikeProfile:
     """Profiles a model layer by layer over a loader of (x, y), in one pass.
 
@@ -148,7 +148,7 @@ def turnpike_profile(
     device = device_of(model)
     with evaluating(model):
         for x, y in loader:
-            batch = _measure(structure, x.to(device), y.to(device), loss)
+            batch = _measure(structure, to_device(x, device), y.to(device), loss)
             sums = batch if sums is None else sums + batch
     if sums is None:
         raise InputError("the loader gave no batch; a profile needs at least one sample")
@@ -197,7 +197,7 @@ class _Sums:
         )
 
 
-def _measure(structure: Anatomy, x: Tensor, y: Tensor, loss: SoftCrossEntropy) -> _Sums:
+def _measure(structure: Anatomy, x: Inputs, y: Tensor, loss: SoftCrossEntropy) -> _Sums:
     states, output = structure.states(x)
     logits = (
         torch.cat([structure.logits(states[:-1]), output[None]]) if states[1:] else output[None]

@@ -1,10 +1,11 @@
 """Switching a model to memory-free gradients, and back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
@@ -15,16 +16,29 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class AdjointForward:
-    """Stands in a block's own attributes for its forward; the class's forward is untouched."""
+    """Stands in a block's own attributes for its forward; the class's forward is untouched.
+
+    Attributes:
+        running_cost: charged for the block's input inside each run with gradients.
+        paid: what was charged.
+    """
 
     def __init__(self, engine: Engine, step: Step, block: nn.Module):
         self.engine, self.steps, self.block = engine, [step], block
         self.original = block.__dict__.get("forward")
+        self.running_cost: RunningCost | None = None
+        self.paid: list[Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward pass."""
         function = self.original or partial(type(self.block).forward, self.block)
-        return self.engine.run(self.steps[0], function, None, args, kwargs)
+        cost = self.running_cost
+        if cost is None or not torch.is_grad_enabled():
+            return self.engine.run(self.steps[0], function, None, args, kwargs)
+        charging = partial(_charging, function, cost)
+        *output, paid = self.engine.run(self.steps[0], charging, None, args, kwargs)
+        self.paid.append(paid)
+        return output[0] if len(output) == 1 else tuple(output)
 
     def remove(self) -> None:
         """Puts the block's own forward back."""
@@ -32,6 +46,15 @@ class AdjointForward:
             del self.block.__dict__["forward"]
         else:
             self.block.forward = self.original
+
+
+def _charging(function: Callable[..., Any], cost: RunningCost, *args: Any, **kwargs: Any) -> Any:
+    """A block's output with the cost of its input behind it; while a state is rebuilt, without."""
+    output = function(*args, **kwargs)
+    if not torch.is_grad_enabled():
+        return output
+    x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+    return (*(output if isinstance(output, tuple) else (output,)), cost(x))
 
 
 class AdjointSteps:

@@ -1,10 +1,27 @@
 """Modes of a model's modules, changed for a while and put back one by one."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+# What a model takes: one tensor, or tensors by name as transformers' models do.
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+def to_device(x: Inputs, device: torch.device) -> Inputs:
+    """Inputs on a device."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    return {name: value.to(device) for name, value in x.items()}
+
+
+def first_samples(x: Inputs, count: int) -> Inputs:
+    """The first samples of a batch of inputs."""
+    if isinstance(x, Tensor):
+        return x[:count]
+    return {name: value[:count] for name, value in x.items()}
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -1,14 +1,17 @@
 """A model read as stem, stages of layers, transitions and head; one file per family of models."""
 
-from deeplimit.network.anatomy import cifar_resnet, residual_classifier
+from deeplimit.network.anatomy import cifar_resnet, residual_classifier, transformers_vit
 from deeplimit.network.anatomy.anatomy import Anatomy, Layer
+from deeplimit.network.anatomy.block_anatomy import BlockAnatomy
 from deeplimit.network.anatomy.registry import anatomy, register
 
 __all__ = [
     "Anatomy",
+    "BlockAnatomy",
     "Layer",
     "anatomy",
     "cifar_resnet",
     "register",
     "residual_classifier",
+    "transformers_vit",
 ]

@@ -1,6 +1,5 @@
 """What everything else sees of a model: stem, stages of layers, what carries a state on, head."""
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,10 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit.errors import InputError
 from deeplimit.network.blocks import control
-from deeplimit.network.modes import RunningStatistics
+from deeplimit.network.modes import Inputs, RunningStatistics
 
 StateHook = Callable[[int, Tensor], None]
-RunningCost = Callable[[Tensor], Tensor]
+Head = Callable[[Tensor], Tensor]
+RunningCost = Callable[[Head, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,23 @@ class Anatomy(ABC):
     arXiv 2506.21453).
 
     A family of models is one subclass, which says where these parts are; it is registered with
-    `register`. Only abstract methods are overridden.
+    `register`. Only abstract methods are overridden; for models whose layers are modules of their
+    own `BlockAnatomy` has most of them already.
+
+    Attributes:
+        model: the model.
+        tokens: whether there are logits for every token, [B, L, C], and the head reads each token
+            by itself: states [T, d] → logits [T, C].
     """
+
+    tokens = False
 
     def __init__(self, model: nn.Module):
         self.model = model
+
+    def run(self, x: Inputs) -> Tensor:
+        """The logits of the model's own forward."""
+        return self.model(x)
 
     @property
     @abstractmethod
@@ -68,11 +80,12 @@ class Anatomy(ABC):
         return False
 
     def charging(self, cost: RunningCost) -> AbstractContextManager[list[Tensor]]:
-        """Collects cost(z_n), n < N, computed inside the layers; where they are replayed.
+        """Collects cost(head, x_n), n < N, computed inside the layers; where they are replayed.
 
-        As in `logits` the states are carried with the running statistics of this moment.
+        cost(head, x) is of a state x carried to the last stage, with z_n = head(x). As in `logits`
+        the states are carried with the running statistics of this moment.
         """
-        raise NotImplementedError
+        raise InputError(f"{type(self).__name__} has no layers that are replayed")
 
     @abstractmethod
     def carry(self, stage: int, x: Tensor) -> Tensor:
@@ -80,11 +93,11 @@ class Anatomy(ABC):
 
     @abstractmethod
     def head(self, x: Tensor) -> Tensor:
-        """The logits [B, C] of states of the last stage."""
+        """The logits [B, C] of states of the last stage; [T, C] of tokens [T, d] (`tokens`)."""
 
     @abstractmethod
     def leave_out(self, removed: set[int]) -> nn.Module:
-        """The model less some layers, of the same kind; may share modules with it."""
+        """The model less some layers, of the same kind; independent of it."""
 
     @property
     def horizon(self) -> int:
@@ -125,10 +138,10 @@ class Anatomy(ABC):
             for handle in handles:
                 handle.remove()
 
-    def states(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def states(self, x: Inputs) -> tuple[list[Tensor], Tensor]:
         """The states x_0 … x_N and the model's own logits for a batch of inputs."""
         with self.recording() as states:
-            logits = self.model(x)
+            logits = self.run(x)
         return states, logits
 
     def carried(self, n: int, x: Tensor) -> Tensor:
@@ -181,7 +194,7 @@ class Anatomy(ABC):
                 raise InputError(
                     f"layer {n} cannot be removed: {type(self.model).__name__} needs it"
                 )
-        return copy.deepcopy(self.leave_out(gone))
+        return self.leave_out(gone)
 
     def __str__(self) -> str:
         """The parts, a line each."""

@@ -1,5 +1,7 @@
 """Anatomy of the CIFAR ResNet of He et al.: the states are what the blocks' last ReLU lets out."""
 
+import copy
+
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -45,4 +47,4 @@ class CifarResNetAnatomy(Anatomy):
 
     def leave_out(self, removed: set[int]) -> nn.Module:
         """The same class with fewer blocks."""
-        return self.model.without(removed)
+        return copy.deepcopy(self.model.without(removed))

@@ -1,5 +1,6 @@
 """Anatomy of our own classifiers, and of a bare chain."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -43,7 +44,7 @@ class ChainAnatomy(Anatomy):
 
     def charging(self, cost: RunningCost) -> AbstractContextManager[list[Tensor]]:
         """The chain's own: z_n is x_n."""
-        return self.model.charging(cost)
+        return self.model.charging(partial(cost, self.head))
 
     def carry(self, stage: int, x: Tensor) -> Tensor:
         """One stage only: the state itself."""
@@ -55,7 +56,7 @@ class ChainAnatomy(Anatomy):
 
     def leave_out(self, removed: set[int]) -> nn.Module:
         """A shorter chain."""
-        return self.model.without(removed)
+        return copy.deepcopy(self.model.without(removed))
 
 
 @register(ResidualClassifier)
@@ -107,7 +108,7 @@ class ResidualClassifierAnatomy(Anatomy):
             with statistics.use():
                 for m in range(stage, self.stages - 1):
                     x = self.carry(m, x)
-                return cost(self.head(x))
+                return cost(self.head, x)
 
         collected: list[Tensor] = []
         with ExitStack() as stack:
@@ -128,7 +129,7 @@ class ResidualClassifierAnatomy(Anatomy):
 
     def leave_out(self, removed: set[int]) -> nn.Module:
         """A classifier with shorter chains."""
-        return self.model.without(removed)
+        return copy.deepcopy(self.model.without(removed))
 
 
 def _shifted(hook: StateHook, first: int, end: int | None) -> StateHook:

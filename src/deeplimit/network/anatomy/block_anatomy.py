@@ -1,0 +1,220 @@
+"""Models whose layers are modules of their own; the states are seen in the model's own forward."""
+
+import copy
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
+from deeplimit.network.modes import Inputs, RunningStatistics, evaluating
+
+Container = nn.ModuleList | nn.Sequential
+
+
+@runtime_checkable
+class ReplayedBlock(Protocol):
+    """What may stand in a block's attributes for its forward: it replays it in the backward pass.
+
+    Attributes:
+        running_cost: where one is put here, each run with gradients charges it for the block's
+            input, inside the replay.
+        paid: what was charged.
+    """
+
+    running_cost: Callable[[Tensor], Tensor] | None
+    paid: list[Tensor]
+
+
+class BlockAnatomy(Anatomy):
+    """A model whose layers are modules in lists, one list per stage of the model.
+
+    A family says where the lists are, what carries a state past a change of shape, and how the head
+    reads it. The anatomy is checked when it is made: on an example of its input the logits of the
+    last state must be the model's own.
+
+    Raises:
+        InputError: they are not.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.check(self.example())
+
+    @property
+    @abstractmethod
+    def containers(self) -> Sequence[Container]:
+        """The lists that hold the residual blocks and nothing else, in order."""
+
+    def example(self) -> Inputs | None:
+        """A small input on which the anatomy is checked; None where there is none to be had."""
+        return None
+
+    def changes_shape(self, block: nn.Module) -> bool:
+        """Whether a block's output has another shape than its input; the model cannot lose it."""
+        return False
+
+    def carry(self, stage: int, x: Tensor) -> Tensor:
+        """One stage only: the state itself."""
+        return x
+
+    def shortened(self, model: nn.Module, kept: list[list[int]]) -> None:
+        """After a cut: brings up to date what the model says of itself, in place.
+
+        Args:
+            model: the smaller model.
+            kept: per list of blocks, which of the old ones are still there.
+        """
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """All residual blocks in order."""
+        return tuple(block for container in self.containers for block in container)
+
+    @property
+    def stages(self) -> int:
+        """One for each shape of the state."""
+        return self.layers[-1].stage + 1 + self.changes_shape(self.blocks[-1])
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """A layer is a block; one that changes the shape starts from a state of the stage before.
+
+        Where it is the first of all, its stage is one with nothing else in it.
+        """
+        layers: list[Layer] = []
+        stage = 0
+        for m, container in enumerate(self.containers):
+            for i, block in enumerate(container):
+                changes = self.changes_shape(block)
+                if m and i == 0 and not changes:
+                    stage += 1  # what changes the shape stands before the block
+                layers.append(Layer(stage, (block,), removable=not changes))
+                stage += changes
+        return tuple(layers)
+
+    def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
+        """The inputs of the blocks, and the last one's output."""
+
+        def enters(n: int) -> Callable[..., None]:
+            def seen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                hook(n, args[0] if args else kwargs["hidden_states"])
+
+            return seen
+
+        blocks = self.blocks
+        handles = [
+            block.register_forward_pre_hook(enters(n), with_kwargs=True)
+            for n, block in enumerate(blocks)
+        ]
+
+        def leaves(_: nn.Module, __: tuple[Any, ...], y: Any) -> None:
+            hook(len(blocks), y[0] if isinstance(y, tuple) else y)
+
+        return [*handles, blocks[-1].register_forward_hook(leaves)]
+
+    def check(self, x: Inputs | None) -> None:
+        """Compares the last state's logits with the model's own.
+
+        Raises:
+            InputError: they differ, or the model does not run.
+        """
+        if x is None:
+            return
+        what = f"{type(self).__name__} does not fit this {type(self.model).__name__}"
+        with evaluating(self.model), torch.no_grad():
+            try:
+                states, own = self.states(x)
+                mine = self.logits(states[-1:], first=self.horizon)[0]
+            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+                raise InputError(f"{what}: {error}") from error
+            gap = float((mine.float() - own.float().reshape(mine.shape)).abs().max())
+            if gap > 100 * torch.finfo(own.dtype).eps * (1 + float(own.float().abs().max())):
+                raise InputError(
+                    f"{what}: the logits of its last state differ from the model's own by {gap:.2g}"
+                )
+
+    @property
+    def replayed(self) -> bool:
+        """Whether some block is."""
+        return any(isinstance(vars(block).get("forward"), ReplayedBlock) for block in self.blocks)
+
+    @contextmanager
+    def charging(self, cost: RunningCost) -> Iterator[list[Tensor]]:
+        """The blocks' running costs, together once the model has run.
+
+        Those of blocks that are not replayed are computed as the state enters them.
+        """
+        statistics = RunningStatistics(self.model.modules())
+
+        def charge(n: int, x: Tensor) -> Tensor:
+            with statistics.use():
+                for stage in range(self.layers[n].stage, self.stages - 1):
+                    x = self.carry(stage, x)
+                return cost(self.head, x)
+
+        collected: list[Tensor] = []
+        with ExitStack() as stack:
+            paid = [
+                stack.enter_context(_charged(block, lambda x, n=n: charge(n, x)))  # type: ignore[misc]
+                for n, block in enumerate(self.blocks)
+            ]
+            yield collected
+            collected += [c for costs in paid for c in costs]
+
+    def leave_out(self, removed: set[int]) -> nn.Module:
+        """A copy with shorter lists; the blocks left out are not copied."""
+        blocks = self.blocks
+        if len(removed) == len(blocks):
+            raise InputError(
+                f"all {len(blocks)} layers to be removed; {type(self.model).__name__} keeps at "
+                "least one"
+            )
+        gone = {id(blocks[n]) for n in removed}
+        smaller = copy.deepcopy(self.model, dict.fromkeys(gone))
+        names = {id(module): name for name, module in self.model.named_modules()}
+        kept = []
+        for container in self.containers:
+            mine = smaller.get_submodule(names[id(container)])
+            kept.append([i for i, block in enumerate(container) if id(block) not in gone])
+            _renumber(mine)
+        self.shortened(smaller, kept)
+        return smaller
+
+
+@contextmanager
+def _charged(block: nn.Module, cost: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Collects cost(x) for every input x of a block, inside its replay where it has one."""
+    standing = vars(block).get("forward")
+    if isinstance(standing, ReplayedBlock):
+        standing.running_cost, standing.paid = cost, []
+        try:
+            yield standing.paid
+        finally:
+            standing.running_cost, standing.paid = None, []
+        return
+    paid: list[Tensor] = []
+
+    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            paid.append(cost(args[0] if args else kwargs["hidden_states"]))
+
+    handle = block.register_forward_pre_hook(enters, with_kwargs=True)
+    try:
+        yield paid
+    finally:
+        handle.remove()
+
+
+def _renumber(container: nn.Module) -> None:
+    """Closes the gaps that blocks left out have left: names end in 0, 1, 2, … again."""
+    there = [(name, block) for name, block in container._modules.items() if block is not None]
+    container._modules.clear()
+    for i, (name, block) in enumerate(there):
+        container._modules[re.sub(r"\d+$", str(i), name)] = block

@@ -1,0 +1,115 @@
+"""Models of transformers: how they are called, and what a cut changes in their configuration."""
+
+from abc import abstractmethod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy.block_anatomy import BlockAnatomy
+from deeplimit.network.modes import Inputs
+
+EXAMPLE_SIZE, EXAMPLE_TOKENS = 32, 4
+
+
+class TransformersAnatomy(BlockAnatomy):
+    """A model with a `config`. Nothing of transformers is imported: the model brings it along."""
+
+    model: Any
+
+    @property
+    def backbone(self) -> Any:
+        """The part under the head: model.vit, model.bert, …."""
+        return getattr(self.model, self.model.base_model_prefix)
+
+    def run(self, x: Inputs) -> Tensor:
+        """The logits of the model's own forward; x is its main input, or inputs by name."""
+        given = {self.model.main_input_name: x} if isinstance(x, Tensor) else dict(x)
+        dtype = next(self.model.parameters()).dtype
+        for name, value in given.items():
+            if value.is_floating_point() and not torch.is_autocast_enabled(value.device.type):
+                given[name] = value.to(dtype)
+        if self.tokens:
+            given["use_cache"] = False  # type: ignore[assignment]
+        return cast(Tensor, self.model(**given, return_dict=True).logits)
+
+    def example(self) -> Inputs | None:
+        """A random image of the configured size, or a few tokens."""
+        device = next(self.model.parameters()).device
+        if device.type == "meta":
+            return None
+        generator = torch.Generator().manual_seed(0)
+        config = self.model.config
+        if self.model.main_input_name == "input_ids":
+            words = config.get_text_config().vocab_size
+            return torch.randint(words, (2, EXAMPLE_TOKENS), generator=generator).to(device)
+        size = getattr(config, "image_size", None) or EXAMPLE_SIZE
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (1, getattr(config, "num_channels", 3), height, width)
+        return torch.randn(shape, generator=generator).to(device)
+
+    def leave_out(self, removed: set[int]) -> nn.Module:
+        """A model of the same class with its configuration brought up to date.
+
+        Raises:
+            InputError: the model is quantised, or what a layer does depends on its index.
+        """
+        name = type(self.model).__name__
+        if getattr(self.model, "is_quantized", False):
+            raise InputError(
+                f"{name} is quantised; cut the model it was made from, then quantise the result"
+            )
+        why = self.index_matters(removed)
+        if why is not None:
+            raise InputError(f"{name}: {why}; only layers at the end can be removed")
+        return super().leave_out(removed)
+
+    def index_matters(self, removed: set[int]) -> str | None:
+        """Why a layer would do something else at another index; None if it would not."""
+        return None
+
+    def shortened(self, model: nn.Module, kept: list[list[int]]) -> None:
+        """The configuration's depth and what goes with it; the layers' own indices."""
+        config = cast(Any, model).config
+        self.set_depth(config, kept)
+        if hasattr(config, "stage_names"):
+            _name_stages(config)
+        for container in type(self)._unchecked(model).containers:
+            for i, block in enumerate(container):
+                for module in block.modules():
+                    if isinstance(getattr(module, "layer_idx", None), int):
+                        cast(Any, module).layer_idx = i
+
+    @abstractmethod
+    def set_depth(self, config: Any, kept: list[list[int]]) -> None:
+        """Writes the new depth, or depths, into the configuration."""
+
+    @classmethod
+    def _unchecked(cls, model: nn.Module) -> "TransformersAnatomy":
+        made = cls.__new__(cls)
+        made.model = model
+        return made
+
+
+class OneStack(TransformersAnatomy):
+    """One list of layers of one shape: `num_hidden_layers` of them."""
+
+    stages = 1
+
+    def set_depth(self, config: Any, kept: list[list[int]]) -> None:
+        """`num_hidden_layers`, and every list that has an entry for each layer."""
+        (mine,) = kept
+        before = config.num_hidden_layers
+        for name, value in list(vars(config).items()):
+            if "layer" in name and isinstance(value, list | tuple) and len(value) == before:
+                setattr(config, name, type(value)(value[i] for i in mine))
+        config.num_hidden_layers = len(mine)
+
+
+def _name_stages(config: Any) -> None:
+    """What a backbone would put out, by default: the last stage."""
+    depths = getattr(config, "depths", None)
+    stages = config.num_hidden_layers if depths is None else len(depths)
+    config.stage_names = ["stem", *(f"stage{m}" for m in range(1, stages + 1))]
+    config.set_output_features_output_indices(out_features=None, out_indices=None)

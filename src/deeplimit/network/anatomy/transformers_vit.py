@@ -1,0 +1,40 @@
+"""Vision transformers of transformers that classify images: ViT and DINOv2."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deeplimit.network.anatomy.block_anatomy import Container
+from deeplimit.network.anatomy.registry import register
+from deeplimit.network.anatomy.transformers_anatomy import OneStack
+
+
+@register("transformers.ViTForImageClassification")
+class ViTAnatomy(OneStack):
+    """The class token, normalised, is what the head reads."""
+
+    @property
+    def containers(self) -> Sequence[Container]:
+        """`vit.layers`; `vit.encoder.layer` before transformers 5."""
+        backbone = self.backbone
+        return (backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer,)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Norm, class token, linear layer."""
+        return self.model.classifier(self.backbone.layernorm(x)[:, 0])
+
+
+@register("transformers.Dinov2ForImageClassification")
+class Dinov2Anatomy(OneStack):
+    """The head reads the class token beside the mean of the patches."""
+
+    @property
+    def containers(self) -> Sequence[Container]:
+        """`dinov2.encoder.layer`."""
+        return (self.backbone.encoder.layer,)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Norm, class token and mean patch, linear layer."""
+        x = self.backbone.layernorm(x)
+        return self.model.classifier(torch.cat([x[:, 0], x[:, 1:].mean(dim=1)], dim=1))
