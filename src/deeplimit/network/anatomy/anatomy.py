@@ -91,6 +91,10 @@ class Anatomy(ABC):
     def carry(self, stage: int, x: Tensor) -> Tensor:
         """A state of `stage` in the shape of stage + 1, through the shortcut alone."""
 
+    def past(self, n: int) -> Callable[[Tensor], Tensor]:
+        """What takes a state past layer n as if the layer did nothing."""
+        return _itself
+
     @abstractmethod
     def head(self, x: Tensor) -> Tensor:
         """The logits [B, C] of states of the last stage; [T, C] of tokens [T, d] (`tokens`)."""
@@ -185,16 +189,25 @@ class Anatomy(ABC):
             InputError: a layer that does not exist, or that the model cannot do without.
         """
         gone = set(removed)
-        for n in sorted(gone):
-            if not 0 <= n < self.horizon:
+        self.check_removable(gone)
+        return self.leave_out(gone)
+
+    def check_removable(self, removed: Iterable[int]) -> None:
+        """Whether the model can do without these layers.
+
+        Raises:
+            InputError: a layer that does not exist, or that the model cannot do without.
+        """
+        layers = self.layers
+        for n in sorted(removed):
+            if not 0 <= n < len(layers):
                 raise InputError(
-                    f"layer {n} to be removed: the model has layers 0 … {self.horizon - 1}"
+                    f"layer {n} to be removed: the model has layers 0 … {len(layers) - 1}"
                 )
-            if not self.layers[n].removable:
+            if not layers[n].removable:
                 raise InputError(
                     f"layer {n} cannot be removed: {type(self.model).__name__} needs it"
                 )
-        return self.leave_out(gone)
 
     def __str__(self) -> str:
         """The parts, a line each."""
@@ -208,3 +221,7 @@ class Anatomy(ABC):
         if self.fixed:
             lines.append(f"  cannot be removed: layers {', '.join(map(str, self.fixed))}")
         return "\n".join(lines)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x

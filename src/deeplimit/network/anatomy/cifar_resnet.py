@@ -1,6 +1,8 @@
 """Anatomy of the CIFAR ResNet of He et al.: the states are what the blocks' last ReLU lets out."""
 
 import copy
+from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -40,6 +42,11 @@ class CifarResNetAnatomy(Anatomy):
     def carry(self, stage: int, x: Tensor) -> Tensor:
         """Option A: every second pixel, padded with zero channels."""
         return Shortcut(CHANNELS[stage], CHANNELS[stage + 1])(x)
+
+    def past(self, n: int) -> Callable[[Tensor], Tensor]:
+        """The block's shortcut, the state itself where the shape stays."""
+        (block,) = self.layers[n].controls
+        return cast(BasicBlock, block).shortcut
 
     def head(self, x: Tensor) -> Tensor:
         """Pool and linear layer."""

@@ -44,7 +44,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         tried.append(name)
     known = sorted(cls if isinstance(cls, str) else cls.__name__ for cls in FAMILIES)
     raise InputError(
-        f"no anatomy for {type(model).__name__}; tried {', '.join(tried)}; known: {', '.join(known)}. Subclass "
-        "deeplimit.network.BlockAnatomy (or Anatomy) and decorate it with "
-        f"@register({type(model).__name__})"
+        f"no anatomy for {type(model).__name__}; tried {', '.join(tried)}; known: "
+        f"{', '.join(known)}. Subclass deeplimit.network.BlockAnatomy (or Anatomy) and decorate it "
+        f"with @register({type(model).__name__})"
     )
