@@ -25,6 +25,7 @@ FIELDS = (
     "relative_update",
     "loss_error",
     "accuracy_error",
+    "influence",
 )
 
 
@@ -41,7 +42,8 @@ def samples_of(family: Sample, count: int = 17) -> tuple[Tensor, Tensor]:
 
 def naive_profile(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
     """Sample by sample, in evaluation mode."""
-    values: dict[str, list[list[float]]] = {k: [] for k in ("loss", "hit", "distance", "update")}
+    names = ("loss", "hit", "distance", "update", "influence")
+    values: dict[str, list[list[float]]] = {k: [] for k in names}
     ell = LOSS.softness
     for sample_x, target in zip(x, y.tolist(), strict=True):
         walk, output = naive_walk(model, sample_x[None])
@@ -58,6 +60,8 @@ def naive_profile(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, np.ndarra
             for stage in range(m, after_m):
                 before = naive_carry(model, stage, before)
             row["update"].append(float((after - before).norm() / before.norm()))
+            cosine = (after * before).sum() / after.norm() / before.norm()
+            row["influence"].append(float(1 - cosine))
         for name, value in row.items():
             values[name].append(value)
     table = {name: np.array(value) for name, value in values.items()}
@@ -73,6 +77,7 @@ def naive_profile(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, np.ndarra
         "distance": table["distance"].mean(0),
         "class_distance": np.stack(per_class, 1),
         "relative_update": table["update"].mean(0),
+        "influence": table["influence"].mean(0),
         "loss_error": gap.std(0) / math.sqrt(len(y)),
         "accuracy_error": hit_gap.std(0) / math.sqrt(len(y)),
     }
@@ -102,6 +107,7 @@ def test_samples_whose_state_is_zero_have_no_relative_update() -> None:
     others = x.abs().sum(1) != 0
     rest = turnpike_profile(family.model, batches(x[others], y[others], 5), LOSS)
     assert profile.relative_update[0] == pytest.approx(rest.relative_update[0], rel=1e-12)
+    assert profile.influence[0] == pytest.approx(rest.influence[0], rel=1e-12)
     # Behind the first layer no state is zero any more: 17 samples again.
     with torch.no_grad():
         naive = naive_profile(family.model.eval(), x, y)
@@ -109,7 +115,22 @@ def test_samples_whose_state_is_zero_have_no_relative_update() -> None:
     assert np.allclose(profile.loss, naive["loss"], rtol=1e-12)
     none = turnpike_profile(family.model, batches(torch.zeros_like(x), y, 5), LOSS)
     assert math.isnan(none.relative_update[0])
+    assert math.isnan(none.influence[0])
     assert all(math.isfinite(u) for u in none.relative_update[1:])
+
+
+def test_influence_is_exact_where_little_is_done() -> None:
+    """A layer that does nothing has 0; one that turns by a small angle φ, 1 − cos φ; zero has 1."""
+    x = torch.tensor([[3.0, 4.0, 0.0, 0.0]]).double()
+    for angle in (0.0, 1e-9, 1e-5, 0.3):
+        turn = nn.Linear(4, 4, bias=False).double()
+        update = torch.tensor([-4.0, 3.0, 0.0, 0.0]).double() * math.tan(angle)
+        turn.weight.data = torch.outer(update, x[0]) / 25  # x ↦ x + update
+        profile = turnpike_profile(ResidualChain([turn]), [(x, torch.tensor([0]))], LOSS)
+        assert profile.influence == (pytest.approx(2 * math.sin(angle / 2) ** 2, rel=1e-6),)
+    turn.weight.data = -torch.eye(4).double()
+    profile = turnpike_profile(ResidualChain([turn]), [(x, torch.tensor([0]))], LOSS)
+    assert profile.influence == (1.0,)
 
 
 def test_the_batch_size_does_not_matter(family: Sample) -> None:

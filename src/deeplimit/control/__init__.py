@@ -1,8 +1,11 @@
 """Training as optimal control: stage cost, dissipativity, turnpike, crop."""
 
+from deeplimit.control.choosing import choose_cut
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cropping import crop, removal, verify_crop
+from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.dissipativity import DissipativityReport, dissipativity
+from deeplimit.control.distillation import Distillation
 from deeplimit.control.fading import Faded, Fading, fading
 from deeplimit.control.projection import TrajectoryPicture, picture_trajectories
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
@@ -11,13 +14,16 @@ from deeplimit.control.turnpike import TurnpikeProfile, turnpike_profile
 
 __all__ = [
     "CropReport",
+    "CutChoice",
     "DissipativityReport",
+    "Distillation",
     "Faded",
     "Fading",
     "SoftCrossEntropy",
     "StageCost",
     "TrajectoryPicture",
     "TurnpikeProfile",
+    "choose_cut",
     "crop",
     "dissipativity",
     "fading",

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.token_losses import CountedTokens
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
@@ -32,6 +33,15 @@ def removal(profile: TurnpikeProfile, accuracy: float = ACCURACY_TOLERANCE) -> r
     if depth == horizon and entry is not None and last is not None and last < horizon:
         return range(entry, last)
     return range(depth, horizon)
+
+
+def check_profile(profile: TurnpikeProfile, horizon: int) -> None:
+    """Raises InputError if the profile is not of a network with so many layers."""
+    if profile.horizon != horizon:
+        raise InputError(
+            f"the profile is of a network with {profile.horizon} layers, the model has {horizon}; "
+            "profile this model"
+        )
 
 
 def crop(
@@ -56,11 +66,7 @@ def crop(
     if (depth is None) == (remove is None):
         raise InputError("give crop a depth, a profile, or remove=…; exactly one of them")
     if isinstance(depth, TurnpikeProfile):
-        if depth.horizon != horizon:
-            raise InputError(
-                f"the profile is of a network with {depth.horizon} layers, the model has "
-                f"{horizon}; profile this model"
-            )
+        check_profile(depth, horizon)
         remove = removal(depth)
     elif depth is not None:
         if not 0 <= depth <= horizon:
@@ -81,33 +87,36 @@ def verify_crop(
     Args:
         model: the network before the cut; a copy of it runs in evaluation mode.
         cropped: the network after the cut, likewise.
-        loader: batches (x, y) that chose neither the weights nor the depth.
+        loader: batches (x, y) that chose neither the weights nor the depth; of tokens [B, L] those
+            count whose target is not −100.
         loss: the loss reported; the plain cross-entropy by default.
 
     Raises:
-        InputError: an empty loader.
+        InputError: a loader that is empty or has no token that counts.
     """
     device = device_of(model)
     before, after = copy.deepcopy(model).eval(), copy.deepcopy(cropped).to(device).eval()
-    run_before, run_after = anatomy(before).run, anatomy(after).run
+    structure = anatomy(before)
+    run_before, run_after = structure.run, anatomy(after).run
     measured: Tensor | None = None
     count, batch, sample = 0, 0, None
     for x, y in loader:
         x, y = to_device(x, device), y.to(device)
         if sample is None:
             sample, batch = x, len(y)
-        z, w = run_before(x).double(), run_after(x).double()
-        hit, kept = z.argmax(-1) == y, w.argmax(-1) == y
-        change = kept.double() - hit.double()
-        same = (z.argmax(-1) == w.argmax(-1)).double()
-        columns = (_loss(loss, z, y), _loss(loss, w, y), hit, kept, same, change, change.square())
-        sums = torch.stack([column.double().sum() for column in columns])
-        measured = sums if measured is None else measured + sums
-        count += len(y)
+        z, w = run_before(x), run_after(x)
+        tokens = structure.tokens
+        parts = CountedTokens(y, z.shape[-1]).chunks(z, w) if tokens else [(z, w, y)]
+        for part in parts:
+            sums = _compared(loss, *part)
+            measured = sums if measured is None else measured + sums
+            count += len(part[-1])
     if measured is None or sample is None:
         raise InputError("the loader gave no batch; a crop is verified on at least one sample")
+    if count == 0:
+        raise InputError("every target is −100; a crop is verified on at least one token")
     l0, l1, hits, kept_hits, agreement, mean_change, squares = (measured / count).tolist()
-    latency_before, latency_after = _latencies(run_before, run_after, sample)
+    latency_before, latency_after = latencies(run_before, run_after, sample)
     return CropReport(
         samples=count,
         horizon_before=anatomy(model).horizon,
@@ -137,13 +146,23 @@ def multiply_adds(model: nn.Module, x: Inputs) -> int:
     return counter.get_total_flops() // 2
 
 
+def _compared(loss: SoftCrossEntropy | None, z: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """Sums over samples of what is reported, for logits before (z) and after (w)."""
+    z, w = z.double(), w.double()
+    hit, kept = z.argmax(-1) == y, w.argmax(-1) == y
+    change = kept.double() - hit.double()
+    same = (z.argmax(-1) == w.argmax(-1)).double()
+    columns = (_loss(loss, z, y), _loss(loss, w, y), hit, kept, same, change, change.square())
+    return torch.stack([column.double().sum() for column in columns])
+
+
 def _loss(loss: SoftCrossEntropy | None, logits: Tensor, y: Tensor) -> Tensor:
     if loss is None:
         return F.cross_entropy(logits, y, reduction="none")
     return loss(logits, y)
 
 
-def _latencies(
+def latencies(
     before: Callable[[Inputs], Tensor], after: Callable[[Inputs], Tensor], x: Inputs
 ) -> tuple[float, float]:
     """Median seconds per forward pass of each, timed in turns so that both see the same machine."""

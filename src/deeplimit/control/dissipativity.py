@@ -9,9 +9,10 @@ from torch import Tensor
 
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.stage_cost import StageCost
+from deeplimit.control.token_losses import CountedTokens
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy
-from deeplimit.network.modes import device_of, evaluating
+from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
 
 ROUNDING = 1e-12
 
@@ -73,7 +74,7 @@ def class_k_bound(loss: SoftCrossEntropy, distance: Tensor) -> Tensor:
 @torch.no_grad()
 def dissipativity(
     stage_cost: StageCost,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[tuple[Inputs, Tensor]],
     *,
     minimum: float | None = None,
     control_cost: float | None = None,
@@ -92,7 +93,7 @@ def dissipativity(
 
     Args:
         stage_cost: the objective, with the model, γ and r.
-        loader: batches (x, y).
+        loader: batches (x, y); of tokens [B, L] those count whose target is not −100.
         minimum: H, the claimed minimum of ℓ; the soft cross-entropy's own by default.
         control_cost: r; the stage cost's own by default. A negative one is no dissipative cost, and
             is found not to be.
@@ -105,20 +106,29 @@ def dissipativity(
     r = stage_cost.control_cost if control_cost is None else control_cost
     misstated = 0.0 if minimum is None else minimum - loss.minimum
     device = device_of(stage_cost)
+
+    def measure(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return loss.excess(z, targets) - misstated, loss.distance(z, targets)
+
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     count = 0
     with evaluating(stage_cost):
         for x, y in loader:
-            states, _ = structure.states(x.to(device))
-            logits = structure.logits(states[:-1]).double()
-            targets = y.to(device).expand(len(logits), *y.shape)
-            above = loss.excess(logits, targets) - misstated
-            apart = loss.distance(logits, targets)
-            count += len(y)
+            states, _ = structure.states(to_device(x, device))
+            y = y.to(device)
+            if structure.tokens:
+                counted = CountedTokens(y, loss.classes)
+                above, apart = counted.measured(structure, states[:-1], None, measure)
+            else:
+                logits = structure.logits(states[:-1]).double()
+                above, apart = measure(logits, y.expand(len(logits), *y.shape))
+            if above.shape[1] == 0:  # no token counts
+                continue
+            count += above.shape[1]
             margin = (above - class_k_bound(loss, apart)).amin(1)
             rows.append((above.sum(1), apart.sum(1), margin))
     if count == 0:
-        raise InputError("the loader gave no batch; the check needs at least one sample")
+        raise InputError("the loader gave no batch with a sample that counts; the check needs one")
     excesses, distances, least = (torch.stack(column) for column in zip(*rows, strict=True))
     excess, distance = excesses.sum(0) / count, distances.sum(0) / count
     control = torch.tensor(_control_squares(structure), dtype=torch.float64, device=device)

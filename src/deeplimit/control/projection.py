@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
-from deeplimit.network.modes import device_of, evaluating
+from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
 
 Point = tuple[float, float]
 
@@ -39,7 +39,7 @@ class TrajectoryPicture:
 @torch.no_grad()
 def picture_trajectories(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[tuple[Inputs, Tensor]],
     loss: SoftCrossEntropy,
     samples: int = 300,
 ) -> TrajectoryPicture:
@@ -51,15 +51,19 @@ def picture_trajectories(
     which each Z*_y is a point.
 
     Raises:
-        InputError: an empty loader.
+        InputError: an empty loader, or a model with logits for every token.
     """
     structure = anatomy(model)
+    if structure.tokens:
+        raise InputError(
+            f"{type(model).__name__} has logits for every token; the picture is of classifiers"
+        )
     layers: list[Tensor] = []
     labels: list[Tensor] = []
     plane = False
     with evaluating(model):
         for x, y in loader:
-            states, _ = structure.states(x.to(device_of(model)))
+            states, _ = structure.states(to_device(x, device_of(model)))
             logits = structure.logits(states)
             plane = loss.classes == 2 and torch.equal(logits[0], states[0])
             layers.append(logits.double().cpu())

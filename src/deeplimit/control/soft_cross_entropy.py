@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 
+IGNORED = -100  # as a target: what PyTorch's cross-entropy and transformers take for “none”
+
 
 class SoftCrossEntropy(nn.Module):
     """ℓ(z, y) = −Σ_c q_c log softmax(z)_c with q_y = 1 − ε and q_c = ε/(C−1) for c ≠ y.
@@ -20,7 +22,9 @@ class SoftCrossEntropy(nn.Module):
     It does not change under z ↦ z + α1. PyTorch's `label_smoothing=s` is the same loss with
     ε = s(C−1)/C. Source: [PF24] arXiv 2405.19013.
 
-    All values are per sample, in nats: logits [..., C] and integer targets [...] give [...].
+    All values are per sample, in nats: logits [..., C] and integer targets [...] give [...]. A
+    sample is a token where there are logits for every token, [B, L, C] and [B, L]. Where the target
+    is −100 all values are 0, and `mean` leaves them out.
 
     Args:
         classes: C ≥ 2.
@@ -73,6 +77,13 @@ class SoftCrossEntropy(nn.Module):
         )
         return values.reshape(targets.shape)
 
+    def mean(
+        self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
+    ) -> Float[Tensor, ""]:
+        """The mean of ℓ(z, y) over the samples that count; 0 where none does."""
+        values = self(logits, targets)
+        return values.sum() / (targets != IGNORED).sum().clamp(min=1)
+
     def excess(
         self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch"]:
@@ -84,12 +95,14 @@ class SoftCrossEntropy(nn.Module):
         self._check(logits, targets)
         log_q = self.minimiser(targets, logits.dtype)
         gap = log_q - logits.log_softmax(-1)
-        return (log_q.exp() * (torch.expm1(-gap) + gap)).sum(-1)
+        values = (log_q.exp() * (torch.expm1(-gap) + gap)).sum(-1)
+        return values.masked_fill(targets == IGNORED, 0)
 
     def minimiser(
         self, targets: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch classes"]:
-        """The point log q^{(y)} of Z*_y, whose exponentials sum to 1."""
+        """The point log q^{(y)} of Z*_y, whose exponentials sum to 1; some point for y = −100."""
+        targets = targets.masked_fill(targets == IGNORED, 0)
         own = F.one_hot(targets, self.classes).to(dtype or torch.get_default_dtype())
         return math.log(self.other) + own * self.contrast
 
@@ -99,7 +112,8 @@ class SoftCrossEntropy(nn.Module):
         """dist(z, Z*_y) = ‖P(z − log q^{(y)})‖ for each sample, P = I − 11ᵀ/C."""
         self._check(logits, targets)
         apart = logits - self.minimiser(targets, logits.dtype)
-        return torch.linalg.vector_norm(apart - apart.mean(-1, keepdim=True), dim=-1)
+        values = torch.linalg.vector_norm(apart - apart.mean(-1, keepdim=True), dim=-1)
+        return values.masked_fill(targets == IGNORED, 0)
 
     def _check(self, logits: Tensor, targets: Tensor) -> None:
         if logits.shape[-1:] != (self.classes,):

@@ -9,8 +9,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.token_losses import CountedTokens, to_last_stage, widened
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
+from deeplimit.network.anatomy.anatomy import RunningCost
 from deeplimit.network.modes import Inputs, RunningStatistics
 
 WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, FSDPModule)
@@ -31,6 +33,12 @@ class StageCost(nn.Module):
     norms use the running statistics from before this batch and leave them alone. Under the adjoint
     each step computes the loss of its own state instead, inside its replay, so that no state is
     kept for it.
+
+    Of a model with logits for every token, [B, L, C], the samples i are the tokens whose target is
+    not −100; targets are aligned with the logits, so that for the next token the caller shifts
+    them. States then meet the head layer by layer and in chunks of tokens, whose logits are made
+    again in the backward pass: besides the model's own logits and what their loss takes, a few
+    arrays of one chunk (`token_losses.CHUNK` numbers) are in memory at a time, whatever N.
 
     This module is what goes into Fabric, DistributedDataParallel or `fully_shard`; save
     `stage_cost.model.state_dict()`.
@@ -71,12 +79,13 @@ class StageCost(nn.Module):
         self.control_cost = control_cost
 
     def forward(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(cost, logits) of a batch of inputs x [B, …] and targets y [B]."""
+        """(cost, logits) of a batch of inputs x [B, …] and targets y [B], or [B, L] of tokens."""
         # Looked up before the model runs: under FSDP2 the parameters are then still the sharded
         # ones, whose gradients are the optimiser's.
         controls = self.anatomy.controls if self.control_cost else []
         logits, running = self._run(x, y)
-        cost = self.loss(logits, y).mean()
+        tokens = self.anatomy.tokens
+        cost = self.loss.mean(widened(logits), y) if tokens else self.loss(logits, y).mean()
         if running is not None:
             cost = cost + self.weight * running
         if controls:
@@ -90,7 +99,7 @@ class StageCost(nn.Module):
         if not self.weight:
             return self.anatomy.run(x), None
         if self.anatomy.replayed and torch.is_grad_enabled():
-            with self.anatomy.charging(lambda head, x: self.loss(head(x), y).mean()) as costs:
+            with self.anatomy.charging(self._mean_loss(y)) as costs:
                 logits = self.anatomy.run(x)
             return logits, torch.stack(costs).sum() if costs else None
         # Before the model runs, as under the adjoint, where the first layers' costs are computed
@@ -99,8 +108,19 @@ class StageCost(nn.Module):
         states, logits = self.anatomy.states(x)
         if len(states) == 1:
             return logits, None
+        if self.anatomy.tokens:
+            mean_loss = self._mean_loss(y)
+            carried = (to_last_stage(self.anatomy, n, s) for n, s in enumerate(states[:-1]))
+            return logits, torch.stack([mean_loss(self.anatomy.head, s) for s in carried]).sum()
         z = self.anatomy.logits(states[:-1], statistics=statistics)
         return logits, self.loss(z, y.expand(len(z), *y.shape)).mean(dim=1).sum()
+
+    def _mean_loss(self, y: Tensor) -> RunningCost:
+        """mean_i ℓ(z^i, y^i) of a state, through the head."""
+        if not self.anatomy.tokens:
+            return lambda head, x: self.loss(head(x), y).mean()
+        counted = CountedTokens(y, self.loss.classes)
+        return lambda head, x: counted.mean_loss(self.loss, head, x)
 
     def extra_repr(self) -> str:
         """γ and r."""

@@ -8,11 +8,14 @@ measured, layer by layer, on held-out data.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.token_losses import CountedTokens
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
@@ -29,6 +32,9 @@ class TurnpikeProfile:
     z_n are the logits of the state x_n, carried through the remaining projection shortcuts and the
     network's own head; ℓ is the soft cross-entropy. Layer N is the network's own output.
 
+    Where there are logits for every token a sample is a token whose target is not −100. Tokens of
+    one text are no independent samples: the standard errors are then too small.
+
     Attributes:
         samples: number of samples profiled.
         classes: number of classes C.
@@ -37,12 +43,16 @@ class TurnpikeProfile:
         loss: mean ℓ(z_n, y), N + 1 values, in nats.
         accuracy: fraction of samples whose largest logit is their class's, N + 1 values.
         distance: d_n = mean dist(z_n, Z*_y), N + 1 values.
-        class_distance: the same for each class, [N + 1][C]; NaN for a class with no samples.
+        class_distance: the same for each class, [N + 1][C]; NaN for a class with no samples. Empty
+            for tokens.
         relative_update: mean ‖x_{n+1} − x_n‖ / ‖x_n‖ per sample, N values; at a change of stage x_n
             is carried to the shape of x_{n+1} first. Samples with x_n = 0 are left out; NaN where
             no other is left.
         loss_error: standard error of mean(ℓ_n − ℓ_N), paired by sample, N + 1 values.
         accuracy_error: standard error of accuracy_n − accuracy_N, paired by sample, N + 1 values.
+        influence: 1 − mean cos(x_n, x_{n+1}) per sample, N values from 0 (the layer turns no state)
+            to 2, of the same samples as `relative_update` and carried as there: the block influence
+            of ShortGPT (arXiv 2403.03853). None in a profile saved before it was measured.
     """
 
     samples: int
@@ -56,6 +66,7 @@ class TurnpikeProfile:
     relative_update: tuple[float, ...]
     loss_error: tuple[float, ...]
     accuracy_error: tuple[float, ...]
+    influence: tuple[float, ...] | None = None
 
     @property
     def horizon(self) -> int:
@@ -138,10 +149,12 @@ def turnpike_profile(
     """Profiles a model layer by layer over a loader of (x, y), in one pass.
 
     The model runs in evaluation mode and is left in the mode it was in. One batch's states are in
-    memory at a time.
+    memory at a time; of logits for every token, [B, L, C], the model's own and a chunk of one
+    layer's. Targets of tokens [B, L] are aligned with the logits; −100 does not count.
 
     Raises:
-        InputError: an empty loader, or a model that `anatomy` cannot read.
+        InputError: a loader that is empty or has no token that counts, or a model that `anatomy`
+            cannot read.
     """
     structure = anatomy(model)
     sums: _Sums | None = None
@@ -152,6 +165,8 @@ def turnpike_profile(
             sums = batch if sums is None else sums + batch
     if sums is None:
         raise InputError("the loader gave no batch; a profile needs at least one sample")
+    if sums.count == 0:
+        raise InputError("every target is −100; a profile needs at least one token that counts")
     return sums.profile(loss)
 
 
@@ -164,6 +179,7 @@ class _Sums:
     correct: Tensor
     distance: Tensor
     update: Tensor
+    influence: Tensor
     update_count: Tensor
     loss_gap: Tensor
     loss_gap_squared: Tensor
@@ -194,47 +210,64 @@ class _Sums:
             relative_update=tuple((self.update / self.update_count).tolist()),
             loss_error=tuple((spread / n).sqrt().tolist()),
             accuracy_error=tuple((hit_spread / n).sqrt().tolist()),
+            influence=tuple((self.influence / self.update_count).tolist()),
         )
 
 
 def _measure(structure: Anatomy, x: Inputs, y: Tensor, loss: SoftCrossEntropy) -> _Sums:
+    def measure(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hits = (z.argmax(-1) == targets).double()
+        return loss(z, targets), loss.distance(z, targets), hits
+
     states, output = structure.states(x)
-    logits = (
-        torch.cat([structure.logits(states[:-1]), output[None]]) if states[1:] else output[None]
-    )
-    logits = logits.double()
-    targets = y.expand(len(logits), *y.shape)
-    values = loss(logits, targets)
-    distance = loss.distance(logits, targets)
-    hits = (logits.argmax(-1) == targets).double()
-    gap = values - values[-1]
-    own = torch.nn.functional.one_hot(y, loss.classes).double()
-    updates, update_count = _relative_updates(structure, states)
+    counted = CountedTokens(y, loss.classes) if structure.tokens else None
+    if counted is not None:
+        values, distance, hits = counted.measured(structure, states[:-1], output, measure)
+    else:
+        below = [structure.logits(states[:-1])] if states[1:] else []
+        logits = torch.cat([*below, output[None]]).double()
+        values, distance, hits = measure(logits, y.expand(len(logits), *y.shape))
+    gap, none = values - values[-1], torch.zeros(0)
+    own = None if counted is not None else torch.nn.functional.one_hot(y, loss.classes).double()
+    updates, influences, update_count = _changes(structure, states, counted)
     return _Sums(
-        count=len(y),
+        count=values.shape[1],
         loss=values.sum(1).cpu(),
         correct=hits.sum(1).cpu(),
         distance=distance.sum(1).cpu(),
         update=updates.cpu(),
+        influence=influences.cpu(),
         update_count=update_count.cpu(),
         loss_gap=gap.sum(1).cpu(),
         loss_gap_squared=gap.square().sum(1).cpu(),
         hit_gap_squared=(hits - hits[-1]).square().sum(1).cpu(),
-        class_distance=(distance @ own).cpu(),
-        class_count=own.sum(0).cpu(),
+        class_distance=none if own is None else (distance @ own).cpu(),
+        class_count=none if own is None else own.sum(0).cpu(),
     )
 
 
-def _relative_updates(structure: Anatomy, states: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Σ_i ‖x_{n+1} − x_n‖ / ‖x_n‖ over samples with x_n ≠ 0, and their number, per layer."""
-    sums, counts = [], []
+def _changes(
+    structure: Anatomy, states: list[Tensor], counted: CountedTokens | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Relative update and influence, summed over samples with x_n ≠ 0, and their number, per layer.
+
+    Σ_i ‖x_{n+1} − x_n‖ / ‖x_n‖ and Σ_i (1 − cos), the latter as half the squared distance of the
+    two directions: exactly zero for a layer that does nothing, and exact near zero.
+    """
+    rows = counted.of if counted is not None else partial(torch.flatten, start_dim=1)
+    updates, influences, counts = [], [], []
     for n in range(len(states) - 1):
-        before = structure.carried(n, states[n]).flatten(1).double()
-        after = states[n + 1].flatten(1).double()
+        before = rows(structure.carried(n, states[n])).double()
+        after = rows(states[n + 1]).double()
         size = torch.linalg.vector_norm(before, dim=1)
         ratio = torch.linalg.vector_norm(after - before, dim=1) / size
-        sums.append(ratio.where(size != 0, 0.0).sum())
+        turned = (F.normalize(after, dim=1) - F.normalize(before, dim=1)).square().sum(1) / 2
+        # A state that becomes zero has no direction left: orthogonal to what it was.
+        turned = turned.where(after.any(1), 1.0)
+        updates.append(ratio.where(size != 0, 0.0).sum())
+        influences.append(turned.where(size != 0, 0.0).sum())
         counts.append((size != 0).sum())
-    if not sums:
-        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.long)
-    return torch.stack(sums), torch.stack(counts)
+    if not counts:
+        none = torch.zeros(0, dtype=torch.float64)
+        return none, none, torch.zeros(0, dtype=torch.long)
+    return torch.stack(updates), torch.stack(influences), torch.stack(counts)

@@ -5,6 +5,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate, pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -36,12 +37,17 @@ class BlockAnatomy(Anatomy):
     """A model whose layers are modules in lists, one list per stage of the model.
 
     A family says where the lists are, what carries a state past a change of shape, and how the head
-    reads it. The anatomy is checked when it is made: on an example of its input the logits of the
-    last state must be the model's own.
+    reads it. The anatomy is checked when it is made: on an example of its input each carried state
+    must have the next one's shape, and the logits of the last state must be the model's own.
+
+    Attributes:
+        may_be_empty: whether the model can be built with one of its lists empty.
 
     Raises:
-        InputError: they are not.
+        InputError: it does not fit.
     """
+
+    may_be_empty = True
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -60,9 +66,14 @@ class BlockAnatomy(Anatomy):
         """Whether a block's output has another shape than its input; the model cannot lose it."""
         return False
 
-    def carry(self, stage: int, x: Tensor) -> Tensor:
-        """One stage only: the state itself."""
+    def shortcut(self, block: nn.Module, x: Tensor) -> Tensor:
+        """What a block that changes the shape makes of a state with its residual branch at zero."""
         return x
+
+    def carry(self, stage: int, x: Tensor) -> Tensor:
+        """The shortcut of the block that changes the shape; overridden where other modules do."""
+        *_, last = (layer.controls[0] for layer in self.layers if layer.stage == stage)
+        return self.shortcut(last, x) if self.changes_shape(last) else x
 
     def shortened(self, model: nn.Module, kept: list[list[int]]) -> None:
         """After a cut: brings up to date what the model says of itself, in place.
@@ -78,9 +89,14 @@ class BlockAnatomy(Anatomy):
         return tuple(block for container in self.containers for block in container)
 
     @property
+    def end(self) -> nn.Module:
+        """The module whose output is the last state: the last block, if no list can be empty."""
+        return self.blocks[-1]
+
+    @property
     def stages(self) -> int:
         """One for each shape of the state."""
-        return self.layers[-1].stage + 1 + self.changes_shape(self.blocks[-1])
+        return self._staged[1]
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -88,19 +104,25 @@ class BlockAnatomy(Anatomy):
 
         Where it is the first of all, its stage is one with nothing else in it.
         """
+        return tuple(self._staged[0])
+
+    @property
+    def _staged(self) -> tuple[list[Layer], int]:
+        """The layers, and the number of stages."""
         layers: list[Layer] = []
         stage = 0
         for m, container in enumerate(self.containers):
-            for i, block in enumerate(container):
+            blocks = list(container)
+            if m and not (blocks and self.changes_shape(blocks[0])):
+                stage += 1  # what changes the shape stands before the list
+            for block in blocks:
                 changes = self.changes_shape(block)
-                if m and i == 0 and not changes:
-                    stage += 1  # what changes the shape stands before the block
                 layers.append(Layer(stage, (block,), removable=not changes))
                 stage += changes
-        return tuple(layers)
+        return layers, stage + 1
 
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
-        """The inputs of the blocks, and the last one's output."""
+        """The inputs of the blocks, and what comes out at the end."""
 
         def enters(n: int) -> Callable[..., None]:
             def seen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,13 +139,13 @@ class BlockAnatomy(Anatomy):
         def leaves(_: nn.Module, __: tuple[Any, ...], y: Any) -> None:
             hook(len(blocks), y[0] if isinstance(y, tuple) else y)
 
-        return [*handles, blocks[-1].register_forward_hook(leaves)]
+        return [*handles, self.end.register_forward_hook(leaves)]
 
     def check(self, x: Inputs | None) -> None:
-        """Compares the last state's logits with the model's own.
+        """Carries each state that must be, and compares the last one's logits with the model's own.
 
         Raises:
-            InputError: they differ, or the model does not run.
+            InputError: a shape or the logits differ, or the model does not run.
         """
         if x is None:
             return
@@ -132,8 +154,20 @@ class BlockAnatomy(Anatomy):
             try:
                 states, own = self.states(x)
                 mine = self.logits(states[-1:], first=self.horizon)[0]
-            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+                stages = self.state_stages
+                carried = {
+                    n: self.carried(n, states[n]).shape
+                    for n in range(self.horizon)
+                    if stages[n] < stages[n + 1]
+                }
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise InputError(f"{what}: {error}") from error
+            for n, shape in carried.items():
+                if shape != states[n + 1].shape:
+                    raise InputError(
+                        f"{what}: state {n} is carried to shape {list(shape)}, state {n + 1} has "
+                        f"{list(states[n + 1].shape)}"
+                    )
             gap = float((mine.float() - own.float().reshape(mine.shape)).abs().max())
             if gap > 100 * torch.finfo(own.dtype).eps * (1 + float(own.float().abs().max())):
                 raise InputError(
@@ -169,13 +203,20 @@ class BlockAnatomy(Anatomy):
             collected += [c for costs in paid for c in costs]
 
     def leave_out(self, removed: set[int]) -> nn.Module:
-        """A copy with shorter lists; the blocks left out are not copied."""
+        """A copy with shorter lists; the blocks left out are not copied.
+
+        Raises:
+            InputError: all layers are to go, or all of a list that cannot be empty.
+        """
         blocks = self.blocks
-        if len(removed) == len(blocks):
-            raise InputError(
-                f"all {len(blocks)} layers to be removed; {type(self.model).__name__} keeps at "
-                "least one"
-            )
+        everything = range(len(blocks))
+        lists = [] if self.may_be_empty else self._ranges
+        for own in (everything, *lists):
+            if own and removed.issuperset(own):
+                raise InputError(
+                    f"all layers {own[0]} … {own[-1]} to be removed; {type(self.model).__name__} "
+                    "keeps at least one of them"
+                )
         gone = {id(blocks[n]) for n in removed}
         smaller = copy.deepcopy(self.model, dict.fromkeys(gone))
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -186,6 +227,12 @@ class BlockAnatomy(Anatomy):
             _renumber(mine)
         self.shortened(smaller, kept)
         return smaller
+
+    @property
+    def _ranges(self) -> list[range]:
+        """Which layers each list holds."""
+        ends = list(accumulate(len(container) for container in self.containers))
+        return [range(a, b) for a, b in pairwise([0, *ends])]
 
 
 @contextmanager

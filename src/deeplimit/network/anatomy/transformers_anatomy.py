@@ -10,7 +10,7 @@ from deeplimit.errors import InputError
 from deeplimit.network.anatomy.block_anatomy import BlockAnatomy
 from deeplimit.network.modes import Inputs
 
-EXAMPLE_SIZE, EXAMPLE_TOKENS = 32, 4
+EXAMPLE_SIZE, EXAMPLE_TOKENS = 64, 4
 
 
 class TransformersAnatomy(BlockAnatomy):
@@ -73,8 +73,8 @@ class TransformersAnatomy(BlockAnatomy):
         """The configuration's depth and what goes with it; the layers' own indices."""
         config = cast(Any, model).config
         self.set_depth(config, kept)
-        if hasattr(config, "stage_names"):
-            _name_stages(config)
+        if hasattr(config, "stage_names") and not hasattr(config, "depths"):
+            _name_stages(config, *kept)
         for container in type(self)._unchecked(model).containers:
             for i, block in enumerate(container):
                 for module in block.modules():
@@ -107,9 +107,10 @@ class OneStack(TransformersAnatomy):
         config.num_hidden_layers = len(mine)
 
 
-def _name_stages(config: Any) -> None:
-    """What a backbone would put out, by default: the last stage."""
-    depths = getattr(config, "depths", None)
-    stages = config.num_hidden_layers if depths is None else len(depths)
-    config.stage_names = ["stem", *(f"stage{m}" for m in range(1, stages + 1))]
-    config.set_output_features_output_indices(out_features=None, out_indices=None)
+def _name_stages(config: Any, kept: list[int]) -> None:
+    """Where every layer is a stage: what a backbone puts out of those left, or the last stage."""
+    before = len(config.stage_names)
+    wanted = {index % before for index in config.out_indices}
+    config.stage_names = ["stem", *(f"stage{n}" for n in range(1, len(kept) + 1))]
+    left = [new for new, old in enumerate([0, *(n + 1 for n in kept)]) if old in wanted]
+    config.out_indices = left or [len(kept)]  # sets out_features too

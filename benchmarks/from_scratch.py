@@ -1,0 +1,102 @@
+"""From scratch: trained too deep and cut, against the plain deep network and the plain small one.
+
+    python benchmarks/from_scratch.py mnist --data-dir PATH
+    python benchmarks/from_scratch.py cifar10 --data-dir PATH --kind cifar-resnet --depth 9 9 9 \\
+        --epochs 15 --optimizer sgd
+
+All networks of a seed train for the same number of epochs with the same recipe but for the stage
+cost. The depth of the cut is chosen on validation data; the small network has the cut's blocks per
+stage. Figures are of test data. A run that was stopped goes on, a finished one is not trained
+again; one JSON file per data set is written to benchmarks/results/, after each seed.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deeplimit.control import SoftCrossEntropy, turnpike_profile
+from deeplimit.network import anatomy
+from deeplimit.training import Recipe, RunFolder, crop_run, profile_run, recipe_for, resume, train
+from deeplimit.training.building import evaluation_batches, load_data
+from machine import machine
+
+RESULTS = Path(__file__).parent / "results"
+MAY_LOSE = 0.001  # accuracy on validation data
+
+
+def trained(recipe: Recipe, runs: Path, name: str) -> RunFolder:
+    """A run of this name, trained now or before."""
+    there = (runs / name).is_dir()
+    folder = resume(runs / name) if there else train(recipe, runs=runs, name=name)
+    if replace(folder.recipe, data_dir=None) != replace(recipe, data_dir=None):
+        raise SystemExit(f"{folder.path} is of another recipe; give another --runs")
+    return folder
+
+
+def test_accuracy(folder: RunFolder) -> float:
+    """Of a run's network."""
+    data = load_data(folder.recipe, folder.path.parent)
+    loss = SoftCrossEntropy(len(data.class_names), folder.recipe.softness)
+    return turnpike_profile(folder.model(), evaluation_batches(data.test), loss).accuracy[-1]
+
+
+def blocks_per_stage(model: torch.nn.Module, stages: int) -> tuple[int, ...]:
+    """How deep each stage of a cut network is."""
+    layers = anatomy(model).layers
+    return tuple(sum(layer.stage == m for layer in layers) for m in range(stages))
+
+
+def run(recipe: Recipe, runs: Path) -> dict[str, Any]:
+    """One seed."""
+    name = f"{recipe.data}-{recipe.seed}"
+    deep = trained(recipe, runs, name)
+    profile_run(deep)
+    report = crop_run(deep, "auto", accuracy=MAY_LOSE).report
+    plain = trained(replace(recipe, stage_cost=0.0, control_cost=0.0), runs, f"{name}-plain")
+    depth = blocks_per_stage(deep.cropped(), len(recipe.depth))
+    same = "x".join(map(str, depth))
+    small = replace(recipe, stage_cost=0.0, control_cost=0.0, depth=depth)
+    little = trained(small, runs, f"{name}-plain-{same}")
+    row = {
+        "seed": recipe.seed,
+        "blocks": sum(recipe.depth),
+        "cut_to": depth,
+        "with_stage_cost": report.accuracy_before,
+        "cut": report.accuracy_after,
+        "plain": test_accuracy(plain),
+        "plain_of_the_cuts_size": test_accuracy(little),
+    }
+    print(row, flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--kind")
+    parser.add_argument("--depth", type=int, nargs="+")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--stage-cost", type=float)
+    parser.add_argument("--precision")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    options = parser.parse_args()
+    given = {k: v for k, v in vars(options).items() if v is not None and k in asdict(recipe_for(options.data))}
+    if options.depth:
+        given["depth"] = tuple(options.depth)
+    base = replace(recipe_for(options.data), **given)
+    path = RESULTS / f"from_scratch_{options.data}.json"
+    rows: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        rows.append(run(replace(base, seed=seed), options.runs))
+        result = {"machine": machine(), "recipe": asdict(replace(base, data_dir=None)), "runs": rows}
+        path.write_text(json.dumps(result, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""How many layers to cut, and which, of all stages: the most, or the best, under one budget."""
+
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
+from math import isnan
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.control.cropping import check_profile, latencies, multiply_adds
+from deeplimit.control.cut_choice import Budget, CutChoice
+from deeplimit.control.trials import Trials
+from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy import Anatomy, anatomy
+from deeplimit.network.modes import Inputs, evaluating, first_samples
+
+NAMES: tuple[Budget, ...] = ("accuracy", "blocks", "multiply_adds", "latency")
+
+
+@torch.no_grad()
+def choose_cut(
+    model: nn.Module,
+    profile: TurnpikeProfile,
+    loader: Iterable[tuple[Inputs, Tensor]] | None = None,
+    *,
+    accuracy: float | None = None,
+    blocks: int | None = None,
+    multiply_adds: float | None = None,
+    latency: float | None = None,
+) -> CutChoice:
+    """Chooses which layers to remove, of any stage, under one budget.
+
+    Layers are put in order of what is lost without them, and the first so many go. The orders:
+    block influence of the profile, least first; the last layer first; where the profile shows a
+    leaving arc, from the exit back; and, with a loader, by trial (`Trials.order`). With a loader
+    the best of them is taken: under `accuracy` the one that removes most, else the one with the
+    highest accuracy; the smaller divergence among equals. Without one, only `blocks` can be the
+    budget, and the last layers go where the profile says that nothing is lost by that, else those
+    of least influence.
+
+    Args:
+        model: the network; it is left as it was.
+        profile: `turnpike_profile` of it.
+        loader: batches (x, y) that did not train it, unshuffled; gone through once for each cut
+            tried. Of an order the number that goes is found by bisection, for trials one by one.
+        accuracy: the fraction of accuracy that may be lost on the loader, standard error included
+            and never finer than two samples, as in `TurnpikeProfile.depth_within`: most layers go.
+        blocks: how many layers are kept.
+        multiply_adds: the fraction of the multiply-adds that is kept at most: fewest layers go.
+        latency: the fraction of the latency of the first batch, likewise.
+
+    Raises:
+        InputError: no budget or several, one out of range, or one that cannot be met by removing
+            layers; a profile of another network, or a loader that is missing or does not fit.
+    """
+    given = (accuracy, blocks, multiply_adds, latency)
+    budget, limit = _the_one(dict(zip(NAMES, given, strict=True)))
+    structure = anatomy(model)
+    check_profile(profile, structure.horizon)
+    _check(budget, limit, structure.horizon, loader is not None)
+    with evaluating(model):
+        trials = None if loader is None else Trials(structure, loader)
+        spending = _Spending(structure, trials, budget, limit)
+        cuts: dict[str, tuple[int, ...]] = {}
+        for score, order in _orders(structure, profile).items():
+            removed = spending.bisected(list(islice(_possible(structure, order), spending.most)))
+            if removed is not None:
+                cuts[score] = removed
+        if trials is not None:
+            least = min(map(len, cuts.values()), default=0)
+            ranked = next(iter(_orders(structure, profile).values()))
+            removed = spending.one_by_one(trials.order(ranked), least)
+            if removed is not None:
+                cuts["trial"] = removed
+        if not cuts:
+            raise InputError(spending.unmet())
+        return spending.choice(_best(cuts, profile, trials, budget), cuts)
+
+
+class _Spending:
+    """One budget, and what cuts spend of it."""
+
+    def __init__(self, structure: Anatomy, trials: Trials | None, budget: Budget, limit: float):
+        self.structure, self.trials = structure, trials
+        self.budget, self.limit = budget, limit
+        self.most = structure.horizon  # layers that may have to go
+        if budget == "blocks":
+            self.most -= int(limit)
+        self._whole = 0
+        self._latencies: dict[frozenset[int], tuple[float, float]] = {}
+        if trials is not None:
+            self._whole = multiply_adds(structure.model, first_samples(trials.batch, 1))
+            self._margin = max(limit, 2 / trials.samples)
+
+    def bisected(self, order: list[int]) -> tuple[int, ...] | None:
+        """The beginning of an order that meets the budget; None if none does."""
+        if self.budget == "accuracy":
+            sizes = range(1, len(order) + 1)
+            return tuple(order[: bisect_left(sizes, True, key=lambda k: self._loses(order[:k]))])
+        sizes = range(len(order) + 1)
+        k = bisect_left(sizes, True, key=lambda k: self._fits(order[:k]))
+        return tuple(order[:k]) if k < len(sizes) else None
+
+    def one_by_one(self, order: Iterator[int], least: int) -> tuple[int, ...] | None:
+        """The same for an order that is expensive to go on with; costs are met from `least` on."""
+        gone: list[int] = []
+        if self.budget == "accuracy":
+            for n in order:
+                if self._loses([*gone, n]):
+                    break
+                gone.append(n)
+            return tuple(gone)
+        while len(gone) < least or not self._fits(gone):
+            more = next(order, None)
+            if more is None:
+                return None
+            gone.append(more)
+        return tuple(gone)
+
+    def multiply_adds(self, removed: Collection[int]) -> tuple[int, int]:
+        """Of the model and its cut, for one sample."""
+        trials = cast(Trials, self.trials)
+        return self._whole, multiply_adds(trials.cut(removed), first_samples(trials.batch, 1))
+
+    def latencies(self, removed: Collection[int]) -> tuple[float, float]:
+        """Of the model and its cut, for the first batch, as they were measured first."""
+        key, trials = frozenset(removed), cast(Trials, self.trials)
+        if key not in self._latencies:
+            after = anatomy(trials.cut(key)).run
+            self._latencies[key] = latencies(self.structure.run, after, trials.batch)
+        return self._latencies[key]
+
+    def choice(self, score: str, cuts: dict[str, tuple[int, ...]]) -> CutChoice:
+        """All figures of one of the cuts."""
+        removed = tuple(sorted(cuts[score]))
+        layers = self.structure.layers
+        before, after = (
+            tuple(
+                sum(layer.stage == m and n not in gone for n, layer in enumerate(layers))
+                for m in range(self.structure.stages)
+            )
+            for gone in ((), removed)
+        )
+        figures: dict[str, float | None] = {}
+        if self.trials is not None:
+            outcome = self.trials.outcome(removed)
+            products = self.multiply_adds(removed)
+            figures |= {
+                "samples": self.trials.samples,
+                "accuracy_before": self.trials.accuracy,
+                "accuracy_after": outcome.accuracy,
+                "accuracy_error": outcome.error,
+                "multiply_adds_before": products[0],
+                "multiply_adds_after": products[1],
+            }
+        if self.budget == "latency":
+            times = self.latencies(removed)
+            figures |= {"latency_before": times[0], "latency_after": times[1]}
+        return CutChoice(removed, score, self.budget, self.limit, before, after, **figures)  # type: ignore[arg-type]
+
+    def unmet(self) -> str:
+        """Why no cut meets the budget, and what to do."""
+        horizon, fixed = self.structure.horizon, self.structure.fixed
+        name = type(self.structure.model).__name__
+        asked = (
+            f"{int(self.limit)} of {horizon} layers are to be kept"
+            if self.budget == "blocks"
+            else f"at most {self.limit:g} of the {self.budget.replace('_', '-')} is to be kept"
+        )
+        why = f"; layers {', '.join(map(str, fixed))} cannot be removed" if fixed else ""
+        return f"{asked}, which {name} cannot reach by removing layers{why}; give a larger budget"
+
+    def _loses(self, removed: Collection[int]) -> bool:
+        outcome = cast(Trials, self.trials).outcome(removed)
+        return -outcome.change + outcome.error > self._margin
+
+    def _fits(self, removed: Collection[int]) -> bool:
+        if self.budget == "blocks":
+            return len(removed) == self.most
+        if not removed:
+            return self.limit >= 1
+        measure = self.latencies if self.budget == "latency" else self.multiply_adds
+        before, after = measure(removed)
+        return after <= self.limit * before
+
+
+def _orders(structure: Anatomy, profile: TurnpikeProfile) -> dict[str, list[int]]:
+    """All layers in the orders that a profile gives; its score of each layer comes first."""
+    every = range(structure.horizon)
+    named = "update" if profile.influence is None else "influence"
+    score = profile.relative_update if profile.influence is None else profile.influence
+    # NaN: no sample tells what the layer does, so it goes last.
+    ranked = sorted(every, key=lambda n: (isnan(score[n]), score[n], -n))
+    orders = {named: ranked, "tail": list(reversed(every))}
+    last = profile.exit()
+    if last is not None and last < profile.horizon:
+        orders["turnpike"] = [*reversed(every[:last]), *reversed(every[last:])]
+    return orders
+
+
+def _possible(structure: Anatomy, order: Iterable[int]) -> Iterator[int]:
+    """The layers of an order that the model can do without beside those before them."""
+    gone: list[int] = []
+    for n in order:
+        try:
+            structure.without([*gone, n])
+        except InputError:
+            continue
+        gone.append(n)
+        yield n
+
+
+def _best(
+    cuts: dict[str, tuple[int, ...]],
+    profile: TurnpikeProfile,
+    trials: Trials | None,
+    budget: Budget,
+) -> str:
+    """The name of the cut to be taken."""
+    if trials is None:
+        tail = cuts.get("tail")
+        lossless = tail is not None and profile.depth_within() <= profile.horizon - len(tail)
+        return "tail" if lossless else next(iter(cuts))
+
+    def worth(score: str) -> tuple[float, float, float]:
+        removed = cuts[score]
+        many = float(len(removed)) if budget == "accuracy" else 0.0
+        return many, trials.outcome(removed).accuracy, -trials.divergence(removed)
+
+    return max(cuts, key=worth)
+
+
+def _the_one(given: dict[Budget, int | float | None]) -> tuple[Budget, float]:
+    named = [(name, value) for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        found = " and ".join(name for name, _ in named) or "none"
+        raise InputError(
+            f"a cut is chosen under one budget: {', '.join(NAMES[:-1])} or {NAMES[-1]}; "
+            f"{found} given"
+        )
+    name, value = named[0]
+    return name, float(value)
+
+
+def _check(budget: Budget, limit: float, horizon: int, loader: bool) -> None:
+    """Raises InputError for a budget out of range or without the data that it takes."""
+    if budget == "blocks":
+        if not (1 <= limit <= horizon and limit.is_integer()):
+            raise InputError(
+                f"{limit:g} blocks are to be kept; the model has {horizon}: 1 … {horizon}"
+            )
+        return
+    least_fits = limit >= 0 if budget == "accuracy" else limit > 0
+    if not (least_fits and limit <= 1):
+        kind = "lost" if budget == "accuracy" else "kept"
+        least = "from" if budget == "accuracy" else "above"
+        raise InputError(
+            f"a fraction of {limit:g} of the {budget.replace('_', '-')} is to be {kind}; "
+            f"expected one {least} 0 up to 1"
+        )
+    if not loader:
+        raise InputError(
+            f"the budget {budget} is measured on data; give a loader of data that did not train "
+            "the model"
+        )

@@ -1,0 +1,65 @@
+"""What a choice of layers to cut removes, and what that spends of its budget."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Budget = Literal["accuracy", "blocks", "multiply_adds", "latency"]
+
+
+@dataclass(frozen=True)
+class CutChoice:
+    """The layers to be removed under a budget; `crop(model, remove=choice.removed)` removes them.
+
+    Figures that take data are None where none were given, and the latencies where latency was not
+    the budget. Those of accuracy are of the data that the choice was made on: they flatter it, so
+    report a cut on other data (`verify_crop`).
+
+    Attributes:
+        removed: the layers, in order of the network.
+        score: what put them into that order: "influence" (block influence of the profile),
+            "update" (relative update, where an older profile has no influence), "tail" (the last
+            first), "turnpike" (from the exit of the tube back), "trial" (each removed by trial).
+        budget: what was limited.
+        limit: the accuracy that might be lost, the number of layers kept, or the fraction of the
+            multiply-adds or of the latency kept.
+        layers_before, layers_after: layers of each stage of the anatomy, counted by the state that
+            enters them.
+        samples: number of samples that the accuracies are of.
+        accuracy_before, accuracy_after: fractions in [0, 1].
+        accuracy_error: standard error of accuracy_after − accuracy_before, paired by sample.
+        multiply_adds_before, multiply_adds_after: for one sample.
+        latency_before, latency_after: median seconds of a forward pass of the first batch, the two
+            networks timed in turns.
+    """
+
+    removed: tuple[int, ...]
+    score: Literal["influence", "update", "tail", "turnpike", "trial"]
+    budget: Budget
+    limit: float
+    layers_before: tuple[int, ...]
+    layers_after: tuple[int, ...]
+    samples: int | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    accuracy_error: float | None = None
+    multiply_adds_before: int | None = None
+    multiply_adds_after: int | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
+
+    def __str__(self) -> str:
+        """What is kept of each stage and what that costs, in a line."""
+        stages = zip(self.layers_after, self.layers_before, strict=True)
+        kept = ", ".join(f"{after} of {before}" for after, before in stages)
+        parts = [f"layers kept per stage: {kept} (by {self.score})"]
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            before, after = 100 * self.accuracy_before, 100 * self.accuracy_after
+            parts.append(f"accuracy {before:.2f} → {after:.2f} % of {self.samples:,} samples")
+        if self.multiply_adds_before is not None:
+            parts.append(
+                f"multiply-adds {self.multiply_adds_before:,} → {self.multiply_adds_after:,}"
+            )
+        if self.latency_before is not None and self.latency_after is not None:
+            before, after = 1000 * self.latency_before, 1000 * self.latency_after
+            parts.append(f"latency {before:.3g} → {after:.3g} ms")
+        return "; ".join(parts)

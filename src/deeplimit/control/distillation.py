@@ -1,0 +1,90 @@
+"""Learning from another network's answers beside the labels."""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.stage_cost import StageCost
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy import anatomy
+from deeplimit.network.modes import Inputs
+
+
+class Distillation(StageCost):
+    """The stage cost's objective J, mixed with what a teacher answers for the same batch:
+
+        (1 − w)·J + w·τ²·mean_i KL( softmax(z̄^i/τ) ‖ softmax(z^i/τ) )
+
+    z are the model's logits, z̄ the teacher's. τ² keeps the size of the second gradient as τ grows.
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
+
+    `cost, logits = distillation(x, y)` as for `StageCost`, and it is used in its place.
+
+    Args:
+        model: the student, a classifier that `anatomy` can read.
+        loss: ℓ of the stage cost.
+        teacher: a classifier of the same classes that `anatomy` can read; a copy of it stays in
+            evaluation mode and does not learn.
+        teacher_weight: w, from 0 to 1.
+        temperature: τ > 0.
+        weight: γ of the stage cost, here 0 by default.
+        control_cost: r of the stage cost.
+
+    Raises:
+        InputError: as `StageCost`; w or τ out of range, or a teacher without anatomy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: SoftCrossEntropy,
+        teacher: nn.Module,
+        *,
+        teacher_weight: float = 0.5,
+        temperature: float = 2.0,
+        weight: float = 0.0,
+        control_cost: float = 0.0,
+    ):
+        super().__init__(model, loss, weight, control_cost)
+        check_teaching(teacher_weight, temperature)
+        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.teacher_weight, self.temperature = teacher_weight, temperature
+        self._answer = anatomy(self.teacher).run
+
+    def train(self, mode: bool = True) -> "Distillation":
+        """Sets the mode of the student; the teacher stays as it is."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(cost, logits) of a batch of inputs x [B, …] and targets y [B]."""
+        cost, logits = super().forward(x, y)
+        with torch.no_grad():
+            taught = self._answer(x)
+        if taught.shape != logits.shape:
+            raise InputError(
+                f"the teacher's logits have shape {tuple(taught.shape)}, the student's "
+                f"{tuple(logits.shape)}; give a teacher of the same classes"
+            )
+        own, other = (F.log_softmax(z / self.temperature, dim=-1) for z in (logits, taught))
+        apart = F.kl_div(own, other, reduction="none", log_target=True).sum(-1).mean()
+        w = self.teacher_weight
+        return (1 - w) * cost + w * self.temperature**2 * apart, logits
+
+    def extra_repr(self) -> str:
+        """γ, r, w and τ."""
+        more = f"teacher_weight={self.teacher_weight:g}, temperature={self.temperature:g}"
+        return f"{super().extra_repr()}, {more}"
+
+
+def check_teaching(teacher_weight: float, temperature: float) -> None:
+    """Raises InputError for a w or τ out of range."""
+    if not 0 <= teacher_weight <= 1:
+        raise InputError(f"teacher_weight is {teacher_weight:g}; expected a number from 0 to 1")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise InputError(f"temperature is {temperature:g}; expected a number above 0")

@@ -1,0 +1,128 @@
+"""Losses of models with logits for every token: layer by layer, in chunks of tokens."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from deeplimit.control.soft_cross_entropy import IGNORED, SoftCrossEntropy
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy import Anatomy
+from deeplimit.network.anatomy.anatomy import Head
+
+CHUNK = 2**25  # logits at a time: 128 MiB in float32
+
+Measure = Callable[[Tensor, Tensor], Sequence[Tensor]]
+
+
+class CountedTokens:
+    """The tokens of a batch that count: those whose target is not −100.
+
+    Logits of layers meet the targets in chunks of tokens, of about `numbers` logits each. Targets
+    are aligned with the logits: for the next token the caller shifts them.
+
+    Args:
+        y: targets [B, L]; −100 is ignored.
+        classes: C, the size of the vocabulary.
+        numbers: logits in a chunk, tokens × C; at least one token goes into each. By default
+            `CHUNK`.
+
+    Raises:
+        InputError: targets that are not [B, L].
+    """
+
+    def __init__(self, y: Tensor, classes: int, numbers: int | None = None):
+        if y.dim() != 2:
+            raise InputError(
+                f"targets of shape {tuple(y.shape)} given to a model with logits for every token; "
+                f"expected [B, L], a class per token, or {IGNORED} where there is none"
+            )
+        self.shape, flat = y.shape, y.flatten()
+        self.index = (flat != IGNORED).nonzero().squeeze(1)
+        self.targets = flat[self.index]
+        numbers = CHUNK if numbers is None else numbers
+        self._size = max(1, numbers // classes)
+        # What is measured is measured in float64, and takes more arrays.
+        self._measured_size = max(1, numbers // (4 * classes))
+
+    def __len__(self) -> int:
+        """How many they are."""
+        return len(self.index)
+
+    def of(self, values: Tensor) -> Tensor:
+        """What belongs to them in [B, L, …], as [T, …].
+
+        Raises:
+            InputError: another B or L than the targets'.
+        """
+        self._check(values)
+        return values.flatten(0, 1)[self.index]
+
+    def chunks(self, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Rows [t, …] of each of the values [B, L, …] and their targets [t], chunk by chunk."""
+        for value in values:
+            self._check(value)
+        for index, targets in self._split(self._measured_size):
+            yield (*(value.flatten(0, 1)[index] for value in values), targets)
+
+    def mean_loss(self, loss: SoftCrossEntropy, head: Head, x: Tensor) -> Tensor:
+        """mean_t ℓ(head(x_t), y_t) of states x [B, L, d]; 0 where no token counts.
+
+        Every chunk is a checkpoint: its logits are made again in the backward pass. Besides the
+        state itself, which is kept, a few arrays of one chunk's logits are in memory at a time
+        (the logits, their log-softmax, their gradients), whatever the numbers of layers and tokens.
+        """
+        self._check(x)
+
+        def part(x: Tensor, index: Tensor, targets: Tensor) -> Tensor:
+            return loss(widened(head(x.flatten(0, 1)[index])), targets).sum()
+
+        parts = [
+            checkpoint(part, x, index, targets, use_reentrant=False)
+            for index, targets in self._split(self._size)
+        ]
+        return torch.stack(parts).sum() / max(len(self), 1)
+
+    def measured(
+        self, structure: Anatomy, states: Sequence[Tensor], logits: Tensor | None, measure: Measure
+    ) -> tuple[Tensor, ...]:
+        """Figures of all layers and of all tokens that count, [n, T] each.
+
+        Args:
+            structure: of the model.
+            states: the states x_0, x_1, ….
+            logits: those of the last state of all, [B, L, C], to be a last row; None: no such row.
+            measure: (z [t, C] in float64, targets [t]) ↦ figures [t].
+        """
+        rows = []
+        for n, x in enumerate(states):
+            x = to_last_stage(structure, n, x)
+            rows.append([measure(structure.head(p).double(), to) for p, to in self.chunks(x)])
+        if logits is not None:
+            rows.append([measure(z.double(), targets) for z, targets in self.chunks(logits)])
+        by_layer = [[torch.cat(column) for column in zip(*row, strict=True)] for row in rows]
+        return tuple(torch.stack(figure) for figure in zip(*by_layer, strict=True))
+
+    def _split(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # Of no tokens one chunk, which is empty: the sum over it has its place in the graph.
+        return zip(self.index.split(size), self.targets.split(size), strict=True)
+
+    def _check(self, values: Tensor) -> None:
+        if values.shape[:2] != self.shape:
+            raise InputError(
+                f"targets of shape {tuple(self.shape)} given for tokens "
+                f"{tuple(values.shape[:2])}; expected one for each"
+            )
+
+
+def to_last_stage(structure: Anatomy, n: int, x: Tensor) -> Tensor:
+    """State n in the shape that the head reads."""
+    for stage in range(structure.state_stages[n], structure.stages - 1):
+        x = structure.carry(stage, x)
+    return x
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Logits of half precision in float32: the sum over a vocabulary needs it."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
