@@ -16,7 +16,9 @@ import torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import ViTConfig, ViTForImageClassification
 from deeplimit import Heun, ResidualChain, drift, use_adjoint, use_backprop
+from deeplimit import SoftCrossEntropy, StageCost
 from deeplimit.gradient import AdjointError
 from deeplimit.network.blocks import TwoLayerResidual
 
@@ -43,6 +45,14 @@ def gradients(model):
         g = p.grad
         found.append(g.full_tensor() if hasattr(g, "full_tensor") else g)
     return found
+
+def stage_cost():
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=16, num_attention_heads=2, image_size=8, patch_size=4,
+                       num_labels=3, num_hidden_layers=4, intermediate_size=24)
+    model = ViTForImageClassification(config).double()
+    use_adjoint(model, evaluations=9, on_drift="ignore")
+    return StageCost(model, SoftCrossEntropy(3, 0.1), weight=0.3, control_cost=0.01)
 
 def work(rank, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -97,6 +107,20 @@ def work(rank, port):
         except AdjointError as error:
             if rank == 0:
                 print("refused", str(error), flush=True)
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.manual_seed(5))
+    classes, mine = torch.tensor([0, 2, 1, 2]), slice(2 * rank, 2 * rank + 2)
+    one, divided = stage_cost(), stage_cost()
+    for block in divided.anatomy.blocks:
+        fully_shard(block)
+    fully_shard(divided)
+    for _ in range(2):
+        one.zero_grad()
+        one(images, classes)[0].backward()
+        divided.zero_grad()
+        divided(images[mine], classes[mine])[0].backward()
+    gap = max(float((a - b).abs().max()) for a, b in zip(gradients(divided), gradients(one)))
+    if rank == 0:
+        print("stage_cost", gap, flush=True)
     dist.destroy_process_group()
     time.sleep(0.25)  # as deeplimit's own processes do: gloo's threads let go of tensors
 
@@ -123,7 +147,9 @@ def test_gradients_equal_the_single_process(tmp_path: Path) -> None:
     refused = [line for line in lines if line.startswith("refused")]
     assert len(refused) == 2  # an optimiser's step between forward and backward
     assert all("parameters were changed between forward and backward" in line for line in refused)
-    rows = [line.split() for line in lines if line not in refused]
+    (charged,) = (line.split() for line in lines if line.startswith("stage_cost"))
+    assert float(charged[1]) < 1e-12  # of a ViT, computed in the replays of sharded blocks
+    rows = [line.split() for line in lines if line not in refused][:-1]
     assert len(rows) == 18
     for kind, evaluations, wrapping, gap, off, rebuilt in rows:
         assert float(gap) < 1e-12, (kind, evaluations, wrapping)

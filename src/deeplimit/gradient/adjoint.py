@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from deeplimit.errors import InputError
 from deeplimit.gradient.engine import Engine, OnDrift, Step, checked
@@ -38,7 +39,14 @@ class AdjointForward:
         charging = partial(_charging, function, cost)
         *output, paid = self.engine.run(self.steps[0], charging, None, args, kwargs)
         self.paid.append(paid)
+        if isinstance(self.block, FSDPModule) and paid.requires_grad:
+            # FSDP2 gathers a block's parameters when a gradient reaches its output; of the cost,
+            # which it is not shown, it does not know.
+            paid.register_hook(self._gather)
         return output[0] if len(output) == 1 else tuple(output)
+
+    def _gather(self, _: Tensor) -> None:
+        cast(FSDPModule, self.block).unshard()
 
     def remove(self) -> None:
         """Puts the block's own forward back."""

@@ -97,6 +97,10 @@ class OneStack(TransformersAnatomy):
 
     stages = 1
 
+    def control(self, n: int) -> list[nn.Parameter]:
+        """All parameters of the layer: attention and MLP each add to the state."""
+        return [p for block in self.layers[n].controls for p in block.parameters()]
+
     def set_depth(self, config: Any, kept: list[list[int]]) -> None:
         """`num_hidden_layers`, and every list that has an entry for each layer."""
         (mine,) = kept
