@@ -1,8 +1,8 @@
 """From scratch: trained too deep and cut, against the plain deep network and the plain small one.
 
     python benchmarks/from_scratch.py mnist --data-dir PATH
-    python benchmarks/from_scratch.py cifar10 --data-dir PATH --kind cifar-resnet --depth 9 9 9 \\
-        --epochs 15 --optimizer sgd
+    python benchmarks/from_scratch.py cifar10 --data-dir PATH --kind cifar-resnet --depth 9 9 9
+        --epochs 15 --optimizer sgd --learning-rate 0.1
 
 All networks of a seed train for the same number of epochs with the same recipe but for the stage
 cost. The depth of the cut is chosen on validation data; the small network has the cut's blocks per
@@ -82,19 +82,23 @@ def main() -> None:
     parser.add_argument("--depth", type=int, nargs="+")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--stage-cost", type=float)
+    parser.add_argument("--optimizer", choices=("adamw", "sgd"))
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--precision")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     options = parser.parse_args()
-    given = {k: v for k, v in vars(options).items() if v is not None and k in asdict(recipe_for(options.data))}
+    base = recipe_for(options.data)
+    given = {k: v for k, v in vars(options).items() if v is not None and hasattr(base, k)}
     if options.depth:
         given["depth"] = tuple(options.depth)
-    base = replace(recipe_for(options.data), **given)
+    base = replace(base, **given)
+    recipe = asdict(replace(base, data_dir=None))
     path = RESULTS / f"from_scratch_{options.data}.json"
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:
         rows.append(run(replace(base, seed=seed), options.runs))
-        result = {"machine": machine(), "recipe": asdict(replace(base, data_dir=None)), "runs": rows}
+        result = {"machine": machine(), "recipe": recipe, "runs": rows}
         path.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/text_depth.py --text README.md docs/*.md src/deeplimit/*/*.py
 
-Letters are bytes. The last tenth of the text chooses nothing and is trained on by nobody; layers are
-left out from the end (a tail), or in order of block influence ([ShortGPT] arXiv 2403.03853), which
-is measured on the text before it. One JSON file is written, after each seed.
+Letters are bytes. The last tenth of the text chooses nothing and is trained on by nobody; layers
+are left out from the end (a tail), or in order of block influence (ShortGPT, arXiv 2403.03853),
+which is measured on the text before it. One JSON file is written, after each seed.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def trained(text: Tensor, weight: float, steps: int, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, text: Tensor) -> float:
-    """exp of the mean cross-entropy of the next byte."""
+    """Exp of the mean cross-entropy of the next byte."""
     x, y = windows(text)
     losses = [
         F.cross_entropy(model(a, use_cache=False).logits.flatten(0, 1), b.flatten())

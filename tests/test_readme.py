@@ -22,3 +22,22 @@ def test_the_python_example_cuts_the_network_and_loses_nothing(
     assert int(report["horizon_after"]) <= 8
     assert float(report["accuracy_after"]) >= 0.97
     assert float(report["accuracy_before"]) - float(report["accuracy_after"]) <= 0.005
+
+
+def test_the_examples_for_models_of_ones_own_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    page = README.parent / "docs" / "your-own-model.md"
+    own, family, fade = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for example in (own, family, fade):
+        exec(compile(example, str(page), "exec"), {"__name__": "example"})
+        printed.append(capsys.readouterr().out.splitlines())
+    before, after = map(float, printed[0][-1].split(" → "))
+    assert before > 0.5
+    assert after >= before - 0.1
+    smaller = transformers.ViTForImageClassification.from_pretrained(tmp_path / "smaller")
+    assert len(smaller.vit.layers) == smaller.config.num_hidden_layers < 8
+    assert printed[1:] == [["3"], ["True"]]

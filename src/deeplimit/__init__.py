@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from deeplimit.control import (
         SoftCrossEntropy,
         StageCost,
+        choose_cut,
         crop,
         dissipativity,
         turnpike_profile,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         use_backprop,
     )
     from deeplimit.network import Euler, Heun, ResidualChain, anatomy
+    from deeplimit.training import heal
 
 __version__ = "0.1.0"
 
@@ -34,10 +36,12 @@ __all__ = [
     "SoftCrossEntropy",
     "StageCost",
     "anatomy",
+    "choose_cut",
     "crop",
     "dissipativity",
     "drift",
     "gradient_error",
+    "heal",
     "plan_anchors",
     "turnpike_profile",
     "use_adjoint",
@@ -46,6 +50,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "training": {"heal"},
     "network": {"Euler", "Heun", "ResidualChain", "anatomy"},
     "gradient": {"drift", "gradient_error", "plan_anchors", "use_adjoint", "use_backprop"},
 }

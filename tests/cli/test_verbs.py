@@ -15,6 +15,7 @@ from deeplimit.cli import main
 from deeplimit.cli.crop import Crop
 from deeplimit.cli.demo import Demo
 from deeplimit.cli.gradient import Gradient
+from deeplimit.cli.heal import Heal
 from deeplimit.cli.horizon import Horizon
 from deeplimit.cli.profile import Profile
 from deeplimit.cli.report import Report
@@ -121,6 +122,26 @@ def test_crop_auto_is_the_default(run: Path) -> None:
     assert without_times(result) == without_times(before)
 
 
+@pytest.mark.parametrize(
+    ("option", "limit", "budget"),
+    [("--blocks", "2", "blocks"), ("--multiply-adds", "0.9", "multiply_adds")],
+)
+def test_crop_under_a_budget(option: str, limit: str, budget: str, run: Path) -> None:
+    result = printed(command("crop", run, option, limit, "--json"))
+    assert result == files(run)["crop"]
+    choice = result["choice"]
+    assert (choice["budget"], choice["limit"]) == (budget, float(limit))
+    assert choice["removed"] == result["removed"]
+    kept = 3 - len(result["removed"])
+    assert choice["layers_after"] == [kept]
+    assert kept == 2 or choice["multiply_adds_after"] <= 0.9 * choice["multiply_adds_before"]
+    assert load(run / "cropped.safetensors").architecture.depths == (kept,)
+    assert f"kept per stage: {kept} of 3" in " ".join(
+        command("crop", run, option, limit).out.split()
+    )
+    assert "Layers of any place" in (run / "report.html").read_text()
+
+
 def test_report_renews_the_page_and_computes_nothing(run: Path) -> None:
     command("crop", run, "--to", "2")
     before = contents(run)
@@ -221,6 +242,7 @@ HELP = {
     "train": Train,
     "profile": Profile,
     "crop": Crop,
+    "heal": Heal,
     "gradient": Gradient,
     "report": Report,
     "demo": Demo,
@@ -246,7 +268,9 @@ def test_help_names_and_explains_every_option(verb: str) -> None:
     assert done.code == 0
     assert done.err == ""
     said = explained(done.out)
-    positional = {"run": "RUN", "model": "MODEL"} | ({"data": "DATA"} if verb == "train" else {})
+    positional = {"run": "RUN"} | {"train": {"data": "DATA"}, "gradient": {"model": "MODEL"}}.get(
+        verb, {}
+    )
     for field in dataclasses.fields(HELP[verb]):
         name = positional.get(field.name, f"--{field.name.replace('_', '-')}")
         assert len(said[name].split()) >= 4, f"{name} is not explained"

@@ -124,3 +124,19 @@ def test_resume_and_recipe(stopped: Path) -> None:
 @pytest.mark.parametrize("points", ["-1", "101", "nan"])
 def test_points_that_cannot_be_lost(points: str, run: Path) -> None:
     refused("crop", run, "--points", points, says=(f"{points} points", "0 … 100"), folder=run)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--blocks", "4"], ("4 blocks", "the model has 3", "1 … 3")),
+        (["--blocks", "0"], ("0 blocks", "1 … 3")),
+        (["--multiply-adds", "1.5"], ("1.5 of the multiply-adds", "up to 1")),
+        (["--latency", "nan"], ("nan of the latency", "above 0")),
+        (["--multiply-adds", "0.0001"], ("cannot reach", "larger budget")),
+        (["--blocks", "2", "--latency", "0.5"], ("--blocks and --latency", "give one")),
+        (["--to", "2", "--points", "0.1"], ("--to and --points", "give one")),
+    ],
+)
+def test_budgets_that_cannot_be_met(args: list[str], says: tuple[str, ...], run: Path) -> None:
+    refused("crop", run, *args, says=says, folder=run)

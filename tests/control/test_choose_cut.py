@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from model_families import CLASSES, IMAGE, sample, shaken
 from profiles import profile
@@ -32,7 +32,7 @@ STAGES = {
 Batches = list[tuple[Tensor, Tensor]]
 
 
-def inputs(shape: tuple[int, ...], count: int = 48) -> Tensor:
+def inputs(shape: tuple[int, ...], count: int = 40) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(count, *shape, generator=generator, dtype=torch.float64)
 
@@ -66,12 +66,16 @@ def silenced(kind: str, places: set[int]) -> nn.Module:
         norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
         for parameter in norms[-1].parameters():
             parameter.zero_()
+    # Logits of mean 0 and spread 1 for each class: all classes are answered.
+    head = model.linear if kind == "CIFAR ResNet" else model.head[-1]
+    logits = model(inputs(IMAGE))
+    head.weight.div_(logits.std(0)[:, None])
+    head.bias.sub_(logits.mean(0)).div_(logits.std(0))
     return model
 
 
-@settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+# Not shrunk: that takes minutes, and one network is as small as another.
+@settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
     kind=st.sampled_from(sorted(STAGES)),
     places=st.sets(st.integers(0, 5), min_size=1, max_size=4),
@@ -101,8 +105,8 @@ def test_layers_that_do_nothing_go_first_whatever_the_budget(
 
 def test_the_latency_that_is_kept() -> None:
     torch.manual_seed(0)
-    model = Architecture("vector", (16,), CLASSES, (24,), width=16, hidden=16).build().eval()
-    alive = {3, 20}
+    model = Architecture("vector", (16,), CLASSES, (14,), width=16, hidden=16).build().eval()
+    alive = {3, 11}
     with torch.no_grad():
         for n in alive:
             for p in model.stages[0][n].parameters():
@@ -113,7 +117,7 @@ def test_the_latency_that_is_kept() -> None:
     chosen = choose_cut(model, made, loader, latency=0.5)
     assert 0 < chosen.latency_after <= 0.5 * chosen.latency_before
     assert not alive & set(chosen.removed)
-    assert 6 < len(chosen.removed) < 20  # about half of the layers
+    assert 3 < len(chosen.removed) < 12  # about half of the layers
     assert chosen.accuracy_after == 1
     assert chosen.multiply_adds_after == chosen.multiply_adds_before - 512 * len(chosen.removed)
 
@@ -157,13 +161,12 @@ def test_every_figure_is_the_counted_one(name: str, budget: dict[str, float]) ->
         assert chosen.multiply_adds_after <= limit * chosen.multiply_adds_before
 
 
-@pytest.mark.parametrize("name", ["three stages, batch", "CIFAR ResNet"])
-def test_the_number_that_goes_is_the_counted_one(name: str) -> None:
+def test_the_number_that_goes_is_the_counted_one() -> None:
     """Every order by hand: its longest beginning that loses little, its shortest that saves enough.
 
     Along these orders the loss grows from layer to layer, so that bisection finds what a walk does.
     """
-    family = sample(name)
+    family = sample("CIFAR ResNet")
     model, x = family.model, inputs(IMAGE, 50)
     loader = self_labelled(model, x)
     made = turnpike_profile(model, loader, LOSS)
@@ -181,7 +184,7 @@ def test_the_number_that_goes_is_the_counted_one(name: str) -> None:
         change = 1 - tried(model, removed, loader)
         return change.mean() + change.std() / math.sqrt(50)
 
-    for limit in (0.0, 0.15, 0.4, 0.6):
+    for limit in (0.0, 0.4):
         chosen = choose_cut(model, made, loader, accuracy=limit)
         fits = {
             score: [removed for removed in beginnings(score) if spoilt(removed) <= max(limit, 0.04)]
@@ -191,7 +194,7 @@ def test_the_number_that_goes_is_the_counted_one(name: str) -> None:
         assert len(chosen.removed) == max(len(own[-1]) for own in fits.values())
     costs = _costs(model, x)
     whole = multiply_adds(model, x[:1])
-    for share in (0.3, 0.6, 0.9, 1.0):
+    for share in (0.5, 1.0):
         chosen = choose_cut(model, made, loader, multiply_adds=share)
         enough = {
             score: next(
@@ -204,7 +207,7 @@ def test_the_number_that_goes_is_the_counted_one(name: str) -> None:
         hits = {score: tried(model, removed, loader).mean() for score, removed in enough.items()}
         assert chosen.removed == enough[chosen.score]
         assert chosen.accuracy_after == max(hits.values())
-    for kept in range(1, family.depth + 1):
+    for kept in (1, 3):
         chosen = choose_cut(model, made, loader, blocks=kept)
         hits = {
             score: tried(model, beginnings(score)[family.depth - kept], loader).mean()
@@ -272,7 +275,7 @@ def test_what_a_profile_puts_first() -> None:
         ((0.3, 0.1, nan, 0.0, 0.1), [3, 4, 1, 0, 2], "influence"),  # who is not known goes last
         (None, [1, 3, 4, 2, 0], "update"),  # a profile saved by an earlier version
     ):
-        for kept in range(1, 6):
+        for kept in range(1, 5):
             chosen = choose_cut(model, arc(influence), blocks=kept)
             assert chosen.removed == tuple(sorted(order[: 5 - kept]))
             assert chosen.score == score
@@ -332,7 +335,7 @@ def test_layers_that_cannot_be_removed_stay() -> None:
     config = transformers.ResNetConfig(
         embedding_size=4,
         hidden_sizes=[4, 8],
-        depths=[2, 3],
+        depths=[2, 2],
         layer_type="basic",
         num_labels=CLASSES,
     )

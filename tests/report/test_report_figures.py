@@ -17,9 +17,11 @@ from deeplimit.report import (
     trajectory_figure,
     update_figure,
 )
+from deeplimit.report.captions import class_caption
 from deeplimit.report.figures.classes import class_entry, slowest_first
 from deeplimit.report.figures.style import CLASSES, NETWORK, REFERENCE, TUBE
 from deeplimit.report.figures.trajectory import leaving, view
+from deeplimit.report.panels import layer_panels
 from deeplimit.report.thinning import thin
 from deeplimit.training.results import Profiles, RunResults
 
@@ -168,6 +170,16 @@ def test_a_class_without_samples_is_left_out(digits: RunResults) -> None:
     rows = tuple((*row[:9], math.nan) for row in test.class_distance)
     figure = class_figure(replace(test, class_distance=rows), digits.class_names)
     assert [t.name for t in figure.data] == list("012345678")
+
+
+def test_where_samples_are_tokens_there_is_nothing_class_by_class(digits: RunResults) -> None:
+    assert digits.profiles is not None
+    test = replace(digits.profiles.test, class_distance=())
+    assert len(class_figure(test, digits.class_names).data) == 0
+    assert class_caption(test, digits.class_names) == "No class has samples."
+    shown = {panel.id for panel in layer_panels(digits)}
+    profiles = replace(digits.profiles, test=test)
+    assert shown - {p.id for p in layer_panels(replace(digits, profiles=profiles))} == {"classes"}
 
 
 def test_of_many_classes_the_slowest_are_named() -> None:

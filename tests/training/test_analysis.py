@@ -1,14 +1,23 @@
 """Profile and cut of a run against the functions of the control room, called by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from training_runs import equal_weights
 
-from deeplimit.control import crop, picture_trajectories, removal, turnpike_profile, verify_crop
+from deeplimit.control import (
+    choose_cut,
+    crop,
+    picture_trajectories,
+    removal,
+    turnpike_profile,
+    verify_crop,
+)
 from deeplimit.data import batches
 from deeplimit.errors import InputError
+from deeplimit.report.answer import rule
 from deeplimit.training import (
     Recipe,
     RunFolder,
@@ -109,3 +118,52 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="deeplimit train --resume"):
         crop_run(folder)
     assert not (folder.path / "profile.json").exists()
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished run of a network with two stages."""
+    recipe = replace(
+        RECIPE, kind="convolutional", depth=(3, 3), width=4, hidden=4, reduction=1, epochs=2
+    )
+    return train(recipe, runs=tmp_path_factory.mktemp("runs"), quiet=True)
+
+
+@pytest.mark.parametrize(
+    "budget", [{}, {"accuracy": 0.3}, {"blocks": 2}, {"multiply_adds": 0.5}, {"latency": 0.7}]
+)
+def test_layers_of_any_stage_are_chosen_on_validation(stages: RunFolder, budget: dict) -> None:
+    data, model = load_data(stages.recipe, stages.path.parent), stages.model()
+    cut = crop_run(stages, data=data, **budget)
+    profiles = stages.profiles()
+    assert profiles is not None
+    assert cut.choice is not None
+    assert cut.removed == cut.choice.removed
+    assert cut.tolerance == (
+        None if budget.keys() - {"accuracy"} else budget.get("accuracy", 0.005)
+    )
+    if "latency" not in budget:  # which is measured anew
+        by_hand = choose_cut(
+            model,
+            profiles.validation,
+            batches(data.validation, 256),
+            **(budget or {"accuracy": 0.005}),
+        )
+        assert cut.choice == by_hand
+    assert cut.choice.samples == len(data.validation)
+    assert cut.report.samples == len(data.test)
+    kept = stages.cropped().architecture.depths
+    assert cut.choice.layers_after == kept
+    assert cut.choice.layers_before == (3, 3)
+    assert cut.report.multiply_adds_after == cut.choice.multiply_adds_after
+    assert stages.cut() == cut
+    assert "Layers of any place were chosen on validation data" in rule(cut, profiles)
+
+
+def test_a_depth_and_a_budget_are_refused(run: RunFolder) -> None:
+    before = run.cut()
+    with pytest.raises(InputError, match="a cut to 3 layers and a budget of blocks; give one"):
+        crop_run(run, 3, blocks=2)
+    with pytest.raises(InputError, match="one budget"):
+        crop_run(run, blocks=2, latency=0.5)
+    assert run.cut() == before

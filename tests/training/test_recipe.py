@@ -69,6 +69,19 @@ WRONG = {
         "gradient is adjoint: the states of a cifar-resnet cannot be rebuilt",
     ),
     "cifar stages": ({"kind": "cifar-resnet"}, "a cifar-resnet has three stages"),
+    "no epochs of a network of ours": ({"epochs": 0}, "epochs is 0; expected at least 1"),
+    "optimizer": ({"optimizer": "adam"}, "optimizer is 'adam'; expected one of adamw, sgd"),
+    "a depth for a model": (
+        {"model": "transformers:vit", "depth": (7,)},
+        "depth is 7, but the model is transformers:vit, which is built already; leave depth out",
+    ),
+    "weights without a model": ({"weights": "a.safetensors"}, "is a model by itself"),
+    "a new head without a model": ({"new_head": True}, "new_head given, but no model"),
+    "a mean without a model": ({"mean": (0.5,), "std": (1.0,)}, "mean or std given, but no model"),
+    "a mean without deviation": (
+        {"model": "transformers:vit", "mean": (0.5,)},
+        "mean and std go together",
+    ),
     "cifar scheme": (
         {"kind": "cifar-resnet", "depth": (1, 1, 1), "scheme": "heun"},
         "a cifar-resnet has scheme euler",
@@ -173,10 +186,28 @@ def test_a_recipe_that_is_no_table_is_refused(tmp_path: Path) -> None:
         Recipe.from_toml(path)
 
 
+def test_a_recipe_of_a_model_says_nothing_of_kind_and_depth(tmp_path: Path) -> None:
+    recipe = replace(recipe_for("cifar10", "transformers:vit"), mean=(0.1, 1 / 3), std=(1.0, 0.2))
+    settings = {**recipe.settings()}
+    assert not settings.keys() & {"kind", "depth", "width", "hidden", "norm", "scheme", "step"}
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert Recipe.from_toml(path) == recipe
+
+
+def test_defaults_of_a_model_and_of_sgd() -> None:
+    given, own = recipe_for("cifar10", "net:build"), recipe_for("cifar10")
+    assert (given.crop, given.flip, given.stage_cost) == (own.crop, own.flip, own.stage_cost)
+    assert given.learning_rate < own.learning_rate
+    sgd = recipe_for("cifar10", "net:build", "sgd")
+    assert (sgd.optimizer, sgd.learning_rate, sgd.weight_decay) == ("sgd", 0.01, 5e-4)
+
+
 def test_a_recipe_from_before_the_adjoint_is_read(tmp_path: Path) -> None:
     text = Recipe(epochs=7).to_toml()
     older = text.replace('gradient = "backprop"\n', "").replace("evaluations = 2\n", "")
-    assert len(older.splitlines()) == len(text.splitlines()) - 2
+    older = older.replace('optimizer = "adamw"\n', "").replace("new_head = false\n", "")
+    assert len(older.splitlines()) == len(text.splitlines()) - 4
     path = tmp_path / "recipe.toml"
     path.write_text(older, encoding="utf-8")
     assert Recipe.from_toml(path) == Recipe(epochs=7)

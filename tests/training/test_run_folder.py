@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deeplimit.control import CropReport, TrajectoryPicture, TurnpikeProfile
+from deeplimit.control import CropReport, CutChoice, TrajectoryPicture, TurnpikeProfile
 from deeplimit.errors import InputError, RunError
 from deeplimit.training import Cut, Profiles, Recipe, Reference, RunFolder, recipe_for
 from deeplimit.training.files import write_text, write_whole
@@ -132,6 +132,30 @@ def test_results_come_back_exactly(tmp_path: Path) -> None:
     assert results.reference.report == REPORT
     for profile in (results.profiles.validation, results.reference.test):
         assert repr(profile) == repr(PROFILE)  # NaN and all
+
+
+def test_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """Profiles without influence, cuts without a choice; and both with."""
+    folder = new(tmp_path)
+    choice = CutChoice((1,), "trial", "blocks", 1.0, (1, 1), (1, 0), 9, 0.5, 0.25, 0.1, 20, 10)
+    for profile, cut in (
+        (PROFILE, Cut((1,), 0.005, REPORT)),
+        (replace(PROFILE, influence=(0.25,)), Cut((1,), None, REPORT, choice)),
+    ):
+        folder.write_profiles(Profiles(profile, profile, profile))
+        folder.write_cut(cut)
+        found = folder.profiles()
+        assert found is not None
+        assert found.test.influence == profile.influence
+        assert folder.cut() == cut
+        for name, fields in (("profile.json", ("influence",)), ("crop.json", ("choice",))):
+            if cut.choice is None:
+                text = (folder.path / name).read_text()
+                for field in fields:
+                    assert f', "{field}": null' in text
+                    (folder.path / name).write_text(text.replace(f', "{field}": null', ""))
+        assert repr(folder.profiles()) == repr(Profiles(profile, profile, profile))
+        assert folder.cut() == cut
 
 
 JSON: dict[str, tuple[Callable[[RunFolder], None], Callable[[RunFolder], object]]] = {

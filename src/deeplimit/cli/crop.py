@@ -1,17 +1,18 @@
 """`deeplimit crop`: cut a trained network."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
 from deeplimit.cli.options import Json
 from deeplimit.cli.output import emit
+from deeplimit.cli.source import Source
+from deeplimit.errors import InputError
 
 
 @dataclass(frozen=True)
-class Crop:
+class Crop(Source):
     """Cut a trained network to fewer layers, and measure on test data what that changes.
 
     Writes the smaller network to RUN/cropped.safetensors, the figures to RUN/crop.json and into the
@@ -19,34 +20,67 @@ class Crop:
       deeplimit crop runs/digits --to 5
       deeplimit crop runs/digits --to auto
       deeplimit crop runs/mnist --to auto --points 0.1
+      deeplimit crop runs/cifar10 --multiply-adds 0.5
+      deeplimit crop transformers:my-vit --data cifar10         a model trained elsewhere
+
+    Of a transformers model the smaller one is the folder RUN/cropped, which plain transformers
+    loads. A model that was trained elsewhere gets a run folder, runs/NAME, without any training.
     """
 
-    run: Annotated[Path, Positional, arg(metavar="RUN")]
-    """The run folder that train wrote."""
     to: Annotated[
         int | Literal["auto"],
         arg(
             metavar="K|auto",
-            help="How many layers to keep; auto: the fewest that are as good as the full network "
-            "on validation data.",
+            help="How many layers to keep, the first so many; auto: the fewest that are as good as "
+            "the full network on validation data, of a network with several stages from any place.",
         ),
     ] = "auto"
     points: Annotated[
-        float,
+        float | None,
         arg(
             metavar="P",
             help="With auto: how many points of accuracy (percent of the samples) may be lost on "
-            "validation data, its standard error included.",
+            "validation data, its standard error included; 0.5 if not given.",
         ),
-    ] = 0.5
+    ] = None
+    blocks: Annotated[
+        int | None,
+        arg(metavar="K", help="Keep K layers from any place, chosen on validation data."),
+    ] = None
+    multiply_adds: Annotated[
+        float | None,
+        arg(
+            metavar="F",
+            help="Remove layers from any place until at most this fraction of the multiply-adds is "
+            "left, chosen on validation data.",
+        ),
+    ] = None
+    latency: Annotated[
+        float | None,
+        arg(metavar="F", help="The same for the latency, measured on this machine."),
+    ] = None
     json: Json = False
 
     def __call__(self) -> None:
         """Cuts the run's network, renews its page and prints the cut."""
         from deeplimit.cli.finish import renew_page
         from deeplimit.report import crop_summary
-        from deeplimit.training import RunFolder, crop_run
+        from deeplimit.training import crop_run
 
-        folder = RunFolder.open(self.run)
-        cut = crop_run(folder, self.to, accuracy=self.points / 100)
+        budgets = {
+            "blocks": self.blocks,
+            "multiply_adds": self.multiply_adds,
+            "latency": self.latency,
+        }
+        given = [
+            f"--{name.replace('_', '-')}" for name, value in budgets.items() if value is not None
+        ]
+        given += ["--to"] * (self.to != "auto") + ["--points"] * (self.points is not None)
+        if len(given) > 1:
+            raise InputError(
+                f"{' and '.join(given)} given; a cut follows from one of them: give one"
+            )
+        accuracy = {} if self.points is None else {"accuracy": self.points / 100}
+        folder = self.folder()
+        cut = crop_run(folder, self.to, **accuracy, **budgets)  # type: ignore[arg-type]
         emit(cut, crop_summary(cut, folder.reference()), renew_page(folder), json=self.json)

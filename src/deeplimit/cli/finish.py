@@ -7,7 +7,7 @@ from rich.console import RenderableType
 
 from deeplimit.cli.output import emit, is_first_process
 from deeplimit.report import crop_summary, profile_table, write_page
-from deeplimit.training import RunFolder, crop_run, load_data, profile_run
+from deeplimit.training import RunFolder, crop_run, profile_run, run_data
 from deeplimit.training.files import cannot_write
 from deeplimit.training.results import RunResults
 
@@ -38,7 +38,7 @@ def finish(folder: RunFolder, *, json: bool) -> None:
         return
     try:
         if folder.profiles() is None or folder.cut() is None:
-            data = load_data(folder.recipe, folder.path.parent)
+            data = run_data(folder)
             if folder.profiles() is None:
                 profile_run(folder, data=data)
             crop_run(folder, "auto", data=data)

@@ -86,7 +86,7 @@ class Gradient:
                 seed=self.seed,
                 tell=tell,
             )
-        written = _write(cost, self.figure, None if loaded.run is None else loaded.run.path)
+        written = _write(cost, self.figure, loaded.run)
         emit(cost, gradient_summary(cost), *written, json=self.json)
 
 

@@ -26,6 +26,11 @@ class Train(Recipe):
       deeplimit train mnist --help                        the defaults for MNIST
       deeplimit train --recipe runs/mnist/recipe.toml     the same run again
       deeplimit train --resume runs/mnist                 go on with a run that was stopped
+      deeplimit train cifar10 --model transformers:my-vit --new-head      a model that you have
+      deeplimit train cifar10 --model net:build --weights net.pt          build() in net.py
+
+    A transformers model is left in the folder RUN/model, which plain transformers loads. Images
+    are standardised before the model sees them, by mean and std in recipe.toml.
     """
 
     data: Annotated[str, Positional, arg(metavar="DATA")] = DEFAULT_DATA
@@ -71,8 +76,10 @@ def parse_train(args: list[str]) -> Train:
         )
     if given.recipe is not None:
         defaults = Recipe.from_toml(given.recipe)
+        if given.model is not None:
+            defaults = defaults.of_model(given.model)
     else:
-        defaults = recipe_for(given.data or DEFAULT_DATA)
+        defaults = recipe_for(given.data or DEFAULT_DATA, given.model, given.optimizer)
     # Help on its own: what was given already would be left out of it.
     return _parse(args if words == args else ["--help"], Train(**vars(defaults)))
 

@@ -10,6 +10,7 @@ from tyro.extras import SubcommandApp
 from deeplimit.cli.crop import Crop
 from deeplimit.cli.demo import Demo
 from deeplimit.cli.gradient import Gradient
+from deeplimit.cli.heal import Heal
 from deeplimit.cli.horizon import Horizon
 from deeplimit.cli.options import STYLE
 from deeplimit.cli.profile import Profile
@@ -24,6 +25,7 @@ network there, and shows on held-out data that nothing was lost. For example:
   deeplimit demo                        all of it on scikit-learn's digits, in a minute
   deeplimit train mnist --data-dir DIR  all of it on your data
   deeplimit crop runs/mnist --to 6      another cut of the same network
+  deeplimit heal runs/mnist             train the cut network a little more
   deeplimit train --help                every setting, with its meaning and default
 
 Each run leaves a folder, runs/NAME, with a page to look at, report.html.
@@ -102,6 +104,10 @@ VERBS = {
         _options(Profile, "deeplimit profile"),
     ),
     "crop": Verb("Cut a trained network to fewer layers.", _options(Crop, "deeplimit crop")),
+    "heal": Verb(
+        "Train a cut network a little more, with the full one as its teacher.",
+        _options(Heal, "deeplimit heal"),
+    ),
     "gradient": Verb(
         "What memory-free gradients would save on a model, and at what error.",
         _options(Gradient, "deeplimit gradient"),

@@ -184,7 +184,7 @@ class _Spending:
             return self.limit >= 1
         measure = self.latencies if self.budget == "latency" else self.multiply_adds
         before, after = measure(removed)
-        return after <= self.limit * before
+        return before == 0 or after / before <= self.limit
 
 
 def _orders(structure: Anatomy, profile: TurnpikeProfile) -> dict[str, list[int]]:

@@ -35,7 +35,7 @@ def batches(
     smaller. With a seed, for training: the permutation and the augmentation are functions of
     (seed, epoch) alone; an incomplete last global batch is dropped; each rank gets its contiguous
     slice of every global batch, so that the ranks' batches, concatenated, are those of one process.
-    Global random state is neither read nor changed.
+    Global random state is neither read nor changed. The split's standardisation comes last.
 
     Args:
         split: the samples.
@@ -101,6 +101,8 @@ class _Samples(Dataset[Batch]):
         x, y = self.split.batch(indices)
         if self.augmentation is not None and self.draws is not None:
             x = self.augmentation.apply(x, self.draws[indices])
+        if self.split.standardisation is not None:
+            x = self.split.standardisation.apply(x)
         return x, y
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
+from deeplimit.data.standardisation import Standardisation
 from deeplimit.errors import InputError
 
 RARE = 10.0  # standard deviations; what lies further out is a rare value, not a scale
@@ -23,13 +24,17 @@ class Split:
     Attributes:
         x: float32 [n, d] for vectors; uint8 [n, C, H, W] for images, possibly memory-mapped.
         y: int64 [n], the class of each sample.
+        standardisation: what `batches` does to the samples last, for a model that does not
+            standardise them itself; None for nothing.
 
     Raises:
-        InputError: without samples, or when x and y differ in length.
+        InputError: without samples, when x and y differ in length, or a standardisation of another
+            number of channels.
     """
 
     x: Float32[Tensor, "samples features"] | UInt8[Tensor, "samples channels height width"]
     y: Int64[Tensor, " labels"]
+    standardisation: Standardisation | None = None
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -38,6 +43,8 @@ class Split:
             )
         if len(self.y) == 0:
             raise InputError("a split without samples: give it at least one")
+        if self.standardisation is not None:
+            self.standardisation.check(tuple(self.x.shape[1:]))
 
     def __len__(self) -> int:
         return len(self.y)
@@ -60,7 +67,7 @@ class Split:
         """
         if not 1 <= count <= len(self):
             raise InputError(f"{count} samples asked of a split of {len(self)}: take 1 to all")
-        return Split(self.x[:count], self.y[:count])
+        return Split(self.x[:count], self.y[:count], self.standardisation)
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,18 @@ class DataSet:
     def is_image(self) -> bool:
         """Whether samples are images."""
         return self.train.x.dtype == torch.uint8
+
+    def standardised(self, by: Standardisation | None = None) -> DataSet:
+        """The same data for a model that does not standardise them itself.
+
+        Args:
+            by: the figures; by default those of the training split, per channel or feature.
+        """
+        if by is None:
+            mean, std = self.standardisation()
+            by = Standardisation(tuple(mean.tolist()), tuple(std.tolist()))
+        parts = ("train", "validation", "test")
+        return replace(self, **{p: replace(getattr(self, p), standardisation=by) for p in parts})
 
     def standardisation(
         self, *, pixelwise: bool = False

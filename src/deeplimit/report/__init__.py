@@ -1,6 +1,6 @@
 """Renderers of results: figures for notebooks, tables for the terminal, the page of a run."""
 
-from deeplimit.report.console import crop_summary, profile_table
+from deeplimit.report.console import crop_summary, healing_summary, profile_table
 from deeplimit.report.figures import (
     accuracy_figure,
     class_figure,
@@ -22,6 +22,7 @@ __all__ = [
     "gradient_answer",
     "gradient_cost_figure",
     "gradient_summary",
+    "healing_summary",
     "loss_figure",
     "profile_table",
     "render_page",

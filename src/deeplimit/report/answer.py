@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from deeplimit.control.crop_report import CropReport
+from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.turnpike import LOSS_TOLERANCE
 from deeplimit.report.numbers import (
     SPACE,
@@ -15,7 +16,7 @@ from deeplimit.report.numbers import (
     significant,
     times,
 )
-from deeplimit.training.results import Cut, Profiles, Reference, RunResults
+from deeplimit.training.results import Cut, Healing, Profiles, Reference, RunResults
 
 # The loss tolerance of TurnpikeProfile.depth_within in words.
 LOSS_GAINED = (
@@ -115,6 +116,8 @@ def strip(cut: Cut) -> list[dict[str, bool]]:
 def rule(cut: Cut, profiles: Profiles | None) -> str:
     """How the depth was chosen, and on which data."""
     validation = profiles.validation if profiles else None
+    if cut.choice is not None:
+        return _rule_of(cut.choice)
     if cut.tolerance is None:
         text = "The depth was given by the user."
         if validation is not None:
@@ -148,6 +151,42 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
             f" On validation data depth {n} has an accuracy of {accuracy} and a loss of {loss}; "
             f"depth {total} has {accuracy_full} and {loss_full}."
         )
+    return text + (
+        " Test data, from which the numbers on this page come unless they say otherwise, took no "
+        "part in the choice."
+    )
+
+
+def _rule_of(choice: CutChoice) -> str:
+    """How layers of any place were chosen under a budget."""
+    limits = {
+        "accuracy": f"a loss of at most {100 * choice.limit:g} points of accuracy, or two samples, "
+        "with one standard error added",
+        "blocks": f"{layers(int(choice.limit))} to be kept",
+        "multiply_adds": f"at most {100 * choice.limit:g}{SPACE}% of the multiply-adds",
+        "latency": f"at most {100 * choice.limit:g}{SPACE}% of the latency",
+    }
+    orders = {
+        "influence": "those that turn the states least went first",
+        "update": "those that change the states least went first",
+        "tail": "the last went first",
+        "turnpike": "those in the tube went first, from its exit back",
+        "trial": "by trial, those whose removal changes the answers least went first",
+    }
+    kept = ", ".join(
+        f"{after} of {before}"
+        for after, before in zip(choice.layers_after, choice.layers_before, strict=True)
+    )
+    text = (
+        f"Layers of any place were chosen on validation data, for {limits[choice.budget]}: "
+        f"{orders[choice.score]}. Of the layers of each stage {kept} are kept."
+    )
+    if choice.accuracy_before is not None and choice.accuracy_after is not None:
+        before, after = (
+            percent(accuracy, choice.samples or 0)
+            for accuracy in (choice.accuracy_before, choice.accuracy_after)
+        )
+        text += f" On validation data accuracy goes from {before} to {after}."
     return text + (
         " Test data, from which the numbers on this page come unless they say otherwise, took no "
         "part in the choice."
@@ -192,6 +231,23 @@ def control_rows(cut: Cut, reference: Reference) -> tuple[ControlRow, ...]:
             ("With stage cost", cut.report),
             ("Without stage cost", reference.report),
         )
+    )
+
+
+def healing_sentence(healing: Healing) -> str:
+    """What a little more training recovered, and how far that is from the full network."""
+    full, cropped = healing.from_full, healing.from_cropped
+    n = full.samples
+    gained = cropped.accuracy_after - cropped.accuracy_before
+    left = full.accuracy_after - full.accuracy_before
+    epochs = f"{healing.epochs} epoch{'' if healing.epochs == 1 else 's'}"
+    who = " with the full network as its teacher" if healing.teacher == "full" else ""
+    return (
+        f"Trained for {epochs} more{who}, the cut network goes from "
+        f"{percent(cropped.accuracy_before, n)} to {percent(cropped.accuracy_after, n)} on test "
+        f"data ({points(gained, n, cropped.accuracy_error)}, one standard error). Against the full "
+        f"network's {percent(full.accuracy_before, n)} that is "
+        f"{points(left, n, full.accuracy_error)}."
     )
 
 

@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.control.turnpike import TurnpikeProfile
-from deeplimit.report.answer import comparisons, control_sentence
+from deeplimit.report.answer import comparisons, control_sentence, healing_sentence
 from deeplimit.report.numbers import SPACE, percent, significant
-from deeplimit.training.results import Cut, Reference
+from deeplimit.training.results import Cut, Healing, Reference
 
 ROWS = 24  # a longer profile is abbreviated to about so many layers
 
@@ -78,11 +78,31 @@ def crop_summary(cut: Cut, reference: Reference | None = None) -> RenderableType
     for row in comparisons(report):
         table.add_row(row.name, row.before, row.after, row.change)
     table.add_row("Agreement", "", percent(report.agreement, report.samples), "same class")
-    how = "chosen on validation data" if cut.tolerance is not None else "given by the user"
+    chosen = cut.tolerance is not None or cut.choice is not None
+    how = "chosen on validation data" if chosen else "given by the user"
     lines = [Text(f"Depth {how}; {report.samples:,} test samples.", style="dim")]
+    if cut.choice is not None:
+        lines.append(Text(f"On validation data: {cut.choice}.", style="dim"))
     if reference is not None and cut.removed:
         lines.append(Text(control_sentence(reference)))
     return Group(table, *lines)
+
+
+def healing_summary(healing: Healing) -> RenderableType:
+    """The full network, the cut one and the healed one on test data."""
+    full, cropped = healing.from_full, healing.from_cropped
+    n = full.samples
+    table = _table(f"Healed: depth {full.horizon_before} → {full.horizon_after}")
+    for name in ("", "full", "cut"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_column("healed", justify="right", no_wrap=True, style="bold")
+    accuracies = (full.accuracy_before, cropped.accuracy_before, full.accuracy_after)
+    table.add_row("Test accuracy", *(percent(accuracy, n) for accuracy in accuracies))
+    losses = (full.loss_before, cropped.loss_before, full.loss_after)
+    table.add_row("Test loss", *map(significant, losses))
+    agreement = full.agreement
+    table.add_row("Agreement with full", "", "", percent(agreement, n))
+    return Group(table, Text(healing_sentence(healing)))
 
 
 def _table(title: str) -> Table:

@@ -63,6 +63,7 @@ def _context(results: RunResults) -> dict[str, Any]:
         "rule": answer.rule(cut, profiles) if cut else "",
         "comparisons": answer.comparisons(cut.report) if cut else (),
         "agreement": percent(cut.report.agreement, cut.report.samples) if cut else "",
+        "healing": answer.healing_sentence(results.healing) if results.healing else "",
         "waiting": answer.waiting(results),
         "control": control,
         "layer_panels": layer_panels(results),

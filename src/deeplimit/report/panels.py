@@ -69,12 +69,10 @@ def layer_panels(results: RunResults) -> list[Panel]:
         ),
         ("distance", distance_figure(profiles, cut, reference), distance_caption(profiles)),
         ("update", update_figure(profiles, cut, reference), update_caption(profiles)),
-        (
-            "classes",
-            class_figure(profiles.test, results.class_names),
-            class_caption(profiles.test, results.class_names),
-        ),
     ]
+    if profiles.test.class_distance:
+        figure = class_figure(profiles.test, results.class_names)
+        shown.append(("classes", figure, class_caption(profiles.test, results.class_names)))
     return [_panel(name, figure, caption) for name, figure, caption in shown]
 
 

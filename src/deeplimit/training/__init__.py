@@ -1,19 +1,21 @@
 """Training: typed recipes, the loop, processes, checkpoints, the run folder."""
 
 from deeplimit.training.analysis import crop_run, profile_run
-from deeplimit.training.building import build_model, load_data, loss_of
+from deeplimit.training.building import build_model, load_data, loss_of, run_data
 from deeplimit.training.defaults import recipe_for
 from deeplimit.training.example_batch import Example, Wish, example
 from deeplimit.training.fit import resume, train
+from deeplimit.training.healing import heal, heal_run, resume_heal
 from deeplimit.training.loaded_model import LoadedModel
 from deeplimit.training.model_spec import load_model
 from deeplimit.training.recipe import Recipe
-from deeplimit.training.results import Cut, Profiles, Reference, RunResults
+from deeplimit.training.results import Cut, Healing, Profiles, Reference, RunResults
 from deeplimit.training.run_folder import RunFolder
 
 __all__ = [
     "Cut",
     "Example",
+    "Healing",
     "LoadedModel",
     "Profiles",
     "Recipe",
@@ -24,11 +26,15 @@ __all__ = [
     "build_model",
     "crop_run",
     "example",
+    "heal",
+    "heal_run",
     "load_data",
     "load_model",
     "loss_of",
     "profile_run",
     "recipe_for",
     "resume",
+    "resume_heal",
+    "run_data",
     "train",
 ]

@@ -1,10 +1,12 @@
 """What a trained network uses of its depth, and the cut that follows from it."""
 
-from typing import Literal, cast
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 
 from deeplimit.control import (
+    choose_cut,
     crop,
     picture_trajectories,
     removal,
@@ -14,7 +16,8 @@ from deeplimit.control import (
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
-from deeplimit.training.building import Network, evaluation_batches, load_data, loss_of
+from deeplimit.network import Anatomy, BlockAnatomy, anatomy
+from deeplimit.training.building import evaluation_batches, loss_of, run_data
 from deeplimit.training.processes import device_type
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Cut, Profiles
@@ -31,7 +34,7 @@ def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
         folder: a finished run.
         data: the run's data where it is loaded already.
     """
-    data = data or load_data(folder.recipe, folder.path.parent)
+    data = data or run_data(folder)
     loss = loss_of(folder.recipe, data)
     model = folder.model().to(_device(folder.recipe))
     with fitting_threads(folder.recipe):
@@ -51,26 +54,39 @@ def crop_run(
     to: int | Literal["auto"] = "auto",
     *,
     accuracy: float = ACCURACY_TOLERANCE,
+    blocks: int | None = None,
+    multiply_adds: float | None = None,
+    latency: float | None = None,
     data: DataSet | None = None,
 ) -> Cut:
-    """Cuts a run's network; writes cropped.safetensors and crop.json.
+    """Cuts a run's network; writes cropped.safetensors (or cropped/) and crop.json.
 
-    What is left out is chosen on the validation profile, what that costs is measured on test data,
-    with the loss that was trained.
+    What is left out is chosen on validation data, what that costs is measured on test data, with
+    the loss that was trained. Of a network of one stage "auto" leaves out what the validation
+    profile says can go (`removal`); of one with several stages, or under a budget, layers of any
+    place (`choose_cut`).
 
     Args:
         folder: a finished run; it is profiled first if it has not been.
-        to: how many layers to keep, or "auto": what the validation profile says can go.
+        to: how many layers to keep, the first so many; or "auto".
         accuracy: with "auto", the fraction of accuracy that may be lost on validation data
             (`TurnpikeProfile.depth_within`).
+        blocks: with "auto", how many layers to keep, of any place.
+        multiply_adds: with "auto", the fraction of the multiply-adds that is kept at most.
+        latency: with "auto", the fraction of the latency that is kept at most.
         data: the run's data where it is loaded already.
 
     Raises:
-        InputError: a depth that the network does not have, a tolerance outside 0 … 1, or a run that
-            is not finished.
+        InputError: a depth that the network does not have, a tolerance outside 0 … 1, a budget that
+            cannot be met, several of these, or a run that is not finished.
     """
+    given = {"blocks": blocks, "multiply_adds": multiply_adds, "latency": latency}
+    budget = {name: value for name, value in given.items() if value is not None}
+    if budget and to != "auto":
+        raise InputError(f"a cut to {to} layers and a budget of {', '.join(budget)}; give one")
     model = folder.model()
-    layers = folder.recipe.horizon
+    structure = anatomy(model)
+    layers = structure.horizon
     if to != "auto" and not 0 <= to <= layers:
         raise InputError(f"a cut to {to} layers; the network has {layers}: give 0 … {layers}, auto")
     if not 0 <= accuracy <= 1:
@@ -78,22 +94,38 @@ def crop_run(
             f"{100 * accuracy:g} points of accuracy may be lost; give 0 … 100 points (in Python, "
             "accuracy = 0 … 1)"
         )
-    data = data or load_data(folder.recipe, folder.path.parent)
+    data = data or run_data(folder)
     if to == "auto":
         profiles = folder.profiles() or profile_run(folder, data=data)
-        removed = removal(profiles.validation, accuracy)
-    else:
-        removed = range(to, layers)
+    choice = None
     model = model.to(_device(folder.recipe))
+    if to == "auto" and (budget or structure.stages > 1):
+        limit: dict[str, Any] = budget or {"accuracy": accuracy}
+        with fitting_threads(folder.recipe):
+            validation = evaluation_batches(data.validation)
+            choice = choose_cut(model, profiles.validation, validation, **limit)
+        removed = list(choice.removed)
+    elif to == "auto":
+        removed = _possible(structure, removal(profiles.validation, accuracy))
+    else:
+        removed = list(range(to, layers))
     cropped = crop(model, remove=removed)
     with fitting_threads(folder.recipe):
         report = verify_crop(
             model, cropped, evaluation_batches(data.test), loss_of(folder.recipe, data)
         )
-    cut = Cut(tuple(removed), accuracy if to == "auto" else None, report)
-    folder.write_cropped(cast(Network, cropped))
+    tolerance = accuracy if to == "auto" and not budget else None
+    cut = Cut(tuple(removed), tolerance, report, choice)
+    folder.write_cropped(cropped, cut.removed)
     folder.write_cut(cut)
     return cut
+
+
+def _possible(structure: Anatomy, removed: Iterable[int]) -> list[int]:
+    """Less the layers that a model cannot do without; of a model with blocks one at least stays."""
+    possible = [n for n in removed if structure.layers[n].removable]
+    all_gone = isinstance(structure, BlockAnatomy) and len(possible) == structure.horizon
+    return possible[1:] if all_gone else possible
 
 
 def _device(recipe: Recipe) -> torch.device:

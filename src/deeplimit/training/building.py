@@ -1,31 +1,93 @@
 """From a recipe to the objects of a run: data, network, loss, batches."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from deeplimit.control import SoftCrossEntropy, StageCost
+from deeplimit.control import Distillation, SoftCrossEntropy, StageCost
 from deeplimit.data import Augmentation, DataSet, Split, batches, load
 from deeplimit.errors import InputError
 from deeplimit.gradient import use_adjoint
 from deeplimit.network import Architecture, CifarArchitecture, CifarResNet, ResidualClassifier
+from deeplimit.training.given_model import check_model, given_model
 from deeplimit.training.recipe import Recipe
-
-Network = ResidualClassifier | CifarResNet
+from deeplimit.training.run_folder import RunFolder
 
 EVALUATION_BATCH = 256
 CACHE = ".data"  # in the folder of the runs: decoded images, memory-mapped by later runs
 
 
+@dataclass(frozen=True)
+class Teaching:
+    """Learning from another network, as in `Distillation`.
+
+    Attributes:
+        teacher: the network.
+        weight: w.
+        temperature: τ.
+    """
+
+    teacher: nn.Module
+    weight: float
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that a training starts from.
+
+    Attributes:
+        recipe: with the standardisation settled.
+        data: standardised, where the model does not do it itself.
+        model: at its initial parameters.
+        teaching: from whom it learns beside the labels.
+    """
+
+    recipe: Recipe
+    data: DataSet
+    model: nn.Module
+    teaching: Teaching | None = None
+
+
 def load_data(recipe: Recipe, runs: Path) -> DataSet:
-    """The recipe's data; decoded images are kept next to the runs."""
+    """The recipe's data as they are; decoded images are kept next to the runs."""
     return load(recipe.data, data_dir=recipe.data_dir, cache_dir=runs / CACHE, seed=recipe.seed)
 
 
-def build_model(recipe: Recipe, data: DataSet) -> Network:
-    """The recipe's network with the data's standardisation stored in it.
+def run_data(folder: RunFolder) -> DataSet:
+    """The data of a run as its network sees them."""
+    data = load_data(folder.recipe, folder.path.parent)
+    scale = folder.standardisation
+    return data if scale is None else data.standardised(scale)
+
+
+def prepare(recipe: Recipe, data: DataSet) -> Start:
+    """What a recipe trains on its data; nothing is written.
+
+    Raises:
+        InputError: recipe and data do not go together, or there is no such model.
+    """
+    loss_of(recipe, data)
+    spec = recipe.model
+    if spec is None:
+        start = Start(recipe, data, build_model(recipe, data))
+    else:
+        model, scale = given_model(recipe, data)
+        if scale is not None:
+            recipe = replace(recipe, mean=scale.mean, std=scale.std)
+            data = data.standardised(scale)
+        start = Start(recipe, data, model)
+        sample = next(iter(evaluation_batches(data.train.take(1))))[0]
+        check_model(model, sample, data.classes, spec, recipe)
+    training_batches(recipe, data, 0, 0, recipe.devices)
+    return start
+
+
+def build_model(recipe: Recipe, data: DataSet) -> ResidualClassifier | CifarResNet:
+    """The network of the recipe's kind with the data's standardisation stored in it.
 
     Its initial parameters are a function of the recipe's seed; torch's global random state is left
     as it was.
@@ -41,15 +103,27 @@ def build_model(recipe: Recipe, data: DataSet) -> Network:
     return model.standardise(*data.standardisation(pixelwise=flat))
 
 
-def build_objective(recipe: Recipe, data: DataSet) -> StageCost:
-    """What is minimised: the stage cost around a new network, switched to the recipe's gradient.
+def build_objective(
+    recipe: Recipe, data: DataSet, model: nn.Module, teaching: Teaching | None = None
+) -> StageCost:
+    """What is minimised: the stage cost around a model, switched to the recipe's gradient.
 
     Of how far rebuilt states are off the training itself tells: for all processes together.
     """
-    model = build_model(recipe, data)
     if recipe.gradient == "adjoint":
         use_adjoint(model, evaluations=recipe.evaluations, on_drift="ignore")
-    return StageCost(model, loss_of(recipe, data), recipe.stage_cost, recipe.control_cost)
+    loss = loss_of(recipe, data)
+    if teaching is None:
+        return StageCost(model, loss, recipe.stage_cost, recipe.control_cost)
+    return Distillation(
+        model,
+        loss,
+        teaching.teacher,
+        teacher_weight=teaching.weight,
+        temperature=teaching.temperature,
+        weight=recipe.stage_cost,
+        control_cost=recipe.control_cost,
+    )
 
 
 def loss_of(recipe: Recipe, data: DataSet) -> SoftCrossEntropy:
@@ -76,13 +150,6 @@ def training_batches(
 def evaluation_batches(split: Split) -> DataLoader[tuple[Tensor, Tensor]]:
     """All samples of a split, in order."""
     return batches(split, EVALUATION_BATCH)
-
-
-def check_fit(recipe: Recipe, data: DataSet) -> None:
-    """Raises InputError if recipe and data do not go together; nothing is written."""
-    loss_of(recipe, data)
-    _architecture(recipe, data)
-    training_batches(recipe, data, 0, 0, recipe.devices)
 
 
 def _architecture(recipe: Recipe, data: DataSet) -> Architecture | CifarArchitecture:

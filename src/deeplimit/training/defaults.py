@@ -54,11 +54,19 @@ IMAGES = replace(RECIPES["cifar10"], depth=(8, 8, 8), reduction=2, epochs=30)
 VECTORS = RECIPES["digits"]
 
 
-def recipe_for(data: str) -> Recipe:
-    """The default recipe of a data set.
+def recipe_for(data: str, model: str | None = None, optimizer: str = "adamw") -> Recipe:
+    """The default recipe of a data set, with a model of the user's or without.
 
     A name without an entry of its own gets the one for vectors (`npz:FILE`) or for images.
     """
-    if data in RECIPES:
-        return RECIPES[data]
-    return replace(VECTORS if data.startswith("npz:") else IMAGES, data=data)
+    recipe = RECIPES.get(data)
+    if recipe is None:
+        recipe = replace(VECTORS if data.startswith("npz:") else IMAGES, data=data)
+    if model is not None:  # usually trained already: few epochs, small steps
+        recipe = replace(
+            recipe.of_model(model), epochs=5, batch_size=64, learning_rate=3e-4, weight_decay=0.05
+        )
+    if optimizer == "sgd":  # whose figures are of another size
+        rate = 0.1 if model is None else 0.01
+        recipe = replace(recipe, optimizer="sgd", learning_rate=rate, weight_decay=5e-4)
+    return recipe

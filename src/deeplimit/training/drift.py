@@ -7,7 +7,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from deeplimit.gradient import drift
-from deeplimit.gradient.adjoint import AdjointSteps, engines, switches
+from deeplimit.gradient.adjoint import engines, switches
 from deeplimit.training.processes import over_processes
 from deeplimit.training.progress import Observer
 
@@ -26,8 +26,7 @@ class DriftWatch:
         self.fabric, self.model = fabric, model
         self.largest = 0.0
         self._told = 0.0
-        chains = (s for s in switches(model) if isinstance(s, AdjointSteps))
-        self._layers = [step.name for chain in chains for step in chain.steps]
+        self._layers = [step.name for switch in switches(model) for step in switch.steps]
 
     def look(self, observer: Observer) -> None:
         """After a backward pass; all processes call it together."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from deeplimit.control import StageCost
 from deeplimit.errors import InputError
 from deeplimit.gradient.accuracy import LossOf
-from deeplimit.training.building import load_data, loss_of, training_batches
+from deeplimit.training.building import loss_of, run_data, training_batches
 from deeplimit.training.loaded_model import LoadedModel, told
 from deeplimit.training.recipe import LARGEST_SEED
 from deeplimit.training.run_folder import RunFolder
@@ -78,7 +78,7 @@ def example(loaded: LoadedModel, wish: Wish, device: torch.device | str = "cpu")
         torch.manual_seed(wish.seed)
         if loaded.run is not None:
             _refuse(wish, "the run has its own data", but="batch")
-            made = _of_run(loaded.run, loaded.model, wish)
+            made = _of_run(RunFolder.open(loaded.run), loaded.model, wish)
             return Example(move_data_to_device(made.batch, device), made.loss_of)
         if loaded.batch is not None:
             _refuse(wish, f"{loaded.spec} returned its own batch")
@@ -101,7 +101,7 @@ def _refuse(wish: Wish, why: str, but: str = "") -> None:
 def _of_run(run: RunFolder, model: nn.Module, wish: Wish) -> Example:
     """The first batch of the run's own training, and what it minimises."""
     recipe = run.recipe
-    data = load_data(recipe, run.path.parent)
+    data = run_data(run)
     x, y = next(iter(training_batches(recipe, data, 0)))
     if wish.samples is not None:
         if wish.samples > len(y):

@@ -1,18 +1,20 @@
 """Training a recipe from its start, or from where a run was stopped."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
+from torch import nn
 
-from deeplimit.data import DataSet
 from deeplimit.errors import RunError
-from deeplimit.training.building import check_fit, load_data
+from deeplimit.training.building import Start, load_data, prepare
 from deeplimit.training.checkpoint import load_checkpoint
 from deeplimit.training.determinism import repeatable
 from deeplimit.training.interruption import interruptible
 from deeplimit.training.loop import Training
+from deeplimit.training.metrics import Row
 from deeplimit.training.processes import first_process_does, launch, place
 from deeplimit.training.progress import observer
 from deeplimit.training.recipe import Recipe
@@ -24,6 +26,8 @@ def train(
     recipe: Recipe, *, runs: str | Path = Path("runs"), name: str | None = None, quiet: bool = False
 ) -> RunFolder:
     """Trains a network in a new run folder, runs/NAME; an existing one is never touched.
+
+    With 0 epochs a model that is given is taken as it is: the folder is that of a finished run.
 
     With several devices the command of this process is run once more for each further one (or
     torchrun has started them); all processes return the same folder.
@@ -42,13 +46,12 @@ def train(
     """
     runs = Path(runs)
     recipe = place(recipe)
-    data = load_data(recipe, runs)
-    check_fit(recipe, data)
+    start = prepare(recipe, load_data(recipe, runs))
     fabric = launch(recipe)
     folder = first_process_does(
-        fabric, lambda: RunFolder.create(runs, name, recipe, data.class_names)
+        fabric, lambda: RunFolder.create(runs, name, start.recipe, start.data.class_names)
     )
-    return _fit(fabric, folder, data, quiet)
+    return _train(fabric, start, folder, quiet)
 
 
 def resume(path: str | Path, *, quiet: bool = False) -> RunFolder:
@@ -64,16 +67,36 @@ def resume(path: str | Path, *, quiet: bool = False) -> RunFolder:
     """
     folder = RunFolder.open(path)
     folder = replace(folder, recipe=place(folder.recipe))
-    data = load_data(folder.recipe, folder.path.parent)
-    check_fit(folder.recipe, data)
+    start = prepare(folder.recipe, load_data(folder.recipe, folder.path.parent))
     load_checkpoint(folder.path)
-    return _fit(launch(folder.recipe), folder, data, quiet)
+    return _train(launch(folder.recipe), start, folder, quiet)
 
 
-def _fit(fabric: Fabric, folder: RunFolder, data: DataSet, quiet: bool) -> RunFolder:
-    recipe = folder.recipe
-    training = Training(fabric, recipe, data, folder)
-    checkpoint = load_checkpoint(folder.path)
+def fit(
+    fabric: Fabric,
+    start: Start,
+    folder: Path | None = None,
+    *,
+    title: str = "",
+    command: str = "",
+    quiet: bool = False,
+) -> Training:
+    """Trains to the end, from a folder's last good checkpoint where it has one.
+
+    Args:
+        fabric: of this process.
+        start: what is trained.
+        folder: for checkpoints and metrics; without it nothing is written.
+        title: what is trained, in words.
+        command: what to call to go on once it was stopped.
+        quiet: no progress on stderr.
+
+    Raises:
+        RunError, KeyboardInterrupt: as `train`.
+    """
+    recipe = start.recipe
+    training = Training(fabric, start, folder)
+    checkpoint = None if folder is None else load_checkpoint(folder)
     if checkpoint is not None:
         training.restore(checkpoint)
     done = len(training.rows)
@@ -84,36 +107,52 @@ def _fit(fabric: Fabric, folder: RunFolder, data: DataSet, quiet: bool) -> RunFo
         fitting_threads(recipe),
         interruptible() as check,
     ):
-        seen.start(f"{folder.path}: {_planned(recipe, done)}")
+        seen.start(f"{title}, {_planned(recipe, done)}")
         try:
             while len(training.rows) < recipe.epochs:
                 training.run_epoch(seen, check)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_stopped(folder, training)) from None
+            raise KeyboardInterrupt(_stopped(training, command)) from None
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"out of memory on {fabric.device} with batches of {recipe.batch_size}; train "
                 "with a smaller batch size or on more devices"
             ) from error
-    first_process_does(fabric, lambda: _finish(folder, training))
+    return training
+
+
+def _train(fabric: Fabric, start: Start, folder: RunFolder, quiet: bool) -> RunFolder:
+    folder = replace(folder, recipe=start.recipe)
+    if start.recipe.epochs == 0:
+        first_process_does(fabric, lambda: _finish(folder, start.model, []))
+        return folder
+    title = f"{folder.path}: {_network(start.recipe)} on {start.recipe.data}"
+    command = f"deeplimit train --resume {folder.path}"
+    training = fit(fabric, start, folder.path, title=title, command=command, quiet=quiet)
+    first_process_does(fabric, lambda: _finish(folder, training.network, training.rows))
     return folder
 
 
-def _finish(folder: RunFolder, training: Training) -> None:
-    folder.write_metrics(training.rows)
-    folder.write_model(training.network)
+def _finish(folder: RunFolder, model: nn.Module, rows: Sequence[Row]) -> None:
+    folder.write_metrics(rows)
+    folder.write_model(model)
+
+
+def _network(recipe: Recipe) -> str:
+    if recipe.model is not None:
+        return recipe.model
+    return f"{recipe.kind} network of {recipe.horizon} layers"
 
 
 def _planned(recipe: Recipe, done: int) -> str:
-    network = f"{recipe.kind} network of {recipe.horizon} layers on {recipe.data}"
-    what = f"{network}, {recipe.epochs} epochs"
+    what = f"{recipe.epochs} epochs"
     if done >= recipe.epochs:
         return f"{what}: finished already, nothing to train"
     return what if done == 0 else f"{what}, going on after {done}"
 
 
-def _stopped(folder: RunFolder, training: Training) -> str:
+def _stopped(training: Training, command: str) -> str:
     done = len(training.rows)
     where = f"in epoch {done + 1}" if done < training.recipe.epochs else "after the last epoch"
     after = f"after epoch {done}" if done else "from the start"
-    return f"stopped {where}; deeplimit train --resume {folder.path} goes on {after}"
+    return f"stopped {where}; {command} goes on {after}" if command else f"stopped {where}"

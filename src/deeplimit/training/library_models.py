@@ -1,5 +1,6 @@
 """Models of transformers, torchvision and timm, by name; nothing is downloaded."""
 
+import json
 import os
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from deeplimit.data import Standardisation
 from deeplimit.errors import InputError
 from deeplimit.training.loaded_model import LoadedModel, meant, told
 
-CONFIG = "config.json"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 UNTRAINED = "random, untrained"
 
 # With the head whose loss is its training's, where the model has one of these.
@@ -22,26 +24,47 @@ TASKS = ("IMAGE_CLASSIFICATION", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM
 COPIES = 3  # of the parameters: themselves, their gradients, and the gradients compared with
 
 
-def transformers_model(name: str) -> LoadedModel:
+def transformers_model(
+    name: str, classes: int | None = None, *, new_head: bool = False
+) -> LoadedModel:
     """A model type with its default config, a config.json, or a folder, on disk or cached.
 
+    Args:
+        name: which.
+        classes: asks for a classifier of images into so many classes, in 32 bits; what is untrained
+            gets a head for them.
+        new_head: a trained head for another number of classes is replaced too.
+
     Raises:
-        InputError: transformers is not installed, there is no such config, or it cannot be built.
+        InputError: transformers is not installed, there is no such config, it cannot be built, or
+            it is no classifier of images into so many classes.
     """
     hf = _library("transformers", "pip install 'deeplimit[hub]'")
     spec = f"transformers:{name}"
-    with _quiet(hf):
+    with quiet(hf):
         config, folder = _config(hf, name)
-        kind = _model_class(hf, config)
-        if folder is not None and _has_weights(folder):
-            build, weights = partial(kind.from_pretrained, folder, local_files_only=True), "trained"
+        folder = folder if folder is not None and _has_weights(folder) else None
+        if classes is None:
+            kind = _model_class(hf, config)
         else:
-            build, weights = partial(kind, config), UNTRAINED
-        return LoadedModel(spec, _built(spec, build, partial(kind, config)), weights)
+            kind = _classifier_class(hf, config, spec)
+            if folder is not None and not new_head:
+                _check_head(config, kind, classes, spec)
+            config.num_labels = classes
+        build, weights = partial(kind, config), UNTRAINED
+        if folder is not None:
+            how = {"config": config, "ignore_mismatched_sizes": new_head, "local_files_only": True}
+            build, weights = partial(kind.from_pretrained, folder, **how), "trained"
+        model = _built(spec, build, partial(kind, config))
+        model = model if classes is None else model.float()
+        scale = None if folder is None else _standardisation(folder)
+        return LoadedModel(spec, model, weights, standardisation=scale)
 
 
-def torchvision_model(name: str) -> LoadedModel:
-    """An untrained model of torchvision.
+def torchvision_model(
+    name: str, classes: int | None = None, *, new_head: bool = False
+) -> LoadedModel:
+    """An untrained model of torchvision; with `classes`, its head is for so many.
 
     Raises:
         InputError: torchvision cannot be imported, or has no such model.
@@ -49,12 +72,13 @@ def torchvision_model(name: str) -> LoadedModel:
     models = _library("torchvision.models", "install the one that goes with your torch")
     if name not in models.list_models():
         raise InputError(f"torchvision has no model {name!r}{meant(name, models.list_models())}")
-    spec, build = f"torchvision:{name}", partial(models.get_model, name, weights=None)
+    head = {} if classes is None else {"num_classes": classes}
+    spec, build = f"torchvision:{name}", partial(models.get_model, name, weights=None, **head)
     return LoadedModel(spec, _built(spec, build, build), UNTRAINED, input_shape=(3, 224, 224))
 
 
-def timm_model(name: str) -> LoadedModel:
-    """An untrained model of timm.
+def timm_model(name: str, classes: int | None = None, *, new_head: bool = False) -> LoadedModel:
+    """An untrained model of timm; with `classes`, its head is for so many.
 
     Raises:
         InputError: timm cannot be imported, or has no such model.
@@ -62,14 +86,15 @@ def timm_model(name: str) -> LoadedModel:
     timm = _library("timm", "install the one that goes with your torch")
     if not timm.is_model(name):
         raise InputError(f"timm has no model {name!r}{meant(name, timm.list_models())}")
-    spec, build = f"timm:{name}", partial(timm.create_model, name, pretrained=False)
+    head = {} if classes is None else {"num_classes": classes}
+    spec, build = f"timm:{name}", partial(timm.create_model, name, pretrained=False, **head)
     model = _built(spec, build, build)
     settings: Any = getattr(model, "default_cfg", {})
     shape = tuple(settings.get("input_size", (3, 224, 224)))
     return LoadedModel(spec, model, UNTRAINED, input_shape=shape)
 
 
-LIBRARIES: dict[str, Callable[[str], LoadedModel]] = {
+LIBRARIES: dict[str, Callable[..., LoadedModel]] = {
     "transformers": transformers_model,
     "torchvision": torchvision_model,
     "timm": timm_model,
@@ -86,7 +111,7 @@ def _library(name: str, remedy: str) -> Any:
 
 
 @contextmanager
-def _quiet(hf: Any) -> Iterator[None]:
+def quiet(hf: Any) -> Iterator[None]:
     """Without the library's bars and remarks."""
     log = hf.utils.logging
     level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
@@ -142,6 +167,42 @@ def _model_class(hf: Any, config: Any) -> Any:
         f"{type(config).__name__} belongs to no model of transformers that can be built by itself; "
         "give a model type such as gpt2 or vit"
     )
+
+
+def _classifier_class(hf: Any, config: Any, spec: str) -> Any:
+    """The config's own class where it classifies images, else that of its family which does."""
+    for name in config.architectures or ():
+        if "ForImageClassification" in name and hasattr(hf, name):
+            return getattr(hf, name)
+    found = hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if found is None:
+        raise InputError(
+            f"{spec} classifies no images: transformers has no such model for "
+            f"{type(config).__name__}; give one for images, such as vit or dinov2. Other models "
+            "are profiled and cut from Python: deeplimit.turnpike_profile, deeplimit.crop"
+        )
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _check_head(config: Any, kind: Any, classes: int, spec: str) -> None:
+    """A head that was trained must be for the data's classes."""
+    if kind.__name__ in (config.architectures or ()) and config.num_labels != classes:
+        raise InputError(
+            f"{spec} tells {config.num_labels} classes apart, the data has {classes}; give "
+            "--new-head to put a new head for the data in its place, or other data"
+        )
+
+
+def _standardisation(folder: Path) -> Standardisation | None:
+    """What the preprocessor_config.json beside the weights says, if there is one."""
+    try:
+        said = json.loads((folder / PREPROCESSOR).read_text(encoding="utf-8"))
+        if not said.get("do_normalize", True):
+            return None
+        mean, std = (tuple(map(float, said[name])) for name in ("image_mean", "image_std"))
+        return Standardisation(mean, std)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _built(spec: str, build: Callable[[], nn.Module], outline: Callable[[], nn.Module]) -> Any:

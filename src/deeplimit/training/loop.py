@@ -1,20 +1,21 @@
 """The loop: an epoch of steps, its evaluation, its checkpoint."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
-from torch.optim import AdamW
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from deeplimit.control import turnpike_profile
-from deeplimit.data import DataSet
 from deeplimit.training.building import (
-    build_model,
+    Start,
     build_objective,
     evaluation_batches,
     training_batches,
@@ -27,13 +28,21 @@ from deeplimit.training.metrics import Row
 from deeplimit.training.processes import first_process_does, over_processes
 from deeplimit.training.progress import Observer
 from deeplimit.training.recipe import Recipe
-from deeplimit.training.run_folder import RunFolder
+from deeplimit.training.run_folder import write_metrics
 
 Batch = tuple[Tensor, Tensor]
 
 
+MOMENTUM = 0.9  # of sgd; the one-cycle schedule moves it between 0.85 and 0.95
+
+
 class Training:
     """All that changes while a network is trained, in one process of possibly several.
+
+    Args:
+        fabric: of this process.
+        start: what is trained.
+        folder: where checkpoints and metrics go; nowhere without it.
 
     Attributes:
         objective: the stage cost around the network that is trained; under fsdp its parameters are
@@ -45,24 +54,21 @@ class Training:
         steps: optimisation steps done.
     """
 
-    def __init__(self, fabric: Fabric, recipe: Recipe, data: DataSet, folder: RunFolder):
-        self.fabric, self.recipe, self.data, self.folder = fabric, recipe, data, folder
+    def __init__(self, fabric: Fabric, start: Start, folder: Path | None):
+        self.fabric, self.folder = fabric, folder
+        recipe, data = self.recipe, self.data = start.recipe, start.data
         self.rows: list[Row] = []
         self.steps = 0
         self.steps_per_epoch = len(self._batches(epoch=0))
-        self.network = build_model(recipe, data)
-        self.objective = build_objective(recipe, data)
+        self.network = start.model
+        model = copy.deepcopy(start.model).train()
+        self.objective = build_objective(recipe, data, model, start.teaching)
         self.drift = None
         if recipe.gradient == "adjoint":
             self.drift = DriftWatch(fabric, self.objective.model)
         self.module: Any = fabric.setup_module(self.objective)
         # Only now: under fsdp the parameters have become other objects.
-        self.optimizer = AdamW(
-            self.objective.parameters(),
-            lr=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
+        self.optimizer = _optimizer(recipe, self.objective.model)
         self.schedule = OneCycleLR(
             self.optimizer,
             max_lr=recipe.learning_rate,
@@ -118,8 +124,9 @@ class Training:
             rows = [*self.rows, row]
             state = self.schedule.state_dict()
             checkpoint = Checkpoint(weights, optimizer, state, self.steps, rows)
-            save_checkpoint(self.folder.path, checkpoint)
-            self.folder.write_metrics(rows)
+            if self.folder is not None:
+                save_checkpoint(self.folder, checkpoint)
+                write_metrics(self.folder, rows)
             return row
 
         row = first_process_does(self.fabric, judge)
@@ -162,3 +169,10 @@ class Training:
     def _batches(self, epoch: int) -> Any:
         rank, world = self.fabric.global_rank, self.fabric.world_size
         return training_batches(self.recipe, self.data, epoch, rank, world)
+
+
+def _optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+    settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        return SGD(model.parameters(), momentum=MOMENTUM, nesterov=True, **settings)
+    return AdamW(model.parameters(), fused=True, **settings)

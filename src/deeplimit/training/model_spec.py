@@ -6,6 +6,7 @@ transformers:vit            a model type with its default config, a config.json,
                             name on the hub whose files are in the cache
 torchvision:resnet50        untrained
 timm:vit_small_patch16_224  untrained
+network.safetensors         a network that deeplimit saved, or published weights of a CIFAR ResNet
 """
 
 import os
@@ -18,25 +19,35 @@ import torch
 from torch import nn
 
 from deeplimit.errors import InputError
+from deeplimit.network import CifarResNet, load
 from deeplimit.training.library_models import LIBRARIES
 from deeplimit.training.loaded_model import LoadedModel, meant, told
 from deeplimit.training.run_folder import RunFolder
 
-FORMS = "a run folder, module:function, transformers:NAME, torchvision:NAME or timm:NAME"
+FORMS = (
+    "a run folder, module:function, transformers:NAME, torchvision:NAME, timm:NAME or a "
+    ".safetensors file of a network"
+)
 
 
-def load_model(spec: str, *, seed: int = 0) -> LoadedModel:
+def load_model(
+    spec: str, *, seed: int = 0, classes: int | None = None, new_head: bool = False
+) -> LoadedModel:
     """The model that a specification names; nothing is downloaded.
 
     Args:
         spec: one of the forms above.
         seed: of the parameters that are drawn here; torch's own random state is left as it was.
+        classes: asks a library for a classifier of images with so many classes.
+        new_head: of a trained model of transformers with another number of classes.
 
     Raises:
         InputError: no such model, a library that is not installed, or a function that fails or
             returns something else.
     """
     source, colon, name = spec.partition(":")
+    if source not in LIBRARIES and spec.endswith(".safetensors"):
+        return _of_file(Path(spec))
     if not colon or Path(spec).is_dir():
         return _of_run(spec)
     if not source or not name:
@@ -44,14 +55,36 @@ def load_model(spec: str, *, seed: int = 0) -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         module = None if source in LIBRARIES else _imported(source, name)
         torch.manual_seed(seed)  # only now: a module may draw numbers while it is imported
-        return LIBRARIES[source](name) if module is None else _of_function(spec, module, name)
+        if module is not None:
+            return _of_function(spec, module, name)
+        return LIBRARIES[source](name, classes, new_head=new_head)
+
+
+def is_run(spec: str) -> bool:
+    """Whether a specification is the path of a run folder, there or not."""
+    return Path(spec).is_dir() or not (":" in spec or spec.endswith(".safetensors"))
+
+
+def _of_file(path: Path) -> LoadedModel:
+    """One of our networks by itself."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; the model is given as {FORMS}")
+    try:
+        model = load(path)
+    except InputError as error:
+        try:
+            model = CifarResNet.from_weights(path)
+        except InputError:
+            raise error from None
+    return LoadedModel(str(path), model.train(), "trained")
 
 
 def _of_run(spec: str) -> LoadedModel:
     if not Path(spec).exists():
         raise InputError(f"{spec}: no such folder; the model is given as {FORMS}")
     run = RunFolder.open(spec)
-    return LoadedModel(spec, run.model().train(), "trained", run=run)
+    model = run.model().train()
+    return LoadedModel(spec, model, "trained", run=run.path, standardisation=run.standardisation)
 
 
 def _of_function(spec: str, module: Any, name: str) -> LoadedModel:

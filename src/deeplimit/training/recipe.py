@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from deeplimit.errors import InputError
 from deeplimit.training.recipe_file import read_recipe_file, recipe_text
 from deeplimit.training.typed_values import conform, from_plain, to_plain
 
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
-BEFORE_THE_ADJOINT = {"gradient": "backprop", "evaluations": 2}  # what older files do not say
+# What older files do not say.
+OLDER = {"gradient": "backprop", "evaluations": 2, "optimizer": "adamw", "new_head": False}
 PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
+# What says how a network of ours is built; nothing where the model is given.
+SHAPE = ("kind", "depth", "width", "hidden", "reduction")
+NETWORK = (*SHAPE, *PUBLISHED)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,19 @@ class Recipe:
     """Name of the data set: digits, spirals, mnist, cifar10, hub:OWNER/NAME, npz:FILE, a folder."""
     data_dir: Path | None = None
     """Folder that holds the data sets' folders; without it DEEPLIMIT_DATA says where."""
+
+    model: str | None = None
+    """A model instead of kind, depth, …: module:function, transformers:NAME, torchvision:NAME,
+    timm:NAME, a run folder, or a .safetensors file of a network. Nothing is downloaded."""
+    weights: Path | None = None
+    """Weights to start from, .safetensors or a state_dict (.pt), where the model brings none."""
+    new_head: bool = False
+    """Give a trained model of transformers a new head where it has other classes than the data."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, pixels in [0, 1], that a model's images are standardised with; by
+    default what its preprocessor_config.json says, else the data's."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, likewise."""
 
     kind: Literal["logit", "vector", "convolutional", "cifar-resnet"] = "vector"
     """logit: the state is the logits; cifar-resnet: He et al., with a ReLU after every addition."""
@@ -60,13 +77,15 @@ class Recipe:
     """Weight r of the squared norm of every layer's control."""
 
     epochs: int = 60
-    """Passes over the training data."""
+    """Passes over the training data; 0 takes a trained model as it is."""
     batch_size: int = 64
     """Samples in a batch, over all processes together."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with Nesterov momentum, with which most CIFAR networks were trained."""
     learning_rate: float = 4e-3
-    """Largest learning rate of the one-cycle schedule of AdamW."""
+    """Largest learning rate of the one-cycle schedule."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of AdamW."""
+    """Weight decay: decoupled with adamw, added to the gradient with sgd."""
     crop: int = 0
     """Pixels of padding from which training images are cut at random; 0: none."""
     flip: bool = False
@@ -88,6 +107,7 @@ class Recipe:
         for field in fields(self):
             value = conform(hints[field.name], getattr(self, field.name), field.name)
             object.__setattr__(self, field.name, value)
+        self._check_model()
         self._check_network()
         self._check_gradient()
         self._check_cost()
@@ -105,19 +125,55 @@ class Recipe:
         settings = read_recipe_file(path)["recipe"]
         try:
             if isinstance(settings, dict):
-                settings = BEFORE_THE_ADJOINT | settings
+                given = {name: getattr(cls, name) for name in NETWORK if "model" in settings}
+                settings = OLDER | given | settings
             return from_plain(cls, settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
     def to_toml(self, class_names: Sequence[str] = ()) -> str:
         """The text of recipe.toml: the fields, and the versions of what is used here."""
-        return recipe_text(to_plain(self), class_names)
+        return recipe_text(self.settings(), class_names)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as plain values, less those that are not read because a model is given."""
+        settings: dict[str, Any] = to_plain(self)
+        unread = NETWORK if self.model is not None else ()
+        return {name: value for name, value in settings.items() if name not in unread}
+
+    def of_model(self, model: str) -> "Recipe":
+        """The same recipe for a given model."""
+        return replace(self, model=model, **{name: getattr(Recipe, name) for name in NETWORK})
 
     @property
     def horizon(self) -> int:
-        """N: the residual steps of all stages."""
+        """N: the residual steps of all stages of a network that is built from kind and depth."""
         return sum(self.depth)
+
+    def _check_model(self) -> None:
+        if self.model is not None:
+            for name in NETWORK:
+                value = getattr(self, name)
+                if value != getattr(Recipe, name):
+                    shown = _listed(value) if isinstance(value, tuple) else value
+                    raise InputError(
+                        f"{name} is {shown}, but the model is {self.model}, which is built already;"
+                        f" leave {name} out"
+                    )
+        elif self.weights is not None:
+            raise InputError(
+                f"weights is {self.weights}, but no model is given; a network of deeplimit's own "
+                "or published weights of a CIFAR ResNet, is a model by itself: "
+                f"model {self.weights}"
+            )
+        elif self.new_head or self.mean is not None or self.std is not None:
+            name = "new_head" if self.new_head else "mean or std"
+            raise InputError(
+                f"{name} given, but no model: a {self.kind} network has a head for the data and "
+                f"standardises its own inputs; leave {name} out"
+            )
+        if (self.mean is None) != (self.std is None):
+            raise InputError("mean and std go together; give both, or neither")
 
     def _check_network(self) -> None:
         if not self.depth or min(self.depth) < 1:
@@ -180,7 +236,8 @@ class Recipe:
     def _check_training(self) -> None:
         if not self.data:
             raise InputError("data is empty; expected the name of a data set, such as digits")
-        for name in ("epochs", "batch_size", "devices"):
+        _at_least("epochs", self.epochs, 1 if self.model is None else 0)
+        for name in ("batch_size", "devices"):
             _at_least(name, getattr(self, name), 1)
         _positive("learning_rate", self.learning_rate)
         _at_least("crop", self.crop, 0)

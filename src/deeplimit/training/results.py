@@ -1,9 +1,10 @@
 """What a run leaves: numbers only; `deeplimit.report` renders them."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from deeplimit.control.crop_report import CropReport
+from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.projection import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile
 
@@ -24,13 +25,40 @@ class Cut:
     Attributes:
         removed: the layers that were taken out.
         tolerance: the accuracy that might be lost where the depth was chosen from the validation
-            profile; None where the user gave the depth.
+            profile; None where the user gave the depth or another budget.
         report: before and after, on test data.
+        choice: how layers of any place were chosen; None where the first so many were kept, or what
+            the profile of a network of one stage says.
     """
 
     removed: tuple[int, ...]
     tolerance: float | None
     report: CropReport
+    choice: CutChoice | None = None
+
+
+@dataclass(frozen=True)
+class Healing:
+    """A cut network that was trained a little more.
+
+    Attributes:
+        removed: the layers that had been taken out.
+        teacher: whether the full network taught it.
+        teacher_weight: w, the weight of what the teacher says; 0 without one.
+        temperature: τ, at which both networks' answers were compared.
+        epochs, learning_rate: of the training.
+        from_full: the full network and the healed one, on test data.
+        from_cropped: the network as it was cut and the healed one, on test data.
+    """
+
+    removed: tuple[int, ...]
+    teacher: Literal["full", "none"]
+    teacher_weight: float
+    temperature: float
+    epochs: int
+    learning_rate: float
+    from_full: CropReport
+    from_cropped: CropReport
 
 
 @dataclass(frozen=True)
@@ -62,3 +90,4 @@ class RunResults:
     picture: TrajectoryPicture | None = None
     cut: Cut | None = None
     reference: Reference | None = None
+    healing: Healing | None = None

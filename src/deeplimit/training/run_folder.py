@@ -8,30 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+from torch import nn
 
 from deeplimit.control import TrajectoryPicture
+from deeplimit.data import Standardisation
 from deeplimit.errors import InputError, RunError
-from deeplimit.network.storage import load, save
-from deeplimit.training.building import Network
-from deeplimit.training.files import cannot_write, write_text
+from deeplimit.training.files import write_text
 from deeplimit.training.metrics import Row, from_csv, to_csv
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.recipe_file import read_recipe_file
-from deeplimit.training.results import Cut, Profiles, Reference, RunResults
+from deeplimit.training.results import Cut, Healing, Profiles, Reference, RunResults
+from deeplimit.training.saved_models import SUFFIX, is_saved, load_network, save_network
 from deeplimit.training.typed_values import conform, from_plain, to_plain
 
 Result = TypeVar("Result")
 
 RECIPE, METRICS = "recipe.toml", "metrics.csv"
-MODEL, CROPPED = "model.safetensors", "cropped.safetensors"
-PROFILE, CROP = "profile.json", "crop.json"
+MODEL, CROPPED, HEALED = "model", "cropped", "healed"  # a folder or a .safetensors file
+PROFILE, CROP, HEAL = "profile.json", "crop.json", "heal.json"
 REFERENCE, TRAJECTORIES = "reference.json", "trajectories.json"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """runs/NAME: recipe.toml, metrics.csv, checkpoint/, model.safetensors, and the results.
+    """runs/NAME: recipe.toml, metrics.csv, checkpoint/, the networks, and the results.
 
     Every file is written whole or not at all. Results that are not there yet are None; a damaged
     file is an InputError that says what to do.
@@ -86,29 +86,52 @@ class RunFolder:
         names = table.get("class_names", [])
         return conform(tuple[str, ...], names, f"{path}: data.class_names")
 
-    def model(self) -> Network:
+    @property
+    def standardisation(self) -> Standardisation | None:
+        """What the run does to the samples before its network sees them; None for nothing."""
+        mean, std = self.recipe.mean, self.recipe.std
+        return None if mean is None or std is None else Standardisation(mean, std)
+
+    def model(self) -> nn.Module:
         """The trained network, on the CPU and in evaluation mode."""
-        if not (self.path / MODEL).exists():
-            raise InputError(
-                f"{self.path}: no {MODEL} yet; finish the run: deeplimit train --resume {self.path}"
-            )
-        return load(self.path / MODEL)
+        return self._network(MODEL, "finish the run: deeplimit train --resume {}")
 
-    def cropped(self) -> Network:
+    def cropped(self) -> nn.Module:
         """The network after the last cut."""
-        if not (self.path / CROPPED).exists():
-            raise InputError(
-                f"{self.path}: no {CROPPED} yet; make a cut: deeplimit crop {self.path} --to auto"
-            )
-        return load(self.path / CROPPED)
+        return self._network(CROPPED, "make a cut: deeplimit crop {} --to auto")
 
-    def write_model(self, model: Network) -> None:
-        """Writes model.safetensors."""
-        _save(model, self.path / MODEL)
+    def healed(self) -> nn.Module:
+        """The network after the last cut that was healed."""
+        return self._network(HEALED, "heal its cut: deeplimit heal {}")
 
-    def write_cropped(self, model: Network) -> None:
-        """Writes cropped.safetensors."""
-        _save(model, self.path / CROPPED)
+    def write_model(self, model: nn.Module) -> None:
+        """Writes the network: model.safetensors, of transformers model/."""
+        save_network(model, self.path / MODEL, standardisation=self.standardisation)
+
+    def write_cropped(self, model: nn.Module, removed: Sequence[int] = ()) -> None:
+        """Writes the network less the layers removed: cropped.safetensors or cropped/."""
+        scale = self.standardisation
+        save_network(model, self.path / CROPPED, removed=removed, standardisation=scale)
+
+    def write_healed(self, model: nn.Module, removed: Sequence[int] = ()) -> None:
+        """Writes the healed network: healed.safetensors or healed/."""
+        scale = self.standardisation
+        save_network(model, self.path / HEALED, removed=removed, standardisation=scale)
+
+    def _network(self, name: str, remedy: str) -> nn.Module:
+        if not is_saved(self.path / name):
+            raise InputError(f"{self.path}: no {name}{SUFFIX} yet; {remedy.format(self.path)}")
+        return load_network(self.path / name, self._untrained)
+
+    def _untrained(self) -> nn.Module:
+        """The recipe's model, whatever its weights."""
+        from deeplimit.training.model_spec import load_model  # which reads run folders itself
+
+        recipe = self.recipe
+        if recipe.model is None:
+            raise InputError(f"{self.path / RECIPE}: no model in it, but its weights are one's")
+        classes = len(self.class_names)
+        return load_model(recipe.model, seed=recipe.seed, classes=classes).model
 
     def profiles(self) -> Profiles | None:
         """What `profile_run` measured."""
@@ -134,6 +157,16 @@ class RunFolder:
         """Writes crop.json."""
         self._write(CROP, cut)
 
+    def healing(self) -> Healing | None:
+        """How the last cut was healed; None where it was not, or another cut was."""
+        found = self._read(HEAL, Healing, f"deeplimit heal {self.path}")
+        cut = self.cut()
+        return found if found and cut and found.removed == cut.removed else None
+
+    def write_healing(self, healing: Healing) -> None:
+        """Writes heal.json."""
+        self._write(HEAL, healing)
+
     def reference(self) -> Reference | None:
         """The same network trained without stage cost."""
         return self._read(REFERENCE, Reference, "deeplimit demo")
@@ -157,18 +190,19 @@ class RunFolder:
 
     def write_metrics(self, rows: Sequence[Row]) -> None:
         """Writes metrics.csv, all rows of it."""
-        write_text(self.path / METRICS, to_csv(rows))
+        write_metrics(self.path, rows)
 
     def results(self) -> RunResults:
         """All results that there are."""
         return RunResults(
             name=self.path.resolve().name,
-            recipe=to_plain(self.recipe),
+            recipe=self.recipe.settings(),
             class_names=self.class_names,
             metrics=self.metrics(),
             profiles=self.profiles(),
             picture=self.picture(),
             cut=self.cut(),
+            healing=self.healing(),
             reference=self.reference(),
         )
 
@@ -184,6 +218,11 @@ class RunFolder:
     def _write(self, name: str, result: Any) -> None:
         text = json.dumps(to_plain(result), allow_nan=False, ensure_ascii=False)
         write_text(self.path / name, text + "\n")
+
+
+def write_metrics(path: Path, rows: Sequence[Row]) -> None:
+    """Writes metrics.csv into a folder, all rows of it."""
+    write_text(path / METRICS, to_csv(rows))
 
 
 def _name_of(data: str) -> str:
@@ -214,10 +253,3 @@ def _unusable(path: Path, error: OSError) -> InputError:
         f"{path}: no run folder can be made there ({reason}); give another folder for the runs, or "
         "make this one writable"
     )
-
-
-def _save(model: Network, path: Path) -> None:
-    try:
-        save(model, path)
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(path, error) from error

@@ -19,7 +19,7 @@ def fitting_threads(recipe: Recipe) -> Iterator[None]:
     """
     before = torch.get_num_threads()
     small = recipe.kind in ("logit", "vector") and recipe.width * max(recipe.hidden, 1) <= SMALL
-    torch.set_num_threads(1 if small else before)
+    torch.set_num_threads(1 if small and recipe.model is None else before)
     try:
         yield
     finally:

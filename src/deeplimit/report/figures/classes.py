@@ -28,6 +28,8 @@ def class_entry(profile: TurnpikeProfile, label: int) -> int | None:
 
 def slowest_first(profile: TurnpikeProfile) -> list[int]:
     """Classes with samples, the last to stay in the tube first; ties by the distance at layer N."""
+    if not profile.class_distance:  # of tokens there is none
+        return []
     last = profile.class_distance[-1]
     present = [c for c in range(profile.classes) if not math.isnan(last[c])]
 

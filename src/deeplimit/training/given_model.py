@@ -1,0 +1,139 @@
+"""A recipe's model that is not ours to build: loaded, given its weights, tried on the data."""
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from deeplimit.data import DataSet, Standardisation
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy import anatomy
+from deeplimit.network.modes import evaluating
+from deeplimit.training.loaded_model import told
+from deeplimit.training.model_spec import load_model
+from deeplimit.training.recipe import Recipe
+from deeplimit.training.saved_models import OWN
+
+NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
+PARALLEL = "module."  # before every name in those of DataParallel
+
+
+def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisation | None]:
+    """The model that a recipe names, with its weights, and the standardisation that it needs.
+
+    Networks of deeplimit's own bring theirs inside; for others it is the recipe's, else what the
+    model says it was trained with, else the data's.
+
+    Raises:
+        InputError: no such model or weights, or figures that do not go with the model or the data.
+    """
+    spec = recipe.model or ""
+    loaded = load_model(spec, seed=recipe.seed, classes=data.classes, new_head=recipe.new_head)
+    model = loaded.model
+    if recipe.weights is not None:
+        load_weights(model, recipe.weights, spec)
+    _name_classes(model, data.class_names)
+    if isinstance(model, OWN):
+        if recipe.mean is not None:
+            raise InputError(f"mean given, but {spec} standardises its own inputs; leave it out")
+        return model, None
+    if recipe.mean is not None and recipe.std is not None:
+        scale = Standardisation(recipe.mean, recipe.std)
+    elif loaded.standardisation is not None:
+        scale = loaded.standardisation
+    else:
+        mean, std = data.standardisation()
+        scale = Standardisation(tuple(mean.tolist()), tuple(std.tolist()))
+    scale.check(data.shape)
+    return model, scale
+
+
+def _name_classes(model: Any, names: tuple[str, ...]) -> None:
+    """Names the classes of a new head, LABEL_0 and so on in transformers, as the data does."""
+    config: Any = getattr(model, "config", None)
+    labels = getattr(config, "id2label", None)
+    if labels == {i: f"LABEL_{i}" for i in range(len(names))}:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+
+
+def load_weights(model: nn.Module, path: Path, spec: str) -> None:
+    """Puts a state_dict into a model, all of it.
+
+    Raises:
+        InputError: the file cannot be read, or its names or shapes are not the model's.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            weights: Any = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or told(error)})") from error
+    except Exception as error:  # torch.load raises what the bytes lead it to
+        raise InputError(
+            f"{path}: no readable weights ({told(error)}); expected a .safetensors file, or a "
+            "state_dict written by torch.save"
+        ) from error
+    weights = next((weights[n] for n in NESTED if _is_state(weights, n)), weights)
+    if not isinstance(weights, Mapping):
+        raise InputError(f"{path} holds {type(weights).__name__}; expected a state_dict")
+    weights = {name.removeprefix(PARALLEL): tensor for name, tensor in weights.items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise InputError(
+            f"{path}: not the weights of {spec} ({reason}); give the model that they are of, as "
+            "module:function if need be"
+        ) from error
+
+
+def _is_state(weights: Any, name: str) -> bool:
+    return isinstance(weights, Mapping) and isinstance(weights.get(name), Mapping)
+
+
+def check_model(model: nn.Module, x: Tensor, classes: int, spec: str, recipe: Recipe) -> None:
+    """Runs a model on a sample of its data.
+
+    Args:
+        model: any.
+        x: [1, …], as the model is to see it.
+        classes: of the data.
+        spec: what to call the model.
+        recipe: of its training; its data, and its gradient.
+
+    Raises:
+        InputError: it has no anatomy, does not take such samples, or tells other classes apart.
+    """
+    structure = anatomy(model)
+    samples = "×".join(map(str, x.shape[1:]))
+    if structure.tokens or getattr(model, "main_input_name", "") == "input_ids":
+        raise InputError(
+            f"{spec} reads tokens; deeplimit train, profile, crop and heal are for classifiers of "
+            "images. From Python: deeplimit.StageCost, turnpike_profile and crop"
+        )
+    if recipe.gradient == "adjoint" and type(model).__name__ == "CifarResNet":
+        raise InputError(
+            "gradient is adjoint: the states of a CIFAR ResNet cannot be rebuilt, because of the "
+            "ReLU after every addition; give the gradient backprop"
+        )
+    with evaluating(model), torch.no_grad():
+        try:
+            logits = structure.run(x)
+        except Exception as error:  # whatever the user's model raises
+            raise InputError(
+                f"{spec} does not take the samples of {recipe.data}, {samples}: {told(error)}; "
+                "give a model for such images, such as a config.json with their image_size and "
+                "num_channels, or a module:function that resizes them"
+            ) from error
+    if logits.shape != (1, classes):
+        heads = logits.shape[-1] if logits.dim() else 0
+        raise InputError(
+            f"{spec} tells {heads} classes apart, {recipe.data} has {classes}; give a model with a "
+            f"head for {classes} classes, as module:function if need be"
+        )

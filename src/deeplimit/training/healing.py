@@ -1,0 +1,226 @@
+"""A short recovery of a cut network, with the full one as its teacher or without."""
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from deeplimit.control import verify_crop
+from deeplimit.control.distillation import check_teaching
+from deeplimit.data import DataSet
+from deeplimit.errors import InputError
+from deeplimit.network import anatomy
+from deeplimit.network.modes import device_of
+from deeplimit.training.building import Start, Teaching, evaluation_batches, loss_of, run_data
+from deeplimit.training.files import write_text
+from deeplimit.training.fit import fit
+from deeplimit.training.given_model import check_model
+from deeplimit.training.processes import launch, place, processes
+from deeplimit.training.recipe import Recipe
+from deeplimit.training.results import Healing
+from deeplimit.training.run_folder import RunFolder
+from deeplimit.training.threads import fitting_threads
+from deeplimit.training.typed_values import from_plain, to_plain
+
+UNDERWAY, PLAN = "heal", "plan.json"
+GENTLER = 10  # how much smaller than the run's the learning rate is by default
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run's cut is to be healed; kept while that goes on.
+
+    Attributes:
+        removed: the layers that were taken out.
+        teacher: whether the full network teaches.
+        teacher_weight: w of `Distillation`.
+        temperature: τ of `Distillation`.
+        epochs: passes over the training data.
+        learning_rate: the largest of the one-cycle schedule.
+    """
+
+    removed: tuple[int, ...]
+    teacher: Literal["full", "none"]
+    teacher_weight: float
+    temperature: float
+    epochs: int
+    learning_rate: float
+
+
+def heal(
+    cropped: nn.Module,
+    data: DataSet,
+    *,
+    teacher: nn.Module | None = None,
+    teacher_weight: float = 0.5,
+    temperature: float = 2.0,
+    recipe: Recipe | None = None,
+    quiet: bool = True,
+) -> nn.Module:
+    """A copy of a cut network, trained a little more: fine-tuning, or learning from the full one.
+
+    What is minimised is the recipe's cost J, and with a teacher (z̄ its logits, z the network's)
+
+        (1 − w)·J + w·τ²·mean KL( softmax(z̄/τ) ‖ softmax(z/τ) )        (arXiv 1503.02531)
+
+    Args:
+        cropped: what `crop` returned, or any classifier that `anatomy` can read.
+        data: as the network is to see them: `data.standardised()` where it does not do it itself.
+        teacher: usually the network before the cut; it is left as it is.
+        teacher_weight: w, from 0 to 1.
+        temperature: τ > 0.
+        recipe: epochs, learning rate and all else of the training; by default one epoch of AdamW at
+            3e-4 without stage cost. What it says of data and network is not read.
+        quiet: no progress on stderr.
+
+    Returns:
+        The healed network, on the device and in the mode of the one given.
+
+    Raises:
+        InputError: settings out of range, or data, network and teacher that do not go together.
+        RunError: the loss is not finite.
+    """
+    name = type(cropped).__name__
+    recipe = recipe or Recipe(
+        data=data.name, model=name, epochs=1, learning_rate=3e-4, weight_decay=0.0, stage_cost=0.0
+    )
+    recipe = place(recipe)
+    teaching = None
+    if teacher is not None:
+        check_teaching(teacher_weight, temperature)
+        teaching = Teaching(teacher, teacher_weight, temperature)
+    sample = next(iter(evaluation_batches(data.train.take(1))))[0].to(device_of(cropped))
+    for model in (cropped, teacher or cropped):
+        check_model(model, sample, data.classes, name, replace(recipe, data=data.name))
+    start = Start(recipe, data, copy.deepcopy(cropped).cpu(), teaching)
+    healed = fit(launch(recipe), start, title=f"{name} on {data.name}", quiet=quiet).network
+    healed = healed.to(device_of(cropped))
+    return healed.train(cropped.training)
+
+
+def heal_run(
+    folder: RunFolder,
+    *,
+    epochs: int = 1,
+    learning_rate: float | None = None,
+    teacher: Literal["full", "none"] = "full",
+    teacher_weight: float = 0.5,
+    temperature: float = 2.0,
+    quiet: bool = False,
+) -> Healing:
+    """Heals a run's cut by its own recipe; writes healed.safetensors (or healed/) and heal.json.
+
+    While it goes on, RUN/heal holds its checkpoints; it is gone at the end.
+
+    Args:
+        folder: a run that was cut.
+        epochs: passes over the training data.
+        learning_rate: the largest of the one-cycle schedule; by default a tenth of the run's.
+        teacher: "full", the network before the cut, or "none".
+        teacher_weight: w.
+        temperature: τ.
+        quiet: no progress on stderr.
+
+    Raises:
+        InputError: settings out of range, or a run without a cut.
+        RunError, KeyboardInterrupt: as `train`.
+    """
+    cut = folder.cut()
+    folder.cropped()  # says what to do where there is none
+    if cut is None or not cut.removed:
+        raise InputError(
+            f"{folder.path}: its cut removed no layer, so there is nothing to heal; cut to fewer "
+            f"layers: deeplimit crop {folder.path} --to K"
+        )
+    if epochs < 1:
+        raise InputError(f"epochs is {epochs}; expected at least 1")
+    check_teaching(teacher_weight, temperature)
+    rate = folder.recipe.learning_rate / GENTLER if learning_rate is None else learning_rate
+    weight = teacher_weight if teacher == "full" else 0.0
+    plan = Plan(cut.removed, teacher, weight, temperature, epochs, rate)
+    _recipe(folder, plan)
+    data = run_data(folder)
+    underway = folder.path / UNDERWAY
+    shutil.rmtree(underway, ignore_errors=True)
+    underway.mkdir()
+    write_text(underway / PLAN, json.dumps(to_plain(plan)) + "\n")
+    return _heal(folder, plan, data, quiet)
+
+
+def resume_heal(path: str | Path, *, quiet: bool = False) -> Healing:
+    """Goes on with a healing that was stopped, to the same result as an unbroken one.
+
+    Raises:
+        InputError: none was stopped, or the run was cut otherwise since.
+    """
+    folder = RunFolder.open(path)
+    file = folder.path / UNDERWAY / PLAN
+    if not file.is_file():
+        raise InputError(f"{folder.path}: no healing was stopped; start one: deeplimit heal {path}")
+    try:
+        plan = from_plain(Plan, json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        again = f"start again: deeplimit heal {path}"
+        raise InputError(f"{file}: damaged ({error}); {again}") from error
+    cut = folder.cut()
+    if cut is None or cut.removed != plan.removed:
+        raise InputError(
+            f"{folder.path}: cut otherwise since its healing was stopped; start again: "
+            f"deeplimit heal {path}"
+        )
+    return _heal(folder, plan, run_data(folder), quiet)
+
+
+def _recipe(folder: RunFolder, plan: Plan) -> Recipe:
+    """The run's own, shorter and gentler, in one process."""
+    if processes() > 1:
+        raise InputError("deeplimit heal works in one process; start it without torchrun")
+    recipe = folder.recipe
+    if recipe.gradient == "adjoint" and anatomy(folder.cropped()).horizon == 0:
+        recipe = replace(recipe, gradient="backprop", evaluations=Recipe.evaluations)
+    return place(
+        replace(
+            recipe,
+            epochs=plan.epochs,
+            learning_rate=plan.learning_rate,
+            devices=1,
+            strategy="auto",
+        )
+    )
+
+
+def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
+    recipe = _recipe(folder, plan)
+    full, cropped = folder.model(), folder.cropped()
+    teaching = Teaching(full, plan.teacher_weight, plan.temperature)
+    start = Start(
+        recipe, data, copy.deepcopy(cropped), teaching if plan.teacher == "full" else None
+    )
+    layers = f"{anatomy(cropped).horizon} of {anatomy(full).horizon} layers"
+    training = fit(
+        launch(recipe),
+        start,
+        folder.path / UNDERWAY,
+        title=f"{folder.path}: healing {layers} on {recipe.data}",
+        command=f"deeplimit heal {folder.path} --resume",
+        quiet=quiet,
+    )
+    healed = training.network.eval()
+    device = device_of(healed)
+    with fitting_threads(recipe), torch.no_grad():
+        from_full, from_cropped = (
+            verify_crop(
+                before.to(device), healed, evaluation_batches(data.test), loss_of(recipe, data)
+            )
+            for before in (full, cropped)
+        )
+    healing = Healing(**vars(plan), from_full=from_full, from_cropped=from_cropped)
+    folder.write_healed(healed, plan.removed)
+    folder.write_healing(healing)
+    shutil.rmtree(folder.path / UNDERWAY, ignore_errors=True)
+    return healing

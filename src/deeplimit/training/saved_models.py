@@ -1,0 +1,160 @@
+"""Networks in a run folder: each kind is saved so that as little as possible is needed to load it.
+
+NAME.safetensors  a network of deeplimit's own, with its architecture: `deeplimit.network.load`
+NAME/             a model of transformers, by save_pretrained: plain transformers loads it
+NAME.safetensors  any other model: its weights; what to load them into says the run's recipe
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from deeplimit.data import Standardisation
+from deeplimit.errors import InputError
+from deeplimit.network import CifarResNet, ResidualClassifier, anatomy
+from deeplimit.network.storage import load, save
+from deeplimit.training.files import cannot_write, flush_folder
+from deeplimit.training.library_models import PREPROCESSOR, quiet, transformers_model
+from deeplimit.training.loaded_model import told
+
+OWN = (ResidualClassifier, CifarResNet)
+REMOVED = "deeplimit.removed"
+SUFFIX = ".safetensors"
+
+
+def is_saved(place: Path) -> bool:
+    """Whether there is a network at `place`, a path without suffix."""
+    return place.is_dir() or _file(place).exists()
+
+
+def save_network(
+    model: nn.Module,
+    place: Path,
+    *,
+    removed: Sequence[int] = (),
+    standardisation: Standardisation | None = None,
+) -> None:
+    """Writes a network to `place`.safetensors or the folder `place`, whole or not at all.
+
+    Between the removal of an old folder and the appearance of the new one there is none.
+
+    Args:
+        model: any network.
+        place: a path without suffix.
+        removed: the layers of the run's model that it lacks.
+        standardisation: of its inputs, written beside a model of transformers as its
+            preprocessor_config.json.
+
+    Raises:
+        RunError: the disk is full or cannot be written to.
+    """
+    try:
+        if isinstance(model, OWN):
+            save(model, _file(place))
+        elif _of_transformers(model):
+            _save_folder(model, place, standardisation)
+        else:
+            _save_weights(model, _file(place), removed)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(place, error) from error
+
+
+def load_network(place: Path, rebuild: Callable[[], nn.Module]) -> nn.Module:
+    """What `save_network` wrote, on the CPU and in evaluation mode.
+
+    Args:
+        place: a path without suffix, at which there is a network.
+        rebuild: makes the run's model again, whatever its weights; called where only weights were
+            saved.
+
+    Raises:
+        InputError: it is damaged, or does not fit the model.
+    """
+    if place.is_dir():
+        return transformers_model(str(place.resolve())).model.eval()
+    path = _file(place)
+    metadata = _metadata(path)
+    if REMOVED not in metadata:
+        return load(path)
+    model = rebuild()
+    try:
+        removed = json.loads(metadata[REMOVED])
+        if removed:
+            model = anatomy(model).without(removed)
+        model.load_state_dict(load_file(path))
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: not the weights of the model in recipe.toml ({told(error)}); give the "
+            "run its own model back, or train again"
+        ) from error
+    return model.eval()
+
+
+def _file(place: Path) -> Path:
+    return place.with_name(place.name + SUFFIX)
+
+
+def _of_transformers(model: nn.Module) -> bool:
+    """Of a class that plain transformers has; a user's subclass is not."""
+    return type(model).__module__.startswith("transformers.") and hasattr(model, "save_pretrained")
+
+
+def _save_folder(model: Any, place: Path, standardisation: Standardisation | None) -> None:
+    aside = place.with_name(f".{place.name}.{os.getpid()}")
+    for stale in place.parent.glob(f".{place.name}.*"):
+        if stale.is_dir():
+            shutil.rmtree(stale)
+    try:
+        with quiet(import_module("transformers")):
+            model.save_pretrained(aside)
+        if standardisation is not None:
+            (aside / PREPROCESSOR).write_text(json.dumps(_preprocessor(standardisation), indent=2))
+        for path in aside.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if place.exists():
+            shutil.rmtree(place)
+        aside.rename(place)
+        flush_folder(place.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _preprocessor(standardisation: Standardisation) -> dict[str, Any]:
+    """For AutoImageProcessor: pixels of 0 … 255 as the model was trained on; no resizing."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(standardisation.mean),
+        "image_std": list(standardisation.std),
+    }
+
+
+def _save_weights(model: nn.Module, path: Path, removed: Sequence[int]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Copies: parameters that share memory may not lie in one file.
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    try:
+        save_file(weights, aside, metadata={REMOVED: json.dumps(list(removed))})
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from error

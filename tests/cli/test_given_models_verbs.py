@@ -1,0 +1,231 @@
+"""The verbs on models that the user has already: trained, taken as they are, cut, healed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_commands import command, contents, process
+
+from deeplimit.network.storage import load
+from deeplimit.training import RunFolder
+
+VIT = {
+    "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "intermediate_size": 32, "image_size": 8, "patch_size": 4, "num_channels": 1,
+}  # fmt: skip
+MODULE = """
+import torch, transformers
+
+def five():
+    config = transformers.ViTConfig(num_labels=5, image_size=8, patch_size=4, num_channels=1)
+    config.update(dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
+    return transformers.ViTForImageClassification(config)
+
+def linear():
+    return torch.nn.Linear(3, 4)
+"""
+FAST = ["--epochs", "3", "--batch-size", "20", "--learning-rate", "0.2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config, a module and images in four degrees of brightness."""
+    pytest.importorskip("transformers", reason="the extra `hub` is not installed")
+    folder = tmp_path_factory.mktemp("place")
+    y = np.arange(300) % 4
+    x = np.random.default_rng(0).integers(0, 130, (300, 1, 8, 8)) + 20 * y[:, None, None, None]
+    np.savez(folder / "greys.npz", x=x.astype(np.uint8), y=y)
+    (folder / "vit.json").write_text(json.dumps(VIT))
+    (folder / "gpt2.json").write_text('{"model_type": "gpt2"}')
+    (folder / "wide.json").write_text(json.dumps(VIT | {"image_size": 16}))
+    (folder / "own_nets.py").write_text(MODULE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """A run of a vision transformer, by the command in a process of its own."""
+    args = ["train", "npz:greys.npz", "--model", "transformers:vit.json", "--optimizer", "sgd"]
+    done = process(*args, *FAST, cwd=place)
+    assert done.code == 0, done.err
+    assert done.err.startswith("runs/greys: transformers:vit.json on npz:greys.npz, 3 epochs\n")
+    assert len(done.err.splitlines()) == 4  # nothing of what transformers shows besides
+    assert "Depth 3 → " in done.out
+    return place / "runs" / "greys"
+
+
+@pytest.fixture
+def vit_run(whole: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it; the current folder is where its model's file is."""
+    monkeypatch.chdir(place)
+    return Path(shutil.copytree(whole, tmp_path / "greys"))
+
+
+def test_train_leaves_a_run_as_of_our_own(vit_run: Path) -> None:
+    names = {path.name for path in vit_run.iterdir()}
+    assert names >= {"model", "cropped", "profile.json", "crop.json", "metrics.csv", "report.html"}
+    assert "model.safetensors" not in names
+    profiles = RunFolder.open(vit_run).profiles()
+    assert profiles is not None
+    assert profiles.test.accuracy[-1] > 0.4  # chance is a quarter
+
+
+def test_crop_and_heal(vit_run: Path) -> None:
+    assert command("crop", vit_run, "--to", "1").code == 0
+    done = command("heal", vit_run, "--epochs", "2", "--learning-rate", "0.1", "--json")
+    assert done.code == 0, done.err
+    healing = json.loads(done.out)
+    assert healing == json.loads((vit_run / "heal.json").read_text())
+    assert (healing["removed"], healing["teacher"]) == ([1, 2], "full")
+    assert healing["from_full"]["horizon_after"] == 1
+    assert healing["from_cropped"]["loss_after"] < healing["from_cropped"]["loss_before"]
+    assert RunFolder.open(vit_run).healed().config.num_hidden_layers == 1
+    assert (
+        "Trained for 2 epochs more with the full network" in (vit_run / "report.html").read_text()
+    )
+    again = command("heal", vit_run, "--teacher", "none", "--epochs", "1")
+    assert "Trained for 1 epoch more, the cut network goes from" in again.out
+    assert "Healed: depth 3 → 1" in again.out
+
+
+def test_profile_and_gradient(vit_run: Path) -> None:
+    assert json.loads(command("profile", vit_run, "--json").out)["test"]["samples"] == 60
+    cost = json.loads(command("gradient", vit_run, "--steps", "1", "--batch", "8", "--json").out)
+    assert cost["model"] == str(vit_run)
+    assert (vit_run / "gradient.html").is_file()
+
+
+def test_a_model_without_a_run_gets_one(vit_run: Path, tmp_path: Path) -> None:
+    """Nothing is trained; what can be done with a run can be done with it."""
+    model = ["transformers:" + str(vit_run / "model"), "--data", "npz:greys.npz"]
+    runs = ["--runs", tmp_path / "runs"]
+    done = command("profile", *model, *runs, "--json")
+    assert done.code == 0, done.err
+    profiles = RunFolder.open(vit_run).profiles()
+    assert json.loads(done.out)["test"]["accuracy"] == list(profiles.test.accuracy)
+    taken = RunFolder.open(tmp_path / "runs" / "greys")
+    assert taken.recipe.epochs == 0
+    assert command("crop", taken.path, "--to", "2").code == 0
+    healed = command("heal", *model, *runs, "--name", "other")
+    cut = RunFolder.open(tmp_path / "runs" / "other").cut()
+    assert cut is not None
+    if cut.removed:
+        assert healed.code == 0
+        assert "Healed: depth 3 → " in healed.out
+    else:
+        assert healed.code == 2
+        assert "nothing to heal; cut to fewer layers" in healed.err
+
+
+WRONG = {
+    "words": (["transformers:gpt2.json"], "classifies no images"),
+    "another size": (["transformers:wide.json"], "Input image size (8*8) doesn't match model"),
+    "other classes": (["own_nets:five"], "tells 5 classes apart, npz:greys.npz has 4"),
+    "no anatomy": (["own_nets:linear"], "no anatomy for Linear"),
+    "no such function": (["own_nets:fiv"], "own_nets has no function 'fiv', did you mean five?"),
+    "no such file": (["net.safetensors"], "net.safetensors: no such file"),
+    "no such run": (["runs/nothing"], "runs/nothing: no such folder"),
+    "no form": ([":"], "expected a run folder, module:function"),
+    "weights": (
+        ["transformers:vit.json", "--weights", "w.pt"],
+        "w.pt: cannot be read (No such file or directory)",
+    ),
+    "channels": (
+        ["transformers:vit.json", "--mean", "0.5", "0.5", "--std", "1", "1"],
+        "2 means for samples of 1 channels",
+    ),
+    "our depth": (["transformers:vit.json", "--depth", "9"], "depth is 9, but the model is"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_models(
+    case: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, exit code 2, and nothing is written."""
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(place)
+    args, says = WRONG[case]
+    done = command(
+        "train", "npz:greys.npz", "--model", *args, "--runs", tmp_path / "runs", "--device", "cpu"
+    )
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    assert line.startswith("deeplimit: ")
+    assert says in line
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("verb", ["profile", "crop", "heal"])
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["transformers:vit.json"], "is a model, not a run folder: give its data too"),
+        (["RUN", "--data", "digits"], "--data given, but"),
+        (["RUN", "--weights", "a.pt"], "--weights given, but"),
+    ],
+)
+def test_a_model_wants_data_and_a_run_has_its_own(
+    verb: str, args: list[str], says: str, vit_run: Path
+) -> None:
+    before = contents(vit_run)
+    done = command(verb, *(str(vit_run) if arg == "RUN" else arg for arg in args))
+    assert (done.code, done.out) == (2, "")
+    assert says in done.err
+    assert contents(vit_run) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--resume"], "no healing was stopped; start one"),
+        (["--resume", "--epochs", "3"], "--epochs and --resume given"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--teacher-weight", "7"], "teacher_weight is 7; expected a number from 0 to 1"),
+    ],
+)
+def test_a_healing_that_cannot_be(args: list[str], says: str, run: Path) -> None:
+    command("crop", run, "--to", "1")
+    before = contents(run)
+    done = command("heal", run, *args)
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    assert says in line
+    assert contents(run) == before
+
+
+def test_a_healing_stopped_by_ctrl_c_goes_on_to_the_same_result(run: Path, tmp_path: Path) -> None:
+    args = ["--to", "2"]
+    runs = [Path(shutil.copytree(run, tmp_path / name)) for name in ("whole", "broken")]
+    assert all(command("crop", run, *args).code == 0 for run in runs)
+    epochs = ["--epochs", "40"]
+    assert command("heal", runs[0], *epochs).code == 0
+    with subprocess.Popen(
+        [sys.executable, "-m", "deeplimit", "heal", "broken", *epochs],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if "epoch 1/" in line:
+                break
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read().splitlines()
+    assert running.returncode == 130
+    assert "deeplimit heal broken --resume goes on after epoch" in rest[-1]
+    assert not (tmp_path / "broken" / "heal.json").exists()
+    done = command("heal", runs[1], "--resume")
+    assert done.code == 0, done.err
+    assert "epoch 1/40" not in done.err
+    first, second = (load(run / "healed.safetensors").state_dict() for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not (tmp_path / "broken" / "heal").exists()

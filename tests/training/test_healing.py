@@ -1,0 +1,161 @@
+"""A cut network trained a little more: against a naive loop, resumed, refused."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from training_runs import equal_weights
+
+from deeplimit import crop, heal, verify_crop
+from deeplimit.control import SoftCrossEntropy, StageCost
+from deeplimit.data import DataSet, batches
+from deeplimit.errors import InputError
+from deeplimit.training import (
+    Recipe,
+    RunFolder,
+    crop_run,
+    heal_run,
+    load_data,
+    loss_of,
+    resume_heal,
+    run_data,
+    train,
+)
+from deeplimit.training.healing import Plan
+from deeplimit.training.typed_values import to_plain
+
+RECIPE = Recipe(
+    data="digits", depth=(6,), width=32, hidden=16, epochs=8, stage_cost=0.0, device="cpu"
+)
+SHORT = replace(RECIPE, epochs=2, learning_rate=2e-3, weight_decay=0.0, stage_cost=0.1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Cut to 2 of 6 layers, which costs it much: it was trained without stage cost."""
+    folder = train(RECIPE, runs=tmp_path_factory.mktemp("runs"), quiet=True)
+    crop_run(folder, 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(run: RunFolder) -> DataSet:
+    return load_data(RECIPE, run.path.parent)
+
+
+def naive(student: torch.nn.Module, teacher: torch.nn.Module | None, data: DataSet, w: float):
+    """Two epochs written down as plainly as can be, τ = 3."""
+    student = copy.deepcopy(student).train()
+    objective = StageCost(student, SoftCrossEntropy(10, SHORT.softness), SHORT.stage_cost)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
+    steps = 2 * (len(data.train) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for epoch in range(2):
+        for x, y in batches(data.train, 64, seed=0, epoch=epoch):
+            optimizer.zero_grad()
+            cost, logits = objective(x, y)
+            if teacher is not None:
+                with torch.no_grad():
+                    soft = teacher(x)
+                kl = F.kl_div(
+                    F.log_softmax(logits / 3, -1), F.softmax(soft / 3, -1), reduction="batchmean"
+                )
+                cost = (1 - w) * cost + w * 9 * kl
+            cost.backward()
+            optimizer.step()
+            schedule.step()
+    return student
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_it_is_the_naive_loop(taught: bool, run: RunFolder, data: DataSet) -> None:
+    full = run.model()
+    cropped = crop(full, 2)
+    before = copy.deepcopy(cropped)
+    teacher = full if taught else None
+    healed = heal(cropped, data, teacher=teacher, teacher_weight=0.7, temperature=3.0, recipe=SHORT)
+    by_hand = naive(cropped, teacher, data, 0.7)
+    for p, q in zip(healed.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
+    assert equal_weights(cropped, before)  # the one given is left as it was
+    assert healed.training == cropped.training
+    loss = loss_of(SHORT, data)
+    report = verify_crop(cropped, healed, batches(data.test, 256), loss)
+    assert report.accuracy_after > report.accuracy_before + 0.02
+    if not taught:
+        assert equal_weights(healed, by_hand)
+
+
+def test_what_it_writes_is_what_it_says(run: RunFolder, data: DataSet, tmp_path: Path) -> None:
+    folder = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
+    healing = heal_run(folder, epochs=2, learning_rate=2e-3, quiet=True)
+    assert folder.healing() == healing
+    assert (healing.removed, healing.teacher, healing.teacher_weight) == ((2, 3, 4, 5), "full", 0.5)
+    assert not (folder.path / "heal").exists()
+    full, cropped, healed = folder.model(), folder.cropped(), folder.healed()
+    loss = loss_of(RECIPE, data)
+    by_hand = verify_crop(full, healed, batches(data.test, 256), loss)
+    for name in ("accuracy_before", "accuracy_after", "agreement", "loss_after", "samples"):
+        assert getattr(healing.from_full, name) == pytest.approx(getattr(by_hand, name), rel=1e-6)
+    against = verify_crop(cropped, healed, batches(data.test, 256), loss)
+    assert healing.from_cropped.accuracy_before == against.accuracy_before
+    assert healing.from_cropped.accuracy_before == folder.cut().report.accuracy_after
+    assert against.accuracy_after > against.accuracy_before
+    # The same as in Python, with the run's own recipe.
+    recipe = replace(RECIPE, epochs=2, learning_rate=2e-3)
+    assert equal_weights(heal(cropped, data, teacher=full, recipe=recipe), healed)
+    crop_run(folder, 3)  # another cut, which nobody has healed
+    assert folder.healing() is None
+    assert RunFolder.open(folder.path).results().healing is None
+
+
+def test_cut_otherwise_meanwhile(run: RunFolder, tmp_path: Path) -> None:
+    folder = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
+    (folder.path / "heal").mkdir()
+    plan = folder.path / "heal" / "plan.json"
+    plan.write_text(json.dumps(to_plain(Plan((3, 4, 5), "full", 0.5, 2.0, 1, 1e-3))))
+    with pytest.raises(InputError, match="cut otherwise since its healing was stopped"):
+        resume_heal(folder.path)
+    plan.write_text(plan.read_text()[:20])
+    with pytest.raises(InputError, match=r"plan\.json: damaged .*start again: deeplimit heal"):
+        resume_heal(folder.path)
+
+
+WRONG = {
+    "no epochs": ({"epochs": 0}, "epochs is 0; expected at least 1"),
+    "weight": ({"teacher_weight": 2.0}, "teacher_weight is 2"),
+    "temperature": ({"temperature": -1.0}, "temperature is -1"),
+    "rate": ({"learning_rate": 0.0}, "learning_rate is 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_settings(case: str, run: RunFolder) -> None:
+    settings, says = WRONG[case]
+    with pytest.raises(InputError, match=says):
+        heal_run(run, **settings)
+    assert not (run.path / "heal").exists()
+
+
+def test_nothing_to_heal(run: RunFolder, tmp_path: Path) -> None:
+    folder = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
+    with pytest.raises(InputError, match="no healing was stopped; start one: deeplimit heal"):
+        resume_heal(folder.path)
+    crop_run(folder, 6)
+    with pytest.raises(InputError, match="removed no layer, so there is nothing to heal"):
+        heal_run(folder)
+    (folder.path / "cropped.safetensors").unlink()
+    with pytest.raises(InputError, match="make a cut: deeplimit crop"):
+        heal_run(folder)
+
+
+def test_data_of_other_classes(run: RunFolder) -> None:
+    spirals = load_data(replace(RECIPE, data="spirals"), run.path.parent)
+    with pytest.raises(InputError, match="does not take the samples of spirals, 2"):
+        heal(run.cropped(), spirals)
+    assert run_data(run).classes == 10
