@@ -58,10 +58,11 @@ _BUILDERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 FAMILIES = tuple(_BUILDERS)
 
-# Of each block the parts that its control consists of: the last norm and what follows it.
+# Of each block the parts that its control consists of: the last norm and what follows it; all of a
+# transformer layer, where attention and MLP each add to the state.
 CONTROLS = {
-    "ViT": ("layernorm_after.", "mlp."),
-    "DINOv2": ("norm2.", "mlp.", "layer_scale2."),
+    "ViT": ("",),
+    "DINOv2": ("",),
     "ResNet, basic": ("layer.1.normalization.",),
     "ResNet, basic, strided from the start": ("layer.1.normalization.",),
     "ResNet, bottleneck": ("layer.2.normalization.",),

@@ -1,6 +1,8 @@
 """Which anatomy reads which class of models: one registry."""
 
+from collections import Counter
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import TypeVar
 
 from torch import nn
@@ -42,9 +44,20 @@ def anatomy(model: nn.Module) -> Anatomy:
         if cls is nn.Module:
             break
         tried.append(name)
-    known = sorted(cls if isinstance(cls, str) else cls.__name__ for cls in FAMILIES)
     raise InputError(
-        f"no anatomy for {type(model).__name__}; tried {', '.join(tried)}; known: "
-        f"{', '.join(known)}. Subclass deeplimit.network.BlockAnatomy (or Anatomy) and decorate it "
-        f"with @register({type(model).__name__})"
+        f"no anatomy for {type(model).__name__}; tried {', '.join(tried)}; known: {_known(tried)}. "
+        "Subclass deeplimit.network.BlockAnatomy (or Anatomy) and decorate it with "
+        f"@register({type(model).__name__})"
     )
+
+
+def _known(tried: list[str]) -> str:
+    """Classes without a library, those whose names are near its own, and how many others there are."""
+    names = [cls if isinstance(cls, str) else cls.__name__ for cls in FAMILIES]
+    own = [name for name in names if "." not in name]
+    foreign = [name for name in names if "." in name]
+    near = get_close_matches(tried[0], foreign, n=3, cutoff=0.5)
+    shown = sorted(dict.fromkeys([*own, *near]))
+    libraries = Counter(name.partition(".")[0] for name in foreign if name not in near)
+    rest = [f"{count} classes of {library}" for library, count in sorted(libraries.items())]
+    return ", ".join([*shown, *rest])
