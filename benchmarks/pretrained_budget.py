@@ -13,8 +13,9 @@ Arms:
     stage cost    the same with a stage cost of 0.1 at every block before the cut
     influence     the blocks of least influence are cut first, then fine-tuned
     tails         as many from the end of each stage, cut first, then fine-tuned
-    faded         the blocks of least influence fade out in the first 45 %, then go
-    taught        the same with the whole pretrained network as teacher
+    faded         blocks of least influence fade out in the first 45 %, then go
+    chosen        the same of blocks that `choose_cut` chooses on training images
+    taught        as faded, with the whole pretrained network as teacher
 
 One JSON file is written, after each arm; an arm that is there is not run again.
 """
@@ -33,8 +34,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from deeplimit import SoftCrossEntropy, StageCost, anatomy, crop, turnpike_profile
-from deeplimit.control import fading
+from deeplimit import SoftCrossEntropy, StageCost, anatomy, choose_cut, crop, turnpike_profile
+from deeplimit.control import Fading
 from deeplimit.data import Augmentation, Split, batches, load
 from deeplimit.network import CifarResNet
 from deeplimit.network.modes import evaluating
@@ -145,14 +146,19 @@ def settle(model: nn.Module, train: Split, options: argparse.Namespace) -> nn.Mo
     return model.eval()
 
 
-def least_influence(model: nn.Module, train: Split, options: argparse.Namespace) -> list[int]:
-    """All but KEPT layers, those that change the state least, relatively.
+def least_influence(
+    model: nn.Module, train: Split, options: argparse.Namespace, chosen: bool = False
+) -> list[int]:
+    """All but KEPT layers: those that change the state least, relatively, or the chosen ones.
 
     A first block of a stage stays: its shortcut alone would lose half of the pixels' neighbours.
     """
     settled = settle(deepcopy(model), train, options)
     few = batches(train.take(GREEDY_SAMPLES), 250)
-    change = turnpike_profile(settled, few, SoftCrossEntropy(10, 0.05)).relative_update
+    profile = turnpike_profile(settled, few, SoftCrossEntropy(10, 0.05))
+    if chosen:
+        return list(choose_cut(settled, profile, few, blocks=KEPT).removed)
+    change = profile.relative_update
     free = sorted(set(range(len(change))) - first_blocks(settled), key=change.__getitem__)
     return sorted(free[: len(change) - KEPT])
 
@@ -205,10 +211,11 @@ def run(arm: str, options: argparse.Namespace) -> dict[str, object]:
         row["after_the_cut"] = accuracy(settle(model, everything, options), report, options)
         training.run(Taught(model), 1.0)
     else:
-        gone = least_influence(model, everything, options)
+        gone = least_influence(model, everything, options, chosen=arm == "chosen")
+        print("removed:", gone, flush=True)
         teacher = settle(deepcopy(model), everything, options) if arm == "taught" else None
         with ExitStack() as stack:
-            fade = stack.enter_context(fading(model, gone))
+            fade = stack.enter_context(Fading(model, gone))
             training.run(
                 Taught(model, teacher), 1.0, lambda t: fade.set_step(max(0.0, 1 - t / FADED))
             )
@@ -225,7 +232,8 @@ def run(arm: str, options: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    arms = ["whole", "smaller", "greedy", "stage cost", "influence", "tails", "faded", "taught"]
+    arms = ["whole", "smaller", "greedy", "stage cost", "influence", "tails", "faded",
+            "chosen", "taught"]  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="with cifar10 in it")
     parser.add_argument("--weights", type=Path, required=True, help="folder of the .safetensors")

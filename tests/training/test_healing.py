@@ -15,6 +15,7 @@ from deeplimit import crop, heal, verify_crop
 from deeplimit.control import SoftCrossEntropy, StageCost
 from deeplimit.data import DataSet, batches
 from deeplimit.errors import InputError
+from deeplimit.network import ResidualChain
 from deeplimit.training import (
     Recipe,
     RunFolder,
@@ -108,10 +109,47 @@ def test_what_it_writes_is_what_it_says(run: RunFolder, data: DataSet, tmp_path:
     assert against.accuracy_after > against.accuracy_before
     # The same as in Python, with the run's own recipe.
     recipe = replace(RECIPE, epochs=2, learning_rate=2e-3)
-    assert equal_weights(heal(cropped, data, teacher=full, recipe=recipe), healed)
+    again = heal(full, data, remove=healing.removed, teacher=full, recipe=recipe)
+    assert equal_weights(again, healed)
     crop_run(folder, 3)  # another cut, which nobody has healed
     assert folder.healing() is None
     assert RunFolder.open(folder.path).results().healing is None
+
+
+def test_cut_at_once_where_asked_for(run: RunFolder, data: DataSet, tmp_path: Path) -> None:
+    folder = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
+    heal_run(folder, epochs=2, learning_rate=2e-3, fade=0.0, quiet=True)
+    recipe = replace(RECIPE, epochs=2, learning_rate=2e-3)
+    by_hand = heal(folder.cropped(), data, teacher=folder.model(), recipe=recipe)
+    assert equal_weights(by_hand, folder.healed())
+
+
+def test_layers_fade_out_as_a_naive_loop_has_it(run: RunFolder, data: DataSet) -> None:
+    full, gone, part = run.model(), (3, 4), 0.6
+    healed = heal(full, data, remove=gone, fade=part, recipe=SHORT)
+    student = run.model()
+    objective = StageCost(student.train(), loss_of(SHORT, data), SHORT.stage_cost)
+    steps = 2 * (len(data.train) // 64)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    (chain,) = (m for m in student.modules() if isinstance(m, ResidualChain))
+    done, step = 0, [1.0]
+    for n in gone:
+        chain[n].register_forward_hook(lambda _, args, y: step[0] * y)
+    for epoch in range(2):
+        for x, y in batches(data.train, 64, seed=0, epoch=epoch):
+            step[0] = max(0.0, 1 - done / steps / part)
+            optimizer.zero_grad()
+            objective(x, y)[0].backward()
+            if step[0] == 0:  # a block that is not run has no gradient, so no decay either
+                for n in gone:
+                    chain[n].zero_grad(set_to_none=True)
+            optimizer.step()
+            schedule.step()
+            done += 1
+    cut = crop(student, remove=gone)
+    for p, q in zip(healed.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
 
 
 def test_cut_otherwise_meanwhile(run: RunFolder, tmp_path: Path) -> None:
@@ -130,6 +168,7 @@ WRONG = {
     "no epochs": ({"epochs": 0}, "epochs is 0; expected at least 1"),
     "weight": ({"teacher_weight": 2.0}, "teacher_weight is 2"),
     "temperature": ({"temperature": -1.0}, "temperature is -1"),
+    "fade": ({"fade": 1.5}, "fade is 1.5; expected a part of the training"),
     "rate": ({"learning_rate": 0.0}, "learning_rate is 0"),
 }
 

@@ -15,9 +15,10 @@ from deeplimit.errors import InputError
 class Heal(Source):
     """Train a cut network a little more, and measure on test data what that recovers.
 
-    The full network teaches the cut one: beside the labels it learns the full one's answers (soft
-    targets). Everything else is the run's own recipe. Writes RUN/healed.safetensors (of a
-    transformers model the folder RUN/healed), the figures to RUN/heal.json and into the page. For
+    The layers cut are not gone at once: they fade out in the first part of the training. The full
+    network teaches the cut one: beside the labels it learns the full one's answers (soft targets).
+    Everything else is the run's own recipe. Writes RUN/healed.safetensors (of a transformers model
+    the folder RUN/healed), the figures to RUN/heal.json and into the page. For
     example:
       deeplimit crop runs/mnist --to 6
       deeplimit heal runs/mnist --epochs 1
@@ -34,6 +35,8 @@ class Heal(Source):
     """full: the network before the cut teaches; none: the labels alone."""
     teacher_weight: Annotated[float, arg(metavar="W")] = 0.5
     """Weight of the teacher's answers, from 0 to 1; the labels have the rest."""
+    fade: float = 0.45
+    """Part of the training in which the layers to be cut lose their step size; 0: cut at once."""
     temperature: float = 2.0
     """How much both networks' answers are softened before they are compared; 1: not at all."""
     resume: bool = False
@@ -60,6 +63,7 @@ class Heal(Source):
                 teacher=self.teacher,
                 teacher_weight=self.teacher_weight,
                 temperature=self.temperature,
+                fade=self.fade,
                 quiet=self.json,
             )
         emit(healing, healing_summary(healing), renew_page(folder), json=self.json)

@@ -6,7 +6,7 @@ from deeplimit.control.cropping import crop, removal, verify_crop
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.dissipativity import DissipativityReport, dissipativity
 from deeplimit.control.distillation import Distillation
-from deeplimit.control.fading import Faded, Fading, fading
+from deeplimit.control.fading import Fading
 from deeplimit.control.projection import TrajectoryPicture, picture_trajectories
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.stage_cost import StageCost
@@ -17,7 +17,6 @@ __all__ = [
     "CutChoice",
     "DissipativityReport",
     "Distillation",
-    "Faded",
     "Fading",
     "SoftCrossEntropy",
     "StageCost",
@@ -26,7 +25,6 @@ __all__ = [
     "choose_cut",
     "crop",
     "dissipativity",
-    "fading",
     "picture_trajectories",
     "removal",
     "turnpike_profile",

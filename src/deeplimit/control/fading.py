@@ -1,7 +1,8 @@
 """Layers whose step size goes to zero while the network trains, so that nothing jumps when cut."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,28 +13,25 @@ from deeplimit.network import ResidualChain
 from deeplimit.network.anatomy import anatomy
 
 
-class Faded(nn.Module):
-    """A residual block x ↦ y with a smaller step: x + s·(y − x); with s = 0 it is not run.
+class FadedForward:
+    """Stands in a block's own attributes for its forward: x + s·(y − x) in place of y.
 
     In place of a residual function φ, whose chain adds its input by itself: s·φ(x).
 
     Attributes:
-        block: the block.
-        step: s, from 1 (the block as it is) to 0 (none).
+        step: s, from 1 (the block as it is) to 0, with which the block is not run.
         past: what takes a state past the block as if it did nothing; None for a residual function.
     """
 
     def __init__(self, block: nn.Module, past: Callable[[Tensor], Tensor] | None):
-        super().__init__()
-        self.block = block
-        self.__dict__["past"] = past  # a part of the block: no module of this one
-        self.step = 1.0
+        self.block, self.past, self.step = block, past, 1.0
+        self.original = block.__dict__.get("forward")
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The next state, or the update; what else the block returns stays as it is."""
         if self.step == 0:
             return torch.zeros_like(x) if self.past is None else self.past(x)
-        y = self.block(x, *args, **kwargs)
+        y = (self.original or partial(type(self.block).forward, self.block))(x, *args, **kwargs)
         if self.step == 1:
             return y
         rest = y[1:] if isinstance(y, tuple) else None
@@ -44,23 +42,49 @@ class Faded(nn.Module):
             state = torch.lerp(self.past(x), state, self.step)
         return state if rest is None else (state, *rest)
 
-    def __getattr__(self, name: str) -> Any:
-        """What models ask of their blocks beside running them."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
+    def remove(self) -> None:
+        """Puts the block's own forward back."""
+        if self.original is None:
+            del self.block.__dict__["forward"]
+        else:
+            self.block.forward = self.original
 
 
 class Fading:
-    """All layers of a model that are being faded out.
+    """These layers of a model, in place, have a step that can be lowered to zero:
 
-    Attributes:
-        layers: which, in order.
+        x_{n+1} = x_n + s·(Φ_n(x_n) − x_n)
+
+    With s = 1 the model is what it was, with s = 0 it is `crop(model, remove=layers)` to the last
+    bit: training while s goes from 1 to 0 leads from the one to the other without a jump. The
+    parameters and the keys of the state_dict do not change. `end()` puts everything back, with what
+    was learnt; used in a with statement it is called when that is left. To be combined with
+    `use_adjoint`, fade first.
+
+    Args:
+        model: any that `anatomy` can read.
+        layers: which, counted through all stages.
+
+    Raises:
+        InputError: a layer that does not exist, that the model cannot do without, or of a scheme
+            whose steps share their controls (Heun).
     """
 
-    def __init__(self, layers: tuple[int, ...], faded: list[Faded]):
-        self.layers, self._faded = layers, faded
+    def __init__(self, model: nn.Module, layers: Iterable[int]):
+        structure = anatomy(model)
+        self.layers = tuple(sorted(set(layers)))
+        structure.check_removable(self.layers)
+        chains = (m for m in model.modules() if isinstance(m, ResidualChain))
+        residual = {function for chain in chains for function in chain}
+        self._faded: list[FadedForward] = []
+        for n in self.layers:
+            block, *others = structure.layers[n].controls
+            if others:
+                raise InputError(f"layer {n} shares its controls with another: it cannot be faded")
+            past = None if block in residual else structure.past(n)
+            self._faded.append(FadedForward(block, past))
+        for stand_in in self._faded:
+            stand_in.block.forward = stand_in
 
     def set_step(self, step: float) -> None:
         """Sets s of every layer, 1 … 0.
@@ -70,47 +94,22 @@ class Fading:
         """
         if not 0 <= step <= 1:
             raise InputError(f"a faded layer's step is {step}; expected a number from 0 to 1")
-        for block in self._faded:
-            block.step = float(step)
+        for stand_in in self._faded:
+            stand_in.step = float(step)
 
+    def end(self) -> None:
+        """Puts the blocks' own forward back."""
+        for stand_in in self._faded:
+            stand_in.remove()
+        self._faded.clear()
 
-@contextmanager
-def fading(model: nn.Module, layers: Iterable[int]) -> Iterator[Fading]:
-    """For a while these layers of a model, in place, have a step that can be lowered to zero.
+    def __enter__(self) -> "Fading":
+        return self
 
-        x_{n+1} = x_n + s·(Φ_n(x_n) − x_n)
-
-    With s = 1 the model is what it was, with s = 0 it is `crop(model, remove=layers)` to the last
-    bit: training while s goes from 1 to 0 leads from the one to the other without a jump. When
-    left, the blocks are back in their places, with what was learnt.
-
-    Raises:
-        InputError: a layer that does not exist, that the model cannot do without, or of a scheme
-            whose steps share their controls (Heun).
-    """
-    structure = anatomy(model)
-    wanted = tuple(sorted(set(layers)))
-    structure.check_removable(wanted)
-    places: list[tuple[nn.Module, str, nn.Module]] = []
-    faded: list[Faded] = []
-    homes = {
-        id(child): (parent, name)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-    }
-    for n in wanted:
-        controls = structure.layers[n].controls
-        if len(controls) != 1:
-            raise InputError(f"layer {n} shares its controls with another, so it cannot be faded")
-        parent, name = homes[id(controls[0])]
-        places.append((parent, name, controls[0]))
-        past = None if isinstance(parent, ResidualChain) else structure.past(n)
-        faded.append(Faded(controls[0], past))
-    try:
-        for (parent, name, block), stand_in in zip(places, faded, strict=True):
-            stand_in.training = block.training
-            parent._modules[name] = stand_in
-        yield Fading(wanted, faded)
-    finally:
-        for parent, name, block in places:
-            parent._modules[name] = block
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()

@@ -36,6 +36,23 @@ class Teaching:
 
 
 @dataclass(frozen=True)
+class Fade:
+    """Layers that lose their step size while the network trains, as in `Fading`.
+
+    Attributes:
+        layers: which.
+        part: of the training, at whose end their step is 0; it goes down in equal parts.
+    """
+
+    layers: tuple[int, ...]
+    part: float
+
+    def step(self, done: float) -> float:
+        """The step size after this part of the training."""
+        return max(0.0, 1 - done / self.part)
+
+
+@dataclass(frozen=True)
 class Start:
     """All that a training starts from.
 
@@ -44,12 +61,14 @@ class Start:
         data: standardised, where the model does not do it itself.
         model: at its initial parameters.
         teaching: from whom it learns beside the labels.
+        fade: which of its layers fade out.
     """
 
     recipe: Recipe
     data: DataSet
     model: nn.Module
     teaching: Teaching | None = None
+    fade: Fade | None = None
 
 
 def load_data(recipe: Recipe, runs: Path) -> DataSet:

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,13 +11,20 @@ from typing import Literal
 import torch
 from torch import nn
 
-from deeplimit.control import verify_crop
+from deeplimit.control import crop, verify_crop
 from deeplimit.control.distillation import check_teaching
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
 from deeplimit.network import anatomy
 from deeplimit.network.modes import device_of
-from deeplimit.training.building import Start, Teaching, evaluation_batches, loss_of, run_data
+from deeplimit.training.building import (
+    Fade,
+    Start,
+    Teaching,
+    evaluation_batches,
+    loss_of,
+    run_data,
+)
 from deeplimit.training.files import write_text
 from deeplimit.training.fit import fit
 from deeplimit.training.given_model import check_model
@@ -28,6 +36,7 @@ from deeplimit.training.threads import fitting_threads
 from deeplimit.training.typed_values import from_plain, to_plain
 
 UNDERWAY, PLAN = "heal", "plan.json"
+FADE = 0.45  # of the training; see benchmarks/results/pretrained_budget.json
 GENTLER = 10  # how much smaller than the run's the learning rate is by default
 
 
@@ -42,6 +51,7 @@ class Plan:
         temperature: τ of `Distillation`.
         epochs: passes over the training data.
         learning_rate: the largest of the one-cycle schedule.
+        fade: the part of the training in which the layers fade out; 0: they are cut before it.
     """
 
     removed: tuple[int, ...]
@@ -50,27 +60,36 @@ class Plan:
     temperature: float
     epochs: int
     learning_rate: float
+    fade: float = 0.0
 
 
 def heal(
-    cropped: nn.Module,
+    model: nn.Module,
     data: DataSet,
     *,
+    remove: Iterable[int] = (),
+    fade: float = FADE,
     teacher: nn.Module | None = None,
     teacher_weight: float = 0.5,
     temperature: float = 2.0,
     recipe: Recipe | None = None,
     quiet: bool = True,
 ) -> nn.Module:
-    """A copy of a cut network, trained a little more: fine-tuning, or learning from the full one.
+    """A copy of a network, cut while it is trained a little more, or before.
+
+    The layers to be removed do not go at once: their step size s goes from 1 to 0 in the first part
+    of the training (`Fading`), so that nothing jumps. A network that is cut already is fine-tuned.
 
     What is minimised is the recipe's cost J, and with a teacher (z̄ its logits, z the network's)
 
         (1 − w)·J + w·τ²·mean KL( softmax(z̄/τ) ‖ softmax(z/τ) )        (arXiv 1503.02531)
 
     Args:
-        cropped: what `crop` returned, or any classifier that `anatomy` can read.
+        model: a classifier that `anatomy` can read; with `remove` before its cut, else what `crop`
+            returned.
         data: as the network is to see them: `data.standardised()` where it does not do it itself.
+        remove: the layers to fade out and cut, counted through all stages.
+        fade: the part of the training in which they fade out, 0 < fade ≤ 1.
         teacher: usually the network before the cut; it is left as it is.
         teacher_weight: w, from 0 to 1.
         temperature: τ > 0.
@@ -85,7 +104,9 @@ def heal(
         InputError: settings out of range, or data, network and teacher that do not go together.
         RunError: the loss is not finite.
     """
-    name = type(cropped).__name__
+    name = type(model).__name__
+    gone = tuple(sorted(set(remove)))
+    anatomy(model).check_removable(gone)
     recipe = recipe or Recipe(
         data=data.name, model=name, epochs=1, learning_rate=3e-4, weight_decay=0.0, stage_cost=0.0
     )
@@ -94,13 +115,20 @@ def heal(
     if teacher is not None:
         check_teaching(teacher_weight, temperature)
         teaching = Teaching(teacher, teacher_weight, temperature)
-    sample = next(iter(evaluation_batches(data.train.take(1))))[0].to(device_of(cropped))
-    for model in (cropped, teacher or cropped):
-        check_model(model, sample, data.classes, name, replace(recipe, data=data.name))
-    start = Start(recipe, data, copy.deepcopy(cropped).cpu(), teaching)
-    healed = fit(launch(recipe), start, title=f"{name} on {data.name}", quiet=quiet).network
-    healed = healed.to(device_of(cropped))
-    return healed.train(cropped.training)
+    sample = next(iter(evaluation_batches(data.train.take(1))))[0].to(device_of(model))
+    for network in (model, teacher or model):
+        check_model(network, sample, data.classes, name, replace(recipe, data=data.name))
+    fading = _fade(gone, fade) if gone else None
+    start = Start(recipe, data, copy.deepcopy(model).cpu(), teaching, fading)
+    healed = fit(launch(recipe), start, title=f"{name} on {data.name}", quiet=quiet).end()
+    healed = crop(healed, remove=gone).to(device_of(model))
+    return healed.train(model.training)
+
+
+def _fade(layers: tuple[int, ...], part: float) -> Fade:
+    if not 0 < part <= 1:
+        raise InputError(f"fade is {part}; expected a part of the training, above 0 and at most 1")
+    return Fade(layers, part)
 
 
 def heal_run(
@@ -111,6 +139,7 @@ def heal_run(
     teacher: Literal["full", "none"] = "full",
     teacher_weight: float = 0.5,
     temperature: float = 2.0,
+    fade: float = FADE,
     quiet: bool = False,
 ) -> Healing:
     """Heals a run's cut by its own recipe; writes healed.safetensors (or healed/) and heal.json.
@@ -124,6 +153,8 @@ def heal_run(
         teacher: "full", the network before the cut, or "none".
         teacher_weight: w.
         temperature: τ.
+        fade: the part of the training in which the full network's layers fade out; 0: the cut one
+            is trained.
         quiet: no progress on stderr.
 
     Raises:
@@ -142,7 +173,9 @@ def heal_run(
     check_teaching(teacher_weight, temperature)
     rate = folder.recipe.learning_rate / GENTLER if learning_rate is None else learning_rate
     weight = teacher_weight if teacher == "full" else 0.0
-    plan = Plan(cut.removed, teacher, weight, temperature, epochs, rate)
+    if fade:
+        _fade(cut.removed, fade)
+    plan = Plan(cut.removed, teacher, weight, temperature, epochs, rate, fade)
     _recipe(folder, plan)
     data = run_data(folder)
     underway = folder.path / UNDERWAY
@@ -199,7 +232,11 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
     full, cropped = folder.model(), folder.cropped()
     teaching = Teaching(full, plan.teacher_weight, plan.temperature)
     start = Start(
-        recipe, data, copy.deepcopy(cropped), teaching if plan.teacher == "full" else None
+        recipe,
+        data,
+        copy.deepcopy(full if plan.fade else cropped),
+        teaching if plan.teacher == "full" else None,
+        _fade(plan.removed, plan.fade) if plan.fade else None,
     )
     layers = f"{anatomy(cropped).horizon} of {anatomy(full).horizon} layers"
     training = fit(
@@ -210,7 +247,9 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
         command=f"deeplimit heal {folder.path} --resume",
         quiet=quiet,
     )
-    healed = training.network.eval()
+    healed = training.end().eval()
+    if plan.fade:
+        healed = crop(healed, remove=plan.removed)
     device = device_of(healed)
     with fitting_threads(recipe), torch.no_grad():
         from_full, from_cropped = (

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from deeplimit.control import turnpike_profile
+from deeplimit.control import Fading, turnpike_profile
 from deeplimit.training.building import (
+    Fade,
     Start,
     build_objective,
     evaluation_batches,
@@ -62,6 +63,9 @@ class Training:
         self.steps_per_epoch = len(self._batches(epoch=0))
         self.network = start.model
         model = copy.deepcopy(start.model).train()
+        self.fade = start.fade or Fade((), 1.0)
+        # Before the adjoint, which then rebuilds the states of a faded block too.
+        self._fadings = [Fading(m, self.fade.layers) for m in (self.network, model)]
         self.objective = build_objective(recipe, data, model, start.teaching)
         self.drift = None
         if recipe.gradient == "adjoint":
@@ -83,6 +87,12 @@ class Training:
         restore(checkpoint, self.objective.model, self.optimizer, self.schedule)
         self.network.load_state_dict(checkpoint.model)
         self.rows, self.steps = list(checkpoint.rows), checkpoint.step
+
+    def end(self) -> nn.Module:
+        """The network, whole again where layers were faded out."""
+        for fading in self._fadings:
+            fading.end()
+        return self.network
 
     def run_epoch(self, observer: Observer, check: Callable[[], None]) -> None:
         """One pass over the training data, evaluated, with a checkpoint.
@@ -136,6 +146,9 @@ class Training:
 
     def _step(self, batch: Batch, observer: Observer) -> Tensor:
         """One optimisation step; sums of loss, hits and samples in this process's part."""
+        step = self.fade.step(self.steps / (self.recipe.epochs * self.steps_per_epoch))
+        for fading in self._fadings:
+            fading.set_step(step)
         self.stepper.zero_grad(set_to_none=True)
         cost, logits = self.module(*batch)
         self.fabric.backward(cost)

@@ -48,6 +48,7 @@ class Healing:
         temperature: τ, at which both networks' answers were compared.
         epochs, learning_rate: of the training.
         from_full: the full network and the healed one, on test data.
+        fade: the part of the training in which the layers faded out; 0: they were cut before it.
         from_cropped: the network as it was cut and the healed one, on test data.
     """
 
@@ -59,6 +60,7 @@ class Healing:
     learning_rate: float
     from_full: CropReport
     from_cropped: CropReport
+    fade: float = 0.0
 
 
 @dataclass(frozen=True)

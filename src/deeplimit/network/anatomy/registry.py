@@ -52,7 +52,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def _known(tried: list[str]) -> str:
-    """Classes without a library, those whose names are near its own, and how many others there are."""
+    """Classes without a library, those of names near its own, and how many others there are."""
     names = [cls if isinstance(cls, str) else cls.__name__ for cls in FAMILIES]
     own = [name for name in names if "." not in name]
     foreign = [name for name in names if "." in name]
