@@ -216,6 +216,15 @@ def registered() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("registered")
+def test_a_module_that_is_two_layers_goes_as_both_or_not_at_all() -> None:
+    model = Mine()
+    model.blocks[3] = model.blocks[1]
+    with pytest.raises(InputError, match="layer 1 is the same module as a layer to be removed"):
+        crop(model, remove=[3])
+    assert len(crop(model, remove=[1, 3]).blocks) == 3
+
+
+@pytest.mark.usefixtures("registered")
 def test_a_family_of_ones_own_takes_ten_lines() -> None:
     torch.manual_seed(0)
     model, x, y = Mine().double(), torch.randn(7, 6).double(), torch.arange(7) % 3

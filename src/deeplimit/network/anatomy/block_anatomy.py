@@ -206,7 +206,8 @@ class BlockAnatomy(Anatomy):
         """A copy with shorter lists; the blocks left out are not copied.
 
         Raises:
-            InputError: all layers are to go, or all of a list that cannot be empty.
+            InputError: all layers are to go, or all of a list that cannot be empty, or a module
+                that is another layer too.
         """
         blocks = self.blocks
         everything = range(len(blocks))
@@ -218,6 +219,11 @@ class BlockAnatomy(Anatomy):
                     "keeps at least one of them"
                 )
         gone = {id(blocks[n]) for n in removed}
+        for n in set(everything) - removed:
+            if id(blocks[n]) in gone:
+                raise InputError(
+                    f"layer {n} is the same module as a layer to be removed; remove both or none"
+                )
         smaller = copy.deepcopy(self.model, dict.fromkeys(gone))
         names = {id(module): name for name, module in self.model.named_modules()}
         kept = []
