@@ -237,3 +237,16 @@ def test_latency_falls_with_the_depth() -> None:
     assert 8 < report.latency_before / report.latency_after < 200
     ratio = report.parameters_before / report.parameters_after
     assert ratio == pytest.approx((120 * 2080 + 132) / (3 * 2080 + 132))
+
+
+def test_attention_is_counted_among_the_multiply_adds() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        image_size=16, patch_size=4, num_labels=4,
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config).eval()
+    tokens, width, hidden, patches = 17, 16, 32, 16
+    layer = 4 * tokens * width**2 + 2 * tokens * width * hidden + 2 * tokens**2 * width
+    by_hand = patches * 3 * 16 * width + 3 * layer + 4 * width
+    assert multiply_adds(model, torch.zeros(1, 3, 16, 16)) == by_hand

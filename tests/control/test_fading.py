@@ -127,3 +127,46 @@ def test_wrong_requests_are_refused() -> None:
         Fading(heun, [1])
     with Fading(cifar, [1]) as fade, pytest.raises(InputError, match=r"step is 1\.5"):
         fade.set_step(1.5)
+
+
+def test_a_cache_is_filled_by_faded_layers_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=20, n_positions=12, n_embd=8, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config).double().eval()
+    tokens = torch.randint(20, (2, 8))
+    cut = crop(model, remove=[0, 1])
+    with Fading(model, [0, 1]) as fade, torch.no_grad():
+        fade.set_step(0.0)
+        first = model(tokens[:, :5], use_cache=True)
+        rest = model(tokens[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+        assert torch.allclose(rest.logits, cut(tokens).logits[:, 5:], rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_called_by_keyword_fades() -> None:
+    model, x = made("vit")
+    block = model.vit.layers[1]
+    whole = block(hidden_states=x.new_ones(2, 3, 8))
+    with Fading(model, [1]) as fade:
+        fade.set_step(0.5)
+        half = block(hidden_states=x.new_ones(2, 3, 8))
+    assert torch.allclose(half, (1 + whole) / 2, rtol=1e-13)
+
+
+def test_a_crop_of_a_fading_model_does_not_fade() -> None:
+    model, x = made("vit")
+    expected = outputs(crop(model, remove=[1]), x)
+    with Fading(model, [1, 2]) as fade:
+        fade.set_step(0.5)
+        smaller = crop(model, remove=[1])
+        with pytest.raises(InputError, match="layer 2 fades already"):
+            Fading(model, [2, 3])
+    assert torch.equal(outputs(smaller, x), expected)
+
+
+def test_what_cannot_be_cut_does_not_fade() -> None:
+    model, _ = made("vit")
+    with pytest.raises(InputError, match="all layers 0 … 4 to be removed"):
+        Fading(model, range(5))

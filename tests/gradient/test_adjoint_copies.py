@@ -10,7 +10,7 @@ import torch
 from adjoint_references import Block, exact_gradients, gradients, inputs, relative_error, tower
 from torch import nn
 
-from deeplimit import ResidualChain, drift, use_adjoint, use_backprop
+from deeplimit import ResidualChain, crop, drift, use_adjoint, use_backprop
 from deeplimit.gradient import layout
 from deeplimit.network.blocks import TwoLayerResidual
 
@@ -126,3 +126,27 @@ def test_state_dicts_go_both_ways() -> None:
     _, exact = gradients(plain, inputs())
     _, found = gradients(model, inputs())
     assert 0 < relative_error(found, exact) < 1e-5
+
+
+def test_a_crop_of_a_switched_model_in_stages_trains() -> None:
+    """Steps of its stages hold modules that are not in the copy."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ConvNextConfig(
+        num_stages=2, hidden_sizes=[8, 16], depths=[3, 3], patch_size=2, num_labels=3
+    )
+    model = transformers.ConvNextForImageClassification(config).double()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+
+    def gradient(model: nn.Module) -> torch.Tensor:
+        model.zero_grad()
+        model(x).logits.square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    use_adjoint(model, evaluations=8, on_drift="ignore")
+    gradient(model)
+    smaller = crop(model, remove=[1])
+    for _ in range(2):
+        found = gradient(smaller)
+    exact = gradient(use_backprop(smaller))
+    assert (found - exact).norm() < 1e-6 * exact.norm()

@@ -216,12 +216,11 @@ def registered() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_module_that_is_two_layers_goes_as_both_or_not_at_all() -> None:
+def test_a_module_that_is_two_layers_is_refused() -> None:
     model = Mine()
     model.blocks[3] = model.blocks[1]
-    with pytest.raises(InputError, match="layer 1 is the same module as a layer to be removed"):
-        crop(model, remove=[3])
-    assert len(crop(model, remove=[1, 3]).blocks) == 3
+    with pytest.raises(InputError, match="one module is several of its layers"):
+        anatomy(model)
 
 
 @pytest.mark.usefixtures("registered")

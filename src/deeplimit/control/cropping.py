@@ -7,10 +7,12 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeplimit.control.crop_report import CropReport
+from deeplimit.control.fading import FadedForward
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.token_losses import CountedTokens
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
@@ -65,14 +67,21 @@ def crop(
     horizon = structure.horizon
     if (depth is None) == (remove is None):
         raise InputError("give crop a depth, a profile, or remove=…; exactly one of them")
+    if remove is not None and not isinstance(remove, Iterable):
+        raise InputError(f"remove is {remove!r}; expected layers, such as [3, 7]")
     if isinstance(depth, TurnpikeProfile):
         check_profile(depth, horizon)
         remove = removal(depth)
     elif depth is not None:
-        if not 0 <= depth <= horizon:
+        if not isinstance(depth, int) or not 0 <= depth <= horizon:
             raise InputError(f"depth {depth} given; the model has {horizon} layers: 0 … {horizon}")
         remove = range(depth, horizon)
-    return structure.without(remove or ())
+    smaller = structure.without(remove or ())
+    for module in smaller.modules():  # of a model that is fading: the crop does not
+        standing = vars(module).get("forward")
+        if isinstance(standing, FadedForward):
+            standing.remove()
+    return smaller
 
 
 @torch.no_grad()
@@ -141,7 +150,9 @@ def verify_crop(
 def multiply_adds(model: nn.Module, x: Inputs) -> int:
     """Multiply-adds of a forward pass: the products of matrices and convolutions."""
     run = anatomy(model).run
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Fused attention is not counted everywhere; written out it is two products of matrices.
+    written_out = sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), written_out, FlopCounterMode(display=False) as counter:
         run(x)
     return counter.get_total_flops() // 2
 

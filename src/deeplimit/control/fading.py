@@ -19,7 +19,8 @@ class FadedForward:
     In place of a residual function φ, whose chain adds its input by itself: s·φ(x).
 
     Attributes:
-        step: s, from 1 (the block as it is) to 0, with which the block is not run.
+        step: s, from 1 (the block as it is) to 0, with which the block is not run unless it has a
+            key-value cache to fill.
         past: what takes a state past the block as if it did nothing; None for a residual function.
     """
 
@@ -27,11 +28,14 @@ class FadedForward:
         self.block, self.past, self.step = block, past, 1.0
         self.original = block.__dict__.get("forward")
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The next state, or the update; what else the block returns stays as it is."""
-        if self.step == 0:
+        given = (*args, *kwargs.values())
+        x = next(value for value in given if isinstance(value, Tensor))
+        # A block with a key-value cache is run: the cache's length is read off its layers.
+        if self.step == 0 and not any(hasattr(value, "get_seq_length") for value in given):
             return torch.zeros_like(x) if self.past is None else self.past(x)
-        y = (self.original or partial(type(self.block).forward, self.block))(x, *args, **kwargs)
+        y = (self.original or partial(type(self.block).forward, self.block))(*args, **kwargs)
         if self.step == 1:
             return y
         rest = y[1:] if isinstance(y, tuple) else None
@@ -79,6 +83,8 @@ class Fading:
         self._faded: list[FadedForward] = []
         for n in self.layers:
             block, *others = structure.layers[n].controls
+            if isinstance(vars(block).get("forward"), FadedForward):
+                raise InputError(f"layer {n} fades already; end that first")
             if others:
                 raise InputError(f"layer {n} shares its controls with another: it cannot be faded")
             past = None if block in residual else structure.past(n)

@@ -119,6 +119,11 @@ class Trials:
         hits, targets = [torch.zeros(0, dtype=torch.float64)], []
         for x, y in self._loader:
             z = structure.run(to_device(x, self._device))
+            if z.shape[:-1] != y.shape:
+                raise InputError(
+                    f"targets of shape {list(y.shape)} given for logits {list(z.shape)}; expected "
+                    f"{list(z.shape[:-1])}"
+                )
             for part, same in self._parts(z, y.to(self._device)):
                 hits.append((part.argmax(-1) == same).double().cpu())
             targets.append(y.flatten().cpu())

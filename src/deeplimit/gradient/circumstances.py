@@ -4,6 +4,7 @@ A replay must be the same function: the same random numbers (dropout), the same 
 norms whose running statistics do not move a second time, buffers as they were, no filled caches.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -35,6 +36,24 @@ class Modules:
     def __init__(self, roots: Sequence[nn.Module]):
         self._roots = roots
         self._read()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Modules":
+        """Of the copied modules, read when first asked: now they are not whole yet.
+
+        Those that are left out of the copy are None in it.
+        """
+        copied = Modules.__new__(Modules)
+        memo[id(self)] = copied
+        roots = [copy.deepcopy(root, memo) for root in self._roots]
+        copied._roots = [root for root in roots if root is not None]
+        return copied
+
+    def __getattr__(self, name: str) -> Any:
+        """Reads the modules of a copy."""
+        if name.startswith("__") or "_roots" not in self.__dict__ or "parts" in self.__dict__:
+            raise AttributeError(name)
+        self._read()
+        return getattr(self, name)
 
     def _read(self) -> None:
         modules = list(dict.fromkeys(m for root in self._roots for m in root.modules()))

@@ -89,7 +89,7 @@ def heal(
             returned.
         data: as the network is to see them: `data.standardised()` where it does not do it itself.
         remove: the layers to fade out and cut, counted through all stages.
-        fade: the part of the training in which they fade out, 0 < fade ≤ 1.
+        fade: the part of the training in which they fade out; 0: they are cut before it.
         teacher: usually the network before the cut; it is left as it is.
         teacher_weight: w, from 0 to 1.
         temperature: τ > 0.
@@ -118,17 +118,18 @@ def heal(
     sample = next(iter(evaluation_batches(data.train.take(1))))[0].to(device_of(model))
     for network in (model, teacher or model):
         check_model(network, sample, data.classes, name, replace(recipe, data=data.name))
-    fading = _fade(gone, fade) if gone else None
-    start = Start(recipe, data, copy.deepcopy(model).cpu(), teaching, fading)
+    fading = _fade(gone, fade)
+    begun = copy.deepcopy(model) if fading else crop(model, remove=gone)
+    start = Start(recipe, data, begun.cpu(), teaching, fading)
     healed = fit(launch(recipe), start, title=f"{name} on {data.name}", quiet=quiet).end()
-    healed = crop(healed, remove=gone).to(device_of(model))
+    healed = crop(healed, remove=gone if fading else ()).to(device_of(model))
     return healed.train(model.training)
 
 
-def _fade(layers: tuple[int, ...], part: float) -> Fade:
-    if not 0 < part <= 1:
-        raise InputError(f"fade is {part}; expected a part of the training, above 0 and at most 1")
-    return Fade(layers, part)
+def _fade(layers: tuple[int, ...], part: float) -> Fade | None:
+    if not 0 <= part <= 1:
+        raise InputError(f"fade is {part}; expected a part of the training, from 0 to 1")
+    return Fade(layers, part) if part and layers else None
 
 
 def heal_run(
@@ -173,8 +174,7 @@ def heal_run(
     check_teaching(teacher_weight, temperature)
     rate = folder.recipe.learning_rate / GENTLER if learning_rate is None else learning_rate
     weight = teacher_weight if teacher == "full" else 0.0
-    if fade:
-        _fade(cut.removed, fade)
+    _fade(cut.removed, fade)
     plan = Plan(cut.removed, teacher, weight, temperature, epochs, rate, fade)
     _recipe(folder, plan)
     data = run_data(folder)
@@ -236,7 +236,7 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
         data,
         copy.deepcopy(full if plan.fade else cropped),
         teaching if plan.teacher == "full" else None,
-        _fade(plan.removed, plan.fade) if plan.fade else None,
+        _fade(plan.removed, plan.fade),
     )
     layers = f"{anatomy(cropped).horizon} of {anatomy(full).horizon} layers"
     training = fit(

@@ -199,7 +199,11 @@ class Anatomy(ABC):
             InputError: a layer that does not exist, or that the model cannot do without.
         """
         layers = self.layers
-        for n in sorted(removed):
+        gone = list(removed)
+        for n in gone:
+            if not isinstance(n, int) or isinstance(n, bool):
+                raise InputError(f"layer {n!r} to be removed; expected whole numbers")
+        for n in sorted(gone):
             if not 0 <= n < len(layers):
                 raise InputError(
                     f"layer {n} to be removed: the model has layers 0 … {len(layers) - 1}"

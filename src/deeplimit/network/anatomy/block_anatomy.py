@@ -3,7 +3,7 @@
 import copy
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, pairwise
 from typing import Any, Protocol, runtime_checkable
@@ -147,9 +147,11 @@ class BlockAnatomy(Anatomy):
         Raises:
             InputError: a shape or the logits differ, or the model does not run.
         """
+        what = f"{type(self).__name__} does not fit this {type(self.model).__name__}"
+        if len(set(self.blocks)) < len(self.blocks):
+            raise InputError(f"{what}: one module is several of its layers; give each its own")
         if x is None:
             return
-        what = f"{type(self).__name__} does not fit this {type(self.model).__name__}"
         with evaluating(self.model), torch.no_grad():
             try:
                 states, own = self.states(x)
@@ -203,27 +205,9 @@ class BlockAnatomy(Anatomy):
             collected += [c for costs in paid for c in costs]
 
     def leave_out(self, removed: set[int]) -> nn.Module:
-        """A copy with shorter lists; the blocks left out are not copied.
-
-        Raises:
-            InputError: all layers are to go, or all of a list that cannot be empty, or a module
-                that is another layer too.
-        """
+        """A copy with shorter lists; the blocks left out are not copied."""
         blocks = self.blocks
-        everything = range(len(blocks))
-        lists = [] if self.may_be_empty else self._ranges
-        for own in (everything, *lists):
-            if own and removed.issuperset(own):
-                raise InputError(
-                    f"all layers {own[0]} … {own[-1]} to be removed; {type(self.model).__name__} "
-                    "keeps at least one of them"
-                )
         gone = {id(blocks[n]) for n in removed}
-        for n in set(everything) - removed:
-            if id(blocks[n]) in gone:
-                raise InputError(
-                    f"layer {n} is the same module as a layer to be removed; remove both or none"
-                )
         smaller = copy.deepcopy(self.model, dict.fromkeys(gone))
         names = {id(module): name for name, module in self.model.named_modules()}
         kept = []
@@ -233,6 +217,23 @@ class BlockAnatomy(Anatomy):
             _renumber(mine)
         self.shortened(smaller, kept)
         return smaller
+
+    def check_removable(self, removed: Iterable[int]) -> None:
+        """Whether the model can do without these layers, together too.
+
+        Raises:
+            InputError: one that does not exist or that it needs, all layers, or all of a list that
+                cannot be empty.
+        """
+        removed = set(removed)
+        super().check_removable(removed)
+        lists = [] if self.may_be_empty else self._ranges
+        for own in (range(self.horizon), *lists):
+            if own and removed.issuperset(own):
+                raise InputError(
+                    f"all layers {own[0]} … {own[-1]} to be removed; {type(self.model).__name__} "
+                    "keeps at least one of them"
+                )
 
     @property
     def _ranges(self) -> list[range]:

@@ -1,6 +1,7 @@
 """Models of transformers: how they are called, and what a cut changes in their configuration."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -49,21 +50,22 @@ class TransformersAnatomy(BlockAnatomy):
         shape = (1, getattr(config, "num_channels", 3), height, width)
         return torch.randn(shape, generator=generator).to(device)
 
-    def leave_out(self, removed: set[int]) -> nn.Module:
-        """A model of the same class with its configuration brought up to date.
+    def check_removable(self, removed: Iterable[int]) -> None:
+        """Whether the model can do without these layers.
 
         Raises:
-            InputError: the model is quantised, or what a layer does depends on its index.
+            InputError: as for any model; it is quantised, or a layer's index matters.
         """
+        removed = set(removed)
+        super().check_removable(removed)
         name = type(self.model).__name__
-        if getattr(self.model, "is_quantized", False):
+        if removed and getattr(self.model, "is_quantized", False):
             raise InputError(
                 f"{name} is quantised; cut the model it was made from, then quantise the result"
             )
         why = self.index_matters(removed)
         if why is not None:
             raise InputError(f"{name}: {why}; only layers at the end can be removed")
-        return super().leave_out(removed)
 
     def index_matters(self, removed: set[int]) -> str | None:
         """Why a layer would do something else at another index; None if it would not."""
