@@ -189,7 +189,7 @@ def _check_head(config: Any, kind: Any, classes: int, spec: str) -> None:
     if kind.__name__ in (config.architectures or ()) and config.num_labels != classes:
         raise InputError(
             f"{spec} tells {config.num_labels} classes apart, the data has {classes}; give "
-            "--new-head to put a new head for the data in its place, or other data"
+            "other data, or --new-head in deeplimit train to put a new head in its place"
         )
 
 
