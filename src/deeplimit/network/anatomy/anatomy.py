@@ -210,7 +210,8 @@ class Anatomy(ABC):
                 )
             if not layers[n].removable:
                 raise InputError(
-                    f"layer {n} cannot be removed: {type(self.model).__name__} needs it"
+                    f"layer {n} cannot be removed: {type(self.model).__name__} needs it; "
+                    "choose_cut chooses among the others"
                 )
 
     def __str__(self) -> str:
