@@ -22,6 +22,7 @@ from deeplimit.training import (
     loss_of,
 )
 from deeplimit.training.building import training_batches
+from deeplimit.training.loaded_model import LoadedModel
 
 VIT = {
     "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -304,3 +305,15 @@ def test_a_chain_of_ours_needs_a_shape(tmp_path: Path, monkeypatch: pytest.Monke
     loaded = load_model("my_chain:build")
     assert isinstance(loaded.model, ResidualChain)
     assert example(loaded, Wish(shape=(4,))).batch[0].dtype == torch.float64
+
+
+def test_a_model_that_returns_no_tensor_for_inputs_and_targets_is_refused() -> None:
+    class Mute(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> str:
+            return "nothing"
+
+    batch = (torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
+    loaded = LoadedModel("net:mute", Mute(), "as given", None, batch)
+    made = example(loaded, Wish())
+    with pytest.raises(InputError, match="the model returned str without a tensor"):
+        made.loss_of(loaded.model, made.batch)

@@ -234,15 +234,25 @@ def _first_tensor(output: Any) -> Tensor | None:
 def _own(model: nn.Module, batch: Any) -> Tensor:
     """The loss that the model returns."""
     found = _loss(_run(model, batch))
-    assert found is not None
+    if found is None:
+        raise InputError(f"the model returned a loss once, but not again; {FUNCTION}")
     return found
+
+
+def _output(model: nn.Module, inputs: Any) -> Tensor:
+    """The first tensor that the model returns."""
+    output = _run(model, inputs)
+    tensor = _first_tensor(output)
+    if tensor is None:
+        kind = type(output).__name__
+        raise InputError(f"the model returned {kind} without a tensor; {FUNCTION}")
+    return tensor
 
 
 def _of_targets(model: nn.Module, batch: Any) -> Tensor:
     """Cross-entropy for classes, mean squared error for other targets."""
     inputs, targets = batch
-    output = _first_tensor(_run(model, inputs))
-    assert output is not None
+    output = _output(model, inputs)
     if targets.is_floating_point():
         return F.mse_loss(output, targets)
     return F.cross_entropy(output.flatten(0, -2), targets.flatten())
@@ -250,6 +260,4 @@ def _of_targets(model: nn.Module, batch: Any) -> Tensor:
 
 def _mean_square(model: nn.Module, batch: Any) -> Tensor:
     """A loss for what has neither labels nor classes."""
-    output = _first_tensor(_run(model, batch))
-    assert output is not None
-    return output.square().mean()
+    return _output(model, batch).square().mean()
