@@ -16,10 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deeplimit.control import SoftCrossEntropy, turnpike_profile
-from deeplimit.network import anatomy
 from deeplimit.training import Recipe, RunFolder, crop_run, profile_run, recipe_for, resume, train
 from deeplimit.training.building import evaluation_batches, load_data
 from machine import machine
@@ -37,17 +34,11 @@ def trained(recipe: Recipe, runs: Path, name: str) -> RunFolder:
     return folder
 
 
-def test_accuracy(folder: RunFolder) -> float:
+def accuracy_on_test(folder: RunFolder) -> float:
     """Of a run's network."""
     data = load_data(folder.recipe, folder.path.parent)
     loss = SoftCrossEntropy(len(data.class_names), folder.recipe.softness)
     return turnpike_profile(folder.model(), evaluation_batches(data.test), loss).accuracy[-1]
-
-
-def blocks_per_stage(model: torch.nn.Module, stages: int) -> tuple[int, ...]:
-    """How deep each stage of a cut network is."""
-    layers = anatomy(model).layers
-    return tuple(sum(layer.stage == m for layer in layers) for m in range(stages))
 
 
 def run(recipe: Recipe, runs: Path) -> dict[str, Any]:
@@ -57,7 +48,7 @@ def run(recipe: Recipe, runs: Path) -> dict[str, Any]:
     profile_run(deep)
     report = crop_run(deep, "auto", accuracy=MAY_LOSE).report
     plain = trained(replace(recipe, stage_cost=0.0, control_cost=0.0), runs, f"{name}-plain")
-    depth = blocks_per_stage(deep.cropped(), len(recipe.depth))
+    depth = deep.cropped().architecture.depths
     same = "x".join(map(str, depth))
     small = replace(recipe, stage_cost=0.0, control_cost=0.0, depth=depth)
     little = trained(small, runs, f"{name}-plain-{same}")
@@ -67,8 +58,8 @@ def run(recipe: Recipe, runs: Path) -> dict[str, Any]:
         "cut_to": depth,
         "with_stage_cost": report.accuracy_before,
         "cut": report.accuracy_after,
-        "plain": test_accuracy(plain),
-        "plain_of_the_cuts_size": test_accuracy(little),
+        "plain": accuracy_on_test(plain),
+        "plain_of_the_cuts_size": accuracy_on_test(little),
     }
     print(row, flush=True)
     return row
