@@ -12,7 +12,6 @@ in it, nor is what a first step allocates for good.
 import argparse
 import json
 import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -25,6 +24,7 @@ from plotly.subplots import make_subplots
 
 from adjoint_speed import CLOCKS, seconds
 from deeplimit.studies.step_cost import peak_memory
+from drawing import write
 from gradient_methods import GAMMA, METHODS, SIZES, TrainingStep, convolutional_chain
 from machine import machine
 
@@ -81,28 +81,6 @@ def figure(result: dict) -> go.Figure:
     return drawn.update_layout(
         template="plotly_white", width=1000, height=420, margin={"t": 40, "b": 50}
     )
-
-
-def write(drawn: go.Figure, path: Path) -> None:
-    """As .html, or as .svg or .png by way of a Chromium."""
-    if path.suffix == ".html":
-        drawn.write_html(path, include_plotlyjs=True)
-        return
-    from playwright.sync_api import sync_playwright
-
-    from picture import BROWSERS, OPTIONS
-
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=OPTIONS)
-        page = browser.new_page(viewport={"width": 1000, "height": 420})
-        page.set_content(drawn.to_html(include_plotlyjs=True, config={"displayModeBar": False}))
-        if path.suffix == ".png":
-            page.locator(".js-plotly-plot").screenshot(path=path)
-        else:
-            draw = "Plotly.toImage(document.querySelector('.js-plotly-plot'), {format: 'svg'})"
-            path.write_text(page.evaluate(f"{draw}.then(u => decodeURIComponent(u.split(',')[1]))"))
-        browser.close()
 
 
 def main() -> None:

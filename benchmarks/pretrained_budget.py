@@ -16,7 +16,12 @@ Arms:
     faded         blocks of least influence fade out in the first 45 %, then go
     chosen        the same of blocks that `choose_cut` chooses on training images
     taught        as faded, with the whole pretrained network as teacher
+    spread        equally spaced blocks of each stage stay, the others are cut; then fine-tuned
+    beside        the same, taught by the whole network, which is fine-tuned beside it on the same
+                  batches: 1.5 times the arithmetic of `whole`
 
+Every arm's figures are those of its last weights, and of a running average of its weights over the
+last half of its last stretch (`averaged`).
 One JSON file is written, after each arm; an arm that is there is not run again.
 """
 
@@ -33,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deeplimit import SoftCrossEntropy, StageCost, anatomy, choose_cut, crop, turnpike_profile
 from deeplimit.control import Fading
@@ -45,6 +51,9 @@ RESULTS = Path(__file__).parent / "results" / "pretrained_budget.json"
 KEPT, BATCH, RATE, DECAY = 13, 128, 0.05, 5e-4
 FADED = 0.45  # of the training, after which the steps of faded layers are zero
 TAUGHT, SOFT = 0.5, 2.0  # the teacher's weight, the temperature of its logits
+BESIDE, SOFTER = 0.6, 3.0  # the same, of a teacher that trains beside
+AUGMENTATION = Augmentation(crop=4, flip=True)
+STAYS = 0.995  # of the average, in a step
 GREEDY_SAMPLES = 1000
 
 
@@ -57,13 +66,14 @@ class Training:
         self.per_epoch = int(options.part * len(train)) // BATCH
         self.total = int(self.epochs * self.per_epoch)
         self.done = 0
+        self.averaged: nn.Module | None = None
         self._batches = self._endless()
 
     def _endless(self) -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in range(int(self.epochs) + 2):
             loader = batches(
                 self.train, BATCH, seed=self.options.seed, epoch=epoch,
-                augmentation=Augmentation(crop=4, flip=True),
+                augmentation=AUGMENTATION,
             )  # fmt: skip
             for n, batch in enumerate(loader):
                 if n == self.per_epoch:
@@ -77,8 +87,11 @@ class Training:
                         weight_decay=DECAY)  # fmt: skip
         schedule = OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.15,
                               div_factor=10, final_div_factor=1000)  # fmt: skip
+        average = get_ema_multi_avg_fn(STAYS)
         objective.train()
         for n in range(steps):
+            if n == steps // 2:
+                self.averaged = AveragedModel(objective.model, multi_avg_fn=average)
             x, y = next(self._batches)
             if callable(before_step):
                 before_step(n / steps)
@@ -88,6 +101,8 @@ class Training:
             cost.backward()
             optimizer.step()
             schedule.step()
+            if n >= steps // 2:
+                self.averaged.update_parameters(objective.model)
             self.done += 1
             if self.done % 50 == 0:
                 print(f"\r{self.done} of {self.total} steps", end="", flush=True)
@@ -95,23 +110,33 @@ class Training:
 
 
 class Taught(nn.Module):
-    """(1 − w)·cross-entropy + w·τ²·KL(teacher ‖ student), logits divided by τ."""
+    """(1 − w)·cross-entropy + w·τ²·KL(teacher ‖ student), logits divided by τ.
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None = None):
+    With `beside` the teacher is trained too: its own cross-entropy is added.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None = None, *, beside: bool = False):
         super().__init__()
-        self.model = model
-        self.__dict__["teacher"] = teacher  # not to be trained
+        self.model, self.beside = model, beside
+        self.w, self.tau = (BESIDE, SOFTER) if beside else (TAUGHT, SOFT)
+        if beside:
+            self.teacher = teacher
+        else:
+            self.__dict__["teacher"] = teacher  # not to be trained
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(cost, logits)."""
         z = self.model(x).float()
         cost = F.cross_entropy(z, y)
         if self.teacher is not None:
-            with torch.no_grad():
-                known = F.log_softmax(self.teacher(x).float() / SOFT, dim=1)
-            mine = F.log_softmax(z / SOFT, dim=1)
+            with torch.set_grad_enabled(self.beside):
+                said = self.teacher(x).float()
+            known = F.log_softmax(said.detach() / self.tau, dim=1)
+            mine = F.log_softmax(z / self.tau, dim=1)
             distance = F.kl_div(mine, known, log_target=True, reduction="batchmean")
-            cost = (1 - TAUGHT) * cost + TAUGHT * SOFT**2 * distance
+            cost = (1 - self.w) * cost + self.w * self.tau**2 * distance
+            if self.beside:
+                cost = cost + F.cross_entropy(said, y)
         return cost, z
 
 
@@ -132,14 +157,18 @@ def accuracy(model: nn.Module, split: Split, options: argparse.Namespace) -> flo
 
 @torch.no_grad()
 def settle(model: nn.Module, train: Split, options: argparse.Namespace) -> nn.Module:
-    """The norms' running statistics anew, of these images: the weights come from others."""
+    """The norms' running statistics anew, of these images: the weights come from others.
+
+    Augmented as in training: those of images as they are cost the weights 4 points.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
     model.train()
     with autocast(options):
-        for _, (x, _) in zip(range(20), batches(train, 250, seed=1), strict=False):
+        loader = batches(train, 250, seed=1, augmentation=AUGMENTATION)
+        for _, (x, _) in zip(range(20), loader, strict=False):
             model(x.to(memory_format=torch.channels_last))
     for norm in norms:
         norm.momentum = 0.1
@@ -169,6 +198,17 @@ def first_blocks(model: nn.Module) -> set[int]:
     return {n for n in range(len(stages) - 1) if stages[n] != stages[n + 1]}
 
 
+def spread(model: nn.Module) -> list[int]:
+    """All but KEPT layers: of each stage as many stay as of the others, equally spaced."""
+    removed: list[int] = []
+    sizes = [len(stage) for stage in model.stages]
+    for m, size in enumerate(sizes):
+        stay = KEPT * (m + 1) // len(sizes) - KEPT * m // len(sizes)
+        kept = {round(i * (size - 1) / (stay - 1)) for i in range(stay)}
+        removed += [sum(sizes[:m]) + n for n in range(size) if n not in kept]
+    return removed
+
+
 def greedy(model: nn.Module, select: Split, options: argparse.Namespace) -> nn.Module:
     """Takes out, one after the other, the block whose loss costs least accuracy."""
     few = select.take(GREEDY_SAMPLES)
@@ -194,7 +234,7 @@ def run(arm: str, options: argparse.Namespace) -> dict[str, object]:
     name = "cifar10-resnet32" if arm == "smaller" else "cifar10-resnet56"
     model: nn.Module = CifarResNet.from_weights(options.weights / f"{name}.safetensors")
     model = model.to(memory_format=torch.channels_last)
-    training, row = Training(options, everything), {}
+    training, row, faded = Training(options, everything), {}, []
     if arm in ("whole", "smaller"):
         training.run(Taught(model), 1.0)
     elif arm in ("greedy", "stage cost"):
@@ -203,13 +243,17 @@ def run(arm: str, options: argparse.Namespace) -> dict[str, object]:
         model = greedy(model, select, options)
         row["after_the_cut"] = accuracy(model, report, options)
         training.run(Taught(model), 1 / 3)
-    elif arm in ("influence", "tails"):
-        gone = least_influence(model, everything, options)
+    elif arm in ("influence", "tails", "spread", "beside"):
+        gone = least_influence(model, everything, options) if arm == "influence" else spread(model)
         if arm == "tails":
             gone = [*range(4, 9), *range(14, 18), *range(22, 27)]
-        model = crop(model, remove=gone)
+        whole, model = model, crop(model, remove=gone)
+        row = {"removed": gone}
         row["after_the_cut"] = accuracy(settle(model, everything, options), report, options)
-        training.run(Taught(model), 1.0)
+        beside = arm == "beside"
+        training.run(Taught(model, whole if beside else None, beside=beside), 1.0)
+        if beside:
+            row["teacher_accuracy"] = accuracy(whole, report, options)
     else:
         gone = least_influence(model, everything, options, chosen=arm == "chosen")
         print("removed:", gone, flush=True)
@@ -220,7 +264,12 @@ def run(arm: str, options: argparse.Namespace) -> dict[str, object]:
                 Taught(model, teacher), 1.0, lambda t: fade.set_step(max(0.0, 1 - t / FADED))
             )
         model = crop(model, remove=gone)
-        row["removed"] = gone
+        row["removed"], faded = gone, gone
+    averaged = settle(crop(training.averaged.module, remove=faded), everything, options)
+    row["averaged"] = {
+        "select_accuracy": accuracy(averaged, select, options),
+        "test_accuracy": accuracy(averaged, report, options),
+    }
     return row | {
         "arm": arm, "epochs": options.epochs, "seed": options.seed,
         "blocks": anatomy(model).horizon,
@@ -233,7 +282,7 @@ def run(arm: str, options: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     arms = ["whole", "smaller", "greedy", "stage cost", "influence", "tails", "faded",
-            "chosen", "taught"]  # fmt: skip
+            "chosen", "taught", "spread", "beside"]  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="with cifar10 in it")
     parser.add_argument("--weights", type=Path, required=True, help="folder of the .safetensors")

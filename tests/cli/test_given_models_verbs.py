@@ -229,3 +229,20 @@ def test_a_healing_stopped_by_ctrl_c_goes_on_to_the_same_result(run: Path, tmp_p
     first, second = (load(run / "healed.safetensors").state_dict() for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not (tmp_path / "broken" / "heal").exists()
+
+
+def test_refine(vit_run: Path) -> None:
+    """A deeper model of the same class, which plain transformers loads, trained a little."""
+    done = command("refine", vit_run, "--epochs", "1", "--learning-rate", "0.05", "--json")
+    assert done.code == 0, done.err
+    made = RunFolder.open(vit_run.with_name("greys-x2"))
+    refinement = json.loads(done.out)
+    assert refinement == json.loads((made.path / "refine.json").read_text())
+    report, trained = refinement["report"], refinement["trained"]
+    assert (report["horizon_before"], report["horizon_after"]) == (3, 6)
+    assert refinement["carried"]
+    assert trained["loss_after"] < report["loss_after"], (trained, report)
+    assert made.model().config.num_hidden_layers == 6
+    assert made.recipe.model == f"transformers:{made.path / 'start'}"
+    shown = command("report", made.path)
+    assert shown.code == 0, shown.err

@@ -17,8 +17,10 @@ from deeplimit.cli.demo import Demo
 from deeplimit.cli.gradient import Gradient
 from deeplimit.cli.heal import Heal
 from deeplimit.cli.horizon import Horizon
+from deeplimit.cli.linear import Linear
 from deeplimit.cli.profile import Profile
 from deeplimit.cli.report import Report
+from deeplimit.cli.smooth import Smooth
 from deeplimit.cli.train import Train
 from deeplimit.cli.verbs import VERBS
 from deeplimit.network.storage import load
@@ -247,6 +249,8 @@ HELP = {
     "report": Report,
     "demo": Demo,
     "study horizon": Horizon,
+    "study linear": Linear,
+    "study smooth": Smooth,
 }
 
 

@@ -180,6 +180,25 @@ WRONG: dict[str, Wrong] = {
         lambda here: ["study", "horizon", "--data", "digit", "--runs", here / "runs"],
         ("'digit'", "'digits'"),
     ),
+    "study of falling depths": Wrong(
+        lambda here: ["study", "linear", "--depths", "16", "8"], ("16 8", "smallest to the largest")
+    ),
+    "study of no learning": Wrong(
+        lambda here: ["study", "linear", "--learning-rate", "0"], ("learning rate is 0", "above 0")
+    ),
+    "study of no curve": Wrong(
+        lambda here: ["study", "smooth", "--depths", "16", "24"], ("16 24", "divide the largest")
+    ),
+    "study of an unknown activation": Wrong(
+        lambda here: ["study", "smooth", "--activations", "tahn"], ("'tahn'", "tanh")
+    ),
+    "study of no length": Wrong(
+        lambda here: ["study", "smooth", "--length-scale", "0"], ("length scale is 0", "above 0")
+    ),
+    "study in a file": Wrong(
+        lambda here: ["study", "linear", "--runs", file_in(here, "file", "")],
+        ("file", "another folder"),
+    ),
     "demo below a file": Wrong(
         lambda here: ["demo", "--runs", file_in(here, "file", "")], ("file", "another folder")
     ),

@@ -8,9 +8,9 @@ from cli_commands import command, contents
 WRONG = {
     "unknown verb": (
         ["trian", "digits"],
-        ["trian", "train, profile, crop, heal, gradient, report,"],
+        ["trian", "train, profile, crop, heal, gradient, ode,"],
     ),
-    "no verb": ([], ["demo, train, profile, crop, heal, gradient, report, study"]),
+    "no verb": ([], ["demo, train, profile, crop, heal, gradient, ode, refine,", "report, study"]),
     "unknown study": (["study", "horizn"], ["horizn", "horizon"]),
     "no study": (["study"], ["horizon"]),
     "unknown option": (["train", "digits", "--dpeth", "3"], ["--dpeth", "--depth"]),

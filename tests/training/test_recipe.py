@@ -27,6 +27,27 @@ WRONG = {
     "hidden": ({"hidden": -1}, "hidden is -1"),
     "reduction": ({"reduction": 3}, "reduction is 3; expected a power of 2"),
     "step 0": ({"step": 0.0}, "step is 0; expected a number above 0"),
+    "length scale 0": (
+        {"initialisation": "smooth", "length_scale": 0.0},
+        "length_scale is 0; expected a number above 0",
+    ),
+    "initialisation": (
+        {"initialisation": "smoth"},
+        "initialisation is 'smoth'; expected one of independent, smooth, identical, did you mean",
+    ),
+    "a length scale of the independent start": (
+        {"length_scale": 0.3},
+        "length_scale is 0.3, but the initialisation independent has none; give the initialisation "
+        "smooth, or leave length_scale at 0.5",
+    ),
+    "a length scale of identical layers": (
+        {"initialisation": "identical", "length_scale": 0.3},
+        "length_scale is 0.3, but the initialisation identical has none",
+    ),
+    "a start for a model": (
+        {"model": "transformers:vit", "initialisation": "smooth"},
+        "initialisation is smooth, but the model is transformers:vit, which is built already",
+    ),
     "step nan": ({"step": math.nan}, "step is nan"),
     "kind": ({"kind": "convolutionl"}, "kind is 'convolutionl'; expected one of logit,"),
     "scheme": ({"scheme": "rk4"}, "scheme is 'rk4'; expected one of euler, heun"),
@@ -129,6 +150,8 @@ settings = st.fixed_dictionaries(
         "depth": st.lists(st.integers(1, 99), min_size=1, max_size=4).map(tuple),
         "step": positive,
         "scheme": st.sampled_from(["euler", "heun"]),
+        "initialisation": st.just("smooth"),
+        "length_scale": positive,
         "softness": st.floats(0, 1, exclude_min=True, exclude_max=True),
         "stage_cost": positive | st.just(0.0),
         "control_cost": positive,
@@ -190,6 +213,7 @@ def test_a_recipe_of_a_model_says_nothing_of_kind_and_depth(tmp_path: Path) -> N
     recipe = replace(recipe_for("cifar10", "transformers:vit"), mean=(0.1, 1 / 3), std=(1.0, 0.2))
     settings = {**recipe.settings()}
     assert not settings.keys() & {"kind", "depth", "width", "hidden", "norm", "scheme", "step"}
+    assert not settings.keys() & {"initialisation", "length_scale"}
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
     assert Recipe.from_toml(path) == recipe
@@ -207,7 +231,9 @@ def test_a_recipe_from_before_the_adjoint_is_read(tmp_path: Path) -> None:
     text = Recipe(epochs=7).to_toml()
     older = text.replace('gradient = "backprop"\n', "").replace("evaluations = 2\n", "")
     older = older.replace('optimizer = "adamw"\n', "").replace("new_head = false\n", "")
-    assert len(older.splitlines()) == len(text.splitlines()) - 4
+    older = older.replace('initialisation = "independent"\n', "")
+    older = older.replace("length_scale = 0.5\n", "")
+    assert len(older.splitlines()) == len(text.splitlines()) - 6
     path = tmp_path / "recipe.toml"
     path.write_text(older, encoding="utf-8")
     assert Recipe.from_toml(path) == Recipe(epochs=7)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from deeplimit.cli.options import Json
+from deeplimit.cli.options import Json, sizes
 from deeplimit.cli.output import emit, say
 from deeplimit.errors import InputError
 
@@ -68,7 +68,7 @@ class Gradient:
         from deeplimit.studies import measure_gradient_cost
         from deeplimit.training import Wish, example, load_model
 
-        wish = Wish(self.batch, _sizes(self.shape), self.length, self.seed)
+        wish = Wish(self.batch, sizes(self.shape), self.length, self.seed)
         device = _device(self.device)
         _check_place(self.figure)
         loaded = load_model(self.model, seed=self.seed)
@@ -88,15 +88,6 @@ class Gradient:
             )
         written = _write(cost, self.figure, loaded.run)
         emit(cost, gradient_summary(cost), *written, json=self.json)
-
-
-def _sizes(shape: str | None) -> tuple[int, ...] | None:
-    if shape is None:
-        return None
-    try:
-        return tuple(int(size) for size in shape.split(","))
-    except ValueError:
-        raise InputError(f"shape is {shape!r}; expected sizes such as 3,224,224") from None
 
 
 def _device(name: str) -> str:

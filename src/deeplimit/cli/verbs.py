@@ -12,9 +12,13 @@ from deeplimit.cli.demo import Demo
 from deeplimit.cli.gradient import Gradient
 from deeplimit.cli.heal import Heal
 from deeplimit.cli.horizon import Horizon
+from deeplimit.cli.linear import Linear
+from deeplimit.cli.ode import Ode
 from deeplimit.cli.options import STYLE
 from deeplimit.cli.profile import Profile
+from deeplimit.cli.refine import Refine
 from deeplimit.cli.report import Report
+from deeplimit.cli.smooth import Smooth
 
 Command = Callable[[], None]
 
@@ -92,6 +96,14 @@ STUDIES = {
         "Does the number of layers in use stay bounded as the network gets deeper?",
         _options(Horizon, "deeplimit study horizon"),
     ),
+    "linear": Verb(
+        "Do linear residuals stay near a Neural ODE while they train?",
+        _options(Linear, "deeplimit study linear"),
+    ),
+    "smooth": Verb(
+        "Do two-layer residuals stay near a Neural ODE if they start smooth in depth?",
+        _options(Smooth, "deeplimit study smooth"),
+    ),
 }
 VERBS = {
     "demo": Verb(
@@ -112,6 +124,14 @@ VERBS = {
         "What memory-free gradients would save on a model, and at what error.",
         _options(Gradient, "deeplimit gradient"),
     ),
+    "ode": Verb(
+        "How far a network is from its Neural ODE, and how smooth in depth.",
+        _options(Ode, "deeplimit ode"),
+    ),
+    "refine": Verb(
+        "Make a trained network deeper, as its Neural ODE says, and train on from there.",
+        _options(Refine, "deeplimit refine"),
+    ),
     "report": Verb("Write the page of a run again.", _options(Report, "deeplimit report")),
-    "study": Verb("Experiments over several runs: horizon.", _study),
+    "study": Verb("Experiments over several runs: horizon, linear, smooth.", _study),
 }

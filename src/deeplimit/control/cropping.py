@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.fading import FadedForward
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.token_losses import CountedTokens
+from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
@@ -115,7 +115,7 @@ def verify_crop(
             sample, batch = x, len(y)
         z, w = run_before(x), run_after(x)
         tokens = structure.tokens
-        parts = CountedTokens(y, z.shape[-1]).chunks(z, w) if tokens else [(z, w, y)]
+        parts = CountedTokens(y, z.shape[-1]).chunks(z, w) if tokens else [labelled(y, z, w)]
         for part in parts:
             sums = _compared(loss, *part)
             measured = sums if measured is None else measured + sums

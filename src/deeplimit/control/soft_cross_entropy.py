@@ -126,6 +126,13 @@ class SoftCrossEntropy(nn.Module):
                 f"targets of shape {tuple(targets.shape)} given for logits of shape "
                 f"{tuple(logits.shape)}; expected {tuple(logits.shape[:-1])}, a class per sample"
             )
+        if targets.device.type == "cpu" and targets.numel():  # elsewhere it would wait for a device
+            least, most = torch.aminmax(targets.masked_fill(targets == IGNORED, 0))
+            if not 0 <= int(least) <= int(most) < self.classes:
+                raise InputError(
+                    f"targets from {int(least)} to {int(most)} given; expected classes, 0 … "
+                    f"{self.classes - 1}, or {IGNORED} where there is none"
+                )
 
     def extra_repr(self) -> str:
         """Classes and softness."""

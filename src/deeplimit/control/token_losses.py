@@ -116,6 +116,12 @@ class CountedTokens:
             )
 
 
+def labelled(y: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """Of the values of samples, [B, …] each, and then their targets: where it is not −100."""
+    counts = y != IGNORED
+    return (*values, y) if bool(counts.all()) else tuple(v[counts] for v in (*values, y))
+
+
 def to_last_stage(structure: Anatomy, n: int, x: Tensor) -> Tensor:
     """State n in the shape that the head reads."""
     for stage in range(structure.state_stages[n], structure.stages - 1):

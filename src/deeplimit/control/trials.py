@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeplimit.control.token_losses import CountedTokens
+from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.modes import Inputs, device_of, to_device
@@ -138,7 +138,7 @@ class Trials:
 
     def _parts(self, *values: Tensor) -> Iterable[tuple[Tensor, ...]]:
         """Logits and targets as they are; of tokens, chunks of those that count."""
-        if not self.structure.tokens:
-            return [values]
         *logits, y = values
+        if not self.structure.tokens:
+            return [labelled(y, *logits)]
         return CountedTokens(y, logits[0].shape[-1]).chunks(*logits)

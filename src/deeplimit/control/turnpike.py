@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.token_losses import CountedTokens
+from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
@@ -221,6 +221,8 @@ def _measure(structure: Anatomy, x: Inputs, y: Tensor, loss: SoftCrossEntropy) -
 
     states, output = structure.states(x)
     counted = CountedTokens(y, loss.classes) if structure.tokens else None
+    if counted is None:
+        *states, output, y = labelled(y, *states, output)
     if counted is not None:
         values, distance, hits = counted.measured(structure, states[:-1], output, measure)
     else:

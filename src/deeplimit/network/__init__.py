@@ -5,6 +5,7 @@ from deeplimit.network.blocks import ConvolutionalResidual, LinearResidual, TwoL
 from deeplimit.network.chain import ResidualChain
 from deeplimit.network.cifar_resnet import CifarArchitecture, CifarResNet
 from deeplimit.network.classifiers import Architecture, ResidualClassifier
+from deeplimit.network.initialisation import identical_start, initialise, smooth_start
 from deeplimit.network.schemes import Euler, Heun, Scheme
 from deeplimit.network.storage import load, save
 
@@ -23,7 +24,10 @@ __all__ = [
     "Scheme",
     "TwoLayerResidual",
     "anatomy",
+    "identical_start",
+    "initialise",
     "load",
     "register",
     "save",
+    "smooth_start",
 ]

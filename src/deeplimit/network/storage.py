@@ -44,7 +44,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
         "deeplimit.kind": kind,
         "deeplimit.architecture": json.dumps(model.architecture.to_dict()),
     }
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    # Copies: parameters that layers share may not lie in one file otherwise.
+    weights = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     try:
         save_file(weights, aside, metadata=metadata)
         os.replace(aside, path)

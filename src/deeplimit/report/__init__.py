@@ -7,12 +7,14 @@ from deeplimit.report.figures import (
     distance_figure,
     gradient_cost_figure,
     loss_figure,
+    rates_figure,
     training_figure,
     trajectory_figure,
     update_figure,
 )
 from deeplimit.report.gradient_cost import gradient_answer, gradient_summary
 from deeplimit.report.page import render_page, write_page
+from deeplimit.report.refinement import refinement_summary
 
 __all__ = [
     "accuracy_figure",
@@ -25,6 +27,8 @@ __all__ = [
     "healing_summary",
     "loss_figure",
     "profile_table",
+    "rates_figure",
+    "refinement_summary",
     "render_page",
     "training_figure",
     "trajectory_figure",

@@ -12,8 +12,14 @@ from plotly.offline import get_plotlyjs
 
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.report import answer
+from deeplimit.report.depth_limit import solver_rows
 from deeplimit.report.numbers import percent, significant
-from deeplimit.report.panels import layer_panels, states_panel, training_panels
+from deeplimit.report.panels import (
+    depth_limit_panels,
+    layer_panels,
+    states_panel,
+    training_panels,
+)
 from deeplimit.training.results import RunResults
 
 
@@ -70,6 +76,9 @@ def _context(results: RunResults) -> dict[str, Any]:
         "layer_rows": list(_layer_rows(profiles.test)) if profiles else [],
         "states": states_panel(results),
         "training_panels": training_panels(results),
+        "limit": results.depth_limit,
+        "limit_panels": depth_limit_panels(results),
+        "solver_rows": solver_rows(results.depth_limit.solvers) if results.depth_limit else [],
         "recipe": list(_flat(results.recipe)),
     }
 

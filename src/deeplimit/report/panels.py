@@ -15,6 +15,7 @@ from deeplimit.report.captions import (
     training_caption,
     update_caption,
 )
+from deeplimit.report.depth_limit import depth_limit_figures
 from deeplimit.report.figures import (
     accuracy_figure,
     class_figure,
@@ -74,6 +75,13 @@ def layer_panels(results: RunResults) -> list[Panel]:
         figure = class_figure(profiles.test, results.class_names)
         shown.append(("classes", figure, class_caption(profiles.test, results.class_names)))
     return [_panel(name, figure, caption) for name, figure, caption in shown]
+
+
+def depth_limit_panels(results: RunResults) -> list[Panel]:
+    """Gap, smoothness and controls of each stage."""
+    if results.depth_limit is None:
+        return []
+    return [_panel(*shown) for shown in depth_limit_figures(results.depth_limit)]
 
 
 def training_panels(results: RunResults) -> list[Panel]:

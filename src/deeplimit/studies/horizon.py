@@ -17,6 +17,7 @@ from pathlib import Path
 
 from deeplimit.control import TurnpikeProfile
 from deeplimit.errors import InputError
+from deeplimit.studies.seeds import check_seeds
 from deeplimit.training import Recipe, profile_run, recipe_for, train
 from deeplimit.training.files import write_text
 from deeplimit.training.typed_values import to_plain
@@ -110,10 +111,7 @@ def study_horizon(
     Raises:
         InputError: no seed, a seed twice, or a negative radius.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise InputError(
-            f"seeds {' '.join(map(str, seeds)) or '(none)'} given; expected at least one, each once"
-        )
+    check_seeds(seeds)
     if radius is not None and not radius >= 0:
         raise InputError(f"the tube radius is {radius}; it must be a number ≥ 0")
     folder = _free(runs / f"horizon-{Path(recipe.data.rpartition(':')[2]).stem}")

@@ -9,7 +9,8 @@ from deeplimit.training.healing import heal, heal_run, resume_heal
 from deeplimit.training.loaded_model import LoadedModel
 from deeplimit.training.model_spec import load_model
 from deeplimit.training.recipe import Recipe
-from deeplimit.training.results import Cut, Healing, Profiles, Reference, RunResults
+from deeplimit.training.refining import refine_run
+from deeplimit.training.results import Cut, Healing, Profiles, Reference, Refinement, RunResults
 from deeplimit.training.run_folder import RunFolder
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Profiles",
     "Recipe",
     "Reference",
+    "Refinement",
     "RunFolder",
     "RunResults",
     "Wish",
@@ -33,6 +35,7 @@ __all__ = [
     "loss_of",
     "profile_run",
     "recipe_for",
+    "refine_run",
     "resume",
     "resume_heal",
     "run_data",

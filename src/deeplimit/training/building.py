@@ -11,7 +11,14 @@ from deeplimit.control import Distillation, SoftCrossEntropy, StageCost
 from deeplimit.data import Augmentation, DataSet, Split, batches, load
 from deeplimit.errors import InputError
 from deeplimit.gradient import use_adjoint
-from deeplimit.network import Architecture, CifarArchitecture, CifarResNet, ResidualClassifier
+from deeplimit.network import (
+    Architecture,
+    CifarArchitecture,
+    CifarResNet,
+    ResidualClassifier,
+    initialise,
+)
+from deeplimit.network.storage import load as load_own
 from deeplimit.training.given_model import check_model, given_model
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.run_folder import RunFolder
@@ -108,18 +115,36 @@ def prepare(recipe: Recipe, data: DataSet) -> Start:
 def build_model(recipe: Recipe, data: DataSet) -> ResidualClassifier | CifarResNet:
     """The network of the recipe's kind with the data's standardisation stored in it.
 
-    Its initial parameters are a function of the recipe's seed; torch's global random state is left
-    as it was.
+    It is the one in the file that the recipe starts from. Without one its initial parameters are a
+    function of the recipe's seed; torch's global random state is left as it was.
 
     Raises:
-        InputError: the kind of network does not go with the data.
+        InputError: the kind of network does not go with the data, or the file not with the recipe.
     """
     architecture = _architecture(recipe, data)
+    if recipe.start is not None:
+        return _begun(recipe.start, architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = architecture.build()
+    initialise(model, recipe.initialisation, recipe.length_scale)
     flat = recipe.kind in ("logit", "vector")
     return model.standardise(*data.standardisation(pixelwise=flat))
+
+
+def _begun(
+    path: Path, architecture: Architecture | CifarArchitecture
+) -> ResidualClassifier | CifarResNet:
+    """The network in a file, with its own standardisation, if it is of this architecture."""
+    model = load_own(path)
+    found, wanted = model.architecture.to_dict(), architecture.to_dict()
+    for name, value in wanted.items():
+        if name not in ("mean", "std") and found.get(name) != value:
+            raise InputError(
+                f"{path}: its {name} is {found.get(name)}, the recipe's {value}; a network starts "
+                "from one of its own shape"
+            )
+    return model
 
 
 def build_objective(

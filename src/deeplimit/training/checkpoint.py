@@ -10,6 +10,7 @@ There is no random state in it: an epoch's randomness is a function of (seed, ep
 import contextlib
 import re
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def restore(
     """
     whole = StateDictOptions(full_state_dict=True)
     try:
+        _divide(optimizer, model, checkpoint.optimizer["param_groups"])
         set_model_state_dict(model, checkpoint.model, options=whole)
         set_optimizer_state_dict(model, optimizer, checkpoint.optimizer, options=whole)
     except (RuntimeError, KeyError) as error:
@@ -89,6 +91,20 @@ def restore(
             "its own recipe back"
         ) from error
     scheduler.load_state_dict(checkpoint.scheduler)
+
+
+def _divide(optimizer: Optimizer, model: nn.Module, saved: Sequence[dict[str, Any]]) -> None:
+    """Divides an optimiser's one group as it was when the checkpoint was taken.
+
+    A network that was refined has several: learning rates differ with what a parameter is for.
+    """
+    if len(saved) == len(optimizer.param_groups):
+        return
+    named = dict(model.named_parameters())
+    (group,) = optimizer.param_groups
+    optimizer.param_groups[:] = [
+        {**group, "params": [named[name] for name in part["params"]]} for part in saved
+    ]
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> None:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric.utilities import move_data_to_device
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from deeplimit.control import StageCost
 from deeplimit.errors import InputError
 from deeplimit.gradient.accuracy import LossOf
+from deeplimit.network.modes import Inputs
 from deeplimit.training.building import loss_of, run_data, training_batches
 from deeplimit.training.loaded_model import LoadedModel, told
 from deeplimit.training.recipe import LARGEST_SEED
@@ -88,6 +89,15 @@ def example(loaded: LoadedModel, wish: Wish, device: torch.device | str = "cpu")
             return Example(inputs, loaded.loss_of)
         made = _completed(loaded, inputs)
         return Example(move_data_to_device(made.batch, device), made.loss_of)
+
+
+def inputs_of(batch: Any) -> Inputs:
+    """What goes into the model, of a batch: without targets, and tensors only."""
+    if isinstance(batch, tuple | list):
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        return {n: v for n, v in batch.items() if isinstance(v, Tensor) and n != "labels"}
+    return cast(Tensor, batch)
 
 
 def _refuse(wish: Wish, why: str, but: str = "") -> None:

@@ -72,7 +72,7 @@ class Training:
             self.drift = DriftWatch(fabric, self.objective.model)
         self.module: Any = fabric.setup_module(self.objective)
         # Only now: under fsdp the parameters have become other objects.
-        self.optimizer = _optimizer(recipe, self.objective.model)
+        self.optimizer = build_optimizer(recipe, self.objective.model)
         self.schedule = OneCycleLR(
             self.optimizer,
             max_lr=recipe.learning_rate,
@@ -184,7 +184,8 @@ class Training:
         return training_batches(self.recipe, self.data, epoch, rank, world)
 
 
-def _optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+    """The recipe's optimiser, with nothing done yet."""
     settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "sgd":
         return SGD(model.parameters(), momentum=MOMENTUM, nesterov=True, **settings)

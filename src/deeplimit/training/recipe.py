@@ -12,10 +12,26 @@ from deeplimit.training.typed_values import conform, from_plain, to_plain
 
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
 # What older files do not say.
-OLDER = {"gradient": "backprop", "evaluations": 2, "optimizer": "adamw", "new_head": False}
+OLDER = {
+    "gradient": "backprop",
+    "evaluations": 2,
+    "optimizer": "adamw",
+    "new_head": False,
+    "initialisation": "independent",
+    "length_scale": 0.5,
+}
 PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
 # What says how a network of ours is built; nothing where the model is given.
-SHAPE = ("kind", "depth", "width", "hidden", "reduction")
+SHAPE = (
+    "kind",
+    "depth",
+    "width",
+    "hidden",
+    "reduction",
+    "initialisation",
+    "length_scale",
+    "start",
+)
 NETWORK = (*SHAPE, *PUBLISHED)
 
 
@@ -63,6 +79,14 @@ class Recipe:
     """Step size h: 1 is a standard residual network, T/N discretises a Neural ODE on [0, T]."""
     scheme: Literal["euler", "heun"] = "euler"
     """How a residual function moves the state."""
+    initialisation: Literal["independent", "smooth", "identical"] = "independent"
+    """How the layers of a stage start: each drawn by itself, as one smooth curve in depth (a
+    Gaussian process), or all alike. Last layers start at zero with each."""
+    length_scale: float = 0.5
+    """Depth over which layers of a smooth start stay alike, in units of the whole stage; with any
+    other start: not read."""
+    start: Path | None = None
+    """A .safetensors network of this very shape to start from, such as deeplimit refine writes."""
 
     gradient: Literal["backprop", "adjoint"] = "backprop"
     """adjoint: states rebuilt, not kept: memory flat in depth, a small gradient error, measured."""
@@ -191,6 +215,13 @@ class Recipe:
         if self.reduction & (self.reduction - 1):
             raise InputError(f"reduction is {self.reduction}; expected a power of 2: 1, 2, 4, …")
         _positive("step", self.step)
+        _positive("length_scale", self.length_scale)
+        if self.initialisation != "smooth" and self.length_scale != Recipe.length_scale:
+            raise InputError(
+                f"length_scale is {self.length_scale:g}, but the initialisation "
+                f"{self.initialisation} has none; give the initialisation smooth, or leave "
+                f"length_scale at {Recipe.length_scale:g}"
+            )
         if self.kind == "cifar-resnet":
             self._check_published()
 
@@ -236,7 +267,7 @@ class Recipe:
     def _check_training(self) -> None:
         if not self.data:
             raise InputError("data is empty; expected the name of a data set, such as digits")
-        _at_least("epochs", self.epochs, 1 if self.model is None else 0)
+        _at_least("epochs", self.epochs, 1 if self.model is None and self.start is None else 0)
         for name in ("batch_size", "devices"):
             _at_least(name, getattr(self, name), 1)
         _positive("learning_rate", self.learning_rate)

@@ -7,6 +7,7 @@ from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.projection import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.ode.limit import DepthLimit
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,29 @@ class Healing:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """A run's network, made deeper.
+
+    Attributes:
+        source: the run folder that it was refined from.
+        factor: m; every stage has m times as many layers.
+        report: the network before and after, on test data.
+        epochs, learning_rate: of the training from there; 0 epochs: none.
+        carried: whether the optimiser's state was carried along.
+        trained: the network before, and what came of it by that training, on test data; None
+            without one, or if it was stopped and went on by itself.
+    """
+
+    source: str
+    factor: int
+    report: CropReport
+    epochs: int
+    learning_rate: float
+    carried: bool
+    trained: CropReport | None = None
+
+
+@dataclass(frozen=True)
 class Reference:
     """The same network trained without stage cost: what a cut costs where there is no turnpike."""
 
@@ -93,3 +117,5 @@ class RunResults:
     cut: Cut | None = None
     reference: Reference | None = None
     healing: Healing | None = None
+    refinement: Refinement | None = None
+    depth_limit: DepthLimit | None = None

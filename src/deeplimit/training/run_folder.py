@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,11 +13,12 @@ from torch import nn
 from deeplimit.control import TrajectoryPicture
 from deeplimit.data import Standardisation
 from deeplimit.errors import InputError, RunError
+from deeplimit.ode import DepthLimit
 from deeplimit.training.files import write_text
 from deeplimit.training.metrics import Row, from_csv, to_csv
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.recipe_file import read_recipe_file
-from deeplimit.training.results import Cut, Healing, Profiles, Reference, RunResults
+from deeplimit.training.results import Cut, Healing, Profiles, Reference, Refinement, RunResults
 from deeplimit.training.saved_models import SUFFIX, is_saved, load_network, save_network
 from deeplimit.training.typed_values import conform, from_plain, to_plain
 
@@ -26,7 +27,9 @@ Result = TypeVar("Result")
 RECIPE, METRICS = "recipe.toml", "metrics.csv"
 MODEL, CROPPED, HEALED = "model", "cropped", "healed"  # a folder or a .safetensors file
 PROFILE, CROP, HEAL = "profile.json", "crop.json", "heal.json"
+START, REFINE = "start", "refine.json"
 REFERENCE, TRAJECTORIES = "reference.json", "trajectories.json"
+DEPTH_LIMIT = "ode.json"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class RunFolder:
         name = _name_of(recipe.data) if name is None else name
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise InputError(f"the name {name!r} cannot be a folder's; give a plain one")
-        path = _make_folder(Path(runs), name)
+        path = make_folder(Path(runs), name)
         try:
             write_text(path / RECIPE, recipe.to_toml(class_names))
         except RunError as error:
@@ -118,6 +121,20 @@ class RunFolder:
         scale = self.standardisation
         save_network(model, self.path / HEALED, removed=removed, standardisation=scale)
 
+    def starting_from(self, model: nn.Module, epochs: int) -> "RunFolder":
+        """The run with another start, start.safetensors or start/, written into its recipe."""
+        place = self.path.resolve() / START
+        save_network(model, place, standardisation=self.standardisation)
+        file = place if place.is_dir() else place.with_name(START + SUFFIX)
+        if self.recipe.model is None:
+            recipe = replace(self.recipe, epochs=epochs, start=file)
+        else:
+            spec = f"transformers:{file}" if file.is_dir() else str(file)
+            recipe = replace(self.recipe, epochs=epochs, model=spec, weights=None)
+            recipe = replace(recipe, new_head=False)
+        write_text(self.path / RECIPE, recipe.to_toml(self.class_names))
+        return replace(self, recipe=recipe)
+
     def _network(self, name: str, remedy: str) -> nn.Module:
         if not is_saved(self.path / name):
             raise InputError(f"{self.path}: no {name}{SUFFIX} yet; {remedy.format(self.path)}")
@@ -167,6 +184,22 @@ class RunFolder:
         """Writes heal.json."""
         self._write(HEAL, healing)
 
+    def depth_limit(self) -> DepthLimit | None:
+        """What `deeplimit ode` measured."""
+        return self._read(DEPTH_LIMIT, DepthLimit, f"deeplimit ode {self.path}")
+
+    def write_depth_limit(self, limit: DepthLimit) -> None:
+        """Writes ode.json."""
+        self._write(DEPTH_LIMIT, limit)
+
+    def refinement(self) -> Refinement | None:
+        """How this run's network was made from another one's."""
+        return self._read(REFINE, Refinement, "deeplimit refine")
+
+    def write_refinement(self, refinement: Refinement) -> None:
+        """Writes refine.json."""
+        self._write(REFINE, refinement)
+
     def reference(self) -> Reference | None:
         """The same network trained without stage cost."""
         return self._read(REFERENCE, Reference, "deeplimit demo")
@@ -203,7 +236,9 @@ class RunFolder:
             picture=self.picture(),
             cut=self.cut(),
             healing=self.healing(),
+            refinement=self.refinement(),
             reference=self.reference(),
+            depth_limit=self.depth_limit(),
         )
 
     def _read(self, name: str, kind: type[Result], remedy: str) -> Result | None:
@@ -230,7 +265,7 @@ def _name_of(data: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(data.rpartition(":")[2]).stem).strip(".") or "run"
 
 
-def _make_folder(runs: Path, name: str) -> Path:
+def make_folder(runs: Path, name: str) -> Path:
     """A folder that was not there before; mkdir itself is the test, so two runs never share one."""
     number = 1
     while True:

@@ -21,6 +21,7 @@ from deeplimit.data import Standardisation
 from deeplimit.errors import InputError
 from deeplimit.network import CifarResNet, ResidualClassifier, anatomy
 from deeplimit.network.storage import load, save
+from deeplimit.ode import untie
 from deeplimit.training.files import cannot_write, flush_folder
 from deeplimit.training.library_models import PREPROCESSOR, quiet, transformers_model
 from deeplimit.training.loaded_model import told
@@ -59,7 +60,7 @@ def save_network(
     try:
         if isinstance(model, OWN):
             save(model, _file(place))
-        elif _of_transformers(model):
+        elif of_transformers(model):
             _save_folder(model, place, standardisation)
         else:
             _save_weights(model, _file(place), removed)
@@ -102,7 +103,7 @@ def _file(place: Path) -> Path:
     return place.with_name(place.name + SUFFIX)
 
 
-def _of_transformers(model: nn.Module) -> bool:
+def of_transformers(model: nn.Module) -> bool:
     """Of a class that plain transformers has; a user's subclass is not."""
     return type(model).__module__.startswith("transformers.") and hasattr(model, "save_pretrained")
 
@@ -112,6 +113,8 @@ def _save_folder(model: Any, place: Path, standardisation: Standardisation | Non
     for stale in place.parent.glob(f".{place.name}.*"):
         if stale.is_dir():
             shutil.rmtree(stale)
+    if len([*model.parameters()]) < len([*model.named_parameters(remove_duplicate=False)]):
+        model = untie(model)  # transformers writes no file in which layers share parameters
     try:
         with quiet(import_module("transformers")):
             model.save_pretrained(aside)

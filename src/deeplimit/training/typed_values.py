@@ -66,6 +66,10 @@ def conform(hint: Any, value: Any, where: str) -> Any:
         return None if value is None else conform(kind, value, where)
     if origin is tuple:
         return _tuple(inner, value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where} is {_shown(value)}; expected a table")
+        return {key: conform(inner[1], item, f"{where}.{key}") for key, item in value.items()}
     if is_dataclass(hint):
         return from_plain(cast(type, hint), value, where)
     if hint is float:

@@ -103,6 +103,43 @@ class Anatomy(ABC):
     def leave_out(self, removed: set[int]) -> nn.Module:
         """The model less some layers, of the same kind; independent of it."""
 
+    def repeated(self, times: Sequence[int]) -> nn.Module:
+        """The model with layer n times[n] ≥ 0 times in a row, of the same kind; independent of it.
+
+        Every layer is a module of its own; what the model says of itself is brought up to date.
+
+        Raises:
+            InputError: the family does not say how.
+        """
+        raise InputError(
+            f"{type(self).__name__} does not say how layers of {type(self.model).__name__} are "
+            "repeated, so its depth cannot be changed: override repeated, or make it a BlockAnatomy"
+        )
+
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """The parameters in which the residual branches of a block end, and are linear.
+
+        Times c they turn x + φ(x) into x + c φ(x), up to O(c²) where branches of one block follow
+        one another; at 0 the block returns its input.
+
+        Raises:
+            InputError: the family does not say it, or they cannot be scaled.
+        """
+        name = type(self.model).__name__
+        raise InputError(
+            f"{type(self).__name__} does not say where the residual branches of "
+            f"{type(block).__name__} end, so their step cannot be changed: override branch_ends in "
+            f"a subclass of it, decorated with @register({name})"
+        )
+
+    def index_matters(self, removed: set[int]) -> str | None:
+        """Why layers would do something else without these before them; None if they would not."""
+        return None
+
+    def example(self) -> Inputs | None:
+        """A small input on which the anatomy is checked; None where there is none to be had."""
+        return None
+
     @property
     def horizon(self) -> int:
         """N: the number of layers."""

@@ -42,12 +42,14 @@ class BlockAnatomy(Anatomy):
 
     Attributes:
         may_be_empty: whether the model can be built with one of its lists empty.
+        ends: the modules in a block, by their paths, in which its residual branches end.
 
     Raises:
         InputError: it does not fit.
     """
 
     may_be_empty = True
+    ends: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -57,10 +59,6 @@ class BlockAnatomy(Anatomy):
     @abstractmethod
     def containers(self) -> Sequence[Container]:
         """The lists that hold the residual blocks and nothing else, in order."""
-
-    def example(self) -> Inputs | None:
-        """A small input on which the anatomy is checked; None where there is none to be had."""
-        return None
 
     def changes_shape(self, block: nn.Module) -> bool:
         """Whether a block's output has another shape than its input; the model cannot lose it."""
@@ -76,12 +74,25 @@ class BlockAnatomy(Anatomy):
         return self.shortcut(last, x) if self.changes_shape(last) else x
 
     def shortened(self, model: nn.Module, kept: list[list[int]]) -> None:
-        """After a cut: brings up to date what the model says of itself, in place.
+        """After a change of depth: brings up to date what the model says of itself, in place.
 
         Args:
-            model: the smaller model.
-            kept: per list of blocks, which of the old ones are still there.
+            model: the model with other lists.
+            kept: per list of blocks, the old ones that stand there now, in order; one that was
+                repeated is there several times.
         """
+
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """All parameters of the modules named in `ends`."""
+        if not self.ends:
+            return super().branch_ends(block)
+        try:
+            return [p for path in self.ends for p in block.get_submodule(path).parameters()]
+        except AttributeError as error:
+            raise InputError(
+                f"{type(self).__name__} looks for the end of a residual branch where "
+                f"{type(block).__name__} has none ({error}); override branch_ends"
+            ) from error
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -206,17 +217,20 @@ class BlockAnatomy(Anatomy):
 
     def leave_out(self, removed: set[int]) -> nn.Module:
         """A copy with shorter lists; the blocks left out are not copied."""
-        blocks = self.blocks
-        gone = {id(blocks[n]) for n in removed}
-        smaller = copy.deepcopy(self.model, dict.fromkeys(gone))
+        return self.repeated([0 if n in removed else 1 for n in range(self.horizon)])
+
+    def repeated(self, times: Sequence[int]) -> nn.Module:
+        """A copy with other lists; a block repeated shares nothing but what it shared before."""
+        gone = {id(block) for block, count in zip(self.blocks, times, strict=True) if not count}
+        other = copy.deepcopy(self.model, dict.fromkeys(gone))
         names = {id(module): name for name, module in self.model.named_modules()}
         kept = []
-        for container in self.containers:
-            mine = smaller.get_submodule(names[id(container)])
-            kept.append([i for i, block in enumerate(container) if id(block) not in gone])
-            _renumber(mine)
-        self.shortened(smaller, kept)
-        return smaller
+        for container, layers in zip(self.containers, self._ranges, strict=True):
+            mine = other.get_submodule(names[id(container)])
+            kept.append([i for i, n in enumerate(layers) for _ in range(times[n])])
+            _repeat(mine, [times[n] for n in layers], other)
+        self.shortened(other, kept)
+        return other
 
     def check_removable(self, removed: Iterable[int]) -> None:
         """Whether the model can do without these layers, together too.
@@ -266,9 +280,20 @@ def _charged(block: nn.Module, cost: Callable[[Tensor], Tensor]) -> Iterator[lis
         handle.remove()
 
 
-def _renumber(container: nn.Module) -> None:
-    """Closes the gaps that blocks left out have left: names end in 0, 1, 2, … again."""
-    there = [(name, block) for name, block in container._modules.items() if block is not None]
+def _repeat(container: nn.Module, times: list[int], model: nn.Module) -> None:
+    """Block i times[i] times; names end in 0, 1, 2, … again."""
+    there = []
+    for (name, block), count in zip(container._modules.items(), times, strict=True):
+        if block is not None:
+            copies = [_copied(block, model) for _ in range(count - 1)]
+            there += [(name, one) for one in (block, *copies)]
     container._modules.clear()
     for i, (name, block) in enumerate(there):
         container._modules[re.sub(r"\d+$", str(i), name)] = block
+
+
+def _copied(block: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of a block in its model: the configuration, say, stays one for all."""
+    inside = set(block.modules())
+    shared = [*vars(model).values(), *(m for m in model.modules() if m not in inside)]
+    return copy.deepcopy(block, {id(value): value for value in shared})

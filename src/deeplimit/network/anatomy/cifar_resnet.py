@@ -1,15 +1,20 @@
 """Anatomy of the CIFAR ResNet of He et al.: the states are what the blocks' last ReLU lets out."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit.network.anatomy.anatomy import Anatomy, Layer, StateHook
 from deeplimit.network.anatomy.registry import register
 from deeplimit.network.cifar_resnet import CHANNELS, BasicBlock, CifarResNet, Shortcut
+from deeplimit.network.modes import Inputs
+
+EXAMPLE_SIZE = (8, 8)
 
 
 @register(CifarResNet)
@@ -55,3 +60,29 @@ class CifarResNetAnatomy(Anatomy):
     def leave_out(self, removed: set[int]) -> nn.Module:
         """The same class with fewer blocks."""
         return copy.deepcopy(self.model.without(removed))
+
+    def repeated(self, times: Sequence[int]) -> nn.Module:
+        """The same class with other depths."""
+        other = copy.deepcopy(self.model.without({n for n, count in enumerate(times) if not count}))
+        counts = iter([count for count in times if count])
+        for stage in other.stages:
+            there: list[nn.Module] = []
+            for block in stage:
+                count = next(counts) if isinstance(block, BasicBlock) else 1
+                there += [block, *(copy.deepcopy(block) for _ in range(count - 1))]
+            stage._modules.clear()
+            stage.extend(there)
+        depths = tuple(sum(isinstance(b, BasicBlock) for b in stage) for stage in other.stages)
+        other.architecture = replace(other.architecture, depths=depths)
+        return other
+
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """The last norm."""
+        return list(cast(BasicBlock, block).bn2.parameters())
+
+    def example(self) -> Inputs | None:
+        """A random image, on the mean's device."""
+        if self.model.mean.is_meta:
+            return None
+        image = torch.rand(1, 3, *EXAMPLE_SIZE, generator=torch.Generator().manual_seed(0))
+        return image.to(self.model.conv1.weight)

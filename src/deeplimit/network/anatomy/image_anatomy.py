@@ -48,6 +48,11 @@ class FourLayerResNet(ImageAnatomy):
         """Whether the block has a projection for shortcut."""
         return getattr(block, "downsample", None) is not None
 
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """The last norm."""
+        last = cast(Any, block.bn3 if hasattr(block, "bn3") else block.bn2)
+        return list(last.parameters())
+
     def shortcut(self, block: nn.Module, x: Tensor) -> Tensor:
         """σ(projection(x)); σ is the block's last activation, whatever its name."""
         names = ("act3", "act2", "act", "relu")

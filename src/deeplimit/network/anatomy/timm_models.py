@@ -38,6 +38,11 @@ class TimmConvNextAnatomy(ImageAnatomy):
         """`stages[m].blocks`."""
         return [stage.blocks for stage in self.model.stages]
 
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """The layer scale; where there is none, the last linear layer."""
+        found = cast(Any, block)
+        return list(found.mlp.fc2.parameters()) if found.gamma is None else [found.gamma]
+
     @property
     def end(self) -> nn.Module:
         """The last stage."""
@@ -69,6 +74,14 @@ class TimmViTAnatomy(ImageAnatomy):
     def containers(self) -> Sequence[Container]:
         """`blocks`."""
         return (self.model.blocks,)
+
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """The layer scales; where there are none, the last linear layers."""
+        found = cast(Any, block)
+        branches = ((found.ls1, found.attn.proj), (found.ls2, found.mlp.fc2))
+        return [
+            p for scale, last in branches for p in list(scale.parameters()) or last.parameters()
+        ]
 
     def head(self, x: Tensor) -> Tensor:
         """Norm, pool, linear layer."""

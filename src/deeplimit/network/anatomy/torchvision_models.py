@@ -1,6 +1,7 @@
 """Image classifiers of torchvision: ResNet, ResNeXt, Wide ResNet, ConvNeXt, vision transformer."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ class TorchvisionResNetAnatomy(FourLayerResNet):
 class TorchvisionConvNextAnatomy(ImageAnatomy):
     """`features` holds the stem, then in turn a stage and what downsamples for the next one."""
 
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """The layer scale."""
+        return [cast(nn.Parameter, block.layer_scale)]
+
     @property
     def containers(self) -> Sequence[Container]:
         """`features[1]`, `features[3]`, …."""
@@ -47,6 +52,12 @@ class TorchvisionConvNextAnatomy(ImageAnatomy):
 @register("torchvision.VisionTransformer")
 class TorchvisionViTAnatomy(ImageAnatomy):
     """The class token, normalised, is what the head reads."""
+
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """The last linear layers of attention and MLP."""
+        found = cast(Any, block)
+        last = [layer for layer in found.mlp if isinstance(layer, nn.Linear)][-1]
+        return [*found.self_attention.out_proj.parameters(), *last.parameters()]
 
     @property
     def image_size(self) -> tuple[int, int]:

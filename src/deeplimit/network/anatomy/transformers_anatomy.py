@@ -67,10 +67,6 @@ class TransformersAnatomy(BlockAnatomy):
         if why is not None:
             raise InputError(f"{name}: {why}; only layers at the end can be removed")
 
-    def index_matters(self, removed: set[int]) -> str | None:
-        """Why a layer would do something else at another index; None if it would not."""
-        return None
-
     def shortened(self, model: nn.Module, kept: list[list[int]]) -> None:
         """The configuration's depth and what goes with it; the layers' own indices."""
         config = cast(Any, model).config
@@ -118,5 +114,7 @@ def _name_stages(config: Any, kept: list[int]) -> None:
     before = len(config.stage_names)
     wanted = {index % before for index in config.out_indices}
     config.stage_names = ["stem", *(f"stage{n}" for n in range(1, len(kept) + 1))]
-    left = [new for new, old in enumerate([0, *(n + 1 for n in kept)]) if old in wanted]
+    # Of a layer that was repeated the last one puts out what it did.
+    ends = {old: new for new, old in enumerate([0, *(n + 1 for n in kept)])}
+    left = sorted(new for old, new in ends.items() if old in wanted)
     config.out_indices = left or [len(kept)]  # sets out_features too

@@ -1,7 +1,7 @@
 """ConvNeXt and ConvNeXt V2 of transformers that classify images."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -35,6 +35,12 @@ class ConvNextAnatomy(TransformersAnatomy):
     def head(self, x: Tensor) -> Tensor:
         """Mean over pixels, norm, linear layer."""
         return self.model.classifier(self.backbone.layernorm(x.mean([-2, -1])))
+
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """The layer scale; where there is none, as in V2, the last linear layer."""
+        scale = getattr(block, "layer_scale_parameter", None)
+        last = cast(nn.Module, block.pwconv2)
+        return list(last.parameters()) if scale is None else [cast(nn.Parameter, scale)]
 
     def set_depth(self, config: Any, kept: list[list[int]]) -> None:
         """`depths`."""

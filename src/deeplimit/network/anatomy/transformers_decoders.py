@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from deeplimit.errors import InputError
 from deeplimit.network.anatomy.block_anatomy import Container
 from deeplimit.network.anatomy.registry import register
 from deeplimit.network.anatomy.transformers_anatomy import OneStack
@@ -16,10 +17,8 @@ from deeplimit.network.anatomy.transformers_anatomy import OneStack
             "Apertus",
             "Arcee",
             "Ernie4_5",
-            "Exaone4",
             "Gemma",
             "Glm",
-            "Glm4",
             "Helium",
             "HunYuanDenseV1",
             "Llama",
@@ -28,15 +27,12 @@ from deeplimit.network.anatomy.transformers_anatomy import OneStack
             "Mistral",
             "Nemotron",
             "Olmo",
-            "Olmo2",
-            "Olmo3",
             "Phi3",
             "Qwen2",
             "Qwen3",
             "SeedOss",
             "SmolLM3",
             "StableLm",
-            "Starcoder2",
         )
     )
 )
@@ -44,6 +40,7 @@ class DecoderAnatomy(OneStack):
     """`model.layers`, then a norm and the unembedding, token by token."""
 
     tokens = True
+    ends = ("self_attn.o_proj", "mlp.down_proj")
 
     @property
     def containers(self) -> Sequence[Container]:
@@ -59,9 +56,34 @@ class DecoderAnatomy(OneStack):
         return self.model.lm_head(self.norm(x))
 
 
+@register(
+    *(f"transformers.{name}ForCausalLM" for name in ("Exaone4", "Olmo2", "Olmo3")),
+)
+class NormedBranches(DecoderAnatomy):
+    """Each residual branch ends in a norm."""
+
+    ends = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+
+@register("transformers.Glm4ForCausalLM")
+class Glm4Anatomy(DecoderAnatomy):
+    """Each residual branch ends in a norm, of another name."""
+
+    ends = ("post_self_attn_layernorm", "post_mlp_layernorm")
+
+
+@register("transformers.Starcoder2ForCausalLM")
+class Starcoder2Anatomy(DecoderAnatomy):
+    """The last linear layer has another name."""
+
+    ends = ("self_attn.o_proj", "mlp.c_proj")
+
+
 @register("transformers.PhiForCausalLM")
 class PhiAnatomy(DecoderAnatomy):
     """The norm has another name."""
+
+    ends = ("self_attn.dense", "mlp.fc2")
 
     def norm(self, x: Tensor) -> Tensor:
         """`model.final_layernorm`."""
@@ -71,6 +93,8 @@ class PhiAnatomy(DecoderAnatomy):
 @register("transformers.GPT2LMHeadModel")
 class GPT2Anatomy(DecoderAnatomy):
     """`transformer.h`; the depth is called `n_layer`, or `num_hidden_layers`."""
+
+    ends = ("attn.c_proj", "mlp.c_proj")
 
     @property
     def containers(self) -> Sequence[Container]:
@@ -115,7 +139,21 @@ class CohereAnatomy(DecoderAnatomy):
     "transformers.VaultGemmaForCausalLM",
 )
 class CappedAnatomy(DecoderAnatomy):
-    """The logits may be capped."""
+    """The logits may be capped; of Gemma 2 and 3 each residual branch ends in a norm."""
+
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """The last linear layers, where no norm follows them.
+
+        Raises:
+            InputError: a norm does.
+        """
+        if hasattr(block, "post_feedforward_layernorm"):
+            raise InputError(
+                f"the residual branches of {type(self.model).__name__} end in norms that multiply "
+                "by 1 + weight, which no scaling of the weight scales; its depth cannot be "
+                "changed. tie and untie work"
+            )
+        return super().branch_ends(block)
 
     def head(self, x: Tensor) -> Tensor:
         """Norm, unembedding, c·tanh(· / c) with c = `final_logit_softcapping`."""

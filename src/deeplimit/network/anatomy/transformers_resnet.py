@@ -38,6 +38,10 @@ class ResNetAnatomy(TransformersAnatomy):
         """Mean over pixels, linear layer."""
         return self.model.classifier(self.backbone.pooler(x))
 
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """The last norm."""
+        return list(cast(Any, block).layer[-1].normalization.parameters())
+
     def set_depth(self, config: Any, kept: list[list[int]]) -> None:
         """`depths`."""
         config.depths = [len(mine) for mine in kept]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deeplimit.network.anatomy.block_anatomy import Container
 from deeplimit.network.anatomy.registry import register
@@ -14,11 +14,20 @@ from deeplimit.network.anatomy.transformers_anatomy import OneStack
 class ViTAnatomy(OneStack):
     """The class token, normalised, is what the head reads."""
 
+    ends = ("attention.o_proj", "mlp.fc2")
+
     @property
     def containers(self) -> Sequence[Container]:
         """`vit.layers`; `vit.encoder.layer` before transformers 5."""
         backbone = self.backbone
         return (backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer,)
+
+    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
+        """The last linear layers of attention and MLP, `output.dense` before transformers 5."""
+        if hasattr(block, "mlp"):
+            return super().branch_ends(block)
+        old = (block.get_submodule(path) for path in ("attention.output.dense", "output.dense"))
+        return [p for linear in old for p in linear.parameters()]
 
     def head(self, x: Tensor) -> Tensor:
         """Norm, class token, linear layer."""
@@ -28,6 +37,8 @@ class ViTAnatomy(OneStack):
 @register("transformers.Dinov2ForImageClassification")
 class Dinov2Anatomy(OneStack):
     """The head reads the class token beside the mean of the patches."""
+
+    ends = ("layer_scale1", "layer_scale2")
 
     @property
     def containers(self) -> Sequence[Container]:

@@ -8,6 +8,7 @@ from deeplimit.report.figures.layers import (
     loss_figure,
     update_figure,
 )
+from deeplimit.report.figures.rates import rates_figure
 from deeplimit.report.figures.training import training_figure
 from deeplimit.report.figures.trajectory import trajectory_figure
 
@@ -17,6 +18,7 @@ __all__ = [
     "distance_figure",
     "gradient_cost_figure",
     "loss_figure",
+    "rates_figure",
     "training_figure",
     "trajectory_figure",
     "update_figure",

@@ -1,0 +1,155 @@
+"""`deeplimit ode`: how far a network is from its Neural ODE."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from deeplimit.cli.options import Json, sizes
+from deeplimit.cli.output import emit, say
+from deeplimit.errors import InputError
+
+if TYPE_CHECKING:
+    from deeplimit.ode import DepthLimit
+    from deeplimit.training.loaded_model import LoadedModel
+
+SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Ode:
+    """How far is my network from its Neural ODE?
+
+    Measures for every stage how smooth its controls are in depth, the distance of its states from
+    the Neural ODE through the same controls, and the bounds on it. Of a run it also tells the
+    accuracy on test data when other solvers run its layers, with other numbers of steps, and adds a
+    section to the run's page. For example:
+      deeplimit ode runs/digits
+      deeplimit ode runs/digits --solver rk4 --steps 2 5 10
+      deeplimit ode runs/digits --solver dopri5
+      deeplimit ode transformers:vit --batch 4 --figure vit.html
+    """
+
+    model: Annotated[str, Positional, arg(metavar="RUN|MODEL")]
+    """A run folder, module:function, transformers:NAME, torchvision:NAME, timm:NAME, or a
+    .safetensors file of a network, as in deeplimit gradient. Nothing is downloaded."""
+    interpolation: Literal["linear", "constant"] = "linear"
+    """Of the controls between the layers."""
+    solver: Annotated[str | None, arg(metavar="SOLVER")] = None
+    """Of a run: a method of torchdiffeq, such as euler, midpoint, heun2, rk4 (with --steps) or
+    dopri5, dopri8, bosh3 (adaptive); by default euler and rk4 with fewer and more steps, dopri5."""
+    steps: Annotated[tuple[int, ...], arg(metavar="K")] = ()
+    """Numbers of steps in each chain, for the solver."""
+    tolerance: float = 1e-3
+    """Of the step of an adaptive solver."""
+    batch: Annotated[int | None, arg(metavar="N")] = None
+    """Samples that the distance is measured on; 32, or 4 of a model without data."""
+    shape: Annotated[str | None, arg(metavar="C,H,W")] = None
+    """Shape of one random input, where the model does not say it: 3,224,224."""
+    length: Annotated[int | None, arg(metavar="L")] = None
+    """Tokens in one random input."""
+    seed: int = 0
+    """Of random parameters and inputs."""
+    figure: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Of a model: write the figures to this HTML file, which opens offline."""
+    json: Json = False
+
+    def __call__(self) -> None:
+        """Measures, writes what belongs into a run folder, and prints the answer."""
+        from deeplimit.cli.finish import renew_page
+        from deeplimit.ode import depth_limit
+        from deeplimit.report.depth_limit import depth_limit_summary
+        from deeplimit.training import RunFolder, load_model
+
+        if self.batch is not None and self.batch < 1:
+            raise InputError(f"batch is {self.batch}; expected at least 1")
+        loaded = load_model(self.model, seed=self.seed)
+        model = loaded.model.eval()
+        given = self._of_run(loaded) if loaded.run is not None else self._of_model(loaded)
+        limit = depth_limit(
+            model,
+            interpolation=self.interpolation,
+            tolerance=self.tolerance,
+            seed=self.seed,
+            tell=(lambda _: None) if self.json else (lambda message: say(f"measuring: {message}")),
+            **given,
+        )
+        written = []
+        if loaded.run is not None:
+            folder = RunFolder.open(loaded.run)
+            folder.write_depth_limit(limit)
+            written.append(renew_page(folder))
+        elif self.figure is not None:
+            written.append(_write_figures(limit, self.figure))
+        emit(limit, depth_limit_summary(limit), *written, json=self.json)
+
+    def _of_run(self, loaded: "LoadedModel") -> dict[str, Any]:
+        """Test data for the distance and for the solvers."""
+        from deeplimit.network import ResidualClassifier
+        from deeplimit.training import RunFolder, run_data
+        from deeplimit.training.building import evaluation_batches
+
+        for option in ("shape", "length", "figure"):
+            if getattr(self, option) is not None:
+                raise InputError(
+                    f"--{option} given, but {self.model} is a run folder, which has its own data "
+                    f"and page; leave --{option} out"
+                )
+        assert loaded.run is not None
+        test = run_data(RunFolder.open(loaded.run)).test
+        x, _ = next(iter(evaluation_batches(test.take(min(self.batch or SAMPLES, len(test))))))
+        if not isinstance(loaded.model, ResidualClassifier):
+            self._no_solver("its layers are not a chain of residual functions")
+            return {"x": x}
+        depth = max(len(stage) for stage in loaded.model.stages)  # type: ignore[arg-type]
+        return {"x": x, "loader": evaluation_batches(test), "solvers": self._solvers(depth)}
+
+    def _of_model(self, loaded: "LoadedModel") -> dict[str, Any]:
+        """One batch, the user's own or random."""
+        from deeplimit.training import Wish, example
+        from deeplimit.training.example_batch import inputs_of
+
+        self._no_solver("accuracy needs a run, with its test data")
+        if self.figure is not None and not self.figure.parent.is_dir():
+            raise InputError(f"figure is {self.figure}: there is no folder {self.figure.parent}")
+        wish = Wish(self.batch, sizes(self.shape), self.length, self.seed)
+        return {"x": inputs_of(example(loaded, wish, "cpu").batch)}
+
+    def _no_solver(self, why: str) -> None:
+        for option, value in (("solver", self.solver), ("steps", self.steps or None)):
+            if value is not None:
+                raise InputError(f"--{option} given for {self.model}: {why}; leave it out")
+
+    def _solvers(self, depth: int) -> list[tuple[str, int | None]]:
+        """What is asked for; by default fewer and more steps than the network's."""
+        from deeplimit.ode.solved import ADAPTIVE, check_solver
+
+        if self.solver is not None:
+            if self.solver in ADAPTIVE or not self.steps:
+                check_solver(self.solver, self.steps[0] if self.steps else None)
+                return [(self.solver, None)]
+            for steps in self.steps:
+                check_solver(self.solver, steps)
+            return [(self.solver, steps) for steps in self.steps]
+        if self.steps:
+            raise InputError("--steps given without --solver; name one, such as --solver rk4")
+        fewer = sorted({max(depth // 4, 1), max(depth // 2, 1), 2 * depth})
+        rough = sorted({max(depth // 8, 1), max(depth // 4, 1)})
+        return [("euler", k) for k in fewer] + [("rk4", k) for k in rough] + [("dopri5", None)]
+
+
+def _write_figures(limit: "DepthLimit", path: Path) -> str:
+    """One page with all figures, which opens offline; what to say of it."""
+    from deeplimit.report.depth_limit import depth_limit_figures
+    from deeplimit.training.files import write_text
+
+    config = {"displayModeBar": False, "responsive": True}
+    parts = [
+        figure.to_html(include_plotlyjs=n == 0, full_html=False, config=config)
+        + f"<p>{caption}</p>"
+        for n, (_, figure, caption) in enumerate(depth_limit_figures(limit))
+    ]
+    head = '<!doctype html><meta charset="utf-8"><body style="font-family: sans-serif">'
+    write_text(path, head + "".join(parts) + "</body>\n")
+    return f"The figures are at {path.resolve()}"

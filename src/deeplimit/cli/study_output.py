@@ -1,0 +1,62 @@
+"""What the studies of rates in depth share: progress while they run, and their figure's page."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deeplimit.cli.output import say
+
+if TYPE_CHECKING:
+    from deeplimit.studies import Family
+
+FIGURE = "study.html"
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
+    """What is trained now: a bar where stderr is a terminal, otherwise a line each."""
+    if quiet:
+        yield lambda message, done: None
+        return
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(bar_width=24),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda message, done: bar.update(task, description=message, completed=done)
+
+
+def write_figure(
+    folder: Path, title: str, depths: Sequence[int], families: "Sequence[Family]"
+) -> str:
+    """Writes study.html, which opens offline; what to say of it."""
+    from deeplimit.report import rates_figure
+    from deeplimit.training.files import write_text
+
+    figure = rates_figure(title, depths, families)
+    config = {"displayModeBar": False, "responsive": True}
+    write_text(folder / FIGURE, figure.to_html(include_plotlyjs=True, config=config))
+    return f"The figure is at {(folder / FIGURE).resolve()}"
+
+
+def _lines() -> Callable[[str, float], None]:
+    """A line where the message is a new one."""
+    said = ""
+
+    def tell(message: str, done: float) -> None:
+        nonlocal said
+        if message != said:
+            said = message
+            say(f"training: {message}")
+
+    return tell

@@ -1,0 +1,66 @@
+"""The residual blocks of a model, and whether their parameters can be averaged."""
+
+from collections.abc import Iterable
+from typing import cast
+
+from torch import nn
+
+from deeplimit.errors import InputError
+from deeplimit.network import Anatomy, ResidualChain, ResidualClassifier, anatomy
+
+
+def chains_of(model: nn.Module) -> list[ResidualChain] | None:
+    """The chains of a network of deeplimit's own; None for any other model."""
+    if isinstance(model, ResidualChain):
+        return [model]
+    if isinstance(model, ResidualClassifier):
+        return cast(list[ResidualChain], list(model.stages))
+    return None
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """All residual blocks in order; of a chain by Heun's method one more than its steps.
+
+    Raises:
+        InputError: a model that `anatomy` cannot read.
+    """
+    chains = chains_of(model)
+    if chains is not None:
+        return [block for chain in chains for block in chain]
+    return blocks_in(anatomy(model))
+
+
+def blocks_in(read: Anatomy) -> list[nn.Module]:
+    """The same of a model that is not our own, and has been read."""
+    return [layer.controls[0] for layer in read.layers]
+
+
+def check_whole(name: str, number: object) -> None:
+    """Raises InputError unless it is a whole number ≥ 1."""
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise InputError(f"{name} is {number!r}; expected a whole number ≥ 1, such as 2")
+
+
+def check_values(model: nn.Module) -> None:
+    """Raises InputError where parameters have no values, or none that can be averaged."""
+    name = type(model).__name__
+    if any(p.is_meta for p in model.parameters()):
+        raise InputError(f"{name} is on the meta device, without values; load its weights first")
+    if getattr(model, "is_quantized", False) or not all(
+        p.is_floating_point() for p in model.parameters()
+    ):
+        raise InputError(
+            f"{name} is quantised; change the model it was made from, then quantise the result"
+        )
+
+
+def check_untied(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Raises InputError where blocks share a parameter."""
+    seen: set[nn.Parameter] = set()
+    for block in blocks:
+        own = set(block.parameters())
+        if own & seen:
+            raise InputError(
+                f"layers of this {type(model).__name__} share parameters; give untie(model)"
+            )
+        seen |= own

@@ -1,0 +1,80 @@
+"""Where the residual branches of a model's blocks end, checked before anything is built on it."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.network import Anatomy, anatomy
+from deeplimit.network.modes import evaluating
+from deeplimit.ode.stages import Stage
+
+
+def branch_ends(read: Anatomy, runs: Sequence[Stage]) -> list[frozenset[str]]:
+    """The names, in a block of each stage, of the parameters in which its branches end.
+
+    On a copy of the model they are set to 0: every block must then return its input, on the states
+    of an example (after a ReLU these are ≥ 0, as in any run of the model).
+
+    Raises:
+        InputError: the anatomy does not say them, there is no example, or a block still does
+            something.
+    """
+    every = [_names(read, stage) for stage in runs]
+    clone = copy.deepcopy(read.model)
+    structure = anatomy(clone)
+    example = structure.example()
+    kind = type(read).__name__
+    if example is None:
+        raise InputError(
+            f"{kind} has no example of its model's input, on which the ends of the residual "
+            "branches are checked; override example"
+        )
+    layers = structure.layers
+    blocks = [layers[n].controls[0] for stage in runs for n in stage.layers]
+    with evaluating(clone), torch.no_grad(), _changes(blocks) as changes:
+        for stage, names in zip(runs, every, strict=True):
+            for n in stage.layers:
+                for name in names:
+                    layers[n].controls[0].get_parameter(name).zero_()
+        structure.run(example)
+    for block, change in zip(blocks, changes, strict=True):
+        if not change <= 10 * torch.finfo(next(block.parameters()).dtype).eps:
+            raise InputError(
+                f"where the residual branches of {type(block).__name__} end is not known: with the "
+                f"parameters that {kind}.branch_ends names at 0 it still changes its input by "
+                f"{change:.2g} of it; override branch_ends in a subclass decorated with "
+                f"@register({type(read.model).__name__})"
+            )
+    return every
+
+
+def _names(read: Anatomy, stage: Stage) -> frozenset[str]:
+    first = stage.blocks[0]
+    ends = set(read.branch_ends(first))
+    return frozenset(name for name, p in first.named_parameters() if p in ends)
+
+
+@contextmanager
+def _changes(blocks: Sequence[nn.Module]) -> Iterator[list[float]]:
+    """Collects max |block(x) − x| / max |x| while the model runs."""
+    found: list[float] = []
+
+    def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x: Tensor = args[0] if args else kwargs["hidden_states"]
+        y: Tensor = output[0] if isinstance(output, tuple) else output
+        if x.shape != y.shape:
+            found.append(float("inf"))
+            return
+        found.append(float((y - x).abs().max() / x.abs().max().clamp(min=1e-30)))
+
+    handles = [block.register_forward_hook(compare, with_kwargs=True) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,285 @@
+"""How far a network is from its Neural ODE, and how far it could be ([SAP22], arXiv 2205.14612)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from deeplimit.errors import InputError, RunError
+from deeplimit.network.modes import Inputs
+from deeplimit.network.schemes import Euler
+from deeplimit.ode.derivatives import Derivatives
+from deeplimit.ode.interpolation import INTERPOLATIONS, Controls, VectorField
+from deeplimit.ode.recording import Recorded, record
+from deeplimit.ode.solving import ADVICE, solve
+from deeplimit.ode.stages import Stage, longest_stage, stages
+
+TOLERANCE, FINEST = 1e-3, 1e-10  # of dopri5's steps: where N of them start, where it gives up
+FINER = 1e-2  # times it is dopri8's
+SHARE = 0.01  # of the gap, below which the solver's error must be
+ROUNDING = 1e-12  # of the largest state: no solver gets below it in float64
+SEGMENT = (0.0, 0.5, 1.0)
+# Gauss-Lobatto on [0, 1]: both ends and two points between; exact up to degree 5.
+FRACTIONS = (0.0, (1 - 5**-0.5) / 2, (1 + 5**-0.5) / 2, 1.0)
+WEIGHTS = (1 / 12, 5 / 12, 5 / 12, 1 / 12)
+
+
+@dataclass(frozen=True)
+class DiscretizationGap:
+    """A stage x_{n+1} = x_n + h φ(x_n, θ_n) beside ẋ(s) = φ(x(s), θ(s)), x(0) = x_0, s_n = n h.
+
+    Attributes:
+        stage: the number of the stage in the model.
+        horizon: N, its number of layers.
+        step: h; 1 for models that have none.
+        scheme: "euler" or "heun".
+        interpolation: how θ(s) runs from θ_n to θ_{n+1}: "linear" or "constant".
+        samples: number of samples.
+        gap: max ‖x_n − x(s_n)‖ over the samples, n = 0 … N; Euclidean norm of the whole state.
+        mean_gap: its mean over the samples.
+        state_norm: mean ‖x(s_n)‖.
+        bound: h (e^{L s_n} − 1)/(2L) · sup ‖x″‖, n = 0 … N, with L and sup the largest of
+            `lipschitz` and `acceleration`. None for Heun or when not asked for, like all below.
+            Infinite where it leaves float64.
+        integral_bound: B_0 = 0, B_{n+1} = (1 + hL_n) B_n + ∫ (s_{n+1} − s) ‖x″(s)‖ ds over layer
+            n's interval, for each sample with its own ‖x″‖ and L_n; the largest.
+        lipschitz: the largest ‖∂_xφ(·, θ_n)‖ over the samples and points of the segment from x_n to
+            x(s_n), n < N.
+        lipschitz_residual: the largest ‖JᵀJv − σ²v‖/σ² of the singular vectors found.
+        segment_points: how many points of a segment.
+        acceleration: the largest ‖x″‖ = ‖∂_sφ + ∂_xφ·φ‖ over the samples and four points of each
+            interval, its ends included, n < N; ∂_sφ at an end is the one inside.
+        solver: what solved the Neural ODE.
+        solver_error: max ‖difference‖ of two solutions, an estimate of the error of the worse one;
+            the better one is used.
+    """
+
+    stage: int
+    horizon: int
+    step: float
+    scheme: str
+    interpolation: str
+    samples: int
+    gap: tuple[float, ...]
+    mean_gap: tuple[float, ...]
+    state_norm: tuple[float, ...]
+    bound: tuple[float, ...] | None
+    integral_bound: tuple[float, ...] | None
+    lipschitz: tuple[float, ...] | None
+    lipschitz_residual: float | None
+    segment_points: int
+    acceleration: tuple[float, ...] | None
+    solver: str
+    solver_error: float
+
+
+@torch.no_grad()
+def discretization_gap(
+    model: nn.Module,
+    x: Inputs,
+    *,
+    interpolation: str = "linear",
+    stage: int | None = None,
+    bound: bool = True,
+    seed: int = 0,
+) -> DiscretizationGap:
+    """The distance of a stage's states from the Neural ODE through its controls, and bounds on it.
+
+    θ(s) is piecewise linear through θ_n at s_n = n h, constant on Euler's last interval, which has
+    one node only; or piecewise constant, θ_n on [s_n, s_{n+1}). A batch norm's running statistics
+    are interpolated with the parameters. A foreign block that returns x + F(x) has φ = F, h = 1.
+
+    For controls smooth in depth and h = T/N the gap is O(1/N) for Euler, as are its bounds, and
+    O(1/N²) for Heun. `bound` is formula (3) of [SAP22], a sum of the local errors
+    ∫ (s_{n+1} − s) x″(s) ds, each carried on by factors 1 + hL_n ≤ e^{hL}. `integral_bound` is that
+    sum before ‖x″‖ and L_n are replaced by their largest values: at most `bound`, and attained by
+    φ = λx, λ > 0, for every N. For one L and h → 0 it is (h/2) ∫_0^{s_n} e^{L(s_n − s)} ‖x″(s)‖ ds;
+    at h > 0 the latter is no bound where ‖x″‖ falls within an interval.
+
+    L and the suprema are the largest values at finitely many points (`segment_points`, four of each
+    interval): what is called a bound is one as far as these are representative, and no proof.
+
+    Everything runs in float64 and evaluation mode on a copy of the model. The Neural ODE is solved
+    with adaptive steps that start anew at each node, twice: by dopri5, and by dopri8 at a hundredth
+    of its tolerance, until the two differ by less than 1 % of the largest gap, or by rounding.
+
+    Args:
+        model: a chain, one of our classifiers, or any model that `anatomy` reads.
+        x: a batch of its inputs; for a chain initial states.
+        interpolation: "linear" or "constant".
+        stage: which stage; the longest if None.
+        bound: whether to compute the bounds too (Euler).
+        seed: of the vectors that the search for ‖∂_xφ‖ starts from.
+
+    Raises:
+        InputError: no stage of two alike layers, or not this one; blocks that differ in more than
+            their parameters; training mode where it makes a difference; the model does not run on
+            x; states that are not finite; an unknown interpolation; a bound of blocks for which
+            torch has no forward-mode derivative.
+        RunError: the solver does not get to the end, or not to the accuracy.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise InputError(
+            f"the interpolation is {interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
+        )
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
+        found = record(model, x, _chosen(model, stage))
+        own, states = found.stage, torch.stack(found.states)
+        controls = Controls(own.blocks, interpolation == "linear")
+        field = VectorField(own.blocks[0], controls, found.call, own.adds)
+        _check_field(field, found)
+        solution = _solve(field, found, states)
+        gaps = _norms(states - solution.nodes)
+        bounds = _Bounds()
+        if bound and isinstance(own.scheme, Euler):
+            try:
+                bounds = _bounds(field, own, states, solution, seed)
+            except NotImplementedError as error:
+                reason = str(error).partition("\n")[0]
+                raise InputError(
+                    f"no bound for blocks of class {type(own.blocks[0]).__name__}: {reason} Give "
+                    "bound=False for the gap alone"
+                ) from error
+    return DiscretizationGap(
+        stage=own.index,
+        horizon=own.horizon,
+        step=own.step,
+        scheme=type(own.scheme).__name__.lower(),
+        interpolation=interpolation,
+        samples=states.shape[1],
+        gap=_numbers(gaps.amax(1)),
+        mean_gap=_numbers(gaps.mean(1)),
+        state_norm=_numbers(_norms(solution.nodes).mean(1)),
+        bound=bounds.bound,
+        integral_bound=bounds.integral,
+        lipschitz=bounds.lipschitz,
+        lipschitz_residual=bounds.residual,
+        segment_points=len(SEGMENT),
+        acceleration=bounds.acceleration,
+        solver=solution.solver,
+        solver_error=solution.error,
+    )
+
+
+def _chosen(model: nn.Module, index: int | None) -> Stage:
+    if index is None:
+        return longest_stage(model)
+    every = {stage.index: stage for stage in stages(model)}
+    if index not in every:
+        raise InputError(
+            f"stage {index!r} given; the stages of {type(model).__name__} with two alike layers or "
+            f"more are {', '.join(map(str, every))}"
+        )
+    return every[index]
+
+
+def _check_field(field: VectorField, found: Recorded) -> None:
+    """Whether the first block with another's parameters does what that one did."""
+    own, states = found.stage, found.states
+    for n in range(own.horizon):
+        thetas = [field.controls.node(m) for m in range(n, n + own.scheme.nodes)]
+        after = own.scheme.step(
+            [lambda y, theta=theta: field(theta, y) for theta in thetas],  # type: ignore[misc]
+            states[n],
+            own.step,
+        )
+        if not torch.allclose(after, states[n + 1], rtol=1e-6, atol=1e-6 * _size(states[n + 1])):
+            raise InputError(
+                f"layer {own.first + n} is not what the first of stage {own.index} is with its "
+                "parameters (another activation, mask, index, …); the Neural ODE is defined for "
+                "layers that differ in their parameters only"
+            )
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """x(s_n) [N + 1, samples, …]; x(s_n + c h) for c in FRACTIONS [N, 4, samples, …]."""
+
+    nodes: Tensor
+    path: Tensor
+    error: float
+    solver: str
+
+
+def _solve(field: VectorField, found: Recorded, states: Tensor) -> _Solution:
+    own, x = found.stage, states[0]
+    run = partial(solve, field, x, own.horizon, own.step, scale=_size(states) or 1.0)
+    tolerance = TOLERANCE / own.horizon
+    while True:
+        path = run(fractions=FRACTIONS, method="dopri5", tolerance=tolerance)
+        fine = run(method="dopri8", tolerance=FINER * tolerance)
+        nodes = torch.cat([x[None], fine[:, -1]])
+        error = float(_norms(path[:, -1] - nodes[1:]).max())
+        gap = float(_norms(states - nodes).max())
+        allowed = max(SHARE * gap, ROUNDING * float(_norms(nodes).max()))
+        if error <= allowed:
+            solver = f"dopri8 at {FINER * tolerance:.0e}, checked by dopri5 at {tolerance:.0e}"
+            return _Solution(nodes, path, error, solver)
+        if tolerance <= FINEST:
+            raise RunError(
+                f"dopri5 and dopri8 differ by {error:.1e} at tolerance {tolerance:.0e}, with a gap "
+                f"of {gap:.1e}; {ADVICE}"
+            )
+        # The error goes with the tolerance; where that is not so yet, no more than a thousandth.
+        tolerance = max(FINEST, tolerance * min(max(allowed / (3 * error), 1e-3), 0.1))
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """None throughout where they are not asked for."""
+
+    bound: tuple[float, ...] | None = None
+    integral: tuple[float, ...] | None = None
+    lipschitz: tuple[float, ...] | None = None
+    residual: float | None = None
+    acceleration: tuple[float, ...] | None = None
+
+
+def _bounds(
+    field: VectorField, own: Stage, states: Tensor, solution: _Solution, seed: int
+) -> _Bounds:
+    h, horizon = own.step, own.horizon
+    derivatives = Derivatives(field, h, states[0])
+
+    places = [(n, c) for n in range(horizon) for c in FRACTIONS]
+    bend = derivatives.accelerations(places, solution.path.flatten(0, 1))
+    bend = bend.unflatten(0, (horizon, len(FRACTIONS)))
+
+    segments = torch.stack([torch.lerp(states, solution.nodes, c)[:-1] for c in SEGMENT], 1)
+    places = [(n, 0.0) for n in range(horizon) for _ in SEGMENT]
+    norms, residuals = derivatives.jacobian_norms(places, segments.flatten(0, 1), seed)
+    norms = norms.unflatten(0, (horizon, len(SEGMENT)))
+
+    lipschitz, worst = float(norms.max()), float(bend.max())
+    weights = torch.tensor(WEIGHTS, dtype=bend.dtype, device=bend.device)
+    left = 1 - torch.tensor(FRACTIONS, dtype=bend.dtype, device=bend.device)
+    local = h**2 * torch.einsum("c,ncb->nb", weights * left, bend)
+    total = [torch.zeros_like(local[0])]
+    for rate, error in zip(norms.amax(1), local, strict=True):
+        total.append((1 + h * rate) * total[-1] + error)
+    times = h * torch.arange(horizon + 1, dtype=bend.dtype)
+    growth = (lipschitz * times).expm1() / lipschitz if lipschitz else times
+    return _Bounds(
+        bound=_numbers(h / 2 * growth * worst),
+        integral=_numbers(torch.stack(total).amax(1)),
+        lipschitz=_numbers(norms.amax((1, 2))),
+        residual=float(residuals.max()),
+        acceleration=_numbers(bend.amax((1, 2))),
+    )
+
+
+def _norms(states: Tensor) -> Tensor:
+    """‖x‖ of each sample's whole state: [n, samples, …] → [n, samples]."""
+    return torch.linalg.vector_norm(states.flatten(2), dim=2)
+
+
+def _size(states: Tensor) -> float:
+    """The size of a component: the root mean square."""
+    return float(states.square().mean().sqrt())
+
+
+def _numbers(values: Sequence[float] | Tensor) -> tuple[float, ...]:
+    return tuple(torch.as_tensor(values).tolist())

@@ -1,0 +1,103 @@
+"""All that is measured of a network against its limit of infinite depth, in one result."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.network.modes import Inputs
+from deeplimit.ode.discretization import DiscretizationGap, discretization_gap
+from deeplimit.ode.smoothness import Smoothness, smoothness
+from deeplimit.ode.solved import SolverAccuracy, solver_accuracies
+from deeplimit.ode.stages import Stage, stages
+
+CURVES = 6  # numbers of a parameter that are drawn
+DRAWN_GROUPS = 8  # parameters of a block that are drawn, the largest ones
+
+
+@dataclass(frozen=True)
+class ControlCurves:
+    """Some of the numbers in θ_n as curves in n.
+
+    Attributes:
+        stage: the stage's number in the model.
+        groups: by parameter's name within a block, curves [numbers][n].
+    """
+
+    stage: int
+    groups: dict[str, tuple[tuple[float, ...], ...]]
+
+
+@dataclass(frozen=True)
+class DepthLimit:
+    """A network and its Neural ODE.
+
+    Attributes:
+        smoothness: of the controls, in every stage.
+        gaps: the distance to the Neural ODE, stage by stage.
+        curves: some of the controls' numbers, stage by stage.
+        solvers: accuracy with other solvers and numbers of steps; none without labelled data.
+    """
+
+    smoothness: Smoothness
+    gaps: tuple[DiscretizationGap, ...]
+    curves: tuple[ControlCurves, ...]
+    solvers: tuple[SolverAccuracy, ...] = ()
+
+
+def depth_limit(
+    model: nn.Module,
+    x: Inputs,
+    *,
+    interpolation: str = "linear",
+    loader: Iterable[tuple[Inputs, Tensor]] | None = None,
+    solvers: Sequence[tuple[str, int | None]] = (),
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda message: None,
+) -> DepthLimit:
+    """Smoothness, gap, bounds and curves of all stages of a model.
+
+    Args:
+        model: as for `discretization_gap`.
+        x: a batch of its inputs.
+        interpolation: of the controls, "linear" or "constant".
+        loader: labelled batches for `solvers`.
+        solvers: as for `solver_accuracies`.
+        tolerance: likewise.
+        seed: of what is drawn at random.
+        tell: is told what is measured next.
+
+    Raises:
+        InputError, RunError: as `smoothness`, `discretization_gap` and `solver_accuracies`.
+    """
+    tell("smoothness in depth")
+    smooth, found = smoothness(model), stages(model)
+    gaps = []
+    for stage in found:
+        tell(f"distance to the Neural ODE, stage {stage.index}: {stage.horizon} layers")
+        gaps.append(
+            discretization_gap(model, x, interpolation=interpolation, stage=stage.index, seed=seed)
+        )
+    accuracies: tuple[SolverAccuracy, ...] = ()
+    if loader is not None and solvers:
+        tell("accuracy with other solvers")
+        accuracies = solver_accuracies(model, loader, solvers, tolerance)
+    return DepthLimit(smooth, tuple(gaps), tuple(_curves(s) for s in found), accuracies)
+
+
+def _curves(stage: Stage) -> ControlCurves:
+    """Numbers at equal distances in the largest parameters, all zero ones left out."""
+    drawn: dict[str, tuple[tuple[float, ...], ...]] = {}
+    controls = sorted(stage.controls().items(), key=lambda item: -item[1].numel())
+    for name, thetas in controls:
+        flat = thetas.flatten(1).double()
+        flat = flat[:, flat.any(0)]
+        if len(drawn) == DRAWN_GROUPS or flat.shape[1] == 0:
+            continue
+        count = min(CURVES, flat.shape[1])
+        # Off the borders: the first number of a matrix is often one of an image's dark corners.
+        places = ((torch.arange(count) + 0.5) * flat.shape[1] / count).long()
+        drawn[name] = tuple(tuple(row) for row in flat[:, places].T.tolist())
+    return ControlCurves(stage.index, drawn)

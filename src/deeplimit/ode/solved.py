@@ -1,0 +1,226 @@
+"""A trained chain run by another solver, with more or fewer steps: accuracy against cost."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchdiffeq import odeint
+
+from deeplimit.errors import InputError, RunError
+from deeplimit.network import ResidualChain, ResidualClassifier, anatomy
+from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
+from deeplimit.ode.interpolation import Controls, VectorField
+from deeplimit.ode.recording import Call
+from deeplimit.ode.solving import ADVICE
+
+FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
+ADAPTIVE = ("bosh3", "fehlberg2", "adaptive_heun", "dopri5", "dopri8")
+MAX_STEPS = 10_000
+ROUNDING = 1e-9  # of an interval: a time so near to a node is the node
+
+
+@dataclass(frozen=True)
+class SolverAccuracy:
+    """A network's chains solved otherwise, on held-out data.
+
+    Attributes:
+        solver: a method of torchdiffeq, or "network" for the layers themselves.
+        steps: steps in each chain; None for an adaptive solver.
+        evaluations: of φ, in all chains together; of an adaptive solver the mean over batches.
+        samples: how many.
+        accuracy: the fraction that is right.
+        agreement: the fraction for which the network itself says the same class.
+    """
+
+    solver: str
+    steps: int | None
+    evaluations: float
+    samples: int
+    accuracy: float
+    agreement: float
+
+
+class SolvedChain(nn.Module):
+    """ẋ(s) = φ(x(s), θ(s)) from x(0) to x(T), T = N h, in place of a chain's N steps.
+
+    θ(s) is piecewise linear through the chain's controls at s_n = n h, and constant on the last
+    interval of a chain of Euler's, which has one node only. So with "euler" and N steps an Euler
+    chain is run as it is.
+
+    Args:
+        chain: the chain; its blocks are shared.
+        solver: a fixed-step method of torchdiffeq (`FIXED`) or an adaptive one (`ADAPTIVE`).
+        steps: how many steps of T/steps; for fixed-step methods.
+        tolerance: relative and absolute, of an adaptive method's step.
+
+    Attributes:
+        evaluations: how often φ was evaluated so far.
+
+    Raises:
+        InputError: an unknown solver, or steps that do not go with it.
+    """
+
+    def __init__(
+        self, chain: ResidualChain, solver: str, steps: int | None = None, tolerance: float = 1e-3
+    ):
+        super().__init__()
+        check_solver(solver, steps)
+        self.chain, self.solver, self.steps, self.tolerance = chain, solver, steps, tolerance
+        self.evaluations = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x(T) from x(0).
+
+        Raises:
+            RunError: an adaptive solver does not get to the end.
+        """
+        horizon = self.chain.horizon
+        if horizon == 0:
+            return x
+        field = VectorField(
+            self.chain[0], Controls(tuple(self.chain), linear=True), Call((), {}), adds=False
+        )
+
+        def velocity(time: Tensor, x: Tensor) -> Tensor:
+            self.evaluations += 1
+            n, fraction = _place(float(time), horizon)
+            return self.chain.step * field(field.controls.at(n, fraction), x)
+
+        times = torch.linspace(0, horizon, (self.steps or 1) + 1, dtype=torch.float64)
+        options = {} if self.steps else {"max_num_steps": MAX_STEPS}
+        try:
+            path = odeint(
+                velocity,
+                x,
+                times.to(x.device),
+                rtol=self.tolerance,
+                atol=self.tolerance,
+                method=self.solver,
+                options=options,
+            )
+        except AssertionError as error:  # how torchdiffeq says it
+            reason = str(error).partition(":")[0].partition(" (")[0]
+            raise RunError(f"{self.solver} stopped ({reason}); {ADVICE}") from error
+        return path[-1]
+
+
+def check_solver(solver: str, steps: int | None) -> None:
+    """Whether a solver is one, and goes with a number of steps.
+
+    Raises:
+        InputError: if not.
+    """
+    if solver not in FIXED + ADAPTIVE:
+        raise InputError(
+            f"the solver is {solver!r}; expected one of {', '.join(FIXED)} (with a number of "
+            f"steps), {', '.join(ADAPTIVE)}"
+        )
+    if solver in ADAPTIVE and steps is not None:
+        raise InputError(f"{steps} steps given, but {solver} chooses its own; leave them out")
+    if solver in FIXED and (steps is None or steps < 1):
+        raise InputError(
+            f"{'no' if steps is None else steps} steps given; {solver} needs at least 1"
+        )
+
+
+def solved(
+    model: nn.Module, solver: str, steps: int | None = None, tolerance: float = 1e-3
+) -> nn.Module:
+    """A copy of a chain or of one of our classifiers whose chains a solver runs; parameters copied.
+
+    Args:
+        model: the network.
+        solver: a method of torchdiffeq: `FIXED` or `ADAPTIVE`.
+        steps: of each chain.
+        tolerance: of an adaptive solver's step.
+
+    Raises:
+        InputError: another kind of model, an unknown solver, or steps that do not go with it.
+    """
+    if not isinstance(model, ResidualChain | ResidualClassifier):
+        raise InputError(
+            f"{type(model).__name__} has no chain of residual functions that a solver could run; "
+            "expected a ResidualChain or one of deeplimit's classifiers"
+        )
+    model = copy.deepcopy(model)
+    if isinstance(model, ResidualChain):
+        return SolvedChain(model, solver, steps, tolerance)
+    model.stages = nn.ModuleList(
+        SolvedChain(chain, solver, steps, tolerance)  # type: ignore[arg-type]
+        for chain in model.stages
+    )
+    return model
+
+
+@torch.no_grad()
+def solver_accuracies(
+    model: nn.Module,
+    loader: Iterable[tuple[Inputs, Tensor]],
+    solvers: Sequence[tuple[str, int | None]],
+    tolerance: float = 1e-3,
+) -> tuple[SolverAccuracy, ...]:
+    """Accuracy against cost: the network itself, then with each of the solvers.
+
+    Args:
+        model: a trained `ResidualClassifier`.
+        loader: batches (x, y) of held-out data, the same in every pass.
+        solvers: (solver, steps) each; steps None for an adaptive one.
+        tolerance: of the adaptive solvers' steps.
+
+    Raises:
+        InputError: as `solved`, or a loader that gives no batch.
+        RunError: an adaptive solver does not get to the end.
+    """
+    for solver, steps in solvers:
+        check_solver(solver, steps)
+    with evaluating(model):
+        own, targets, batches = _predictions(model, loader)
+        horizon = anatomy(model).horizon
+        nodes = [chain.scheme.nodes for chain in _chains(model)]
+        cost = float(sum(n * c.horizon for n, c in zip(nodes, _chains(model), strict=True)))
+        found = [_compared("network", horizon, cost, own, own, targets)]
+        for solver, steps in solvers:
+            other = solved(model, solver, steps, tolerance)
+            theirs, _, _ = _predictions(other, loader)
+            spent = sum(m.evaluations for m in other.modules() if isinstance(m, SolvedChain))
+            found.append(_compared(solver, steps, spent / batches, theirs, own, targets))
+    return tuple(found)
+
+
+def _chains(model: nn.Module) -> list[ResidualChain]:
+    return [module for module in model.modules() if isinstance(module, ResidualChain)]
+
+
+def _predictions(
+    model: nn.Module, loader: Iterable[tuple[Inputs, Tensor]]
+) -> tuple[Tensor, Tensor, int]:
+    """The classes said, the true ones, and the number of batches."""
+    device, said, true = device_of(model), [], []
+    for x, y in loader:
+        said.append(model(to_device(x, device)).argmax(-1).cpu())
+        true.append(y)
+    if not said:
+        raise InputError("the loader gave no batch; an accuracy needs at least one sample")
+    return torch.cat(said), torch.cat(true), len(said)
+
+
+def _compared(
+    solver: str, steps: int | None, evaluations: float, mine: Tensor, own: Tensor, true: Tensor
+) -> SolverAccuracy:
+    return SolverAccuracy(
+        solver,
+        steps,
+        evaluations,
+        len(true),
+        float((mine == true).double().mean()),
+        float((mine == own).double().mean()),
+    )
+
+
+def _place(time: float, horizon: int) -> tuple[int, float]:
+    """The interval and the place in it; a node begins its interval, the end is the last one's."""
+    n = min(int(time + ROUNDING), horizon - 1)
+    fraction = min(max(time - n, 0.0), 1.0)
+    return n, 0.0 if fraction < ROUNDING else fraction

@@ -1,0 +1,42 @@
+"""What a change of depth did to a run's network, as a table."""
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deeplimit.report.answer import comparisons
+from deeplimit.report.numbers import percent, significant
+from deeplimit.training.results import Refinement
+
+
+def refinement_summary(refinement: Refinement) -> RenderableType:
+    """The network before and after on test data, and after training where there was any."""
+    report, trained = refinement.report, refinement.trained
+    title = f"Refined: depth {report.horizon_before} → {report.horizon_after}"
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for name in ("before", "refined", *(["trained"] if trained else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    n = report.samples
+    more = [] if trained is None else [percent(trained.accuracy_after, n)]
+    accuracies = (percent(report.accuracy_before, n), percent(report.accuracy_after, n))
+    table.add_row("Test accuracy", *accuracies, *more)
+    more = [] if trained is None else [significant(trained.loss_after)]
+    losses = (significant(report.loss_before), significant(report.loss_after))
+    table.add_row("Test loss", *losses, *more)
+    for row in comparisons(report)[2:]:
+        table.add_row(row.name, row.before, row.after, *([""] if trained else []))
+    table.add_row("Same class", "", percent(report.agreement, n), *([""] if trained else []))
+    return Group(table, Text(_note(refinement), style="dim"))
+
+
+def _note(refinement: Refinement) -> str:
+    epochs = refinement.epochs
+    if not epochs:
+        return f"{refinement.report.samples:,} test samples; not trained since."
+    state = "with the optimiser's state" if refinement.carried else "with a new optimiser"
+    return (
+        f"{refinement.report.samples:,} test samples; trained for {epochs} "
+        f"epoch{'' if epochs == 1 else 's'} from there, {state}."
+    )

@@ -1,0 +1,270 @@
+"""Do linear residuals tend to a Neural ODE while they train? Measured against N.
+
+The network x_{n+1} = x_n + θ_n x_n/N on the inputs I computes Π = (I + θ_{N−1}/N) … (I + θ_0/N),
+and is trained by L = ½‖Π − B‖², with B independent of N, by the gradient flow in explicit steps
+
+    θ_n ← θ_n − η N ∂L/∂θ_n,      N ∂L/∂θ_n = p_{n+1} x_nᵀ,
+    p_N = Π − B,   p_n = p_{n+1} + θ_nᵀ p_{n+1}/N.
+
+From a start that is smooth in depth, with a small loss, ‖θ_{n+1} − θ_n‖ and the gap to the Neural
+ODE ẋ = θ(s) x both stay O(1/N) uniformly in training time. From independent controls the first
+does not fall, though the gap does (∫θ ds averages them); from θ_n = (−1)ⁿ √N I neither falls.
+Source: [SAP22] arXiv 2205.14612, section 3 and figure 2.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchdiffeq import odeint
+
+from deeplimit.studies.rates import (
+    ANY,
+    Family,
+    Moment,
+    Quantity,
+    Range,
+    Tell,
+    Watched,
+    check_depths,
+    check_finite,
+    check_flow,
+    converged,
+    family,
+    keep,
+    looked_at,
+    whole_range,
+)
+from deeplimit.studies.seeds import check_seeds
+from deeplimit.training.run_folder import make_folder
+
+WIDTH = 4
+SPREAD = 0.5  # of the controls and of B − I: small, so that the initial loss is
+DEPTHS = (8, 16, 32, 64, 128, 256, 512)
+LOOKS = 20
+PRECISION = 1e-6  # of a gap
+
+MINUS_ONE: Range = (-1.1, -0.9)
+FLAT: Range = (-0.1, 0.1)
+NO_FALL: Range = (-0.1, None)
+FALLS: Range = (None, -0.5)
+
+# [SAP22], and for the last two starts what is seen before training. The gap of the alternating
+# start grows to its limit while it trains: at N = 8 … 512 with a slope of +0.14,
+# outside the range, and of +0.04 from N = 64 on (benchmarks/results/linear.json).
+THEORY: dict[str, dict[tuple[Quantity, Moment], Range]] = {
+    "smooth": whole_range(MINUS_ONE),
+    "independent": {
+        (quantity, moment): FALLS if quantity == "gap" else NO_FALL
+        for quantity, moment in whole_range(ANY)
+    },
+    "alternating": {
+        (quantity, moment): FLAT if quantity == "gap" else NO_FALL
+        for quantity, moment in whole_range(ANY)
+    },
+}
+
+
+@dataclass(frozen=True)
+class LinearStudy:
+    """Gap and smoothness of linear residual networks against N.
+
+    Attributes:
+        folder: where study.json is.
+        width: d.
+        learning_rate: η.
+        steps: of the gradient flow.
+        looked_at: the steps at which gap and smoothness were measured.
+        depths: N of each network.
+        seeds: of the controls and of B.
+        families: one for each start: smooth, independent, alternating.
+    """
+
+    folder: str
+    width: int
+    learning_rate: float
+    steps: int
+    looked_at: tuple[int, ...]
+    depths: tuple[int, ...]
+    seeds: tuple[int, ...]
+    families: tuple[Family, ...]
+
+
+def study_linear(
+    *,
+    depths: Sequence[int] = DEPTHS,
+    seeds: Sequence[int] = (0, 1, 2),
+    learning_rate: float = 0.05,
+    steps: int = 400,
+    runs: Path = Path("runs"),
+    tell: Tell = lambda message, done: None,
+) -> LinearStudy:
+    """Trains linear residual networks of every depth from three starts, in float64.
+
+    study.json is left in a new folder, `linear`.
+
+    Args:
+        depths: N, from the smallest to the largest.
+        seeds: at least one; each draws its own controls and its own B.
+        learning_rate: η.
+        steps: of the gradient flow.
+        runs: folder for the study's folder.
+        tell: told what is done now, and the fraction done.
+
+    Raises:
+        InputError: depths that do not rise, no seed or one twice, η or steps not above 0.
+        RunError: a loss that is not finite.
+    """
+    check_depths(depths)
+    check_seeds(seeds)
+    check_flow(learning_rate, steps)
+    folder = make_folder(runs, "linear")
+    targets = torch.stack([drawn(seed)[2] for seed in seeds])
+    found: dict[str, list[list[Watched]]] = {start: [[] for _ in seeds] for start in THEORY}
+    for i, horizon in enumerate(depths):
+        # All starts and seeds at once: the matrices are small, and the time is in the calls.
+        controls = torch.stack(
+            [torch.stack([first_controls(start, horizon, s) for s in seeds]) for start in THEORY]
+        )
+        share = sum(depths[:i]) / sum(depths), horizon / sum(depths)
+        watched = _watched(controls, targets, learning_rate, steps, tell, share)
+        for start, row in zip(found, watched, strict=True):
+            for column, one in zip(found[start], row, strict=True):
+                column.append(check_finite(one, f"{start} start, N = {horizon}"))
+    study = LinearStudy(
+        folder=str(folder),
+        width=WIDTH,
+        learning_rate=learning_rate,
+        steps=steps,
+        looked_at=looked_at(steps, LOOKS),
+        depths=tuple(depths),
+        seeds=tuple(seeds),
+        families=tuple(
+            family(start, "", depths, found[start], theory) for start, theory in THEORY.items()
+        ),
+    )
+    keep(study, folder)
+    return study
+
+
+def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
+    """A and C of the smooth start, B, and the generator for what else is to be drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = SPREAD / math.sqrt(WIDTH)
+    a, c, b = scale * torch.randn(3, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+    return a, c, torch.eye(WIDTH, dtype=torch.float64) + b, generator
+
+
+def first_controls(start: str, horizon: int, seed: int) -> Float[Tensor, "N d d"]:
+    """θ_0 … θ_{N−1} before training.
+
+    smooth: A + C cos(π n/N), half an oscillation, the same curve for every N. independent: each
+    number drawn alone. Both with standard deviations of SPREAD/√d. alternating: (−1)ⁿ √N I.
+    """
+    a, c, _, generator = drawn(seed)
+    n = torch.arange(horizon, dtype=torch.float64)[:, None, None]
+    if start == "smooth":
+        return a + c * torch.cos(math.pi * n / horizon)
+    if start == "independent":
+        shape = (horizon, WIDTH, WIDTH)
+        alone = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return SPREAD / math.sqrt(WIDTH) * alone
+    return (-1.0) ** n * math.sqrt(horizon) * torch.eye(WIDTH, dtype=torch.float64)
+
+
+def states(controls: Float[Tensor, "... N d d"]) -> Float[Tensor, "... N+1 d d"]:
+    """x_0 = I, x_1, …, x_N = Π of networks side by side."""
+    horizon = controls.shape[-3]
+    x = torch.eye(controls.shape[-1], dtype=controls.dtype).expand_as(controls[..., 0, :, :])
+    found = [x]
+    for theta in controls.unbind(dim=-3):
+        x = x + theta @ x / horizon
+        found.append(x)
+    return torch.stack(found, dim=-3)
+
+
+def scaled_gradient(
+    controls: Float[Tensor, "... N d d"], x: Float[Tensor, "... N+1 d d"], target: Tensor
+) -> Float[Tensor, "... N d d"]:
+    """N ∂L/∂θ_n = p_{n+1} x_nᵀ of L = ½‖x_N − B‖², from the states."""
+    horizon = controls.shape[-3]
+    p = x[..., -1, :, :] - target
+    costates = [p]
+    for theta in reversed(controls.unbind(dim=-3)[1:]):
+        p = p + theta.mT @ p / horizon
+        costates.append(p)
+    return torch.stack(costates[::-1], dim=-3) @ x[..., :-1, :, :].mT
+
+
+def linear_gap(
+    controls: Float[Tensor, "... N d d"], x: Float[Tensor, "... N+1 d d"]
+) -> Float[Tensor, "..."]:
+    """Largest ‖x_n − x(s_n)‖ over n and the columns of I, for θ(s) linear between the controls.
+
+    On the last interval θ(s) = θ_{N−1}. Since ẋ = θ(s) x is linear, x(s_{n+1}) = P_n x(s_n) with
+    a propagator P_n that does not depend on x: those of all intervals, networks and seeds are one
+    call of the solver, over one interval, instead of N intervals one after the other as
+    `deeplimit.ode.discretization_gap` has to solve them; that takes seconds for N = 512, and here
+    hundreds of gaps are needed. A Runge–Kutta method of fourth order, with steps halved
+    until the gap changes by less than a millionth; NaN if it never does.
+    """
+
+    def gap(steps: int) -> Tensor:
+        y = x[..., 0, :, :]
+        largest = torch.zeros(controls.shape[:-3], dtype=controls.dtype)
+        for n, propagator in enumerate(_propagators(controls, steps).unbind(dim=-3), start=1):
+            y = propagator @ y
+            columns = torch.linalg.vector_norm(x[..., n, :, :] - y, dim=-2)
+            largest = torch.maximum(largest, columns.amax(dim=-1))
+        return largest
+
+    return converged(gap, PRECISION)
+
+
+def _propagators(controls: Float[Tensor, "... N d d"], steps: int) -> Float[Tensor, "... N d d"]:
+    """P_n of every interval, with that many steps of the solver."""
+    horizon = controls.shape[-3]
+    after = torch.cat([controls[..., 1:, :, :], controls[..., -1:, :, :]], dim=-3)
+
+    def velocity(s: Tensor, p: Tensor) -> Tensor:
+        return torch.lerp(controls, after, s) @ p / horizon
+
+    unit = torch.eye(controls.shape[-1], dtype=controls.dtype).expand_as(controls).contiguous()
+    found: Tensor = odeint(
+        velocity, unit, torch.linspace(0, 1, steps + 1, dtype=controls.dtype), method="rk4"
+    )
+    return found[-1]
+
+
+def largest_difference(controls: Float[Tensor, "... N d d"]) -> Float[Tensor, "..."]:
+    """max_n ‖θ_{n+1} − θ_n‖."""
+    return torch.linalg.matrix_norm(controls.diff(dim=-3)).amax(dim=-1)
+
+
+def _watched(
+    controls: Float[Tensor, "starts seeds N d d"],
+    targets: Float[Tensor, "seeds d d"],
+    learning_rate: float,
+    steps: int,
+    tell: Tell,
+    share: tuple[float, float],
+) -> list[list[Watched]]:
+    """Trains all networks of one depth; what was seen of each, [starts][seeds]."""
+    horizon = controls.shape[-3]
+    seen = []
+    looks = looked_at(steps, LOOKS)
+    for step in range(steps + 1):
+        x = states(controls)
+        if step in looks:
+            tell(f"N = {horizon}", share[0] + share[1] * step / steps)
+            loss = (x[..., -1, :, :] - targets).square().sum(dim=(-2, -1)) / 2
+            figures = loss, linear_gap(controls, x), largest_difference(controls)
+            seen.append(torch.stack(figures))
+        if step < steps:
+            controls = controls - learning_rate * scaled_gradient(controls, x, targets)
+    every = torch.stack(seen, dim=-1).movedim(0, 2)  # [starts, seeds, 3, looks]
+    return [[Watched(*(tuple(row) for row in one)) for one in of] for of in every.tolist()]

@@ -1,0 +1,278 @@
+"""Do two-layer residuals stay near a Neural ODE while they train? Measured against N.
+
+The network x_{n+1} = x_n + h V_n σ(W_n x_n + b_n), h = 1/N, learns a regression by gradient descent
+whose learning rate is η N for every layer's control: the gradients of h-scaled blocks are O(1/N),
+so that the controls of networks of all depths move at one speed, and train for one time
+T = η · steps. From a start that is smooth in depth the trained network stays O(1/N) from a Neural
+ODE for every finite T, and so does ‖θ_{n+1} − θ_n‖, if σ is smooth (tanh, GELU); a ReLU's
+derivative jumps, and neighbours whose units switch on different samples part. From independent
+controls the layers learn each by itself, and what lies between two of them is no trained layer:
+the gap hardly falls with N after training. Sources: [MWSB23] arXiv 2309.01213, [SAP22] arXiv
+2205.14612.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torchdiffeq import odeint
+
+from deeplimit.errors import InputError
+from deeplimit.network import ResidualChain, TwoLayerResidual
+from deeplimit.network.blocks import ACTIVATIONS, choose
+from deeplimit.network.initialisation import smooth_start
+from deeplimit.ode.interpolation import Controls
+from deeplimit.ode.stages import longest_stage
+from deeplimit.studies.rates import (
+    ANY,
+    Family,
+    Moment,
+    Quantity,
+    Range,
+    Tell,
+    Watched,
+    check_depths,
+    check_finite,
+    check_flow,
+    converged,
+    family,
+    keep,
+    looked_at,
+    whole_range,
+)
+from deeplimit.studies.seeds import check_seeds
+from deeplimit.training.run_folder import make_folder
+
+WIDTH, HIDDEN, SAMPLES = 8, 16, 32
+# Of V, small as the initial loss should be. With 1 a seed's curve after training is so bent that
+# N = 16 is not yet near the limit: slopes of max ‖θ_{n+1} − θ_n‖ with GELU from −0.80 to −0.95.
+SPREAD = 0.5
+DEPTHS = (16, 32, 64, 128)
+STUDIED = ("tanh", "gelu", "relu")
+LOOKS = 4
+PRECISION = 1e-3  # of a gap
+
+Start = Literal["smooth", "independent"]
+STARTS: tuple[Start, ...] = ("smooth", "independent")
+MINUS_ONE: Range = (-1.15, -0.85)
+HARDLY_FALLS: Range = (-0.3, None)
+NO_FALL: Range = (-0.1, None)
+
+
+@dataclass(frozen=True)
+class SmoothStudy:
+    """Gap and smoothness of two-layer residual networks against N, before and after training.
+
+    Attributes:
+        folder: where study.json is.
+        width, hidden: d and the number of units of each block.
+        samples: of the regression.
+        length_scale: ℓ of the smooth start, in units of the whole depth.
+        learning_rate: η; a control's own is η N.
+        steps: of gradient descent.
+        looked_at: the steps at which gap and smoothness were measured.
+        depths: N of each network.
+        seeds: of the controls and of the regression.
+        families: one for each activation and start.
+    """
+
+    folder: str
+    width: int
+    hidden: int
+    samples: int
+    length_scale: float
+    learning_rate: float
+    steps: int
+    looked_at: tuple[int, ...]
+    depths: tuple[int, ...]
+    seeds: tuple[int, ...]
+    families: tuple[Family, ...]
+
+
+def study_smooth(
+    *,
+    activations: Sequence[str] = STUDIED,
+    depths: Sequence[int] = DEPTHS,
+    seeds: Sequence[int] = (0, 1, 2),
+    length_scale: float = 0.5,
+    learning_rate: float = 0.1,
+    steps: int = 200,
+    runs: Path = Path("runs"),
+    tell: Tell = lambda message, done: None,
+) -> SmoothStudy:
+    """Trains networks of every depth from a smooth and from an independent start, in float64.
+
+    study.json is left in a new folder, `smooth`.
+
+    Args:
+        activations: σ, names in `network.blocks.ACTIVATIONS`.
+        depths: N, from the smallest to the largest, which all others divide.
+        seeds: at least one; each draws its own controls and its own regression.
+        length_scale: ℓ > 0 of the smooth start.
+        learning_rate: η.
+        steps: of gradient descent.
+        runs: folder for the study's folder.
+        tell: told what is done now, and the fraction done.
+
+    Raises:
+        InputError: no activation, one twice or an unknown one, depths that do not rise or do not
+            divide the largest, no seed or one twice, ℓ, η or steps not above 0.
+        RunError: a loss that is not finite.
+    """
+    for name in activations:
+        choose(ACTIVATIONS, name, "the activation")
+    if not activations or len(set(activations)) < len(activations):
+        raise InputError(
+            f"activations {' '.join(activations) or '(none)'} given; expected at least one, each "
+            "once"
+        )
+    check_depths(depths)
+    _check_division(depths)
+    check_seeds(seeds)
+    check_flow(learning_rate, steps)
+    first_chain(activations[0], "smooth", 1, 1, 0, length_scale)  # is ℓ a length?
+    folder = make_folder(runs, "smooth")
+    plan = list(product(activations, STARTS, seeds, depths))
+    seen: dict[tuple[str, str, int, int], Watched] = {}
+    for activation, start, seed, horizon in plan:
+        told = f"{activation}, {start} start, seed {seed}, N = {horizon}"
+        tell(told, sum(key[-1] for key in seen) / sum(key[-1] for key in plan))
+        chain = first_chain(activation, start, horizon, depths[-1], seed, length_scale)
+        watched = watch_training(chain, *regression(seed), learning_rate, steps)
+        seen[activation, start, seed, horizon] = check_finite(watched, told)
+    study = SmoothStudy(
+        folder=str(folder),
+        width=WIDTH,
+        hidden=HIDDEN,
+        samples=SAMPLES,
+        length_scale=length_scale,
+        learning_rate=learning_rate,
+        steps=steps,
+        looked_at=looked_at(steps, LOOKS),
+        depths=tuple(depths),
+        seeds=tuple(seeds),
+        families=tuple(
+            family(
+                start,
+                activation,
+                depths,
+                [[seen[activation, start, seed, horizon] for horizon in depths] for seed in seeds],
+                _theory(activation, start),
+            )
+            for activation, start in product(activations, STARTS)
+        ),
+    )
+    keep(study, folder)
+    return study
+
+
+def first_chain(
+    activation: str, start: Start, horizon: int, deepest: int, seed: int, length_scale: float
+) -> ResidualChain:
+    """The network before training, h = 1/N, in float64.
+
+    Of the deepest network every deepest/N-th block: networks of all depths have their controls on
+    one curve θ(s), s_n = n/N. The numbers of W, b and V are normal with mean 0 and standard
+    deviations 1/√d, 1 and SPREAD/√hidden; drawn alone, or as one Gaussian process in depth by
+    `smooth_start`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        blocks = [TwoLayerResidual(WIDTH, HIDDEN, activation).double() for _ in range(deepest)]
+        for block in blocks:
+            nn.init.normal_(block.inner.weight, std=WIDTH**-0.5)
+            nn.init.normal_(block.inner.bias)
+            nn.init.normal_(block.outer.weight, std=SPREAD * HIDDEN**-0.5)
+    if start == "smooth":
+        smooth_start(blocks, length_scale)
+    return ResidualChain(blocks[:: deepest // horizon], step=1 / horizon)
+
+
+def regression(seed: int) -> tuple[Float[Tensor, "samples d"], Float[Tensor, "samples d"]]:
+    """Inputs x, normal, and y = x + tanh(A x) with A normal of variance 1/d."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(SAMPLES, WIDTH, generator=generator, dtype=torch.float64)
+    a = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+    return x, x + torch.tanh(x @ a.T / math.sqrt(WIDTH))
+
+
+def watch_training(
+    chain: ResidualChain, x: Tensor, y: Tensor, learning_rate: float, steps: int
+) -> Watched:
+    """Trains the chain, in place, by θ_n ← θ_n − η N ∂L/∂θ_n with L = ½ mean ‖x_N − y‖²."""
+    optimizer = torch.optim.SGD(chain.parameters(), lr=learning_rate * chain.horizon)
+    looks = looked_at(steps, LOOKS)
+    losses, gaps, differences = [], [], []
+    for step in range(steps + 1):
+        loss = (chain(x) - y).square().sum(dim=1).mean() / 2
+        if step in looks:
+            losses.append(loss.item())
+            gaps.append(neural_ode_gap(chain, x))
+            differences.append(largest_difference(chain))
+        if step < steps:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return Watched(tuple(losses), tuple(gaps), tuple(differences))
+
+
+@torch.no_grad()
+def neural_ode_gap(chain: ResidualChain, x: Float[Tensor, "samples d"]) -> float:
+    """Largest ‖x_n − x(s_n)‖ over n and the samples, for θ(s) linear between the controls.
+
+    On the last interval θ(s) = θ_{N−1}. A Runge–Kutta method of fourth order, with
+    steps halved until the gap changes by less than a thousandth; NaN if it never does.
+    (`deeplimit.ode.discretization_gap` controls its error within every interval: that
+    takes seconds for 128 layers, with ReLU minutes, and here hundreds of gaps are needed.)
+    """
+    states = torch.stack(chain.trajectory(x))
+
+    def gap(steps: int) -> Tensor:
+        distances = states - _neural_ode(chain, x, steps)
+        return torch.linalg.vector_norm(distances, dim=-1).max()
+
+    return float(converged(gap, PRECISION))
+
+
+def _neural_ode(chain: ResidualChain, x: Tensor, steps: int) -> Tensor:
+    """x(s_0) … x(s_N), with that many steps of the solver in each interval."""
+    controls = Controls(list(chain), linear=True)
+    block, horizon = chain[0], chain.horizon
+
+    def velocity(s: Tensor, y: Tensor) -> Tensor:
+        n = min(int(s), horizon - 1)
+        return functional_call(block, controls.at(n, float(s) - n), y) * chain.step
+
+    grid = torch.arange(horizon * steps + 1, dtype=x.dtype) / steps  # in layers
+    path: Tensor = odeint(velocity, x, grid, method="rk4")
+    return path[::steps]
+
+
+def largest_difference(chain: ResidualChain) -> float:
+    """max_n ‖θ_{n+1} − θ_n‖ over all numbers of a control together."""
+    controls = longest_stage(chain).controls().values()
+    squares = [theta.diff(dim=0).square().flatten(1).sum(dim=1) for theta in controls]
+    return float(sum(squares[1:], squares[0]).max().sqrt())
+
+
+def _theory(activation: str, start: str) -> dict[tuple[Quantity, Moment], Range]:
+    """What [MWSB23] says of smooth activations; for independent starts THEORY.md section 3."""
+    if start == "smooth":
+        return whole_range(ANY if activation == "relu" else MINUS_ONE)
+    rough = {key: NO_FALL for key in whole_range(ANY) if key[0] == "difference"}
+    return {**rough, ("gap", "final"): HARDLY_FALLS}
+
+
+def _check_division(depths: Sequence[int]) -> None:
+    if any(depths[-1] % depth for depth in depths):
+        raise InputError(
+            f"depths {' '.join(map(str, depths))} given; expected numbers that divide the largest, "
+            "such as 16 32 64"
+        )
