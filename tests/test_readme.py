@@ -24,6 +24,23 @@ def test_the_python_example_cuts_the_network_and_loses_nothing(
     assert float(report["accuracy_before"]) - float(report["accuracy_after"]) <= 0.005
 
 
+def test_the_example_of_the_limit_of_infinite_depth_says_what_it_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = README.parent / "docs" / "infinite-depth.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    exec(compile(example, str(page), "exec"), {"__name__": "example"})
+    first, verdict, gap, refined, coarsened = capsys.readouterr().out.splitlines()
+    accuracies = [
+        float(a) for line in (first, refined, coarsened) for a in re.findall(r"0\.\d+", line)
+    ]
+    assert accuracies == pytest.approx([0.936, 0.930, 0.947, 0.955, 0.950], abs=0.02)
+    assert verdict.startswith("ODE-like (roughness 0.1")
+    distance, bound = map(float, gap.split(" ≤ "))
+    assert distance == pytest.approx(10.1, rel=0.1)
+    assert distance <= bound
+
+
 def test_the_examples_for_models_of_ones_own_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         use_backprop,
     )
     from deeplimit.network import Euler, Heun, ResidualChain, anatomy
+    from deeplimit.ode import coarsen, discretization_gap, refine, smoothness, tie, untie
     from deeplimit.training import heal
 
 __version__ = "0.1.0"
@@ -37,13 +38,19 @@ __all__ = [
     "StageCost",
     "anatomy",
     "choose_cut",
+    "coarsen",
     "crop",
+    "discretization_gap",
     "dissipativity",
     "drift",
     "gradient_error",
     "heal",
     "plan_anchors",
+    "refine",
+    "smoothness",
+    "tie",
     "turnpike_profile",
+    "untie",
     "use_adjoint",
     "use_backprop",
     "verify_crop",
@@ -51,6 +58,7 @@ __all__ = [
 
 _ROOMS = {
     "training": {"heal"},
+    "ode": {"coarsen", "discretization_gap", "refine", "smoothness", "tie", "untie"},
     "network": {"Euler", "Heun", "ResidualChain", "anatomy"},
     "gradient": {"drift", "gradient_error", "plan_anchors", "use_adjoint", "use_backprop"},
 }

@@ -15,7 +15,8 @@ from deeplimit.ode.interpolation import Controls, VectorField
 from deeplimit.ode.recording import Call
 from deeplimit.ode.solving import ADVICE
 
-FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
+# Not torchdiffeq 0.2.5's explicit_adams: on ẋ = −x its error grows with the number of steps.
+FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")
 ADAPTIVE = ("bosh3", "fehlberg2", "adaptive_heun", "dopri5", "dopri8")
 MAX_STEPS = 10_000
 ROUNDING = 1e-9  # of an interval: a time so near to a node is the node

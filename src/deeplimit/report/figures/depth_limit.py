@@ -18,7 +18,7 @@ from deeplimit.report.figures.style import (
     line,
 )
 
-SEEN = 1e6  # times the largest gap, above which a bound would only squeeze all else together
+SEEN = 1e3  # times the largest gap, above which a bound would only squeeze all else together
 
 
 def gap_figure(measured: DiscretizationGap) -> go.Figure:
@@ -30,11 +30,11 @@ def gap_figure(measured: DiscretizationGap) -> go.Figure:
     )
     top = SEEN * max(measured.gap)
     curves = [
-        ("state ‖x(s<sub>n</sub>)‖", measured.state_norm, TEXT, "solid"),
+        ("state", measured.state_norm, TEXT, "solid"),
         ("bound", measured.bound, REFERENCE, DASHED),
-        ("bound, integral form", measured.integral_bound, REFERENCE, "solid"),
-        ("gap, largest", measured.gap, NETWORK, "solid"),
-        ("gap, mean", measured.mean_gap, NETWORK, DASHED),
+        ("integral form", measured.integral_bound, REFERENCE, "solid"),
+        ("gap", measured.gap, NETWORK, "solid"),
+        ("mean gap", measured.mean_gap, NETWORK, DASHED),
     ]
     drawn: list[float | None] = []
     for name, values, color, dash in curves:

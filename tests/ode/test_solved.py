@@ -1,0 +1,135 @@
+"""Chains run by other solvers: the network, its Neural ODE in the limit, accuracy and cost."""
+
+import math
+
+import pytest
+import torch
+from naive_ode import NaiveODE
+from smooth_networks import smooth_chain
+from torch import Tensor
+
+from deeplimit import InputError, RunError
+from deeplimit.network import Architecture, Euler, Heun, LinearResidual, ResidualChain
+from deeplimit.ode import solved, solver_accuracies
+from deeplimit.ode.solved import ADAPTIVE, FIXED
+
+
+def exact(chain: ResidualChain, x: Tensor) -> Tensor:
+    """x(T) by scipy."""
+    return NaiveODE(chain, chain.step, linear=True).solution(x, chain.horizon)[-1, -1]
+
+
+def classifier(scheme: str = "euler", depths: tuple[int, ...] = (6,)) -> torch.nn.Module:
+    torch.manual_seed(0)
+    kind = "vector" if len(depths) == 1 else "convolutional"
+    shape = (8,) if len(depths) == 1 else (1, 8, 8)
+    made = Architecture(
+        kind, shape, 4, depths, 8, 12, "tanh", "group", step=0.4, scheme=scheme, reduction=1
+    ).build()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made.double().eval()
+
+
+@pytest.mark.parametrize(("scheme", "solver"), [("euler", "euler"), ("heun", "heun2")])
+@pytest.mark.parametrize("depths", [(6,), (3, 3)])
+def test_the_networks_own_scheme_and_steps_are_the_network(
+    scheme: str, solver: str, depths: tuple[int, ...]
+) -> None:
+    model = classifier(scheme, depths)
+    x = torch.randn(5, *model.architecture.shape, dtype=torch.float64)  # type: ignore[union-attr]
+    again = solved(model, solver, depths[0])(x)
+    assert torch.allclose(again, model(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [*FIXED, *ADAPTIVE])
+def test_every_solver_tends_to_the_neural_ode(solver: str) -> None:
+    chain, x = smooth_chain(6, Euler()), torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+    end = exact(chain, x)
+    if solver in ADAPTIVE:
+        errors = [
+            (solved(chain, solver, tolerance=tolerance)(x) - end).abs().max()
+            for tolerance in (1e-2, 1e-6)
+        ]
+    else:
+        errors = [(solved(chain, solver, steps)(x) - end).abs().max() for steps in (6, 96)]
+    assert errors[1] < 1e-2 * errors[0].clamp(min=1e-4) + 0.1 * errors[0]
+    assert errors[1] < 0.02 * end.abs().max()
+
+
+def test_orders_with_steps_that_meet_the_nodes() -> None:
+    """Where every step lies in one interval θ is smooth: the methods have their orders."""
+    chain, x = smooth_chain(4, Heun()), torch.ones(1, 3, dtype=torch.float64)
+    end = exact(chain, x)
+    for solver, order in (("euler", 1), ("midpoint", 2), ("rk4", 4)):
+        coarse, fine = (float((solved(chain, solver, steps)(x) - end).norm()) for steps in (16, 64))
+        assert math.log(coarse / fine, 4) == pytest.approx(order, abs=0.2), solver
+
+
+def test_accuracy_and_cost_are_counted() -> None:
+    model = classifier()
+    x = torch.randn(40, 8, dtype=torch.float64)
+    own = model(x).argmax(-1)
+    wrong = torch.arange(40) < 10
+    y = torch.where(wrong, (own + 1) % 4, own)
+    loader = [(x[:30], y[:30]), (x[30:], y[30:])]
+    network, euler, rough, rk4, dopri5 = solver_accuracies(
+        model, loader, [("euler", 6), ("euler", 2), ("rk4", 3), ("dopri5", None)]
+    )
+    assert (network.solver, network.steps, network.evaluations) == ("network", 6, 6)
+    assert network.accuracy == 0.75
+    assert network.agreement == 1
+    assert (euler.accuracy, euler.agreement, euler.evaluations) == (0.75, 1, 6)
+    assert (rough.evaluations, rk4.evaluations) == (2, 12)
+    said = solved(model, "euler", 2)(x).argmax(-1)
+    assert rough.accuracy == pytest.approx(float((said == y).double().mean()))
+    assert rough.agreement == pytest.approx(float((said == own).double().mean()))
+    assert rough.agreement < 1
+    assert dopri5.steps is None
+    assert dopri5.evaluations >= 7
+    assert {row.samples for row in (network, euler, rough, rk4, dopri5)} == {40}
+
+
+def test_the_model_is_left_alone() -> None:
+    model = classifier().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    solved(model, "rk4", 2)(torch.randn(3, 8, dtype=torch.float64)).sum().backward()
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_empty_chain_is_the_identity() -> None:
+    x = torch.randn(2, 3)
+    assert torch.equal(solved(ResidualChain([]), "euler", 3)(x), x)
+
+
+WRONG = [
+    ("rk5", 3, "expected one of euler"),
+    ("rk4", None, "no steps given; rk4 needs at least 1"),
+    ("euler", 0, "0 steps given; euler needs at least 1"),
+    ("dopri5", 4, "4 steps given, but dopri5 chooses its own"),
+]
+
+
+@pytest.mark.parametrize(("solver", "steps", "said"), WRONG)
+def test_a_wrong_solver(solver: str, steps: int | None, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        solved(classifier(), solver, steps)
+
+
+def test_another_kind_of_model_and_no_data() -> None:
+    with pytest.raises(InputError, match="Linear has no chain of residual functions"):
+        solved(torch.nn.Linear(2, 2), "euler", 1)
+    with pytest.raises(InputError, match="gave no batch"):
+        solver_accuracies(classifier(), [], [])
+
+
+def test_an_ode_that_leaves_every_bound() -> None:
+    class Square(LinearResidual):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x
+
+    chain = ResidualChain([Square(1), Square(1)], step=1.0)
+    with pytest.raises(RunError, match="dopri5 stopped"):
+        solved(chain, "dopri5")(torch.tensor([[2.0]]))
