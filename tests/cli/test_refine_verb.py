@@ -26,6 +26,7 @@ def test_a_run_is_refined_and_trained_on(run: Path) -> None:
         assert f"{100 * accuracy:.1f}" in done.out
     assert "trained for 1 epoch from there, with the optimiser's state" in done.out
     assert str(made.path / "report.html") in done.out
+    assert "Refined from small: 3 layers became 9" in (made.path / "report.html").read_text()
     assert contents(run) == before  # the run itself stays as it is
     plain = command("refine", run, "--json")
     assert plain.code == 0, plain.err

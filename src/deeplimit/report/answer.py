@@ -1,6 +1,7 @@
 """The answer of a run in words and numbers: depth N → k, what it costs, how it was chosen."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cut_choice import CutChoice
@@ -16,7 +17,14 @@ from deeplimit.report.numbers import (
     significant,
     times,
 )
-from deeplimit.training.results import Cut, Healing, Profiles, Reference, RunResults
+from deeplimit.training.results import (
+    Cut,
+    Healing,
+    Profiles,
+    Reference,
+    Refinement,
+    RunResults,
+)
 
 # The loss tolerance of TurnpikeProfile.depth_within in words.
 LOSS_GAINED = (
@@ -248,6 +256,23 @@ def healing_sentence(healing: Healing) -> str:
         f"data ({points(gained, n, cropped.accuracy_error)}, one standard error). Against the full "
         f"network's {percent(full.accuracy_before, n)} that is "
         f"{points(left, n, full.accuracy_error)}."
+    )
+
+
+def refinement_sentence(refinement: Refinement) -> str:
+    """From which network this one was made, and what that changed."""
+    report, trained = refinement.report, refinement.trained
+    n = report.samples
+    text = (
+        f"Refined from {Path(refinement.source).name}: {report.horizon_before} layers became "
+        f"{report.horizon_after}, test accuracy {percent(report.accuracy_before, n)} became "
+        f"{percent(report.accuracy_after, n)}"
+    )
+    if trained is None:
+        return f"{text}."
+    epochs = f"{refinement.epochs} epoch{'' if refinement.epochs == 1 else 's'}"
+    return (
+        f"{text}, and {percent(trained.accuracy_after, n)} after {epochs} of training from there."
     )
 
 
