@@ -96,3 +96,22 @@ def test_a_teacher_of_other_classes() -> None:
     teacher = CifarResNet(CifarArchitecture((1, 1, 1), classes=7)).double()
     with pytest.raises(InputError, match=r"teacher's logits have shape \(6, 7\).*\(6, 4\)"):
         Distillation(s.model, LOSS, teacher)(s.x, s.y)
+
+
+def test_a_teacher_that_learns_minimises_its_own_loss_alone() -> None:
+    s, teacher = sample(FAMILY), sample(FAMILY, seed=5).model
+    other, alone = copy.deepcopy(s.model), copy.deepcopy(teacher).train()
+    objective = Distillation(s.model, LOSS, teacher, learns=True, teacher_weight=0.7).train()
+    cost, _ = objective(s.x, s.y)
+    cost.backward()
+    own, taught = StageCost(other.train(), LOSS, 0.0), alone(s.x)
+    ours, logits = own(s.x, s.y)
+    p = (taught.detach() / 2).softmax(-1)
+    kl = (p * (p.log() - (logits / 2).log_softmax(-1))).sum(-1).mean()
+    by_hand = 0.3 * ours + 0.7 * 4 * kl + LOSS(taught, s.y).mean()
+    by_hand.backward()
+    assert cost.item() == pytest.approx(by_hand.item(), rel=1e-12)
+    for model, naive_model in ((s.model, other), (objective.teacher, alone)):
+        for p, q in zip(model.parameters(), naive_model.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+    assert all(parameter.grad is None for parameter in teacher.parameters())  # a copy learns

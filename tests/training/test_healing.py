@@ -28,6 +28,7 @@ from deeplimit.training import (
     train,
 )
 from deeplimit.training.healing import Plan
+from deeplimit.training.loop import Training
 from deeplimit.training.typed_values import to_plain
 
 RECIPE = Recipe(
@@ -122,6 +123,58 @@ def test_cut_at_once_where_asked_for(run: RunFolder, data: DataSet, tmp_path: Pa
     recipe = replace(RECIPE, epochs=2, learning_rate=2e-3)
     by_hand = heal(folder.cropped(), data, teacher=folder.model(), recipe=recipe)
     assert equal_weights(by_hand, folder.healed())
+
+
+def test_a_teacher_that_learns_beside(
+    run: RunFolder, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a naive loop has it, which moves both; stopped after an epoch, to the same result."""
+    full = run.model()
+    cropped = crop(full, 2)
+    settings = {"teacher": full, "teacher_learns": True, "teacher_weight": 0.7, "temperature": 3.0}
+    healed = heal(cropped, data, recipe=SHORT, **settings)
+    student, teacher = copy.deepcopy(cropped).train(), copy.deepcopy(full).train()
+    objective = StageCost(student, loss_of(SHORT, data), SHORT.stage_cost)
+    both = [*student.parameters(), *teacher.parameters()]
+    optimizer = torch.optim.AdamW(both, lr=2e-3, weight_decay=0.0, fused=True)
+    steps = len(batches(data.train, 64, seed=0))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, SHORT.learning_rate, total_steps=SHORT.epochs * steps
+    )
+    for epoch in range(SHORT.epochs):
+        for x, y in batches(data.train, 64, seed=0, epoch=epoch):
+            optimizer.zero_grad()
+            (cost, logits), soft = objective(x, y), teacher(x)
+            kl = F.kl_div(
+                F.log_softmax(logits / 3, -1),
+                F.softmax(soft.detach() / 3, -1),
+                reduction="batchmean",
+            )
+            (0.3 * cost + 0.7 * 9 * kl + loss_of(SHORT, data)(soft, y).mean()).backward()
+            optimizer.step()
+            schedule.step()
+    for p, q in zip(healed.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
+    assert equal_weights(full, run.model())
+
+    whole = RunFolder.open(shutil.copytree(run.path, tmp_path / "whole"))
+    unbroken = heal_run(whole, epochs=2, learning_rate=2e-3, teacher="beside", quiet=True)
+    assert unbroken.teacher == "beside"
+    stopped = RunFolder.open(shutil.copytree(run.path, tmp_path / "stopped"))
+    an_epoch = Training.run_epoch
+
+    def then_stop(self: Training, *args: object) -> None:
+        an_epoch(self, *args)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "run_epoch", then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        heal_run(stopped, epochs=2, learning_rate=2e-3, teacher="beside", quiet=True)
+    monkeypatch.undo()
+    assert resume_heal(stopped.path, quiet=True).from_full.accuracy_after == pytest.approx(
+        unbroken.from_full.accuracy_after
+    )
+    assert equal_weights(stopped.healed(), whole.healed())
 
 
 def test_layers_fade_out_as_a_naive_loop_has_it(run: RunFolder, data: DataSet) -> None:

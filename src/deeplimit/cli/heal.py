@@ -23,6 +23,7 @@ class Heal(Source):
       deeplimit crop runs/mnist --to 6
       deeplimit heal runs/mnist --epochs 1
       deeplimit heal runs/mnist --teacher none              plain fine-tuning
+      deeplimit heal runs/vit --teacher beside              the full network learns beside
       deeplimit heal runs/mnist --resume                    go on with one that was stopped
       deeplimit heal transformers:my-vit --data cifar10     cut to the depth that is enough, heal
     """
@@ -31,8 +32,9 @@ class Heal(Source):
     """Passes over the training data."""
     learning_rate: float | None = None
     """Largest learning rate of the one-cycle schedule; a tenth of the run's by default."""
-    teacher: Literal["full", "none"] = "full"
-    """full: the network before the cut teaches; none: the labels alone."""
+    teacher: Literal["full", "beside", "none"] = "full"
+    """full: the network before the cut teaches; beside: it does, and learns too, on the same
+    batches: for a model trained on other data, at more than twice the time; none: labels alone."""
     teacher_weight: Annotated[float, arg(metavar="W")] = 0.5
     """Weight of the teacher's answers, from 0 to 1; the labels have the rest."""
     fade: float = 0.45

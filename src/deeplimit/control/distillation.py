@@ -20,6 +20,8 @@ class Distillation(StageCost):
         (1 − w)·J + w·τ²·mean_i KL( softmax(z̄^i/τ) ‖ softmax(z^i/τ) )
 
     z are the model's logits, z̄ the teacher's. τ² keeps the size of the second gradient as τ grows.
+    A teacher that learns beside the student, on the same batches, adds its own mean_i ℓ(z̄^i, y^i);
+    nothing of the student's loss reaches it.
     Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
 
     `cost, logits = distillation(x, y)` as for `StageCost`, and it is used in its place.
@@ -28,7 +30,8 @@ class Distillation(StageCost):
         model: the student, a classifier that `anatomy` can read.
         loss: ℓ of the stage cost.
         teacher: a classifier of the same classes that `anatomy` can read; a copy of it stays in
-            evaluation mode and does not learn.
+            evaluation mode and does not learn, unless it is to.
+        learns: whether the teacher learns beside; its parameters are then the objective's too.
         teacher_weight: w, from 0 to 1.
         temperature: τ > 0.
         weight: γ of the stage cost, here 0 by default.
@@ -44,6 +47,7 @@ class Distillation(StageCost):
         loss: SoftCrossEntropy,
         teacher: nn.Module,
         *,
+        learns: bool = False,
         teacher_weight: float = 0.5,
         temperature: float = 2.0,
         weight: float = 0.0,
@@ -51,30 +55,36 @@ class Distillation(StageCost):
     ):
         super().__init__(model, loss, weight, control_cost)
         check_teaching(teacher_weight, temperature)
-        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.learns = learns
+        self.teacher = copy.deepcopy(teacher)
+        if not learns:
+            self.teacher.eval().requires_grad_(False)
         self.teacher_weight, self.temperature = teacher_weight, temperature
         self._answer = anatomy(self.teacher).run
 
     def train(self, mode: bool = True) -> "Distillation":
-        """Sets the mode of the student; the teacher stays as it is."""
+        """Sets the mode of the student, and of a teacher that learns; another stays as it is."""
         super().train(mode)
-        self.teacher.eval()
+        if not self.learns:
+            self.teacher.eval()
         return self
 
     def forward(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         """(cost, logits) of a batch of inputs x [B, …] and targets y [B]."""
         cost, logits = super().forward(x, y)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
             taught = self._answer(x)
         if taught.shape != logits.shape:
             raise InputError(
                 f"the teacher's logits have shape {tuple(taught.shape)}, the student's "
                 f"{tuple(logits.shape)}; give a teacher of the same classes"
             )
-        own, other = (F.log_softmax(z / self.temperature, dim=-1) for z in (logits, taught))
+        answers = (logits, taught.detach())
+        own, other = (F.log_softmax(z / self.temperature, dim=-1) for z in answers)
         apart = F.kl_div(own, other, reduction="none", log_target=True).sum(-1).mean()
         w = self.teacher_weight
-        return (1 - w) * cost + w * self.temperature**2 * apart, logits
+        cost = (1 - w) * cost + w * self.temperature**2 * apart
+        return cost + self.loss.mean(taught, y) if self.learns else cost, logits
 
     def extra_repr(self) -> str:
         """γ, r, w and τ."""

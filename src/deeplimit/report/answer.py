@@ -249,7 +249,11 @@ def healing_sentence(healing: Healing) -> str:
     gained = cropped.accuracy_after - cropped.accuracy_before
     left = full.accuracy_after - full.accuracy_before
     epochs = f"{healing.epochs} epoch{'' if healing.epochs == 1 else 's'}"
-    who = " with the full network as its teacher" if healing.teacher == "full" else ""
+    who = {
+        "full": " with the full network as its teacher",
+        "beside": " with the full network as its teacher, which learned beside it",
+        "none": "",
+    }[healing.teacher]
     return (
         f"Trained for {epochs} more{who}, the cut network goes from "
         f"{percent(cropped.accuracy_before, n)} to {percent(cropped.accuracy_after, n)} on test "

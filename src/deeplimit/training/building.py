@@ -35,11 +35,13 @@ class Teaching:
         teacher: the network.
         weight: w.
         temperature: τ.
+        learns: whether the teacher learns beside.
     """
 
     teacher: nn.Module
     weight: float
     temperature: float
+    learns: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ def build_objective(
         teaching.teacher,
         teacher_weight=teaching.weight,
         temperature=teaching.temperature,
+        learns=teaching.learns,
         weight=recipe.stage_cost,
         control_cost=recipe.control_cost,
     )

@@ -35,6 +35,8 @@ from deeplimit.training.run_folder import RunFolder
 from deeplimit.training.threads import fitting_threads
 from deeplimit.training.typed_values import from_plain, to_plain
 
+Teacher = Literal["full", "beside", "none"]
+
 UNDERWAY, PLAN = "heal", "plan.json"
 FADE = 0.45  # of the training; see benchmarks/results/pretrained_budget.json
 GENTLER = 10  # how much smaller than the run's the learning rate is by default
@@ -46,7 +48,7 @@ class Plan:
 
     Attributes:
         removed: the layers that were taken out.
-        teacher: whether the full network teaches.
+        teacher: whether the full network teaches, or does so while it learns beside.
         teacher_weight: w of `Distillation`.
         temperature: τ of `Distillation`.
         epochs: passes over the training data.
@@ -55,7 +57,7 @@ class Plan:
     """
 
     removed: tuple[int, ...]
-    teacher: Literal["full", "none"]
+    teacher: Teacher
     teacher_weight: float
     temperature: float
     epochs: int
@@ -70,6 +72,7 @@ def heal(
     remove: Iterable[int] = (),
     fade: float = FADE,
     teacher: nn.Module | None = None,
+    teacher_learns: bool = False,
     teacher_weight: float = 0.5,
     temperature: float = 2.0,
     recipe: Recipe | None = None,
@@ -91,6 +94,8 @@ def heal(
         remove: the layers to fade out and cut, counted through all stages.
         fade: the part of the training in which they fade out; 0: they are cut before it.
         teacher: usually the network before the cut; it is left as it is.
+        teacher_learns: whether a copy of the teacher learns beside, on the same batches, its own
+            mean cross-entropy added to the cost: for a teacher that was trained on other data.
         teacher_weight: w, from 0 to 1.
         temperature: τ > 0.
         recipe: epochs, learning rate and all else of the training; by default one epoch of AdamW at
@@ -114,7 +119,7 @@ def heal(
     teaching = None
     if teacher is not None:
         check_teaching(teacher_weight, temperature)
-        teaching = Teaching(teacher, teacher_weight, temperature)
+        teaching = Teaching(teacher, teacher_weight, temperature, teacher_learns)
     sample = next(iter(evaluation_batches(data.train.take(1))))[0].to(device_of(model))
     for network in (model, teacher or model):
         check_model(network, sample, data.classes, name, replace(recipe, data=data.name))
@@ -137,7 +142,7 @@ def heal_run(
     *,
     epochs: int = 1,
     learning_rate: float | None = None,
-    teacher: Literal["full", "none"] = "full",
+    teacher: Teacher = "full",
     teacher_weight: float = 0.5,
     temperature: float = 2.0,
     fade: float = FADE,
@@ -151,7 +156,8 @@ def heal_run(
         folder: a run that was cut.
         epochs: passes over the training data.
         learning_rate: the largest of the one-cycle schedule; by default a tenth of the run's.
-        teacher: "full", the network before the cut, or "none".
+        teacher: "full", the network before the cut; "beside", the same while it learns too, on the
+            same batches, for a network that was trained on other data than the run's; or "none".
         teacher_weight: w.
         temperature: τ.
         fade: the part of the training in which the full network's layers fade out; 0: the cut one
@@ -173,7 +179,7 @@ def heal_run(
         raise InputError(f"epochs is {epochs}; expected at least 1")
     check_teaching(teacher_weight, temperature)
     rate = folder.recipe.learning_rate / GENTLER if learning_rate is None else learning_rate
-    weight = teacher_weight if teacher == "full" else 0.0
+    weight = 0.0 if teacher == "none" else teacher_weight
     _fade(cut.removed, fade)
     plan = Plan(cut.removed, teacher, weight, temperature, epochs, rate, fade)
     _recipe(folder, plan)
@@ -230,12 +236,13 @@ def _recipe(folder: RunFolder, plan: Plan) -> Recipe:
 def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
     recipe = _recipe(folder, plan)
     full, cropped = folder.model(), folder.cropped()
-    teaching = Teaching(full, plan.teacher_weight, plan.temperature)
+    beside = plan.teacher == "beside"
+    teaching = Teaching(full, plan.teacher_weight, plan.temperature, learns=beside)
     start = Start(
         recipe,
         data,
         copy.deepcopy(full if plan.fade else cropped),
-        teaching if plan.teacher == "full" else None,
+        None if plan.teacher == "none" else teaching,
         _fade(plan.removed, plan.fade),
     )
     layers = f"{anatomy(cropped).horizon} of {anatomy(full).horizon} layers"

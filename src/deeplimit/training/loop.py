@@ -50,6 +50,7 @@ class Training:
             divided among the processes.
         network: in the first process, a whole copy of the network on its device, as of the last
             epoch's end: what is evaluated, checkpointed and saved. It lives in 32 bits.
+        learning: what the optimiser moves: the network, or with a teacher that learns both.
         drift: what watches the rebuilt states under the adjoint.
         rows: metrics of the epochs done.
         steps: optimisation steps done.
@@ -72,7 +73,9 @@ class Training:
             self.drift = DriftWatch(fabric, self.objective.model)
         self.module: Any = fabric.setup_module(self.objective)
         # Only now: under fsdp the parameters have become other objects.
-        self.optimizer = build_optimizer(recipe, self.objective.model)
+        learns = start.teaching is not None and start.teaching.learns
+        self.learning = self.objective if learns else self.objective.model
+        self.optimizer = build_optimizer(recipe, self.learning)
         self.schedule = OneCycleLR(
             self.optimizer,
             max_lr=recipe.learning_rate,
@@ -84,8 +87,8 @@ class Training:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes back to where a checkpoint was taken."""
-        restore(checkpoint, self.objective.model, self.optimizer, self.schedule)
-        self.network.load_state_dict(checkpoint.model)
+        restore(checkpoint, self.learning, self.optimizer, self.schedule)
+        self.network.load_state_dict(self._of_network(checkpoint.model))
         self.rows, self.steps = list(checkpoint.rows), checkpoint.step
 
     def end(self) -> nn.Module:
@@ -122,11 +125,11 @@ class Training:
             observer.step(figures)
             check()
         sums = over_processes(self.fabric, sums, "sum")
-        weights, optimizer = capture(self.objective.model, self.optimizer)
+        weights, optimizer = capture(self.learning, self.optimizer)
 
         def judge() -> Row:
             """Evaluates the gathered weights and writes them down."""
-            self.network.load_state_dict(weights)
+            self.network.load_state_dict(self._of_network(weights))
             loss, accuracy = figures()
             trained: Row = {"epoch": float(epoch + 1), "loss": loss, "accuracy": accuracy}
             row = trained | self._validate() | {"seconds": time.perf_counter() - began}
@@ -165,6 +168,13 @@ class Training:
             losses = self.objective.loss(logits, batch[1]).double()
             hits = (logits.argmax(-1) == batch[1]).double()
             return torch.stack([losses.sum(), hits.sum(), torch.ones_like(hits).sum()])
+
+    def _of_network(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """Without those of a teacher that learns."""
+        if self.learning is self.objective.model:
+            return weights
+        own = "model."
+        return {k.removeprefix(own): v for k, v in weights.items() if k.startswith(own)}
 
     def _validate(self) -> Row:
         """The metrics of the whole network on validation data."""

@@ -44,7 +44,7 @@ class Healing:
 
     Attributes:
         removed: the layers that had been taken out.
-        teacher: whether the full network taught it.
+        teacher: whether the full network taught it, or did so while it learned beside it.
         teacher_weight: w, the weight of what the teacher says; 0 without one.
         temperature: τ, at which both networks' answers were compared.
         epochs, learning_rate: of the training.
@@ -54,7 +54,7 @@ class Healing:
     """
 
     removed: tuple[int, ...]
-    teacher: Literal["full", "none"]
+    teacher: Literal["full", "beside", "none"]
     teacher_weight: float
     temperature: float
     epochs: int
