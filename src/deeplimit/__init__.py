@@ -22,6 +22,13 @@ if TYPE_CHECKING:
         use_adjoint,
         use_backprop,
     )
+    from deeplimit.meanfield import (
+        LayerwiseMeasure,
+        convergence_certificate,
+        cot_distance,
+        cot_geodesic,
+        particle_flow,
+    )
     from deeplimit.network import Euler, Heun, ResidualChain, anatomy
     from deeplimit.ode import coarsen, discretization_gap, refine, smoothness, tie, untie
     from deeplimit.training import heal
@@ -32,6 +39,7 @@ __all__ = [
     "Euler",
     "Heun",
     "InputError",
+    "LayerwiseMeasure",
     "ResidualChain",
     "RunError",
     "SoftCrossEntropy",
@@ -39,12 +47,16 @@ __all__ = [
     "anatomy",
     "choose_cut",
     "coarsen",
+    "convergence_certificate",
+    "cot_distance",
+    "cot_geodesic",
     "crop",
     "discretization_gap",
     "dissipativity",
     "drift",
     "gradient_error",
     "heal",
+    "particle_flow",
     "plan_anchors",
     "refine",
     "smoothness",
@@ -58,6 +70,13 @@ __all__ = [
 
 _ROOMS = {
     "training": {"heal"},
+    "meanfield": {
+        "LayerwiseMeasure",
+        "convergence_certificate",
+        "cot_distance",
+        "cot_geodesic",
+        "particle_flow",
+    },
     "ode": {"coarsen", "discretization_gap", "refine", "smoothness", "tie", "untie"},
     "network": {"Euler", "Heun", "ResidualChain", "anatomy"},
     "gradient": {"drift", "gradient_error", "plan_anchors", "use_adjoint", "use_backprop"},

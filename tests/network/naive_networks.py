@@ -15,7 +15,7 @@ Walk = list[tuple[int, Tensor]]
 
 
 def naive_chain(chain: ResidualChain, x: Tensor) -> list[Tensor]:
-    """(1) or (2) of THEORY.md, a step at a time."""
+    """Euler or Heun, a step at a time."""
     blocks, h = [chain._modules[key] for key in chain._modules], chain.step
     states = [x]
     if isinstance(chain.scheme, Heun):

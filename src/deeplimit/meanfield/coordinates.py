@@ -1,15 +1,14 @@
 """How the parameters of a network enter its particles: the metric that its training moves in."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from torch import nn
 
 from deeplimit.errors import InputError
-from deeplimit.meanfield.neurons import Neurons, check_additive, find_neurons, read
+from deeplimit.meanfield.neurons import Form, check_additive, find_neurons, read
 from deeplimit.network import ResidualChain, anatomy
 from deeplimit.network.parameter_groups import check_values
 
@@ -44,14 +43,14 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class ParticleLayer:
-    """The parameters of x + h (Σ_i V_i σ(w_i·x + b_i) + c), with M particles, in N such layers.
+    """The parameters of x + h (Σ_i V_i σ(w_i·x + b_i) + c), a layer of M particles.
 
     Attributes:
         inner: W and b, or whatever else stands before V.
         outer: V.
         offset: c, or None.
         width: M.
-        horizon: N.
+        length: Δ of its cell of depth: 1/N.
         step: h.
     """
 
@@ -59,17 +58,17 @@ class ParticleLayer:
     outer: nn.Parameter
     offset: nn.Parameter | None
     width: int
-    horizon: int
+    length: float
     step: float
 
     def coordinates(self) -> Iterator[Coordinate]:
         """Of all its parameters."""
-        mass = 1 / (self.horizon * self.width)
+        mass = self.length / self.width
         for parameter in self.inner:
             yield Coordinate(parameter, 1.0, mass, "particle")
         yield Coordinate(self.outer, self.step / mass, mass, "particle")
         if self.offset is not None:
-            yield Coordinate(self.offset, self.horizon * self.step, 1 / self.horizon, "offset")
+            yield Coordinate(self.offset, self.step / self.length, self.length, "offset")
 
 
 def coordinates(model: nn.Module, others: float = 1.0) -> tuple[Coordinate, ...]:
@@ -78,7 +77,8 @@ def coordinates(model: nn.Module, others: float = 1.0) -> tuple[Coordinate, ...]
     An ordinary block Σ_i V_i σ(w_i·x + b_i) with step h, one of N layers, is a mean of M particles
     ω_i = (u_i, w_i, b_i) of mass 1/(N·M) with u_i = N·M·h·V_i, so that V has the rate 1/(N·M·h²), W
     and b have N·M. A bias c behind V is the same for all particles of a layer: the point N·h·c of
-    mass 1/N. Layers that share a parameter add their masses. N counts the layers of a stage.
+    mass 1/N. Layers that share a parameter add their masses. As in `LayerwiseMeasure` K stages
+    divide the depth evenly, so that N is K times the layers of the stage.
 
     Args:
         model: one with `ResidualChain`s, or one that `anatomy` can read, which has h = 1.
@@ -121,54 +121,48 @@ def particle_layers(model: nn.Module) -> list[ParticleLayer]:
     return layers
 
 
-def _of_chains(chains: Iterable[ResidualChain]) -> Iterator[ParticleLayer]:
+def _of_chains(chains: list[ResidualChain]) -> Iterator[ParticleLayer]:
+    checked: set[tuple[type, Form]] = set()
+    stages = sum(len(chain) > 0 for chain in chains)
     for chain in chains:
         if chain.scheme.nodes != 1:
             raise InputError(
-                f"a step of {type(chain.scheme).__name__}'s scheme uses two controls and is no "
-                "mean of particles; use Euler()"
+                f"a step of {type(chain.scheme).__name__} uses two neighbouring controls, so that "
+                "a layer is not a mean of particles; expected Euler()"
             )
         for block in chain:
-            yield _of_block(block, find_neurons(block), chain.horizon, chain.step)
+            yield _of_block(block, 1 / (stages * len(chain)), chain.step, checked)
 
 
 def _of_blocks(model: nn.Module) -> Iterator[ParticleLayer]:
-    structure = anatomy(model)
-    for _, stage in groupby(structure.layers, key=lambda layer: layer.stage):
-        blocks = [layer.controls[0] for layer in stage]
-        for block in blocks:
-            neurons = find_neurons(block)
-            layer = _of_block(block, neurons, len(blocks), _step(block))
-            if all(layer.outer is not end for end in structure.branch_ends(block)):
-                raise InputError(
-                    f"a layer of {type(block).__name__} is not a mean of particles: what follows "
-                    f"{neurons.columns} before the addition sees them together; the particles of "
-                    "MLPs that end a residual branch can be moved"
-                )
-            yield layer
+    checked: set[tuple[type, Form]] = set()
+    blocks = [layer.controls[0] for layer in anatomy(model).layers]
+    for block in blocks:
+        yield _of_block(block, 1 / len(blocks), 1.0, checked)
 
 
-def _step(block: nn.Module) -> float:
-    """h: 1, or what Granite multiplies its branches by."""
-    return float(cast(Any, getattr(block, "residual_multiplier", 1.0)))
-
-
-def _of_block(block: nn.Module, neurons: Neurons, horizon: int, step: float) -> ParticleLayer:
+def _of_block(
+    block: nn.Module, length: float, step: float, checked: set[tuple[type, Form]]
+) -> ParticleLayer:
+    """One layer; a block of each class and form is checked to be a sum over its particles."""
+    neurons = find_neurons(block)
     for path in (neurons.norm, neurons.last_norm):
         if path and not isinstance(block.get_submodule(path), nn.Identity):
             raise InputError(
                 f"a {type(block).__name__} with norms is not a mean of particles while it is "
-                "trained: a norm's statistics depend on all of them, or on the batch; build it "
-                'without ("none")'
+                "trained: a norm's statistics go by the batch, or by all of them together; build "
+                'it without ("none")'
             )
     reading = read(block, neurons)
-    check_additive(block, neurons, reading)
+    if (type(block), reading.form) not in checked:
+        check_additive(block, neurons, reading)
+        checked.add((type(block), reading.form))
     last = block.get_submodule(neurons.columns)
     return ParticleLayer(
         inner=tuple(p for row in neurons.rows for p in block.get_submodule(row).parameters()),
         outer=cast(nn.Parameter, last.weight),
         offset=cast(nn.Parameter | None, last.bias),
         width=len(reading.particles),
-        horizon=horizon,
+        length=length,
         step=step,
     )

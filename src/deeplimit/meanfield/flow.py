@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,8 @@ class ParticleFlow(Optimizer):
         settings = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps}
         super().__init__(params, settings | {"scale": 1.0, "mass": 1.0})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the closure, where there is one, computes loss and gradients first."""
         loss = None
         if closure is not None:
@@ -70,9 +64,7 @@ class ParticleFlow(Optimizer):
                 parameter.add_(direction, alpha=-group["lr"] / group["scale"])
         return loss
 
-    def _direction(
-        self, state: dict[str, Any], velocity: Tensor, group: dict[str, Any]
-    ) -> Tensor:
+    def _direction(self, state: dict[str, Any], velocity: Tensor, group: dict[str, Any]) -> Tensor:
         if group["betas"] is not None:
             return _adam(state, velocity, group["betas"], group["eps"])
         if not group["momentum"]:
@@ -118,7 +110,7 @@ def particle_flow(
         dV/dt = −N·M·(N·M·h)^{−2} ∂L/∂V = −∂L/∂V / (N·M·h²),
         dw/dt = −N·M·∂L/∂w,    db/dt = −N·M·∂L/∂b;
 
-    with h = 1 the first is −∂L/∂V/(N·M), with h = 1/N it is −(N/M)·∂L/∂V. What moves is the measure:
+    the first is −∂L/∂V/(N·M) for h = 1 and −(N/M)·∂L/∂V for h = 1/N. What moves is the measure:
     splitting every particle in two (2M of half the V) changes nothing, doubling the depth (each
     layer twice, at h/2) moves the risk's course by O(1/N).
 
@@ -129,7 +121,7 @@ def particle_flow(
 
     Convolutional two-layer residuals without norms (a particle is a hidden channel) and the MLPs of
     transformers (a hidden neuron) go the same way; h = 1 where a model has no step. Layers may
-    differ in width. N counts the layers of a stage.
+    differ in width. Stages divide the depth evenly, as in `LayerwiseMeasure`.
 
     Parameters that belong to no particle (stem, head, attention, norms) take an ordinary step of
     lr·others, −lr·others·∂L/∂θ or Adam's. A layer's bias c behind V is the same for all particles;
@@ -174,9 +166,7 @@ def _settings(c: Coordinate, lr: float, others: float) -> tuple[float, float, fl
     return (lr * others, 1.0, 1.0) if c.role == "other" else (lr, c.scale, c.mass)
 
 
-def _check(
-    lr: float, momentum: float, betas: tuple[float, float] | None, eps: float
-) -> None:
+def _check(lr: float, momentum: float, betas: tuple[float, float] | None, eps: float) -> None:
     if not (math.isfinite(lr) and lr > 0):
         raise InputError(f"lr is {lr}; expected a number above 0, a step of the flow's time")
     if not 0 <= momentum < 1:

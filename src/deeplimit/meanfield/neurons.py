@@ -1,4 +1,4 @@
-"""The hidden neurons of a block as particles ω = (u, w, b): read out of its layers, and put back."""
+"""The hidden neurons of a block as particles ω = (u, w, b): read from its layers, put back."""
 
 import copy
 from collections.abc import Iterator
@@ -36,7 +36,9 @@ class Form:
 
     def join(self, parts: dict[str, Tensor]) -> Tensor:
         """[M, p] from a tensor [M, *shape] for each part."""
-        return torch.cat([parts[name].flatten(1) for name, _ in self.parts], dim=1)
+        return torch.cat(
+            [parts[name].reshape(len(parts[name]), -1) for name, _ in self.parts], dim=1
+        )
 
     def split(self, particles: Tensor) -> dict[str, Tensor]:
         """The inverse of `join`."""
@@ -137,14 +139,14 @@ def read(block: nn.Module, neurons: Neurons) -> Reading:
     for layer, name in zip(layers, ("w", "v"), strict=False):
         parts[name] = layer.rows
         bias = layer.bias
-        scale, shift = _affine(block, neurons.norm, layer.rows)
+        scale, shift = _affine(block, neurons.norm)
         if scale is not None and shift is not None:
             parts[name] = layer.rows * _along(scale, layer.rows, 0)
             bias = shift + (0 if bias is None else bias * scale)
         if bias is not None:
             parts["b" if name == "w" else "c"] = bias
     offset = last.bias
-    scale, shift = _affine(block, neurons.last_norm, parts["u"][0])
+    scale, shift = _affine(block, neurons.last_norm)
     if scale is not None and shift is not None:
         parts["u"] = parts["u"] * _along(scale, parts["u"], 1)
         offset = shift + (0 if offset is None else offset * scale)
@@ -167,7 +169,9 @@ def write(block: nn.Module, neurons: Neurons, reading: Reading) -> None:
             bias = torch.zeros_like(bias) if bias is not None and layer.has_bias else None
         layer.set_rows(parts[name], bias)
     last, offset = _Layer(block.get_submodule(neurons.columns)), reading.offset
-    if neurons.last_norm and _neutralise(block, neurons.last_norm, offset, reading.form.parts[0][1][0]):
+    if neurons.last_norm and _neutralise(
+        block, neurons.last_norm, offset, reading.form.parts[0][1][0]
+    ):
         offset = torch.zeros_like(offset) if offset is not None and last.has_bias else None
     last.set_columns(parts["u"], offset)
 
@@ -225,7 +229,7 @@ class _Layer:
             raise InputError(
                 f"a hidden layer is {layer}; expected a linear layer or a convolution in one group"
             )
-        if not self.layer.weight.is_floating_point():
+        if not cast(Tensor, layer.weight).is_floating_point():
             raise InputError(f"a hidden layer is quantised ({type(layer).__name__})")
 
     @property
@@ -282,15 +286,15 @@ def _norm(block: nn.Module, path: str) -> nn.BatchNorm2d | None:
     whole = isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.running_mean is not None
     if not whole:
         raise InputError(
-            f"{path} of {type(block).__name__} is a {type(norm).__name__}, which couples the hidden "
-            "neurons or normalises their sum: the block is not a mean of particles; expected no "
-            'norm ("none"), or a batch norm with scale, bias and running statistics ("batch"), '
-            "read as in evaluation mode"
+            f"{path} of {type(block).__name__} is a {type(norm).__name__}, which couples the "
+            "hidden neurons or normalises their sum: the block is not a mean of particles; "
+            'expected no norm ("none"), or a batch norm ("batch") with scale, bias and running '
+            "statistics, read as in evaluation mode"
         )
     return cast(nn.BatchNorm2d, norm)
 
 
-def _affine(block: nn.Module, path: str, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _affine(block: nn.Module, path: str) -> tuple[Tensor | None, Tensor | None]:
     """Scale and shift of a batch norm in evaluation mode; None for no norm."""
     norm = _norm(block, path)
     if norm is None or norm.running_mean is None or norm.running_var is None:
@@ -313,7 +317,7 @@ def _neutralise(block: nn.Module, path: str, bias: Tensor | None, channels: int)
 
 
 def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
-    """values [n] shaped to multiply an axis."""
+    """The values [n] shaped to multiply an axis."""
     return values.reshape([-1 if i == axis else 1 for i in range(like.dim())])
 
 

@@ -10,19 +10,19 @@ from deeplimit.errors import InputError
 from deeplimit.meanfield.coordinates import Coordinate, coordinates
 
 
-def slope(model: nn.Module, *, others: float = 0.0) -> float:
+def slope(model: nn.Module, *, others: float = 1.0) -> float:
     """‖∇L‖_μ of the risk L whose gradients the parameters have now, after `loss.backward()`.
 
         ‖∇L‖²_μ = N·M·Σ_{n,i} ‖∂L/∂ω_{n,i}‖²,    ω = (u, w, b),  u = N·M·h·V,
 
     summed over layers of widths M_n where these differ; in the parameters that a network holds
-    Σ_n ‖∂L/∂V‖²/(N·M·h²) + N·M·(‖∂L/∂W‖² + ‖∂L/∂b‖²). Along the gradient flow dL/dt = −‖∇L‖²_μ.
-    A layer's bias c behind V adds ‖∂L/∂c‖²/(N·h²).
+    Σ_n ‖∂L/∂V‖²/(N·M·h²) + N·M·(‖∂L/∂W‖² + ‖∂L/∂b‖²). What is trained besides belongs to the flow:
+    a layer's bias c behind V adds ‖∂L/∂c‖²/(N·h²), other parameters add others·‖∂L/∂θ‖². Along the
+    flow dL/dt = −‖∇L‖²_μ.
 
     Args:
         model: the network, as for `particle_flow`.
-        others: the rate of the parameters that belong to no particle, which add
-            others · ‖∂L/∂θ‖²; 0, the default, for a flow of the particles alone.
+        others: as given to `particle_flow`; 0 for a flow of the particles alone.
 
     Frozen parameters and those without a gradient count as 0.
 

@@ -30,7 +30,7 @@ def refine(model: Model, factor: int, *, optimizer: Optimizer | None = None) -> 
     belong to no stage (`stages`), such as those that change the state's shape, stay as they are.
 
     For controls smooth in depth the output changes by O(1/N) for Euler and O(1/N²) for Heun, for
-    any other it may change by anything: `smoothness` tells. Source: THEORY.md section 3, [SAP22]
+    any other it may change by anything: `smoothness` tells. Source: [SAP22]
     arXiv 2205.14612.
 
     Args:

@@ -263,7 +263,7 @@ def largest_difference(chain: ResidualChain) -> float:
 
 
 def _theory(activation: str, start: str) -> dict[tuple[Quantity, Moment], Range]:
-    """What [MWSB23] says of smooth activations; for independent starts THEORY.md section 3."""
+    """What [MWSB23] says of smooth activations; for independent starts, what was seen before."""
     if start == "smooth":
         return whole_range(ANY if activation == "relu" else MINUS_ONE)
     rough = {key: NO_FALL for key in whole_range(ANY) if key[0] == "difference"}

@@ -1,0 +1,105 @@
+"""One basis for the residual streams of two networks: the orthogonal map between their states."""
+
+import copy
+from dataclasses import replace
+from typing import cast
+
+import torch
+from scipy.linalg import orthogonal_procrustes
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.meanfield.frame import ChainFrame
+from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
+from deeplimit.network import ResidualClassifier, anatomy
+from deeplimit.network.modes import Inputs, evaluating
+
+
+def align_streams(a: Network, b: Network, batch: Inputs) -> LayerwiseMeasure:
+    """The measure of b in another basis of its residual stream, nearest to a's; b's own function.
+
+    The states x_n^b of a batch meet those of a at equal depth s; of Procrustes' problem
+
+        min Σ_n Σ_k |x_n^a(k) − Q x_n^b(k)|²   over orthogonal Q
+
+    the solution turns u to Q u, w to Q w, the stem to Q stem and the head W to W Qᵀ. Legitimate for
+    a `ResidualClassifier` whose state is neither data nor logits and has no norm: of kind "vector"
+    with a linear stem, or "convolutional" of one stage with norm "none", where Q mixes channels.
+    ReLU, layer norms and batch norms on the stream itself fix its basis.
+
+    Raises:
+        InputError: another network; networks of different state dimensions.
+    """
+    return aligned(as_measure(a), as_measure(b), batch)
+
+
+def aligned(a: LayerwiseMeasure, b: LayerwiseMeasure, batch: Inputs) -> LayerwiseMeasure:
+    """`align_streams` of measures."""
+    frame = _turnable(b)
+    _turnable(a)
+    x, y = _states(a, batch), _states(b, batch)
+    if x[0].shape[1] != y[0].shape[1]:
+        raise InputError(f"the states have {x[0].shape[1]} and {y[0].shape[1]} numbers or channels")
+    fine, coarse = (x, y) if len(x) >= len(y) else (y, x)
+    ratio = (len(coarse) - 1) / (len(fine) - 1)
+    met = [coarse[round(n * ratio)] for n in range(len(fine))]
+    mine, theirs = (fine, met) if len(x) >= len(y) else (met, fine)
+    # scipy's R is of |B R − A|, samples in rows: x^b R = (Q x^b)ᵀ with Q = Rᵀ.
+    found, _ = orthogonal_procrustes(torch.cat(theirs).numpy(), torch.cat(mine).numpy())
+    return _turned(b, frame, torch.from_numpy(found).T)
+
+
+def _turnable(measure: LayerwiseMeasure) -> ChainFrame:
+    frame = measure.frame
+    model = frame.template if isinstance(frame, ChainFrame) else None
+    if isinstance(model, ResidualClassifier):
+        a = model.architecture
+        plain = a.kind == "vector" or (a.norm == "none" and len(a.depths) == 1)
+        if a.kind != "logit" and plain and _last_linear(model) is not None:
+            return cast(ChainFrame, frame)
+    raise InputError(
+        "the basis of this network's residual stream is fixed (its states are logits or data, or "
+        "norms and activations act on their coordinates), so that no rotation of it is another "
+        "form of the same network; align only a ResidualClassifier of kind 'vector' with a linear "
+        "stem, or 'convolutional' of one stage with norm 'none'"
+    )
+
+
+def _last_linear(model: ResidualClassifier) -> nn.Module | None:
+    """The layer that makes the state, where nothing but identities follow it."""
+    layers = [m for m in model.stem if not isinstance(m, nn.Identity)]
+    return layers[-1] if isinstance(layers[-1], nn.Linear | nn.Conv2d) else None
+
+
+@torch.no_grad()
+def _states(measure: LayerwiseMeasure, batch: Inputs) -> list[Tensor]:
+    """x_0 … x_N as rows: [K, d], of images every pixel one."""
+    with evaluating(measure.network()) as network:
+        states, _ = anatomy(network).states(batch)
+    return [x.movedim(1, -1).flatten(0, -2).cpu().double() for x in states]
+
+
+@torch.no_grad()
+def _turned(b: LayerwiseMeasure, frame: ChainFrame, rotation: Tensor) -> LayerwiseMeasure:
+    """The same network with Q x in place of its states x."""
+
+    def turn(values: Tensor, axis: int) -> Tensor:
+        q = rotation.to(values)
+        return torch.tensordot(values, q, dims=([axis], [1])).movedim(-1, axis)
+
+    layers = []
+    for particles, form in zip(b.layers, frame.forms, strict=True):
+        parts = form.split(particles)
+        layers.append(form.join(parts | {name: turn(parts[name], 1) for name in ("u", "w")}))
+    template = cast(ResidualClassifier, copy.deepcopy(frame.template))
+    stem, head = _last_linear(template), _last_of(template.head)
+    for parameter in cast(nn.Module, stem).parameters():
+        parameter.copy_(turn(parameter, 0))
+    head.weight.copy_(turn(head.weight, 1))
+    offsets = tuple(None if c is None else turn(c, 0) for c in frame.offsets)
+    other = replace(frame, template=template, offsets=offsets)
+    return LayerwiseMeasure(layers, b.masses, b.breakpoints, frame=other)
+
+
+def _last_of(head: nn.Module) -> nn.Linear:
+    return cast(nn.Linear, head[-1] if isinstance(head, nn.Sequential) else head)

@@ -1,0 +1,279 @@
+"""What of a network is no particle: stem, head, norms, attention; the network built on it."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, same_grid
+from deeplimit.meanfield.neurons import (
+    Form,
+    Neurons,
+    Reading,
+    particle_buffers,
+    particle_parameters,
+    write,
+)
+from deeplimit.network import ResidualChain, ResidualClassifier
+
+NAMED = 3  # names listed in an error
+
+
+@dataclass(frozen=True, eq=False)
+class Frame(ABC):
+    """A network without its particles.
+
+    Attributes:
+        template: the network, its particles left out.
+        forms: of each layer, what its particles are.
+        offsets: of each layer the output bias c as a density in depth, h c / Δ, or None.
+        breakpoints: of the layers, s_0 … s_N.
+    """
+
+    template: nn.Module
+    forms: tuple[Form, ...]
+    offsets: tuple[Tensor | None, ...]
+    breakpoints: Breakpoints
+
+    @property
+    @abstractmethod
+    def step(self) -> float:
+        """The step size h."""
+
+    @abstractmethod
+    def rest(self) -> dict[str, Tensor]:
+        """Parameters and buffers by their names, less those of the particles."""
+
+    @abstractmethod
+    def build(self, layers: Sequence[Reading]) -> nn.Module:
+        """The network with these neurons in its layers."""
+
+    @abstractmethod
+    def on(self, breakpoints: Breakpoints) -> "Frame":
+        """The same on another grid, each cell as the layer in which its middle lies.
+
+        Raises:
+            InputError: its layers cannot be divided.
+        """
+
+    def network(self, layers: Sequence[Tensor], weights: Sequence[Tensor]) -> nn.Module:
+        """V_i = Δ m_i u_i / h for atoms of weight m_i in a cell of length Δ, and so the offsets."""
+        cells = zip(
+            self.forms,
+            layers,
+            weights,
+            self.offsets,
+            lengths(self.breakpoints),
+            self.widths([len(particles) for particles in layers]),
+            strict=True,
+        )
+        readings = []
+        for form, particles, mass, offset, length, width in cells:
+            factor = length / self.step
+            # Where layers differ in width those that are missing are neurons of zeros.
+            padded = particles.new_zeros(width, form.size)
+            padded[: len(particles)] = particles
+            padded[: len(particles), : form.outputs] *= (factor * mass).to(particles)[:, None]
+            readings.append(Reading(form, padded, None if offset is None else offset * factor))
+        return self.build(readings)
+
+    def widths(self, least: Sequence[int]) -> list[int]:
+        """How many neurons the layers have in the network, which has one width for all."""
+        return [max(least)] * len(least)
+
+    def difference(self, other: "Frame") -> str | None:
+        """What differs besides values; None where the frames can be mixed."""
+        if type(self.template) is not type(other.template):
+            return f"{type(self.template).__name__} and {type(other.template).__name__}"
+        mine, theirs = self.rest(), other.rest()
+        names = [n for n in {**mine, **theirs} if _shape(mine, n) != _shape(theirs, n)]
+        return f"the shapes of {listed(names)}" if names else None
+
+    def unequal(self, other: "Frame") -> list[str]:
+        """The names of parameters and buffers that differ, output biases too; on one grid."""
+        mine, theirs = self.rest(), other.rest()
+        names = [name for name, value in mine.items() if not torch.equal(value, theirs[name])]
+        offsets = zip(self.offsets, other.offsets, strict=True)
+        if any(
+            a is not b and (a is None or b is None or not torch.equal(a, b)) for a, b in offsets
+        ):
+            names.append("the output biases of the layers")
+        return names
+
+    @torch.no_grad()
+    def mixed(self, others: Sequence["Frame"], weights: Sequence[float]) -> "Frame":
+        """Σ_k λ_k of frames on one grid, this one first; whole numbers are this one's."""
+        every = [self.rest(), *(other.rest() for other in others)]
+        values = {}
+        for name, value in every[0].items():
+            same = [rest[name] for rest in every]
+            values[name] = _mean(same, weights) if value.is_floating_point() else value
+        template = copy.deepcopy(self.template)
+        template.load_state_dict(values, strict=False)
+        offsets: list[Tensor | None] = []
+        for column in zip(self.offsets, *(other.offsets for other in others), strict=True):
+            there = [offset for offset in column if offset is not None]
+            filled = [torch.zeros_like(there[0]) if c is None else c for c in column if there]
+            offsets.append(_mean(filled, weights) if there else None)
+        return replace(self, template=template, offsets=tuple(offsets))
+
+
+@dataclass(frozen=True, eq=False)
+class ChainFrame(Frame):
+    """Of a `ResidualChain` or a `ResidualClassifier`: between stem and head only layers.
+
+    Attributes:
+        h: the step size.
+        prototypes: for each form a block without its particles, and where these are in it.
+        stages: the numbers of the chains that have layers.
+    """
+
+    h: float
+    prototypes: dict[Form, tuple[nn.Module, Neurons]]
+    stages: tuple[int, ...]
+
+    @property
+    def step(self) -> float:
+        """The chains' own."""
+        return self.h
+
+    def rest(self) -> dict[str, Tensor]:
+        """Stem, projections and head."""
+        return self.template.state_dict()
+
+    def on(self, breakpoints: Breakpoints) -> "ChainFrame":
+        """Any grid; h becomes hN/N', so that the horizon in time stays."""
+        places = layers_at(self.breakpoints, breakpoints)
+        before, after = len(self.forms), len(places)
+        return replace(
+            self,
+            forms=tuple(self.forms[n] for n in places),
+            offsets=tuple(self.offsets[n] for n in places),
+            breakpoints=breakpoints,
+            h=self.h if before == after else self.h * before / after,
+        )
+
+    def widths(self, least: Sequence[int]) -> list[int]:
+        """One width for all, of a classifier twice as many in each stage."""
+        growth = [2**m for m in self._stage_of_layers]
+        base = max(-(-count // g) for count, g in zip(least, growth, strict=True))
+        return [base * g for g in growth]
+
+    def build(self, layers: Sequence[Reading]) -> nn.Module:
+        """Copies of the template and the prototypes."""
+        model = copy.deepcopy(self.template)
+        chains = chains_of(model)
+        for m, reading in zip(self._stage_of_layers, layers, strict=True):
+            prototype, neurons = self.prototypes[reading.form]
+            block = copy.deepcopy(prototype)
+            write(block, neurons, reading)
+            chains[m].append(block)
+        for chain in chains:
+            chain.step = self.h
+        if isinstance(model, ResidualClassifier):
+            a = model.architecture
+            hidden = len(layers[0].particles) // 2 ** self.stages[0]
+            model.architecture = replace(
+                a,
+                depths=tuple(len(chain) for chain in chains),
+                hidden=a.hidden if hidden == (a.hidden or a.width) else hidden,
+                step=self.h,
+            )
+        return model
+
+    @property
+    def _stage_of_layers(self) -> list[int]:
+        every = len(self.stages)
+        return [self.stages[int(every * (a + b) / 2)] for a, b in pairwise(self.breakpoints)]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockFrame(Frame):
+    """Of a model whose blocks do more than their particles: their depth cannot be divided.
+
+    Attributes:
+        places: of each layer, the block's name in the model and where its particles are in it.
+    """
+
+    places: tuple[tuple[str, Neurons], ...]
+    step = 1.0
+
+    def rest(self) -> dict[str, Tensor]:
+        """Everything but the layers' neurons and output biases."""
+        gone: set[str] = set()
+        for name, neurons in self.places:
+            block = self.template.get_submodule(name)
+            own = [n for n, _ in particle_parameters(block, neurons)]
+            gone |= {f"{name}.{path}" for path in (*own, *particle_buffers(block, neurons))}
+        return {k: v for k, v in self.template.state_dict().items() if k not in gone}
+
+    def on(self, breakpoints: Breakpoints) -> "BlockFrame":
+        """The same grid.
+
+        Raises:
+            InputError: another one.
+        """
+        if not same_grid(breakpoints, self.breakpoints):
+            raise InputError(
+                f"the layers of {type(self.template).__name__} are more than their particles "
+                "(attention, norms), so that they cannot be divided in depth: give networks of "
+                f"equal depth, here {len(self.forms)} layers"
+            )
+        return self
+
+    def build(self, layers: Sequence[Reading]) -> nn.Module:
+        """A copy of the template; its configuration says the width."""
+        model = copy.deepcopy(self.template)
+        for (name, neurons), reading in zip(self.places, layers, strict=True):
+            write(model.get_submodule(name), neurons, reading)
+        _configure(model, len(layers[0].particles))
+        return model
+
+    def widths(self, least: Sequence[int]) -> list[int]:
+        """One for all where a configuration says it; a multiple of the state's if as a ratio."""
+        config: Any = getattr(self.template, "config", None)
+        if config is None:
+            return list(least)
+        unit = config.hidden_size if hasattr(config, "mlp_ratio") else 1
+        return [-(-max(least) // unit) * unit] * len(least)
+
+
+def chains_of(model: nn.Module) -> list[ResidualChain]:
+    """The chains of a network of deeplimit's own."""
+    if isinstance(model, ResidualChain):
+        return [model]
+    return cast(list[ResidualChain], list(cast(ResidualClassifier, model).stages))
+
+
+def _configure(model: nn.Module, width: int) -> None:
+    """Brings up to date what a model of transformers says of the width of its MLPs."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "mlp_ratio"):
+        config.mlp_ratio = width // config.hidden_size
+    for name in ("intermediate_size", "n_inner"):
+        if hasattr(config, name):
+            setattr(config, name, width)
+            return
+
+
+def _shape(values: dict[str, Tensor], name: str) -> torch.Size | None:
+    return values[name].shape if name in values else None
+
+
+def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = values[0] * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total = total + value.to(total) * weight
+    return total
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

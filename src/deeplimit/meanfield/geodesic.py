@@ -1,0 +1,138 @@
+"""The geodesic between two networks: a network at every t ([BPV24] arXiv 2403.12887)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deeplimit.errors import InputError
+from deeplimit.meanfield.alignment import aligned
+from deeplimit.meanfield.frame import Frame, listed
+from deeplimit.meanfield.grid import merged_grid
+from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
+from deeplimit.meanfield.transport import CotDistance, cot_distance
+from deeplimit.network.modes import Inputs
+
+FRAMES = ("equal", "interpolate")
+
+
+def cot_geodesic(
+    a: Network,
+    b: Network,
+    t: float,
+    *,
+    frame: str = "equal",
+    align: bool = False,
+    batch: Inputs | None = None,
+    transport: CotDistance | None = None,
+) -> LayerwiseMeasure:
+    """The point μ_t of a geodesic of d from a (t = 0) to b (t = 1); `.network()` is its network.
+
+    With γ_s an optimal coupling of the layers at depth s,
+
+        μ_t(·|s) = ((1 − t) ω + t ω')_# γ_s,      d(μ_s, μ_t) = |s − t| d(a, b).
+
+    Equal numbers of equal atoms move along straight lines to their matches, in the order of a.
+    Otherwise the atoms are those of the coupling's support, with its weights: at most M + M' − 1 of
+    them per layer, exact at every t. A network of fewer neurons is what `narrow` makes of it; that
+    is no longer the geodesic. For unequal depths the layers are the cells of the merged grid, at
+    every t: the end points are a and b as measures, but a layer that is divided in two steps where
+    the network made one, so that the end point's output differs from the network's by O(1/N), which
+    is the error of Euler's method. For equal depths it is the network's to rounding.
+
+    Source: [BPV24] arXiv 2403.12887.
+
+    Args:
+        a: a network, or its measure.
+        b: another, of any width and depth, with particles of the same kind and size.
+        t: in [0, 1].
+        frame: what becomes of stem, heads, norms, attention and output biases. With "equal" they
+            must be so; with "interpolate" they move linearly, (1 − t) of a's and t of b's, which
+            is not part of the geodesic. Without frames (measures of particles alone) there is none.
+        align: b is taken in the basis of the residual stream in which its states are nearest to
+            a's: the orthogonal Q of min Σ_n |x_n^a − Q x_n^b|² over the states of a batch
+            (Procrustes), with u, w, stem and head turned along, so that b's function is the same.
+            Legitimate where nothing acts on single coordinates of the stream: linear layers before
+            and behind it, no norm and no activation on it. Elsewhere (states that are the logits or
+            the data, layer norms, batch norms) the basis is fixed, and it is refused. d is then the
+            distance to that b; `align_streams` gives it.
+        batch: the inputs on which both are run to align them.
+        transport: `cot_distance(a, b, plans=True)`, where several t are wanted; by Sinkhorn the
+            path is no geodesic.
+
+    Raises:
+        InputError: t outside [0, 1], different state dimensions or activations, frames that differ,
+            blocks that cannot be divided in depth, a basis that is fixed, plans that do not fit.
+    """
+    if not 0 <= t <= 1:
+        raise InputError(
+            f"t is {t}; a geodesic has t in [0, 1], from the first network to the other"
+        )
+    if frame not in FRAMES:
+        raise InputError(f"frame is {frame!r}; expected one of {', '.join(FRAMES)}")
+    start, end = as_measure(a), as_measure(b)
+    if align:
+        if batch is None:
+            raise InputError("align=True needs batch=inputs, on which both networks are run")
+        if transport is not None:
+            raise InputError("align=True changes b: give transport of align_streams(a, b, batch)")
+        end = aligned(start, end, batch)
+    mixed = mixed_frame([start, end], [1 - t, t], frame)
+    plans = _plans(start, end, transport)
+    layers, masses = [], []
+    for (n, m), plan in zip(plans.layers, plans.plans or (), strict=True):
+        x, y = start.layers[n], end.layers[m]
+        rows, columns = (torch.from_numpy(k).to(x.device) for k in (plan.rows, plan.columns))
+        layers.append((1 - t) * x[rows] + t * y[columns].to(x))
+        masses.append(torch.from_numpy(plan.masses))
+    return LayerwiseMeasure(layers, masses, plans.breakpoints, frame=mixed)
+
+
+def mixed_frame(
+    measures: list[LayerwiseMeasure], weights: list[float], policy: str
+) -> Frame | None:
+    """Σ_k λ_k of the frames, on the merged grid; None where none of the measures has one.
+
+    Raises:
+        InputError: some have none, they are of different networks, or differ and should be equal.
+    """
+    frames = [measure.frame for measure in measures]
+    there = [frame for frame in frames if frame is not None]
+    if not there:
+        return None
+    if len(there) < len(frames):
+        raise InputError("one of the measures has no frame; make it with frame=model")
+    grid = merged_grid(*(measure.breakpoints for measure in measures))
+    first, *others = (frame.on(grid) for frame in there)
+    for other in others:
+        different = first.difference(other)
+        if different:
+            raise InputError(
+                f"the networks differ in {different}; expected networks that differ in width, "
+                "depth and values only"
+            )
+        unequal = first.unequal(other)
+        if unequal and policy == "equal":
+            raise InputError(
+                f"the networks differ in {listed(unequal)}, which no particles are: train them "
+                "with these shared, or give frame='interpolate', which moves them linearly"
+            )
+    return first.mixed(others, weights) if policy == "interpolate" else first
+
+
+def _plans(a: LayerwiseMeasure, b: LayerwiseMeasure, given: CotDistance | None) -> CotDistance:
+    """The couplings; those given, if they are of these measures."""
+    if given is None:
+        return cot_distance(a, b, plans=True)
+    if given.plans is None:
+        raise InputError("transport has no plans: give cot_distance(a, b, plans=True)")
+    for (n, m), plan in zip(given.layers, given.plans, strict=True):
+        fits = n < a.depth and m < b.depth
+        if not (fits and _fits(plan.rows, a.layers[n]) and _fits(plan.columns, b.layers[m])):
+            raise InputError("transport is of other networks: give cot_distance(a, b, plans=True)")
+    return given
+
+
+def _fits(indices: np.ndarray[Any, np.dtype[Any]], layer: Tensor) -> bool:
+    return int(indices.max()) < len(layer)

@@ -1,0 +1,198 @@
+"""A residual network as a measure on depth × particles, and back ([BPV24] arXiv 2403.12887)."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.meanfield.frame import Frame
+from deeplimit.meanfield.grid import checked_grid, lengths, same_grid, uniform_grid
+from deeplimit.meanfield.reading import frame_of
+
+ROUNDING = 1e-5  # of the sum of a layer's weights, in float32
+
+
+class LayerwiseMeasure:
+    """A network as a measure μ = ∫ μ(·|s) ds on [0, 1] × Ω, with uniform marginal in depth.
+
+    Layer n is the law of its particles, constant on the cell [s_n, s_{n+1}) of depth,
+
+        μ(·|s) = Σ_i m_{n,i} δ_{ω_{n,i}},      φ_s(x) = ∫ ψ(x, ω) dμ(ω|s),      ẋ(s) = φ_s(x(s)),
+
+    with ω = (u, w, b) and ψ(x, ω) = u σ(w·x + b). A finite network is N layers of M equal atoms.
+    The horizon is normalised to 1: a layer h Σ_i V_i σ(w_i·x + b_i) in a cell of length Δ_n has the
+    particles u_i = M h V_i / Δ_n, which is N·M·h·V_i where the layers have equal lengths. The
+    network's function depends on the measure alone, not on the order of the particles.
+    Source: [BPV24] arXiv 2403.12887.
+
+    Args:
+        particles: [N, M, p], or a list of N tensors [M_n, p_n]; floating point, finite. The order
+            of the numbers of a particle is u, w, b, each flattened (`frame.forms`); of gated MLPs
+            u, the gate's w and b, then v and c of what the gate multiplies, biases where the layer
+            has them.
+        weights: [N, M] or a list of [M_n], m_{n,i} ≥ 0, of sum 1 in each layer; 1/M by default.
+        breakpoints: s_0 = 0 < … < s_N = 1; n/N by default.
+        frame: what the network is besides its particles: a model that `of` can read, whose layers
+            and width do not matter, or the `frame` of another measure; without it there is no
+            `network`.
+
+    Raises:
+        InputError: tensors of other shapes, whole numbers, values not finite, weights that are
+            negative or have another sum, breakpoints that do not rise from 0 to 1, particles of
+            another size than the frame's.
+    """
+
+    def __init__(
+        self,
+        particles: Tensor | Sequence[Tensor],
+        weights: Tensor | Sequence[Tensor] | None = None,
+        breakpoints: Iterable[float] | None = None,
+        *,
+        frame: Frame | nn.Module | None = None,
+    ):
+        self.layers = _checked_particles(particles)
+        self.masses = _checked_weights(weights, self.layers)
+        count = len(self.layers)
+        self.breakpoints = (
+            uniform_grid([count]) if breakpoints is None else checked_grid(breakpoints, count)
+        )
+        if isinstance(frame, nn.Module):
+            frame = frame_of(frame)[0]
+        if frame is not None and not same_grid(frame.breakpoints, self.breakpoints):
+            frame = frame.on(self.breakpoints)
+        self.frame = frame
+        for n, form in enumerate(frame.forms if frame is not None else ()):
+            if self.layers[n].shape[1] != form.size:
+                raise InputError(
+                    f"layer {n}: particles of {self.layers[n].shape[1]} numbers given, the frame "
+                    f"has {form}, {form.size} numbers"
+                )
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "LayerwiseMeasure":
+        """The measure of a network, an independent copy of its values.
+
+        Of a `ResidualChain` or a `ResidualClassifier` whose residual functions are two-layer,
+        linear (`TwoLayerResidual`, or modules with the same parts) or convolutional
+        (`ConvolutionalResidual`): a particle is a hidden neuron or channel with its incoming and
+        outgoing weights, filters and bias. Of models of transformers (ViT, DINOv2, GPT-2, Llama and
+        others) the MLPs: a particle is a hidden neuron with its row and column, in a gated MLP its
+        two rows; attention, norms and embeddings are the frame. Batch norms inside a residual
+        function act on each channel alone in evaluation mode: they are folded into the particles,
+        as they are in that mode whatever mode the model is in. The output bias of a layer belongs
+        to the frame.
+
+        Several stages divide [0, 1] evenly: stage k of K lies in [k/K, (k + 1)/K].
+
+        Raises:
+            InputError: a network that is not a mean of particles: linear residuals, a group norm
+                inside, Heun's method, blocks of other kinds; parameters that are not finite; a
+                model without layers.
+        """
+        frame, layers = frame_of(model)
+        return cls(layers, breakpoints=frame.breakpoints, frame=frame)
+
+    def network(self) -> nn.Module:
+        """The network, a new one: the layers' sums V_i = Δ_n m_i u_i / h in the frame.
+
+        Weights are folded into the output weights, so that a network of weighted atoms computes
+        the same; read by `of` it is another measure, with equal weights and longer u. A model has
+        one width (of several stages, one that doubles): narrower layers are filled up with neurons
+        of zeros. Batch norms inside residual functions come back with statistics that do nothing,
+        mean 0 and variance 1; the function is that of evaluation mode.
+
+        `LayerwiseMeasure.of(model).network()` computes what the model does in evaluation mode.
+
+        Raises:
+            InputError: the measure has no frame.
+        """
+        if self.frame is None:
+            raise InputError(
+                "this measure was made from particles alone; give frame=model, a network whose "
+                "stem, head and activation it shall have"
+            )
+        return self.frame.network(self.layers, self.masses)
+
+    @property
+    def particles(self) -> Tensor | list[Tensor]:
+        """[N, M, p]; the list of [M_n, p_n] where layers differ."""
+        return _stacked(self.layers)
+
+    @property
+    def weights(self) -> Tensor | list[Tensor]:
+        """[N, M], or a list of [M_n]; in float64, on the CPU."""
+        return _stacked(self.masses)
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """Δ_n = s_{n+1} − s_n."""
+        return lengths(self.breakpoints)
+
+    @property
+    def depth(self) -> int:
+        """N."""
+        return len(self.layers)
+
+    def is_uniform(self, n: int) -> bool:
+        """Whether the atoms of layer n have equal weights."""
+        return bool((self.masses[n] == self.masses[n][0]).all())
+
+    def __repr__(self) -> str:
+        """Depth, widths and sizes."""
+        widths = sorted({len(layer) for layer in self.layers})
+        sizes = sorted({layer.shape[1] for layer in self.layers})
+        return f"LayerwiseMeasure({self.depth} layers of {widths} particles of {sizes} numbers)"
+
+
+Network = LayerwiseMeasure | nn.Module
+
+
+def as_measure(network: Network) -> LayerwiseMeasure:
+    """A measure, or that of a network."""
+    return network if isinstance(network, LayerwiseMeasure) else LayerwiseMeasure.of(network)
+
+
+def _checked_particles(given: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    layers = tuple(layer.detach() for layer in given)
+    if not layers:
+        raise InputError("no layers given; expected particles [N, M, p] with N ≥ 1")
+    for n, layer in enumerate(layers):
+        if layer.dim() != 2 or 0 in layer.shape or not layer.is_floating_point():
+            raise InputError(
+                f"layer {n}: {layer.dtype} of shape {list(layer.shape)} given; expected particles "
+                "[N, M, p], or a list of [M_n, p], of floating point, M ≥ 1"
+            )
+        if not bool(layer.isfinite().all()):
+            raise InputError(f"layer {n} has particles that are not finite")
+    return layers
+
+
+def _checked_weights(
+    given: Tensor | Sequence[Tensor] | None, layers: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    if given is None:
+        return tuple(
+            torch.full((len(layer),), 1 / len(layer), dtype=torch.float64) for layer in layers
+        )
+    if len(given) != len(layers):
+        raise InputError(f"weights of {len(given)} layers given for {len(layers)}")
+    masses = []
+    for n, (mass, layer) in enumerate(zip(given, layers, strict=True)):
+        if mass.shape != layer.shape[:1]:
+            raise InputError(
+                f"layer {n}: weights of shape {list(mass.shape)} for {len(layer)} particles"
+            )
+        total = float(mass.double().sum())
+        if not (bool((mass >= 0).all()) and abs(total - 1) <= ROUNDING):
+            raise InputError(
+                f"layer {n}: weights of sum {total:.6g}, the least {float(mass.min()):.3g}; "
+                "expected weights ≥ 0 of sum 1"
+            )
+        masses.append(mass.detach().cpu().double() / total)
+    return tuple(masses)
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    alike = len({row.shape for row in rows}) == 1
+    return torch.stack(list(rows)) if alike else list(rows)

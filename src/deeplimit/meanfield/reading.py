@@ -1,0 +1,142 @@
+"""A network taken apart: its particles, layer by layer, and its frame."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.meanfield.frame import BlockFrame, ChainFrame, Frame, chains_of, listed
+from deeplimit.meanfield.grid import Breakpoints, lengths, uniform_grid
+from deeplimit.meanfield.neurons import (
+    Neurons,
+    Reading,
+    check_additive,
+    find_neurons,
+    particle_parameters,
+    read,
+)
+from deeplimit.network import BlockAnatomy, ResidualChain, ResidualClassifier, anatomy
+
+
+def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor]]:
+    """The frame of a network, and the particles [M_n, p] of its layers, u = M h V / Δ.
+
+    Raises:
+        InputError: as `LayerwiseMeasure.of`.
+    """
+    _check_values(model)
+    if isinstance(model, ResidualChain | ResidualClassifier):
+        return _of_chains(model)
+    read_model = anatomy(model)
+    if not isinstance(read_model, BlockAnatomy):
+        raise InputError(f"{type(read_model).__name__} is not a BlockAnatomy; make it one")
+    blocks = read_model.blocks
+    found, readings = _read_all(blocks)
+    names = {module: name for name, module in model.named_modules()}
+    gone = [
+        p
+        for block, at in zip(blocks, found, strict=True)
+        for _, p in particle_parameters(block, at)
+    ]
+    grid = uniform_grid([len(blocks)])
+    frame = BlockFrame(
+        copy.deepcopy(model, _emptied(gone)),
+        tuple(reading.form for reading in readings),
+        _densities(readings, grid, 1.0),
+        grid,
+        tuple((names[block], at) for block, at in zip(blocks, found, strict=True)),
+    )
+    return frame, _scaled(readings, grid, 1.0)
+
+
+def _of_chains(model: ResidualChain | ResidualClassifier) -> tuple[Frame, list[Tensor]]:
+    chains = chains_of(model)
+    steps = {chain.step for chain in chains if len(chain)}
+    if any(chain.scheme.nodes != 1 for chain in chains):
+        raise InputError(
+            f"a step of {type(chains[0].scheme).__name__} uses two neighbouring controls: a "
+            "layer is not a mean of particles; expected Euler()"
+        )
+    if not steps:
+        raise InputError(f"{type(model).__name__} has no layers, so that there are no particles")
+    if len(steps) > 1:
+        raise InputError(f"the chains have step sizes {sorted(steps)}; expected layers of one step")
+    (h,) = steps
+    blocks = [block for chain in chains for block in chain]
+    found, readings = _read_all(blocks)
+    prototypes = {}
+    for block, at, reading in zip(blocks, found, readings, strict=True):
+        own = [p for _, p in particle_parameters(block, at)]
+        besides = [name for name, p in block.named_parameters() if not any(p is q for q in own)]
+        if besides:
+            raise InputError(
+                f"{type(block).__name__} has parameters besides its particles: {listed(besides)}; "
+                "in a ResidualChain a block is a mean of particles and nothing else"
+            )
+        if reading.form not in prototypes:
+            prototypes[reading.form] = (copy.deepcopy(block, _emptied(own)), at)
+    template = copy.deepcopy(model, dict.fromkeys(map(id, blocks)))
+    for chain in chains_of(template):
+        chain._modules.clear()
+    grid = uniform_grid([len(chain) for chain in chains])
+    frame = ChainFrame(
+        template,
+        tuple(reading.form for reading in readings),
+        _densities(readings, grid, h),
+        grid,
+        h,
+        prototypes,
+        tuple(m for m, chain in enumerate(chains) if len(chain)),
+    )
+    return frame, _scaled(readings, grid, h)
+
+
+def _read_all(blocks: Sequence[nn.Module]) -> tuple[list[Neurons], list[Reading]]:
+    """Of all blocks; one of each class and form is checked to be a sum over its neurons."""
+    found = [find_neurons(block) for block in blocks]
+    readings, checked = [], set()
+    for block, neurons in zip(blocks, found, strict=True):
+        reading = read(block, neurons)
+        if (type(block), reading.form) not in checked:
+            check_additive(block, neurons, reading)
+            checked.add((type(block), reading.form))
+        readings.append(reading)
+    return found, readings
+
+
+def _scaled(readings: Sequence[Reading], grid: Breakpoints, h: float) -> list[Tensor]:
+    """u_i = M h V_i / Δ; N M h V_i on a uniform grid."""
+    layers = []
+    for reading, length in zip(readings, lengths(grid), strict=True):
+        particles = reading.particles
+        particles[:, : reading.form.outputs] *= len(particles) * h / length
+        layers.append(particles)
+    return layers
+
+
+def _densities(
+    readings: Sequence[Reading], grid: Breakpoints, h: float
+) -> tuple[Tensor | None, ...]:
+    cells = zip(readings, lengths(grid), strict=True)
+    return tuple(None if r.offset is None else r.offset * (h / length) for r, length in cells)
+
+
+def _emptied(parameters: Sequence[nn.Parameter]) -> dict[int, Any]:
+    """What a deep copy puts in place of these."""
+    return {
+        id(p): nn.Parameter(p.detach().new_empty(0), requires_grad=p.requires_grad)
+        for p in parameters
+    }
+
+
+def _check_values(model: nn.Module) -> None:
+    if any(p.is_meta for p in model.parameters()):
+        raise InputError(f"{type(model).__name__} is on the meta device; load its weights first")
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise InputError(
+                f"{name} of {type(model).__name__} is not finite: its training diverged; give the "
+                "last good checkpoint"
+            )

@@ -1,0 +1,239 @@
+"""The layer-conditional optimal transport distance of two networks ([BPV24] arXiv 2403.12887)."""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ot
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from deeplimit.errors import InputError, RunError
+from deeplimit.meanfield.costs import squared_distances, squared_distances_of
+from deeplimit.meanfield.grid import layers_at, lengths, merged_grid
+from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
+from deeplimit.meanfield.sinkhorn import sinkhorn_plan
+
+Array = np.ndarray[Any, np.dtype[Any]]
+PIVOTS = 10_000_000  # of the network simplex, at most; POT's own limit is for hundreds of atoms
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A coupling of two layers: atom rows[k] sends masses[k] to the other's atom columns[k].
+
+    Attributes:
+        rows, columns: indices [K].
+        masses: [K], positive, of sum 1.
+    """
+
+    rows: Array
+    columns: Array
+    masses: Array
+
+
+@dataclass(frozen=True, eq=False)
+class CotDistance:
+    """The layer-conditional distance d of two networks, and where in depth it lies.
+
+    d² = Σ_c Δ_c W_2²(c) over the cells c of the merged grid.
+
+    Attributes:
+        distance: d; by Sinkhorn the cost of a coupling, hence never below d.
+        lower: a bound d ≥ lower; equal to `distance` where the solver is exact.
+        per_layer: W_2 of each cell.
+        breakpoints: of the cells, in [0, 1].
+        layers: for each cell the layers (n, n') of both networks.
+        plans: for each cell a coupling of these, on request.
+    """
+
+    distance: float
+    lower: float
+    per_layer: tuple[float, ...]
+    breakpoints: tuple[float, ...]
+    layers: tuple[tuple[int, int], ...]
+    plans: tuple[Plan, ...] | None
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """Δ_c of each cell."""
+        return lengths(self.breakpoints)
+
+    @property
+    def error(self) -> float:
+        """By how much `distance` may be too large: distance − lower."""
+        return self.distance - self.lower
+
+
+def cot_distance(
+    a: Network,
+    b: Network,
+    *,
+    plans: bool = False,
+    sinkhorn: float | None = None,
+) -> CotDistance:
+    """d(μ, ν)² = ∫_0^1 W_2²(μ(·|s), ν(·|s)) ds, the layer-conditional 2-Wasserstein distance.
+
+    Exact: for equal numbers of equal atoms an assignment problem per layer, otherwise a transport
+    problem; for unequal depths on the merged grid of both (64 and 63 layers: 126 cells). Costs are
+    squared Euclidean distances of particles, in float64, relatively accurate to 1e-10 also for
+    networks that are close; d = 0 for equal measures. W_2 ≤ d for the joint laws of (s, ω), since
+    the coupling does not move mass in depth. O(N M³) at worst, O(M²) memory; layers that meet more
+    than once are solved once. Source: [BPV24] arXiv 2403.12887.
+
+    It is a distance of parameters: networks of one function, such as a ReLU neuron with u/c and cw,
+    or a residual stream in another basis, may be far apart. Stems, heads, norms and attention are
+    no part of it, nor are output biases.
+
+    Args:
+        a: a network, or its measure.
+        b: another, of any width and depth, with particles of the same kind and size.
+        plans: whether to return the couplings.
+        sinkhorn: a relative regularisation ε, 0.01 say, for layers too wide for the exact solver:
+            entropic couplings with ε times the mean cost, on the GPU where there is one. Rounded
+            to true couplings their cost is `distance`; with the dual bound of the same potentials,
+            d lies in [lower, distance], whatever ε and however far the iteration got. Such
+            couplings have M M' atoms each.
+
+    Raises:
+        InputError: particles of different sizes or kinds, ε not positive; as `LayerwiseMeasure.of`.
+        RunError: the transport solver did not finish.
+    """
+    if sinkhorn is not None and not (math.isfinite(sinkhorn) and sinkhorn > 0):
+        raise InputError(f"sinkhorn is {sinkhorn}; expected a regularisation > 0, such as 0.01")
+    a, b = as_measure(a), as_measure(b)
+    grid = merged_grid(a.breakpoints, b.breakpoints)
+    pairs = tuple(zip(layers_at(a.breakpoints, grid), layers_at(b.breakpoints, grid), strict=True))
+    check_comparable(a, b, pairs)
+    solved = _solve_all(a, b, pairs, sinkhorn, plans)
+    d = _mean_root(grid, [cell.cost for cell in solved])
+    return CotDistance(
+        distance=d,
+        lower=min(_mean_root(grid, [cell.lower for cell in solved]), d),
+        per_layer=tuple(math.sqrt(cell.cost) for cell in solved),
+        breakpoints=grid,
+        layers=pairs,
+        plans=tuple(cell.plan for cell in solved if cell.plan is not None) if plans else None,
+    )
+
+
+def check_comparable(
+    a: LayerwiseMeasure, b: LayerwiseMeasure, pairs: Sequence[tuple[int, int]]
+) -> None:
+    """Raises InputError unless the layers that meet have particles of one kind."""
+    for n, m in pairs:
+        p, q = a.layers[n].shape[1], b.layers[m].shape[1]
+        if a.frame is not None and b.frame is not None:
+            mine, theirs = a.frame.forms[n], b.frame.forms[m]
+            if mine != theirs:
+                raise InputError(
+                    f"layer {n} of the one has {mine}, layer {m} of the other {theirs}; expected "
+                    "networks of one state dimension and activation (widths and depths may differ)"
+                )
+        if p != q:
+            raise InputError(
+                f"layer {n} of the one has particles of {p} numbers, layer {m} of the other of "
+                f"{q}; expected the same (widths and depths may differ)"
+            )
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """W_2² of two layers by a coupling, kept where it is asked for, and a lower bound of it."""
+
+    cost: float
+    lower: float
+    plan: Plan | None
+
+
+def _mean_root(grid: Sequence[float], squares: Sequence[float]) -> float:
+    """√ Σ_c Δ_c v_c."""
+    return math.sqrt(math.fsum(h * v for h, v in zip(lengths(tuple(grid)), squares, strict=True)))
+
+
+def _solve_all(
+    a: LayerwiseMeasure,
+    b: LayerwiseMeasure,
+    pairs: Sequence[tuple[int, int]],
+    epsilon: float | None,
+    keep: bool,
+) -> list[_Cell]:
+    """Every pair of layers; those that stand at several places once."""
+    keys = [(_key(a, n), _key(b, m)) for n, m in pairs]
+    different = dict(zip(keys, pairs, strict=True))
+    # scipy's assignment and numpy's products let other threads run.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        cells = pool.map(lambda k: _solve(a, k[0], b, k[1], epsilon, keep), different.values())
+        found = dict(zip(different, cells, strict=True))
+    return [found[key] for key in keys]
+
+
+def _key(measure: LayerwiseMeasure, n: int) -> tuple[object, ...]:
+    """The same for layers that are the same tensors."""
+    tensors = [measure.layers[n]] + ([] if measure.is_uniform(n) else [measure.masses[n]])
+    return tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors)
+
+
+def _solve(
+    a: LayerwiseMeasure, n: int, b: LayerwiseMeasure, m: int, epsilon: float | None, keep: bool
+) -> _Cell:
+    equal = len(a.layers[n]) == len(b.layers[m]) and a.is_uniform(n) and b.is_uniform(m)
+    (x, p, rows), (y, q, columns) = _atoms(a, n), _atoms(b, m)
+    # A translation of both changes nothing but the rounding.
+    centre = (p @ x + q @ y) / 2
+    x, y = x - centre, y - centre
+    costs = squared_distances(x, y)
+    if epsilon is not None:
+        support, cost, lower = sinkhorn_plan(costs, p, q, epsilon, keep)
+        if support is None:
+            return _Cell(cost, lower, None)
+        i, j, mass = support
+        return _Cell(cost, lower, Plan(rows[i], columns[j], mass))
+    if equal:
+        i, j = _assignment(costs)
+        mass = np.full(len(i), 1 / len(i))
+    else:
+        i, j, mass = _transport(costs, p, q)
+    cost = math.fsum(mass * squared_distances_of(x[i], y[j]))
+    return _Cell(cost, cost, Plan(rows[i], columns[j], mass) if keep else None)
+
+
+def _assignment(costs: Array) -> tuple[Array, Array]:
+    """The optimal permutation; `costs` is overwritten.
+
+    What a column, then a row, costs at least is taken off first: the optimum stays where it is, and
+    scipy's solver finds it two to four times as fast (1024 particles, Gaussian or of mixed sizes).
+    """
+    costs -= costs.min(axis=0, keepdims=True)
+    costs -= costs.min(axis=1, keepdims=True)
+    rows, columns = linear_sum_assignment(costs)
+    return rows, columns
+
+
+def _transport(costs: Array, p: Array, q: Array) -> tuple[Array, Array, Array]:
+    """The support of an optimal coupling, by POT's network simplex."""
+    # The solver's tolerance is absolute.
+    scale = costs.max() or 1.0
+    plan, log = ot.emd(p, q, costs / scale, numItermax=PIVOTS, log=True, check_marginals=False)
+    if log["warning"] is not None:
+        raise RunError(f"optimal transport of {costs.shape} atoms: {log['warning']}")
+    # Weights that differ by rounding alone would send that much mass a long way: 1e-8 instead of 0.
+    rounding = 16 * np.finfo(float).eps * math.sqrt(len(p) + len(q))
+    i, j = np.nonzero(plan > rounding * np.minimum(p[:, None], q[None, :]))
+    return i, j, plan[i, j]
+
+
+def _atoms(measure: LayerwiseMeasure, n: int) -> tuple[Array, Array, Array]:
+    """Particles and weights of sum 1 in float64, and the indices of those that have mass."""
+    mass = _array(measure.masses[n])
+    kept = np.flatnonzero(mass)
+    return _array(measure.layers[n])[kept], mass[kept] / mass[kept].sum(), kept
+
+
+def _array(values: Tensor) -> Array:
+    found: Array = values.detach().cpu().double().numpy()
+    return found

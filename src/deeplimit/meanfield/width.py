@@ -1,0 +1,124 @@
+"""Changing a network's width: particles split, or quantised in W_2."""
+
+import math
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.meanfield.costs import squared_distances
+from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """A network of fewer particles, and how far it is from the one it was made of.
+
+    Attributes:
+        measure: the narrow one; `measure.network()` is the network.
+        distance: d of the two.
+        per_layer: W_2 of each layer.
+    """
+
+    measure: LayerwiseMeasure
+    distance: float
+    per_layer: tuple[float, ...]
+
+
+@overload
+def widen(network: LayerwiseMeasure, factor: int) -> LayerwiseMeasure: ...
+@overload
+def widen(network: nn.Module, factor: int) -> nn.Module: ...
+def widen(network: Network, factor: int) -> Network:
+    """Every particle as `factor` equal ones: another width, the same measure, the same function.
+
+    In the network each neuron becomes k with the same w and b, and V/k. Trained on, equal particles
+    stay equal (without dropout), so that the wide network does what the narrow one would with a
+    learning rate scaled by N·M; break the tie by noise to use the width. Batch norms inside
+    residual functions as in `LayerwiseMeasure.network`.
+
+    Args:
+        network: a network or a measure; left as it is.
+        factor: k ≥ 1.
+
+    Returns:
+        A network from a network, a measure from a measure.
+
+    Raises:
+        InputError: a factor that is no whole number ≥ 1, and as `LayerwiseMeasure.of`.
+    """
+    check_count("factor", factor)
+    measure = as_measure(network)
+    wide = LayerwiseMeasure(
+        [layer.repeat_interleave(factor, dim=0) for layer in measure.layers],
+        [mass.repeat_interleave(factor) / factor for mass in measure.masses],
+        measure.breakpoints,
+        frame=measure.frame,
+    )
+    return wide.network() if isinstance(network, nn.Module) else wide
+
+
+def narrow(network: Network, width: int, *, seed: int = 0) -> Narrowed:
+    """At most `width` weighted particles per layer, near the given ones in W_2.
+
+    Per layer weighted k-means: atoms c_j with the mass of the particles nearest to them. For these
+    weights sending each particle to its nearest atom is optimal, so that
+
+        d² = Σ_n Δ_n Σ_i m_{n,i} min_j |ω_{n,i} − c_j|²
+
+    is reported exactly; that the atoms are the best ones is not known (k-means ends in a local
+    minimum). Its function changes as much as that distance allows: test it. A point of a geodesic
+    that was narrowed is no longer on the geodesic, and the path of such networks has no constant
+    speed. Layers that are narrow enough stay as they are.
+
+    Source: quantisation in W_2 is k-means (Pollard 1982); scikit-learn's `KMeans`.
+
+    Args:
+        network: a network or a measure; left as it is.
+        width: ≥ 1.
+        seed: of the first atoms, k-means++.
+
+    Raises:
+        InputError: a width that is no whole number ≥ 1, and as `LayerwiseMeasure.of`.
+    """
+    check_count("width", width)
+    measure = as_measure(network)
+    layers, masses, errors = [], [], []
+    for layer, mass in zip(measure.layers, measure.masses, strict=True):
+        atoms, weights, error = _quantised(layer, mass, width, seed)
+        layers.append(atoms)
+        masses.append(weights)
+        errors.append(error)
+    total = math.fsum(h * e for h, e in zip(measure.lengths, errors, strict=True))
+    return Narrowed(
+        LayerwiseMeasure(layers, masses, measure.breakpoints, frame=measure.frame),
+        math.sqrt(total),
+        tuple(math.sqrt(e) for e in errors),
+    )
+
+
+def check_count(name: str, number: object) -> None:
+    """Raises InputError unless it is a whole number ≥ 1."""
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise InputError(f"{name} is {number!r}; expected a whole number ≥ 1")
+
+
+def _quantised(layer: Tensor, mass: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor, float]:
+    """Atoms, their weights, and W_2²."""
+    if len(layer) <= width:
+        return layer, mass, 0.0
+    x, p = layer.cpu().double().numpy(), mass.numpy()
+    centre = x.mean(0)
+    x = x - centre
+    count = min(width, len({row.tobytes() for row in x}))
+    found = KMeans(count, n_init=1, random_state=seed).fit(x, sample_weight=p)
+    atoms = torch.from_numpy(found.cluster_centers_ + centre).to(layer)
+    costs = squared_distances(x, atoms.cpu().double().numpy() - centre)
+    nearest = costs.argmin(1)
+    weights = torch.zeros(count, dtype=torch.float64)
+    weights.index_add_(0, torch.from_numpy(nearest), torch.from_numpy(p))
+    error = math.fsum(p * costs[range(len(x)), nearest])
+    return atoms, weights / weights.sum(), error
