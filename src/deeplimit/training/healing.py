@@ -117,7 +117,8 @@ def heal(
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
-            f"every parameter of this {name} is frozen; there is nothing to train: requires_grad_()"
+            f"every parameter of this {name} is frozen; call requires_grad_() on what is to be "
+            "trained"
         )
     gone = tuple(sorted(set(remove)))
     anatomy(model).check_removable(gone)
