@@ -7,12 +7,15 @@ from typing import Any
 import tyro
 from tyro.extras import SubcommandApp
 
+from deeplimit.cli.compare import Compare
 from deeplimit.cli.crop import Crop
 from deeplimit.cli.demo import Demo
 from deeplimit.cli.gradient import Gradient
 from deeplimit.cli.heal import Heal
 from deeplimit.cli.horizon import Horizon
+from deeplimit.cli.interpolate import Interpolate
 from deeplimit.cli.linear import Linear
+from deeplimit.cli.merge import Merge
 from deeplimit.cli.ode import Ode
 from deeplimit.cli.options import STYLE
 from deeplimit.cli.profile import Profile
@@ -132,6 +135,15 @@ VERBS = {
         "Make a trained network deeper, as its Neural ODE says, and train on from there.",
         _options(Refine, "deeplimit refine"),
     ),
+    "compare": Verb(
+        "How far networks are from one another, whatever their widths and depths.",
+        _options(Compare, "deeplimit compare"),
+    ),
+    "interpolate": Verb(
+        "Loss and accuracy along the geodesic between two networks.",
+        _options(Interpolate, "deeplimit interpolate"),
+    ),
+    "merge": Verb("Join trained networks in one.", _options(Merge, "deeplimit merge")),
     "report": Verb("Write the page of a run again.", _options(Report, "deeplimit report")),
     "study": Verb("Experiments over several runs: horizon, linear, smooth.", _study),
 }

@@ -1,25 +1,34 @@
 """Experiments over several runs."""
 
+from deeplimit.studies.comparison import Comparison, compare_runs
 from deeplimit.studies.demo import demo_recipe, run_demo
 from deeplimit.studies.gradient_cost import GradientCost, measure_gradient_cost
 from deeplimit.studies.gradient_methods import MethodCost
 from deeplimit.studies.horizon import HorizonRuns, HorizonStudy, horizon_recipe, study_horizon
+from deeplimit.studies.interpolation import Interpolation, interpolate_runs
 from deeplimit.studies.linear import LinearStudy, study_linear
+from deeplimit.studies.merging import MergedRuns, merge_runs
 from deeplimit.studies.rates import Family, Rate
 from deeplimit.studies.smooth import SmoothStudy, study_smooth
 
 __all__ = [
+    "Comparison",
     "Family",
     "GradientCost",
     "HorizonRuns",
     "HorizonStudy",
+    "Interpolation",
     "LinearStudy",
+    "MergedRuns",
     "MethodCost",
     "Rate",
     "SmoothStudy",
+    "compare_runs",
     "demo_recipe",
     "horizon_recipe",
+    "interpolate_runs",
     "measure_gradient_cost",
+    "merge_runs",
     "run_demo",
     "study_horizon",
     "study_linear",
