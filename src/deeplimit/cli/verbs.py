@@ -8,6 +8,8 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from deeplimit.cli.compare import Compare
+from deeplimit.cli.consistency import Consistency
+from deeplimit.cli.convergence import Convergence
 from deeplimit.cli.crop import Crop
 from deeplimit.cli.demo import Demo
 from deeplimit.cli.gradient import Gradient
@@ -95,6 +97,14 @@ def _print_version() -> None:
 
 
 STUDIES = {
+    "consistency": Verb(
+        "Does training stop to depend on width and depth as both grow?",
+        _options(Consistency, "deeplimit study consistency"),
+    ),
+    "convergence": Verb(
+        "Where does training converge at a rate known before it starts?",
+        _options(Convergence, "deeplimit study convergence"),
+    ),
     "horizon": Verb(
         "Does the number of layers in use stay bounded as the network gets deeper?",
         _options(Horizon, "deeplimit study horizon"),
@@ -145,5 +155,7 @@ VERBS = {
     ),
     "merge": Verb("Join trained networks in one.", _options(Merge, "deeplimit merge")),
     "report": Verb("Write the page of a run again.", _options(Report, "deeplimit report")),
-    "study": Verb("Experiments over several runs: horizon, linear, smooth.", _study),
+    "study": Verb(
+        "Experiments over several runs: consistency, convergence, horizon, linear, smooth.", _study
+    ),
 }

@@ -1,6 +1,8 @@
 """Experiments over several runs."""
 
 from deeplimit.studies.comparison import Comparison, compare_runs
+from deeplimit.studies.consistency import ConsistencyStudy, study_consistency
+from deeplimit.studies.convergence import ConvergenceStudy, study_convergence
 from deeplimit.studies.demo import demo_recipe, run_demo
 from deeplimit.studies.gradient_cost import GradientCost, measure_gradient_cost
 from deeplimit.studies.gradient_methods import MethodCost
@@ -13,6 +15,8 @@ from deeplimit.studies.smooth import SmoothStudy, study_smooth
 
 __all__ = [
     "Comparison",
+    "ConsistencyStudy",
+    "ConvergenceStudy",
     "Family",
     "GradientCost",
     "HorizonRuns",
@@ -30,6 +34,8 @@ __all__ = [
     "measure_gradient_cost",
     "merge_runs",
     "run_demo",
+    "study_consistency",
+    "study_convergence",
     "study_horizon",
     "study_linear",
     "study_smooth",
