@@ -47,11 +47,12 @@ def keep_study(
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     Console().print(table(found))
-    for k, (title, figure, _) in enumerate(figures(found)):
+    for k, (title, figure, _) in enumerate(figures(found)[:DRAWN]):
         place = options.out if k == 0 else options.out.with_stem(f"{options.out.stem}-{title}")
         write(figure.update_layout(width=1000), place.with_suffix(".svg"))
 
 
+DRAWN = 3  # figures; those of single certificates are in the study's page
 TINY: dict[str, dict[str, Any]] = {
     "consistency": {"depths": (2, 4, 8), "widths": (16, 32, 64), "draws": 2, "time": 0.3},
     "convergence": {"widths": (4, 64), "distances": (0.03, 3.0), "time": 3.0},

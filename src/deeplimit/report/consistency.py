@@ -1,7 +1,5 @@
 """The study of consistency in words, as a table and a figure."""
 
-from statistics import geometric_mean
-
 import plotly.graph_objects as go
 from rich import box
 from rich.console import Group, RenderableType
@@ -9,14 +7,13 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.report.figures.consistency import consistency_figure
-from deeplimit.report.numbers import significant
 from deeplimit.studies.consistency import ConsistencyRate, ConsistencyStudy
 
 QUANTITIES = {
-    "distance": "d of successive sizes",
-    "output": "outputs of successive sizes",
-    "travelled": "distance travelled",
-    "unscaled": "distance travelled, steps not scaled",
+    "distance": "distance d",
+    "output": "outputs",
+    "travelled": "travelled",
+    "unscaled": "travelled, unscaled",
 }
 
 
@@ -24,8 +21,8 @@ def consistency_summary(study: ConsistencyStudy) -> RenderableType:
     """Every slope beside what the theory says."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("start", "of"):
-        table.add_column(name)
-    for name in ("smallest", "largest", "against", "slope", "seeds", "theory"):
+        table.add_column(name, no_wrap=True)
+    for name in ("against", "slope", "theory"):
         table.add_column(name, justify="right", no_wrap=True)
     for rate in study.rates:
         table.add_row(rate.start, QUANTITIES[rate.quantity], *_cells(rate))
@@ -40,13 +37,9 @@ def consistency_figures(study: ConsistencyStudy) -> list[tuple[str, go.Figure, s
 
 
 def _cells(rate: ConsistencyRate) -> tuple[str, ...]:
-    columns = [geometric_mean(column) for column in zip(*rate.values, strict=True)]
     return (
-        significant(columns[0]),
-        significant(columns[-1]),
         rate.against,
         _slope(rate.slope) + (" ✓" if rate.within else " ✗"),
-        f"{_slope(min(rate.slopes))} … {_slope(max(rate.slopes))}",
         f"{(rate.low + rate.high) / 2:.3g} ± {(rate.high - rate.low) / 2:.2g}".replace("-", "−"),
     )
 
@@ -63,5 +56,7 @@ def _note(study: ConsistencyStudy) -> str:
         "in depth, or samples around them, independent in every layer or the same in all (tied); "
         f"d = {study.state}, {study.samples} samples, flow of {study.steps} steps of "
         f"{study.learning_rate:g}; {len(study.seeds)} seeds, {study.draws} draws; float64. Slopes "
-        "of log value against log of what stands beside it, means of the seeds'."
+        "of log value against log of what stands beside it, means of the seeds'; d and outputs: of "
+        "successive sizes; travelled: d from the start of training to its end, with steps scaled "
+        "by N·M and without."
     )
