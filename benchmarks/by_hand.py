@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from deeplimit.control.cropping import multiply_adds
 from deeplimit.data import DataSet, Split
 from deeplimit.training import Recipe
 from deeplimit.training.building import evaluation_batches, loss_of, training_batches
@@ -33,14 +34,14 @@ def one_cycle(done: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * part)) / 2
 
 
-def optimizer_of(recipe: Recipe, model: nn.Module, scale: float = 1.0) -> Optimizer:
+def optimizer_of(recipe: Recipe, model: nn.Module) -> Optimizer:
     """The recipe's optimiser; the largest rate of a group is its `initial_lr`.
 
     `refine` and its kin scale that along with the rate itself.
     """
     optimizer = build_optimizer(recipe, model)
     for group in optimizer.param_groups:
-        group["initial_lr"] = scale * recipe.learning_rate
+        group["initial_lr"] = recipe.learning_rate
     return optimizer
 
 
@@ -84,8 +85,6 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
 def blocks_multiply_adds(model: Any, data: DataSet) -> int:
     """Multiply-adds of the residual blocks, forward, for one sample."""
-    from deeplimit.control.cropping import multiply_adds
-
     x = model.eval().stem(data.train.batch([0])[0])
     return multiply_adds(model.stages[0], x)
 
@@ -123,11 +122,13 @@ class Results:
         return any(self._key(row) == key for row in self.rows)
 
     def add(self, row: Row, summary: Callable[[list[Row]], Row]) -> None:
-        """Keeps a row, and what summary(rows) says of all."""
+        """Keeps a row, on a line of its own, and what summary(rows) says of all."""
         self.rows = sorted([*self.rows, row], key=self._key)
         plain = {"machine": machine(), "settings": self.settings, "summary": summary(self.rows)}
+        head = json.dumps(plain, indent=1).removesuffix("\n}")
+        every = ",\n".join(f"  {json.dumps(row)}" for row in self.rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(plain | {"runs": self.rows}, indent=1) + "\n")
+        self.path.write_text(f'{head},\n "runs": [\n{every}\n ]\n}}\n')
 
     def _key(self, row: Row) -> tuple[Any, ...]:
         return tuple(row[name] for name in self.keys)

@@ -69,7 +69,8 @@ def trained(recipe: Recipe, data: DataSet, plan: tuple[int, ...]) -> Row:
     layers = DEPTH * plan[0] // FACTORS[-1]
     model: Any = build_model(replace(recipe, depth=(layers,), step=T / layers), data)
     optimizer = optimizer_of(recipe, model)
-    each, began, curve, refined, paid = recipe.epochs // len(plan), clocks(), [], [], 0
+    each, began, refined, paid = recipe.epochs // len(plan), clocks(), [], 0
+    curve: Row = {}
     for epoch in range(recipe.epochs):
         if epoch and epoch % each == 0:
             before, rough = accuracy(model, data.validation), smoothness(model).stages[0].roughness
@@ -82,19 +83,15 @@ def trained(recipe: Recipe, data: DataSet, plan: tuple[int, ...]) -> Row:
             loss.append(value)
             samples += recipe.batch_size
         paid += cost * samples
-        curve.append(
-            {
-                "layers": model.stages[0].horizon,
-                "multiply_adds": paid,
-                "loss": statistics.mean(loss),
-                "validation": accuracy(model, data.validation),
-            }
-        )
+        validation = accuracy(model, data.validation)
+        point = {"multiply_adds": paid, "loss": statistics.mean(loss), "validation": validation}
+        for what, value in point.items():
+            curve.setdefault(what, []).append(round(value, 4))
     return {
         "layers": model.stages[0].horizon,
         "step": model.stages[0].step,
         "multiply_adds": paid,
-        "validation": curve[-1]["validation"],
+        "validation": validation,
         "test": accuracy(model, data.test),
         "roughness": smoothness(model).stages[0].roughness,
         "refined": refined,
@@ -139,8 +136,8 @@ def drawn(rows: list[Row]) -> go.Figure:
     figure = go.Figure()
     for name, (title, colour) in TITLES.items():
         curves = [row[name]["curve"] for row in rows]
-        spent = [point["multiply_adds"] for point in curves[0]]
-        errors = [[100 * (1 - point["validation"]) for point in curve] for curve in curves]
+        spent = curves[0]["multiply_adds"]
+        errors = [[100 * (1 - right) for right in curve["validation"]] for curve in curves]
         line = {"x": spent, "mode": "lines+markers" if len(spent) < 20 else "lines"}
         for one in errors if len(errors) < 6 else []:
             faint = {"opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}

@@ -11,7 +11,16 @@ from model_families import CLASSES, FAMILIES, Sample, sample
 from profiles import profile
 from torch import Tensor, nn
 
-from deeplimit import Heun, InputError, ResidualChain, SoftCrossEntropy, crop, verify_crop
+from deeplimit import (
+    Heun,
+    InputError,
+    ResidualChain,
+    SoftCrossEntropy,
+    StageCost,
+    crop,
+    turnpike_profile,
+    verify_crop,
+)
 from deeplimit.control import removal
 from deeplimit.control.cropping import multiply_adds
 from deeplimit.network import Architecture, CifarArchitecture, anatomy, load, save
@@ -250,3 +259,30 @@ def test_attention_is_counted_among_the_multiply_adds() -> None:
     layer = 4 * tokens * width**2 + 2 * tokens * width * hidden + 2 * tokens**2 * width
     by_hand = patches * 3 * 16 * width + 3 * layer + 4 * width
     assert multiply_adds(model, torch.zeros(1, 3, 16, 16)) == by_hand
+
+
+def test_networks_of_other_classes_are_no_crop_of_each_other() -> None:
+    few, many = (Architecture("vector", (4,), c, (2,), 4, 4).build() for c in (3, 5))
+    with pytest.raises(InputError, match=r"shape \[6, 3\] before the cut and \[6, 5\] after"):
+        verify_crop(few, many, [(torch.randn(6, 4), torch.zeros(6, dtype=torch.long))])
+
+
+def test_samples_without_a_label_count_nowhere(family: Sample) -> None:
+    model = family.model.eval()
+    cropped, y = crop(model, family.depth - 1), family.y.clone()
+    y[::2] = -100
+    labelled = [(family.x[1::2], family.y[1::2])]
+    report = verify_crop(model, cropped, [(family.x, y)])
+    expected = verify_crop(model, cropped, labelled)
+    assert report.samples == expected.samples == len(family.y) // 2
+    for name in ("accuracy_before", "accuracy_after", "agreement"):
+        assert getattr(report, name) == getattr(expected, name)
+    assert report.loss_after == pytest.approx(expected.loss_after, rel=1e-9)
+    loss = SoftCrossEntropy(CLASSES, 0.1)
+    measured = turnpike_profile(model, [(family.x, y)], loss)
+    plain = turnpike_profile(model, labelled, loss)
+    assert measured.samples == plain.samples
+    assert measured.loss == pytest.approx(plain.loss, rel=1e-9)
+    assert measured.relative_update == pytest.approx(plain.relative_update, rel=1e-9)
+    costs = [StageCost(model, loss, 0.3)(*batch)[0] for batch in ((family.x, y), *labelled)]
+    assert costs[0].item() == pytest.approx(costs[1].item(), rel=1e-9)

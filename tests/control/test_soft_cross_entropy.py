@@ -279,3 +279,11 @@ for measure in (loss, loss.excess, loss.distance):
 
 def test_repr_says_what_it_is() -> None:
     assert repr(SoftCrossEntropy(10, 0.05)) == "SoftCrossEntropy(classes=10, softness=0.05)"
+
+
+@pytest.mark.parametrize("wrong", [-1, 4, -99])
+def test_a_target_that_is_no_class(wrong: int) -> None:
+    loss, z, y = SoftCrossEntropy(4), torch.randn(3, 4), torch.tensor([0, wrong, -100])
+    for function in (loss, loss.mean, loss.excess, loss.distance):
+        with pytest.raises(InputError, match=r"expected classes, 0 … 3, or -100"):
+            function(z, y)

@@ -246,6 +246,11 @@ def test_nothing_to_heal(run: RunFolder, tmp_path: Path) -> None:
         heal_run(folder)
 
 
+def test_nothing_that_could_be_trained(run: RunFolder, data: DataSet) -> None:
+    with pytest.raises(InputError, match="every parameter of this ResidualClassifier is frozen"):
+        heal(run.model().requires_grad_(False), data)
+
+
 def test_data_of_other_classes(run: RunFolder) -> None:
     spirals = load_data(replace(RECIPE, data="spirals"), run.path.parent)
     with pytest.raises(InputError, match="does not take the samples of spirals, 2"):

@@ -101,7 +101,7 @@ def verify_crop(
         loss: the loss reported; the plain cross-entropy by default.
 
     Raises:
-        InputError: a loader that is empty or has no token that counts.
+        InputError: a loader that is empty or has no token that counts, networks of other classes.
     """
     device = device_of(model)
     before, after = copy.deepcopy(model).eval(), copy.deepcopy(cropped).to(device).eval()
@@ -114,6 +114,11 @@ def verify_crop(
         if sample is None:
             sample, batch = x, len(y)
         z, w = run_before(x), run_after(x)
+        if z.shape != w.shape:
+            raise InputError(
+                f"the logits have shape {list(z.shape)} before the cut and {list(w.shape)} after "
+                "it; give a network and its own crop"
+            )
         tokens = structure.tokens
         parts = CountedTokens(y, z.shape[-1]).chunks(z, w) if tokens else [labelled(y, z, w)]
         for part in parts:

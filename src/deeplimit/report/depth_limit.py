@@ -20,7 +20,7 @@ def depth_limit_summary(limit: DepthLimit) -> RenderableType:
     """The verdict, a row for each stage, accuracy against cost, and what was measured."""
     parts: list[RenderableType] = [Text(limit.smoothness.verdict, style="bold")]
     table = Table(title="Distance to the Neural ODE", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("stage", "layers", "h", "roughness", "gap", "relative", "bound", "integral form"):
+    for name in ("stage", "layers", "h", "roughness", "gap", "gap/state", "bound", "integral"):
         table.add_column(name, justify="right", no_wrap=True)
     smooth = {stage.stage: stage for stage in limit.smoothness.stages}
     for gap in limit.gaps:
@@ -75,8 +75,9 @@ def measured(limit: DepthLimit) -> str:
     gap = limit.gaps[0]
     return (
         f"Gap: the largest ‖x_n − x(s_n)‖ over {gap.samples} samples and all layers, controls "
-        f"{'piecewise ' + gap.interpolation} in depth; relative: its mean in units of the state's. "
-        f"Bounds at the last layer, from Jacobians at {gap.segment_points} points of each segment. "
+        f"{'piecewise ' + gap.interpolation} in depth; gap/state: its mean in units of the state. "
+        f"Bounds (integral: the sharper one) at the last layer, from Jacobians at "
+        f"{gap.segment_points} points of each segment. "
         f"Solver's error at most {significant(max(g.solver_error for g in limit.gaps), 2)}."
     )
 

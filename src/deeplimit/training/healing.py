@@ -110,6 +110,15 @@ def heal(
         RunError: the loss is not finite.
     """
     name = type(model).__name__
+    if not isinstance(data, DataSet):
+        raise InputError(
+            f"data is {type(data).__name__}; expected a DataSet: deeplimit.data.load('cifar10'), or "
+            "one made of your own splits"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            f"every parameter of this {name} is frozen; there is nothing to train: requires_grad_()"
+        )
     gone = tuple(sorted(set(remove)))
     anatomy(model).check_removable(gone)
     recipe = recipe or Recipe(
