@@ -18,7 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "control": {"network"},
     "ode": {"network"},
     "meanfield": {"network"},
-    "training": {"data", "gradient", "control", "ode", "network"},
+    "training": {"data", "gradient", "control", "ode", "meanfield", "network"},
     "studies": {"training", "control", "ode", "meanfield", "gradient", "network", "data"},
 }
 ARROWS["report"] = set(ARROWS) - {"errors"}

@@ -108,7 +108,7 @@ def test_plans_are_used_again() -> None:
 
 def test_frames_are_equal_or_interpolated() -> None:
     a, b = classifier(seed=1), classifier(seed=2)
-    with pytest.raises(InputError, match=r"stem\.0\.mean, .* frame='interpolate'"):
+    with pytest.raises(InputError, match=r'stem\.0\.mean, .* the frame "interpolate"'):
         cot_geodesic(a, b, 0.5)
     network = cot_geodesic(a, b, 0.25, frame="interpolate").network()
     expected = 0.75 * a.head.weight + 0.25 * b.head.weight

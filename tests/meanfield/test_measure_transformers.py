@@ -77,7 +77,7 @@ def test_layers_with_attention_cannot_be_divided() -> None:
     with pytest.raises(InputError, match="cannot be divided in depth"):
         cot_geodesic(longer, shorter, 0.5)
     other = vision("ViT", seed=1).model.eval()
-    with pytest.raises(InputError, match="frame='interpolate'"):
+    with pytest.raises(InputError, match='the frame "interpolate"'):
         cot_geodesic(model, other, 0.5)
     ends = [cot_geodesic(model, other, t, frame="interpolate").network() for t in (0.0, 1.0)]
     assert relative(logits(ends[0], x), logits(model, x)) < 1e-12

@@ -11,7 +11,6 @@ from deeplimit.cli.output import emit, say
 from deeplimit.errors import InputError
 
 if TYPE_CHECKING:
-    from deeplimit.ode import DepthLimit
     from deeplimit.training.loaded_model import LoadedModel
 
 SAMPLES = 32
@@ -57,9 +56,10 @@ class Ode:
 
     def __call__(self) -> None:
         """Measures, writes what belongs into a run folder, and prints the answer."""
+        from deeplimit.cli.figure_page import write_figures
         from deeplimit.cli.finish import renew_page
         from deeplimit.ode import depth_limit
-        from deeplimit.report.depth_limit import depth_limit_summary
+        from deeplimit.report.depth_limit import depth_limit_figures, depth_limit_summary
         from deeplimit.training import RunFolder, load_model
 
         if self.batch is not None and self.batch < 1:
@@ -81,7 +81,7 @@ class Ode:
             folder.write_depth_limit(limit)
             written.append(renew_page(folder))
         elif self.figure is not None:
-            written.append(_write_figures(limit, self.figure))
+            written.append(write_figures(self.figure, depth_limit_figures(limit)))
         emit(limit, depth_limit_summary(limit), *written, json=self.json)
 
     def _of_run(self, loaded: "LoadedModel") -> dict[str, Any]:
@@ -137,19 +137,3 @@ class Ode:
         fewer = sorted({max(depth // 4, 1), max(depth // 2, 1), 2 * depth})
         rough = sorted({max(depth // 8, 1), max(depth // 4, 1)})
         return [("euler", k) for k in fewer] + [("rk4", k) for k in rough] + [("dopri5", None)]
-
-
-def _write_figures(limit: "DepthLimit", path: Path) -> str:
-    """One page with all figures, which opens offline; what to say of it."""
-    from deeplimit.report.depth_limit import depth_limit_figures
-    from deeplimit.training.files import write_text
-
-    config = {"displayModeBar": False, "responsive": True}
-    parts = [
-        figure.to_html(include_plotlyjs=n == 0, full_html=False, config=config)
-        + f"<p>{caption}</p>"
-        for n, (_, figure, caption) in enumerate(depth_limit_figures(limit))
-    ]
-    head = '<!doctype html><meta charset="utf-8"><body style="font-family: sans-serif">'
-    write_text(path, head + "".join(parts) + "</body>\n")
-    return f"The figures are at {path.resolve()}"

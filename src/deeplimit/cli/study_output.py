@@ -15,13 +15,13 @@ FIGURE = "study.html"
 
 
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
-    """What is trained now: a bar where stderr is a terminal, otherwise a line each."""
+def progress(*, quiet: bool, doing: str = "training") -> Iterator[Callable[[str, float], None]]:
+    """What is done now: a bar where stderr is a terminal, otherwise a line each."""
     if quiet:
         yield lambda message, done: None
         return
     if not sys.stderr.isatty():
-        yield _lines()
+        yield _lines(doing)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -49,7 +49,7 @@ def write_figure(
     return f"The figure is at {(folder / FIGURE).resolve()}"
 
 
-def _lines() -> Callable[[str, float], None]:
+def _lines(doing: str) -> Callable[[str, float], None]:
     """A line where the message is a new one."""
     said = ""
 
@@ -57,6 +57,6 @@ def _lines() -> Callable[[str, float], None]:
         nonlocal said
         if message != said:
             said = message
-            say(f"training: {message}")
+            say(f"{doing}: {message}")
 
     return tell

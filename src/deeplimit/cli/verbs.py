@@ -7,12 +7,17 @@ from typing import Any
 import tyro
 from tyro.extras import SubcommandApp
 
+from deeplimit.cli.compare import Compare
+from deeplimit.cli.consistency import Consistency
+from deeplimit.cli.convergence import Convergence
 from deeplimit.cli.crop import Crop
 from deeplimit.cli.demo import Demo
 from deeplimit.cli.gradient import Gradient
 from deeplimit.cli.heal import Heal
 from deeplimit.cli.horizon import Horizon
+from deeplimit.cli.interpolate import Interpolate
 from deeplimit.cli.linear import Linear
+from deeplimit.cli.merge import Merge
 from deeplimit.cli.ode import Ode
 from deeplimit.cli.options import STYLE
 from deeplimit.cli.profile import Profile
@@ -92,6 +97,14 @@ def _print_version() -> None:
 
 
 STUDIES = {
+    "consistency": Verb(
+        "Does training stop to depend on width and depth as both grow?",
+        _options(Consistency, "deeplimit study consistency"),
+    ),
+    "convergence": Verb(
+        "Where does training converge at a rate known before it starts?",
+        _options(Convergence, "deeplimit study convergence"),
+    ),
     "horizon": Verb(
         "Does the number of layers in use stay bounded as the network gets deeper?",
         _options(Horizon, "deeplimit study horizon"),
@@ -132,6 +145,17 @@ VERBS = {
         "Make a trained network deeper, as its Neural ODE says, and train on from there.",
         _options(Refine, "deeplimit refine"),
     ),
+    "compare": Verb(
+        "How far networks are from one another, whatever their widths and depths.",
+        _options(Compare, "deeplimit compare"),
+    ),
+    "interpolate": Verb(
+        "Loss and accuracy along the geodesic between two networks.",
+        _options(Interpolate, "deeplimit interpolate"),
+    ),
+    "merge": Verb("Join trained networks in one.", _options(Merge, "deeplimit merge")),
     "report": Verb("Write the page of a run again.", _options(Report, "deeplimit report")),
-    "study": Verb("Experiments over several runs: horizon, linear, smooth.", _study),
+    "study": Verb(
+        "Experiments over several runs: consistency, convergence, horizon, linear, smooth.", _study
+    ),
 }

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import ot
 import torch
 from torch import Tensor
 
@@ -32,6 +31,8 @@ def sinkhorn_plan(
     Returns:
         Rows, columns and masses of the coupling's support, or None; its cost; the lower bound.
     """
+    import ot  # a second or two, which only this and exact transport need
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cost, ps, qs = (torch.as_tensor(v, device=device) for v in (costs, p, q))
     plan, f = ps[:, None] * qs[None, :], torch.zeros_like(ps)

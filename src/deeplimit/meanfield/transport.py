@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ot
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -216,6 +215,8 @@ def _assignment(costs: Array) -> tuple[Array, Array]:
 
 def _transport(costs: Array, p: Array, q: Array) -> tuple[Array, Array, Array]:
     """The support of an optimal coupling, by POT's network simplex."""
+    import ot  # a second or two, which only this and Sinkhorn need
+
     # The solver's tolerance is absolute.
     scale = costs.max() or 1.0
     plan, log = ot.emd(p, q, costs / scale, numItermax=PIVOTS, log=True, check_marginals=False)

@@ -12,9 +12,11 @@ from plotly.offline import get_plotlyjs
 
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.report import answer
+from deeplimit.report.certificate import certificate_answer
 from deeplimit.report.depth_limit import solver_rows
 from deeplimit.report.numbers import percent, significant
 from deeplimit.report.panels import (
+    certificate_panels,
     depth_limit_panels,
     layer_panels,
     states_panel,
@@ -80,6 +82,8 @@ def _context(results: RunResults) -> dict[str, Any]:
         "limit": results.depth_limit,
         "limit_panels": depth_limit_panels(results),
         "solver_rows": solver_rows(results.depth_limit.solvers) if results.depth_limit else [],
+        "certificate": certificate_answer(results.certificate) if results.certificate else "",
+        "certificate_panels": certificate_panels(results),
         "recipe": list(_flat(results.recipe)),
     }
 

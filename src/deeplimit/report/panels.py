@@ -15,6 +15,7 @@ from deeplimit.report.captions import (
     training_caption,
     update_caption,
 )
+from deeplimit.report.certificate import certificate_figures
 from deeplimit.report.depth_limit import depth_limit_figures
 from deeplimit.report.figures import (
     accuracy_figure,
@@ -82,6 +83,13 @@ def depth_limit_panels(results: RunResults) -> list[Panel]:
     if results.depth_limit is None:
         return []
     return [_panel(*shown) for shown in depth_limit_figures(results.depth_limit)]
+
+
+def certificate_panels(results: RunResults) -> list[Panel]:
+    """Risk, distance and rate against what was guaranteed."""
+    if results.certificate is None:
+        return []
+    return [_panel(*shown) for shown in certificate_figures(results.certificate)]
 
 
 def training_panels(results: RunResults) -> list[Panel]:

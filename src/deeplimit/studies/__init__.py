@@ -1,26 +1,41 @@
 """Experiments over several runs."""
 
+from deeplimit.studies.comparison import Comparison, compare_runs
+from deeplimit.studies.consistency import ConsistencyStudy, study_consistency
+from deeplimit.studies.convergence import ConvergenceStudy, study_convergence
 from deeplimit.studies.demo import demo_recipe, run_demo
 from deeplimit.studies.gradient_cost import GradientCost, measure_gradient_cost
 from deeplimit.studies.gradient_methods import MethodCost
 from deeplimit.studies.horizon import HorizonRuns, HorizonStudy, horizon_recipe, study_horizon
+from deeplimit.studies.interpolation import Interpolation, interpolate_runs
 from deeplimit.studies.linear import LinearStudy, study_linear
+from deeplimit.studies.merging import MergedRuns, merge_runs
 from deeplimit.studies.rates import Family, Rate
 from deeplimit.studies.smooth import SmoothStudy, study_smooth
 
 __all__ = [
+    "Comparison",
+    "ConsistencyStudy",
+    "ConvergenceStudy",
     "Family",
     "GradientCost",
     "HorizonRuns",
     "HorizonStudy",
+    "Interpolation",
     "LinearStudy",
+    "MergedRuns",
     "MethodCost",
     "Rate",
     "SmoothStudy",
+    "compare_runs",
     "demo_recipe",
     "horizon_recipe",
+    "interpolate_runs",
     "measure_gradient_cost",
+    "merge_runs",
     "run_demo",
+    "study_consistency",
+    "study_convergence",
     "study_horizon",
     "study_linear",
     "study_smooth",

@@ -129,7 +129,7 @@ def family(
     return Family(start, activation, first, last, tuple(rates))
 
 
-def fitted_slope(depths: Sequence[int], values: Sequence[float]) -> float:
+def fitted_slope(depths: Sequence[float] | Sequence[int], values: Sequence[float]) -> float:
     """Of log value against log N, by least squares."""
     logs = [math.log(depth) for depth in depths], [math.log(value) for value in values]
     return float(linear_regression(*logs).slope)

@@ -7,6 +7,7 @@ from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.projection import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.meanfield.convergence import ConvergenceCertificate
 from deeplimit.ode.limit import DepthLimit
 
 
@@ -119,3 +120,4 @@ class RunResults:
     healing: Healing | None = None
     refinement: Refinement | None = None
     depth_limit: DepthLimit | None = None
+    certificate: ConvergenceCertificate | None = None

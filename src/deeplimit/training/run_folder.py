@@ -13,6 +13,7 @@ from torch import nn
 from deeplimit.control import TrajectoryPicture
 from deeplimit.data import Standardisation
 from deeplimit.errors import InputError, RunError
+from deeplimit.meanfield import ConvergenceCertificate
 from deeplimit.ode import DepthLimit
 from deeplimit.training.files import write_text
 from deeplimit.training.metrics import Row, from_csv, to_csv
@@ -29,7 +30,7 @@ MODEL, CROPPED, HEALED = "model", "cropped", "healed"  # a folder or a .safetens
 PROFILE, CROP, HEAL = "profile.json", "crop.json", "heal.json"
 START, REFINE = "start", "refine.json"
 REFERENCE, TRAJECTORIES = "reference.json", "trajectories.json"
-DEPTH_LIMIT = "ode.json"
+DEPTH_LIMIT, CERTIFICATE = "ode.json", "certificate.json"
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,14 @@ class RunFolder:
         """Writes ode.json."""
         self._write(DEPTH_LIMIT, limit)
 
+    def certificate(self) -> ConvergenceCertificate | None:
+        """What `convergence_certificate` said of a training of this network."""
+        return self._read(CERTIFICATE, ConvergenceCertificate, "RunFolder.write_certificate")
+
+    def write_certificate(self, certificate: ConvergenceCertificate) -> None:
+        """Writes certificate.json; the page has a section on it from then on."""
+        self._write(CERTIFICATE, certificate)
+
     def refinement(self) -> Refinement | None:
         """How this run's network was made from another one's."""
         return self._read(REFINE, Refinement, "deeplimit refine")
@@ -239,6 +248,7 @@ class RunFolder:
             refinement=self.refinement(),
             reference=self.reference(),
             depth_limit=self.depth_limit(),
+            certificate=self.certificate(),
         )
 
     def _read(self, name: str, kind: type[Result], remedy: str) -> Result | None:

@@ -1,0 +1,42 @@
+"""A page of figures by itself, which opens offline, and the figures' numbers beside it."""
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deeplimit.errors import InputError
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+CONFIG = {"displayModeBar": False, "responsive": True}
+HEAD = '<!doctype html><meta charset="utf-8"><body style="font-family: sans-serif">'
+
+
+def check_place(figure: Path | None) -> None:
+    """Raises InputError where a page cannot be written to."""
+    if figure is not None and figure.suffix == ".json":
+        raise InputError(f"figure is {figure}; expected an .html file, its .json is written beside")
+    if figure is not None and not figure.parent.is_dir():
+        raise InputError(f"figure is {figure}: there is no folder {figure.parent}")
+
+
+def write_figures(
+    path: Path, figures: "Sequence[tuple[str, go.Figure, str]]", result: Any = None
+) -> str:
+    """Writes (name, figure, caption) in one page, the result beside it; says where it is."""
+    from deeplimit.training.files import write_text
+    from deeplimit.training.typed_values import to_plain
+
+    parts = [
+        figure.to_html(include_plotlyjs=n == 0, full_html=False, config=CONFIG)
+        + f"<p>{escape(caption)}</p>"
+        for n, (_, figure, caption) in enumerate(figures)
+    ]
+    write_text(path, HEAD + "".join(parts) + "</body>\n")
+    if result is not None:
+        text = json.dumps(to_plain(result), allow_nan=False, ensure_ascii=False)
+        write_text(path.with_suffix(".json"), text + "\n")
+    return f"The figures are at {path.resolve()}"

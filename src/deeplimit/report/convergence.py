@@ -1,0 +1,103 @@
+"""The study of convergence in words, as maps and figures."""
+
+from statistics import fmean
+
+import plotly.graph_objects as go
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deeplimit.report.certificate import certificate_figures
+from deeplimit.report.figures.convergence import decay_figure, map_figure
+from deeplimit.report.numbers import significant
+from deeplimit.studies.convergence import ConvergenceStudy, Source
+
+SOURCES: dict[Source, str] = {
+    "slope": "m = m̂/2 at the start",
+    "kernel": "m of the features' kernel",
+}
+
+
+def convergence_summary(study: ConvergenceStudy) -> RenderableType:
+    """Where certificates hold, and the rates of each width at the smallest risk."""
+    parts: list[RenderableType] = [Text(convergence_answer(study), style="bold")]
+    parts += [_map(study, source) for source in SOURCES]
+    return Group(*parts, _rates(study), Text(_note(study), style="dim"))
+
+
+def convergence_answer(study: ConvergenceStudy) -> str:
+    """How many certificates hold in the good corner, and in the bad one."""
+    corners = [
+        (study.widths[-1], study.distances[0], "widest network, smallest risk"),
+        (study.widths[0], study.distances[-1], "narrowest network, largest risk"),
+    ]
+    total = len(study.seeds)
+    told = (
+        f"{name}: {round(study.held(width, distance, 'slope') * total)} of {total} hold"
+        for width, distance, name in corners
+    )
+    return f"Certificates with m = m̂/2 at the start. {'; '.join(told).capitalize()}."
+
+
+def convergence_figures(study: ConvergenceStudy) -> list[tuple[str, go.Figure, str]]:
+    """Risk against time, both maps, and the certificates of the two corners."""
+    narrow, wide = study.widths[0], study.widths[-1]
+    small, large = study.distances[0], study.distances[-1]
+    found = [("decay", decay_figure(study), _note(study))]
+    found += [
+        (f"map-{source}", map_figure(study, source, words), f"Certificates with {words}.")
+        for source, words in SOURCES.items()
+    ]
+    for width, distance in ((wide, small), (narrow, large)):
+        certificate = study.cell(width, distance)[0].by_slope
+        told = f"M = {width}, ρ = {distance:g}: the certificate {certificate.verdict}. "
+        found += [
+            (f"{name}-{width}", figure, told + caption)
+            for name, figure, caption in certificate_figures(certificate)
+        ]
+    return found
+
+
+def _map(study: ConvergenceStudy, source: Source) -> Table:
+    title = f"Certificates that hold, {SOURCES[source]}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("M \\ ρ", justify="right")
+    for distance in study.distances:
+        table.add_column(f"{distance:g}", justify="right", no_wrap=True)
+    for width in study.widths:
+        cells = []
+        for distance in study.distances:
+            there = [t.certificate(source) for t in study.cell(width, distance)]
+            held = sum(c is not None and c.holds for c in there)
+            cells.append("no m" if all(c is None for c in there) else f"{held}/{len(there)}")
+        table.add_row(str(width), *cells)
+    return table
+
+
+def _rates(study: ConvergenceStudy) -> Table:
+    distance = study.distances[0]
+    title = f"Rates at ρ = {distance:g}, means of the seeds"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("M", "λ_min of the kernel", "its m", "m̂/2 at the start", "rate fitted"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for width in study.widths:
+        cell = study.cell(width, distance)
+        fitted = [t.fitted for t in cell if t.fitted is not None]
+        table.add_row(
+            str(width),
+            significant(fmean(t.kernel for t in cell)),
+            significant(fmean(t.kernel_m for t in cell)),
+            significant(fmean(t.by_slope.m for t in cell)),
+            significant(fmean(fitted)) if fitted else "–",
+        )
+    return table
+
+
+def _note(study: ConvergenceStudy) -> str:
+    return (
+        f"N = {study.depth} layers, {study.samples} orthogonal samples in d = {study.state}; ρ: "
+        "distance of the targets from the first outputs, the risk starts at ρ²/2; flow of "
+        f"{study.steps} steps of {study.learning_rate:g}; {len(study.seeds)} seeds; float64. A "
+        "risk that falls as e^(−2rt) has the rate r."
+    )

@@ -1,0 +1,222 @@
+"""Networks as measures in words, tables and figures: compared, interpolated, merged."""
+
+import plotly.graph_objects as go
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deeplimit.report.figures.measures import (
+    comparison_figure,
+    layer_distance_figure,
+    path_accuracy_figure,
+    path_loss_figure,
+)
+from deeplimit.report.numbers import percent, significant
+from deeplimit.studies.comparison import ComparedLayer, ComparedNetwork, ComparedPair, Comparison
+from deeplimit.studies.interpolation import Interpolation
+from deeplimit.studies.merging import MergedRuns
+
+ROWS = 24  # of a table of layers; a longer one shows the largest distances
+EQUAL = 1e-6  # relative, below which the coupling does no better than the neurons' numbers
+
+
+def comparison_summary(found: Comparison) -> RenderableType:
+    """The answer; of two networks their layers, of more every two of them."""
+    parts: list[RenderableType] = [Text(comparison_answer(found), style="bold")]
+    parts.append(_network_table(found))
+    if len(found.pairs) == 1:
+        parts.append(_layer_table(found.pairs[0]))
+        parts.append(Text(LAYERS, style="dim"))
+    else:
+        parts.append(_pair_table(found))
+    if found.sinkhorn is not None:
+        least = ", ".join(significant(pair.lower) for pair in found.pairs)
+        parts.append(Text(f"By Sinkhorn, ε = {found.sinkhorn:g}: d is at least {least}.", "dim"))
+    return Group(*parts)
+
+
+LAYERS = (
+    "W₂: particles matched at the least cost; by number: neuron i with neuron i. Unmoved: the part "
+    "that is matched with the neuron of its own number. Size: distance to the network of zeros."
+)
+
+
+def comparison_answer(found: Comparison) -> str:
+    """The distance of two, or the nearest two of more."""
+    nearest = min(found.pairs, key=lambda pair: pair.distance)
+    a, b = (found.networks[n] for n in (nearest.first, nearest.second))
+    size = max(a.size, b.size)
+    share = f", {percent(nearest.distance / size)} of the larger one's size" if size else ""
+    distance = significant(nearest.distance)
+    if len(found.pairs) > 1:
+        names = f"{a.name} and {b.name}"
+        return f"The nearest two of {len(found.networks)}: {names}, d = {distance}{share}."
+    text = f"{a.name} and {b.name}: d = {distance}{share}."
+    if nearest.by_number is None:
+        return text
+    if nearest.by_number <= nearest.distance * (1 + EQUAL):
+        return f"{text} Their neurons already stand in matching order."
+    by_number = significant(nearest.by_number)
+    return f"{text} With neurons matched by their numbers it would be {by_number}."
+
+
+def _network_table(found: Comparison) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("network", "layers", "particles", "numbers each", "size"):
+        table.add_column(name, justify="left" if name == "network" else "right", no_wrap=True)
+    for network in found.networks:
+        table.add_row(
+            network.name,
+            str(network.depth),
+            _widths(network),
+            " ".join(map(str, network.numbers)),
+            significant(network.size),
+        )
+    return table
+
+
+def _widths(network: ComparedNetwork) -> str:
+    low, high = min(network.widths), max(network.widths)
+    return str(low) if low == high else f"{low} … {high}"
+
+
+def _pair_table(found: Comparison) -> Table:
+    table = Table(title="Distances", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for network in found.networks:
+        table.add_column(network.name, justify="right", no_wrap=True)
+    for i, network in enumerate(found.networks):
+        row = (
+            "" if i == j else significant(found.distance(i, j)) for j in range(len(found.networks))
+        )
+        table.add_row(network.name, *row)
+    return table
+
+
+def _layer_table(pair: ComparedPair) -> Table:
+    table = Table(title="Layer by layer", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("depth s", "layers", "W₂", "by number", "pairs", "unmoved", "longest way"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = pair.layers
+    if len(shown) > ROWS:
+        table.title = f"The {ROWS} largest of {len(shown)} distances, in depth"
+        kept = sorted(shown, key=lambda layer: -layer.distance)[:ROWS]
+        shown = tuple(sorted(kept, key=lambda layer: layer.start))
+    for layer in shown:
+        table.add_row(*_layer_row(layer))
+    return table
+
+
+def _layer_row(layer: ComparedLayer) -> tuple[str, ...]:
+    return (
+        f"{layer.start:.3g} – {layer.end:.3g}",
+        f"{layer.first + 1}, {layer.second + 1}",
+        significant(layer.distance),
+        "–" if layer.by_number is None else significant(layer.by_number),
+        str(layer.atoms),
+        "–" if layer.unmoved is None else percent(layer.unmoved),
+        significant(layer.largest),
+    )
+
+
+def comparison_figures(found: Comparison) -> list[tuple[str, go.Figure, str]]:
+    """The distance in depth: of two networks against their neurons' numbers, of more all pairs."""
+    if len(found.pairs) == 1:
+        figure = layer_distance_figure(found.pairs[0].layers)
+        return [("distance", figure, f"{comparison_answer(found)} {LAYERS}")]
+    return [("distance", comparison_figure(found), comparison_answer(found))]
+
+
+def interpolation_answer(found: Interpolation) -> str:
+    """The barriers, and how they compare."""
+    text = f"On the geodesic the loss rises by {_barrier(found.barrier)} above its ends' line"
+    if found.naive_barrier is None:
+        return f"{text}; an average of parameters does not exist: {found.no_naive}."
+    naive = f"on the way of averaged parameters by {_barrier(found.naive_barrier)}"
+    if found.ratio is None:
+        return f"{text}, {naive}."
+    return f"{text}, {naive}: {percent(found.ratio)} of it."
+
+
+def _barrier(value: float) -> str:
+    return "nothing" if value <= 0 else f"at most {significant(value)}"
+
+
+def interpolation_summary(found: Interpolation) -> RenderableType:
+    """The answer, loss and accuracy at every t, and what is saved where."""
+    title = f"{found.names[0]} → {found.names[1]}, d = {significant(found.distance)}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    names = ["t", "loss", "accuracy"]
+    if found.naive is not None:
+        names += ["averaged: loss", "accuracy"]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for k, t in enumerate(found.ts):
+        scores = [found.geodesic[k], *([found.naive[k]] if found.naive else [])]
+        cells = ((significant(s.loss), percent(s.accuracy, found.samples)) for s in scores)
+        table.add_row(f"{t:.3g}", *(text for pair in cells for text in pair))
+    parts: list[RenderableType] = [Text(interpolation_answer(found), style="bold"), table]
+    parts.append(Text(_circumstances(found), style="dim"))
+    if found.saved is not None:
+        parts.append(Text(f"The network at t = {found.saved_at:g} is at {found.saved}"))
+    return Group(*parts)
+
+
+def _circumstances(found: Interpolation) -> str:
+    first, last = (significant(score.loss) for score in found.ends)
+    frame = {
+        "equal": "stem and head are shared",
+        "interpolate": "stem and head move linearly, which is not part of the geodesic",
+    }[found.frame]
+    turned = "; the second network was turned into the first one's basis" if found.aligned else ""
+    return (
+        f"{found.samples:,} test samples, soft cross-entropy (ε = {found.softness:g}); the "
+        f"networks themselves have the losses {first} and {last}; between them up to "
+        f"{found.width} neurons in a layer; {frame}{turned}."
+    )
+
+
+def interpolation_figures(found: Interpolation) -> list[tuple[str, go.Figure, str]]:
+    """Loss and accuracy along the way, distance in depth."""
+    best = max(found.geodesic, key=lambda score: score.accuracy)
+    middle = found.geodesic[len(found.geodesic) // 2]
+    accuracy = (
+        f"In the middle of the geodesic {percent(middle.accuracy, found.samples)} of the test "
+        f"samples are right, at its best point {percent(best.accuracy, found.samples)}."
+    )
+    distance = (
+        f"d = {significant(found.distance)}. Matched at the least cost, layer by layer; dashed, "
+        "where it exists, neurons matched by their numbers."
+    )
+    answer = f"{interpolation_answer(found)} {_circumstances(found)}"
+    return [
+        ("loss", path_loss_figure(found), answer[0].upper() + answer[1:]),
+        ("accuracy", path_accuracy_figure(found), accuracy),
+        ("distance", layer_distance_figure(found.layers), distance),
+    ]
+
+
+def merge_summary(found: MergedRuns) -> RenderableType:
+    """Loss and accuracy of the networks and of what was made of them."""
+    table = Table(
+        title=Text(f"Merged: {len(found.runs)} networks → 1", style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("network", "weight", "distance", "loss", "accuracy"):
+        table.add_column(name, justify="left" if name == "network" else "right", no_wrap=True)
+    n = found.samples
+    rows = zip(found.names, found.weights, found.distances, found.parents, strict=True)
+    for name, weight, distance, score in rows:
+        cells = (significant(score.loss), percent(score.accuracy, n))
+        table.add_row(name, f"{weight:.3g}", significant(distance), *cells)
+    scores = [("merged", found.merged)]
+    if found.averaged is not None:
+        scores.append(("parameters averaged", found.averaged))
+    for name, score in scores:
+        table.add_row(name, "", "", significant(score.loss), percent(score.accuracy, n))
+    note = f"{n:,} test samples; {found.depth} layers of up to {found.width} neurons."
+    if found.narrowed is not None:
+        note += f" Narrowed by {significant(found.narrowed)}, which is off the barycentre."
+    return Group(table, Text(note, style="dim"))

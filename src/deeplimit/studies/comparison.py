@@ -1,0 +1,210 @@
+"""How far networks are from one another: the layer-conditional distance of every two."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+from deeplimit.errors import InputError
+from deeplimit.meanfield import CotDistance, LayerwiseMeasure, Plan, cot_distance
+from deeplimit.studies.measured_runs import MeasuredRun, measured
+
+Tell = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class ComparedNetwork:
+    """One of the networks.
+
+    Attributes:
+        name: what it is called here.
+        path: as it was given.
+        depth: N.
+        widths: M_n, its numbers of particles.
+        numbers: of which a particle consists.
+        size: (∫ ∫ |ω|² dμ(ω|s) ds)^{1/2}, its distance from the network of zeros.
+    """
+
+    name: str
+    path: str
+    depth: int
+    widths: tuple[int, ...]
+    numbers: tuple[int, ...]
+    size: float
+
+
+@dataclass(frozen=True)
+class ComparedLayer:
+    """Two layers that meet at some depth, and the coupling of their particles.
+
+    Attributes:
+        start, end: the part of [0, 1] in which they meet.
+        first, second: their numbers in the two networks.
+        distance: W_2.
+        by_number: the distance with neuron i sent to neuron i instead; None for unequal widths.
+        atoms: pairs of particles that the coupling has.
+        unmoved: share of the mass that the coupling sends to the neuron of the same number; None
+            for unequal widths.
+        largest: the longest way of a particle.
+    """
+
+    start: float
+    end: float
+    first: int
+    second: int
+    distance: float
+    by_number: float | None
+    atoms: int
+    unmoved: float | None
+    largest: float
+
+
+@dataclass(frozen=True)
+class ComparedPair:
+    """Two of the networks.
+
+    Attributes:
+        first, second: their numbers among those compared.
+        distance: d; by Sinkhorn never below it.
+        lower: d is at least this; equal to `distance` where the solver is exact.
+        by_number: the distance of the parameters, neuron i against neuron i, with the particles'
+            scale; None where widths or depths differ. It is never below d.
+        layers: where they meet, from the input on.
+    """
+
+    first: int
+    second: int
+    distance: float
+    lower: float
+    by_number: float | None
+    layers: tuple[ComparedLayer, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_runs` measures.
+
+    Attributes:
+        networks: as given.
+        pairs: every two of them, (0, 1), (0, 2), …
+        sinkhorn: the regularisation; None for the exact solver.
+    """
+
+    networks: tuple[ComparedNetwork, ...]
+    pairs: tuple[ComparedPair, ...]
+    sinkhorn: float | None = None
+
+    def distance(self, i: int, j: int) -> float:
+        """The distance d of two of the networks."""
+        if i == j:
+            return 0.0
+        wanted = min(i, j), max(i, j)
+        return next(p.distance for p in self.pairs if (p.first, p.second) == wanted)
+
+
+def compare_runs(
+    specs: Sequence[str | Path],
+    *,
+    sinkhorn: float | None = None,
+    seed: int = 0,
+    tell: Tell = lambda message, done: None,
+) -> Comparison:
+    """Layer-conditional distances of networks of any widths and depths, two by two.
+
+    Args:
+        specs: run folders, or models as `load_model` takes them; two or more.
+        sinkhorn: as in `cot_distance`, for layers too wide for the exact solver.
+        seed: of the parameters of models that come without any.
+        tell: told what is done now, and the fraction done.
+
+    Raises:
+        InputError: fewer than two networks, no such run, networks that are not means of particles
+            or have different state dimensions or activations.
+    """
+    runs = measured(specs, seed)
+    every = list(combinations(range(len(runs)), 2))
+    pairs = []
+    for k, (i, j) in enumerate(every):
+        tell(f"{runs[i].name} and {runs[j].name}", k / len(every))
+        pairs.append(_pair(i, j, runs, sinkhorn))
+    return Comparison(tuple(_network(run) for run in runs), tuple(pairs), sinkhorn)
+
+
+def distance_of(a: MeasuredRun, b: MeasuredRun, sinkhorn: float | None = None) -> CotDistance:
+    """The distance and the couplings of two networks; errors name both."""
+    try:
+        return cot_distance(a.measure, b.measure, plans=True, sinkhorn=sinkhorn)
+    except InputError as error:
+        raise InputError(f"{a.path} and {b.path}: {error}") from error
+
+
+def compared_layers(
+    a: LayerwiseMeasure, b: LayerwiseMeasure, found: CotDistance
+) -> tuple[ComparedLayer, ...]:
+    """What the couplings do, layer by layer."""
+    cells = zip(found.layers, found.plans or (), found.per_layer, strict=True)
+    return tuple(
+        _layer(found, a, b, cell, n, m, plan, distance)
+        for cell, ((n, m), plan, distance) in enumerate(cells)
+    )
+
+
+def _network(run: MeasuredRun) -> ComparedNetwork:
+    measure = run.measure
+    squares = (
+        length * float(mass @ layer.double().square().sum(1).cpu())
+        for length, mass, layer in zip(measure.lengths, measure.masses, measure.layers, strict=True)
+    )
+    return ComparedNetwork(
+        name=run.name,
+        path=run.path,
+        depth=measure.depth,
+        widths=tuple(len(layer) for layer in measure.layers),
+        numbers=tuple(sorted({layer.shape[1] for layer in measure.layers})),
+        size=math.sqrt(math.fsum(squares)),
+    )
+
+
+def _pair(i: int, j: int, runs: Sequence[MeasuredRun], sinkhorn: float | None) -> ComparedPair:
+    a, b = runs[i], runs[j]
+    found = distance_of(a, b, sinkhorn)
+    layers = compared_layers(a.measure, b.measure, found)
+    by_number = None
+    if a.measure.depth == b.measure.depth:
+        squares = [
+            (layer.end - layer.start) * layer.by_number**2
+            for layer in layers
+            if layer.by_number is not None
+        ]
+        by_number = math.sqrt(math.fsum(squares)) if len(squares) == len(layers) else None
+    return ComparedPair(i, j, found.distance, found.lower, by_number, layers)
+
+
+def _layer(
+    found: CotDistance,
+    a: LayerwiseMeasure,
+    b: LayerwiseMeasure,
+    cell: int,
+    n: int,
+    m: int,
+    plan: Plan,
+    distance: float,
+) -> ComparedLayer:
+    x, y = a.layers[n].cpu().double(), b.layers[m].cpu().double()
+    rows, columns = torch.from_numpy(plan.rows), torch.from_numpy(plan.columns)
+    ways = (x[rows] - y[columns]).square().sum(1).sqrt()
+    alike = x.shape == y.shape and a.is_uniform(n) and b.is_uniform(m)
+    return ComparedLayer(
+        start=found.breakpoints[cell],
+        end=found.breakpoints[cell + 1],
+        first=n,
+        second=m,
+        distance=distance,
+        by_number=float((x - y).square().sum(1).mean().sqrt()) if alike else None,
+        atoms=len(rows),
+        unmoved=float(plan.masses[plan.rows == plan.columns].sum()) if alike else None,
+        largest=float(ways.max()),
+    )

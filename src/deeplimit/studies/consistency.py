@@ -1,0 +1,320 @@
+"""Does training with steps scaled by N·M stop to depend on width and depth as both grow?
+
+Networks x + (1/N) (1/M) Σ_i u_i tanh(w_i·x + b_i) of (N, M) particles follow the gradient flow of
+one regression for one time. The theory, with d the layer-conditional distance:
+
+    from an initial measure of few atoms, smooth in s       d between successive sizes ~ 1/N
+    from samples independent across layers                  outputs differ by ~ 1/N + 1/√(NM)
+    from the same samples in every layer                    outputs differ by ~ 1/N + 1/√M
+    distance travelled, steps scaled by N·M                 stays
+    distance travelled, steps not scaled                    ~ 1/(NM)
+
+Distances of independent samples tell nothing: they fall as M^{−1/p} for particles of p > 4 numbers,
+however the networks are trained. Source: [BPV24] arXiv 2403.12887.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.meanfield import LayerwiseMeasure, cot_distance
+from deeplimit.studies.flowing import (
+    check_time,
+    depths_of,
+    flow,
+    generator_of,
+    network_of,
+    normal,
+)
+from deeplimit.studies.rates import Tell, check_depths, fitted_slope, keep
+from deeplimit.studies.seeds import check_seeds
+from deeplimit.training.run_folder import make_folder
+
+STATE = 4  # numbers in the state; a particle has 2 · 4 + 1
+SAMPLES, SEEN = 16, 64  # trained on; looked at
+SPREAD = 0.3  # of particles around their atom, where samples are drawn
+SIZE = 2.0  # of u
+
+
+@dataclass(frozen=True)
+class ConsistencyRate:
+    """One quantity against the size of the network.
+
+    Attributes:
+        start: atoms, independent, tied: how the particles were drawn.
+        quantity: distance: of successive networks, d; output: of successive networks, the root mean
+            square over samples and draws; travelled: d from the start of training to its end;
+            unscaled: the same with steps that are not scaled by N·M.
+        against: what it is fitted against, in words.
+        sizes: its values, one for each column of `values`.
+        values: [seeds][columns].
+        slopes: of log value against log size, for each seed.
+        slope: their mean.
+        low, high: what the theory says of it.
+    """
+
+    start: str
+    quantity: str
+    against: str
+    sizes: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
+    slopes: tuple[float, ...]
+    slope: float
+    low: float
+    high: float
+
+    @property
+    def within(self) -> bool:
+        """Whether the slope is as the theory says."""
+        return self.low <= self.slope <= self.high
+
+
+@dataclass(frozen=True)
+class ConsistencyStudy:
+    """What `study_consistency` finds.
+
+    Attributes:
+        folder: where study.json is.
+        depths, widths: N and M of the networks, from the smallest to the largest.
+        seeds: of the data and the initial measure.
+        draws: independent samples for each seed and size.
+        atoms: of the initial measure.
+        learning_rate, steps: of the flow.
+        state, samples: d and D.
+        rates: what was measured.
+    """
+
+    folder: str
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    seeds: tuple[int, ...]
+    draws: int
+    atoms: int
+    learning_rate: float
+    steps: int
+    state: int
+    samples: int
+    rates: tuple[ConsistencyRate, ...]
+
+    def rate(self, quantity: str, start: str) -> ConsistencyRate:
+        """The one of that quantity and start."""
+        return next(r for r in self.rates if (r.quantity, r.start) == (quantity, start))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a seed draws: the atoms' curves in depth, and a regression.
+
+    Attributes:
+        cosine, sine: [K, p]; atom k at depth s is cosine_k cos(πs/2) + sine_k sin(πs/2).
+        x, y: the data.
+        seen: inputs on which outputs are compared.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+    x: Tensor
+    y: Tensor
+    seen: Tensor
+
+    @classmethod
+    def of(cls, seed: int, atoms: int) -> "Problem":
+        """That of a seed."""
+        generator = generator_of(seed)
+        curves = normal(generator, 2, atoms, 2 * STATE + 1)
+        curves[:, :, :STATE] *= SIZE
+        x, y = normal(generator, 2, SAMPLES, STATE)
+        return cls(curves[0], curves[1], x, y, normal(generator, SEEN, STATE))
+
+    def centres(self, horizon: int) -> Float[Tensor, "N K p"]:
+        """The atoms at s_n = n/N."""
+        angle = math.pi / 2 * depths_of(horizon)
+        return self.cosine * angle.cos() + self.sine * angle.sin()
+
+    def particles(self, start: str, horizon: int, width: int, seed: int) -> Tensor:
+        """[N, M, p] before training; atoms as they are, or normal draws around them."""
+        centres = self.centres(horizon)
+        count = centres.shape[1]
+        if start == "atoms":
+            return centres.repeat(1, width // count, 1)
+        generator = generator_of(seed, horizon, width, start == "tied")
+        layers = 1 if start == "tied" else horizon
+        which = torch.randint(count, (layers, width), generator=generator).expand(horizon, -1)
+        noise = SPREAD * normal(generator, layers, width, centres.shape[2])
+        return centres.gather(1, which[:, :, None].expand(-1, -1, centres.shape[2])) + noise
+
+
+def study_consistency(
+    *,
+    depths: Sequence[int] = (8, 16, 32, 64),
+    widths: Sequence[int] = (64, 128, 256, 512),
+    seeds: Sequence[int] = (0, 1, 2),
+    draws: int = 4,
+    atoms: int = 16,
+    learning_rate: float = 0.1,
+    time: float = 2.0,
+    runs: Path = Path("runs"),
+    tell: Tell = lambda message, done: None,
+) -> ConsistencyStudy:
+    """Trains networks of every size for one flow time, in float64, and compares them.
+
+    study.json is left in a new folder, `consistency`.
+
+    Args:
+        depths: N, from the smallest to the largest.
+        widths: M, one for each depth.
+        seeds: at least one.
+        draws: independent samples for each seed and size, over which outputs are compared.
+        atoms: of the initial measure; every width is a multiple.
+        learning_rate: the step of the flow.
+        time: of the flow.
+        runs: folder for the study's folder.
+        tell: told what is done now, and the fraction done.
+
+    Raises:
+        InputError: sizes that do not rise or do not go together, no seed or one twice, settings not
+            above 0.
+        RunError: a risk that is not finite.
+    """
+    check_depths(depths)
+    check_seeds(seeds)
+    _check_widths(depths, widths, atoms, draws)
+    steps = check_time(learning_rate, time)
+    folder = make_folder(runs, "consistency")
+    sizes = list(zip(depths, widths, strict=True))
+    weights = [n * m for n, m in sizes]
+    found = []
+    for k, seed in enumerate(seeds):
+
+        def said(message: str, done: float, k: int = k, seed: int = seed) -> None:
+            tell(f"seed {seed}, {message}", (k + done) / len(seeds))
+
+        found.append(_of_seed(Problem.of(seed, atoms), sizes, draws, learning_rate, steps, said))
+    inverse = [float(n) for n, _ in sizes[:-1]]
+    independent = [1 / n + 1 / math.sqrt(n * m) for n, m in sizes[:-1]]
+    tied = [1 / n + 1 / math.sqrt(m) for n, m in sizes[:-1]]
+    every = [float(w) for w in weights]
+    rates = (
+        _rate("atoms", "distance", "N", inverse, [f.distance for f in found], (-1.2, -0.8)),
+        _rate(
+            "independent",
+            "output",
+            "1/N + 1/√(NM)",
+            independent,
+            [f.output["independent"] for f in found],
+            (0.75, 1.25),
+        ),
+        _rate("tied", "output", "1/N + 1/√M", tied, [f.output["tied"] for f in found], (0.7, 1.3)),
+        _rate("independent", "travelled", "NM", every, [f.travelled for f in found], (-0.1, 0.1)),
+        _rate("independent", "unscaled", "NM", every, [f.unscaled for f in found], (-1.1, -0.9)),
+    )
+    study = ConsistencyStudy(
+        folder=str(folder),
+        depths=tuple(depths),
+        widths=tuple(widths),
+        seeds=tuple(seeds),
+        draws=draws,
+        atoms=atoms,
+        learning_rate=learning_rate,
+        steps=steps,
+        state=STATE,
+        samples=SAMPLES,
+        rates=rates,
+    )
+    keep(study, folder)
+    return study
+
+
+@dataclass(frozen=True)
+class _OfSeed:
+    distance: list[float]
+    output: dict[str, list[float]]
+    travelled: list[float]
+    unscaled: list[float]
+
+
+def _of_seed(
+    problem: Problem,
+    sizes: Sequence[tuple[int, int]],
+    draws: int,
+    learning_rate: float,
+    steps: int,
+    tell: Tell,
+) -> _OfSeed:
+    """All networks of one seed."""
+    total = sum(n * m for n, m in sizes)
+    done = 0
+    measures: list[LayerwiseMeasure] = []
+    outputs: dict[str, list[Tensor]] = {"independent": [], "tied": []}
+    travelled, unscaled = [], []
+    for n, m in sizes:
+        tell(f"N = {n}, M = {m}", done / total)
+
+        def trained(start: str, draw: int, rate: float, n: int = n, m: int = m) -> nn.Module:
+            model = network_of(problem.particles(start, n, m, draw))
+            flow(model, problem.x, problem.y, rate, steps)
+            return model
+
+        measures.append(LayerwiseMeasure.of(trained("atoms", 0, learning_rate)))
+        for start, rows in outputs.items():
+            models = [trained(start, draw, learning_rate) for draw in range(draws)]
+            with torch.no_grad():
+                rows.append(torch.stack([model(problem.seen) for model in models]))
+            if start == "independent":
+                before = problem.particles(start, n, m, 0)
+                slow = trained(start, 0, learning_rate / (n * m))
+                travelled.append(_from(before, models[0]))
+                unscaled.append(_from(before, slow))
+        done += n * m
+    return _OfSeed(
+        [cot_distance(a, b).distance for a, b in pairwise(measures)],
+        {start: [_apart(a, b) for a, b in pairwise(rows)] for start, rows in outputs.items()},
+        travelled,
+        unscaled,
+    )
+
+
+def _from(before: Tensor, model: nn.Module) -> float:
+    return cot_distance(LayerwiseMeasure(before, frame=model), model).distance
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """Root mean square over draws and samples of the distance of two outputs."""
+    return float((a - b).square().sum(-1).mean().sqrt())
+
+
+def _rate(
+    start: str,
+    quantity: str,
+    against: str,
+    sizes: Sequence[float],
+    values: Sequence[Sequence[float]],
+    theory: tuple[float, float],
+) -> ConsistencyRate:
+    slopes = tuple(fitted_slope(sizes, row) for row in values)
+    rows = tuple(tuple(row) for row in values)
+    return ConsistencyRate(
+        start, quantity, against, tuple(sizes), rows, slopes, fmean(slopes), *theory
+    )
+
+
+def _check_widths(depths: Sequence[int], widths: Sequence[int], atoms: int, draws: int) -> None:
+    rising = all(a < b for a, b in pairwise(widths))
+    if len(depths) < 3 or len(widths) != len(depths) or not rising:
+        raise InputError(
+            f"depths {' '.join(map(str, depths))} and widths {' '.join(map(str, widths))} given; "
+            "expected at least three sizes, a width for each depth, from the smallest to the "
+            "largest"
+        )
+    if atoms < 1 or any(width % atoms for width in widths):
+        raise InputError(f"atoms is {atoms}; expected a number that divides every width")
+    if draws < 1:
+        raise InputError(f"draws is {draws}; expected at least 1")

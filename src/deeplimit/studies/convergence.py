@@ -1,0 +1,262 @@
+"""Where does training converge at a rate that is known before it starts?
+
+Networks x + (1/N) (1/M) Σ_i u_i tanh(w_i·x + b_i) follow the gradient flow of a regression on D
+samples, from targets near their first outputs, a small initial risk, to targets far away. A local
+Polyak–Łojasiewicz inequality ‖∇L‖² ≥ 2mL near the start guarantees L(t) ≤ e^{−2mt} L(0). [BPV24]:
+such an m > 0 there is where the particles are many enough for the kernel of the features, which is
+singular for M < D, and the initial risk is small enough for the flow to stay near. Source: [BPV24]
+arXiv 2403.12887.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import linear_regression
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.meanfield import (
+    ConvergenceCertificate,
+    convergence_certificate,
+    feature_kernel,
+)
+from deeplimit.studies.flowing import (
+    check_time,
+    flow,
+    generator_of,
+    network_of,
+    normal,
+)
+from deeplimit.studies.rates import Tell, keep, looked_at
+from deeplimit.studies.seeds import check_seeds
+from deeplimit.training.run_folder import make_folder
+
+Source = Literal["kernel", "slope"]
+
+STATE = 16  # numbers in the state
+SIZE = 1.0  # of u, as of w·x and b
+LOOKS = 40
+ENOUGH = 1e-18  # of the first risk; below, what falls is rounding
+
+
+@dataclass(frozen=True)
+class ConvergenceTraining:
+    """One training, and what its certificates say.
+
+    Attributes:
+        width: M.
+        distance: ρ: the root mean square distance of the targets from the first outputs.
+        seed: of data and particles.
+        kernel: the smallest eigenvalue of any layer's feature kernel, before training.
+        kernel_m: the m that it gives; 0 where the kernel is singular.
+        fitted: half the rate at which the logarithm of the risk falls in the second half of the
+            records; to compare with m. None where the risk is not above rounding there.
+        by_kernel: the certificate with that m; None where it is 0.
+        by_slope: the certificate with m = m̂/2 at the first record.
+    """
+
+    width: int
+    distance: float
+    seed: int
+    kernel: float
+    kernel_m: float
+    fitted: float | None
+    by_kernel: ConvergenceCertificate | None
+    by_slope: ConvergenceCertificate
+
+    @property
+    def initial(self) -> float:
+        """L(μ_0)."""
+        return self.by_slope.risks[0]
+
+    def certificate(self, source: Source) -> ConvergenceCertificate | None:
+        """The one whose m is from there."""
+        return self.by_kernel if source == "kernel" else self.by_slope
+
+
+@dataclass(frozen=True)
+class ConvergenceStudy:
+    """What `study_convergence` finds.
+
+    Attributes:
+        folder: where study.json is.
+        depth: N.
+        widths: M, from the smallest to the largest.
+        distances: ρ, likewise.
+        seeds: of the trainings of every cell.
+        state, samples: d and D.
+        learning_rate, steps: of the flow.
+        trainings: one for every width, distance and seed.
+    """
+
+    folder: str
+    depth: int
+    widths: tuple[int, ...]
+    distances: tuple[float, ...]
+    seeds: tuple[int, ...]
+    state: int
+    samples: int
+    learning_rate: float
+    steps: int
+    trainings: tuple[ConvergenceTraining, ...]
+
+    def cell(self, width: int, distance: float) -> tuple[ConvergenceTraining, ...]:
+        """The trainings of one width and distance, one for each seed."""
+        return tuple(t for t in self.trainings if (t.width, t.distance) == (width, distance))
+
+    def held(self, width: int, distance: float, source: Source) -> float:
+        """The fraction of a cell's certificates that hold; one that there is not does not."""
+        found = [t.certificate(source) for t in self.cell(width, distance)]
+        return sum(c is not None and c.holds for c in found) / len(found)
+
+
+def study_convergence(
+    *,
+    widths: Sequence[int] = (4, 8, 16, 32, 64, 128, 256),
+    distances: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0),
+    seeds: Sequence[int] = (0, 1, 2),
+    depth: int = 8,
+    samples: int = 8,
+    learning_rate: float = 0.1,
+    time: float = 30.0,
+    runs: Path = Path("runs"),
+    tell: Tell = lambda message, done: None,
+) -> ConvergenceStudy:
+    """Trains networks of every width from every initial risk, in float64, with certificates.
+
+    study.json is left in a new folder, `convergence`.
+
+    Args:
+        widths: M, from the smallest to the largest; below and above the number of samples.
+        distances: ρ: how far the targets are from the first outputs; L(μ_0) = ρ²/2.
+        seeds: at least one.
+        depth: N.
+        samples: D.
+        learning_rate: the step of the flow.
+        time: of the flow.
+        runs: folder for the study's folder.
+        tell: told what is done now, and the fraction done.
+
+    Raises:
+        InputError: widths or distances that do not rise, settings not above 0, fewer than two
+            samples, no seed or one twice.
+        RunError: a risk that is not finite.
+    """
+    check_seeds(seeds)
+    steps = check_time(learning_rate, time)
+    _check(widths, distances, depth, samples)
+    folder = make_folder(runs, "convergence")
+    every = [(m, r, seed) for m in widths for r in distances for seed in seeds]
+    trainings = []
+    for k, (width, distance, seed) in enumerate(every):
+        tell(f"M = {width}, ρ = {distance:g}, seed {seed}", k / len(every))
+        problem = drawn(depth, width, distance, samples, seed)
+        trainings.append(_trained(*problem, width, distance, seed, learning_rate, steps))
+    study = ConvergenceStudy(
+        folder=str(folder),
+        depth=depth,
+        widths=tuple(widths),
+        distances=tuple(distances),
+        seeds=tuple(seeds),
+        state=STATE,
+        samples=samples,
+        learning_rate=learning_rate,
+        steps=steps,
+        trainings=tuple(trainings),
+    )
+    keep(study, folder)
+    return study
+
+
+def drawn(
+    depth: int, width: int, distance: float, samples: int, seed: int
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network, and a regression whose targets are ρ from its outputs.
+
+    Inputs are orthogonal, of length √d, as far apart as they can be; these and the directions of
+    the targets are the seed's, whatever the width and ρ.
+    """
+    generator = generator_of(seed)
+    rows, direction = normal(generator, 2, samples, STATE)
+    x = math.sqrt(STATE) * torch.linalg.qr(rows.mT).Q.mT
+    direction = direction / direction.square().sum(1).mean().sqrt()
+    particles = normal(generator_of(seed, width), depth, width, 2 * STATE + 1)
+    particles[:, :, :STATE] *= SIZE
+    particles[:, :, STATE : 2 * STATE] /= math.sqrt(STATE)
+    model = network_of(particles)
+    with torch.no_grad():
+        return model, x, model(x) + distance * direction
+
+
+def _trained(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    width: int,
+    distance: float,
+    seed: int,
+    learning_rate: float,
+    steps: int,
+) -> ConvergenceTraining:
+    kernel = feature_kernel(model, x)
+    recorders = [convergence_certificate(model)]
+    if kernel.m > 0:
+        recorders.append(convergence_certificate(model, m=kernel.m))
+    looks = set(looked_at(steps, LOOKS))
+    first = math.inf
+
+    def look(step: int, risk: Tensor) -> None:
+        nonlocal first
+        value = float(risk)
+        if step == 0:
+            first = value
+        if step in looks and value > ENOUGH * first:
+            for recorder in recorders:
+                recorder.record(step * learning_rate, value)
+
+    flow(model, x, y, learning_rate, steps, look)
+    found = [recorder.certificate() for recorder in recorders]
+    return ConvergenceTraining(
+        width=width,
+        distance=distance,
+        seed=seed,
+        kernel=min(kernel.smallest),
+        kernel_m=kernel.m,
+        fitted=fitted_rate(found[0].times, found[0].risks),
+        by_kernel=found[1] if len(found) > 1 else None,
+        by_slope=found[0],
+    )
+
+
+def fitted_rate(times: Sequence[float], risks: Sequence[float]) -> float | None:
+    """The rate r of L(t) ~ e^{−2rt}, by least squares of log L over the later half of records."""
+    pairs = [(t, math.log(risk)) for t, risk in zip(times, risks, strict=True) if risk > 0]
+    late = pairs[len(pairs) // 2 :]
+    if len(late) < 2:
+        return None
+    ts, logs = zip(*late, strict=True)
+    return -float(linear_regression(ts, logs).slope) / 2
+
+
+def _check(widths: Sequence[int], distances: Sequence[float], depth: int, samples: int) -> None:
+    if not widths or widths[0] < 1 or not all(a < b for a, b in pairwise(widths)):
+        raise InputError(
+            f"widths {' '.join(map(str, widths)) or '(none)'} given; expected whole numbers ≥ 1, "
+            "from the smallest to the largest"
+        )
+    positive = all(math.isfinite(r) and r > 0 for r in distances)
+    if not distances or not positive or not all(a < b for a, b in pairwise(distances)):
+        raise InputError(
+            f"distances {' '.join(map(str, distances)) or '(none)'} given; expected numbers above "
+            "0, from the smallest to the largest"
+        )
+    if depth < 1 or not 2 <= samples <= STATE:
+        raise InputError(
+            f"depth {depth} and {samples} samples given; expected at least 1 layer and 2 … {STATE} "
+            "samples, which are orthogonal"
+        )

@@ -1,0 +1,162 @@
+"""Networks of several runs joined in one, and how well it does on the data they share."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from deeplimit.errors import InputError
+from deeplimit.meanfield import Merged, align_streams, merge, narrow
+from deeplimit.studies.comparison import Tell
+from deeplimit.studies.measured_runs import (
+    MeasuredRun,
+    Score,
+    alignment_batch,
+    averaged,
+    check_storable,
+    folders_of,
+    measured,
+    run_of,
+    score,
+    shared_data,
+)
+from deeplimit.training import loss_of
+from deeplimit.training.building import evaluation_batches
+from deeplimit.training.files import write_text
+from deeplimit.training.typed_values import to_plain
+
+MERGE = "merge.json"
+
+
+@dataclass(frozen=True)
+class MergedRuns:
+    """Networks, what was made of them, and all of them on test data.
+
+    Attributes:
+        folder: the new run folder, with the merged network.
+        runs: as they were given.
+        names: what they are called.
+        weights: λ_k.
+        frame: what became of stem, head and norms: "equal", or "interpolate".
+        aligned: whether the others were taken in the first one's basis of the stream.
+        samples: of the test data.
+        parents: the networks themselves.
+        merged: what was made of them.
+        averaged: the plain average of their parameters; None for networks of several shapes.
+        distances: d from the barycentre to each of them.
+        objectives: Σ_k λ_k d² at the start and after each iteration.
+        depth, width: of the merged network; of the widest layer.
+        narrowed: d from the barycentre to the network of fewer neurons; None if it is as wide.
+    """
+
+    folder: str
+    runs: tuple[str, ...]
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    frame: str
+    aligned: bool
+    samples: int
+    parents: tuple[Score, ...]
+    merged: Score
+    averaged: Score | None
+    distances: tuple[float, ...]
+    objectives: tuple[float, ...]
+    depth: int
+    width: int
+    narrowed: float | None
+
+
+def merge_runs(
+    specs: Sequence[str | Path],
+    *,
+    weights: Sequence[float] | None = None,
+    width: int | None = None,
+    frame: str = "equal",
+    align: bool = False,
+    name: str = "merged",
+    tell: Tell = lambda message, done: None,
+) -> MergedRuns:
+    """Joins the networks of runs in a barycentre of their measures, in a new run folder.
+
+    It lies beside the first run and is one like any other: `deeplimit profile`, `refine` and
+    `interpolate` take it.
+
+    Args:
+        specs: run folders on the same data, two or more, of any widths and depths. The merged
+            network has the first one's width, and the merged grid's depth.
+        weights: λ_k ≥ 0 of sum 1; equal by default.
+        width: at most so many neurons in a layer, by `narrow`.
+        frame: "equal": stems, heads and norms must be; "interpolate" takes their weighted mean.
+        align: as in `interpolate_runs`, of all runs but the first.
+        name: of the new run folder.
+        tell: told what is done now, and the fraction done.
+
+    Raises:
+        InputError: as `interpolate_runs`, wrong weights, a width below 1.
+    """
+    if align and frame == "equal":
+        raise InputError(
+            'align turns stems and heads, which then differ; give the frame "interpolate" with it'
+        )
+    if width is not None and width < 1:
+        raise InputError(f"width is {width}; expected a whole number ≥ 1")
+    runs = measured(specs)
+    folders = folders_of(runs)
+    check_storable(runs[0].model)
+    data = shared_data(folders)
+    loss = loss_of(folders[0].recipe, data)
+    tell("the barycentre", 0.0)
+    joined = _joined(runs, weights, frame, align, alignment_batch(data) if align else None)
+    measure, moved = joined.measure, None
+    if width is not None and width < max(len(layer) for layer in measure.layers):
+        narrowed = narrow(measure, width)
+        measure, moved = narrowed.measure, narrowed.distance
+    model = measure.network().eval()
+    shares = tuple([1 / len(runs)] * len(runs) if weights is None else map(float, weights))
+    networks = [run.model for run in runs]
+    try:
+        plain = averaged(networks, shares)
+    except InputError:  # of several shapes
+        plain = None
+    scores = []
+    for k, network in enumerate([*networks, model, *([] if plain is None else [plain])]):
+        tell("accuracy on test data", (k + 1) / (len(runs) + 3))
+        scores.append(score(network, evaluation_batches(data.test), loss))
+    made = run_of(model, folders[0], name)
+    result = MergedRuns(
+        folder=str(made.path),
+        runs=tuple(run.path for run in runs),
+        names=tuple(run.name for run in runs),
+        weights=shares,
+        frame=frame,
+        aligned=align,
+        samples=len(data.test),
+        parents=tuple(scores[: len(runs)]),
+        merged=scores[len(runs)],
+        averaged=None if plain is None else scores[-1],
+        distances=joined.distances,
+        objectives=joined.objectives,
+        depth=measure.depth,
+        width=max(len(layer) for layer in measure.layers),
+        narrowed=moved,
+    )
+    write_text(made.path / MERGE, json.dumps(to_plain(result), allow_nan=False) + "\n")
+    return result
+
+
+def _joined(
+    runs: Sequence[MeasuredRun],
+    weights: Sequence[float] | None,
+    frame: str,
+    align: bool,
+    batch: Tensor | None,
+) -> Merged:
+    first, *others = [run.measure for run in runs]
+    try:
+        if align and batch is not None:
+            others = [align_streams(first, other, batch) for other in others]
+        return merge([first, *others], weights, frame=frame)
+    except InputError as error:
+        raise InputError(f"{', '.join(run.path for run in runs)}: {error}") from error
