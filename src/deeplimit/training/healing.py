@@ -112,7 +112,7 @@ def heal(
     name = type(model).__name__
     if not isinstance(data, DataSet):
         raise InputError(
-            f"data is {type(data).__name__}; expected a DataSet: deeplimit.data.load('cifar10'), or "
+            f"data is {type(data).__name__}; expected a DataSet: deeplimit.data.load('cifar10') or "
             "one made of your own splits"
         )
     if not any(p.requires_grad for p in model.parameters()):
