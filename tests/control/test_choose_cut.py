@@ -117,7 +117,7 @@ def test_the_latency_that_is_kept() -> None:
     chosen = choose_cut(model, made, loader, latency=0.5)
     assert 0 < chosen.latency_after <= 0.5 * chosen.latency_before
     assert not alive & set(chosen.removed)
-    assert 0 < len(chosen.removed) <= 12  # about half, where nothing else runs
+    assert 3 < len(chosen.removed) < 12  # about half of the layers
     assert chosen.accuracy_after == 1
     assert chosen.multiply_adds_after == chosen.multiply_adds_before - 512 * len(chosen.removed)
 

@@ -243,7 +243,7 @@ def test_latency_falls_with_the_depth() -> None:
     x, y = torch.randn(16, 32), torch.zeros(16, dtype=torch.long)
     report = verify_crop(model, crop(model, 3), [(x, y)])
     # 40 times as many layers; the rest is head, overhead, and what else the machine does.
-    assert report.latency_before / report.latency_after > 8
+    assert 8 < report.latency_before / report.latency_after < 200
     ratio = report.parameters_before / report.parameters_after
     assert ratio == pytest.approx((120 * 2080 + 132) / (3 * 2080 + 132))
 
