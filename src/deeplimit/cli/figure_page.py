@@ -12,15 +12,22 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 CONFIG = {"displayModeBar": False, "responsive": True}
-HEAD = '<!doctype html><meta charset="utf-8"><body style="font-family: sans-serif">'
+HEAD = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><title>deeplimit</title>'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    '<body style="font-family: sans-serif">'
+)
 
 
 def check_place(figure: Path | None) -> None:
-    """Raises InputError where a page cannot be written to."""
-    if figure is not None and figure.suffix == ".json":
+    """Raises InputError where a page cannot be written to; before minutes of measuring."""
+    if figure is None:
+        return
+    if figure.suffix == ".json":
         raise InputError(f"figure is {figure}; expected an .html file, its .json is written beside")
-    if figure is not None and not figure.parent.is_dir():
-        raise InputError(f"figure is {figure}: there is no folder {figure.parent}")
+    if figure.is_dir() or not figure.parent.is_dir():
+        why = "is a folder" if figure.is_dir() else f"there is no folder {figure.parent}"
+        raise InputError(f"figure is {figure}: {why}; give a file in a folder that is there")
 
 
 def write_figures(

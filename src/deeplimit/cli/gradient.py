@@ -64,13 +64,14 @@ class Gradient:
 
     def __call__(self) -> None:
         """Measures, writes what belongs into a run folder, and prints the answer."""
+        from deeplimit.cli.figure_page import check_place
         from deeplimit.report import gradient_summary
         from deeplimit.studies import measure_gradient_cost
         from deeplimit.training import Wish, example, load_model
 
         wish = Wish(self.batch, sizes(self.shape), self.length, self.seed)
         device = _device(self.device)
-        _check_place(self.figure)
+        check_place(self.figure)
         loaded = load_model(self.model, seed=self.seed)
         made = example(loaded, wish, device)
         with _progress(quiet=self.json) as tell:
@@ -97,13 +98,6 @@ def _device(name: str) -> str:
     if name == "cuda" and not there:
         raise InputError("device is cuda, but torch sees none here; give cpu or auto")
     return ("cuda" if there else "cpu") if name == "auto" else name
-
-
-def _check_place(figure: Path | None) -> None:
-    """Before minutes of measuring."""
-    if figure is not None and (figure.is_dir() or not figure.parent.is_dir()):
-        why = "is a folder" if figure.is_dir() else f"there is no folder {figure.parent}"
-        raise InputError(f"figure is {figure}: {why}; give a file in a folder that is there")
 
 
 def _write(cost: "GradientCost", figure: Path | None, run: Path | None) -> list[str]:

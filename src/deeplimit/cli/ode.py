@@ -11,6 +11,9 @@ from deeplimit.cli.output import emit, say
 from deeplimit.errors import InputError
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from deeplimit.training import RunFolder
     from deeplimit.training.loaded_model import LoadedModel
 
 SAMPLES = 32
@@ -66,7 +69,8 @@ class Ode:
             raise InputError(f"batch is {self.batch}; expected at least 1")
         loaded = load_model(self.model, seed=self.seed)
         model = loaded.model.eval()
-        given = self._of_run(loaded) if loaded.run is not None else self._of_model(loaded)
+        folder = None if loaded.run is None else RunFolder.open(loaded.run)
+        given = self._of_model(loaded) if folder is None else self._of_run(folder, model)
         limit = depth_limit(
             model,
             interpolation=self.interpolation,
@@ -76,18 +80,17 @@ class Ode:
             **given,
         )
         written = []
-        if loaded.run is not None:
-            folder = RunFolder.open(loaded.run)
+        if folder is not None:
             folder.write_depth_limit(limit)
             written.append(renew_page(folder))
         elif self.figure is not None:
             written.append(write_figures(self.figure, depth_limit_figures(limit)))
         emit(limit, depth_limit_summary(limit), *written, json=self.json)
 
-    def _of_run(self, loaded: "LoadedModel") -> dict[str, Any]:
+    def _of_run(self, folder: "RunFolder", model: "Module") -> dict[str, Any]:
         """Test data for the distance and for the solvers."""
         from deeplimit.network import ResidualClassifier
-        from deeplimit.training import RunFolder, run_data
+        from deeplimit.training import run_data
         from deeplimit.training.building import evaluation_batches
 
         for option in ("shape", "length", "figure"):
@@ -96,23 +99,22 @@ class Ode:
                     f"--{option} given, but {self.model} is a run folder, which has its own data "
                     f"and page; leave --{option} out"
                 )
-        assert loaded.run is not None
-        test = run_data(RunFolder.open(loaded.run)).test
+        test = run_data(folder).test
         x, _ = next(iter(evaluation_batches(test.take(min(self.batch or SAMPLES, len(test))))))
-        if not isinstance(loaded.model, ResidualClassifier):
+        if not isinstance(model, ResidualClassifier):
             self._no_solver("its layers are not a chain of residual functions")
             return {"x": x}
-        depth = max(len(stage) for stage in loaded.model.stages)  # type: ignore[arg-type]
+        depth = max(len(stage) for stage in model.stages)  # type: ignore[arg-type]
         return {"x": x, "loader": evaluation_batches(test), "solvers": self._solvers(depth)}
 
     def _of_model(self, loaded: "LoadedModel") -> dict[str, Any]:
         """One batch, the user's own or random."""
+        from deeplimit.cli.figure_page import check_place
         from deeplimit.training import Wish, example
         from deeplimit.training.example_batch import inputs_of
 
         self._no_solver("accuracy needs a run, with its test data")
-        if self.figure is not None and not self.figure.parent.is_dir():
-            raise InputError(f"figure is {self.figure}: there is no folder {self.figure.parent}")
+        check_place(self.figure)
         wish = Wish(self.batch, sizes(self.shape), self.length, self.seed)
         return {"x": inputs_of(example(loaded, wish, "cpu").batch)}
 

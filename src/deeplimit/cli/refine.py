@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from deeplimit.cli.options import Json
 from deeplimit.cli.output import emit
+from deeplimit.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -52,5 +53,6 @@ class Refine:
         )
         profile_run(made)
         refinement = made.refinement()
-        assert refinement is not None  # it was written just now
+        if refinement is None:
+            raise RunError(f"{made.path}: its refine.json is gone; refine again: {self.run}")
         emit(refinement, refinement_summary(refinement), renew_page(made), json=self.json)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
-from deeplimit.errors import InputError, RunError
+from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain, ResidualClassifier, anatomy
 from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
 from deeplimit.ode.interpolation import Controls, VectorField
 from deeplimit.ode.recording import Call
-from deeplimit.ode.solving import ADVICE
+from deeplimit.ode.solving import stopped
 
 # Not torchdiffeq 0.2.5's explicit_adams: on ẋ = −x its error grows with the number of steps.
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")
@@ -101,9 +101,9 @@ class SolvedChain(nn.Module):
                 method=self.solver,
                 options=options,
             )
-        except AssertionError as error:  # how torchdiffeq says it
-            reason = str(error).partition(":")[0].partition(" (")[0]
-            raise RunError(f"{self.solver} stopped ({reason}); {ADVICE}") from error
+        except AssertionError as error:
+            where = f"at tolerance {self.tolerance:.0e}"
+            raise stopped(self.solver, where, error) from error
         return path[-1]
 
 

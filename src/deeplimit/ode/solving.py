@@ -69,15 +69,18 @@ def solve(
                 method=method,
                 options=options,
             )
-        except AssertionError as error:  # how torchdiffeq says it: a step of 0, NaN, too many steps
-            reason = str(error).partition(":")[0].partition(" (")[0]
-            raise RunError(
-                f"{method} stopped between layers {n} and {n + 1} at tolerance {tolerance:.0e} "
-                f"({reason}); {ADVICE}"
-            ) from error
+        except AssertionError as error:
+            where = f"between layers {n} and {n + 1} at tolerance {tolerance:.0e}"
+            raise stopped(method, where, error) from error
         found.append(x + moved)
         x = x + moved[-1]
     return torch.stack(found)
+
+
+def stopped(method: str, where: str, error: AssertionError) -> RunError:
+    """What an assertion of torchdiffeq means: a step of 0, NaN, or too many steps."""
+    reason = str(error).partition(":")[0].partition(" (")[0]
+    return RunError(f"{method} stopped {where} ({reason}); {ADVICE}")
 
 
 def _norm(error: Tensor) -> Tensor:

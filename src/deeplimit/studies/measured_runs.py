@@ -186,7 +186,7 @@ def check_storable(model: nn.Module) -> None:
     if not (isinstance(model, ResidualClassifier) or of_transformers(model)):
         raise InputError(
             f"a run folder cannot store another width or depth of a {type(model).__name__}; work "
-            "on it in Python: deeplimit.cot_geodesic, deeplimit.merge"
+            "on it in Python: deeplimit.cot_geodesic, deeplimit.meanfield.merge"
         )
 
 

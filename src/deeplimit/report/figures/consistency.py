@@ -1,11 +1,10 @@
 """Consistency in width and depth: distances and outputs of successive sizes, distance travelled."""
 
-from statistics import geometric_mean
-
 import plotly.graph_objects as go
 
-from deeplimit.report.figures.style import GRID, NETWORK, REFERENCE, TEXT, TUBE, plain_figure
-from deeplimit.report.numbers import significant, superscript
+from deeplimit.report.figures.marks import powers_of_ten, seeds_curve
+from deeplimit.report.figures.style import NETWORK, REFERENCE, TUBE, plain_figure
+from deeplimit.report.numbers import significant
 from deeplimit.studies.consistency import ConsistencyRate, ConsistencyStudy
 
 PANELS = (
@@ -41,34 +40,15 @@ def consistency_figure(study: ConsistencyStudy) -> go.Figure:
         showgrid=False,
         title={"text": "layers N, particles M", "standoff": 8, "font": {"size": 13}},
     )
-    powers = range(-12, 4)
-    figure.update_yaxes(
-        type="log",
-        tickvals=[10.0**power for power in powers],
-        ticktext=[f"10{superscript(power)}" for power in powers],
-        gridcolor=GRID,
-        zeroline=False,
-        automargin=True,
-    )
-    figure.update_annotations(font={"size": 13, "color": TEXT})
+    powers_of_ten(figure)
     return figure.update_layout(height=440, margin={"t": 140}, legend={"y": 1.14})
 
 
 def _curve(rate: ConsistencyRate, study: ConsistencyStudy, name: str, color: str) -> go.Scatter:
-    seeds = list(zip(*rate.values, strict=True))
-    means = [geometric_mean(values) for values in seeds]
-    return go.Scatter(
-        x=list(study.depths[: len(means)]),
-        y=means,
-        error_y={
-            "array": [max(values) - mean for values, mean in zip(seeds, means, strict=True)],
-            "arrayminus": [mean - min(values) for values, mean in zip(seeds, means, strict=True)],
-            "thickness": 1,
-            "width": 3,
-        },
-        name=name,
-        mode="lines+markers",
-        line={"color": color, "width": 2.2},
-        marker={"color": color, "size": 6},
-        hovertemplate=f"%{{y:.3g}} (slope {significant(rate.slope, 2)} in {rate.against})",
+    return seeds_curve(
+        study.depths,
+        rate.values,
+        name,
+        color,
+        f"%{{y:.3g}} (slope {significant(rate.slope, 2)} in {rate.against})",
     )

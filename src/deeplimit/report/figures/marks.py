@@ -1,11 +1,12 @@
 """What figures over the layers share: the axis, removed layers, the tube, marked layers."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from statistics import geometric_mean
 
 import plotly.graph_objects as go
 
-from deeplimit.report.figures.style import SHADE, TEXT, TUBE, plain_figure
+from deeplimit.report.figures.style import GRID, SHADE, TEXT, TUBE, plain_figure
 from deeplimit.report.numbers import runs, significant, superscript
 from deeplimit.training.results import Cut
 
@@ -97,3 +98,45 @@ def _tick(digit: int, power: int) -> str:
     if -4 <= power <= 3:
         return f"{digit * 10.0**power:.{max(0, -power)}f}"
     return f"{'' if digit == 1 else f'{digit}·'}10{superscript(power)}"
+
+
+def seeds_curve(
+    x: Sequence[float],
+    values: Sequence[Sequence[float]],
+    name: str,
+    color: str,
+    value: str,
+    dash: str = "solid",
+) -> go.Scatter:
+    """Values [seed][x]: markers at the geometric means, bars from the smallest to the largest."""
+    seeds = list(zip(*values, strict=True))
+    means = [geometric_mean(own) for own in seeds]
+    return go.Scatter(
+        x=list(x)[: len(means)],
+        y=means,
+        error_y={
+            "array": [max(own) - mean for own, mean in zip(seeds, means, strict=True)],
+            "arrayminus": [mean - min(own) for own, mean in zip(seeds, means, strict=True)],
+            "thickness": 1,
+            "width": 3,
+        },
+        name=name,
+        mode="lines+markers",
+        line={"color": color, "width": 2.2, "dash": dash},
+        marker={"color": color, "size": 6},
+        hovertemplate=value,
+    )
+
+
+def powers_of_ten(figure: go.Figure) -> None:
+    """Logarithmic y axes, labelled at powers of ten; subplots' titles in the figure's style."""
+    powers = range(-12, 7)
+    figure.update_yaxes(
+        type="log",
+        tickvals=[10.0**power for power in powers],
+        ticktext=[f"10{superscript(power)}" for power in powers],
+        gridcolor=GRID,
+        zeroline=False,
+        automargin=True,
+    )
+    figure.update_annotations(font={"size": 13, "color": TEXT})

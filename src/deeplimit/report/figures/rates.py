@@ -5,8 +5,9 @@ from statistics import geometric_mean
 
 import plotly.graph_objects as go
 
-from deeplimit.report.figures.style import GRID, NETWORK, REFERENCE, TEXT, TUBE, plain_figure
-from deeplimit.report.numbers import significant, superscript
+from deeplimit.report.figures.marks import powers_of_ten, seeds_curve
+from deeplimit.report.figures.style import NETWORK, REFERENCE, TEXT, TUBE, plain_figure
+from deeplimit.report.numbers import significant
 from deeplimit.studies.rates import Family, Rate
 
 COLORS = {"smooth": NETWORK, "independent": REFERENCE, "alternating": TUBE}
@@ -46,26 +47,16 @@ def rates_figure(title: str, depths: Sequence[int], families: Sequence[Family]) 
 
 
 def _curve(start: str, rate: Rate, depths: Sequence[int], legend: bool) -> go.Scatter:
-    seeds = list(zip(*rate.values, strict=True))
-    means = [geometric_mean(values) for values in seeds]
     moment, dash = MOMENTS[rate.moment]
-    color = COLORS.get(start, TEXT)
-    return go.Scatter(
-        x=list(depths),
-        y=means,
-        error_y={
-            "array": [max(values) - mean for values, mean in zip(seeds, means, strict=True)],
-            "arrayminus": [mean - min(values) for values, mean in zip(seeds, means, strict=True)],
-            "thickness": 1,
-            "width": 3,
-        },
-        name=f"{start}, {moment}",
-        showlegend=legend,
-        mode="lines+markers",
-        line={"color": color, "width": 2.2, "dash": dash},
-        marker={"color": color, "size": 6},
-        hovertemplate=f"%{{y:.3g}} (slope {significant(rate.slope, 2)})",
+    curve = seeds_curve(
+        depths,
+        rate.values,
+        f"{start}, {moment}",
+        COLORS.get(start, TEXT),
+        f"%{{y:.3g}} (slope {significant(rate.slope, 2)})",
+        dash,
     )
+    return curve.update(showlegend=legend)
 
 
 def _one_over_n(rate: Rate, depths: Sequence[int]) -> go.Scatter:
@@ -86,16 +77,7 @@ def _axes(figure: go.Figure, depths: Sequence[int], rows: int) -> None:
         type="log", tickvals=list(depths), ticktext=[str(depth) for depth in depths], showgrid=False
     )
     figure.update_xaxes(title={"text": "layers N", "standoff": 8, "font": {"size": 13}}, row=rows)
-    powers = range(-12, 7)
-    figure.update_yaxes(
-        type="log",
-        tickvals=[10.0**power for power in powers],
-        ticktext=[f"10{superscript(power)}" for power in powers],
-        gridcolor=GRID,
-        zeroline=False,
-        automargin=True,
-    )
-    figure.update_annotations(font={"size": 13, "color": TEXT})
+    powers_of_ten(figure)
     figure.update_layout(
         height=110 + HEIGHT * rows,
         margin={"t": 130},
