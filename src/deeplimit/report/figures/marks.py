@@ -101,7 +101,7 @@ def _tick(digit: int, power: int) -> str:
 
 
 def seeds_curve(
-    x: Sequence[float],
+    x: Sequence[int],
     values: Sequence[Sequence[float]],
     name: str,
     color: str,
