@@ -8,7 +8,7 @@ from naive_adjoint import batch, chain_of, errors, gradient, mean_slopes, paper_
 
 from deeplimit import use_adjoint
 
-DEPTHS = [16, 32, 64, 128, 256]
+DEPTHS = [16, 32, 64, 128]
 SEEDS = 2
 
 
