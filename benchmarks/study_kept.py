@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import torch
 from rich.console import Console
 
-from deeplimit.training.typed_values import from_plain, to_plain
+from deeplimit.training.typed_values import to_plain
 from drawing import write
 from machine import machine
 from rates import RESULTS, line
@@ -21,10 +21,11 @@ def keep_study(
     study: Callable[..., Any],
     figures: Callable[[Any], Sequence[tuple[str, go.Figure, str]]],
     table: Callable[[Any], Any],
+    kept: Callable[[Any], Any] = to_plain,
 ) -> None:
     """Runs a study; writes OUT.json, with the machine, and OUT.svg, OUT-NAME.svg of its figures.
 
-    Where OUT.json is there with these seeds the figures are drawn again and nothing is run.
+    `kept` says what of the study is in OUT.json; all of it is in the study's own folder.
     """
     parser = argparse.ArgumentParser(description=f"The study of {name}.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -32,20 +33,12 @@ def keep_study(
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kind: Any = study.__annotations__["return"]
-    found = None
-    if options.out.exists():
-        kept = json.loads(options.out.read_text())
-        kept.pop("machine")
-        if kept["seeds"] == options.seeds:
-            found = from_plain(kind, kept | {"folder": ""})
-    if found is None:
-        sizes = TINY[name] if options.tiny else {}
-        runs = Path("runs/benchmarks")
-        found = study(seeds=tuple(options.seeds), runs=runs, tell=line(), **sizes)
-        result = {"machine": machine()} | to_plain(found) | {"folder": ""}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    sizes = TINY[name] if options.tiny else {}
+    runs = Path("runs/benchmarks")
+    found = study(seeds=tuple(options.seeds), runs=runs, tell=line(), **sizes)
+    result = {"machine": machine()} | kept(found) | {"folder": ""}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
     Console().print(table(found))
     for k, (title, figure, _) in enumerate(figures(found)[:DRAWN]):
         place = options.out if k == 0 else options.out.with_stem(f"{options.out.stem}-{title}")

@@ -29,7 +29,7 @@ class Consistency:
     """Numbers of particles M of each layer, one for each depth."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One regression and one initial measure for each of these seeds."""
-    draws: int = 4
+    draws: int = 16
     """Independent samples of every size, over which outputs are compared."""
     atoms: int = 16
     """Atoms of the initial measure; every width is a multiple."""
