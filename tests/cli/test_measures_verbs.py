@@ -179,6 +179,20 @@ def test_interpolate_between_shapes_and_into_a_file(pair: tuple[Path, Path], run
         assert torch.equal(made(x), way.eval()(x))
 
 
+def test_trained_in_one_frame_runs_need_no_other_word(runs: Path, tmp_path: Path) -> None:
+    first = Path(shutil.copytree(runs / "first", tmp_path / "first"))
+    words = [*SMALL, "--epochs", "1", "--seed", "1", "--depth", "4", "--frame", first]
+    done = command("train", "digits", *words, "--runs", tmp_path, "--name", "second")
+    assert done.code == 0, done.err
+    done = command("interpolate", first, tmp_path / "second", "--points", "2")
+    assert done.code == 0, done.err
+    assert "stem and head are shared" in " ".join(done.out.split())
+    wrong = command("train", "digits", *words, "--width", "8", "--runs", tmp_path, "--name", "no")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert wrong.err.startswith(f"deeplimit: {first}: its head.")
+    assert not (tmp_path / "no").exists()
+
+
 def test_interpolate_aligned(runs: Path, tmp_path: Path) -> None:
     a, b, figure = runs / "narrow", runs / "narrower", tmp_path / "x.html"
     done = command("interpolate", a, b, "--align", "--points", "2", "--figure", figure, "--json")

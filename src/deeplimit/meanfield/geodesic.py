@@ -116,7 +116,8 @@ def mixed_frame(
         if unequal and policy == "equal":
             raise InputError(
                 f"the networks differ in {listed(unequal)}, which no particles are: train them "
-                'with these shared, or give the frame "interpolate", which moves them linearly'
+                "with these shared (deeplimit train DATA --frame RUN), or give the frame "
+                '"interpolate", which moves them linearly'
             )
     return first.mixed(others, weights) if policy == "interpolate" else first
 

@@ -118,14 +118,26 @@ def build_model(recipe: Recipe, data: DataSet) -> ResidualClassifier | CifarResN
     """The network of the recipe's kind with the data's standardisation stored in it.
 
     It is the one in the file that the recipe starts from. Without one its initial parameters are a
-    function of the recipe's seed; torch's global random state is left as it was.
+    function of the recipe's seed; torch's global random state is left as it was. Stem and head are
+    those of the recipe's frame, if it has one.
 
     Raises:
-        InputError: the kind of network does not go with the data, or the file not with the recipe.
+        InputError: the kind of network does not go with the data, or a file not with the recipe.
     """
     architecture = _architecture(recipe, data)
     if recipe.start is not None:
-        return _begun(recipe.start, architecture)
+        model = _begun(recipe.start, architecture)
+    else:
+        model = _initial(recipe, architecture, data)
+    if recipe.frame is not None:
+        _take_frame(model, recipe.frame)
+    return model
+
+
+def _initial(
+    recipe: Recipe, architecture: Architecture | CifarArchitecture, data: DataSet
+) -> ResidualClassifier | CifarResNet:
+    """With parameters of the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = architecture.build()
@@ -149,6 +161,29 @@ def _begun(
     return model
 
 
+def _take_frame(model: nn.Module, path: Path) -> None:
+    """Copies what is outside the layers from the network in a file or a run."""
+    source = load_own(path / "model.safetensors" if path.is_dir() else path)
+    mine, theirs = _outside(model.state_dict()), _outside(source.state_dict())
+    for name in sorted({*mine, *theirs}):
+        here, there = _shape(mine.get(name)), _shape(theirs.get(name))
+        if here != there:
+            raise InputError(
+                f"{path}: its {name} is {there}, that of the network to train {here}; a frame is "
+                "taken from a network of the same kind and width, on data of the same shape"
+            )
+    model.load_state_dict(theirs, strict=False)
+
+
+def _outside(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is in no stage."""
+    return {name: value for name, value in values.items() if not name.startswith("stages.")}
+
+
+def _shape(value: Tensor | None) -> str:
+    return "not there" if value is None else "×".join(map(str, value.shape)) or "a number"
+
+
 def build_objective(
     recipe: Recipe, data: DataSet, model: nn.Module, teaching: Teaching | None = None
 ) -> StageCost:
@@ -158,6 +193,9 @@ def build_objective(
     """
     if recipe.gradient == "adjoint":
         use_adjoint(model, evaluations=recipe.evaluations, on_drift="ignore")
+    if recipe.frame is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("stages."))
     loss = loss_of(recipe, data)
     if teaching is None:
         return StageCost(model, loss, recipe.stage_cost, recipe.control_cost)

@@ -31,6 +31,7 @@ SHAPE = (
     "initialisation",
     "length_scale",
     "start",
+    "frame",
 )
 NETWORK = (*SHAPE, *PUBLISHED)
 
@@ -87,6 +88,10 @@ class Recipe:
     other start: not read."""
     start: Path | None = None
     """A .safetensors network of this very shape to start from, such as deeplimit refine writes."""
+    frame: Path | None = None
+    """A run, or .safetensors network, whose stem and head this one takes and does not train:
+    between networks of one frame every point of the geodesic is a network (deeplimit interpolate,
+    merge). Widths and depths may differ."""
 
     gradient: Literal["backprop", "adjoint"] = "backprop"
     """adjoint: states rebuilt, not kept: memory flat in depth, a small gradient error, measured."""
@@ -221,6 +226,14 @@ class Recipe:
                 f"length_scale is {self.length_scale:g}, but the initialisation "
                 f"{self.initialisation} has none; give the initialisation smooth, or leave "
                 f"length_scale at {Recipe.length_scale:g}"
+            )
+        if self.frame is not None and (
+            self.kind == "cifar-resnet" or (self.kind == "convolutional" and self.norm != "none")
+        ):
+            raise InputError(
+                f"frame is {self.frame}, but the layers of a {self.kind} network with norm "
+                f"{self.norm} are no means of particles, so that it has none to share; give the "
+                "kind vector, or convolutional with the norm none"
             )
         if self.kind == "cifar-resnet":
             self._check_published()
