@@ -41,6 +41,27 @@ def test_the_example_of_the_limit_of_infinite_depth_says_what_it_prints(
     assert distance <= bound
 
 
+def test_the_examples_of_networks_as_measures_say_what_they_print(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = README.parent / "docs" / "networks-as-measures.md"
+    between, flow = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    exec(compile(between, str(page), "exec"), {"__name__": "example"})
+    ends, distances, *others = capsys.readouterr().out.splitlines()
+    found = [float(a) for line in (ends, *others) for a in line.split(", ")]
+    said = [0.152, 0.164, 0.164, 0.170, 0.174, 0.183, 0.152, 0.173]
+    assert found == pytest.approx(said, abs=0.02)
+    assert found[3] < (found[0] + found[1]) / 2 + 0.03  # averaged: 0.17 above it
+    assert [float(d) for d in distances.split(", ")] == pytest.approx([59.2, 57.2], rel=0.03)
+    exec(compile(flow, str(page), "exec"), {"__name__": "example"})
+    kernel, verdict = capsys.readouterr().out.splitlines()
+    assert kernel.startswith("the width suffices for 8 samples at this start: ")
+    assert verdict.startswith("holds for 100 records up to t = 9.9: ")
+    far = flow.replace("0.03 *", "3 *")
+    exec(compile(far, str(page), "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.splitlines()[1].startswith("broken since record 2 ")
+
+
 def test_the_examples_for_models_of_ones_own_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
