@@ -13,6 +13,7 @@ from torch import nn
 
 from deeplimit.meanfield import LayerwiseMeasure, align_streams, cot_distance, cot_geodesic, merge
 from deeplimit.network.storage import load
+from deeplimit.report.numbers import percent
 from deeplimit.studies import Comparison, Interpolation, MergedRuns
 from deeplimit.training import RunFolder, loss_of, run_data
 from deeplimit.training.building import evaluation_batches
@@ -223,7 +224,10 @@ def test_merge_leaves_a_run(pair: tuple[Path, Path], runs: Path) -> None:
     for run, score in scores:
         loss, accuracy = plain_score(model(run), pair[0])
         assert (score.loss, score.accuracy) == (pytest.approx(loss, rel=1e-5), accuracy)
-    assert (folder / "report.html").is_file()
+    page = (folder / "report.html").read_text()
+    rates = [percent(p.accuracy, found.samples) for p in (*found.parents, found.merged)]
+    said = f"whose test accuracies are {', '.join(rates[:3])}: {rates[3]}."
+    assert f"Merged from first, seed and deep, {said}" in page
     again = command("merge", *pair, "--frame", "interpolate", "--weights", "0.75", "0.25")
     assert "Merged: 2 networks → 1" in again.out
     assert "parameters averaged" in again.out

@@ -33,9 +33,8 @@ from deeplimit.studies.comparison import (
     Comparison,
 )
 from deeplimit.studies.interpolation import Interpolation, loss_barrier
-from deeplimit.studies.measured_runs import Score
 from deeplimit.training import Recipe, RunFolder
-from deeplimit.training.results import RunResults
+from deeplimit.training.results import RunResults, Score
 
 LAYERS = (
     ComparedLayer(0.0, 0.5, 0, 0, 3.0, 4.0, 8, 0.25, 5.0),

@@ -20,6 +20,7 @@ from deeplimit.report.numbers import (
 from deeplimit.training.results import (
     Cut,
     Healing,
+    MergedRuns,
     Profiles,
     Reference,
     Refinement,
@@ -278,6 +279,20 @@ def refinement_sentence(refinement: Refinement) -> str:
     return (
         f"{text}, and {percent(trained.accuracy_after, n)} after {epochs} of training from there."
     )
+
+
+def merging_sentence(merging: MergedRuns) -> str:
+    """From which networks this one was made, and how well all do."""
+    *others, last = merging.names
+    n = merging.samples
+    parents = ", ".join(percent(parent.accuracy, n) for parent in merging.parents)
+    text = (
+        f"Merged from {', '.join(others)} and {last}, whose test accuracies are {parents}: "
+        f"{percent(merging.merged.accuracy, n)}"
+    )
+    if merging.averaged is None:
+        return f"{text}."
+    return f"{text}; the average of their parameters has {percent(merging.averaged.accuracy, n)}."
 
 
 def waiting(results: RunResults) -> str:

@@ -17,10 +17,11 @@ def loss_caption(profiles: Profiles, cut: Cut | None, log: bool) -> str:
     test = profiles.test
     n = _interesting(test, cut)
     if not log:
+        more = test.horizon - n
+        rest = f"; the remaining {layers(more)} take it to {significant(test.loss[-1])}"
         return (
             f"Test loss falls from {significant(test.loss[0])} at the input to "
-            f"{significant(test.loss[n])} at layer {n}; the remaining "
-            f"{layers(test.horizon - n)} take it to {significant(test.loss[-1])}. The dotted line "
+            f"{significant(test.loss[n])} at layer {n}{rest if more else ''}. The dotted line "
             "is the least value that the soft cross-entropy can take."
         )
     left, left_at_end, train, train_at_end = (

@@ -15,7 +15,7 @@ from deeplimit.report.figures.measures import (
 from deeplimit.report.numbers import percent, significant
 from deeplimit.studies.comparison import ComparedLayer, ComparedNetwork, ComparedPair, Comparison
 from deeplimit.studies.interpolation import Interpolation
-from deeplimit.studies.merging import MergedRuns
+from deeplimit.training.results import MergedRuns
 
 ROWS = 24  # of a table of layers; a longer one shows the largest distances
 EQUAL = 1e-6  # relative, below which the coupling does no better than the neurons' numbers

@@ -73,6 +73,7 @@ def _context(results: RunResults) -> dict[str, Any]:
         "agreement": percent(cut.report.agreement, cut.report.samples) if cut else "",
         "healing": answer.healing_sentence(results.healing) if results.healing else "",
         "refined": answer.refinement_sentence(results.refinement) if results.refinement else "",
+        "merged": answer.merging_sentence(results.merging) if results.merging else "",
         "waiting": answer.waiting(results),
         "control": control,
         "layer_panels": layer_panels(results),

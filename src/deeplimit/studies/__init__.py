@@ -9,9 +9,10 @@ from deeplimit.studies.gradient_methods import MethodCost
 from deeplimit.studies.horizon import HorizonRuns, HorizonStudy, horizon_recipe, study_horizon
 from deeplimit.studies.interpolation import Interpolation, interpolate_runs
 from deeplimit.studies.linear import LinearStudy, study_linear
-from deeplimit.studies.merging import MergedRuns, merge_runs
+from deeplimit.studies.merging import merge_runs
 from deeplimit.studies.rates import Family, Rate
 from deeplimit.studies.smooth import SmoothStudy, study_smooth
+from deeplimit.training.results import MergedRuns
 
 __all__ = [
     "Comparison",

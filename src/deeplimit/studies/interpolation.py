@@ -19,7 +19,6 @@ from deeplimit.meanfield import (
 from deeplimit.studies.comparison import ComparedLayer, Tell, compared_layers
 from deeplimit.studies.measured_runs import (
     MeasuredRun,
-    Score,
     alignment_batch,
     averaged,
     check_storable,
@@ -31,6 +30,7 @@ from deeplimit.studies.measured_runs import (
 )
 from deeplimit.training import RunFolder, loss_of
 from deeplimit.training.building import evaluation_batches
+from deeplimit.training.results import Score
 from deeplimit.training.saved_models import SUFFIX, of_transformers, save_network
 
 FRAMES = ("equal", "interpolate")

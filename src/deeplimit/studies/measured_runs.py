@@ -17,23 +17,11 @@ from deeplimit.network import ResidualClassifier, anatomy
 from deeplimit.network.modes import device_of, evaluating, to_device
 from deeplimit.training import RunFolder, load_model, resume, run_data
 from deeplimit.training.building import evaluation_batches
+from deeplimit.training.results import Score
 from deeplimit.training.saved_models import of_transformers
 
 ALIGNED_ON = 256
 Batches = Iterable[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Score:
-    """A network on held-out samples.
-
-    Attributes:
-        loss: mean loss in nats.
-        accuracy: a fraction in [0, 1].
-    """
-
-    loss: float
-    accuracy: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,6 @@
 """Networks of several runs joined in one, and how well it does on the data they share."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +10,6 @@ from deeplimit.meanfield import Merged, align_streams, merge, narrow
 from deeplimit.studies.comparison import Tell
 from deeplimit.studies.measured_runs import (
     MeasuredRun,
-    Score,
     alignment_batch,
     averaged,
     check_storable,
@@ -24,48 +21,7 @@ from deeplimit.studies.measured_runs import (
 )
 from deeplimit.training import loss_of
 from deeplimit.training.building import evaluation_batches
-from deeplimit.training.files import write_text
-from deeplimit.training.typed_values import to_plain
-
-MERGE = "merge.json"
-
-
-@dataclass(frozen=True)
-class MergedRuns:
-    """Networks, what was made of them, and all of them on test data.
-
-    Attributes:
-        folder: the new run folder, with the merged network.
-        runs: as they were given.
-        names: what they are called.
-        weights: λ_k.
-        frame: what became of stem, head and norms: "equal", or "interpolate".
-        aligned: whether the others were taken in the first one's basis of the stream.
-        samples: of the test data.
-        parents: the networks themselves.
-        merged: what was made of them.
-        averaged: the plain average of their parameters; None for networks of several shapes.
-        distances: d from the barycentre to each of them.
-        objectives: Σ_k λ_k d² at the start and after each iteration.
-        depth, width: of the merged network; of the widest layer.
-        narrowed: d from the barycentre to the network of fewer neurons; None if it is as wide.
-    """
-
-    folder: str
-    runs: tuple[str, ...]
-    names: tuple[str, ...]
-    weights: tuple[float, ...]
-    frame: str
-    aligned: bool
-    samples: int
-    parents: tuple[Score, ...]
-    merged: Score
-    averaged: Score | None
-    distances: tuple[float, ...]
-    objectives: tuple[float, ...]
-    depth: int
-    width: int
-    narrowed: float | None
+from deeplimit.training.results import MergedRuns
 
 
 def merge_runs(
@@ -142,7 +98,7 @@ def merge_runs(
         width=max(len(layer) for layer in measure.layers),
         narrowed=moved,
     )
-    write_text(made.path / MERGE, json.dumps(to_plain(result), allow_nan=False) + "\n")
+    made.write_merging(result)
     return result
 
 

@@ -89,6 +89,57 @@ class Refinement:
 
 
 @dataclass(frozen=True)
+class Score:
+    """A network on held-out samples.
+
+    Attributes:
+        loss: mean loss in nats.
+        accuracy: a fraction in [0, 1].
+    """
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class MergedRuns:
+    """Networks, what was made of them, and all of them on test data.
+
+    Attributes:
+        folder: the new run folder, with the merged network.
+        runs: as they were given.
+        names: what they are called.
+        weights: λ_k.
+        frame: what became of stem, head and norms: "equal", or "interpolate".
+        aligned: whether the others were taken in the first one's basis of the stream.
+        samples: of the test data.
+        parents: the networks themselves.
+        merged: what was made of them.
+        averaged: the plain average of their parameters; None for networks of several shapes.
+        distances: d from the barycentre to each of them.
+        objectives: Σ_k λ_k d² at the start and after each iteration.
+        depth, width: of the merged network; of the widest layer.
+        narrowed: d from the barycentre to the network of fewer neurons; None if it is as wide.
+    """
+
+    folder: str
+    runs: tuple[str, ...]
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    frame: str
+    aligned: bool
+    samples: int
+    parents: tuple[Score, ...]
+    merged: Score
+    averaged: Score | None
+    distances: tuple[float, ...]
+    objectives: tuple[float, ...]
+    depth: int
+    width: int
+    narrowed: float | None
+
+
+@dataclass(frozen=True)
 class Reference:
     """The same network trained without stage cost: what a cut costs where there is no turnpike."""
 
@@ -119,5 +170,6 @@ class RunResults:
     reference: Reference | None = None
     healing: Healing | None = None
     refinement: Refinement | None = None
+    merging: MergedRuns | None = None
     depth_limit: DepthLimit | None = None
     certificate: ConvergenceCertificate | None = None

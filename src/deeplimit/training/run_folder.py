@@ -19,7 +19,15 @@ from deeplimit.training.files import write_text
 from deeplimit.training.metrics import Row, from_csv, to_csv
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.recipe_file import read_recipe_file
-from deeplimit.training.results import Cut, Healing, Profiles, Reference, Refinement, RunResults
+from deeplimit.training.results import (
+    Cut,
+    Healing,
+    MergedRuns,
+    Profiles,
+    Reference,
+    Refinement,
+    RunResults,
+)
 from deeplimit.training.saved_models import SUFFIX, is_saved, load_network, save_network
 from deeplimit.training.typed_values import conform, from_plain, to_plain
 
@@ -28,7 +36,7 @@ Result = TypeVar("Result")
 RECIPE, METRICS = "recipe.toml", "metrics.csv"
 MODEL, CROPPED, HEALED = "model", "cropped", "healed"  # a folder or a .safetensors file
 PROFILE, CROP, HEAL = "profile.json", "crop.json", "heal.json"
-START, REFINE = "start", "refine.json"
+START, REFINE, MERGE = "start", "refine.json", "merge.json"
 REFERENCE, TRAJECTORIES = "reference.json", "trajectories.json"
 DEPTH_LIMIT, CERTIFICATE = "ode.json", "certificate.json"
 
@@ -209,6 +217,14 @@ class RunFolder:
         """Writes refine.json."""
         self._write(REFINE, refinement)
 
+    def merging(self) -> MergedRuns | None:
+        """Of which networks this run's was made."""
+        return self._read(MERGE, MergedRuns, "deeplimit merge")
+
+    def write_merging(self, merging: MergedRuns) -> None:
+        """Writes merge.json."""
+        self._write(MERGE, merging)
+
     def reference(self) -> Reference | None:
         """The same network trained without stage cost."""
         return self._read(REFERENCE, Reference, "deeplimit demo")
@@ -246,6 +262,7 @@ class RunFolder:
             cut=self.cut(),
             healing=self.healing(),
             refinement=self.refinement(),
+            merging=self.merging(),
             reference=self.reference(),
             depth_limit=self.depth_limit(),
             certificate=self.certificate(),
