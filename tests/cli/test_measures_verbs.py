@@ -122,6 +122,9 @@ def test_compare_of_several_is_a_table(runs: Path) -> None:
     assert len(found.pairs[1].layers) == 4  # 1/3, 1/2, 2/3
     assert found.distance(0, 1) <= found.distance(0, 2) + found.distance(2, 1)
     bounded = command("compare", *three, "--sinkhorn", "0.05", "--json")
+    two = command("compare", *three[:2], "--sinkhorn", "0.05").out
+    assert two.startswith("first and seed: ")
+    assert " ≤ d ≤ " in two.splitlines()[0]
     for exact, near in zip(found.pairs, json.loads(bounded.out)["pairs"], strict=True):
         assert near["lower"] <= exact.distance * (1 + 1e-9)
         assert exact.distance <= near["distance"] * (1 + 1e-9)
@@ -252,6 +255,10 @@ WRONG = [
         ["interpolate", "first", "seed", "--save", "0", "--name", "no/x.safetensors"],
         "name is no/x.safetensors: there is no folder no",
     ),
+    (
+        [*["interpolate", "first", "seed", "--save", "0", "--name", "first/model.safetensors"]],
+        "name is first/model.safetensors, which is there already; give another name",
+    ),
     (["interpolate", "first", "seed", "--align"], "basis of this network's residual stream is"),
     (["interpolate", "first", "seed", "--align", "--frame", "equal"], "align turns the second"),
     (["interpolate", "first", "spirals"], "trained on different data, digits and spirals"),
@@ -260,6 +267,20 @@ WRONG = [
     (["merge", "first", "seed", "--weights", "1"], "weights [1.0] given for 2 networks"),
     (["merge", "first", "linear"], "linear: "),
 ]
+
+
+@pytest.mark.parametrize("verb", ["compare", "interpolate", "merge"])
+def test_a_network_that_diverged(verb: str, pair: tuple[Path, Path]) -> None:
+    a, b = pair
+    network = model(b)
+    with torch.no_grad():
+        next(iter(network.parameters()))[0] = math.nan
+    RunFolder.open(b).write_model(network)
+    before = contents(a.parent)
+    done = command(verb, a, b)
+    assert done.code == 2
+    assert "is not finite: its training diverged" in done.err.splitlines()[-1]
+    assert contents(a.parent) == before
 
 
 @pytest.mark.parametrize(("words", "said"), WRONG)

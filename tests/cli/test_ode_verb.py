@@ -83,6 +83,7 @@ WRONG = [
     (["ode_nets:one", "--shape", "8"], "no stage of two layers or more"),
     (["ode_nets:build", "--shape", "8", "--solver", "rk4"], "--solver given for ode_nets:build"),
     (["ode_nets:build", "--shape", "8", "--batch", "0"], "batch is 0"),
+    (["ode_nets:build", "--shape", "8", "--tolerance", "1"], "--tolerance given for"),
     (["ode_nets:build", "--shape", "8", "--figure", "no/such.html"], "there is no folder no"),
     (["ode_nets:build", "--shape", "x"], "expected sizes such as 3,224,224"),
     (["nowhere"], "nowhere"),
@@ -105,6 +106,10 @@ WRONG_FOR_A_RUN = [
     (["--solver", "dopri5", "--steps", "3"], "dopri5 chooses its own"),
     (["--solver", "euler"], "euler needs at least 1"),
     (["--shape", "8"], "--shape given, but"),
+    (["--solver", "dopri5", "--tolerance", "0"], "tolerance is 0.0"),
+    (["--tolerance", "-1"], "tolerance is -1.0"),
+    (["--solver", "rk4", "--steps", "2", "--tolerance", "0.1"], "rk4 takes steps of one size"),
+    (["--solver", "dopri5", "--tolerance", "nan"], "tolerance is nan"),
 ]
 
 

@@ -266,6 +266,11 @@ def test_models_that_are_refused() -> None:
     whole[0].inner.weight = nn.Parameter(torch.zeros(5, 3, dtype=torch.int8), requires_grad=False)
     with pytest.raises(InputError, match="quantised"):
         refine(whole, 2)
+    diverged = chain_of(4)
+    diverged[2].outer.weight.data[0, 0] = torch.nan
+    for change in (refine, coarsen):
+        with pytest.raises(InputError, match=r"2\.outer\.weight of ResidualChain is not finite"):
+            change(diverged, 2)
     shared = chain_of(4)
     shared[1].inner.weight = shared[0].inner.weight
     with pytest.raises(InputError, match=r"ResidualChain share parameters; give untie\(model\)"):

@@ -118,6 +118,33 @@ def test_a_wrong_solver(solver: str, steps: int | None, said: str) -> None:
         solved(classifier(), solver, steps)
 
 
+@pytest.mark.parametrize("tolerance", [0.0, -1e-3, math.nan, math.inf])
+def test_a_tolerance_is_above_zero(tolerance: float) -> None:
+    for call in (
+        lambda: solved(classifier(), "dopri5", tolerance=tolerance),
+        lambda: solver_accuracies(classifier(), [], [("dopri5", None)], tolerance),
+    ):
+        with pytest.raises(InputError, match=r"tolerance is .*expected a number above 0"):
+            call()
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "dopri8", "adaptive_heun"])
+def test_no_solver_gets_through_what_is_not_a_number(solver: str) -> None:
+    chain = classifier().stages[0]
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with pytest.raises(RunError, match=f"{solver} stopped at tolerance 1e-03"):
+        solved(chain, solver)(x * math.nan)
+    with pytest.raises(RunError, match=f"{solver} stopped at tolerance 1e-30"):
+        solved(chain, solver, tolerance=1e-30)(x)
+
+
+def test_a_loader_that_ends_is_refused_before_it_is_used_up() -> None:
+    one = iter([(torch.randn(3, 8, dtype=torch.float64), torch.zeros(3).long())])
+    with pytest.raises(InputError, match="can be gone through only once"):
+        solver_accuracies(classifier(), one, [("euler", 2)])
+    assert len(list(one)) == 1
+
+
 def test_another_kind_of_model_and_no_data() -> None:
     with pytest.raises(InputError, match="Linear has no chain of residual functions"):
         solved(torch.nn.Linear(2, 2), "euler", 1)

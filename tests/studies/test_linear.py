@@ -248,6 +248,7 @@ def test_wrong_input(options: dict, says: str, tmp_path: Path) -> None:
 def test_divergence_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="N = 8: the training diverged; give a smaller learning"):
         study_linear(depths=(8, 16), seeds=(0,), learning_rate=50.0, steps=20, runs=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_verb(tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_divergence_is_said(tmp_path: Path) -> None:
         study_smooth(
             activations=("gelu",), depths=(2, 4), seeds=(0,), learning_rate=1e3, runs=tmp_path
         )
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_ode_without_solution_has_no_gap() -> None:

@@ -104,6 +104,20 @@ def test_without_training_the_network_is_the_refined_one(run: RunFolder) -> None
     assert further.recipe.start == further.path / "start.safetensors"
 
 
+def test_a_run_that_was_moved_is_still_whole(run: RunFolder, tmp_path: Path) -> None:
+    made = refine_run(run, 2, epochs=1, name="moving", quiet=True)
+    moved = Path(shutil.move(made.path, tmp_path / "moved"))
+    assert 'start = "start.safetensors"' in (moved / "recipe.toml").read_text()
+    opened = RunFolder.open(moved)
+    assert opened.recipe.start == moved / "start.safetensors"
+    assert opened.recipe == replace(made.recipe, start=opened.recipe.start)
+    shutil.rmtree(moved / "checkpoint")  # trained again from its start; the optimiser's is anew
+    (moved / "model.safetensors").unlink()
+    again = resume(moved, quiet=True)
+    other = train(Recipe.from_toml(moved / "recipe.toml"), runs=tmp_path, name="o", quiet=True)
+    assert equal_weights(again.model(), other.model())
+
+
 def test_stopped_it_goes_on_to_the_same_result(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +159,7 @@ def test_settings_that_cannot_be(run: RunFolder, tmp_path: Path) -> None:
         ({"factor": 0}, "factor is 0; expected a whole number"),
         ({"epochs": -1}, "epochs is -1; expected at least 0"),
         ({"epochs": 1, "learning_rate": -1.0}, "learning_rate is -1; expected a number above 0"),
+        ({"learning_rate": 1e-3}, "the learning rate is 0.001, but nothing is trained"),
         ({"name": "a/b"}, "the name 'a/b' cannot be a folder's"),
     ):
         with pytest.raises(InputError, match=words):

@@ -46,5 +46,7 @@ class Compare:
             found = compare_runs(self.runs, sinkhorn=self.sinkhorn, seed=self.seed, tell=tell)
         written = []
         if self.figure is not None:
-            written.append(write_figures(self.figure, comparison_figures(found), found))
+            names = ", ".join(network.name for network in found.networks)
+            title = f"{names}: distance, layer by layer"
+            written.append(write_figures(self.figure, title, comparison_figures(found), found))
         emit(found, comparison_summary(found), *written, json=self.json)

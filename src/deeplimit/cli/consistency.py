@@ -9,6 +9,8 @@ from tyro.conf import arg
 from deeplimit.cli.options import Json
 from deeplimit.cli.output import emit
 
+TITLE = "Training against width and depth"
+
 
 @dataclass(frozen=True)
 class Consistency:
@@ -60,5 +62,5 @@ class Consistency:
                 runs=self.runs,
                 tell=tell,
             )
-        written = write_figures(Path(study.folder) / FIGURE, consistency_figures(study))
+        written = write_figures(Path(study.folder) / FIGURE, TITLE, consistency_figures(study))
         emit(study, consistency_summary(study), written, json=self.json)

@@ -9,6 +9,8 @@ from tyro.conf import arg
 from deeplimit.cli.options import Json
 from deeplimit.cli.output import emit
 
+TITLE = "Where training converges at a rate known before it starts"
+
 
 @dataclass(frozen=True)
 class Convergence:
@@ -60,5 +62,5 @@ class Convergence:
                 runs=self.runs,
                 tell=tell,
             )
-        written = write_figures(Path(study.folder) / FIGURE, convergence_figures(study))
+        written = write_figures(Path(study.folder) / FIGURE, TITLE, convergence_figures(study))
         emit(study, convergence_summary(study), written, json=self.json)

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
 
 CONFIG = {"displayModeBar": False, "responsive": True}
 HEAD = (
-    '<!doctype html><html lang="en"><meta charset="utf-8"><title>deeplimit</title>'
+    '<!doctype html><html lang="en"><meta charset="utf-8"><title>{title} · deeplimit</title>'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    '<body style="font-family: sans-serif">'
+    '<body style="font-family: sans-serif; margin: 1rem"><h1 style="font-size: 1.4rem">{title}</h1>'
 )
+# Panels side by side need room: on a phone the figure scrolls, not the page.
+ROOM = '<div style="overflow-x: auto"><div style="min-width: {width}px">{figure}</div></div>'
+PANELS = 820  # pixels, for two of them
 
 
 def check_place(figure: Path | None) -> None:
@@ -31,19 +34,20 @@ def check_place(figure: Path | None) -> None:
 
 
 def write_figures(
-    path: Path, figures: "Sequence[tuple[str, go.Figure, str]]", result: Any = None
+    path: Path, title: str, figures: "Sequence[tuple[str, go.Figure, str]]", result: Any = None
 ) -> str:
     """Writes (name, figure, caption) in one page, the result beside it; says where it is."""
     from deeplimit.training.files import write_text
     from deeplimit.training.typed_values import to_plain
 
-    parts = [
-        figure.to_html(include_plotlyjs=n == 0, full_html=False, config=CONFIG)
-        + f"<p>{escape(caption)}</p>"
-        for n, (_, figure, caption) in enumerate(figures)
-    ]
-    write_text(path, HEAD + "".join(parts) + "</body>\n")
+    parts = [HEAD.format(title=escape(title))]
+    for n, (_, figure, caption) in enumerate(figures):
+        drawn = figure.to_html(include_plotlyjs=n == 0, full_html=False, config=CONFIG)
+        several = "xaxis2" in figure.layout
+        parts.append(ROOM.format(width=PANELS if several else 0, figure=drawn))
+        parts.append(f"<p>{escape(caption)}</p>")
+    write_text(path, "".join(parts) + "</body>\n")
     if result is not None:
         text = json.dumps(to_plain(result), allow_nan=False, ensure_ascii=False)
         write_text(path.with_suffix(".json"), text + "\n")
-    return f"The figures are at {path.resolve()}"
+    return f"The figure{' is' if len(figures) == 1 else 's are'} at {path.resolve()}"

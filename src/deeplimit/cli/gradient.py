@@ -104,6 +104,7 @@ def _write(cost: "GradientCost", figure: Path | None, run: Path | None) -> list[
     """The files; what to say of them."""
     from json import dumps
 
+    from deeplimit.cli.figure_page import write_figures
     from deeplimit.report import gradient_cost_figure
     from deeplimit.training.files import write_text
     from deeplimit.training.typed_values import to_plain
@@ -114,11 +115,8 @@ def _write(cost: "GradientCost", figure: Path | None, run: Path | None) -> list[
         figure = figure or run / FIGURE
     if figure is None:
         return []
-    html = gradient_cost_figure(cost).to_html(
-        include_plotlyjs=True, config={"displayModeBar": False, "responsive": True}
-    )
-    write_text(figure, html)
-    return [f"The figure is at {figure.resolve()}"]
+    title = f"{cost.model}: memory, time and error of gradients"
+    return [write_figures(figure, title, [("gradient", gradient_cost_figure(cost), "")])]
 
 
 @contextmanager

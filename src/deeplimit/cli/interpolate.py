@@ -67,9 +67,12 @@ class Interpolate:
                 tell=tell,
             )
         here = self.first.resolve().parent
-        name = f"{self.first.resolve().name}-to-{self.second.resolve().name}.html"
+        aligned = "-aligned" if self.align else ""
+        name = f"{self.first.resolve().name}-to-{self.second.resolve().name}{aligned}.html"
         place = here / name if self.figure is None else self.figure
-        written = [write_figures(place, interpolation_figures(found), found)]
+        turned = ", turned into the first one's basis" if found.aligned else ""
+        title = f"From {found.names[0]} to {found.names[1]}{turned}"
+        written = [write_figures(place, title, interpolation_figures(found), found)]
         if found.saved is not None and Path(found.saved).is_dir():
             folder = RunFolder.open(found.saved)
             profile_run(folder)

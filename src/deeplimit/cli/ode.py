@@ -43,8 +43,8 @@ class Ode:
     dopri5, dopri8, bosh3 (adaptive); by default euler and rk4 with fewer and more steps, dopri5."""
     steps: Annotated[tuple[int, ...], arg(metavar="K")] = ()
     """Numbers of steps in each chain, for the solver."""
-    tolerance: float = 1e-3
-    """Of the step of an adaptive solver."""
+    tolerance: float | None = None
+    """Of the step of an adaptive solver, 0.001 by default; the error at the end is larger."""
     batch: Annotated[int | None, arg(metavar="N")] = None
     """Samples that the distance is measured on; 32, or 4 of a model without data."""
     shape: Annotated[str | None, arg(metavar="C,H,W")] = None
@@ -62,6 +62,7 @@ class Ode:
         from deeplimit.cli.figure_page import write_figures
         from deeplimit.cli.finish import renew_page
         from deeplimit.ode import depth_limit
+        from deeplimit.ode.solved import TOLERANCE
         from deeplimit.report.depth_limit import depth_limit_figures, depth_limit_summary
         from deeplimit.training import RunFolder, load_model
 
@@ -74,7 +75,7 @@ class Ode:
         limit = depth_limit(
             model,
             interpolation=self.interpolation,
-            tolerance=self.tolerance,
+            tolerance=TOLERANCE if self.tolerance is None else self.tolerance,
             seed=self.seed,
             tell=(lambda _: None) if self.json else (lambda message: say(f"measuring: {message}")),
             **given,
@@ -84,7 +85,8 @@ class Ode:
             folder.write_depth_limit(limit)
             written.append(renew_page(folder))
         elif self.figure is not None:
-            written.append(write_figures(self.figure, depth_limit_figures(limit)))
+            title = f"{self.model} and its Neural ODE"
+            written.append(write_figures(self.figure, title, depth_limit_figures(limit)))
         emit(limit, depth_limit_summary(limit), *written, json=self.json)
 
     def _of_run(self, folder: "RunFolder", model: "Module") -> dict[str, Any]:
@@ -119,23 +121,29 @@ class Ode:
         return {"x": inputs_of(example(loaded, wish, "cpu").batch)}
 
     def _no_solver(self, why: str) -> None:
-        for option, value in (("solver", self.solver), ("steps", self.steps or None)):
+        asked = {"solver": self.solver, "steps": self.steps or None, "tolerance": self.tolerance}
+        for option, value in asked.items():
             if value is not None:
                 raise InputError(f"--{option} given for {self.model}: {why}; leave it out")
 
     def _solvers(self, depth: int) -> list[tuple[str, int | None]]:
         """What is asked for; by default fewer and more steps than the network's."""
-        from deeplimit.ode.solved import ADAPTIVE, check_solver
+        from deeplimit.ode.solved import FIXED, TOLERANCE, check_solver
 
+        tolerance = TOLERANCE if self.tolerance is None else self.tolerance
         if self.solver is not None:
-            if self.solver in ADAPTIVE or not self.steps:
-                check_solver(self.solver, self.steps[0] if self.steps else None)
-                return [(self.solver, None)]
-            for steps in self.steps:
-                check_solver(self.solver, steps)
-            return [(self.solver, steps) for steps in self.steps]
+            asked = [(self.solver, steps) for steps in self.steps or (None,)]
+            for solver, steps in asked:
+                check_solver(solver, steps, tolerance)
+            if self.solver in FIXED and self.tolerance is not None:
+                raise InputError(
+                    f"--tolerance given, but {self.solver} takes steps of one size; leave it out, "
+                    "or name an adaptive solver, such as dopri5"
+                )
+            return asked
         if self.steps:
             raise InputError("--steps given without --solver; name one, such as --solver rk4")
+        check_solver("dopri5", None, tolerance)
         fewer = sorted({max(depth // 4, 1), max(depth // 2, 1), 2 * depth})
         rough = sorted({max(depth // 8, 1), max(depth // 4, 1)})
         return [("euler", k) for k in fewer] + [("rk4", k) for k in rough] + [("dopri5", None)]

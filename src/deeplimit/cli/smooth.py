@@ -43,7 +43,8 @@ class Smooth:
     def __call__(self) -> None:
         """Runs the study, writes its figure and prints its table."""
         from deeplimit.cli.rates_table import rates_table
-        from deeplimit.cli.study_output import progress, write_figure
+        from deeplimit.cli.study_output import progress, write_rates
+        from deeplimit.report.numbers import several
         from deeplimit.studies import study_smooth
 
         with progress(quiet=self.json) as tell:
@@ -57,11 +58,11 @@ class Smooth:
                 runs=self.runs,
                 tell=tell,
             )
-        written = write_figure(Path(study.folder), TITLE, study.depths, study.families)
         note = (
             f"N = {study.depths[0]} … {study.depths[-1]}; "
             f"d = {study.width}, {study.hidden} units, {study.samples} samples; start's length "
             f"scale {study.length_scale:g}; η = {study.learning_rate:g}, {study.steps} steps, "
-            f"looked at {len(study.looked_at)} times; {len(study.seeds)} seeds; float64"
+            f"looked at {len(study.looked_at)} times; {several(len(study.seeds), 'seed')}; float64"
         )
+        written = write_rates(study.folder, TITLE, study.depths, study.families, note)
         emit(study, rates_table(study.families, note), written, json=self.json)

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from deeplimit.studies import Family
 
 FIGURE = "study.html"
+READ = (
+    "Dotted before training, solid after it; markers are means over the seeds, bars reach from the "
+    "smallest to the largest; the thin grey line falls as 1/N. "
+)
 
 
 @contextmanager
@@ -36,17 +40,15 @@ def progress(*, quiet: bool, doing: str = "training") -> Iterator[Callable[[str,
         yield lambda message, done: bar.update(task, description=message, completed=done)
 
 
-def write_figure(
-    folder: Path, title: str, depths: Sequence[int], families: "Sequence[Family]"
+def write_rates(
+    folder: str, title: str, depths: Sequence[int], families: "Sequence[Family]", note: str
 ) -> str:
     """Writes study.html, which opens offline; what to say of it."""
+    from deeplimit.cli.figure_page import write_figures
     from deeplimit.report import rates_figure
-    from deeplimit.training.files import write_text
 
-    figure = rates_figure(title, depths, families)
-    config = {"displayModeBar": False, "responsive": True}
-    write_text(folder / FIGURE, figure.to_html(include_plotlyjs=True, config=config))
-    return f"The figure is at {(folder / FIGURE).resolve()}"
+    figure = rates_figure("", depths, families)
+    return write_figures(Path(folder) / FIGURE, title, [("rates", figure, f"{READ}{note}.")])
 
 
 def _lines(doing: str) -> Callable[[str, float], None]:

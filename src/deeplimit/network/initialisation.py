@@ -66,10 +66,14 @@ def smooth_start(blocks: Iterable[nn.Module], length_scale: float) -> None:
         InputError: ℓ is not a positive number, or blocks that differ in names or shapes of their
             parameters, have no values (meta device), or values that are not finite.
     """
-    if not (math.isfinite(length_scale) and length_scale > 0):
+    if not (isinstance(length_scale, int | float) and 0 < length_scale < math.inf):
         raise InputError(
-            f"the length scale is {length_scale:g}; expected a number above 0, in units of the "
+            f"the length scale is {length_scale!r}; expected a number above 0, in units of the "
             "whole depth, such as 0.5"
+        )
+    if not isinstance(blocks, Iterable):
+        raise InputError(
+            f"the blocks are a {type(blocks).__name__}; expected several, such as a ResidualChain"
         )
     blocks = tuple(blocks)
     root = _root_of_kernel(len(blocks), length_scale)

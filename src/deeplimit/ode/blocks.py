@@ -41,8 +41,15 @@ def check_whole(name: str, number: object) -> None:
         raise InputError(f"{name} is {number!r}; expected a whole number ≥ 1, such as 2")
 
 
+def check_module(model: object) -> None:
+    """Raises InputError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
+
+
 def check_values(model: nn.Module) -> None:
     """Raises InputError where parameters have no values, or none that can be averaged."""
+    check_module(model)
     name = type(model).__name__
     if any(p.is_meta for p in model.parameters()):
         raise InputError(f"{name} is on the meta device, without values; load its weights first")
@@ -52,6 +59,12 @@ def check_values(model: nn.Module) -> None:
         raise InputError(
             f"{name} is quantised; change the model it was made from, then quantise the result"
         )
+    for path, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(
+                f"{path} of {name} is not finite: its training diverged; give the last good "
+                "checkpoint"
+            )
 
 
 def check_untied(model: nn.Module, blocks: Iterable[nn.Module]) -> None:

@@ -158,4 +158,6 @@ def _doubled(x: Inputs) -> Inputs:
 def _described(x: Inputs) -> str:
     if isinstance(x, Tensor):
         return f"a tensor of shape {list(x.shape)}"
+    if not isinstance(x, dict):
+        return f"a {type(x).__name__}; expected a tensor, or a dict of the model's arguments"
     return ", ".join(f"{name} of shape {list(value.shape)}" for name, value in x.items())

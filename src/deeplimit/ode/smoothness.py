@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.network.parameter_groups import check_values, parameter_groups
+from deeplimit.ode.blocks import check_module
 from deeplimit.ode.stages import Stage, stages
 
 Kind = Literal["smooth", "between", "rough"]
@@ -121,6 +122,7 @@ def smoothness(model: nn.Module) -> Smoothness:
         InputError: a model without a stage of two alike layers or more, parameters on the meta
             device, or parameters that are not finite.
     """
+    check_module(model)
     check_values(model.named_parameters())
     measured = [_of_stage(stage) for stage in stages(model) if _has_parameters(stage)]
     if not measured:

@@ -1,14 +1,16 @@
 """A trained chain run by another solver, with more or fewer steps: accuracy against cost."""
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, RunError
 from deeplimit.network import ResidualChain, ResidualClassifier, anatomy
 from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
 from deeplimit.ode.interpolation import Controls, VectorField
@@ -19,6 +21,7 @@ from deeplimit.ode.solving import stopped
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")
 ADAPTIVE = ("bosh3", "fehlberg2", "adaptive_heun", "dopri5", "dopri8")
 MAX_STEPS = 10_000
+TOLERANCE = 1e-3
 ROUNDING = 1e-9  # of an interval: a time so near to a node is the node
 
 
@@ -54,20 +57,25 @@ class SolvedChain(nn.Module):
         chain: the chain; its blocks are shared.
         solver: a fixed-step method of torchdiffeq (`FIXED`) or an adaptive one (`ADAPTIVE`).
         steps: how many steps of T/steps; for fixed-step methods.
-        tolerance: relative and absolute, of an adaptive method's step.
+        tolerance: relative and absolute, of an adaptive method's step; it does not start anew where
+            θ(s) has a kink, so that the error at the end may be hundreds of times as large.
 
     Attributes:
         evaluations: how often φ was evaluated so far.
 
     Raises:
-        InputError: an unknown solver, or steps that do not go with it.
+        InputError: an unknown solver, steps that do not go with it, a tolerance not above 0.
     """
 
     def __init__(
-        self, chain: ResidualChain, solver: str, steps: int | None = None, tolerance: float = 1e-3
+        self,
+        chain: ResidualChain,
+        solver: str,
+        steps: int | None = None,
+        tolerance: float = TOLERANCE,
     ):
         super().__init__()
-        check_solver(solver, steps)
+        check_solver(solver, steps, tolerance)
         self.chain, self.solver, self.steps, self.tolerance = chain, solver, steps, tolerance
         self.evaluations = 0
 
@@ -86,6 +94,8 @@ class SolvedChain(nn.Module):
 
         def velocity(time: Tensor, x: Tensor) -> Tensor:
             self.evaluations += 1
+            if not math.isfinite(time):  # what becomes of a step's size where the state is NaN
+                raise self._stopped("the step is not a number")
             n, fraction = _place(float(time), horizon)
             return self.chain.step * field(field.controls.at(n, fraction), x)
 
@@ -102,13 +112,15 @@ class SolvedChain(nn.Module):
                 options=options,
             )
         except AssertionError as error:
-            where = f"at tolerance {self.tolerance:.0e}"
-            raise stopped(self.solver, where, error) from error
+            raise self._stopped(error) from error
         return path[-1]
 
+    def _stopped(self, reason: object) -> RunError:
+        return stopped(self.solver, f"at tolerance {self.tolerance:.0e}", reason)
 
-def check_solver(solver: str, steps: int | None) -> None:
-    """Whether a solver is one, and goes with a number of steps.
+
+def check_solver(solver: str, steps: int | None, tolerance: float = TOLERANCE) -> None:
+    """Whether a solver is one, goes with a number of steps, and can hold a tolerance.
 
     Raises:
         InputError: if not.
@@ -120,14 +132,17 @@ def check_solver(solver: str, steps: int | None) -> None:
         )
     if solver in ADAPTIVE and steps is not None:
         raise InputError(f"{steps} steps given, but {solver} chooses its own; leave them out")
-    if solver in FIXED and (steps is None or steps < 1):
+    if solver in FIXED and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        given = "no" if steps is None else repr(steps)
+        raise InputError(f"{given} steps given; {solver} needs at least 1, a whole number")
+    if not (isinstance(tolerance, int | float) and 0 < tolerance < math.inf):
         raise InputError(
-            f"{'no' if steps is None else steps} steps given; {solver} needs at least 1"
+            f"tolerance is {tolerance!r}; expected a number above 0, such as {TOLERANCE:g}"
         )
 
 
 def solved(
-    model: nn.Module, solver: str, steps: int | None = None, tolerance: float = 1e-3
+    model: nn.Module, solver: str, steps: int | None = None, tolerance: float = TOLERANCE
 ) -> nn.Module:
     """A copy of a chain or of one of our classifiers whose chains a solver runs; parameters copied.
 
@@ -140,18 +155,12 @@ def solved(
     Raises:
         InputError: another kind of model, an unknown solver, or steps that do not go with it.
     """
-    if not isinstance(model, ResidualChain | ResidualClassifier):
-        raise InputError(
-            f"{type(model).__name__} has no chain of residual functions that a solver could run; "
-            "expected a ResidualChain or one of deeplimit's classifiers"
-        )
+    _check_chains(model)
     model = copy.deepcopy(model)
     if isinstance(model, ResidualChain):
         return SolvedChain(model, solver, steps, tolerance)
-    model.stages = nn.ModuleList(
-        SolvedChain(chain, solver, steps, tolerance)  # type: ignore[arg-type]
-        for chain in model.stages
-    )
+    stages: Any = model.stages
+    model.stages = nn.ModuleList(SolvedChain(chain, solver, steps, tolerance) for chain in stages)
     return model
 
 
@@ -160,13 +169,13 @@ def solver_accuracies(
     model: nn.Module,
     loader: Iterable[tuple[Inputs, Tensor]],
     solvers: Sequence[tuple[str, int | None]],
-    tolerance: float = 1e-3,
+    tolerance: float = TOLERANCE,
 ) -> tuple[SolverAccuracy, ...]:
     """Accuracy against cost: the network itself, then with each of the solvers.
 
     Args:
-        model: a trained `ResidualClassifier`.
-        loader: batches (x, y) of held-out data, the same in every pass.
+        model: a trained `ResidualClassifier`, or a chain whose states are logits.
+        loader: batches (x, y) of held-out data, the same in every pass; not a one-pass iterator.
         solvers: (solver, steps) each; steps None for an adaptive one.
         tolerance: of the adaptive solvers' steps.
 
@@ -174,8 +183,16 @@ def solver_accuracies(
         InputError: as `solved`, or a loader that gives no batch.
         RunError: an adaptive solver does not get to the end.
     """
-    for solver, steps in solvers:
-        check_solver(solver, steps)
+    _check_chains(model)
+    for pair in solvers:
+        if isinstance(pair, str):
+            raise InputError(f"{pair!r} given among the solvers; expected (solver, steps) each")
+        check_solver(*pair, tolerance)
+    if iter(loader) is loader:
+        raise InputError(
+            f"the loader, a {type(loader).__name__}, can be gone through only once, but every "
+            "solver sees all batches; give a list of them, or a DataLoader"
+        )
     with evaluating(model):
         own, targets, batches = _predictions(model, loader)
         horizon = anatomy(model).horizon
@@ -188,6 +205,14 @@ def solver_accuracies(
             spent = sum(m.evaluations for m in other.modules() if isinstance(m, SolvedChain))
             found.append(_compared(solver, steps, spent / batches, theirs, own, targets))
     return tuple(found)
+
+
+def _check_chains(model: object) -> None:
+    if not isinstance(model, ResidualChain | ResidualClassifier):
+        raise InputError(
+            f"{type(model).__name__} has no chain of residual functions that a solver could run; "
+            "expected a ResidualChain or one of deeplimit's classifiers"
+        )
 
 
 def _chains(model: nn.Module) -> list[ResidualChain]:

@@ -77,7 +77,7 @@ def solve(
     return torch.stack(found)
 
 
-def stopped(method: str, where: str, error: AssertionError) -> RunError:
+def stopped(method: str, where: str, error: object) -> RunError:
     """What an assertion of torchdiffeq means: a step of 0, NaN, or too many steps."""
     reason = str(error).partition(":")[0].partition(" (")[0]
     return RunError(f"{method} stopped {where} ({reason}); {ADVICE}")

@@ -1,6 +1,6 @@
 """A stage read as a dynamical system: alike residual blocks, one after the other, with one step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.network import Euler, ResidualChain, ResidualClassifier, Scheme, anatomy
+from deeplimit.ode.blocks import check_module
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def stages(model: nn.Module) -> tuple[Stage, ...]:
     Raises:
         InputError: a model that `anatomy` cannot read, or that has no such stage.
     """
+    check_module(model)
     if isinstance(model, ResidualChain | ResidualClassifier):
         chains = [model] if isinstance(model, ResidualChain) else list(model.stages)
         found = list(_of_chains(chains))  # type: ignore[arg-type]
@@ -66,10 +68,17 @@ def stages(model: nn.Module) -> tuple[Stage, ...]:
     if not long:
         raise InputError(
             f"{type(model).__name__} has no stage of two layers or more whose blocks have the same "
-            "class and the same shapes of parameters; its controls are not points of one curve in "
-            "depth"
+            f"class and the same shapes of parameters ({_few(found)}): its controls are no points "
+            "of one curve in depth; give a network with two alike layers in a stage"
         )
     return long
+
+
+def _few(found: Sequence[Stage]) -> str:
+    """What there is instead."""
+    if not found:
+        return "it has no layers, or those of a stage differ"
+    return f"alike layers in its stages: {', '.join(str(stage.horizon) for stage in found)}"
 
 
 def longest_stage(model: nn.Module) -> Stage:

@@ -14,6 +14,7 @@ from deeplimit.report.numbers import (
     points,
     runs,
     seconds,
+    several,
     significant,
     times,
 )
@@ -249,7 +250,7 @@ def healing_sentence(healing: Healing) -> str:
     n = full.samples
     gained = cropped.accuracy_after - cropped.accuracy_before
     left = full.accuracy_after - full.accuracy_before
-    epochs = f"{healing.epochs} epoch{'' if healing.epochs == 1 else 's'}"
+    epochs = several(healing.epochs, "epoch")
     who = {
         "full": " with the full network as its teacher",
         "beside": " with the full network as its teacher, which learned beside it",
@@ -275,7 +276,7 @@ def refinement_sentence(refinement: Refinement) -> str:
     )
     if trained is None:
         return f"{text}."
-    epochs = f"{refinement.epochs} epoch{'' if refinement.epochs == 1 else 's'}"
+    epochs = several(refinement.epochs, "epoch")
     return (
         f"{text}, and {percent(trained.accuracy_after, n)} after {epochs} of training from there."
     )

@@ -20,7 +20,7 @@ def certificate_figures(
 
 def certificate_answer(certificate: ConvergenceCertificate) -> str:
     """The verdict as a sentence."""
-    return f"The certificate {certificate.verdict}."
+    return f"The certificate {'' if certificate.holds else 'is '}{certificate.verdict}."
 
 
 def _risk_caption(certificate: ConvergenceCertificate) -> str:

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.report.figures.consistency import consistency_figure
+from deeplimit.report.numbers import several
 from deeplimit.studies.consistency import ConsistencyRate, ConsistencyStudy
 
 QUANTITIES = {
@@ -55,7 +56,8 @@ def _note(study: ConsistencyStudy) -> str:
         f"(N, M) = {', '.join(f'({n}, {m})' for n, m in sizes)}; start: {study.atoms} atoms smooth "
         "in depth, or samples around them, independent in every layer or the same in all (tied); "
         f"d = {study.state}, {study.samples} samples, flow of {study.steps} steps of "
-        f"{study.learning_rate:g}; {len(study.seeds)} seeds, {study.draws} draws; float64. Slopes "
+        f"{study.learning_rate:g}; {several(len(study.seeds), 'seed')}, "
+        f"{several(study.draws, 'draw')}; float64. Slopes "
         "of log value against log of what stands beside it, means of the seeds'; d and outputs: of "
         "successive sizes; travelled: d from the start of training to its end, with steps scaled "
         "by N·M and without."

@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deeplimit.report.certificate import certificate_figures
+from deeplimit.report.certificate import certificate_answer, certificate_figures
 from deeplimit.report.figures.convergence import decay_figure, map_figure
-from deeplimit.report.numbers import significant
+from deeplimit.report.numbers import several, significant
 from deeplimit.studies.convergence import ConvergenceStudy, Source
 
 SOURCES: dict[Source, str] = {
@@ -51,7 +51,7 @@ def convergence_figures(study: ConvergenceStudy) -> list[tuple[str, go.Figure, s
     ]
     for width, distance in ((wide, small), (narrow, large)):
         certificate = study.cell(width, distance)[0].by_slope
-        told = f"M = {width}, ρ = {distance:g}: the certificate {certificate.verdict}. "
+        told = f"M = {width}, ρ = {distance:g}. {certificate_answer(certificate)} "
         found += [
             (f"{name}-{width}", figure, told + caption)
             for name, figure, caption in certificate_figures(certificate)
@@ -98,6 +98,6 @@ def _note(study: ConvergenceStudy) -> str:
     return (
         f"N = {study.depth} layers, {study.samples} orthogonal samples in d = {study.state}; ρ: "
         "distance of the targets from the first outputs, the risk starts at ρ²/2; flow of "
-        f"{study.steps} steps of {study.learning_rate:g}; {len(study.seeds)} seeds; float64. A "
-        "risk that falls as e^(−2rt) has the rate r."
+        f"{study.steps} steps of {study.learning_rate:g}; {several(len(study.seeds), 'seed')}; "
+        "float64. A risk that falls as e^(−2rt) has the rate r."
     )

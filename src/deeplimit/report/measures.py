@@ -42,17 +42,22 @@ LAYERS = (
 )
 
 
+CURVES = "W₂ of every layer: particles matched at the least cost; dashed: neuron i with neuron i."
+
+
 def comparison_answer(found: Comparison) -> str:
     """The distance of two, or the nearest two of more."""
     nearest = min(found.pairs, key=lambda pair: pair.distance)
     a, b = (found.networks[n] for n in (nearest.first, nearest.second))
     size = max(a.size, b.size)
     share = f", {percent(nearest.distance / size)} of the larger one's size" if size else ""
-    distance = significant(nearest.distance)
+    distance = f"d = {significant(nearest.distance)}"
+    if found.sinkhorn is not None:
+        distance = f"{significant(nearest.lower)} ≤ d ≤ {significant(nearest.distance)}"
     if len(found.pairs) > 1:
         names = f"{a.name} and {b.name}"
-        return f"The nearest two of {len(found.networks)}: {names}, d = {distance}{share}."
-    text = f"{a.name} and {b.name}: d = {distance}{share}."
+        return f"The nearest two of {len(found.networks)}: {names}, {distance}{share}."
+    text = f"{a.name} and {b.name}: {distance}{share}."
     if nearest.by_number is None:
         return text
     if nearest.by_number <= nearest.distance * (1 + EQUAL):
@@ -124,7 +129,7 @@ def comparison_figures(found: Comparison) -> list[tuple[str, go.Figure, str]]:
     """The distance in depth: of two networks against their neurons' numbers, of more all pairs."""
     if len(found.pairs) == 1:
         figure = layer_distance_figure(found.pairs[0].layers)
-        return [("distance", figure, f"{comparison_answer(found)} {LAYERS}")]
+        return [("distance", figure, f"{comparison_answer(found)} {CURVES}")]
     return [("distance", comparison_figure(found), comparison_answer(found))]
 
 
@@ -165,15 +170,18 @@ def interpolation_summary(found: Interpolation) -> RenderableType:
 
 def _circumstances(found: Interpolation) -> str:
     first, last = (significant(score.loss) for score in found.ends)
+    own = f"the networks themselves have the losses {first} and {last}"
+    if any(layer.first != layer.second for layer in found.layers):
+        # Another grid: x + hφ in two steps of h/2 is not quite the same, O(1/N).
+        own += ", the path's ends are they with layers divided in steps that fit both depths"
     frame = {
         "equal": "stem and head are shared",
         "interpolate": "stem and head move linearly, which is not part of the geodesic",
     }[found.frame]
     turned = "; the second network was turned into the first one's basis" if found.aligned else ""
     return (
-        f"{found.samples:,} test samples, soft cross-entropy (ε = {found.softness:g}); the "
-        f"networks themselves have the losses {first} and {last}; between them up to "
-        f"{found.width} neurons in a layer; {frame}{turned}."
+        f"{found.samples:,} test samples, soft cross-entropy (ε = {found.softness:g}); {own}; "
+        f"between them up to {found.width} neurons in a layer; {frame}{turned}."
     )
 
 

@@ -83,7 +83,12 @@ def superscript(power: int) -> str:
 
 def layers(number: int) -> str:
     """`1 layer`, `4 layers`, `no layer`."""
-    return "no layer" if number == 0 else f"{number} layer{'' if number == 1 else 's'}"
+    return "no layer" if number == 0 else several(number, "layer")
+
+
+def several(number: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -32,9 +32,8 @@ from deeplimit.studies.flowing import (
     network_of,
     normal,
 )
-from deeplimit.studies.rates import Tell, keep, looked_at
+from deeplimit.studies.rates import Tell, keep, looked_at, study_folder
 from deeplimit.studies.seeds import check_seeds
-from deeplimit.training.run_folder import make_folder
 
 Source = Literal["kernel", "slope"]
 
@@ -150,13 +149,13 @@ def study_convergence(
     check_seeds(seeds)
     steps = check_time(learning_rate, time)
     _check(widths, distances, depth, samples)
-    folder = make_folder(runs, "convergence")
-    every = [(m, r, seed) for m in widths for r in distances for seed in seeds]
-    trainings = []
-    for k, (width, distance, seed) in enumerate(every):
-        tell(f"M = {width}, ρ = {distance:g}, seed {seed}", k / len(every))
-        problem = drawn(depth, width, distance, samples, seed)
-        trainings.append(_trained(*problem, width, distance, seed, learning_rate, steps))
+    with study_folder(runs, "convergence") as folder:
+        every = [(m, r, seed) for m in widths for r in distances for seed in seeds]
+        trainings = []
+        for k, (width, distance, seed) in enumerate(every):
+            tell(f"M = {width}, ρ = {distance:g}, seed {seed}", k / len(every))
+            problem = drawn(depth, width, distance, samples, seed)
+            trainings.append(_trained(*problem, width, distance, seed, learning_rate, steps))
     study = ConvergenceStudy(
         folder=str(folder),
         depth=depth,

@@ -200,8 +200,12 @@ def _check(points: int, frame: str, align: bool, save: float | None, name: str |
         raise InputError("save and name go together: save=0.5 and the name of what is written")
     if save is not None and not 0 <= save <= 1:
         raise InputError(f"save is {save}; expected a t in [0, 1], such as 0.5")
-    if str(name).endswith(SUFFIX) and not Path(str(name)).parent.is_dir():
-        raise InputError(f"name is {name}: there is no folder {Path(str(name)).parent}")
+    if str(name).endswith(SUFFIX):
+        place = Path(str(name))
+        if not place.parent.is_dir():
+            raise InputError(f"name is {name}: there is no folder {place.parent}")
+        if place.exists():
+            raise InputError(f"name is {name}, which is there already; give another name")
 
 
 def _path(runs: Sequence[MeasuredRun], frame: str, align: bool, data: DataSet) -> Way:

@@ -187,7 +187,8 @@ def run_of(model: nn.Module, like: RunFolder, name: str) -> RunFolder:
         InputError: a network that no run folder can hold, or a name that cannot be a folder's.
     """
     check_storable(model)
-    recipe = replace(like.recipe, start=None, devices=1, strategy="auto")
+    # Its frame may be a mean of theirs, and is in the network.
+    recipe = replace(like.recipe, start=None, frame=None, devices=1, strategy="auto")
     if isinstance(model, ResidualClassifier) and recipe.model is None:
         a = model.architecture
         recipe = replace(recipe, depth=a.depths, hidden=a.hidden, step=a.step)

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from deeplimit.errors import InputError, RunError
 from deeplimit.studies.horizon import STUDY
 from deeplimit.training.files import write_text
+from deeplimit.training.run_folder import make_folder
 from deeplimit.training.typed_values import to_plain
 
 Quantity = Literal["gap", "difference"]
@@ -163,6 +165,18 @@ def converged(gap: Callable[[int], Float[Tensor, "..."]], precision: float) -> F
             return after
         before = after
     return torch.full_like(before, math.nan)
+
+
+@contextmanager
+def study_folder(runs: Path, name: str) -> Iterator[Path]:
+    """A new folder for a study, which goes again where the study fails before anything is in it."""
+    folder = make_folder(runs, name)
+    try:
+        yield folder
+    except BaseException:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def check_depths(depths: Sequence[int]) -> None:

@@ -34,6 +34,7 @@ SHAPE = (
     "frame",
 )
 NETWORK = (*SHAPE, *PUBLISHED)
+OWN_STARTS = ("start", "start.safetensors")  # in a run folder
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class Recipe:
         settings = read_recipe_file(path)["recipe"]
         try:
             if isinstance(settings, dict):
+                settings = _beside(settings, path.parent)
                 given = {name: getattr(cls, name) for name in NETWORK if "model" in settings}
                 settings = OLDER | given | settings
             return from_plain(cls, settings)
@@ -292,6 +294,17 @@ class Recipe:
                 f"batch_size is {self.batch_size}, which {self.devices} devices cannot share "
                 f"equally; give a multiple of {self.devices}"
             )
+
+
+def _beside(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a network starts from, if it is in the recipe's own folder, wherever that was moved."""
+    found = dict(settings)
+    kind, colon, model = str(settings.get("model", "")).rpartition(":")
+    for name, value in (("start", str(settings.get("start", ""))), ("model", model)):
+        place = (folder / value).resolve()
+        if value in OWN_STARTS and place.exists():
+            found[name] = f"{kind}{colon}{place}" if name == "model" else str(place)
+    return found
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -104,6 +104,11 @@ def _recipe(recipe: Recipe, epochs: int, learning_rate: float | None) -> Recipe:
     """The run's own with other settings, checked before anything is written; in one process."""
     if epochs < 0:
         raise InputError(f"epochs is {epochs}; expected at least 0")
+    if learning_rate is not None and not epochs:
+        raise InputError(
+            f"the learning rate is {learning_rate:g}, but nothing is trained: give epochs, or "
+            "leave the learning rate out"
+        )
     rate = recipe.learning_rate if learning_rate is None else learning_rate
     # A network of our own needs an epoch unless there is a start, which is not written yet.
     epochs = max(epochs, 1)

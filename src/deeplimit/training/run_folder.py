@@ -137,11 +137,14 @@ class RunFolder:
         file = place if place.is_dir() else place.with_name(START + SUFFIX)
         if self.recipe.model is None:
             recipe = replace(self.recipe, epochs=epochs, start=file)
+            own = replace(recipe, start=Path(file.name))
         else:
-            spec = f"transformers:{file}" if file.is_dir() else str(file)
-            recipe = replace(self.recipe, epochs=epochs, model=spec, weights=None)
+            kind = "transformers:" if file.is_dir() else ""
+            recipe = replace(self.recipe, epochs=epochs, model=f"{kind}{file}", weights=None)
             recipe = replace(recipe, new_head=False)
-        write_text(self.path / RECIPE, recipe.to_toml(self.class_names))
+            own = replace(recipe, model=f"{kind}{file.name}")
+        # The recipe names it as it lies beside: the folder may be moved.
+        write_text(self.path / RECIPE, own.to_toml(self.class_names))
         return replace(self, recipe=recipe)
 
     def _network(self, name: str, remedy: str) -> nn.Module:

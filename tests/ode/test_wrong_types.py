@@ -1,0 +1,45 @@
+"""Arguments of another type, in a process where nothing checks annotations, as at a user's."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import torch
+from deeplimit import ResidualChain, coarsen, discretization_gap, refine, smoothness, tie, untie
+from deeplimit.errors import InputError
+from deeplimit.network import smooth_start
+from deeplimit.network.blocks import TwoLayerResidual
+from deeplimit.ode import solved, solver_accuracies
+
+chain = ResidualChain([TwoLayerResidual(3, 4) for _ in range(4)], step=0.25)
+x = torch.randn(5, 3)
+calls = [lambda f=f, m=m: f(m) for f in (smoothness, untie) for m in (None, "runs/a")]
+calls += [lambda f=f, m=m: f(m, 2) for f in (refine, coarsen, tie) for m in (None, "runs/a")]
+calls += [lambda k=k: refine(chain, k) for k in (1.5, "2", True, None)]
+calls += [lambda m=m: discretization_gap(m, x) for m in (None, "runs/a")]
+calls += [lambda x=x: discretization_gap(chain, x) for x in ([1, 2], None, "x")]
+calls += [lambda k=k: solved(chain, "rk4", k) for k in ("3", 2.5, True)]
+calls += [lambda t=t: solved(chain, "dopri5", tolerance=t) for t in ("x", None, 0, -1.0)]
+calls += [lambda: solved(None, "rk4", 2), lambda: solved(chain, 4, 2)]
+calls += [lambda: solver_accuracies(torch.nn.Linear(3, 2), [(x, x[:, 0].long())], [])]
+calls += [lambda: solver_accuracies(chain, [(x, x[:, 0].long())], ["rk4"])]
+calls += [lambda: solver_accuracies(chain, iter([(x, x[:, 0].long())]), [("rk4", 2)])]
+calls += [lambda b=b: smooth_start(b, 0.5) for b in (torch.nn.Linear(2, 2), None)]
+calls += [lambda: smooth_start(chain, "a")]
+for call in calls:
+    try:
+        call()
+    except InputError as error:
+        print(str(error).replace("\\n", "\\\\n"))
+print(len(calls), "calls")
+"""
+
+
+def test_every_one_is_an_input_error_of_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, counted = done.stdout.splitlines()
+    assert counted == f"{len(lines)} calls"
+    assert all(line.strip() and "\\n" not in line for line in lines)
