@@ -74,6 +74,13 @@ def test_a_model_and_a_figure(here: Path) -> None:
     found = from_plain(DepthLimit, json.loads(done.out))
     assert found.gaps[0].horizon == 4
     assert found.solvers == ()
+    assert found.gaps[0].bound is not None
+    words = command("ode", "ode_nets:build", "--shape", "8")
+    assert "the bounds: Lipschitz constants, layer 1 of 4" in words.err
+    less = command("ode", "ode_nets:build", "--shape", "8", "--no-bound", "--json")
+    (gap,) = from_plain(DepthLimit, json.loads(less.out)).gaps
+    assert (gap.bound, gap.integral_bound, gap.lipschitz) == (None, None, None)
+    assert gap.gap == found.gaps[0].gap
     text = figure.read_text(encoding="utf-8")
     assert text.count("plotly-graph-div") == 3
     assert "Distance to the Neural ODE" in text

@@ -30,7 +30,7 @@ class Ode:
       deeplimit ode runs/digits
       deeplimit ode runs/digits --solver rk4 --steps 2 5 10
       deeplimit ode runs/digits --solver dopri5
-      deeplimit ode transformers:vit --batch 4 --figure vit.html
+      deeplimit ode transformers:vit --batch 1 --no-bound --figure vit.html
     """
 
     model: Annotated[str, Positional, arg(metavar="RUN|MODEL")]
@@ -38,6 +38,8 @@ class Ode:
     .safetensors file of a network, as in deeplimit gradient. Nothing is downloaded."""
     interpolation: Literal["linear", "constant"] = "linear"
     """Of the controls between the layers."""
+    bound: bool = True
+    """Compute the bounds on the distance too; of a large model they take twenty times as long."""
     solver: Annotated[str | None, arg(metavar="SOLVER")] = None
     """Of a run: a method of torchdiffeq, such as euler, midpoint, heun2, rk4 (with --steps) or
     dopri5, dopri8, bosh3 (adaptive); by default euler and rk4 with fewer and more steps, dopri5."""
@@ -75,6 +77,7 @@ class Ode:
         limit = depth_limit(
             model,
             interpolation=self.interpolation,
+            bound=self.bound,
             tolerance=TOLERANCE if self.tolerance is None else self.tolerance,
             seed=self.seed,
             tell=(lambda _: None) if self.json else (lambda message: say(f"measuring: {message}")),

@@ -49,16 +49,18 @@ class Derivatives:
         return torch.cat(found)
 
     def jacobian_norms(
-        self, places: Sequence[Place], states: Tensor, seed: int
+        self, places: Sequence[Place], states: Tensor, seed: int, tell: Callable[[int], None]
     ) -> tuple[Tensor, Tensor]:
         """σ_max of ∂_xφ [places, samples], and the residuals ‖JᵀJv − σ²v‖/σ² of its vectors v.
 
         Lanczos: v is the best vector in the span of the iterates of the power iteration on JᵀJ,
-        whose convergence it speeds up. σ is reached from below.
+        whose convergence it speeds up. σ is reached from below. `tell` is told how many places are
+        done.
         """
         generator = torch.Generator().manual_seed(seed)
         norms, residuals = [], []
         for some in self._chunks(places, states[0].numel() * KRYLOV):
+            tell(some.start)
             theta = _stacked([self._field.controls.at(*place) for place in places[some]])
             x = states[some]
             start = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)

@@ -1,6 +1,6 @@
 """How far a network is from its Neural ODE, and how far it could be ([SAP22], arXiv 2205.14612)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -85,6 +85,7 @@ def discretization_gap(
     stage: int | None = None,
     bound: bool = True,
     seed: int = 0,
+    tell: Callable[[str], None] = lambda message: None,
 ) -> DiscretizationGap:
     """The distance of a stage's states from the Neural ODE through its controls, and bounds on it.
 
@@ -113,6 +114,7 @@ def discretization_gap(
         stage: which stage; the longest if None.
         bound: whether to compute the bounds too (Euler).
         seed: of the vectors that the search for ‖∂_xφ‖ starts from.
+        tell: is told what is computed next; a large model takes minutes.
 
     Raises:
         InputError: no stage of two alike layers, or not this one; blocks that differ in more than
@@ -131,12 +133,12 @@ def discretization_gap(
         controls = Controls(own.blocks, interpolation == "linear")
         field = VectorField(own.blocks[0], controls, found.call, own.adds)
         _check_field(field, found)
-        solution = _solve(field, found, states)
+        solution = _solve(field, found, states, tell)
         gaps = _norms(states - solution.nodes)
         bounds = _Bounds()
         if bound and isinstance(own.scheme, Euler):
             try:
-                bounds = _bounds(field, own, states, solution, seed)
+                bounds = _bounds(field, own, states, solution, seed, tell)
             except NotImplementedError as error:
                 reason = str(error).partition("\n")[0]
                 raise InputError(
@@ -204,11 +206,14 @@ class _Solution:
     solver: str
 
 
-def _solve(field: VectorField, found: Recorded, states: Tensor) -> _Solution:
+def _solve(
+    field: VectorField, found: Recorded, states: Tensor, tell: Callable[[str], None]
+) -> _Solution:
     own, x = found.stage, states[0]
     run = partial(solve, field, x, own.horizon, own.step, scale=_size(states) or 1.0)
     tolerance = TOLERANCE / own.horizon
     while True:
+        tell(f"the Neural ODE through {own.horizon} layers at tolerance {tolerance:.0e}")
         path = run(fractions=FRACTIONS, method="dopri5", tolerance=tolerance)
         fine = run(method="dopri8", tolerance=FINER * tolerance)
         nodes = torch.cat([x[None], fine[:, -1]])
@@ -239,9 +244,15 @@ class _Bounds:
 
 
 def _bounds(
-    field: VectorField, own: Stage, states: Tensor, solution: _Solution, seed: int
+    field: VectorField,
+    own: Stage,
+    states: Tensor,
+    solution: _Solution,
+    seed: int,
+    tell: Callable[[str], None],
 ) -> _Bounds:
     h, horizon = own.step, own.horizon
+    tell("the bounds: second derivatives of the states")
     derivatives = Derivatives(field, h, states[0])
 
     places = [(n, c) for n in range(horizon) for c in FRACTIONS]
@@ -250,7 +261,13 @@ def _bounds(
 
     segments = torch.stack([torch.lerp(states, solution.nodes, c)[:-1] for c in SEGMENT], 1)
     places = [(n, 0.0) for n in range(horizon) for _ in SEGMENT]
-    norms, residuals = derivatives.jacobian_norms(places, segments.flatten(0, 1), seed)
+
+    def lipschitz_told(done: int) -> None:
+        tell(f"the bounds: Lipschitz constants, layer {done // len(SEGMENT) + 1} of {horizon}")
+
+    norms, residuals = derivatives.jacobian_norms(
+        places, segments.flatten(0, 1), seed, lipschitz_told
+    )
     norms = norms.unflatten(0, (horizon, len(SEGMENT)))
 
     lipschitz, worst = float(norms.max()), float(bend.max())

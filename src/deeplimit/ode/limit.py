@@ -51,6 +51,7 @@ def depth_limit(
     x: Inputs,
     *,
     interpolation: str = "linear",
+    bound: bool = True,
     loader: Iterable[tuple[Inputs, Tensor]] | None = None,
     solvers: Sequence[tuple[str, int | None]] = (),
     tolerance: float = 1e-3,
@@ -63,6 +64,7 @@ def depth_limit(
         model: as for `discretization_gap`.
         x: a batch of its inputs.
         interpolation: of the controls, "linear" or "constant".
+        bound: whether to compute the bounds on the distance too.
         loader: labelled batches for `solvers`.
         solvers: as for `solver_accuracies`.
         tolerance: likewise.
@@ -76,9 +78,20 @@ def depth_limit(
     smooth, found = smoothness(model), stages(model)
     gaps = []
     for stage in found:
-        tell(f"distance to the Neural ODE, stage {stage.index}: {stage.horizon} layers")
+
+        def of_stage(message: str, index: int = stage.index) -> None:
+            tell(f"stage {index}, {message}")
+
         gaps.append(
-            discretization_gap(model, x, interpolation=interpolation, stage=stage.index, seed=seed)
+            discretization_gap(
+                model,
+                x,
+                interpolation=interpolation,
+                stage=stage.index,
+                bound=bound,
+                seed=seed,
+                tell=of_stage,
+            )
         )
     accuracies: tuple[SolverAccuracy, ...] = ()
     if loader is not None and solvers:

@@ -13,7 +13,7 @@ from deeplimit.ode.limit import DepthLimit
 from deeplimit.ode.smoothness import StageSmoothness
 from deeplimit.ode.solved import SolverAccuracy
 from deeplimit.report.figures.depth_limit import controls_figure, gap_figure, smoothness_figure
-from deeplimit.report.numbers import percent, significant
+from deeplimit.report.numbers import percent, several, significant
 
 
 def depth_limit_summary(limit: DepthLimit) -> RenderableType:
@@ -74,8 +74,8 @@ def measured(limit: DepthLimit) -> str:
     """What the figures are of."""
     gap = limit.gaps[0]
     return (
-        f"Gap: the largest ‖x_n − x(s_n)‖ over {gap.samples} samples and all layers, controls "
-        f"{'piecewise ' + gap.interpolation} in depth; gap/state: its mean in units of the state. "
+        f"Gap: the largest ‖x_n − x(s_n)‖ over {several(gap.samples, 'sample')} and all "
+        f"layers, controls {'piecewise ' + gap.interpolation} in depth; gap/state: its mean in units of the state. "
         f"Bounds (integral: the sharper one) at the last layer, from Jacobians at "
         f"{gap.segment_points} points of each segment. "
         f"Solver's error at most {significant(max(g.solver_error for g in limit.gaps), 2)}."
