@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -13,14 +12,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from deeplimit import InputError
 from deeplimit.meanfield.flow import ParticleFlow, particle_flow
 from deeplimit.meanfield.slope import slope
 from deeplimit.network import (
     Architecture,
     ConvolutionalResidual,
-    Heun,
-    LinearResidual,
     ResidualChain,
     TwoLayerResidual,
 )
@@ -380,56 +376,3 @@ def test_frozen_parameters_stay() -> None:
     particle_flow(model, 0.1).step()
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
     assert changed == {f"{n}.outer.weight" for n in range(3)}
-
-
-SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "lr 0": ({"lr": 0.0}, "lr is 0.0; expected a number above 0"),
-    "lr < 0": ({"lr": -0.1}, "lr is -0.1"),
-    "lr nan": ({"lr": math.nan}, "lr is nan"),
-    "momentum": ({"lr": 0.1, "momentum": 1.0}, "momentum is 1.0; expected 0 ≤ momentum < 1"),
-    "betas": ({"lr": 0.1, "betas": (0.9, 1.0)}, "betas are"),
-    "both": ({"lr": 0.1, "betas": (0.9, 0.99), "momentum": 0.5}, "expected one of them"),
-    "eps": ({"lr": 0.1, "eps": 0.0}, "eps is 0.0"),
-    "others": ({"lr": 0.1, "others": -1.0}, "others is -1.0; expected a number ≥ 0"),
-}
-
-
-@pytest.mark.parametrize("case", SETTINGS)
-def test_settings_out_of_range(case: str) -> None:
-    settings, message = SETTINGS[case]
-    with pytest.raises(InputError, match=message):
-        particle_flow(chain(2, 3), **settings)
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "linear": (lambda: ResidualChain([LinearResidual(3)]), "LinearResidual is not a mean of part"),
-    "norms": (lambda: ResidualChain([ConvolutionalResidual(2, 3, "batch")]), "with norms is not a"),
-    "group": (lambda: ResidualChain([ConvolutionalResidual(2, 3, "group")]), "with norms is not a"),
-    "Heun": (
-        lambda: ResidualChain([TwoLayerResidual(3, 4), TwoLayerResidual(3, 4)], scheme=Heun()),
-        "Heun uses two neighbouring controls",
-    ),
-    "empty": (lambda: ResidualChain([]), "has no layers"),
-    "unknown": (lambda: nn.Linear(3, 3), "no anatomy for Linear"),
-    "frozen": (lambda: chain(2, 3).requires_grad_(False), "no parameter of this ResidualChain"),
-}
-
-
-@pytest.mark.parametrize("case", NETWORKS)
-def test_networks_that_are_no_means_of_particles(case: str) -> None:
-    make, message = NETWORKS[case]
-    with pytest.raises(InputError, match=message):
-        particle_flow(make(), 0.1)
-
-
-def test_values_that_are_not_finite() -> None:
-    model = chain(2, 3)
-    with pytest.raises(InputError, match=r"no gradients; call loss\.backward"):
-        slope(model)
-    backward(model)
-    model[0].inner.bias.grad[0] = math.inf
-    with pytest.raises(InputError, match="gradients have numbers that are not finite"):
-        slope(model)
-    model[1].inner.bias.data[0] = math.nan
-    with pytest.raises(InputError, match=r"1\.inner\.bias has numbers that are not finite"):
-        particle_flow(model, 0.1)

@@ -131,12 +131,35 @@ def test_a_model_with_the_adjoint_is_read() -> None:
     assert relative(output(back, x), expected) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_output_weights_of_zeros_are_read(name: str, dtype: torch.dtype) -> None:
+    model = NETWORKS[name]().to(dtype).eval()
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if any(last in key for last in ("outer", "conv2", ".2.weight")):
+                value.zero_()
+    before = copy.deepcopy(model.state_dict())
+    x = inputs(model).to(dtype)
+    back = LayerwiseMeasure.of(model).network()
+    assert relative(output(back, x), output(model, x)) < 100 * torch.finfo(dtype).eps
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 class Normed(TwoLayerResidual):
     """Its hidden neurons see one another."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.activation(self.inner(x))
         return self.outer(y - y.mean(-1, keepdim=True))
+
+
+@torch.no_grad()
+def silent(model: nn.Module) -> nn.Module:
+    """With output weights of zeros, a common start: as it is, a sum of neurons whatever it does."""
+    for block in model:
+        block.outer.weight.zero_()
+    return model
 
 
 class WithNorm(TwoLayerResidual):
@@ -148,6 +171,10 @@ class WithNorm(TwoLayerResidual):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.norm(x))
+
+
+def user_block(*more: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), *more)
 
 
 def diverged() -> nn.Module:
@@ -170,6 +197,18 @@ NO_MEASURE = {
         "two neighbouring controls",
     ),
     "coupled": (lambda: shaken(ResidualChain([Normed(4, 5)])), "two halves of its neurons"),
+    "coupled, silent": (
+        lambda: silent(ResidualChain([Normed(4, 5)]).double()),
+        "two halves of its neurons",
+    ),
+    "coupled, silent, float32": (
+        lambda: silent(ResidualChain([Normed(4, 5)])),
+        "two halves of its neurons",
+    ),
+    "coupled behind others": (
+        lambda: shaken(ResidualChain([user_block(), user_block(nn.Tanh())])),
+        "two halves of its neurons",
+    ),
     "norm besides": (lambda: shaken(ResidualChain([WithNorm()])), "norm.weight, norm.bias"),
     "not finite": (diverged, r"stages\.0\.1\.inner\.weight .* not finite"),
     "learned activation": (learned, "PReLU has parameters"),

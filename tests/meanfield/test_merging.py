@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from measured_networks import NETWORKS, cloud, framed, inputs, output, relative
+from measured_networks import NETWORKS, classifier, cloud, framed, inputs, output, relative
+from scipy.optimize import linear_sum_assignment
 
 from deeplimit import InputError
 from deeplimit.meanfield import (
@@ -15,7 +16,7 @@ from deeplimit.meanfield import (
     narrow,
     widen,
 )
-from deeplimit.meanfield.width import check_count
+from deeplimit.meanfield.checks import check_count
 
 
 @pytest.mark.parametrize("share", [0.5, 0.2])
@@ -48,6 +49,46 @@ def test_the_objective_never_rises_and_is_what_it_says(sizes: list, seed: int) -
     assert merged.objectives[-1] == pytest.approx(mean, rel=1e-9, abs=1e-15)
 
 
+def naive_barycentre(clouds: list, shares: list, steps: int) -> tuple[list, list]:
+    """ν ← Σ_k λ_k T_k(ν) of one layer of equal atoms, and Σ_k λ_k W_2² before every step."""
+    atoms, objectives = clouds[0].layers[0], []
+    for _ in range(steps):
+        target, objective = torch.zeros_like(atoms), 0.0
+        for other, share in zip(clouds, shares, strict=True):
+            costs = (atoms[:, None] - other.layers[0][None]).square().sum(-1)
+            rows, columns = linear_sum_assignment(costs)
+            objective += share * float(costs[rows, columns].mean())
+            target += share * other.layers[0][columns]
+        objectives.append(objective)
+        atoms = target
+    return atoms, objectives
+
+
+def test_every_step_of_the_iteration_is_the_naive_one() -> None:
+    """Four clouds and a start that takes several steps, each of which moves atoms to others."""
+    clouds = [cloud(1, 12, 3, seed=k) for k in range(4)]
+    shares = [0.1, 0.2, 0.3, 0.4]
+    merged = merge(clouds, shares, tolerance=0.0)
+    count = len(merged.objectives)
+    assert count >= 4
+    atoms, objectives = naive_barycentre(clouds, shares, count)
+    assert merged.objectives == pytest.approx(objectives, rel=1e-12)
+    assert merged.objectives[2] < 0.999 * merged.objectives[1]
+    assert torch.allclose(merged.measure.particles[0], atoms, rtol=1e-12)
+    first = merge(clouds, shares, iterations=1)
+    assert first.objectives == merged.objectives[:2]
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_the_frame_is_the_mean_of_the_networks_weights(start: int) -> None:
+    networks, shares = [classifier(seed=k) for k in (1, 2, 3)], [0.5, 0.3, 0.2]
+    network = merge(networks, shares, frame="interpolate", start=start).measure.network()
+    for path in ("head.weight", "head.bias", "stem.1.weight", "stem.1.bias"):
+        every = [model.get_parameter(path) for model in networks]
+        expected = sum(w * p for w, p in zip(shares, every, strict=True))
+        assert torch.allclose(network.get_parameter(path), expected, rtol=1e-14, atol=1e-15)
+
+
 def test_gaussian_clouds_meet_in_their_mean() -> None:
     """Translates of one cloud: the barycentre is the cloud at the mean of the translations."""
     base = cloud(2, 5, 3)
@@ -77,8 +118,8 @@ WRONG = {
     "weights' sum": ({"weights": [0.5, 0.6]}, "of sum 1"),
     "weights' number": ({"weights": [1.0]}, "of sum 1"),
     "negative": ({"weights": [-1.0, 2.0]}, "of sum 1"),
-    "start": ({"start": 2}, "a network's number, 0 … 1"),
-    "iterations": ({"iterations": 0}, "at least one iteration"),
+    "start": ({"start": 2}, "start is 2; expected a whole number from 0 to 1"),
+    "iterations": ({"iterations": 0}, "iterations is 0; expected a whole number ≥ 1"),
     "frame": ({"frame": "mean"}, "expected one of equal"),
 }
 

@@ -98,6 +98,17 @@ def test_layers_that_meet_again_are_solved_once(monkeypatch) -> None:
     assert len(calls) == 2 + 2
 
 
+def test_layers_of_the_same_particles_and_other_masses_are_other_layers() -> None:
+    a, b = cloud(1, 4, P), cloud(2, 4, P, seed=1)
+    masses = [torch.tensor(m, dtype=torch.float64) for m in ([0.1, 0.2, 0.3, 0.4], [0.7, 0.1] * 2)]
+    twice = LayerwiseMeasure([a.layers[0]] * 2, [m / m.sum() for m in masses])
+    same = LayerwiseMeasure([b.layers[0]] * 2)
+    for pair in ((twice, same), (same, twice)):
+        assert cot_distance(*pair).distance == pytest.approx(naive(*pair), rel=1e-9)
+    first, second = cot_distance(twice, same).per_layer
+    assert abs(first - second) > 0.01
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e-7, 1e-3])
 @pytest.mark.parametrize("shift", [0.0, 1e4])
 def test_no_cancellation_when_networks_are_close(scale: float, shift: float) -> None:

@@ -9,6 +9,7 @@ from scipy.linalg import orthogonal_procrustes
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.meanfield.checks import check_batch
 from deeplimit.meanfield.frame import ChainFrame
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 from deeplimit.network import ResidualClassifier, anatomy
@@ -28,7 +29,8 @@ def align_streams(a: Network, b: Network, batch: Inputs) -> LayerwiseMeasure:
     ReLU, layer norms and batch norms on the stream itself fix its basis.
 
     Raises:
-        InputError: another network; networks of different state dimensions.
+        InputError: another network; networks of different state dimensions; samples that the
+            networks do not take.
     """
     return aligned(as_measure(a), as_measure(b), batch)
 
@@ -75,6 +77,9 @@ def _last_linear(model: ResidualClassifier) -> nn.Module | None:
 def _states(measure: LayerwiseMeasure, batch: Inputs) -> list[Tensor]:
     """x_0 … x_N as rows: [K, d], of images every pixel one."""
     with evaluating(measure.network()) as network:
+        if isinstance(network, ResidualClassifier):
+            a = network.architecture
+            check_batch(network, batch, a.shape if a.kind == "vector" else ())
         states, _ = anatomy(network).states(batch)
     return [x.movedim(1, -1).flatten(0, -2).cpu().double() for x in states]
 

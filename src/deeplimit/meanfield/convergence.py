@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.meanfield.checks import check_number
 from deeplimit.meanfield.coordinates import Coordinate, coordinates
 from deeplimit.meanfield.measure import LayerwiseMeasure
 from deeplimit.meanfield.slope import length, slope_of
@@ -58,14 +59,15 @@ class ConvergenceRecorder:
     """Records a training for its certificate; made by `convergence_certificate`."""
 
     def __init__(self, model: nn.Module, infimum: float, m: float | None, others: float):
-        if not math.isfinite(infimum):
-            raise InputError(f"the infimum of the risk is {infimum}; expected a finite number")
-        if m is not None and not (math.isfinite(m) and m > 0):
-            raise InputError(
-                f"m is {m}; expected a number above 0: a kernel that is singular guarantees no "
-                "rate; leave m out for half of m̂ at the first record"
-            )
-        self.model, self.infimum, self._m = model, infimum, m
+        self.model = model
+        self.infimum = check_number("the infimum of the risk", infimum, "a finite number")
+        expected = (
+            "a number above 0: a kernel that is singular guarantees no rate; leave m out for half "
+            "of m̂ at the first record"
+        )
+        self._m = m
+        if m is not None:
+            self._m = check_number("m", m, expected, lambda v: math.isfinite(v) and v > 0)
         self._every = coordinates(model, others)
         LayerwiseMeasure.of(model)  # what has no measure is refused before any training
         self._records: list[_Record] = []
@@ -85,7 +87,10 @@ class ConvergenceRecorder:
                 no gradients, parameters that are not finite, or a start where the risk is its
                 infimum or the slope is 0, where there is nothing to certify.
         """
-        now = self._measured(float(time), _number(risk))
+        expected = "a number, one for the whole batch"
+        value = check_number("the risk", risk, expected, lambda _: True)
+        when = check_number("time", time, "a number that grows", lambda _: True)
+        now = self._measured(when, value)
         if not self._records and self._m is None:
             self._m = now.slope**2 / (4 * now.risk)
         self._records.append(now)
@@ -210,10 +215,6 @@ def convergence_certificate(
     Source: [BPV24] arXiv 2403.12887.
     """
     return ConvergenceRecorder(model, infimum, m, others)
-
-
-def _number(risk: float | Tensor) -> float:
-    return float(risk.detach()) if isinstance(risk, Tensor) else float(risk)
 
 
 def _certificate(records: list[_Record], m: float) -> ConvergenceCertificate:

@@ -8,7 +8,9 @@ from typing import Literal, cast
 from torch import nn
 
 from deeplimit.errors import InputError
-from deeplimit.meanfield.neurons import Form, check_additive, find_neurons, read
+from deeplimit.meanfield.additivity import check_additive
+from deeplimit.meanfield.checks import check_model, check_number
+from deeplimit.meanfield.neurons import find_neurons, read
 from deeplimit.network import ResidualChain, anatomy
 from deeplimit.network.parameter_groups import check_values
 
@@ -88,8 +90,9 @@ def coordinates(model: nn.Module, others: float = 1.0) -> tuple[Coordinate, ...]
         InputError: a network that is not a mean of particles, or has parameters without values or
             not finite, or `others` is negative.
     """
-    if not (math.isfinite(others) and others >= 0):
-        raise InputError(f"others is {others}; expected a number ≥ 0, 0 to leave them as they are")
+    check_model(model)
+    expected = "a number ≥ 0, 0 to leave them as they are"
+    others = check_number("others", others, expected, lambda v: math.isfinite(v) and v >= 0)
     check_values(model.named_parameters())
     found: dict[nn.Parameter, Coordinate] = {}
     for layer in particle_layers(model):
@@ -122,7 +125,7 @@ def particle_layers(model: nn.Module) -> list[ParticleLayer]:
 
 
 def _of_chains(chains: list[ResidualChain]) -> Iterator[ParticleLayer]:
-    checked: set[tuple[type, Form]] = set()
+    checked: set[object] = set()
     stages = sum(len(chain) > 0 for chain in chains)
     for chain in chains:
         if chain.scheme.nodes != 1:
@@ -135,16 +138,14 @@ def _of_chains(chains: list[ResidualChain]) -> Iterator[ParticleLayer]:
 
 
 def _of_blocks(model: nn.Module) -> Iterator[ParticleLayer]:
-    checked: set[tuple[type, Form]] = set()
+    checked: set[object] = set()
     blocks = [layer.controls[0] for layer in anatomy(model).layers]
     for block in blocks:
         yield _of_block(block, 1 / len(blocks), 1.0, checked)
 
 
-def _of_block(
-    block: nn.Module, length: float, step: float, checked: set[tuple[type, Form]]
-) -> ParticleLayer:
-    """One layer; a block of each class and form is checked to be a sum over its particles."""
+def _of_block(block: nn.Module, length: float, step: float, checked: set[object]) -> ParticleLayer:
+    """One layer, which must be a sum over its particles."""
     neurons = find_neurons(block)
     for path in (neurons.norm, neurons.last_norm):
         if path and not isinstance(block.get_submodule(path), nn.Identity):
@@ -154,9 +155,7 @@ def _of_block(
                 'it without ("none")'
             )
     reading = read(block, neurons)
-    if (type(block), reading.form) not in checked:
-        check_additive(block, neurons, reading)
-        checked.add((type(block), reading.form))
+    check_additive(block, neurons, reading, checked)
     last = block.get_submodule(neurons.columns)
     return ParticleLayer(
         inner=tuple(p for row in neurons.rows for p in block.get_submodule(row).parameters()),

@@ -1,7 +1,8 @@
 """Training as a gradient flow of measures: an optimiser whose steps do not know width and depth."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deeplimit.errors import InputError
+from deeplimit.meanfield.checks import check_number, shown
 from deeplimit.meanfield.coordinates import Coordinate, coordinates
 
 
@@ -167,13 +169,23 @@ def _settings(c: Coordinate, lr: float, others: float) -> tuple[float, float, fl
 
 
 def _check(lr: float, momentum: float, betas: tuple[float, float] | None, eps: float) -> None:
-    if not (math.isfinite(lr) and lr > 0):
-        raise InputError(f"lr is {lr}; expected a number above 0, a step of the flow's time")
-    if not 0 <= momentum < 1:
-        raise InputError(f"momentum is {momentum}; expected 0 ≤ momentum < 1")
-    if betas is not None and not all(0 <= beta < 1 for beta in betas):
-        raise InputError(f"betas are {betas}; expected two numbers in [0, 1), such as (0.9, 0.999)")
-    if betas is not None and momentum:
+    check_number("lr", lr, "a number above 0, a step of the flow's time", _positive)
+    check_number("momentum", momentum, "0 ≤ momentum < 1", _below_one)
+    check_number("eps", eps, "a number above 0", _positive)
+    if betas is None:
+        return
+    pair = isinstance(betas, Sequence) and len(betas) == 2
+    if not pair or not all(isinstance(v, Real) and 0 <= float(v) < 1 for v in betas):
+        raise InputError(
+            f"betas are {shown(betas)}; expected two numbers in [0, 1), such as (0.9, 0.999)"
+        )
+    if momentum:
         raise InputError("momentum and betas were given; expected one of them")
-    if not eps > 0:
-        raise InputError(f"eps is {eps}; expected a number above 0")
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _below_one(value: float) -> bool:
+    return 0 <= value < 1

@@ -1,17 +1,14 @@
 """The geodesic between two networks: a network at every t ([BPV24] arXiv 2403.12887)."""
 
-from typing import Any
-
-import numpy as np
 import torch
-from torch import Tensor
 
 from deeplimit.errors import InputError
 from deeplimit.meanfield.alignment import aligned
+from deeplimit.meanfield.checks import check_number
 from deeplimit.meanfield.frame import Frame, listed
 from deeplimit.meanfield.grid import merged_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
-from deeplimit.meanfield.transport import CotDistance, cot_distance
+from deeplimit.meanfield.transport import CotDistance, belongs, cot_distance
 from deeplimit.network.modes import Inputs
 
 FRAMES = ("equal", "interpolate")
@@ -36,10 +33,18 @@ def cot_geodesic(
     Equal numbers of equal atoms move along straight lines to their matches, in the order of a.
     Otherwise the atoms are those of the coupling's support, with its weights: at most M + M' − 1 of
     them per layer, exact at every t. A network of fewer neurons is what `narrow` makes of it; that
-    is no longer the geodesic. For unequal depths the layers are the cells of the merged grid, at
-    every t: the end points are a and b as measures, but a layer that is divided in two steps where
-    the network made one, so that the end point's output differs from the network's by O(1/N), which
-    is the error of Euler's method. For equal depths it is the network's to rounding.
+    is no longer the geodesic.
+
+    For unequal depths the layers are the cells of the merged grid, at every t. The measures are
+    exact there too: μ_0 and μ_1 are those of a and b, and the distances are as above. The output of
+    `.network()` at t = 0 and 1 is not that of a and b: a layer that the grid divides in parts of θh
+    and (1 − θ)h takes two steps where the network made one, which adds θ(1 − θ)h² φ′(x)φ(x) + O(h³)
+    to the state, O(1/N) in all, the error of Euler's method. By how much, on a batch x:
+
+        (cot_geodesic(a, b, 0.0, transport=transport).network()(x) - a(x)).abs().max()
+
+    Where a's depth is a multiple of b's no layer of a is divided, and its end is the network's to
+    rounding, as both ends are for equal depths.
 
     Source: [BPV24] arXiv 2403.12887.
 
@@ -65,10 +70,8 @@ def cot_geodesic(
         InputError: t outside [0, 1], different state dimensions or activations, frames that differ,
             blocks that cannot be divided in depth, a basis that is fixed, plans that do not fit.
     """
-    if not 0 <= t <= 1:
-        raise InputError(
-            f"t is {t}; a geodesic has t in [0, 1], from the first network to the other"
-        )
+    expected = "t in [0, 1], from the first network to the other"
+    t = check_number("t", t, expected, lambda v: 0 <= v <= 1)
     if frame not in FRAMES:
         raise InputError(f"frame is {frame!r}; expected one of {', '.join(FRAMES)}")
     start, end = as_measure(a), as_measure(b)
@@ -116,7 +119,8 @@ def mixed_frame(
         if unequal and policy == "equal":
             raise InputError(
                 f"the networks differ in {listed(unequal)}, which no particles are: train them "
-                "with these shared (deeplimit train DATA --frame RUN), or give the frame "
+                "with these shared (deeplimit train DATA --frame RUN), align them first where the "
+                "basis of their streams is free (align_streams, --align), or give the frame "
                 '"interpolate", which moves them linearly'
             )
     return first.mixed(others, weights) if policy == "interpolate" else first
@@ -126,14 +130,11 @@ def _plans(a: LayerwiseMeasure, b: LayerwiseMeasure, given: CotDistance | None) 
     """The couplings; those given, if they are of these measures."""
     if given is None:
         return cot_distance(a, b, plans=True)
-    if given.plans is None:
+    if not isinstance(given, CotDistance) or given.plans is None:
         raise InputError("transport has no plans: give cot_distance(a, b, plans=True)")
-    for (n, m), plan in zip(given.layers, given.plans, strict=True):
-        fits = n < a.depth and m < b.depth
-        if not (fits and _fits(plan.rows, a.layers[n]) and _fits(plan.columns, b.layers[m])):
-            raise InputError("transport is of other networks: give cot_distance(a, b, plans=True)")
+    if not belongs(given, a, b):
+        raise InputError(
+            "transport: these are couplings of other networks; leave transport out or give "
+            "cot_distance(a, b, plans=True)"
+        )
     return given
-
-
-def _fits(indices: np.ndarray[Any, np.dtype[Any]], layer: Tensor) -> bool:
-    return int(indices.max()) < len(layer)

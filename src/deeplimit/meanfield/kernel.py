@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.meanfield.checks import check_batch, check_model
 from deeplimit.meanfield.coordinates import particle_layers
 from deeplimit.meanfield.neurons import find_neurons
 from deeplimit.network import ResidualChain, ResidualClassifier, anatomy
@@ -24,10 +26,11 @@ class FeatureKernel:
         widths: M_n.
         samples: D.
         lipschitz: L_x = Σ_n h max_i ‖∂φ_n/∂x (x_n^i)‖, along the samples' states.
-        attenuation: the least factor by which the layers multiply ‖∂L/∂x‖², of any sample; at least
+        attenuation: for each layer n the least factor, of any sample, by which the layers behind it
+            multiply ‖∂L/∂x‖²: min_i Π_{l>n} s_min(I + h ∂φ_l/∂x (x_l^i))², 1 for the last; at least
             e^{−2L_x} in the limit.
         head: the least factor by which the head does: the square of its smallest singular value.
-        m: head · attenuation · min_n λ_min(K_n) / D.
+        m: at least head · mean_n(smallest · attenuation) / D.
         verdict: one line: whether the width suffices, and if not, which layer's does not.
     """
 
@@ -35,7 +38,7 @@ class FeatureKernel:
     widths: tuple[int, ...]
     samples: int
     lipschitz: float
-    attenuation: float
+    attenuation: tuple[float, ...]
     head: float
     m: float
     verdict: str
@@ -47,21 +50,24 @@ def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
     With trained output weights and the squared error L = 1/(2D) Σ_i ‖z^i − y^i‖² on D samples the
     gradient in u = N·M·h·V alone has, with p_n^i = ∂L/∂x_n^i,
 
-        ‖∇L‖²_μ ≥ (1/N) Σ_n Σ_ij K_n(i, j) p_{n+1}^i·p_{n+1}^j ≥ min_n λ_min(K_n) Σ_i ‖p_{n+1}^i‖²,
+        ‖∇L‖²_μ ≥ (1/N) Σ_n Σ_ij K_n(i, j) p_{n+1}^i·p_{n+1}^j ≥ (1/N) Σ_n λ_n Σ_i ‖p_{n+1}^i‖².
 
-    and ‖p_N‖² is at most a head's and the later layers' factor above ‖p_{n+1}‖², so that
+    The layers behind layer n made p_{n+1} of p_N, ‖p_{n+1}^i‖² ≥ a_n^i ‖p_N^i‖², and the head made
+    Σ_i ‖p_N^i‖² ≥ s_H² 2L/D, so that
 
-        ‖∇L‖²_μ ≥ 2 m L,    m = s_H² · min_i Π_{n≥1} s_min(I + h ∂φ_n/∂x (x_n^i))² · min_n λ_n / D
+        ‖∇L‖²_μ ≥ 2 m L,    m = s_H²/D · min_i (1/N) Σ_n λ_n a_n^i,
+        a_n^i = Π_{l>n} s_min(I + h ∂φ_l/∂x (x_l^i))²,    a_{N−1}^i = 1,
 
-    with smallest singular values s, at the network as it is. The product is what becomes e^{−2L_x}
-    or more as h → 0. For (1/D) Σ ‖z − y‖² m is twice that, for PyTorch's `mse_loss` 2/C times; for
-    other losses, the soft cross-entropy say, K_n says whether the width suffices, not m. K_n has
-    rank M at most: m = 0 whenever M < D, or where two samples have the same state. In float32 an
-    eigenvalue below D·10⁻⁷ of the largest counts as 0.
+    with λ_n = λ_min(K_n) and smallest singular values s, at the network as it is. Each a_n becomes
+    e^{−2L_x} or more as h → 0, and m [BPV24]'s e^{−2L_x} min_n λ_n/D or more. For
+    (1/D) Σ ‖z − y‖² m is twice that, for PyTorch's `mse_loss` 2/C times; for other losses, the soft
+    cross-entropy say, K_n says whether the width suffices, not m. K_n has rank M_n at most: λ_n = 0
+    where M_n < D or two samples have the same state, and m = 0 where that is so in every layer. In
+    float32 an eigenvalue below D·10⁻⁷ of the largest counts as 0.
 
-    The output weights V do not enter K_n but do enter the product, by layers of large slope.
-    What [BPV24] needs besides, that the risk at initialisation is small, the budget of
-    `convergence_certificate` says.
+    The output weights V do not enter K_n but do enter a_n, by layers of large slope. What [BPV24]
+    needs besides, that the risk at initialisation is small, the budget of `convergence_certificate`
+    says.
 
     Args:
         model: a chain of two-layer residuals, or a classifier of one stage of them with a linear
@@ -69,15 +75,23 @@ def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
         x: the D samples, as the model takes them; time goes as N·D²·(M + D).
 
     Raises:
-        InputError: another network, fewer than two samples, or numbers that are not finite.
+        InputError: another network, one whose layers share their output weights, samples of another
+            shape or precision, fewer than two of them, or numbers that are not finite.
 
-    Source: [BPV24] arXiv 2403.12887; with the attenuation of finitely many layers in place of
-    e^{−2L_x}.
+    Source: [BPV24] arXiv 2403.12887; layer by layer, with the attenuation of finitely many layers
+    in place of e^{−2L_x}.
     """
+    check_model(model)
     check_values(model.named_parameters())
     layers = particle_layers(model)
     chain = _chain(model)
+    if len({layer.outer for layer in layers}) < len(layers):
+        raise InputError(
+            "layers share their output weights, so that their gradients may cancel and the kernels "
+            "bound nothing; expected layers with weights of their own"
+        )
     head = _head_factor(model)
+    check_batch(model, x, _sample_shape(model, chain))
     with evaluating(model), torch.no_grad():
         states, _ = anatomy(model).states(to_device(x, device_of(model)))
         samples = _samples(states)
@@ -86,8 +100,10 @@ def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
         ]
         jacobians = [_jacobian(b, state) for b, state in zip(chain, states, strict=False)]
     lipschitz = sum(chain.step * float(torch.linalg.matrix_norm(j, 2).max()) for j in jacobians)
-    attenuation = _attenuation(jacobians, chain.step)
-    m = head * attenuation * min(found) / samples
+    factors = _attenuation(jacobians, chain.step)
+    eigenvalues = torch.tensor(found, dtype=factors.dtype, device=factors.device)
+    m = head * float((eigenvalues[:, None] * factors).mean(0).min()) / samples
+    attenuation = tuple(factors.amin(1).tolist())
     widths = tuple(layer.width for layer in layers)
     verdict = _verdict(found, widths, samples, head, m)
     return FeatureKernel(tuple(found), widths, samples, lipschitz, attenuation, head, m, verdict)
@@ -113,6 +129,13 @@ def _chain(model: nn.Module) -> ResidualChain:
                 "V σ(W x + b), such as TwoLayerResidual"
             )
     return chains[0]
+
+
+def _sample_shape(model: nn.Module, chain: ResidualChain) -> tuple[int, ...]:
+    if isinstance(model, ResidualClassifier):
+        return model.architecture.shape
+    block = chain[0]
+    return (cast(nn.Linear, block.get_submodule(find_neurons(block).rows[0])).in_features,)
 
 
 def _head_factor(model: nn.Module) -> float:
@@ -170,35 +193,37 @@ def _jacobian(block: nn.Module, x: Float[Tensor, "samples d"]) -> Float[Tensor, 
     return jacobian.double()
 
 
-def _attenuation(jacobians: list[Tensor], h: float) -> float:
-    """min_i Π_{n≥1} s_min(I + h J_n^i)²: from behind layer 0, the first that has a kernel."""
-    size = jacobians[0].shape[-1]
+def _attenuation(jacobians: list[Tensor], h: float) -> Float[Tensor, "layers samples"]:
+    """a_n^i = Π_{l>n} s_min(I + h J_l^i)²: of the layers that a gradient has passed at layer n."""
+    samples, size = jacobians[0].shape[:2]
     identity = torch.eye(size, dtype=torch.float64, device=jacobians[0].device)
-    product = torch.ones(len(jacobians[0]), dtype=torch.float64, device=identity.device)
-    for jacobian in jacobians[1:]:
-        product *= torch.linalg.svdvals(identity + h * jacobian)[:, -1].square()
-    return float(product.min())
+    factors = [torch.ones(samples, dtype=torch.float64, device=identity.device)]
+    for jacobian in reversed(jacobians[1:]):
+        least = torch.linalg.svdvals(identity + h * jacobian)[:, -1]
+        factors.append(factors[-1] * least.square())
+    return torch.stack(factors[::-1])
 
 
 def _verdict(
     smallest: list[float], widths: tuple[int, ...], samples: int, head: float, m: float
 ) -> str:
-    worst = min(range(len(smallest)), key=smallest.__getitem__)
     if m > 0 and math.isfinite(m):
+        worst = min(range(len(smallest)), key=smallest.__getitem__)
+        singular = sum(value == 0 for value in smallest)
+        besides = f"; {singular} of {len(smallest)} layers add nothing" if singular else ""
         return (
             f"the width suffices for {samples} samples at this start: m ≥ {m:.3g} "
-            f"(λ_min = {smallest[worst]:.3g}, in layer {worst})"
+            f"(λ_min = {smallest[worst]:.3g}, in layer {worst}{besides})"
         )
-    narrow = min(range(len(widths)), key=widths.__getitem__)
-    if widths[narrow] < samples:
+    if max(widths) < samples:
         return (
-            f"the width does not suffice: layer {narrow} has {widths[narrow]} particles for "
-            f"{samples} samples, so its kernel is singular; take at least {samples}"
+            f"the width does not suffice: no layer has more than {max(widths)} particles for "
+            f"{samples} samples, so that every kernel is singular; take at least {samples}"
         )
-    if smallest[worst] == 0:
+    if not any(smallest):
         return (
-            f"no rate is guaranteed: the kernel of layer {worst} is singular to working precision; "
-            "take more particles, samples that differ, or float64"
+            "no rate is guaranteed: every layer's kernel is singular to working precision; take "
+            "more particles, samples that differ, or float64"
         )
     if head == 0:
         return "no rate is guaranteed: the head has more outputs than the state has numbers"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.meanfield.checks import shown
 from deeplimit.meanfield.frame import Frame
 from deeplimit.meanfield.grid import checked_grid, lengths, same_grid, uniform_grid
 from deeplimit.meanfield.reading import frame_of
@@ -57,7 +58,7 @@ class LayerwiseMeasure:
         self.breakpoints = (
             uniform_grid([count]) if breakpoints is None else checked_grid(breakpoints, count)
         )
-        if isinstance(frame, nn.Module):
+        if frame is not None and not isinstance(frame, Frame):
             frame = frame_of(frame)[0]
         if frame is not None and not same_grid(frame.breakpoints, self.breakpoints):
             frame = frame.on(self.breakpoints)
@@ -154,6 +155,13 @@ def as_measure(network: Network) -> LayerwiseMeasure:
 
 
 def _checked_particles(given: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    tensors = isinstance(given, Tensor) or (
+        isinstance(given, Sequence) and all(isinstance(layer, Tensor) for layer in given)
+    )
+    if not tensors:
+        raise InputError(
+            f"{shown(given)} given as particles; expected a tensor [N, M, p], or a list of [M_n, p]"
+        )
     layers = tuple(layer.detach() for layer in given)
     if not layers:
         raise InputError("no layers given; expected particles [N, M, p] with N ≥ 1")

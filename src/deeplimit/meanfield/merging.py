@@ -1,13 +1,14 @@
 """Networks joined in one: a barycentre of d, by fixed-point iteration."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deeplimit.errors import InputError
+from deeplimit.meanfield.checks import check_count, check_number, shown
 from deeplimit.meanfield.frame import Frame
 from deeplimit.meanfield.geodesic import FRAMES, mixed_frame
 from deeplimit.meanfield.grid import Breakpoints, layers_at, merged_grid
@@ -61,19 +62,14 @@ def merge(
     Raises:
         InputError: fewer than two networks, wrong weights, and as `cot_geodesic`.
     """
+    if not isinstance(networks, Sequence) or isinstance(networks, str):
+        raise InputError(f"{shown(networks)} given as networks; expected a list of two or more")
     if len(networks) < 2:
         raise InputError(f"{len(networks)} network(s) given; merge joins two or more")
-    shares = [1 / len(networks)] * len(networks) if weights is None else [float(w) for w in weights]
-    right = len(shares) == len(networks) and all(w >= 0 for w in shares)
-    if not right or not math.isclose(sum(shares), 1, abs_tol=1e-9):
-        raise InputError(
-            f"weights {shares} given for {len(networks)} networks; expected as many, ≥ 0 of sum 1"
-        )
-    if not 0 <= start < len(networks) or iterations < 1:
-        raise InputError(
-            f"start is {start}, iterations {iterations}; expected a network's number, 0 … "
-            f"{len(networks) - 1}, and at least one iteration"
-        )
+    shares = _shares(weights, len(networks))
+    check_count("start", start, 0, len(networks) - 1)
+    check_count("iterations", iterations)
+    check_number("tolerance", tolerance, "a number ≥ 0", lambda v: v >= 0)
     if frame not in FRAMES:
         raise InputError(f"frame is {frame!r}; expected one of {', '.join(FRAMES)}")
     measures = [as_measure(network) for network in networks]
@@ -95,6 +91,18 @@ def merge(
         if fell <= tolerance * objective:
             break
     return Merged(now, tuple(d.distance for d in found), tuple(objectives))
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1 / count] * count
+    expected = "as many weights as networks, ≥ 0 of sum 1"
+    if not isinstance(weights, Iterable) or isinstance(weights, str):
+        raise InputError(f"weights is {shown(weights)}; expected {expected}")
+    shares = [check_number("a weight", w, expected, lambda v: v >= 0) for w in weights]
+    if len(shares) != count or not math.isclose(sum(shares), 1, abs_tol=1e-9):
+        raise InputError(f"weights {shares} given for {count} networks; expected {expected}")
+    return shares
 
 
 def _on(measure: LayerwiseMeasure, grid: Breakpoints, frame: Frame | None) -> LayerwiseMeasure:

@@ -1,6 +1,5 @@
 """The hidden neurons of a block as particles ω = (u, w, b): read from its layers, put back."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
-from deeplimit.network.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,12 @@ class Form:
     @property
     def size(self) -> int:
         """p: how many numbers."""
-        return sum(_count(shape) for _, shape in self.parts)
+        return sum(numbers_in(shape) for _, shape in self.parts)
 
     @property
     def outputs(self) -> int:
         """How many of them, the first ones, are the output weight u."""
-        return _count(self.parts[0][1])
+        return numbers_in(self.parts[0][1])
 
     def join(self, parts: dict[str, Tensor]) -> Tensor:
         """[M, p] from a tensor [M, *shape] for each part."""
@@ -42,7 +40,7 @@ class Form:
 
     def split(self, particles: Tensor) -> dict[str, Tensor]:
         """The inverse of `join`."""
-        sizes = [_count(shape) for _, shape in self.parts]
+        sizes = [numbers_in(shape) for _, shape in self.parts]
         pieces = particles.split(sizes, dim=1)
         return {
             name: piece.reshape(len(particles), *shape)
@@ -176,34 +174,6 @@ def write(block: nn.Module, neurons: Neurons, reading: Reading) -> None:
     last.set_columns(parts["u"], offset)
 
 
-def check_additive(block: nn.Module, neurons: Neurons, reading: Reading) -> None:
-    """Whether the module is a sum over its neurons: half of them and the others add up to all.
-
-    Raises:
-        InputError: they do not.
-    """
-    whole = block.get_submodule(neurons.within) if neurons.within else block
-    mask = torch.arange(len(reading.particles), device=reading.particles.device) % 2 == 0
-    first = Reading(reading.form, reading.particles * mask[:, None], reading.offset)
-    zero = None if reading.offset is None else torch.zeros_like(reading.offset)
-    second = Reading(reading.form, reading.particles * ~mask[:, None], zero)
-    x = _example(block, neurons, reading)
-    with evaluating(block), torch.no_grad():
-        expected = whole(x)
-        halves = []
-        for half in (first, second):
-            other = copy.deepcopy(block)
-            write(other, neurons, half)
-            halves.append((other.get_submodule(neurons.within) if neurons.within else other)(x))
-    gap = float((halves[0] + halves[1] - expected).abs().max())
-    size = float(torch.stack([*halves, expected]).abs().max())
-    if not gap <= 100 * len(mask) ** 0.5 * torch.finfo(expected.dtype).eps * size:
-        raise InputError(
-            f"{type(whole).__name__} is not a mean of particles: two halves of its neurons add up "
-            f"to something else than all of them (by {gap / max(size, 1e-300):.2g} of it)"
-        )
-
-
 def particle_parameters(block: nn.Module, neurons: Neurons) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters, with their names in the block, that particles and offset replace."""
     for path in neurons.layers:
@@ -321,17 +291,10 @@ def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
     return values.reshape([-1 if i == axis else 1 for i in range(like.dim())])
 
 
-def _example(block: nn.Module, neurons: Neurons, reading: Reading) -> Tensor:
-    """A state: [2, 3, d] for linear layers, [2, C, 5, 5] for convolutions."""
-    shape = dict(reading.form.parts)["w"]
-    size = (2, 3, *shape) if len(shape) == 1 else (2, shape[0], 5, 5)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(size, generator=generator).to(reading.particles)
-
-
 def _name_of(sigma: nn.Module) -> str:
     return repr(sigma).replace("inplace=True", "").replace("approximate='none'", "")
 
 
-def _count(shape: tuple[int, ...]) -> int:
+def numbers_in(shape: tuple[int, ...]) -> int:
+    """Their product."""
     return int(torch.Size(shape).numel())

@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.meanfield.additivity import check_additive
+from deeplimit.meanfield.checks import check_model
 from deeplimit.meanfield.frame import BlockFrame, ChainFrame, Frame, chains_of, listed
 from deeplimit.meanfield.grid import Breakpoints, lengths, uniform_grid
 from deeplimit.meanfield.neurons import (
     Neurons,
     Reading,
-    check_additive,
     find_neurons,
     particle_parameters,
     read,
@@ -26,6 +27,7 @@ def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor]]:
     Raises:
         InputError: as `LayerwiseMeasure.of`.
     """
+    check_model(model)
     _check_values(model)
     if isinstance(model, ResidualChain | ResidualClassifier):
         return _of_chains(model)
@@ -94,14 +96,13 @@ def _of_chains(model: ResidualChain | ResidualClassifier) -> tuple[Frame, list[T
 
 
 def _read_all(blocks: Sequence[nn.Module]) -> tuple[list[Neurons], list[Reading]]:
-    """Of all blocks; one of each class and form is checked to be a sum over its neurons."""
+    """Of all blocks, which must be sums over their neurons."""
     found = [find_neurons(block) for block in blocks]
-    readings, checked = [], set()
+    readings = []
+    checked: set[object] = set()
     for block, neurons in zip(blocks, found, strict=True):
         reading = read(block, neurons)
-        if (type(block), reading.form) not in checked:
-            check_additive(block, neurons, reading)
-            checked.add((type(block), reading.form))
+        check_additive(block, neurons, reading, checked)
         readings.append(reading)
     return found, readings
 

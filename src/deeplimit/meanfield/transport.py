@@ -12,13 +12,16 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from deeplimit.errors import InputError, RunError
+from deeplimit.meanfield.checks import check_number
 from deeplimit.meanfield.costs import squared_distances, squared_distances_of
-from deeplimit.meanfield.grid import layers_at, lengths, merged_grid
+from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, merged_grid, same_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 from deeplimit.meanfield.sinkhorn import sinkhorn_plan
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PIVOTS = 10_000_000  # of the network simplex, at most; POT's own limit is for hundreds of atoms
+
+MARGINALS, COSTS = 1e-8, 1e-6  # how exactly a plan of ours has its marginals, and its cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,11 +105,13 @@ def cot_distance(
         InputError: particles of different sizes or kinds, ε not positive; as `LayerwiseMeasure.of`.
         RunError: the transport solver did not finish.
     """
-    if sinkhorn is not None and not (math.isfinite(sinkhorn) and sinkhorn > 0):
-        raise InputError(f"sinkhorn is {sinkhorn}; expected a regularisation > 0, such as 0.01")
+    if sinkhorn is not None:
+        expected = "a regularisation > 0, such as 0.01"
+        sinkhorn = check_number(
+            "sinkhorn", sinkhorn, expected, lambda v: math.isfinite(v) and v > 0
+        )
     a, b = as_measure(a), as_measure(b)
-    grid = merged_grid(a.breakpoints, b.breakpoints)
-    pairs = tuple(zip(layers_at(a.breakpoints, grid), layers_at(b.breakpoints, grid), strict=True))
+    grid, pairs = _cells(a, b)
     check_comparable(a, b, pairs)
     solved = _solve_all(a, b, pairs, sinkhorn, plans)
     d = _mean_root(grid, [cell.cost for cell in solved])
@@ -138,6 +143,41 @@ def check_comparable(
                 f"layer {n} of the one has particles of {p} numbers, layer {m} of the other of "
                 f"{q}; expected the same (widths and depths may differ)"
             )
+
+
+def belongs(found: CotDistance, a: LayerwiseMeasure, b: LayerwiseMeasure) -> bool:
+    """Whether the plans found are couplings of the layers of a and b, of the costs stated."""
+    grid, pairs = _cells(a, b)
+    if not same_grid(found.breakpoints, grid) or found.layers != pairs:
+        return False
+    cells = zip(pairs, found.plans or (), found.per_layer, strict=True)
+    return all(_couples(plan, a, n, b, m, w) for (n, m), plan, w in cells)
+
+
+def _cells(
+    a: LayerwiseMeasure, b: LayerwiseMeasure
+) -> tuple[Breakpoints, tuple[tuple[int, int], ...]]:
+    """The merged grid, and for each of its cells the layers of both."""
+    grid = merged_grid(a.breakpoints, b.breakpoints)
+    at_a, at_b = layers_at(a.breakpoints, grid), layers_at(b.breakpoints, grid)
+    return grid, tuple(zip(at_a, at_b, strict=True))
+
+
+def _couples(
+    plan: Plan, a: LayerwiseMeasure, n: int, b: LayerwiseMeasure, m: int, w: float
+) -> bool:
+    """Whether a plan has the masses of layers n and m for its marginals, and the cost w²."""
+    x, y = _array(a.layers[n]), _array(b.layers[m])
+    if x.shape[1] != y.shape[1] or plan.rows.max() >= len(x) or plan.columns.max() >= len(y):
+        return False
+    sides = ((plan.rows, a.masses[n]), (plan.columns, b.masses[m]))
+    for indices, masses in sides:
+        sums = np.bincount(indices, plan.masses, minlength=len(masses))
+        if np.abs(sums - _array(masses)).sum() > MARGINALS:
+            return False
+    squares = squared_distances_of(x[plan.rows], y[plan.columns])
+    rounding = 64 * np.finfo(float).eps * max(np.abs(x).max(), np.abs(y).max())
+    return math.isclose(math.sqrt(plan.masses @ squares), w, rel_tol=COSTS, abs_tol=rounding)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from deeplimit.errors import InputError
+from deeplimit.meanfield.checks import check_count
 from deeplimit.meanfield.costs import squared_distances
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 
@@ -82,9 +82,11 @@ def narrow(network: Network, width: int, *, seed: int = 0) -> Narrowed:
         seed: of the first atoms, k-means++.
 
     Raises:
-        InputError: a width that is no whole number ≥ 1, and as `LayerwiseMeasure.of`.
+        InputError: a width that is no whole number ≥ 1, a seed outside 0 … 2³² − 1, and as
+            `LayerwiseMeasure.of`.
     """
     check_count("width", width)
+    check_count("seed", seed, 0, 2**32 - 1)
     measure = as_measure(network)
     layers, masses, errors = [], [], []
     for layer, mass in zip(measure.layers, measure.masses, strict=True):
@@ -98,12 +100,6 @@ def narrow(network: Network, width: int, *, seed: int = 0) -> Narrowed:
         math.sqrt(total),
         tuple(math.sqrt(e) for e in errors),
     )
-
-
-def check_count(name: str, number: object) -> None:
-    """Raises InputError unless it is a whole number ≥ 1."""
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise InputError(f"{name} is {number!r}; expected a whole number ≥ 1")
 
 
 def _quantised(layer: Tensor, mass: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor, float]:

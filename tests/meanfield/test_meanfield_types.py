@@ -1,0 +1,93 @@
+"""Arguments of another type, in a process where nothing checks annotations, as at a user's."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import torch
+from deeplimit import ResidualChain
+from deeplimit.errors import InputError
+from deeplimit.meanfield import (
+    LayerwiseMeasure, align_streams, convergence_certificate, cot_distance, cot_geodesic,
+    feature_kernel, merge, narrow, particle_flow, slope, widen,
+)
+from deeplimit.network import Architecture
+from deeplimit.network.blocks import TwoLayerResidual
+
+chain = ResidualChain([TwoLayerResidual(3, 6) for _ in range(2)], step=0.5)
+vector = Architecture("vector", (5,), 2, (2,), 3, hidden=4).build()
+measure, x = LayerwiseMeasure.of(chain), torch.randn(5, 3)
+plans = cot_distance(chain, chain, plans=True)
+recorder = convergence_certificate(chain)
+calls = []
+for m in (None, "runs/a", 3):
+    calls += [
+        lambda m=m: LayerwiseMeasure.of(m),
+        lambda m=m: LayerwiseMeasure(measure.particles, frame=m or "none"),
+        lambda m=m: LayerwiseMeasure(m),
+        lambda m=m: cot_distance(m, chain),
+        lambda m=m: cot_distance(chain, m),
+        lambda m=m: cot_geodesic(m, chain, 0.5),
+        lambda m=m: cot_geodesic(chain, m, 0.5),
+        lambda m=m: merge(m),
+        lambda m=m: merge([chain, m]),
+        lambda m=m: widen(m, 2),
+        lambda m=m: narrow(m, 2),
+        lambda m=m: particle_flow(m, 0.1),
+        lambda m=m: convergence_certificate(m),
+        lambda m=m: feature_kernel(m, x),
+        lambda m=m: align_streams(m, vector, x),
+        lambda m=m: align_streams(vector, m, x),
+        lambda m=m: slope(m),
+        lambda m=m: feature_kernel(chain, m),
+        lambda m=m: align_streams(vector, vector, m),
+    ]
+calls += [lambda f=f: f(measure) for f in (slope, convergence_certificate)]
+calls += [lambda: particle_flow(measure, 0.1), lambda: feature_kernel(measure, x)]
+calls += [lambda: merge(chain), lambda: LayerwiseMeasure([1, 2])]
+for n in ("x", None, [0.5], 1j, torch.ones(2), True):
+    calls += [
+        lambda n=n: cot_geodesic(chain, chain, n),
+        lambda n=n: cot_distance(chain, chain, sinkhorn=n or "none"),
+        lambda n=n: merge([chain, chain], [n, 0.5]),
+        lambda n=n: merge([chain, chain], tolerance=n),
+        lambda n=n: particle_flow(chain, n),
+        lambda n=n: particle_flow(chain, 0.1, momentum=n),
+        lambda n=n: particle_flow(chain, 0.1, eps=n),
+        lambda n=n: particle_flow(chain, 0.1, others=n),
+        lambda n=n: slope(chain, others=n),
+        lambda n=n: convergence_certificate(chain, infimum=n),
+        lambda n=n: convergence_certificate(chain, m=n or "none"),
+        lambda n=n: recorder.record(n, 1.0),
+        lambda n=n: recorder.record(0.0, n),
+    ] if not isinstance(n, torch.Tensor) else [lambda n=n: cot_geodesic(chain, chain, n)]
+for n in ("x", None, 1.5, -1):
+    calls += [
+        lambda n=n: merge([chain, chain], start=n),
+        lambda n=n: merge([chain, chain], iterations=n),
+        lambda n=n: widen(chain, n),
+        lambda n=n: narrow(chain, n),
+        lambda n=n: narrow(chain, 2, seed=n),
+    ]
+calls += [lambda w=w: merge([chain, chain], w) for w in (0.5, "ab", [1.0], ["a", "b"])]
+calls += [lambda b=b: particle_flow(chain, 0.1, betas=b) for b in ((0.9,), 0.9, "ab", (0.9, "b"))]
+calls += [lambda b=b: particle_flow(chain, 0.1, betas=b) for b in ((), (0.9, 0.99, 0.999))]
+calls += [lambda p=p: cot_geodesic(chain, chain, 0.5, transport=p) for p in ("x", 3)]
+calls += [lambda: feature_kernel(chain, x.int()), lambda: narrow(chain, 2, seed=2**32)]
+for call in calls:
+    try:
+        call()
+    except InputError as error:
+        print(str(error).replace("\\n", "\\\\n"))
+print(len(calls), "calls")
+"""
+
+
+def test_every_one_is_an_input_error_of_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, counted = done.stdout.splitlines()
+    assert counted == f"{len(lines)} calls"
+    assert all(line.strip() and "\\n" not in line for line in lines)
