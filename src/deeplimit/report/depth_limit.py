@@ -75,8 +75,8 @@ def measured(limit: DepthLimit) -> str:
     gap = limit.gaps[0]
     return (
         f"Gap: the largest ‖x_n − x(s_n)‖ over {several(gap.samples, 'sample')} and all "
-        f"layers, controls {'piecewise ' + gap.interpolation} in depth; gap/state: its mean in units "
-        "of the state. "
+        f"layers, controls {'piecewise ' + gap.interpolation} in depth; gap/state: its mean in "
+        "units of the state. "
         f"Bounds (integral: the sharper one) at the last layer, from Jacobians at "
         f"{gap.segment_points} points of each segment. "
         f"Solver's error at most {significant(max(g.solver_error for g in limit.gaps), 2)}."
