@@ -1,4 +1,4 @@
-"""Memory by the allocator's own accounting, each network in a process of its own."""
+"""Memory by the allocator's own accounting, each kind of network in a process of its own."""
 
 import subprocess
 import sys
@@ -15,54 +15,57 @@ from deeplimit.network.blocks import ConvolutionalResidual
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-kind, evaluations, depth = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-blocks = [ConvolutionalResidual(4, 4, kind, "gelu") for _ in range(depth)]
-chain = ResidualChain(blocks, step=1 / depth)
-if evaluations:
-    use_adjoint(chain, evaluations=evaluations, on_drift="ignore")
+kind, evaluations = sys.argv[1], int(sys.argv[2])
 x = torch.randn(8, 4, 32, 32)  # a state of 128 kB
-gradients = sum(4 * p.numel() for p in chain.parameters())  # made during the step
 
-def step():
-    chain(x).square().mean().backward()
+def peak_of(depth):
+    blocks = [ConvolutionalResidual(4, 4, kind, "gelu") for _ in range(depth)]
+    chain = ResidualChain(blocks, step=1 / depth)
+    if evaluations:
+        use_adjoint(chain, evaluations=evaluations, on_drift="ignore")
 
-step()
-for p in chain.parameters():
-    p.grad = None
-now = peak = 0
-with profile(profile_memory=True, acc_events=True) as run:
+    def step():
+        chain(x).square().mean().backward()
+
     step()
-for event in run.profiler.kineto_results.events():
-    if event.name() == "[memory]":
-        now += event.nbytes()
-        peak = max(peak, now)
-print(peak - gradients)
+    for p in chain.parameters():
+        p.grad = None
+    now = peak = 0
+    with profile(profile_memory=True, acc_events=True) as run:
+        step()
+    for event in run.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak - sum(4 * p.numel() for p in chain.parameters())  # gradients, made in the step
+
+print(*(peak_of(int(depth)) for depth in sys.argv[3:]))
 """
 
 
-def peak(norm: str, evaluations: int, depth: int) -> float:
-    """Peak bytes of a step, less its new gradients."""
+def peaks_of(norm: str, evaluations: int, *depths: int) -> list[float]:
+    """Peak bytes of a step, less its new gradients, for each depth."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEASURE), norm, str(evaluations), str(depth)],
+        [sys.executable, "-c", textwrap.dedent(MEASURE), norm, str(evaluations), *map(str, depths)],
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return float(done.stdout)
+    return [float(peak) for peak in done.stdout.split()]
 
 
 @pytest.mark.parametrize(("norm", "evaluations"), [("group", 1), ("batch", 3)])
 def test_the_peak_is_flat_in_depth(norm: str, evaluations: int) -> None:
     """From N = 32 to N = 128 within 5 %, apart from parameters and their gradients."""
-    peaks = {depth: peak(norm, evaluations, depth) for depth in (8, 32, 128)}
-    assert peaks[128] == pytest.approx(peaks[32], rel=0.05)
-    assert peaks[32] == pytest.approx(peaks[8], rel=0.10)
+    eight, some, many = peaks_of(norm, evaluations, 8, 32, 128)
+    assert many == pytest.approx(some, rel=0.05)
+    assert some == pytest.approx(eight, rel=0.10)
 
 
 def test_plain_backpropagation_grows_and_is_above() -> None:
     """The measurement sees what it should: plain memory grows in proportion to depth."""
-    plain = [peak("group", 0, depth) for depth in (32, 128)]
+    plain = peaks_of("group", 0, 32, 128)
     assert plain[1] == pytest.approx(4 * plain[0], rel=0.15)
-    assert plain[0] > 5 * peak("group", 1, 32)
+    assert plain[0] > 5 * peaks_of("group", 1, 32)[0]
