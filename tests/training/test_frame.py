@@ -14,7 +14,17 @@ from deeplimit import cot_geodesic
 from deeplimit.control import SoftCrossEntropy, StageCost
 from deeplimit.data import batches, load
 from deeplimit.errors import InputError
-from deeplimit.training import Recipe, RunFolder, build_model, crop_run, heal_run, train
+from deeplimit.ode import refine
+from deeplimit.studies import merge_runs
+from deeplimit.training import (
+    Recipe,
+    RunFolder,
+    build_model,
+    crop_run,
+    heal_run,
+    refine_run,
+    train,
+)
 
 RECIPE = Recipe(
     depth=(3,), width=16, hidden=24, activation="tanh", step=1 / 3, stage_cost=0.0, epochs=2,
@@ -81,6 +91,27 @@ def test_healing_keeps_the_frame(second: RunFolder) -> None:
     assert not equal_weights(healed, second.cropped())
 
 
+def test_refined_it_keeps_the_frame_wherever_it_is_done(
+    first: RunFolder, second: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(first.path.parent)
+    own = replace(RECIPE, seed=3, frame=Path("first"))
+    third = train(own, runs=Path(), name="third", quiet=True)
+    assert RunFolder.open(third.path).recipe.frame == first.path
+    monkeypatch.chdir(tmp_path)  # where another "first" would be another frame
+    for epochs in (0, 1):
+        run = RunFolder.open(first.path.parent / "third")
+        made = refine_run(run, 2, epochs=epochs, name=f"finer-{epochs}", quiet=True)
+        assert same(outside(made.model()), outside(first.model()))
+        assert equal_weights(made.model(), refine(run.model(), 2)) == (epochs == 0)
+
+
+def test_what_was_merged_is_merged_again(first: RunFolder, second: RunFolder) -> None:
+    one = merge_runs([first.path, second.path], name="one")
+    two = merge_runs([one.folder, first.path], name="two")
+    assert same(outside(RunFolder.open(two.folder).model()), outside(first.model()))
+
+
 def test_a_frame_that_does_not_fit(first: RunFolder, tmp_path: Path) -> None:
     def refused(recipe: Recipe, match: str) -> None:
         with pytest.raises(InputError, match=match):
@@ -90,6 +121,11 @@ def test_a_frame_that_does_not_fit(first: RunFolder, tmp_path: Path) -> None:
     refused(replace(RECIPE, frame=first.path, width=8), r"head.*weight is 10×16, .* 10×8")
     refused(replace(RECIPE, frame=first.path, data="spirals"), r"head.*is 10.*train 2")
     refused(replace(RECIPE, frame=tmp_path / "none"), "none")
-    for settings in ({"kind": "cifar-resnet", "depth": (1, 1, 1)}, {"kind": "convolutional"}):
+    for settings in (
+        {"kind": "cifar-resnet", "depth": (1, 1, 1)},
+        {"kind": "convolutional"},
+        {"kind": "convolutional", "norm": "none"},
+        {"hidden": 0},
+    ):
         with pytest.raises(InputError, match="no means of particles"):
             replace(RECIPE, activation="relu", step=1.0, frame=first.path, **settings)

@@ -188,10 +188,11 @@ def run_of(model: nn.Module, like: RunFolder, name: str) -> RunFolder:
     """
     check_storable(model)
     # Its frame may be a mean of theirs, and is in the network.
-    recipe = replace(like.recipe, start=None, frame=None, devices=1, strategy="auto")
+    recipe = like.recipe
+    epochs = max(recipe.epochs, 1)  # until there is a start
+    recipe = replace(recipe, start=None, frame=None, epochs=epochs, devices=1, strategy="auto")
     if isinstance(model, ResidualClassifier) and recipe.model is None:
         a = model.architecture
         recipe = replace(recipe, depth=a.depths, hidden=a.hidden, step=a.step)
-    recipe = replace(recipe, epochs=max(recipe.epochs, 1))  # until there is a start
     made = RunFolder.create(like.path.parent, name, recipe, like.class_names)
     return resume(made.starting_from(model, 0).path, quiet=True)

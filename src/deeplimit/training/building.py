@@ -20,7 +20,7 @@ from deeplimit.network import (
 )
 from deeplimit.network.storage import load as load_own
 from deeplimit.training.given_model import check_model, given_model
-from deeplimit.training.recipe import Recipe
+from deeplimit.training.recipe import OWN_STARTS, Recipe
 from deeplimit.training.run_folder import RunFolder
 
 EVALUATION_BATCH = 256
@@ -129,7 +129,9 @@ def build_model(recipe: Recipe, data: DataSet) -> ResidualClassifier | CifarResN
         model = _begun(recipe.start, architecture)
     else:
         model = _initial(recipe, architecture, data)
-    if recipe.frame is not None:
+    # A run's own start has the frame already.
+    own = recipe.start is not None and recipe.start.name in OWN_STARTS
+    if recipe.frame is not None and not own:
         _take_frame(model, recipe.frame)
     return model
 
@@ -175,6 +177,13 @@ def _take_frame(model: nn.Module, path: Path) -> None:
     model.load_state_dict(theirs, strict=False)
 
 
+def freeze_frame(recipe: Recipe, model: nn.Module) -> None:
+    """What is in no stage does not learn, where the recipe has a frame."""
+    if recipe.frame is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("stages."))
+
+
 def _outside(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is in no stage."""
     return {name: value for name, value in values.items() if not name.startswith("stages.")}
@@ -193,9 +202,7 @@ def build_objective(
     """
     if recipe.gradient == "adjoint":
         use_adjoint(model, evaluations=recipe.evaluations, on_drift="ignore")
-    if recipe.frame is not None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith("stages."))
+    freeze_frame(recipe, model)
     loss = loss_of(recipe, data)
     if teaching is None:
         return StageCost(model, loss, recipe.stage_cost, recipe.control_cost)

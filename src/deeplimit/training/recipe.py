@@ -137,6 +137,8 @@ class Recipe:
         for field in fields(self):
             value = conform(hints[field.name], getattr(self, field.name), field.name)
             object.__setattr__(self, field.name, value)
+        if self.frame is not None:  # wherever the recipe is read again
+            object.__setattr__(self, "frame", self.frame.absolute())
         self._check_model()
         self._check_network()
         self._check_gradient()
@@ -229,13 +231,12 @@ class Recipe:
                 f"{self.initialisation} has none; give the initialisation smooth, or leave "
                 f"length_scale at {Recipe.length_scale:g}"
             )
-        if self.frame is not None and (
-            self.kind == "cifar-resnet" or (self.kind == "convolutional" and self.norm != "none")
-        ):
+        if self.frame is not None and (self.kind not in ("vector", "logit") or not self.hidden):
+            linear = "" if self.hidden else " with hidden 0"
             raise InputError(
-                f"frame is {self.frame}, but the layers of a {self.kind} network with norm "
-                f"{self.norm} are no means of particles, so that it has none to share; give the "
-                "kind vector, or convolutional with the norm none"
+                f"frame is {self.frame}, but the layers of a {self.kind} network{linear} are no "
+                "means of particles alone; leave it out, or give the kind vector or logit with "
+                "hidden particles"
             )
         if self.kind == "cifar-resnet":
             self._check_published()

@@ -14,7 +14,13 @@ from deeplimit.data import DataSet
 from deeplimit.errors import InputError
 from deeplimit.network import CifarResNet, ResidualClassifier
 from deeplimit.ode import refine
-from deeplimit.training.building import evaluation_batches, loss_of, run_data, training_batches
+from deeplimit.training.building import (
+    evaluation_batches,
+    freeze_frame,
+    loss_of,
+    run_data,
+    training_batches,
+)
 from deeplimit.training.checkpoint import (
     Checkpoint,
     capture,
@@ -131,6 +137,7 @@ def _optimiser_of(folder: RunFolder, model: nn.Module) -> Optimizer | None:
     checkpoint = load_checkpoint(folder.path)
     if checkpoint is None:
         return None
+    freeze_frame(folder.recipe, model)
     optimizer = build_optimizer(folder.recipe, model)
     schedule = OneCycleLR(optimizer, max_lr=folder.recipe.learning_rate, total_steps=1)
     restore(checkpoint, model, optimizer, schedule)
