@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import tyro
 from hypothesis import given
@@ -169,6 +170,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("recipes") / "recipe.toml"
 
 
+@hypothesis.settings(deadline=None)  # a file is written: the disk may be busy
 @given(fields=settings)
 def test_toml_gives_the_recipe_back(fields: dict[str, Any], file: Path) -> None:
     recipe = Recipe(**fields)
