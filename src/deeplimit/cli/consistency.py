@@ -9,7 +9,7 @@ from tyro.conf import arg
 from deeplimit.cli.options import Json
 from deeplimit.cli.output import emit
 
-TITLE = "Training against width and depth"
+TITLE = "Does training stop to depend on width and depth?"
 
 
 @dataclass(frozen=True)
