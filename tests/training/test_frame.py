@@ -109,6 +109,16 @@ def test_refined_it_keeps_the_frame_wherever_it_is_done(
 def test_what_was_merged_is_merged_again(first: RunFolder, second: RunFolder) -> None:
     one = merge_runs([first.path, second.path], name="one")
     two = merge_runs([one.folder, first.path], name="two")
+    made = RunFolder.open(one.folder)
+    assert made.recipe.frame == first.path
+    further = refine_run(made, 2, epochs=1, name="one-finer", quiet=True)
+    assert same(outside(further.model()), outside(first.model()))
+    mean = merge_runs(
+        [first.path, train(replace(RECIPE, seed=5), runs=first.path.parent, quiet=True).path],
+        frame="interpolate",
+        name="mean",
+    )
+    assert RunFolder.open(mean.folder).recipe.frame is None
     assert same(outside(RunFolder.open(two.folder).model()), outside(first.model()))
 
 
@@ -120,7 +130,7 @@ def test_a_frame_that_does_not_fit(first: RunFolder, tmp_path: Path) -> None:
 
     refused(replace(RECIPE, frame=first.path, width=8), r"head.*weight is 10×16, .* 10×8")
     refused(replace(RECIPE, frame=first.path, data="spirals"), r"head.*is 10.*train 2")
-    refused(replace(RECIPE, frame=tmp_path / "none"), "none")
+    refused(replace(RECIPE, frame=tmp_path / "none"), "frame is .*none: there is no network")
     for settings in (
         {"kind": "cifar-resnet", "depth": (1, 1, 1)},
         {"kind": "convolutional"},

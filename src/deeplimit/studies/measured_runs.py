@@ -16,7 +16,7 @@ from deeplimit.meanfield import LayerwiseMeasure
 from deeplimit.network import ResidualClassifier, anatomy
 from deeplimit.network.modes import device_of, evaluating, to_device
 from deeplimit.training import RunFolder, load_model, resume, run_data
-from deeplimit.training.building import evaluation_batches
+from deeplimit.training.building import evaluation_batches, outside
 from deeplimit.training.results import Score
 from deeplimit.training.saved_models import of_transformers
 
@@ -178,6 +178,19 @@ def check_storable(model: nn.Module) -> None:
         )
 
 
+def _frame_of(model: nn.Module, like: RunFolder) -> Path | None:
+    """What the network shares with the run's: healed or refined it then stays on their geodesics.
+
+    None where its stem and head are a mean of others'.
+    """
+    recipe = like.recipe
+    if recipe.model is not None or recipe.kind not in ("vector", "logit") or not recipe.hidden:
+        return None
+    mine, theirs = outside(model.state_dict()), outside(like.model().state_dict())
+    alike = mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    return (recipe.frame or like.path) if alike else None
+
+
 def run_of(model: nn.Module, like: RunFolder, name: str) -> RunFolder:
     """A new run folder beside another, whose network is this one; nothing is trained.
 
@@ -187,10 +200,10 @@ def run_of(model: nn.Module, like: RunFolder, name: str) -> RunFolder:
         InputError: a network that no run folder can hold, or a name that cannot be a folder's.
     """
     check_storable(model)
-    # Its frame may be a mean of theirs, and is in the network.
     recipe = like.recipe
     epochs = max(recipe.epochs, 1)  # until there is a start
-    recipe = replace(recipe, start=None, frame=None, epochs=epochs, devices=1, strategy="auto")
+    frame = _frame_of(model, like)
+    recipe = replace(recipe, start=None, frame=frame, epochs=epochs, devices=1, strategy="auto")
     if isinstance(model, ResidualClassifier) and recipe.model is None:
         a = model.architecture
         recipe = replace(recipe, depth=a.depths, hidden=a.hidden, step=a.step)

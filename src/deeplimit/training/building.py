@@ -165,8 +165,14 @@ def _begun(
 
 def _take_frame(model: nn.Module, path: Path) -> None:
     """Copies what is outside the layers from the network in a file or a run."""
-    source = load_own(path / "model.safetensors" if path.is_dir() else path)
-    mine, theirs = _outside(model.state_dict()), _outside(source.state_dict())
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(
+            f"frame is {path}: there is no network; give a finished run or a .safetensors file, or "
+            "put back the one that the recipe names"
+        )
+    source = load_own(file)
+    mine, theirs = outside(model.state_dict()), outside(source.state_dict())
     for name in sorted({*mine, *theirs}):
         here, there = _shape(mine.get(name)), _shape(theirs.get(name))
         if here != there:
@@ -184,7 +190,7 @@ def freeze_frame(recipe: Recipe, model: nn.Module) -> None:
             parameter.requires_grad_(name.startswith("stages."))
 
 
-def _outside(values: dict[str, Tensor]) -> dict[str, Tensor]:
+def outside(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is in no stage."""
     return {name: value for name, value in values.items() if not name.startswith("stages.")}
 
