@@ -2,7 +2,7 @@
 
 import plotly.graph_objects as go
 
-from deeplimit.report.figures.marks import powers_of_ten, seeds_curve
+from deeplimit.report.figures.marks import logarithmic_panels, seeds_curve
 from deeplimit.report.figures.style import NETWORK, REFERENCE, TUBE, plain_figure
 from deeplimit.report.numbers import significant
 from deeplimit.studies.consistency import ConsistencyRate, ConsistencyStudy
@@ -40,7 +40,7 @@ def consistency_figure(study: ConsistencyStudy) -> go.Figure:
         showgrid=False,
         title={"text": "layers N, particles M", "standoff": 8, "font": {"size": 13}},
     )
-    powers_of_ten(figure)
+    logarithmic_panels(figure)
     return figure.update_layout(height=440, margin={"t": 140}, legend={"y": 1.14})
 
 

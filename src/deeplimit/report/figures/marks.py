@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from statistics import geometric_mean
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -78,6 +79,12 @@ def logarithmic(figure: go.Figure, values: Iterable[float | None]) -> None:
     if not shown:
         return
     low, high = math.log10(min(shown)), math.log10(max(shown))
+    pad = max(0.05, (high - low) * 0.05)
+    figure.update_yaxes(range=[low - pad, high + pad], **_logarithmic_axis(low, high))
+
+
+def _logarithmic_axis(low: float, high: float) -> dict[str, Any]:
+    """Its ticks for values from 10^low to 10^high."""
     few = high - low < 2.5
     step = 1 if few else max(1, round((high - low) / 7))
     ticks = [
@@ -85,13 +92,11 @@ def logarithmic(figure: go.Figure, values: Iterable[float | None]) -> None:
         for power in range(math.floor(low), math.ceil(high) + 1, step)
         for digit in ((1, 2, 5) if few else (1,))
     ]
-    pad = max(0.05, (high - low) * 0.05)
-    figure.update_yaxes(
-        type="log",
-        range=[low - pad, high + pad],
-        tickvals=[digit * 10.0**power for digit, power in ticks],
-        ticktext=[_tick(digit, power) for digit, power in ticks],
-    )
+    return {
+        "type": "log",
+        "tickvals": [digit * 10.0**power for digit, power in ticks],
+        "ticktext": [_tick(digit, power) for digit, power in ticks],
+    }
 
 
 def _tick(digit: int, power: int) -> str:
@@ -128,15 +133,13 @@ def seeds_curve(
     )
 
 
-def powers_of_ten(figure: go.Figure) -> None:
-    """Logarithmic y axes, labelled at powers of ten; subplots' titles in the figure's style."""
-    powers = range(-12, 7)
-    figure.update_yaxes(
-        type="log",
-        tickvals=[10.0**power for power in powers],
-        ticktext=[f"10{superscript(power)}" for power in powers],
-        gridcolor=GRID,
-        zeroline=False,
-        automargin=True,
-    )
+def logarithmic_panels(figure: go.Figure) -> None:
+    """Every panel's y axis logarithmic, as its own values need; titles in the figure's style."""
+    for axis in figure.select_yaxes():
+        name = axis.plotly_name.replace("axis", "")
+        own = [trace.y for trace in figure.data if (trace.yaxis or "y") == name]
+        shown = [value for y in own for value in y if value]
+        if shown:
+            axis.update(_logarithmic_axis(math.log10(min(shown)), math.log10(max(shown))))
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, automargin=True)
     figure.update_annotations(font={"size": 13, "color": TEXT})

@@ -1,5 +1,7 @@
 """Networks as measures: their distance in depth, and loss and accuracy on the way between two."""
 
+from collections.abc import Callable
+
 import plotly.graph_objects as go
 
 from deeplimit.report.figures.style import (
@@ -12,28 +14,32 @@ from deeplimit.report.figures.style import (
 )
 from deeplimit.studies.comparison import ComparedLayer, Comparison
 from deeplimit.studies.interpolation import Interpolation
+from deeplimit.training.results import Score
 
 
 def path_loss_figure(found: Interpolation) -> go.Figure:
     """Test loss over t: the geodesic solid, the averages of parameters dashed."""
     figure = _over_t("Loss between the networks", "nats")
-    curves = [("geodesic", found.geodesic, NETWORK, "solid")]
-    if found.naive is not None:
-        curves.append(("parameters averaged", found.naive, REFERENCE, DASHED))
-    for name, scores, color, dash in curves:
-        figure.add_trace(line(found.ts, [s.loss for s in scores], name, color, dash))
-    return figure
+    return _add_paths(figure, found, lambda score: score.loss)
 
 
 def path_accuracy_figure(found: Interpolation) -> go.Figure:
     """Test accuracy over t, likewise."""
     figure = _over_t("Accuracy between the networks", "percent")
+    return _add_paths(figure, found, lambda score: 100 * score.accuracy, "%{y:.2f} %")
+
+
+def _add_paths(
+    figure: go.Figure,
+    found: Interpolation,
+    value: Callable[[Score], float],
+    *hover: str,
+) -> go.Figure:
     curves = [("geodesic", found.geodesic, NETWORK, "solid")]
     if found.naive is not None:
         curves.append(("parameters averaged", found.naive, REFERENCE, DASHED))
     for name, scores, color, dash in curves:
-        y = [100 * s.accuracy for s in scores]
-        figure.add_trace(line(found.ts, y, name, color, dash, "%{y:.2f} %"))
+        figure.add_trace(line(found.ts, [value(s) for s in scores], name, color, dash, *hover))
     return figure
 
 

@@ -5,7 +5,7 @@ from statistics import geometric_mean
 
 import plotly.graph_objects as go
 
-from deeplimit.report.figures.marks import powers_of_ten, seeds_curve
+from deeplimit.report.figures.marks import logarithmic_panels, seeds_curve
 from deeplimit.report.figures.style import NETWORK, REFERENCE, TEXT, TUBE, plain_figure
 from deeplimit.report.numbers import significant
 from deeplimit.studies.rates import Family, Rate
@@ -77,7 +77,7 @@ def _axes(figure: go.Figure, depths: Sequence[int], rows: int) -> None:
         type="log", tickvals=list(depths), ticktext=[str(depth) for depth in depths], showgrid=False
     )
     figure.update_xaxes(title={"text": "layers N", "standoff": 8, "font": {"size": 13}}, row=rows)
-    powers_of_ten(figure)
+    logarithmic_panels(figure)
     figure.update_layout(
         height=110 + HEIGHT * rows,
         margin={"t": 130},
