@@ -95,6 +95,12 @@ def test_crop_and_heal(vit_run: Path) -> None:
     assert "Healed: depth 3 → 1" in again.out
 
 
+def test_a_depth_that_the_model_cannot_have_is_not_offered(vit_run: Path) -> None:
+    done = command("crop", vit_run, "--to", "0")
+    assert (done.code, done.out) == (2, "")
+    assert "a cut to 0 layers; the network has 3: give 1 … 3, auto" in done.err
+
+
 def test_profile_and_gradient(vit_run: Path) -> None:
     assert json.loads(command("profile", vit_run, "--json").out)["test"]["samples"] == 60
     cost = json.loads(command("gradient", vit_run, "--steps", "1", "--batch", "8", "--json").out)

@@ -87,8 +87,10 @@ def crop_run(
     model = folder.model()
     structure = anatomy(model)
     layers = structure.horizon
-    if to != "auto" and not 0 <= to <= layers:
-        raise InputError(f"a cut to {to} layers; the network has {layers}: give 0 … {layers}, auto")
+    if to != "auto" and not (least := _least(structure)) <= to <= layers:
+        raise InputError(
+            f"a cut to {to} layers; the network has {layers}: give {least} … {layers}, auto"
+        )
     if not 0 <= accuracy <= 1:
         raise InputError(
             f"{100 * accuracy:g} points of accuracy may be lost; give 0 … 100 points (in Python, "
@@ -126,6 +128,18 @@ def _possible(structure: Anatomy, removed: Iterable[int]) -> list[int]:
     possible = [n for n in removed if structure.layers[n].removable]
     all_gone = isinstance(structure, BlockAnatomy) and len(possible) == structure.horizon
     return possible[1:] if all_gone else possible
+
+
+def _least(structure: Anatomy) -> int:
+    """How many of the first layers have to stay when all behind them go."""
+    layers = structure.horizon
+    for least in range(layers):
+        try:
+            structure.check_removable(range(least, layers))
+        except InputError:
+            continue
+        return least
+    return layers
 
 
 def _device(recipe: Recipe) -> torch.device:
