@@ -1,6 +1,9 @@
 """Shared fixtures; shapes in annotations are checked by beartype while the suite runs."""
 
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,3 +32,38 @@ def data_dir() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no data at {SHARED_DATA}")
     return SHARED_DATA
+
+
+CALLED = """
+from deeplimit.errors import InputError
+for call in calls:
+    try:
+        call()
+    except InputError as error:
+        print(str(error).replace("\\n", "\\\\n"))
+print(len(calls), "calls")
+"""
+
+
+@pytest.fixture
+def refused_calls() -> Callable[[str], None]:
+    """Runs a script that makes a list `calls`, each of which is to be an InputError of one line.
+
+    In a process where nothing checks annotations, as at a user's.
+    """
+
+    def check(script: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", script + CALLED],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        *lines, counted = done.stdout.splitlines()
+        assert counted == f"{len(lines)} calls"
+        assert lines
+        assert all(line.strip() and "\\n" not in line for line in lines)
+
+    return check
