@@ -11,10 +11,11 @@ import torch
 from cli_commands import SMALL, command, contents
 from torch import nn
 
+from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, align_streams, cot_distance, cot_geodesic, merge
 from deeplimit.network.storage import load
 from deeplimit.report.numbers import percent
-from deeplimit.studies import Comparison, Interpolation, MergedRuns
+from deeplimit.studies import Comparison, Interpolation, MergedRuns, compare_runs
 from deeplimit.training import RunFolder, loss_of, run_data
 from deeplimit.training.building import evaluation_batches
 from deeplimit.training.typed_values import from_plain
@@ -82,6 +83,14 @@ def test_compare_tells_the_distance_and_the_layers(runs: Path, tmp_path: Path) -
     assert found.networks[0].size == pytest.approx(float(x.square().sum(2).mean().sqrt()))
     assert json.loads(figure.with_suffix(".json").read_text()) == json.loads(done.out)
     assert "by their numbers" in figure.read_text(encoding="utf-8")
+
+
+def test_one_that_does_not_go_with_the_others_is_refused_before_the_work(runs: Path) -> None:
+    told: list[str] = []
+    odd = [runs / name for name in ("first", "seed", "tanh")]
+    with pytest.raises(InputError, match=r"first and .*tanh: .* state dimension and activation"):
+        compare_runs(odd, tell=lambda message, _: told.append(message))
+    assert not told
 
 
 def test_a_network_of_permuted_neurons_is_the_same(runs: Path, tmp_path: Path) -> None:
@@ -238,7 +247,7 @@ def test_merge_leaves_a_run(pair: tuple[Path, Path], runs: Path) -> None:
 
 
 WRONG = [
-    (["compare", "first"], "1 network(s) given; expected two runs or more"),
+    (["compare", "first"], "expected two runs or more, got 1"),
     (["compare", "first", "nowhere"], "nowhere: no such folder"),
     (["compare", "first", "narrow"], "networks of one state dimension and activation"),
     (["compare", "first", "tanh"], "networks of one state dimension and activation"),

@@ -183,7 +183,9 @@ def test_compared_networks() -> None:
     )
     summary = text_of(comparison_summary(two))
     assert re.search(r"0\.5 – 1 2, 2 4\.00 6\.00 8 0\.0.% 7\.00", summary)
-    ((_, figure, _),) = comparison_figures(three)
+    (_, distances, _), (_, figure, _) = comparison_figures(three)
+    assert [*distances.data[0].text[1]] == ["4.50", "", "6.50"]
+    assert [*distances.data[0].z[2]] == [5.5, 6.5, None]
     assert [trace.name for trace in figure.data] == ["a – b", "a – c", "b – c"]
     assert re.search(r"b 4\.50 6\.50 c 5\.50 6\.50", text_of(comparison_summary(three)))
     assert json.loads(figure.to_json())["data"][0]["line"]["shape"] == "hv"

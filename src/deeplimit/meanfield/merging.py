@@ -65,7 +65,7 @@ def merge(
     if not isinstance(networks, Sequence) or isinstance(networks, str):
         raise InputError(f"{shown(networks)} given as networks; expected a list of two or more")
     if len(networks) < 2:
-        raise InputError(f"{len(networks)} network(s) given; merge joins two or more")
+        raise InputError(f"merge joins two networks or more, got {len(networks)}")
     shares = _shares(weights, len(networks))
     check_count("start", start, 0, len(networks) - 1)
     check_count("iterations", iterations)

@@ -111,8 +111,8 @@ def cot_distance(
             "sinkhorn", sinkhorn, expected, lambda v: math.isfinite(v) and v > 0
         )
     a, b = as_measure(a), as_measure(b)
+    check_comparable(a, b)
     grid, pairs = _cells(a, b)
-    check_comparable(a, b, pairs)
     solved = _solve_all(a, b, pairs, sinkhorn, plans)
     d = _mean_root(grid, [cell.cost for cell in solved])
     return CotDistance(
@@ -125,11 +125,9 @@ def cot_distance(
     )
 
 
-def check_comparable(
-    a: LayerwiseMeasure, b: LayerwiseMeasure, pairs: Sequence[tuple[int, int]]
-) -> None:
+def check_comparable(a: LayerwiseMeasure, b: LayerwiseMeasure) -> None:
     """Raises InputError unless the layers that meet have particles of one kind."""
-    for n, m in pairs:
+    for n, m in _cells(a, b)[1]:
         p, q = a.layers[n].shape[1], b.layers[m].shape[1]
         if a.frame is not None and b.frame is not None:
             mine, theirs = a.frame.forms[n], b.frame.forms[m]

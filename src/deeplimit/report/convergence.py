@@ -19,6 +19,12 @@ SOURCES: dict[Source, str] = {
 }
 
 
+MAPS = (
+    "Of all seeds so many hold; t: the time of the flow at which the first of the others was "
+    "broken; no m: nothing is guaranteed from the start."
+)
+
+
 def convergence_summary(study: ConvergenceStudy) -> RenderableType:
     """Where certificates hold, and the rates of each width at the smallest risk."""
     parts: list[RenderableType] = [Text(convergence_answer(study), style="bold")]
@@ -46,7 +52,7 @@ def convergence_figures(study: ConvergenceStudy) -> list[tuple[str, go.Figure, s
     small, large = study.distances[0], study.distances[-1]
     found = [("decay", decay_figure(study), _note(study))]
     found += [
-        (f"map-{source}", map_figure(study, source, words), f"Certificates with {words}.")
+        (f"map-{source}", map_figure(study, source, words), f"Certificates with {words}. {MAPS}")
         for source, words in SOURCES.items()
     ]
     for width, distance in ((wide, small), (narrow, large)):

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from deeplimit.report.figures.measures import (
     comparison_figure,
+    distance_map_figure,
     layer_distance_figure,
     path_accuracy_figure,
     path_loss_figure,
@@ -126,11 +127,14 @@ def _layer_row(layer: ComparedLayer) -> tuple[str, ...]:
 
 
 def comparison_figures(found: Comparison) -> list[tuple[str, go.Figure, str]]:
-    """The distance in depth: of two networks against their neurons' numbers, of more all pairs."""
+    """The distance in depth: of two networks against their neurons' numbers, of more every two."""
     if len(found.pairs) == 1:
         figure = layer_distance_figure(found.pairs[0].layers)
         return [("distance", figure, f"{comparison_answer(found)} {CURVES}")]
-    return [("distance", comparison_figure(found), comparison_answer(found))]
+    return [
+        ("distances", distance_map_figure(found), comparison_answer(found)),
+        ("distance", comparison_figure(found), "W₂ of every layer, for every two networks."),
+    ]
 
 
 def interpolation_answer(found: Interpolation) -> str:

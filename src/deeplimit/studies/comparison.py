@@ -1,7 +1,8 @@
 """How far networks are from one another: the layer-conditional distance of every two."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from deeplimit.errors import InputError
 from deeplimit.meanfield import CotDistance, LayerwiseMeasure, Plan, cot_distance
+from deeplimit.meanfield.transport import check_comparable
 from deeplimit.studies.measured_runs import MeasuredRun, measured
 
 Tell = Callable[[str, float], None]
@@ -126,6 +128,9 @@ def compare_runs(
     """
     runs = measured(specs, seed)
     every = list(combinations(range(len(runs)), 2))
+    for i, j in every:  # before any takes its time
+        with _named(runs[i], runs[j]):
+            check_comparable(runs[i].measure, runs[j].measure)
     pairs = []
     for k, (i, j) in enumerate(every):
         tell(f"{runs[i].name} and {runs[j].name}", k / len(every))
@@ -135,10 +140,8 @@ def compare_runs(
 
 def distance_of(a: MeasuredRun, b: MeasuredRun, sinkhorn: float | None = None) -> CotDistance:
     """The distance and the couplings of two networks; errors name both."""
-    try:
+    with _named(a, b):
         return cot_distance(a.measure, b.measure, plans=True, sinkhorn=sinkhorn)
-    except InputError as error:
-        raise InputError(f"{a.path} and {b.path}: {error}") from error
 
 
 def compared_layers(
@@ -150,6 +153,15 @@ def compared_layers(
         _layer(found, a, b, cell, n, m, plan, distance)
         for cell, ((n, m), plan, distance) in enumerate(cells)
     )
+
+
+@contextmanager
+def _named(a: MeasuredRun, b: MeasuredRun) -> Iterator[None]:
+    """Errors say of which two networks they are."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{a.path} and {b.path}: {error}") from error
 
 
 def _network(run: MeasuredRun) -> ComparedNetwork:

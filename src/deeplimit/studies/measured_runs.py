@@ -50,7 +50,7 @@ def measured(specs: Sequence[str | Path], seed: int = 0) -> list[MeasuredRun]:
         InputError: fewer than two, no such run or model, a network that is not a mean of particles.
     """
     if len(specs) < 2:
-        raise InputError(f"{len(specs)} network(s) given; expected two runs or more")
+        raise InputError(f"expected two runs or more, got {len(specs)}")
     found = []
     for spec, name in zip(specs, names_of(specs), strict=True):
         loaded = load_model(str(spec), seed=seed)

@@ -30,7 +30,7 @@ def decay_figure(study: ConvergenceStudy) -> go.Figure:
 
 def map_figure(study: ConvergenceStudy, source: Source, words: str) -> go.Figure:
     """The fraction of certificates that hold, over width and ρ, with the time when one broke."""
-    figure = plain_figure(f"Where certificates hold: {words}", "ρ", "width M")
+    figure = plain_figure(f"Certificates, {words}", "ρ", "width M")
     z, texts = [], []
     for width in study.widths:
         z.append([study.held(width, distance, source) for distance in study.distances])

@@ -9,9 +9,11 @@ from deeplimit.report.figures.style import (
     DASHED,
     NETWORK,
     REFERENCE,
+    SHADE,
     line,
     plain_figure,
 )
+from deeplimit.report.numbers import significant
 from deeplimit.studies.comparison import ComparedLayer, Comparison
 from deeplimit.studies.interpolation import Interpolation
 from deeplimit.training.results import Score
@@ -65,6 +67,34 @@ def comparison_figure(found: Comparison) -> go.Figure:
         color = CLASSES[k % len(CLASSES)]
         figure.add_trace(_steps(pair.layers, values, " – ".join(names), color))
     return figure
+
+
+def distance_map_figure(found: Comparison) -> go.Figure:
+    """The distance of every two networks."""
+    names = [network.name for network in found.networks]
+    every = range(len(names))
+    z = [[found.distance(i, j) if i != j else None for j in every] for i in every]
+    texts = [["" if d is None else significant(d) for d in row] for row in z]
+    figure = plain_figure("Distances", "", "")
+    figure.add_trace(
+        go.Heatmap(
+            z=z,
+            x=names,
+            y=names,
+            text=texts,
+            texttemplate="%{text}",
+            zmin=0,
+            colorscale=[[0, SHADE], [1, NETWORK]],
+            showscale=False,
+            xgap=2,
+            ygap=2,
+            hoverongaps=False,
+            hovertemplate="%{y} and %{x}: d = %{text}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
+    return figure.update_layout(hovermode="closest", height=140 + 44 * len(names))
 
 
 def _over_t(title: str, y_title: str) -> go.Figure:
