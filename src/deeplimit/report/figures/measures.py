@@ -84,6 +84,7 @@ def distance_map_figure(found: Comparison) -> go.Figure:
             text=texts,
             texttemplate="%{text}",
             zmin=0,
+            zmax=max(pair.distance for pair in found.pairs) or 1,
             colorscale=[[0, SHADE], [1, NETWORK]],
             showscale=False,
             xgap=2,
@@ -94,7 +95,7 @@ def distance_map_figure(found: Comparison) -> go.Figure:
     )
     figure.update_xaxes(type="category")
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
-    return figure.update_layout(hovermode="closest", height=140 + 44 * len(names))
+    return figure.update_layout(hovermode="closest", height=100 + 44 * len(names), margin={"t": 56})
 
 
 def _over_t(title: str, y_title: str) -> go.Figure:
