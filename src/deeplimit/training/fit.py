@@ -79,6 +79,7 @@ def fit(
     *,
     title: str = "",
     command: str = "",
+    until: int | None = None,
     quiet: bool = False,
 ) -> Training:
     """Trains to the end, from a folder's last good checkpoint where it has one.
@@ -89,6 +90,7 @@ def fit(
         folder: for checkpoints and metrics; without it nothing is written.
         title: what is trained, in words.
         command: what to call to go on once it was stopped.
+        until: after so many epochs to stop, all the same to the rest; all without it.
         quiet: no progress on stderr.
 
     Raises:
@@ -109,7 +111,7 @@ def fit(
     ):
         seen.start(f"{title}, {_planned(recipe, done)}")
         try:
-            while len(training.rows) < recipe.epochs:
+            while len(training.rows) < (recipe.epochs if until is None else until):
                 training.run_epoch(seen, check)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_stopped(training, command)) from None
