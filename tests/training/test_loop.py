@@ -34,6 +34,9 @@ from deeplimit.training import (
     resume,
     train,
 )
+from deeplimit.training.building import prepare
+from deeplimit.training.fit import fit
+from deeplimit.training.processes import launch
 from deeplimit.training.threads import fitting_threads
 
 DIGITS = replace(recipe_for("digits"), device="cpu")
@@ -338,3 +341,15 @@ def test_quiet_is_silent_and_otherwise_an_epoch_is_a_line(
     assert lines[1].startswith("epoch 1/2  loss ")
     assert "entry none yet" in lines[1]
     assert lines[2].startswith("epoch 2/2  loss ")
+
+
+def test_stopped_after_some_epochs_it_goes_on_to_the_same(
+    unbroken: RunFolder, tmp_path: Path
+) -> None:
+    data = load_data(SMALL, tmp_path)
+    for until, done in ((1, 1), (2, 2), (None, SMALL.epochs)):
+        found = fit(launch(SMALL), prepare(SMALL, data), tmp_path, until=until, quiet=True)
+        assert len(found.rows) == done
+    there, here = checkpoint_of(unbroken.path), checkpoint_of(tmp_path)
+    assert largest_difference(there, here) == 0
+    assert same_but_for_seconds(there, here)
