@@ -6,8 +6,8 @@
         --beside 6 12
 
 All networks of a seed train for the same number of epochs with the same recipe but for the stage
-cost. The depth of the cut is chosen on validation data; the small network has the cut's blocks per
-stage.
+cost. The depth of the cut is chosen on validation data, at most half of the blocks; the small network
+has the cut's blocks per stage.
 
 With --beside A B two networks more: the plain deep one as it was after A epochs, and 13 equally
 spaced layers cut out of it then, which learn from it while it learns, until epoch B and with the
@@ -137,7 +137,10 @@ def run(recipe: Recipe, runs: Path, epochs: tuple[int, int] | None) -> Iterator[
     yield row
     run_folder = trained(recipe, runs, name)
     profile_run(run_folder)
-    report = crop_run(run_folder, "auto", accuracy=MAY_LOSE).report
+    cut, half = crop_run(run_folder, "auto", accuracy=MAY_LOSE), sum(recipe.depth) // 2
+    if cut.report.horizon_after > half:
+        cut = crop_run(run_folder, "auto", blocks=half)
+    report = cut.report
     depth = run_folder.cropped().architecture.depths
     row |= {
         "cut_to": depth,
