@@ -6,8 +6,8 @@
         --beside 6 12
 
 All networks of a seed train for the same number of epochs with the same recipe but for the stage
-cost. The depth of the cut is chosen on validation data, at most half of the blocks; the small network
-has the cut's blocks per stage.
+cost. The depth of the cut is chosen on validation data, at most half of the blocks; the small
+network has the cut's blocks per stage.
 
 With --beside A B two networks more: the plain deep one as it was after A epochs, and 13 equally
 spaced layers cut out of it then, which learn from it while it learns, until epoch B and with the
