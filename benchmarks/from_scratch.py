@@ -3,16 +3,20 @@
     python benchmarks/from_scratch.py mnist --data-dir PATH
     python benchmarks/from_scratch.py cifar10 --data-dir PATH --kind cifar-resnet --depth 9 9 9
         --epochs 15 --optimizer sgd --learning-rate 0.1 --precision bf16-mixed --seeds 0
-        --beside 6 12
+        --cut-after 6
 
 All networks of a seed train for the same number of epochs with the same recipe but for the stage
 cost. The depth of the cut is chosen on validation data, at most half of the blocks; the small
 network has the cut's blocks per stage.
 
-With --beside A B two networks more: the plain deep one as it was after A epochs, and 13 equally
-spaced layers cut out of it then, which learn from it while it learns, until epoch B and with the
-learning rates of B epochs. Of a ResNet-56 (27 blocks) that is 27·6 + (27 + 13)·6 = 402 blocks times
-epochs, against 27·15 = 405 of the plain deep one.
+With --cut-after E the plain deep network as it was after E epochs is cut then, to 13 equally spaced
+layers, and trained on in three ways, none of which takes more multiply-adds than the deep one:
+
+    faded   to the same number of epochs; the layers that go lose their step size bit by bit first
+    cut     to as many epochs as 13 layers can have for the multiply-adds left
+    beside  likewise, but the deep network learns on too, and teaches the 13
+
+Each has the one-cycle schedule of all its epochs.
 
 Figures are of test data. A run that was stopped goes on, a finished one is not trained again; one
 JSON file per data set is written to benchmarks/results/, after each network.
@@ -30,7 +34,14 @@ from torch import nn
 
 from deeplimit.control import SoftCrossEntropy, crop, turnpike_profile
 from deeplimit.training import Recipe, RunFolder, crop_run, profile_run, recipe_for, resume, train
-from deeplimit.training.building import Start, Teaching, build_model, evaluation_batches, load_data
+from deeplimit.training.building import (
+    Fade,
+    Start,
+    Teaching,
+    build_model,
+    evaluation_batches,
+    load_data,
+)
 from deeplimit.training.checkpoint import (
     FOLDER,
     Checkpoint,
@@ -42,7 +53,7 @@ from deeplimit.training.fit import fit
 from deeplimit.training.loop import Training
 from deeplimit.training.processes import launch
 from machine import machine
-from pretrained_budget import BESIDE, SOFTER, spread
+from pretrained_budget import BESIDE, FADED, SOFTER, spread
 
 RESULTS = Path(__file__).parent / "results"
 MAY_LOSE = 0.001  # accuracy on validation data
@@ -73,27 +84,50 @@ def begun(recipe: Recipe, runs: Path, name: str, epochs: int) -> Checkpoint:
     return checkpoint
 
 
-def beside(recipe: Recipe, runs: Path, name: str, deep: Checkpoint) -> tuple[nn.Module, nn.Module]:
-    """The 13 layers, and the deep network that they learnt from; goes on where it was stopped."""
+def cut_in_training(
+    recipe: Recipe, runs: Path, way: str, deep: Checkpoint
+) -> tuple[int, nn.Module, nn.Module | None]:
+    """Epochs, the 13 layers, and the deep network where they learnt from it.
+
+    Goes on where it was stopped.
+    """
     data = load_data(recipe, runs)
     whole = build_model(recipe, data)
     whole.load_state_dict(deep.model)
-    few = crop(whole, remove=spread(whole))
-    folder = runs / name
-    folder.mkdir(parents=True, exist_ok=True)
-    start = Start(recipe, data, few, Teaching(whole, BESIDE, SOFTER, learns=True))
-    fabric = launch(recipe)
-    if load_checkpoint(folder) is None:
-        both = Training(fabric, start, None)
-        for _ in range(deep.step):
-            both.optimizer.step()  # without gradients nothing moves
-            both.schedule.step()
-        weights, optimizer = capture(both.learning, both.optimizer)
-        schedule = both.schedule.state_dict()
-        save_checkpoint(folder, Checkpoint(weights, optimizer, schedule, deep.step, deep.rows))
-    training = fit(fabric, start, folder, title=name, command=AGAIN)
+    gone = spread(whole)
+    few, kept = crop(whole, remove=gone), recipe.horizon - len(gone)
+    left, first = recipe.epochs - deep.epochs, deep.epochs
+    if way == "faded":
+        epochs, end = recipe.epochs, first + round(FADED * left)
+        fade = Fade(tuple(gone), end / epochs, first / epochs)
+        start = Start(recipe, data, whole, fade=fade)
+    else:
+        each = kept + (recipe.horizon if way == "beside" else 0)
+        epochs = first + left * recipe.horizon // each
+        teaching = Teaching(whole, BESIDE, SOFTER, learns=True) if way == "beside" else None
+        start = Start(replace(recipe, epochs=epochs), data, few, teaching)
+    training = trained_on(start, deep, runs / f"{recipe.data}-{recipe.seed}-{way}")
+    network = training.end().eval()
+    if way == "faded":
+        network = crop(network, remove=gone)
     taught: Any = training.objective  # its teacher is a copy that has learnt
-    return training.end().eval(), taught.teacher.eval()
+    return epochs, network, taught.teacher.eval() if way == "beside" else None
+
+
+def trained_on(start: Start, begun: Checkpoint, folder: Path) -> Training:
+    """From a network on, as if the epochs of the checkpoint had been its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fabric = launch(start.recipe)
+    if load_checkpoint(folder) is None:
+        new = Training(fabric, start, None)
+        for _ in range(begun.step):
+            new.optimizer.step()  # without gradients nothing moves
+            new.schedule.step()
+        weights, optimizer = capture(new.learning, new.optimizer)
+        new.end()
+        schedule = new.schedule.state_dict()
+        save_checkpoint(folder, Checkpoint(weights, optimizer, schedule, begun.step, begun.rows))
+    return fit(fabric, start, folder, title=folder.name, command=AGAIN)
 
 
 def accuracy_on_test(folder: RunFolder) -> float:
@@ -108,7 +142,7 @@ def accuracy(model: nn.Module, recipe: Recipe, runs: Path) -> float:
     return turnpike_profile(model, evaluation_batches(data.test), loss).accuracy[-1]
 
 
-def run(recipe: Recipe, runs: Path, epochs: tuple[int, int] | None) -> Iterator[dict[str, Any]]:
+def run(recipe: Recipe, runs: Path, first: int | None) -> Iterator[dict[str, Any]]:
     """One seed, network after network."""
     name = f"{recipe.data}-{recipe.seed}"
     alike = replace(recipe, stage_cost=0.0, control_cost=0.0)
@@ -118,21 +152,17 @@ def run(recipe: Recipe, runs: Path, epochs: tuple[int, int] | None) -> Iterator[
         return accuracy_on_test(trained(replace(alike, depth=depth), runs, f"{name}-plain-{same}"))
 
     row: dict[str, Any] = {"seed": recipe.seed, "blocks": sum(recipe.depth)}
-    if epochs is not None:
-        first, last = epochs
+    if first is not None:
         deep = begun(alike, runs, f"{name}-plain", first)
-        few, teacher = beside(replace(alike, epochs=last), runs, f"{name}-beside", deep)
-        depth = tuple(map(len, few.stages))
-        row["beside"] = {
-            "deep_alone": first,
-            "epochs": last,
-            "blocks": depth,
-            "blocks_times_epochs": sum(recipe.depth) * last + sum(depth) * (last - first),
-            "accuracy": accuracy(few, recipe, runs),
-            "teacher": accuracy(teacher, recipe, runs),
-            "plain_of_its_size": small(depth),
-        }
-        yield row
+        row["cut_in_training"] = found = {"after": first}
+        for way in ("faded", "cut", "beside"):
+            epochs, few, teacher = cut_in_training(alike, runs, way, deep)
+            found[way] = {"epochs": epochs, "accuracy": accuracy(few, recipe, runs)}
+            if teacher is not None:
+                found[way]["teacher"] = accuracy(teacher, recipe, runs)
+            found["blocks"] = depth = tuple(map(len, few.stages))
+            yield row
+        found["plain_of_their_size"] = small(depth)
     row["plain"] = accuracy_on_test(trained(alike, runs, f"{name}-plain"))
     yield row
     run_folder = trained(recipe, runs, name)
@@ -162,7 +192,7 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=("adamw", "sgd"))
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--precision")
-    parser.add_argument("--beside", type=int, nargs=2, metavar=("A", "B"))
+    parser.add_argument("--cut-after", type=int, metavar="E")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     options = parser.parse_args()
@@ -175,7 +205,7 @@ def main() -> None:
     path = RESULTS / f"from_scratch_{options.data}.json"
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:
-        for row in run(replace(base, seed=seed), options.runs, options.beside):
+        for row in run(replace(base, seed=seed), options.runs, options.cut_after):
             print(row, flush=True)
             result = {"machine": machine(), "recipe": recipe, "runs": [*rows, row]}
             path.write_text(json.dumps(result, indent=2, default=str) + "\n")

@@ -27,6 +27,7 @@ from deeplimit.training import (
     run_data,
     train,
 )
+from deeplimit.training.building import Fade
 from deeplimit.training.healing import Plan
 from deeplimit.training.loop import Training
 from deeplimit.training.typed_values import to_plain
@@ -175,6 +176,11 @@ def test_a_teacher_that_learns_beside(
         unbroken.from_full.accuracy_after
     )
     assert equal_weights(stopped.healed(), whole.healed())
+
+
+def test_a_fade_goes_down_between_its_begin_and_its_end() -> None:
+    fade = Fade((3,), end=0.75, begin=0.25)
+    assert [fade.step(done) for done in (0, 0.25, 0.375, 0.5, 0.75, 1)] == [1, 1, 0.75, 0.5, 0, 0]
 
 
 def test_layers_fade_out_as_a_naive_loop_has_it(run: RunFolder, data: DataSet) -> None:

@@ -50,15 +50,17 @@ class Fade:
 
     Attributes:
         layers: which.
-        part: of the training, at whose end their step is 0; it goes down in equal parts.
+        end: the part of the training at whose end their step is 0.
+        begin: the part up to which it is 1; between the two it goes down in equal parts.
     """
 
     layers: tuple[int, ...]
-    part: float
+    end: float
+    begin: float = 0.0
 
     def step(self, done: float) -> float:
         """The step size after this part of the training."""
-        return max(0.0, 1 - done / self.part)
+        return min(1.0, max(0.0, (self.end - done) / (self.end - self.begin)))
 
 
 @dataclass(frozen=True)
