@@ -180,7 +180,8 @@ def test_a_teacher_that_learns_beside(
 
 def test_a_fade_goes_down_between_its_begin_and_its_end() -> None:
     fade = Fade((3,), end=0.75, begin=0.25)
-    assert [fade.step(done) for done in (0, 0.25, 0.375, 0.5, 0.75, 1)] == [1, 1, 0.75, 0.5, 0, 0]
+    dones = (0.0, 0.25, 0.375, 0.5, 0.75, 1.0)
+    assert [fade.step(done) for done in dones] == [1, 1, 0.75, 0.5, 0, 0]
 
 
 def test_layers_fade_out_as_a_naive_loop_has_it(run: RunFolder, data: DataSet) -> None:
