@@ -9,12 +9,18 @@ All networks of a seed train for the same number of epochs with the same recipe 
 cost. The depth of the cut is chosen on validation data, at most half of the blocks; the small
 network has the cut's blocks per stage.
 
-With --cut-after E the plain deep network as it was after E epochs is cut then, to 13 equally spaced
-layers, and trained on in three ways, none of which takes more multiply-adds than the deep one:
+With --cut-after E four networks more of 13 equally spaced layers, none for more multiply-adds than
+the deep one takes. Three are cut out of the plain deep network as it is after E epochs:
 
     faded   to the same number of epochs; the layers that go lose their step size bit by bit first
-    cut     to as many epochs as 13 layers can have for the multiply-adds left
-    beside  likewise, but the deep network learns on too, and teaches the 13
+    beside  the deep network learns on too, and teaches the 13, for as many epochs as that leaves
+    cut     for as many epochs as 13 layers can have for the multiply-adds left
+
+The last, of CIFAR ResNets only, goes the other way round:
+
+    grown   the plain small network to the same number of epochs; from the epoch on from which that
+            leaves multiply-adds for it, the layers that it lacks stand in a copy of it, at first
+            without any effect, and this deeper network learns too, and teaches it
 
 Each has the one-cycle schedule of all its epochs.
 
@@ -25,7 +31,7 @@ JSON file per data set is written to benchmarks/results/, after each network.
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +39,7 @@ from typing import Any
 from torch import nn
 
 from deeplimit.control import SoftCrossEntropy, crop, turnpike_profile
+from deeplimit.network import CifarResNet
 from deeplimit.training import Recipe, RunFolder, crop_run, profile_run, recipe_for, resume, train
 from deeplimit.training.building import (
     Fade,
@@ -84,13 +91,8 @@ def begun(recipe: Recipe, runs: Path, name: str, epochs: int) -> Checkpoint:
     return checkpoint
 
 
-def cut_in_training(
-    recipe: Recipe, runs: Path, way: str, deep: Checkpoint
-) -> tuple[int, nn.Module, nn.Module | None]:
-    """Epochs, the 13 layers, and the deep network where they learnt from it.
-
-    Goes on where it was stopped.
-    """
+def cut_in_training(recipe: Recipe, runs: Path, way: str, deep: Checkpoint) -> dict[str, Any]:
+    """13 layers of a network that is half trained, on to the end."""
     data = load_data(recipe, runs)
     whole = build_model(recipe, data)
     whole.load_state_dict(deep.model)
@@ -98,26 +100,41 @@ def cut_in_training(
     few, kept = crop(whole, remove=gone), recipe.horizon - len(gone)
     left, first = recipe.epochs - deep.epochs, deep.epochs
     if way == "faded":
-        epochs, end = recipe.epochs, first + round(FADED * left)
-        fade = Fade(tuple(gone), end / epochs, first / epochs)
+        end = first + round(FADED * left)
+        fade = Fade(tuple(gone), end / recipe.epochs, first / recipe.epochs)
         start = Start(recipe, data, whole, fade=fade)
     else:
         each = kept + (recipe.horizon if way == "beside" else 0)
         epochs = first + left * recipe.horizon // each
         teaching = Teaching(whole, BESIDE, SOFTER, learns=True) if way == "beside" else None
         start = Start(replace(recipe, epochs=epochs), data, few, teaching)
-    training = trained_on(start, deep, runs / f"{recipe.data}-{recipe.seed}-{way}")
-    network = training.end().eval()
-    if way == "faded":
-        network = crop(network, remove=gone)
-    taught: Any = training.objective  # its teacher is a copy that has learnt
-    return epochs, network, taught.teacher.eval() if way == "beside" else None
+    return trained_on(start, deep, runs, way)
 
 
-def trained_on(start: Start, begun: Checkpoint, folder: Path) -> Training:
-    """From a network on, as if the epochs of the checkpoint had been its own."""
+def grown(recipe: Recipe, runs: Path, few: Checkpoint, depth: tuple[int, ...]) -> dict[str, Any]:
+    """A small network that is half trained, on to the end beside a deeper one that begins as it."""
+    data = load_data(recipe, runs)
+    small = replace(recipe, depth=depth)
+    model, whole = build_model(small, data), build_model(recipe, data)
+    model.load_state_dict(few.model)
+    gone = set(spread(whole))
+    assert isinstance(whole, CifarResNet)
+    for n, layer in enumerate(layer for stage in whole.stages for layer in stage):
+        if n in gone:
+            nn.init.zeros_(layer.bn2.weight)  # nothing is added to its input
+    whole.without(gone).load_state_dict(few.model)  # it shares its modules with the whole one
+    start = Start(small, data, model, Teaching(whole, BESIDE, SOFTER, learns=True))
+    return trained_on(start, few, runs, "grown")
+
+
+def trained_on(start: Start, begun: Checkpoint, runs: Path, way: str) -> dict[str, Any]:
+    """What a network reaches on test data, as if the epochs of the checkpoint had been its own.
+
+    Goes on where it was stopped.
+    """
+    recipe, fabric = start.recipe, launch(start.recipe)
+    folder = runs / f"{recipe.data}-{recipe.seed}-{way}"
     folder.mkdir(parents=True, exist_ok=True)
-    fabric = launch(start.recipe)
     if load_checkpoint(folder) is None:
         new = Training(fabric, start, None)
         for _ in range(begun.step):
@@ -127,7 +144,19 @@ def trained_on(start: Start, begun: Checkpoint, folder: Path) -> Training:
         new.end()
         schedule = new.schedule.state_dict()
         save_checkpoint(folder, Checkpoint(weights, optimizer, schedule, begun.step, begun.rows))
-    return fit(fabric, start, folder, title=folder.name, command=AGAIN)
+    training = fit(fabric, start, folder, title=folder.name, command=AGAIN)
+    network = training.end().eval()
+    if start.fade is not None:
+        network = crop(network, remove=start.fade.layers)
+    found = {
+        "from_epoch": begun.epochs,
+        "epochs": recipe.epochs,
+        "accuracy": accuracy(network, recipe, runs),
+    }
+    taught: Any = training.objective
+    if start.teaching is not None:  # a copy of its teacher has learnt
+        found["teacher"] = accuracy(taught.teacher.eval(), recipe, runs)
+    return found
 
 
 def accuracy_on_test(folder: RunFolder) -> float:
@@ -142,6 +171,32 @@ def accuracy(model: nn.Module, recipe: Recipe, runs: Path) -> float:
     return turnpike_profile(model, evaluation_batches(data.test), loss).accuracy[-1]
 
 
+def half_trained(
+    recipe: Recipe,
+    runs: Path,
+    first: int,
+    row: dict[str, Any],
+    small: Callable[[tuple[int, ...]], float],
+) -> Iterator[dict[str, Any]]:
+    """Adds the networks cut or grown when they are half trained, and the plain ones."""
+    name = f"{recipe.data}-{recipe.seed}-plain"
+    whole = build_model(recipe, load_data(recipe, runs))
+    depth = tuple(map(len, crop(whole, remove=spread(whole)).stages))
+    row["half_trained"] = found = {"blocks": depth}
+    deep = begun(recipe, runs, name, first)
+    if recipe.kind == "cifar-resnet":
+        saved = recipe.epochs * (recipe.horizon - sum(depth)) // recipe.horizon
+        same = "x".join(map(str, depth))
+        begins = replace(recipe, depth=depth), runs, f"{name}-{same}", recipe.epochs - saved
+        found["grown"] = grown(recipe, runs, begun(*begins), depth)
+    found["plain_of_their_size"] = small(depth)
+    row["plain"] = accuracy_on_test(trained(recipe, runs, name))
+    yield row
+    for way in ("faded", "beside", "cut"):
+        found[way] = cut_in_training(recipe, runs, way, deep)
+        yield row
+
+
 def run(recipe: Recipe, runs: Path, first: int | None) -> Iterator[dict[str, Any]]:
     """One seed, network after network."""
     name = f"{recipe.data}-{recipe.seed}"
@@ -152,19 +207,11 @@ def run(recipe: Recipe, runs: Path, first: int | None) -> Iterator[dict[str, Any
         return accuracy_on_test(trained(replace(alike, depth=depth), runs, f"{name}-plain-{same}"))
 
     row: dict[str, Any] = {"seed": recipe.seed, "blocks": sum(recipe.depth)}
-    if first is not None:
-        deep = begun(alike, runs, f"{name}-plain", first)
-        row["cut_in_training"] = found = {"after": first}
-        for way in ("faded", "cut", "beside"):
-            epochs, few, teacher = cut_in_training(alike, runs, way, deep)
-            found[way] = {"epochs": epochs, "accuracy": accuracy(few, recipe, runs)}
-            if teacher is not None:
-                found[way]["teacher"] = accuracy(teacher, recipe, runs)
-            found["blocks"] = depth = tuple(map(len, few.stages))
-            yield row
-        found["plain_of_their_size"] = small(depth)
-    row["plain"] = accuracy_on_test(trained(alike, runs, f"{name}-plain"))
-    yield row
+    if first is None:
+        row["plain"] = accuracy_on_test(trained(alike, runs, f"{name}-plain"))
+        yield row
+    else:
+        yield from half_trained(alike, runs, first, row, small)
     run_folder = trained(recipe, runs, name)
     profile_run(run_folder)
     cut, half = crop_run(run_folder, "auto", accuracy=MAY_LOSE), sum(recipe.depth) // 2
