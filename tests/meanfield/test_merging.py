@@ -114,7 +114,7 @@ def test_networks_of_other_widths_and_depths() -> None:
 
 
 WRONG = {
-    "one": ({"networks": [cloud(1, 2, 3)]}, "two or more"),
+    "one": ({"networks": [cloud(1, 2, 3)]}, "two networks or more"),
     "weights' sum": ({"weights": [0.5, 0.6]}, "of sum 1"),
     "weights' number": ({"weights": [1.0]}, "of sum 1"),
     "negative": ({"weights": [-1.0, 2.0]}, "of sum 1"),
