@@ -9,12 +9,12 @@ from tyro.conf import arg
 from deeplimit.cli.options import Json
 from deeplimit.cli.output import emit
 
-TITLE = "Does training stop to depend on width and depth?"
+TITLE = "Does training stop depending on width and depth?"
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """Does training stop to depend on width and depth as both grow?
+    """Does training stop depending on width and depth as both grow?
 
     Trains networks of (N, M) layers and particles by gradient flow, steps scaled by N·M, for one
     time, and compares successive sizes: their distance from a start of few atoms, smooth in depth,

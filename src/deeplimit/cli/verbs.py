@@ -98,7 +98,7 @@ def _print_version() -> None:
 
 STUDIES = {
     "consistency": Verb(
-        "Does training stop to depend on width and depth as both grow?",
+        "Does training stop depending on width and depth as both grow?",
         _options(Consistency, "deeplimit study consistency"),
     ),
     "convergence": Verb(

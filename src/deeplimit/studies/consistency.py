@@ -1,4 +1,4 @@
-"""Does training with steps scaled by N·M stop to depend on width and depth as both grow?
+"""Does training with steps scaled by N·M stop depending on width and depth as both grow?
 
 Networks x + (1/N) (1/M) Σ_i u_i tanh(w_i·x + b_i) of (N, M) particles follow the gradient flow of
 one regression for one time. The theory, with d the layer-conditional distance:

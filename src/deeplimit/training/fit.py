@@ -90,7 +90,7 @@ def fit(
         folder: for checkpoints and metrics; without it nothing is written.
         title: what is trained, in words.
         command: what to call to go on once it was stopped.
-        until: after so many epochs to stop, all the same to the rest; all without it.
+        until: stop after so many epochs, with the schedule of all; without it go to the end.
         quiet: no progress on stderr.
 
     Raises:
