@@ -105,6 +105,18 @@ def test_what_falls_and_what_stays(study: ConsistencyStudy) -> None:
     assert list(curve.y) == pytest.approx([math.sqrt(a * b) for a, b in zip(*values, strict=True)])
 
 
+def test_every_panel_has_ticks_among_its_own_values(study: ConsistencyStudy) -> None:
+    ((_, figure, _),) = consistency_figures(study)
+    axes = list(figure.select_yaxes())
+    assert len(axes) > 1
+    for axis in axes:
+        name = axis.plotly_name.replace("axis", "")
+        shown = [v for t in figure.data if (t.yaxis or "y") == name for v in t.y if v]
+        assert axis.type == "log"
+        within = [tick for tick in axis.tickvals if min(shown) <= tick <= max(shown)]
+        assert within, (name, shown, axis.tickvals)
+
+
 def test_the_verb(tmp_path: Path) -> None:
     words = ["study", "consistency", "--depths", "2", "3", "4", "--widths", "4", "8", "12"]
     words += ["--atoms", "4", "--draws", "1", "--seeds", "0", "--time", "0.1"]
