@@ -3,26 +3,27 @@
     python benchmarks/from_scratch.py mnist --data-dir PATH
     python benchmarks/from_scratch.py cifar10 --data-dir PATH --kind cifar-resnet --depth 9 9 9
         --epochs 15 --optimizer sgd --learning-rate 0.1 --precision bf16-mixed --seeds 0
-        --cut-after 6
+        --fade 6 10 --fade 4 8 --anneal 6 8 --cut-after 6
 
 All networks of a seed train for the same number of epochs with the same recipe but for the stage
 cost. The depth of the cut is chosen on validation data, at most half of the blocks; the small
 network has the cut's blocks per stage.
 
-With --cut-after E four networks more of 13 equally spaced layers, none for more multiply-adds than
-the deep one takes. Three are cut out of the plain deep network as it is after E epochs:
+Cut while they train, to 13 equally spaced layers, for no more multiply-adds than the deep network
+takes, each with the one-cycle schedule of all its epochs:
 
-    faded   to the same number of epochs; the layers that go lose their step size bit by bit first
-    beside  the deep network learns on too, and teaches the 13, for as many epochs as that leaves
-    cut     for as many epochs as 13 layers can have for the multiply-adds left
+    faded     (--fade B E) the plain deep network; from epoch B to epoch E the layers that go lose
+              their step size bit by bit; to the same number of epochs
+    annealed  (--anneal B E) the same, with the stage cost up to epoch B and without from there on
+    beside    (--cut-after E) cut after epoch E; the deep network learns on too, and teaches the 13,
+              for as many epochs as that leaves
+    cut       (--cut-after E) cut after epoch E, then for as many epochs as that leaves
+    grown     (--cut-after, CIFAR ResNets only) the other way round: the plain small network to the
+              same number of epochs; from the epoch on from which that leaves multiply-adds for it,
+              the layers that it lacks stand in a copy of it, at first without any effect, and this
+              deeper network learns too, and teaches it
 
-The last, of CIFAR ResNets only, goes the other way round:
-
-    grown   the plain small network to the same number of epochs; from the epoch on from which that
-            leaves multiply-adds for it, the layers that it lacks stand in a copy of it, at first
-            without any effect, and this deeper network learns too, and teaches it
-
-Each has the one-cycle schedule of all its epochs.
+Which of several faded or annealed ones is the one to take, their accuracy on validation data says.
 
 Figures are of test data. A run that was stopped goes on, a finished one is not trained again; one
 JSON file per data set is written to benchmarks/results/, after each network.
@@ -31,7 +32,7 @@ JSON file per data set is written to benchmarks/results/, after each network.
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from torch import nn
 
 from deeplimit.control import SoftCrossEntropy, crop, turnpike_profile
 from deeplimit.network import CifarResNet
-from deeplimit.training import Recipe, RunFolder, crop_run, profile_run, recipe_for, resume, train
+from deeplimit.training import Recipe, RunFolder, crop_run, profile_run, recipe_for, resume
 from deeplimit.training.building import (
     Fade,
     Start,
@@ -60,7 +61,7 @@ from deeplimit.training.fit import fit
 from deeplimit.training.loop import Training
 from deeplimit.training.processes import launch
 from machine import machine
-from pretrained_budget import BESIDE, FADED, SOFTER, spread
+from pretrained_budget import BESIDE, SOFTER, spread
 
 RESULTS = Path(__file__).parent / "results"
 MAY_LOSE = 0.001  # accuracy on validation data
@@ -69,26 +70,34 @@ AGAIN = "run this script again"
 
 def trained(recipe: Recipe, runs: Path, name: str) -> RunFolder:
     """A run of this name, trained now or before."""
-    there = (runs / name).is_dir()
-    folder = resume(runs / name) if there else train(recipe, runs=runs, name=name)
+    if not (runs / name).is_dir():
+        new = RunFolder.create(runs, name, recipe, load_data(recipe, runs).class_names)
+        copy_beginning(runs, name, recipe.epochs, new.path)
+    folder = resume(runs / name)
     if replace(folder.recipe, data_dir=None) != replace(recipe, data_dir=None):
         raise SystemExit(f"{folder.path} is of another recipe; give another --runs")
     return folder
 
 
 def begun(recipe: Recipe, runs: Path, name: str, epochs: int) -> Checkpoint:
-    """A run after its first epochs, from where a run folder of this name goes on."""
-    data = load_data(recipe, runs)
+    """A run after its first epochs, from where a run of this name, or one after more, goes on."""
     kept = runs / f"{name}-first-{epochs}"
-    kept.mkdir(parents=True, exist_ok=True)
+    if not kept.is_dir():
+        kept.mkdir(parents=True)
+        copy_beginning(runs, name, epochs, kept)
+    data = load_data(recipe, runs)
     start = Start(recipe, data, build_model(recipe, data))
     fit(launch(recipe), start, kept, title=kept.name, command=AGAIN, until=epochs)
-    if not (runs / name).exists():
-        whole = RunFolder.create(runs, name, recipe, data.class_names)
-        shutil.copytree(kept / FOLDER, whole.path / FOLDER)
     checkpoint = load_checkpoint(kept)
     assert checkpoint is not None  # it was written just now
     return checkpoint
+
+
+def copy_beginning(runs: Path, name: str, epochs: int, to: Path) -> None:
+    """The run of this name after the most epochs that are kept, at most so many, if any are."""
+    kept = [runs / f"{name}-first-{e}" / FOLDER for e in range(1, epochs + 1)]
+    if there := [path for path in kept if path.is_dir()]:
+        shutil.copytree(there[-1], to / FOLDER)
 
 
 def cut_in_training(recipe: Recipe, runs: Path, way: str, deep: Checkpoint) -> dict[str, Any]:
@@ -98,17 +107,25 @@ def cut_in_training(recipe: Recipe, runs: Path, way: str, deep: Checkpoint) -> d
     whole.load_state_dict(deep.model)
     gone = spread(whole)
     few, kept = crop(whole, remove=gone), recipe.horizon - len(gone)
-    left, first = recipe.epochs - deep.epochs, deep.epochs
-    if way == "faded":
-        end = first + round(FADED * left)
-        fade = Fade(tuple(gone), end / recipe.epochs, first / recipe.epochs)
-        start = Start(recipe, data, whole, fade=fade)
-    else:
-        each = kept + (recipe.horizon if way == "beside" else 0)
-        epochs = first + left * recipe.horizon // each
-        teaching = Teaching(whole, BESIDE, SOFTER, learns=True) if way == "beside" else None
-        start = Start(replace(recipe, epochs=epochs), data, few, teaching)
+    each = kept + (recipe.horizon if way == "beside" else 0)
+    epochs = deep.epochs + (recipe.epochs - deep.epochs) * recipe.horizon // each
+    teaching = Teaching(whole, BESIDE, SOFTER, learns=True) if way == "beside" else None
+    start = Start(replace(recipe, epochs=epochs), data, few, teaching)
     return trained_on(start, deep, runs, way)
+
+
+def faded(recipe: Recipe, runs: Path, window: list[int], gamma: float) -> dict[str, Any]:
+    """All but 13 layers of a network fade out from one epoch to another, the stage cost at once."""
+    begin, end = window
+    data = load_data(recipe, runs)
+    name = f"{recipe.data}-{recipe.seed}" + ("" if gamma else "-plain")
+    deep = begun(replace(recipe, stage_cost=gamma), runs, name, begin)
+    whole = build_model(recipe, data)
+    whole.load_state_dict(deep.model)
+    fade = Fade(tuple(spread(whole)), end / recipe.epochs, begin / recipe.epochs)
+    way = "annealed" if gamma else "faded"
+    found = trained_on(Start(recipe, data, whole, fade=fade), deep, runs, f"{way}-{begin}-{end}")
+    return {"to_epoch": end} | found
 
 
 def grown(recipe: Recipe, runs: Path, few: Checkpoint, depth: tuple[int, ...]) -> dict[str, Any]:
@@ -151,6 +168,7 @@ def trained_on(start: Start, begun: Checkpoint, runs: Path, way: str) -> dict[st
     found = {
         "from_epoch": begun.epochs,
         "epochs": recipe.epochs,
+        "validation": accuracy(network, recipe, runs, "validation"),
         "accuracy": accuracy(network, recipe, runs),
     }
     taught: Any = training.objective
@@ -164,54 +182,61 @@ def accuracy_on_test(folder: RunFolder) -> float:
     return accuracy(folder.model(), folder.recipe, folder.path.parent)
 
 
-def accuracy(model: nn.Module, recipe: Recipe, runs: Path) -> float:
-    """On test data."""
+def accuracy(model: nn.Module, recipe: Recipe, runs: Path, part: str = "test") -> float:
+    """On one part of the data."""
     data = load_data(recipe, runs)
     loss = SoftCrossEntropy(len(data.class_names), recipe.softness)
-    return turnpike_profile(model, evaluation_batches(data.test), loss).accuracy[-1]
+    return turnpike_profile(model, evaluation_batches(getattr(data, part)), loss).accuracy[-1]
 
 
 def half_trained(
-    recipe: Recipe,
-    runs: Path,
-    first: int,
-    row: dict[str, Any],
-    small: Callable[[tuple[int, ...]], float],
+    recipe: Recipe, runs: Path, depth: tuple[int, ...], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Adds the networks cut or grown when they are half trained, and the plain ones."""
+    """What becomes of the networks cut or grown while they train; each time one more of them."""
+    alike = replace(recipe, stage_cost=0.0, control_cost=0.0)
     name = f"{recipe.data}-{recipe.seed}-plain"
-    whole = build_model(recipe, load_data(recipe, runs))
-    depth = tuple(map(len, crop(whole, remove=spread(whole)).stages))
-    row["half_trained"] = found = {"blocks": depth}
-    deep = begun(recipe, runs, name, first)
+    found: dict[str, Any] = {"blocks": depth}
+    for way, gamma in (("faded", 0.0), ("annealed", recipe.stage_cost)):
+        for window in sorted(getattr(options, way)):
+            found.setdefault(way, []).append(faded(alike, runs, window, gamma))
+            yield found
+    if options.cut_after is None:
+        return
+    deep = begun(alike, runs, name, options.cut_after)
+    for way in ("beside", "cut"):
+        found[way] = cut_in_training(alike, runs, way, deep)
+        yield found
     if recipe.kind == "cifar-resnet":
         saved = recipe.epochs * (recipe.horizon - sum(depth)) // recipe.horizon
         same = "x".join(map(str, depth))
-        begins = replace(recipe, depth=depth), runs, f"{name}-{same}", recipe.epochs - saved
-        found["grown"] = grown(recipe, runs, begun(*begins), depth)
-    found["plain_of_their_size"] = small(depth)
-    row["plain"] = accuracy_on_test(trained(recipe, runs, name))
-    yield row
-    for way in ("faded", "beside", "cut"):
-        found[way] = cut_in_training(recipe, runs, way, deep)
-        yield row
+        few = begun(replace(alike, depth=depth), runs, f"{name}-{same}", recipe.epochs - saved)
+        found["grown"] = grown(alike, runs, few, depth)
+        yield found
 
 
-def run(recipe: Recipe, runs: Path, first: int | None) -> Iterator[dict[str, Any]]:
+def run(recipe: Recipe, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One seed, network after network."""
-    name = f"{recipe.data}-{recipe.seed}"
+    runs, name = options.runs, f"{recipe.data}-{recipe.seed}"
     alike = replace(recipe, stage_cost=0.0, control_cost=0.0)
 
     def small(depth: tuple[int, ...]) -> float:
         same = "x".join(map(str, depth))
         return accuracy_on_test(trained(replace(alike, depth=depth), runs, f"{name}-plain-{same}"))
 
+    cuts = [] if options.cut_after is None else [options.cut_after]
+    for epochs in sorted({begin for begin, _ in options.faded} | set(cuts)):
+        begun(alike, runs, f"{name}-plain", epochs)
+    for epochs in sorted({begin for begin, _ in options.annealed}):
+        begun(recipe, runs, name, epochs)
     row: dict[str, Any] = {"seed": recipe.seed, "blocks": sum(recipe.depth)}
-    if first is None:
-        row["plain"] = accuracy_on_test(trained(alike, runs, f"{name}-plain"))
-        yield row
-    else:
-        yield from half_trained(alike, runs, first, row, small)
+    row["plain"] = accuracy_on_test(trained(alike, runs, f"{name}-plain"))
+    yield row
+    if options.faded or options.annealed or cuts:
+        whole = build_model(alike, load_data(alike, runs))
+        depth = tuple(map(len, crop(whole, remove=spread(whole)).stages))
+        row["plain_of_their_size"] = small(depth)
+        for row["half_trained"] in half_trained(recipe, runs, depth, options):
+            yield row
     run_folder = trained(recipe, runs, name)
     profile_run(run_folder)
     cut, half = crop_run(run_folder, "auto", accuracy=MAY_LOSE), sum(recipe.depth) // 2
@@ -239,6 +264,10 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=("adamw", "sgd"))
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--precision")
+    for way, dest in (("--fade", "faded"), ("--anneal", "annealed")):
+        parser.add_argument(
+            way, dest=dest, type=int, nargs=2, metavar=("B", "E"), action="append", default=[]
+        )
     parser.add_argument("--cut-after", type=int, metavar="E")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -252,7 +281,7 @@ def main() -> None:
     path = RESULTS / f"from_scratch_{options.data}.json"
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:
-        for row in run(replace(base, seed=seed), options.runs, options.cut_after):
+        for row in run(replace(base, seed=seed), options):
             print(row, flush=True)
             result = {"machine": machine(), "recipe": recipe, "runs": [*rows, row]}
             path.write_text(json.dumps(result, indent=2, default=str) + "\n")
