@@ -23,7 +23,8 @@ takes, each with the one-cycle schedule of all its epochs:
               the layers that it lacks stand in a copy of it, at first without any effect, and this
               deeper network learns too, and teaches it
 
-Which of several faded or annealed ones is the one to take, their accuracy on validation data says.
+With --cut-after also the plain network of their size for the deep one's multiply-adds. Which of
+several faded or annealed ones is the one to take, their accuracy on validation data says.
 
 Figures are of test data. A run that was stopped goes on, a finished one is not trained again; one
 JSON file per data set is written to benchmarks/results/, after each network.
@@ -206,9 +207,13 @@ def half_trained(
     for way in ("beside", "cut"):
         found[way] = cut_in_training(alike, runs, way, deep)
         yield found
+    same = "x".join(map(str, depth))
+    longer = replace(alike, depth=depth, epochs=recipe.epochs * recipe.horizon // sum(depth))
+    run = trained(longer, runs, f"{name}-{same}-{longer.epochs}")
+    found["plain_for_longer"] = {"epochs": longer.epochs, "accuracy": accuracy_on_test(run)}
+    yield found
     if recipe.kind == "cifar-resnet":
         saved = recipe.epochs * (recipe.horizon - sum(depth)) // recipe.horizon
-        same = "x".join(map(str, depth))
         few = begun(replace(alike, depth=depth), runs, f"{name}-{same}", recipe.epochs - saved)
         found["grown"] = grown(alike, runs, few, depth)
         yield found
