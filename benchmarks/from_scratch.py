@@ -213,10 +213,15 @@ def half_trained(
     found["plain_for_longer"] = {"epochs": longer.epochs, "accuracy": accuracy_on_test(run)}
     yield found
     if recipe.kind == "cifar-resnet":
-        saved = recipe.epochs * (recipe.horizon - sum(depth)) // recipe.horizon
-        few = begun(replace(alike, depth=depth), runs, f"{name}-{same}", recipe.epochs - saved)
-        found["grown"] = grown(alike, runs, few, depth)
+        found["grown"] = grown(alike, runs, small_begun(alike, runs, depth), depth)
         yield found
+
+
+def small_begun(recipe: Recipe, runs: Path, depth: tuple[int, ...]) -> Checkpoint:
+    """The plain small network at the epoch from which a deeper one can learn beside it."""
+    name = f"{recipe.data}-{recipe.seed}-plain-" + "x".join(map(str, depth))
+    saved = recipe.epochs * (recipe.horizon - sum(depth)) // recipe.horizon
+    return begun(replace(recipe, depth=depth), runs, name, recipe.epochs - saved)
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -239,6 +244,8 @@ def run(recipe: Recipe, options: argparse.Namespace) -> Iterator[dict[str, Any]]
     if options.faded or options.annealed or cuts:
         whole = build_model(alike, load_data(alike, runs))
         depth = tuple(map(len, crop(whole, remove=spread(whole)).stages))
+        if cuts and recipe.kind == "cifar-resnet":
+            small_begun(alike, runs, depth)
         row["plain_of_their_size"] = small(depth)
         for row["half_trained"] in half_trained(recipe, runs, depth, options):
             yield row
@@ -282,6 +289,13 @@ def main() -> None:
     if options.depth:
         given["depth"] = tuple(options.depth)
     base = replace(base, **given)
+    for begin, end in (*options.faded, *options.annealed):
+        if not 0 < begin < end < base.epochs:
+            parser.error(f"epochs {begin} to {end} given; expected 0 < B < E < {base.epochs}")
+    if options.cut_after is not None and not 0 < options.cut_after < base.epochs:
+        parser.error(f"--cut-after {options.cut_after} given; expected 0 < E < {base.epochs}")
+    if options.annealed and not base.stage_cost:
+        parser.error("--anneal given, but there is no stage cost; give --stage-cost above 0")
     recipe = asdict(replace(base, data_dir=None))
     path = RESULTS / f"from_scratch_{options.data}.json"
     rows: list[dict[str, Any]] = []
