@@ -26,8 +26,10 @@ takes, each with the one-cycle schedule of all its epochs:
 With --cut-after also the plain network of their size for the deep one's multiply-adds. Which of
 several faded or annealed ones is the one to take, their accuracy on validation data says.
 
-Figures are of test data. A run that was stopped goes on, a finished one is not trained again; one
-JSON file per data set is written to benchmarks/results/, after each network.
+Figures are of test data. A run that was stopped goes on, a finished one is not trained again. The
+networks with a stage cost to the end come last. One JSON file per data set, with a row per seed,
+is written to benchmarks/results/, after each network; rows of seeds that are not asked for stay, if
+their recipe is the same.
 """
 
 import argparse
@@ -224,15 +226,17 @@ def small_begun(recipe: Recipe, runs: Path, depth: tuple[int, ...]) -> Checkpoin
     return begun(replace(recipe, depth=depth), runs, name, recipe.epochs - saved)
 
 
-def run(recipe: Recipe, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One seed, network after network."""
+def small(recipe: Recipe, runs: Path, depth: tuple[int, ...]) -> float:
+    """What the plain network of a cut's size reaches on test data."""
+    alike = replace(recipe, depth=depth, stage_cost=0.0, control_cost=0.0)
+    name = f"{recipe.data}-{recipe.seed}-plain-" + "x".join(map(str, depth))
+    return accuracy_on_test(trained(alike, runs, name))
+
+
+def without_stage_cost(recipe: Recipe, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One seed's plain networks and those cut while they train, network after network."""
     runs, name = options.runs, f"{recipe.data}-{recipe.seed}"
     alike = replace(recipe, stage_cost=0.0, control_cost=0.0)
-
-    def small(depth: tuple[int, ...]) -> float:
-        same = "x".join(map(str, depth))
-        return accuracy_on_test(trained(replace(alike, depth=depth), runs, f"{name}-plain-{same}"))
-
     cuts = [] if options.cut_after is None else [options.cut_after]
     for epochs in sorted({begin for begin, _ in options.faded} | set(cuts)):
         begun(alike, runs, f"{name}-plain", epochs)
@@ -246,23 +250,48 @@ def run(recipe: Recipe, options: argparse.Namespace) -> Iterator[dict[str, Any]]
         depth = tuple(map(len, crop(whole, remove=spread(whole)).stages))
         if cuts and recipe.kind == "cifar-resnet":
             small_begun(alike, runs, depth)
-        row["plain_of_their_size"] = small(depth)
+        row["plain_of_their_size"] = small(recipe, runs, depth)
         for row["half_trained"] in half_trained(recipe, runs, depth, options):
             yield row
-    run_folder = trained(recipe, runs, name)
+
+
+def with_stage_cost(recipe: Recipe, runs: Path) -> dict[str, Any]:
+    """One seed's network with stage cost, cut where validation data says, and one of its size."""
+    run_folder = trained(recipe, runs, f"{recipe.data}-{recipe.seed}")
     profile_run(run_folder)
     cut, half = crop_run(run_folder, "auto", accuracy=MAY_LOSE), sum(recipe.depth) // 2
     if cut.report.horizon_after > half:
         cut = crop_run(run_folder, "auto", blocks=half)
     report = cut.report
     depth = run_folder.cropped().architecture.depths
-    row |= {
+    return {
         "cut_to": depth,
         "with_stage_cost": report.accuracy_before,
         "cut": report.accuracy_after,
-        "plain_of_the_cuts_size": small(depth),
+        "plain_of_the_cuts_size": small(recipe, runs, depth),
     }
-    yield row
+
+
+class Results:
+    """The results file: a row per seed. Rows of other seeds of the same recipe stay in it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.path = RESULTS / f"from_scratch_{recipe.data}.json"
+        alike = asdict(replace(recipe, data_dir=None, seed=0))
+        self.recipe = json.loads(json.dumps(alike, default=str))
+        self.rows: dict[int, dict[str, Any]] = {}
+        if self.path.is_file():
+            before = json.loads(self.path.read_text())
+            if before["recipe"] | {"seed": 0} == self.recipe:
+                self.rows = {row["seed"]: row for row in before["runs"]}
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row, new or in place of the one that was there."""
+        print(row, flush=True)
+        self.rows[row["seed"]] = row
+        rows = [self.rows[seed] for seed in sorted(self.rows)]
+        result = {"machine": machine(), "recipe": self.recipe, "runs": rows}
+        self.path.write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 def main() -> None:
@@ -296,15 +325,16 @@ def main() -> None:
         parser.error(f"--cut-after {options.cut_after} given; expected 0 < E < {base.epochs}")
     if options.annealed and not base.stage_cost:
         parser.error("--anneal given, but there is no stage cost; give --stage-cost above 0")
-    recipe = asdict(replace(base, data_dir=None))
-    path = RESULTS / f"from_scratch_{options.data}.json"
-    rows: list[dict[str, Any]] = []
-    for seed in options.seeds:
-        for row in run(replace(base, seed=seed), options):
-            print(row, flush=True)
-            result = {"machine": machine(), "recipe": recipe, "runs": [*rows, row]}
-            path.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    results = Results(base)
+    each = [replace(base, seed=seed) for seed in options.seeds]
+    rows = []
+    for recipe in each:
+        for row in without_stage_cost(recipe, options):
+            results.write(row)
         rows.append(row)
+    if base.stage_cost:
+        for recipe, row in zip(each, rows, strict=True):
+            results.write(row | with_stage_cost(recipe, options.runs))
 
 
 if __name__ == "__main__":
