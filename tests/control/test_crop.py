@@ -147,6 +147,17 @@ def test_wrong_requests_are_refused() -> None:
     assert anatomy(crop(model, remove=[])).horizon == 4
 
 
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda n: list(np.array(n))])
+def test_layers_come_as_any_whole_numbers(kind) -> None:
+    family = sample("vector")
+    model = family.model.eval()
+    for gone in ([0], [1, 3]):
+        expected = crop(model, remove=set(gone))(family.x)
+        assert torch.equal(crop(model, remove=kind(gone))(family.x), expected)
+        assert not torch.allclose(expected, model(family.x), rtol=1e-3)
+    assert torch.equal(crop(model, kind([3])[0])(family.x), crop(model, 3)(family.x))
+
+
 def held_out(family: Sample, count: int = 30) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     x = torch.rand(count, *family.x.shape[1:], generator=generator, dtype=torch.float64)
@@ -202,6 +213,19 @@ def test_a_crop_that_changes_nothing_agrees_with_itself() -> None:
     assert report.accuracy_error == 0
     assert report.loss_before == report.loss_after
     assert report.multiply_adds_before == report.multiply_adds_after
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_networks_are_verified_where_they_stand(training: bool, monkeypatch) -> None:
+    family = sample("three stages, batch")
+    cropped = crop(family.model, 2).train(not training)
+    family.model.train(training)
+    monkeypatch.setattr(copy, "deepcopy", lambda *_: pytest.fail("a network was copied"))
+    before = [b.clone() for m in (family.model, cropped) for b in m.buffers()]
+    verify_crop(family.model, cropped, held_out(family))
+    assert all(map(torch.equal, before, [*family.model.buffers(), *cropped.buffers()]))
+    assert {m.training for m in family.model.modules()} == {training}
+    assert {m.training for m in cropped.modules()} == {not training}
 
 
 def test_an_empty_loader_is_refused() -> None:

@@ -44,6 +44,19 @@ def test_value_and_gradient(w: float, tau: float, gamma: float) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_samples_without_a_label_teach_nothing(learns: bool) -> None:
+    s, teacher = sample(FAMILY), sample(FAMILY, seed=5).model
+    objective = Distillation(s.model.eval(), LOSS, teacher, learns=learns, weight=0.3).eval()
+    some = s.y.clone()
+    some[[1, 4]] = -100
+    kept = some != -100
+    assert objective(s.x, some)[0].item() == pytest.approx(
+        objective(s.x[kept], s.y[kept])[0].item(), rel=1e-12
+    )
+    assert objective(s.x, torch.full_like(s.y, -100))[0].item() == 0
+
+
 def test_without_weight_it_is_the_stage_cost() -> None:
     s, teacher = sample(FAMILY), sample(FAMILY, seed=5).model
     plain, _ = StageCost(copy.deepcopy(s.model), LOSS, 0.3)(s.x, s.y)

@@ -1,4 +1,4 @@
-"""The objective (4) of THEORY.md, computed at once, against the sum written out layer by layer."""
+"""The objective of a stage cost, computed at once, against the sum written out layer by layer."""
 
 import copy
 import pickle
@@ -30,6 +30,18 @@ def naive_loss(z: Tensor, y: Tensor) -> Tensor:
             q = 1 - SOFTNESS if c == target else SOFTNESS / (CLASSES - 1)
             total = total - q * log_softmax[c]
     return total / len(y)
+
+
+def test_a_large_batch_in_half_precision_has_a_finite_cost() -> None:
+    family = sample("vector")  # 4 layers of 4096 samples: sums beyond 65504 in float16
+    x, y = family.x.repeat(700, 1)[:4096], family.y.repeat(700)[:4096]
+    objective = StageCost(family.model, SoftCrossEntropy(CLASSES, SOFTNESS), 5.0, 0.0)
+    with torch.no_grad():
+        family.model.head.bias.add_(torch.tensor([0.0, 30.0, 0.0, 0.0]))
+        cost = objective(x, y)[0]
+        half = objective.to(torch.float16)(x.half(), y)[0]
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(cost.item(), rel=1e-2)
 
 
 def naive_controls(model: nn.Module) -> list[nn.Parameter]:

@@ -210,7 +210,9 @@ def naive_figures(name: str, model: nn.Module, batches: list[Batch]) -> dict[str
             distance = (apart - apart.mean(-1, keepdim=True)).norm(dim=-1)
             excess = -(q * z.log_softmax(-1)).sum(-1) + (q * q.log()).sum(-1)
             rows.append((by_hand(z, y.flatten()[counts]), hits, distance, excess))
-        flat = [s.flatten(1) if name == BERT else s.flatten(0, 1) for s in walk]
+        flat = [s.flatten(0, 1) for s in walk]
+        if name == BERT:  # a sample is a text, without its padding
+            flat = [(s * x["attention_mask"][..., None]).flatten(1) for s in walk]
         update = [((b - a).norm(dim=1) / a.norm(dim=1))[counts] for a, b in pairwise(flat)]
         names = ("loss", "accuracy", "distance", "excess")
         for which, columns in zip(names, zip(*rows, strict=True), strict=True):

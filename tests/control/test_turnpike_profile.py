@@ -9,8 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from model_families import CLASSES, Sample, sample
 from naive_networks import naive_carry, naive_logits, naive_walk
+from text_families import BERT, padded, text_model
 from torch import Tensor, nn
 
 from deeplimit import InputError, ResidualChain, SoftCrossEntropy, turnpike_profile
@@ -96,6 +98,36 @@ def test_every_figure_is_the_naive_one(family: Sample) -> None:
     assert (profile.softness, profile.minimum) == (LOSS.softness, LOSS.minimum)
     assert all(math.isnan(row[CLASSES - 1]) for row in profile.class_distance)
     assert profile.loss_error[-1] == profile.accuracy_error[-1] == 0
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_padding_does_not_matter(size: int) -> None:
+    """Texts alone, without any padding, against the same texts filled up in batches."""
+    pytest.importorskip("transformers")
+    model, given = text_model(BERT), padded(6, 9)
+    y = torch.arange(6) % 3
+    loss = SoftCrossEntropy(model.config.num_labels, 0.1)
+
+    def batch(rows: slice, length: int, more: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+        cut = {name: F.pad(v[rows, :length], (0, more)) for name, v in given.items()}
+        return cut, y[rows]
+
+    alone = [batch(slice(i, i + 1), 9 - i) for i in range(6)]
+    together = [batch(slice(i, i + size), 9, more=5) for i in range(0, 6, size)]
+    mine, others = (turnpike_profile(model, loader, loss) for loader in (together, alone))
+    for field in ("loss", "relative_update", "influence"):
+        assert getattr(mine, field) == pytest.approx(getattr(others, field), rel=1e-12)
+
+
+def test_a_target_of_none_counts_nowhere_beside_padding() -> None:
+    pytest.importorskip("transformers")
+    model, given = text_model(BERT), padded(6, 9)
+    y, loss = torch.arange(6) % 3, SoftCrossEntropy(model.config.num_labels, 0.1)
+    whole = turnpike_profile(model, [({n: v[:4] for n, v in given.items()}, y[:4])], loss)
+    y[4:] = -100
+    some = turnpike_profile(model, [(given, y)], loss)
+    assert some.samples == 4
+    assert some.influence == pytest.approx(whole.influence, rel=1e-12)
 
 
 def test_samples_whose_state_is_zero_have_no_relative_update() -> None:

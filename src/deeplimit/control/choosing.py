@@ -206,7 +206,7 @@ def _possible(structure: Anatomy, order: Iterable[int]) -> Iterator[int]:
     gone: list[int] = []
     for n in order:
         try:
-            structure.without([*gone, n])
+            structure.check_removable([*gone, n])
         except InputError:
             continue
         gone.append(n)

@@ -1,8 +1,10 @@
 """Cutting the layers that do nothing, and showing that nothing was lost."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from operator import index
 from statistics import median
+from typing import SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
-from deeplimit.network.modes import Inputs, device_of, first_samples, to_device
+from deeplimit.network.modes import Inputs, device_of, evaluating, first_samples, pairs
 
 LATENCY_ROUNDS = 7
 
@@ -48,9 +50,9 @@ def check_profile(profile: TurnpikeProfile, horizon: int) -> None:
 
 def crop(
     model: nn.Module,
-    depth: int | TurnpikeProfile | None = None,
+    depth: SupportsIndex | TurnpikeProfile | None = None,
     *,
-    remove: Iterable[int] | None = None,
+    remove: Iterable[SupportsIndex] | None = None,
 ) -> nn.Module:
     """A smaller model of the same kind, independent of the first.
 
@@ -67,16 +69,18 @@ def crop(
     horizon = structure.horizon
     if (depth is None) == (remove is None):
         raise InputError("give crop a depth, a profile, or remove=…; exactly one of them")
-    if remove is not None and not isinstance(remove, Iterable):
-        raise InputError(f"remove is {remove!r}; expected layers, such as [3, 7]")
     if isinstance(depth, TurnpikeProfile):
         check_profile(depth, horizon)
         remove = removal(depth)
     elif depth is not None:
-        if not isinstance(depth, int) or not 0 <= depth <= horizon:
+        try:
+            kept = index(depth)
+        except TypeError:
+            kept = -1
+        if not 0 <= kept <= horizon:
             raise InputError(f"depth {depth} given; the model has {horizon} layers: 0 … {horizon}")
-        remove = range(depth, horizon)
-    smaller = structure.without(remove or ())
+        remove = range(kept, horizon)
+    smaller = structure.without(() if remove is None else remove)
     for module in smaller.modules():  # of a model that is fading: the crop does not
         standing = vars(module).get("forward")
         if isinstance(standing, FadedForward):
@@ -94,8 +98,10 @@ def verify_crop(
     """Compares a model and its crop on held-out data: what the cut cost and what it saves.
 
     Args:
-        model: the network before the cut; a copy of it runs in evaluation mode.
-        cropped: the network after the cut, likewise.
+        model: the network before the cut; it runs in evaluation mode and is left in the mode it
+            was in.
+        cropped: the network after the cut, likewise; where it is on another device than the model
+            a copy of it runs on the model's.
         loader: batches (x, y) that chose neither the weights nor the depth; of tokens [B, L] those
             count whose target is not −100.
         loss: the loss reported; the plain cross-entropy by default.
@@ -104,13 +110,22 @@ def verify_crop(
         InputError: a loader that is empty or has no token that counts, networks of other classes.
     """
     device = device_of(model)
-    before, after = copy.deepcopy(model).eval(), copy.deepcopy(cropped).to(device).eval()
-    structure = anatomy(before)
-    run_before, run_after = structure.run, anatomy(after).run
+    after = cropped if device_of(cropped) == device else copy.deepcopy(cropped).to(device)
+    with evaluating(model), evaluating(after):
+        return _verified(model, after, pairs(loader, device), loss)
+
+
+def _verified(
+    model: nn.Module,
+    cropped: nn.Module,
+    loader: Iterator[tuple[Inputs, Tensor]],
+    loss: SoftCrossEntropy | None,
+) -> CropReport:
+    structure = anatomy(model)
+    run_before, run_after = structure.run, anatomy(cropped).run
     measured: Tensor | None = None
     count, batch, sample = 0, 0, None
     for x, y in loader:
-        x, y = to_device(x, device), y.to(device)
         if sample is None:
             sample, batch = x, len(y)
         z, w = run_before(x), run_after(x)
@@ -133,7 +148,7 @@ def verify_crop(
     latency_before, latency_after = latencies(run_before, run_after, sample)
     return CropReport(
         samples=count,
-        horizon_before=anatomy(model).horizon,
+        horizon_before=structure.horizon,
         horizon_after=anatomy(cropped).horizon,
         accuracy_before=hits,
         accuracy_after=kept_hits,
@@ -143,12 +158,12 @@ def verify_crop(
         agreement=agreement,
         parameters_before=sum(p.numel() for p in model.parameters()),
         parameters_after=sum(p.numel() for p in cropped.parameters()),
-        multiply_adds_before=multiply_adds(before, first_samples(sample, 1)),
-        multiply_adds_after=multiply_adds(after, first_samples(sample, 1)),
+        multiply_adds_before=multiply_adds(model, first_samples(sample, 1)),
+        multiply_adds_after=multiply_adds(cropped, first_samples(sample, 1)),
         latency_before=latency_before,
         latency_after=latency_after,
         latency_batch=batch,
-        device=str(device),
+        device=str(device_of(model)),
     )
 
 

@@ -12,7 +12,7 @@ from deeplimit.control.stage_cost import StageCost
 from deeplimit.control.token_losses import CountedTokens
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy
-from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
+from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
 
 ROUNDING = 1e-12
 
@@ -113,9 +113,8 @@ def dissipativity(
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     count = 0
     with evaluating(stage_cost):
-        for x, y in loader:
-            states, _ = structure.states(to_device(x, device))
-            y = y.to(device)
+        for x, y in pairs(loader, device):
+            states, _ = structure.states(x)
             if structure.tokens:
                 counted = CountedTokens(y, loss.classes)
                 above, apart = counted.measured(structure, states[:-1], None, measure)

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.soft_cross_entropy import IGNORED, SoftCrossEntropy
 from deeplimit.control.stage_cost import StageCost
+from deeplimit.control.token_losses import widened
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
 from deeplimit.network.modes import Inputs
@@ -79,12 +80,14 @@ class Distillation(StageCost):
                 f"the teacher's logits have shape {tuple(taught.shape)}, the student's "
                 f"{tuple(logits.shape)}; give a teacher of the same classes"
             )
-        answers = (logits, taught.detach())
+        answers = (widened(logits), widened(taught.detach()))
         own, other = (F.log_softmax(z / self.temperature, dim=-1) for z in answers)
-        apart = F.kl_div(own, other, reduction="none", log_target=True).sum(-1).mean()
+        apart = F.kl_div(own, other, reduction="none", log_target=True).sum(-1)
+        counts = y != IGNORED
+        apart = apart.where(counts, 0).sum() / counts.sum().clamp(min=1)
         w = self.teacher_weight
         cost = (1 - w) * cost + w * self.temperature**2 * apart
-        return cost + self.loss.mean(taught, y) if self.learns else cost, logits
+        return cost + self.loss.mean(widened(taught), y) if self.learns else cost, logits
 
     def extra_repr(self) -> str:
         """γ, r, w and τ."""

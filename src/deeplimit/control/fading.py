@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain
 from deeplimit.network.anatomy import anatomy
+from deeplimit.network.anatomy.anatomy import layer_numbers
 
 
 class FadedForward:
@@ -20,30 +21,34 @@ class FadedForward:
 
     Attributes:
         step: s, from 1 (the block as it is) to 0, with which the block is not run unless it has a
-            key-value cache to fill.
+            key-value cache to fill or returns more than the state, or may.
         past: what takes a state past the block as if it did nothing; None for a residual function.
     """
 
     def __init__(self, block: nn.Module, past: Callable[[Tensor], Tensor] | None):
         self.block, self.past, self.step = block, past, 1.0
         self.original = block.__dict__.get("forward")
+        self._state_alone = past is None  # whether the block is known to return nothing else
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The next state, or the update; what else the block returns stays as it is."""
         given = (*args, *kwargs.values())
         x = next(value for value in given if isinstance(value, Tensor))
         # A block with a key-value cache is run: the cache's length is read off its layers.
-        if self.step == 0 and not any(hasattr(value, "get_seq_length") for value in given):
+        cached = any(hasattr(value, "get_seq_length") for value in given)
+        if self.step == 0 and self._state_alone and not cached:
             return torch.zeros_like(x) if self.past is None else self.past(x)
         y = (self.original or partial(type(self.block).forward, self.block))(*args, **kwargs)
+        self._state_alone = not isinstance(y, tuple)
         if self.step == 1:
             return y
-        rest = y[1:] if isinstance(y, tuple) else None
+        rest = None if self._state_alone else y[1:]
         state = y if rest is None else y[0]
         if self.past is None:
             state = self.step * state
         else:
-            state = torch.lerp(self.past(x), state, self.step)
+            past = self.past(x)
+            state = torch.lerp(past, state, self.step) if self.step else past
         return state if rest is None else (state, *rest)
 
     def remove(self) -> None:
@@ -74,9 +79,9 @@ class Fading:
             whose steps share their controls (Heun).
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[int]):
+    def __init__(self, model: nn.Module, layers: Iterable[SupportsIndex]):
         structure = anatomy(model)
-        self.layers = tuple(sorted(set(layers)))
+        self.layers = tuple(sorted(layer_numbers(layers)))
         structure.check_removable(self.layers)
         chains = (m for m in model.modules() if isinstance(m, ResidualChain))
         residual = {function for chain in chains for function in chain}

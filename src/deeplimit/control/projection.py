@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
-from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
+from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
 
 Point = tuple[float, float]
 
@@ -62,8 +62,8 @@ def picture_trajectories(
     labels: list[Tensor] = []
     plane = False
     with evaluating(model):
-        for x, y in loader:
-            states, _ = structure.states(to_device(x, device_of(model)))
+        for x, y in pairs(loader, device_of(model)):
+            states, _ = structure.states(x)
             logits = structure.logits(states)
             plane = loss.classes == 2 and torch.equal(logits[0], states[0])
             layers.append(logits.double().cpu())

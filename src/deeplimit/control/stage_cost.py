@@ -84,8 +84,7 @@ class StageCost(nn.Module):
         # ones, whose gradients are the optimiser's.
         controls = self.anatomy.controls if self.control_cost else []
         logits, running = self._run(x, y)
-        tokens = self.anatomy.tokens
-        cost = self.loss.mean(widened(logits) if tokens else logits, y)
+        cost = self.loss.mean(widened(logits), y)
         if running is not None:
             cost = cost + self.weight * running
         if controls:
@@ -112,13 +111,13 @@ class StageCost(nn.Module):
             mean_loss = self._mean_loss(y)
             carried = (to_last_stage(self.anatomy, n, s) for n, s in enumerate(states[:-1]))
             return logits, torch.stack([mean_loss(self.anatomy.head, s) for s in carried]).sum()
-        z = self.anatomy.logits(states[:-1], statistics=statistics)
+        z = widened(self.anatomy.logits(states[:-1], statistics=statistics))
         return logits, len(z) * self.loss.mean(z, y.expand(len(z), *y.shape))
 
     def _mean_loss(self, y: Tensor) -> RunningCost:
         """mean_i ℓ(z^i, y^i) of a state, through the head."""
         if not self.anatomy.tokens:
-            return lambda head, x: self.loss.mean(head(x), y)
+            return lambda head, x: self.loss.mean(widened(head(x)), y)
         counted = CountedTokens(y, self.loss.classes)
         return lambda head, x: counted.mean_loss(self.loss, head, x)
 

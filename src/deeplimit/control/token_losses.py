@@ -130,5 +130,5 @@ def to_last_stage(structure: Anatomy, n: int, x: Tensor) -> Tensor:
 
 
 def widened(logits: Tensor) -> Tensor:
-    """Logits of half precision in float32: the sum over a vocabulary needs it."""
+    """Logits of half precision in float32: sums over a vocabulary, or a batch, need it."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.modes import Inputs, device_of, to_device
+from deeplimit.network.modes import Inputs, device_of, pairs
 
 AGAIN = 8
 
@@ -51,7 +51,7 @@ class Trials:
         first = next(iter(loader), None)
         if first is None:
             raise InputError("the loader gave no batch; a cut is chosen on at least one sample")
-        self.batch, self._batch_targets = to_device(first[0], self._device), first[1]
+        ((self.batch, self._batch_targets),) = pairs([first], self._device)
         self._answers = structure.run(self.batch)
         self._hits = self._run(structure)
         self.samples = len(self._hits)
@@ -77,7 +77,7 @@ class Trials:
         """Mean KL(softmax z ‖ softmax z′) of the first batch: z of the model, z′ of its cut."""
         answers = anatomy(self.cut(removed)).run(self.batch)
         total, count = 0.0, 0
-        for z, w, y in self._parts(self._answers, answers, self._batch_targets.to(self._device)):
+        for z, w, y in self._parts(self._answers, answers, self._batch_targets):
             own, other = z.double().log_softmax(-1), w.double().log_softmax(-1)
             total += float(F.kl_div(other, own, reduction="sum", log_target=True))
             count += len(y)
@@ -117,14 +117,14 @@ class Trials:
     def _run(self, structure: Anatomy) -> Tensor:
         """Whether each sample is right, 0 or 1, over the whole loader."""
         hits, targets = [torch.zeros(0, dtype=torch.float64)], []
-        for x, y in self._loader:
-            z = structure.run(to_device(x, self._device))
+        for x, y in pairs(self._loader, self._device):
+            z = structure.run(x)
             if z.shape[:-1] != y.shape:
                 raise InputError(
                     f"targets of shape {list(y.shape)} given for logits {list(z.shape)}; expected "
                     f"{list(z.shape[:-1])}"
                 )
-            for part, same in self._parts(z, y.to(self._device)):
+            for part, same in self._parts(z, y):
                 hits.append((part.argmax(-1) == same).double().cpu())
             targets.append(y.flatten().cpu())
         if self._targets is None:

@@ -6,7 +6,7 @@ measured, layer by layer, on held-out data.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
+from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
 
 ACCURACY_TOLERANCE = 0.005
 LOSS_TOLERANCE = 0.01
@@ -46,8 +46,9 @@ class TurnpikeProfile:
         class_distance: the same for each class, [N + 1][C]; NaN for a class with no samples. Empty
             for tokens.
         relative_update: mean ‖x_{n+1} − x_n‖ / ‖x_n‖ per sample, N values; at a change of stage x_n
-            is carried to the shape of x_{n+1} first. Samples with x_n = 0 are left out; NaN where
-            no other is left.
+            is carried to the shape of x_{n+1} first. Of states [B, L, d] padding, where the inputs'
+            attention mask is 0, is no part of a sample. Samples with x_n = 0 are left out; NaN
+            where no other is left.
         loss_error: standard error of mean(ℓ_n − ℓ_N), paired by sample, N + 1 values.
         accuracy_error: standard error of accuracy_n − accuracy_N, paired by sample, N + 1 values.
         influence: 1 − mean cos(x_n, x_{n+1}) per sample, N values from 0 (the layer turns no state)
@@ -160,8 +161,8 @@ def turnpike_profile(
     sums: _Sums | None = None
     device = device_of(model)
     with evaluating(model):
-        for x, y in loader:
-            batch = _measure(structure, to_device(x, device), y.to(device), loss)
+        for x, y in pairs(loader, device):
+            batch = _measure(structure, x, y, loss)
             sums = batch if sums is None else sums + batch
     if sums is None:
         raise InputError("the loader gave no batch; a profile needs at least one sample")
@@ -221,8 +222,9 @@ def _measure(structure: Anatomy, x: Inputs, y: Tensor, loss: SoftCrossEntropy) -
 
     states, output = structure.states(x)
     counted = CountedTokens(y, loss.classes) if structure.tokens else None
+    padding = _padding(x, states)
     if counted is None:
-        *states, output, y = labelled(y, *states, output)
+        *states, padding, output, y = labelled(y, *states, padding, output)
     if counted is not None:
         values, distance, hits = counted.measured(structure, states[:-1], output, measure)
     else:
@@ -231,7 +233,8 @@ def _measure(structure: Anatomy, x: Inputs, y: Tensor, loss: SoftCrossEntropy) -
         values, distance, hits = measure(logits, y.expand(len(logits), *y.shape))
     gap, none = values - values[-1], torch.zeros(0)
     own = None if counted is not None else torch.nn.functional.one_hot(y, loss.classes).double()
-    updates, influences, update_count = _changes(structure, states, counted)
+    rows = counted.of if counted is not None else partial(_flat, padding)
+    updates, influences, update_count = _changes(structure, states, rows)
     return _Sums(
         count=values.shape[1],
         loss=values.sum(1).cpu(),
@@ -248,15 +251,33 @@ def _measure(structure: Anatomy, x: Inputs, y: Tensor, loss: SoftCrossEntropy) -
     )
 
 
+def _padding(x: Inputs, states: list[Tensor]) -> Tensor:
+    """Where states [B, L, d] are of padding, [B, L]: not of a sample, whatever a layer does there.
+
+    Without an attention mask no token is; of states of another form [B, 0].
+    """
+    mask = None if isinstance(x, Tensor) else x.get("attention_mask")
+    shape = states[0].shape[:2]
+    if mask is None or mask.shape != shape or any(s.shape[:2] != shape for s in states):
+        return torch.zeros(len(states[0]), 0, dtype=torch.bool, device=states[0].device)
+    return mask == 0
+
+
+def _flat(padding: Tensor, state: Tensor) -> Tensor:
+    if padding.shape[1]:
+        state = state.masked_fill(padding[..., None], 0)
+    return state.flatten(1)
+
+
 def _changes(
-    structure: Anatomy, states: list[Tensor], counted: CountedTokens | None
+    structure: Anatomy, states: list[Tensor], rows: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Relative update and influence, summed over samples with x_n ≠ 0, and their number, per layer.
 
     Σ_i ‖x_{n+1} − x_n‖ / ‖x_n‖ and Σ_i (1 − cos), the latter as half the squared distance of the
-    two directions: exactly zero for a layer that does nothing, and exact near zero.
+    two directions: exactly zero for a layer that does nothing, and exact near zero. `rows` makes
+    samples [S, …] of a state.
     """
-    rows = counted.of if counted is not None else partial(torch.flatten, start_dim=1)
     updates, influences, counts = [], [], []
     for n in range(len(states) - 1):
         before = rows(structure.carried(n, states[n])).double()

@@ -2,19 +2,48 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from deeplimit.errors import InputError
 
 # What a model takes: one tensor, or tensors by name as transformers' models do.
 Inputs = Tensor | Mapping[str, Tensor]
 
 
-def to_device(x: Inputs, device: torch.device) -> Inputs:
-    """Inputs on a device."""
+def to_device(x: Tensor | Mapping[str, Tensor | None], device: torch.device) -> Inputs:
+    """Inputs on a device; a name that stands for None is left out."""
     if isinstance(x, Tensor):
         return x.to(device)
-    return {name: value.to(device) for name, value in x.items()}
+    return {name: value.to(device) for name, value in x.items() if value is not None}
+
+
+def pairs(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
+    """The batches (x, y) of a loader, on a device.
+
+    Raises:
+        InputError: a batch of another form.
+    """
+    for batch in loader:
+        parts = batch if isinstance(batch, tuple | list) else (batch,)
+        match parts:
+            case (Tensor() | Mapping() as x, Tensor() as y):
+                yield to_device(x, device), y.to(device)
+            case _:
+                given = ", ".join(map(_described, parts)) or "nothing"
+                raise InputError(
+                    f"the loader gives batches of {given}; expected (x, y): inputs, a tensor or "
+                    "tensors by name, and a tensor of targets; give it a collate_fn that returns "
+                    "them"
+                )
+
+
+def _described(part: Any) -> str:
+    if isinstance(part, Mapping):
+        return f"a mapping of {', '.join(map(str, part))}"
+    return f"a {type(part).__name__}"
 
 
 def first_samples(x: Inputs, count: int) -> Inputs:

@@ -12,7 +12,7 @@ from torchdiffeq import odeint
 
 from deeplimit.errors import InputError, RunError
 from deeplimit.network import ResidualChain, ResidualClassifier, anatomy
-from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
+from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
 from deeplimit.ode.interpolation import Controls, VectorField
 from deeplimit.ode.recording import Call
 from deeplimit.ode.solving import stopped
@@ -223,10 +223,10 @@ def _predictions(
     model: nn.Module, loader: Iterable[tuple[Inputs, Tensor]]
 ) -> tuple[Tensor, Tensor, int]:
     """The classes said, the true ones, and the number of batches."""
-    device, said, true = device_of(model), [], []
-    for x, y in loader:
-        said.append(model(to_device(x, device)).argmax(-1).cpu())
-        true.append(y)
+    said, true = [], []
+    for x, y in pairs(loader, device_of(model)):
+        said.append(model(x).argmax(-1).cpu())
+        true.append(y.cpu())
     if not said:
         raise InputError("the loader gave no batch; an accuracy needs at least one sample")
     return torch.cat(said), torch.cat(true), len(said)

@@ -1,9 +1,11 @@
 """What everything else sees of a model: stem, stages of layers, what carries a state on, head."""
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -169,20 +171,45 @@ class Anatomy(ABC):
         return list({id(p): p for p in every}.values())
 
     @contextmanager
-    def recording(self) -> Iterator[list[Tensor]]:
-        """Collects the states x_0 … x_N of each forward of the model inside the block."""
-        states: list[Tensor] = []
-        handles = self.register_state_hook(lambda _, x: states.append(x))
+    def hooked(self, hook: StateHook) -> Iterator[None]:
+        """Calls hook(n, x_n), n = 0 … N, in each forward of the model inside the block."""
+        handles = self.register_state_hook(hook)
         try:
-            yield states
+            yield
         finally:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Collects the states x_0 … x_N of each forward of the model inside the block."""
+        states: list[Tensor] = []
+        with self.hooked(lambda _, x: states.append(x)):
+            yield states
+
     def states(self, x: Inputs) -> tuple[list[Tensor], Tensor]:
-        """The states x_0 … x_N and the model's own logits for a batch of inputs."""
-        with self.recording() as states:
+        """The states x_0 … x_N and the model's own logits for a batch of inputs.
+
+        Raises:
+            InputError: a layer, or what follows the last one, writes over the state that it reads.
+        """
+        states: list[Tensor] = []
+        versions: list[int] = []
+
+        def seen(_: int, x: Tensor) -> None:
+            states.append(x)
+            versions.append(_version(x))
+
+        with self.hooked(seen):
             logits = self.run(x)
+        for n, (state, version) in enumerate(zip(states, versions, strict=True)):
+            if _version(state) != version:
+                name = type(self.model).__name__
+                who = f"layer {n}" if n < self.horizon else "what follows the last layer"
+                raise InputError(
+                    f"{who} of {name} changes its input in place, which loses state {n}; write "
+                    "x = x + … for x += …, and leave out inplace=True where it reads the state"
+                )
         return states, logits
 
     def carried(self, n: int, x: Tensor) -> Tensor:
@@ -219,28 +246,24 @@ class Anatomy(ABC):
             flat = self.head(x)
         return flat.reshape(len(states), batch, *flat.shape[1:])
 
-    def without(self, removed: Iterable[int]) -> nn.Module:
+    def without(self, removed: Iterable[SupportsIndex]) -> nn.Module:
         """An independent copy of the model less some layers.
 
         Raises:
             InputError: a layer that does not exist, or that the model cannot do without.
         """
-        gone = set(removed)
+        gone = layer_numbers(removed)
         self.check_removable(gone)
         return self.leave_out(gone)
 
-    def check_removable(self, removed: Iterable[int]) -> None:
+    def check_removable(self, removed: Iterable[SupportsIndex]) -> None:
         """Whether the model can do without these layers.
 
         Raises:
             InputError: a layer that does not exist, or that the model cannot do without.
         """
         layers = self.layers
-        gone = list(removed)
-        for n in gone:
-            if not isinstance(n, int) or isinstance(n, bool):
-                raise InputError(f"layer {n!r} to be removed; expected whole numbers")
-        for n in sorted(gone):
+        for n in sorted(layer_numbers(removed)):
             if not 0 <= n < len(layers):
                 raise InputError(
                     f"layer {n} to be removed: the model has layers 0 … {len(layers) - 1}"
@@ -263,6 +286,31 @@ class Anatomy(ABC):
         if self.fixed:
             lines.append(f"  cannot be removed: layers {', '.join(map(str, self.fixed))}")
         return "\n".join(lines)
+
+
+def layer_numbers(layers: Iterable[SupportsIndex]) -> set[int]:
+    """Layers as Python's whole numbers, each once: of a list, a NumPy array, a tensor.
+
+    Raises:
+        InputError: something else is among them, such as the True and False of a mask.
+    """
+    given = layers.tolist() if hasattr(layers, "tolist") else layers
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise InputError(f"{given!r} given as layers; expected several, such as [3, 7]")
+    numbers = set()
+    for n in given:
+        try:
+            numbers.add(operator.index(n))
+        except TypeError:
+            raise InputError(f"layer {n!r} given; expected whole numbers, such as [3, 7]") from None
+        if isinstance(n, bool):
+            raise InputError(f"layer {n} given; expected whole numbers, such as [3, 7], not a mask")
+    return numbers
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written over; in inference mode nobody counts."""
+    return 0 if x.is_inference() else x._version
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -6,17 +6,27 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, pairwise
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
+from deeplimit.network.anatomy.anatomy import (
+    Anatomy,
+    Layer,
+    RunningCost,
+    StateHook,
+    layer_numbers,
+)
 from deeplimit.network.modes import Inputs, RunningStatistics, evaluating
 
 Container = nn.ModuleList | nn.Sequential
+
+# Of the logits' rounding, what the same head may make of the same state in another call. Sums in
+# half precision are rounded once, at their end.
+SLACK, HALF_SLACK = 100, 4
 
 
 @runtime_checkable
@@ -161,6 +171,14 @@ class BlockAnatomy(Anatomy):
         what = f"{type(self).__name__} does not fit this {type(self.model).__name__}"
         if len(set(self.blocks)) < len(self.blocks):
             raise InputError(f"{what}: one module is several of its layers; give each its own")
+        there = set(self.model.modules())
+        for container in self.containers:
+            if not isinstance(container, nn.Module) or container not in there:
+                raise InputError(
+                    f"{what}: one of its containers is a {type(container).__name__} that is no "
+                    "part of the model, such as a slice; give the model's own ModuleList or "
+                    "Sequential, with the blocks and nothing else in it"
+                )
         if x is None:
             return
         with evaluating(self.model), torch.no_grad():
@@ -182,7 +200,9 @@ class BlockAnatomy(Anatomy):
                         f"{list(states[n + 1].shape)}"
                     )
             gap = float((mine.float() - own.float().reshape(mine.shape)).abs().max())
-            if gap > 100 * torch.finfo(own.dtype).eps * (1 + float(own.float().abs().max())):
+            slack = HALF_SLACK if own.dtype.itemsize < 4 else SLACK
+            limit = slack * torch.finfo(own.dtype).eps * (1 + float(own.float().abs().max()))
+            if not gap <= limit:  # NaN is no agreement
                 raise InputError(
                     f"{what}: the logits of its last state differ from the model's own by {gap:.2g}"
                 )
@@ -232,14 +252,14 @@ class BlockAnatomy(Anatomy):
         self.shortened(other, kept)
         return other
 
-    def check_removable(self, removed: Iterable[int]) -> None:
+    def check_removable(self, removed: Iterable[SupportsIndex]) -> None:
         """Whether the model can do without these layers, together too.
 
         Raises:
             InputError: one that does not exist or that it needs, all layers, or all of a list that
                 cannot be empty.
         """
-        removed = set(removed)
+        removed = layer_numbers(removed)
         super().check_removable(removed)
         lists = [] if self.may_be_empty else self._ranges
         for own in (range(self.horizon), *lists):
@@ -281,15 +301,22 @@ def _charged(block: nn.Module, cost: Callable[[Tensor], Tensor]) -> Iterator[lis
 
 
 def _repeat(container: nn.Module, times: list[int], model: nn.Module) -> None:
-    """Block i times[i] times; names end in 0, 1, 2, … again."""
+    """Block i times[i] times; the numbers that names end in count on from the first one's.
+
+    Names without a number stay; what is repeated then has one appended.
+    """
+    first = re.search(r"\d+$", next(iter(container._modules), ""))
+    start = int(first[0]) if first else 0
     there = []
     for (name, block), count in zip(container._modules.items(), times, strict=True):
         if block is not None:
             copies = [_copied(block, model) for _ in range(count - 1)]
-            there += [(name, one) for one in (block, *copies)]
+            there += [(name, i, one) for i, one in enumerate((block, *copies))]
     container._modules.clear()
-    for i, (name, block) in enumerate(there):
-        container._modules[re.sub(r"\d+$", str(i), name)] = block
+    for number, (name, i, block) in enumerate(there, start):
+        named = re.sub(r"\d+$", str(number), name)
+        again = named == name and named in container._modules
+        container._modules[f"{name}_{i}" if again else named] = block
 
 
 def _copied(block: nn.Module, model: nn.Module) -> nn.Module:

@@ -2,12 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.network.anatomy.anatomy import layer_numbers
 from deeplimit.network.anatomy.block_anatomy import BlockAnatomy
 from deeplimit.network.modes import Inputs
 
@@ -50,13 +51,13 @@ class TransformersAnatomy(BlockAnatomy):
         shape = (1, getattr(config, "num_channels", 3), height, width)
         return torch.randn(shape, generator=generator).to(device)
 
-    def check_removable(self, removed: Iterable[int]) -> None:
+    def check_removable(self, removed: Iterable[SupportsIndex]) -> None:
         """Whether the model can do without these layers.
 
         Raises:
             InputError: as for any model; it is quantised, or a layer's index matters.
         """
-        removed = set(removed)
+        removed = layer_numbers(removed)
         super().check_removable(removed)
         name = type(self.model).__name__
         if removed and getattr(self.model, "is_quantized", False):
