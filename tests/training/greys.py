@@ -30,6 +30,9 @@ def five():
 """
 
 
+DINO = VIT | {"model_type": "dinov2", "mlp_ratio": 2}  # its mask token gets no gradient
+
+
 def greys(folder: Path, samples: int = 300, channels: int = 1) -> str:
     """A data set npz:FILE: noise of 8×8 pixels in four degrees of brightness, the classes."""
     y = np.arange(samples) % 4
@@ -41,5 +44,14 @@ def greys(folder: Path, samples: int = 300, channels: int = 1) -> str:
 
 def vit(folder: Path, **changes: object) -> str:
     """A specification transformers:FILE of a small vision transformer."""
-    (folder / "vit.json").write_text(json.dumps(VIT | changes))
-    return f"transformers:{folder / 'vit.json'}"
+    return _config(folder / "vit.json", VIT | changes)
+
+
+def dino(folder: Path) -> str:
+    """The same of a small DINOv2."""
+    return _config(folder / "dino.json", DINO)
+
+
+def _config(file: Path, settings: dict[str, object]) -> str:
+    file.write_text(json.dumps(settings))
+    return f"transformers:{file}"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from greys import dino, greys
 from training_runs import (
     SMALL,
     checkpoint_of,
@@ -20,7 +22,7 @@ from training_runs import (
     same_but_for_seconds,
 )
 
-from deeplimit.training import Recipe, RunFolder, resume, train
+from deeplimit.training import Recipe, RunFolder, heal, load_data, resume, train
 
 pytestmark = pytest.mark.processes
 
@@ -114,6 +116,43 @@ def test_two_processes_are_one(launcher: str, images: Recipe, tmp_path: Path) ->
     assert largest_difference(one, ones["adjoint"]) > 1e-9  # states were rebuilt
     free = train(replace(recipe, control_cost=0.0), runs=tmp_path, name="free", quiet=True)
     assert largest_difference(one, checkpoint_of(free.path)) > 1e-4  # the control cost did act
+
+
+def test_two_processes_wait_for_no_gradient_that_never_comes(tmp_path: Path) -> None:
+    """A model with a parameter that has none, and layers that fade to nothing, by ddp."""
+    pytest.importorskip("transformers", reason="the extra `hub` is not installed")
+    recipe = Recipe(
+        data=greys(tmp_path),
+        epochs=2,
+        batch_size=50,
+        precision="64-true",
+        device="cpu",
+    ).of_model(dino(tmp_path))
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    both = script(
+        tmp_path / "both.py",
+        """
+        import torch
+        from deeplimit.training import heal, load_data
+        runs = Path(sys.argv[1])
+        two = replace(Recipe.from_toml(runs / "recipe.toml"), devices=2, strategy="ddp")
+        made = train(two, runs=runs, name="two", quiet=True)
+        data = load_data(two, runs)
+        healed = heal(made.model(), data, remove=[1], fade=0.5, recipe=two, quiet=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            torch.save(healed.state_dict(), runs / "healed.pt")
+        """,
+    )
+    run_script(both, str(tmp_path))
+    one = train(recipe, runs=tmp_path, name="one", quiet=True)
+    apart = largest_difference(checkpoint_of(one.path), checkpoint_of(tmp_path / "two"))
+    assert apart < 1e-12
+    data = load_data(recipe, tmp_path)
+    alone = heal(one.model(), data, remove=[1], fade=0.5, recipe=recipe, quiet=True).state_dict()
+    together = torch.load(tmp_path / "healed.pt")
+    assert together.keys() == alone.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_two_processes_stop_together_at_a_loss_that_is_not_finite(tmp_path: Path) -> None:

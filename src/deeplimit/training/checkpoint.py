@@ -84,7 +84,10 @@ def restore(
     try:
         _divide(optimizer, model, checkpoint.optimizer["param_groups"])
         set_model_state_dict(model, checkpoint.model, options=whole)
-        set_optimizer_state_dict(model, optimizer, checkpoint.optimizer, options=whole)
+        # Not strict: of a parameter that never had a gradient an optimiser keeps nothing. That
+        # the network is the same the line before has seen.
+        known = StateDictOptions(full_state_dict=True, strict=False)
+        set_optimizer_state_dict(model, optimizer, checkpoint.optimizer, options=known)
     except (RuntimeError, KeyError) as error:
         raise InputError(
             f"the checkpoint is not of the network in recipe.toml ({_line(error)}); give the run "

@@ -8,14 +8,16 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from deeplimit.control import StageCost
 from deeplimit.errors import RunError
-from deeplimit.training.building import Start, load_data, prepare
+from deeplimit.network.modes import evaluating
+from deeplimit.training.building import Start, evaluation_batches, load_data, loss_of, prepare
 from deeplimit.training.checkpoint import load_checkpoint
 from deeplimit.training.determinism import repeatable
 from deeplimit.training.interruption import interruptible
 from deeplimit.training.loop import Training
 from deeplimit.training.metrics import Row
-from deeplimit.training.processes import first_process_does, launch, place
+from deeplimit.training.processes import first_process_does, launch, place, shared
 from deeplimit.training.progress import observer
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.run_folder import RunFolder
@@ -47,7 +49,7 @@ def train(
     runs = Path(runs)
     recipe = place(recipe)
     start = prepare(recipe, load_data(recipe, runs))
-    fabric = launch(recipe)
+    fabric = launched(start)
     folder = first_process_does(
         fabric, lambda: RunFolder.create(runs, name, start.recipe, start.data.class_names)
     )
@@ -69,7 +71,28 @@ def resume(path: str | Path, *, quiet: bool = False) -> RunFolder:
     folder = replace(folder, recipe=place(folder.recipe))
     start = prepare(folder.recipe, load_data(folder.recipe, folder.path.parent))
     load_checkpoint(folder.path)
-    return _train(launch(folder.recipe), start, folder, quiet)
+    return _train(launched(start), start, folder, quiet)
+
+
+def launched(start: Start) -> Fabric:
+    """The processes of a training, as `launch` starts them."""
+    return launch(start.recipe, unused=shared(start.recipe) and _leaves_out(start))
+
+
+def _leaves_out(start: Start) -> bool:
+    """Whether some parameter has no gradient: layers that fade to nothing, parts of a given model.
+
+    Asked of one sample in evaluation mode.
+    """
+    if start.fade is not None and start.fade.layers:
+        return True
+    if start.recipe.model is None:
+        return False
+    with evaluating(start.model) as model, torch.enable_grad():
+        x, y = next(iter(evaluation_batches(start.data.train.take(1))))
+        cost, _ = StageCost(model, loss_of(start.recipe, start.data), weight=0.0)(x, y)
+        learnt = [p for p in model.parameters() if p.requires_grad]
+        return None in torch.autograd.grad(cost, learnt, allow_unused=True)
 
 
 def fit(

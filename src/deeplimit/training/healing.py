@@ -16,6 +16,7 @@ from deeplimit.control.distillation import check_teaching
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
 from deeplimit.network import anatomy
+from deeplimit.network.anatomy.anatomy import layer_numbers
 from deeplimit.network.modes import device_of
 from deeplimit.training.building import (
     Fade,
@@ -26,9 +27,9 @@ from deeplimit.training.building import (
     run_data,
 )
 from deeplimit.training.files import write_text
-from deeplimit.training.fit import fit
+from deeplimit.training.fit import fit, launched
 from deeplimit.training.given_model import check_model
-from deeplimit.training.processes import launch, place, processes
+from deeplimit.training.processes import place, processes
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Healing
 from deeplimit.training.run_folder import RunFolder
@@ -120,7 +121,7 @@ def heal(
             f"every parameter of this {name} is frozen; call requires_grad_() on what is to be "
             "trained"
         )
-    gone = tuple(sorted(set(remove)))
+    gone = tuple(sorted(layer_numbers(remove)))
     anatomy(model).check_removable(gone)
     recipe = recipe or Recipe(
         data=data.name, model=name, epochs=1, learning_rate=3e-4, weight_decay=0.0, stage_cost=0.0
@@ -136,7 +137,7 @@ def heal(
     fading = _fade(gone, fade)
     begun = copy.deepcopy(model) if fading else crop(model, remove=gone)
     start = Start(recipe, data, begun.cpu(), teaching, fading)
-    healed = fit(launch(recipe), start, title=f"{name} on {data.name}", quiet=quiet).end()
+    healed = fit(launched(start), start, title=f"{name} on {data.name}", quiet=quiet).end()
     healed = crop(healed, remove=gone if fading else ()).to(device_of(model))
     return healed.train(model.training)
 
@@ -178,6 +179,7 @@ def heal_run(
         InputError: settings out of range, or a run without a cut.
         RunError, KeyboardInterrupt: as `train`.
     """
+    check_healing(epochs, teacher_weight, temperature, fade)
     cut = folder.cut()
     folder.cropped()  # says what to do where there is none
     if cut is None or not cut.removed:
@@ -185,12 +187,8 @@ def heal_run(
             f"{folder.path}: its cut removed no layer, so there is nothing to heal; cut to fewer "
             f"layers: deeplimit crop {folder.path} --to K"
         )
-    if epochs < 1:
-        raise InputError(f"epochs is {epochs}; expected at least 1")
-    check_teaching(teacher_weight, temperature)
     rate = folder.recipe.learning_rate / GENTLER if learning_rate is None else learning_rate
     weight = 0.0 if teacher == "none" else teacher_weight
-    _fade(cut.removed, fade)
     plan = Plan(cut.removed, teacher, weight, temperature, epochs, rate, fade)
     _recipe(folder, plan)
     data = run_data(folder)
@@ -199,6 +197,14 @@ def heal_run(
     underway.mkdir()
     write_text(underway / PLAN, json.dumps(to_plain(plan)) + "\n")
     return _heal(folder, plan, data, quiet)
+
+
+def check_healing(epochs: int, teacher_weight: float, temperature: float, fade: float) -> None:
+    """Raises InputError for settings of `heal_run` that are out of range."""
+    if epochs < 1:
+        raise InputError(f"epochs is {epochs}; expected at least 1")
+    check_teaching(teacher_weight, temperature)
+    _fade((), fade)
 
 
 def resume_heal(path: str | Path, *, quiet: bool = False) -> Healing:
@@ -257,7 +263,7 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
     )
     layers = f"{anatomy(cropped).horizon} of {anatomy(full).horizon} layers"
     training = fit(
-        launch(recipe),
+        launched(start),
         start,
         folder.path / UNDERWAY,
         title=f"{folder.path}: healing {layers} on {recipe.data}",

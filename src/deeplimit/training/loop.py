@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from deeplimit.control import Fading, turnpike_profile
+from deeplimit.errors import InputError
 from deeplimit.training.building import (
     Fade,
     Start,
@@ -87,6 +88,13 @@ class Training:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes back to where a checkpoint was taken."""
+        planned = checkpoint.scheduler["total_steps"]
+        if planned != self.schedule.total_steps:
+            raise InputError(
+                f"the checkpoint is of a training of {planned} steps, the recipe and its data now "
+                f"make {self.schedule.total_steps}; put epochs, batch_size, devices and data back, "
+                "or go on from the finished network: deeplimit train DATA --model RUN"
+            )
         restore(checkpoint, self.learning, self.optimizer, self.schedule)
         self.network.load_state_dict(self._of_network(checkpoint.model))
         self.rows, self.steps = list(checkpoint.rows), checkpoint.step

@@ -59,6 +59,11 @@ def processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
 
 
+def shared(recipe: Recipe) -> bool:
+    """Whether the work goes through a strategy for several processes."""
+    return recipe.strategy != "auto" or recipe.devices > 1 or processes() > 1
+
+
 def device_type(recipe: Recipe) -> str:
     """Which kind of device the recipe means here: cpu or cuda."""
     if recipe.device == "auto":
@@ -66,11 +71,16 @@ def device_type(recipe: Recipe) -> str:
     return recipe.device
 
 
-def launch(recipe: Recipe) -> Fabric:
+def launch(recipe: Recipe, *, unused: bool = False) -> Fabric:
     """Starts the processes that the recipe asks for, unless torchrun did.
 
     Fabric runs the command of this process once more for each further device: from here on several
     processes run the same program, `fabric.global_rank` tells them apart.
+
+    Args:
+        recipe: of the run.
+        unused: some parameter may be without a gradient in some step, for which ddp, unless it
+            knows, waits in vain.
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = recipe.strategy
@@ -79,6 +89,8 @@ def launch(recipe: Recipe) -> Fabric:
         strategy = ModelParallelStrategy(
             shard, data_parallel_size=recipe.devices * machines, tensor_parallel_size=1
         )
+    elif unused and shared(recipe):
+        strategy = "ddp_find_unused_parameters_true"
     double = recipe.precision == "64-true"  # as an object: by name it is refused under fsdp
     fabric = Fabric(
         accelerator=device_type(recipe),
