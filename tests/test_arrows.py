@@ -1,4 +1,4 @@
-"""Imports between rooms follow DESIGN.md: arrows point one way, function-local imports included."""
+"""Imports between rooms: arrows point one way, function-local imports included."""
 
 import ast
 from collections.abc import Iterator
@@ -89,14 +89,14 @@ def is_module(package: Path, name: str) -> bool:
 
 
 def back_arrows(package: Path) -> list[str]:
-    """Imports that DESIGN.md does not allow."""
+    """Imports against the arrows."""
     wrong = []
     for found in imports(package):
         target = room_of(found.target)
         if found.room == "" or target == found.room or target == "errors":
             continue
         if found.room not in ARROWS:
-            wrong.append(f"{found.file}: no such room in DESIGN.md: {found.room}")
+            wrong.append(f"{found.file}: no room that has its arrows here: {found.room}")
         elif target not in ARROWS[found.room]:
             wrong.append(str(found))
     return wrong

@@ -130,6 +130,26 @@ def test_a_model_without_a_run_gets_one(vit_run: Path, tmp_path: Path) -> None:
         assert "nothing to heal; cut to fewer layers" in healed.err
 
 
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["crop", "--to", "9"], "a cut to 9 layers; the network has 3"),
+        (["crop", "--multiply-adds", "7"], "a fraction of 7 of the multiply-adds"),
+        (["heal", "--epochs", "0"], "epochs is 0; expected at least 1"),
+        (["heal", "--fade", "2"], "fade is 2"),
+    ],
+)
+def test_a_model_asked_for_what_cannot_be_leaves_no_run(
+    args: list[str], says: str, vit_run: Path, tmp_path: Path
+) -> None:
+    model = ["transformers:" + str(vit_run / "model"), "--data", "npz:greys.npz"]
+    done = command(args[0], *model, "--runs", tmp_path / "runs", *args[1:])
+    assert (done.code, done.out) == (2, "")
+    (line,) = done.err.splitlines()
+    assert says in line
+    assert not list((tmp_path / "runs").glob("[!.]*"))
+
+
 WRONG = {
     "words": (["transformers:gpt2.json"], "classifies no images"),
     "another size": (["transformers:wide.json"], "Input image size (8*8) doesn't match model"),

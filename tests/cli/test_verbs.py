@@ -161,6 +161,13 @@ def test_report_of_a_run_that_is_not_finished(stopped: Path) -> None:
     assert (stopped / "report.html").exists()
 
 
+def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
+    args = ["train", "digits", "--depth", "2", "--epochs", "1", "--runs", tmp_path]
+    done = command(*args, "--name", "[bold]x")
+    assert done.code == 0
+    assert str(tmp_path / "[bold]x" / "report.html") in done.out
+
+
 def test_a_run_is_never_overwritten(trained: Path) -> None:
     before = contents(trained)
     again = ["train", "digits", *SMALL, "--runs", trained.parent, "--name", "small"]

@@ -154,6 +154,14 @@ WRONG: dict[str, Wrong] = {
         lambda here: ["train", "digits", "--recipe", here / "r.toml"],
         ("'digits'", "r.toml", "leave one of them out"),
     ),
+    "a network larger than memory": Wrong(
+        lambda here: ["train", "--width", "1000000", "--hidden", "1000000", "--runs", here / "r"],
+        ("width 1000000, hidden 1000000", "does not fit into memory", "smaller"),
+    ),
+    "a seed that no generator takes": Wrong(
+        lambda here: ["ode", "transformers:vit", "--seed", "99999999999999999999999"],
+        ("seed is 99999999999999999999999", "from 0 to 2147483647"),
+    ),
     # places
     "runs below a file": Wrong(
         lambda here: ["train", "--runs", file_in(here, "file", "") / "runs"],

@@ -9,7 +9,7 @@ import pytest
 
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, LOSS_TOLERANCE
 from deeplimit.report import render_page, write_page
-from deeplimit.report.numbers import count, percent, points, seconds, significant
+from deeplimit.report.numbers import count, layers, percent, points, seconds, significant
 from deeplimit.training.results import RunResults
 
 
@@ -68,10 +68,42 @@ def test_the_rule_is_told_with_validation_figures(digits: RunResults, digits_pag
 def test_a_depth_given_by_the_user_is_told_beside_the_rule_s(spirals: RunResults) -> None:
     assert spirals.profiles is not None
     page = readable(render_page(spirals))
-    chosen = spirals.profiles.validation.recommended_depth
+    validation = spirals.profiles.validation
+    assert validation.recommended_depth < validation.horizon
     assert "The depth was given by the user." in page
-    assert f"applied to validation data, would have chosen {chosen}." in page
+    best = (
+        f"On validation data the first {layers(validation.recommended_depth)} are as good as all."
+    )
+    assert spaced(best) in page
     assert "The control" not in page
+
+
+def test_where_every_smaller_depth_is_worse_the_page_says_no_more(spirals: RunResults) -> None:
+    assert spirals.profiles is not None
+    validation = spirals.profiles.validation
+    worse = (0.0,) * validation.horizon + validation.accuracy[-1:]
+    profiles = replace(spirals.profiles, validation=replace(validation, accuracy=worse))
+    says = "On validation data every smaller number of first layers does worse than all"
+    given = readable(render_page(replace(spirals, profiles=profiles)))
+    assert f"{says}. The numbers" in given
+    waiting = readable(render_page(replace(spirals, profiles=profiles, cut=None)))
+    assert f"{says} {validation.horizon}. The network has not been cut yet." in waiting
+
+
+def test_a_training_that_was_stopped_is_not_called_done(digits: RunResults) -> None:
+    begun = replace(digits, profiles=None, cut=None, reference=None, metrics=digits.metrics[:3])
+    page = readable(render_page(begun))
+    assert f"stopped after 3 of {digits.recipe['epochs']} epochs; deeplimit train --resume" in page
+    assert "has been trained" not in page
+
+
+def test_the_control_of_another_cut_is_not_shown(digits: RunResults) -> None:
+    assert digits.reference is not None
+    assert digits.cut is not None
+    report = replace(digits.reference.report, horizon_after=digits.cut.report.horizon_after + 1)
+    other = replace(digits, reference=replace(digits.reference, report=report))
+    assert "trained without stage cost" in readable(render_page(digits))
+    assert "when it is cut to the same depth" not in readable(render_page(other))
 
 
 def test_the_control_says_what_the_cut_costs_without_stage_cost(
@@ -103,7 +135,7 @@ def test_every_layer_of_the_test_profile_is_in_the_table(
 
 def test_the_recipe_is_there_and_how_to_repeat_the_run(digits_page: str) -> None:
     page = readable(digits_page)
-    assert "deeplimit train --recipe recipe.toml" in page
+    assert "deeplimit train --recipe RUN/recipe.toml" in page
     for field in ("stage_cost 0.1", "control_cost 0.0001", "seed 0", "versions.torch 2.13.0"):
         assert field in page
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from greys import MODULE, greys, vit
+from greys import MODULE, dino, greys, vit
 from safetensors.torch import save_file
 from training_runs import checkpoint_of, equal_weights, largest_difference, one_thread
 
@@ -85,6 +85,66 @@ def test_resumed_it_is_the_same_to_the_bit(run: RunFolder, tmp_path: Path) -> No
     resumed = resume(copy, quiet=True)
     assert equal_weights(resumed.model(), run.model())
     assert largest_difference(checkpoint_of(copy), checkpoint_of(run.path)) == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_parameter_that_never_has_a_gradient_hinders_no_resume(
+    optimizer: str, place: Path, tmp_path: Path
+) -> None:
+    data = f"npz:{place / 'greys.npz'}"
+    recipe = recipe_of(dino(place), data, epochs=2, optimizer=optimizer)
+    whole = train(recipe, runs=tmp_path, quiet=True)
+    model = whole.model()
+    assert torch.count_nonzero(model.dinov2.embeddings.mask_token) == 0
+    copy = Path(shutil.copytree(whole.path, tmp_path / "stopped"))
+    (copy / "checkpoint" / "epoch-00002.pt").unlink()
+    (copy / "checkpoint" / "latest").write_text("epoch-00001.pt\n")
+    shutil.rmtree(copy / "model")
+    assert equal_weights(resume(copy, quiet=True).model(), model)
+    mine, theirs = checkpoint_of(copy), checkpoint_of(whole.path)
+    kept = theirs.optimizer["state"]
+    assert len(kept) == len(list(model.parameters())) - 1
+    for name, state in kept.items():
+        for which, value in state.items():
+            assert torch.equal(mine.optimizer["state"][name][which], value)
+
+
+def test_a_checkpoint_of_a_training_of_another_length_is_refused(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(run.path, tmp_path / "longer"))
+    recipe = copy / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("epochs = 4", "epochs = 5"))
+    steps = checkpoint_of(copy).scheduler["total_steps"]
+    says = rf"of a training of {steps} steps, .* make {steps * 5 // 4}; put epochs, .* --model RUN"
+    with pytest.raises(InputError, match=says):
+        resume(copy, quiet=True)
+
+
+def test_paths_in_a_recipe_are_found_from_anywhere(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = run.path.parents[1]
+    monkeypatch.chdir(place)
+    save_file(run.model().state_dict(), tmp_path / "vit.safetensors")
+    shutil.copy(tmp_path / "vit.safetensors", "weights.safetensors")
+    recipe = recipe_of(
+        "transformers:vit.json", "npz:greys.npz", epochs=0, weights=Path("weights.safetensors")
+    )
+    made = train(recipe, runs=tmp_path, quiet=True)
+    assert made.recipe.data == "npz:greys.npz"
+    monkeypatch.chdir(tmp_path)
+    kept = RunFolder.open(made.path).recipe
+    assert kept.data == f"npz:{place / 'greys.npz'}"
+    assert kept.model == f"transformers:{place / 'vit.json'}"
+    assert kept.weights == place / "weights.safetensors"
+    again = train(kept, runs=tmp_path, quiet=True)
+    assert equal_weights(again.model(), run.model())
+    assert crop_run(RunFolder.open(made.path), 2).report.horizon_after == 2
+    library = recipe_of("torchvision:resnet18", "cifar10")
+    assert library.rooted() == library
+    mine = recipe_of("own_vits:build", "digits", data_dir=Path("there"))
+    assert mine.rooted() == replace(mine, data_dir=tmp_path / "there")
 
 
 PLAIN = """

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
-from training_runs import checkpoint_of, equal_weights
+from training_runs import checkpoint_of, equal_weights, files_at_most
 
 from deeplimit.control import SoftCrossEntropy, StageCost
 from deeplimit.data import batches
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, RunError
 from deeplimit.network import ResidualClassifier
 from deeplimit.ode import refine
 from deeplimit.training import Recipe, RunFolder, load_data, refine_run, resume, train
@@ -151,6 +151,14 @@ def test_a_run_that_was_refined_is_refined_again_with_its_optimiser(run: RunFold
     scale = 4 if run.recipe.optimizer == "sgd" else 1  # outside the stages as it was
     assert sorted(rates) == pytest.approx([1e-3, 1e-3 * scale])
     assert (twice.recipe.learning_rate, twice.recipe.depth) == (1e-3, (16,))
+
+
+def test_on_a_full_disk_nothing_is_left(run: RunFolder) -> None:
+    before = sorted(run.path.parent.iterdir())
+    smallest = min(p.stat().st_size for p in (run.path / "checkpoint").glob("*.pt"))
+    with files_at_most(smallest), pytest.raises(RunError, match="cannot be written"):
+        refine_run(run, 3, epochs=1, quiet=True)
+    assert sorted(run.path.parent.iterdir()) == before
 
 
 def test_settings_that_cannot_be(run: RunFolder, tmp_path: Path) -> None:

@@ -81,6 +81,6 @@ class Crop(Source):
                 f"{' and '.join(given)} given; a cut follows from one of them: give one"
             )
         accuracy = {} if self.points is None else {"accuracy": self.points / 100}
-        folder = self.folder()
-        cut = crop_run(folder, self.to, **accuracy, **budgets)  # type: ignore[arg-type]
+        with self.opened() as folder:
+            cut = crop_run(folder, self.to, **accuracy, **budgets)  # type: ignore[arg-type]
         emit(cut, crop_summary(cut, folder.reference()), renew_page(folder), json=self.json)

@@ -50,11 +50,14 @@ class Heal(Source):
         from deeplimit.cli.finish import renew_page
         from deeplimit.report import healing_summary
         from deeplimit.training import RunFolder, crop_run, heal_run, resume_heal
+        from deeplimit.training.healing import check_healing
 
         if self.resume:
             self._refuse_others()
             folder, healing = RunFolder.open(self.run), resume_heal(self.run, quiet=self.json)
         else:
+            # Before a model gets a run folder.
+            check_healing(self.epochs, self.teacher_weight, self.temperature, self.fade)
             folder = self.folder()
             if self.data is not None:  # a run made just now
                 crop_run(folder)

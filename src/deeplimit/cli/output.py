@@ -31,7 +31,7 @@ def emit(result: Any, *shown: Any, json: bool) -> None:
         if json:
             print(json_text.dumps(to_plain(result), allow_nan=False, ensure_ascii=False))
         else:
-            console = Console(soft_wrap=True, highlight=False)
+            console = Console(soft_wrap=True, highlight=False, markup=False)
             for part in shown:
                 console.print(part)
         sys.stdout.flush()

@@ -28,6 +28,6 @@ class Profile(Source):
         from deeplimit.report import profile_table
         from deeplimit.training import profile_run
 
-        folder = self.folder()
-        profiles = profile_run(folder)
+        with self.opened() as folder:
+            profiles = profile_run(folder)
         emit(profiles, profile_table(profiles.validation), renew_page(folder), json=self.json)

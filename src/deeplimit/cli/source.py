@@ -1,5 +1,8 @@
 """What the verbs for a trained network are given: a run, or a model that was trained elsewhere."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,6 +40,21 @@ class Source:
     """Of a MODEL: folder for the run folder."""
     name: Annotated[str | None, arg(metavar="NAME")] = None
     """Of a MODEL: the run folder's name; by default the data set's."""
+
+    @contextmanager
+    def opened(self) -> Iterator["RunFolder"]:
+        """The run folder; one that was made now for a model is gone if what was asked is wrong.
+
+        Raises:
+            InputError: as `folder`.
+        """
+        folder = self.folder()
+        try:
+            yield folder
+        except InputError:
+            if self.data is not None:
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
 
     def folder(self) -> "RunFolder":
         """The run folder, made now for a model.

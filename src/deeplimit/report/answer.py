@@ -131,8 +131,12 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
     if cut.tolerance is None:
         text = "The depth was given by the user."
         if validation is not None:
-            chosen = validation.recommended_depth
-            text += f" The rule, applied to validation data, would have chosen {chosen}."
+            chosen, total = validation.recommended_depth, validation.horizon
+            text += (
+                f" On validation data the first {layers(chosen)} are as good as all."
+                if chosen < total
+                else " On validation data every smaller number of first layers does worse than all."
+            )
         return text + " The numbers on this page come from test data unless they say otherwise."
     lost = f"{100 * cut.tolerance:g} points of accuracy (or two samples, if that is more)"
     if not cut.removed:
@@ -212,6 +216,13 @@ class ControlRow:
     cut: str
     full_length: float
     cut_length: float
+
+
+def control_of(cut: Cut | None, reference: Reference | None) -> Reference | None:
+    """The control of a cut; none where the control was cut to another depth."""
+    if cut is None or reference is None or not cut.removed:
+        return None
+    return reference if reference.report.horizon_after == cut.report.horizon_after else None
 
 
 def control_sentence(reference: Reference) -> str:
@@ -298,14 +309,20 @@ def merging_sentence(merging: MergedRuns) -> str:
 
 def waiting(results: RunResults) -> str:
     """What is known, and what to do, before a cut was made."""
+    done, epochs = len(results.metrics), int(results.recipe.get("epochs", 0))
+    if done < epochs:
+        return (
+            f"The training was stopped after {done} of {several(epochs, 'epoch')}; deeplimit train "
+            "--resume goes on with it."
+        )
     if results.profiles is None:
         return "The network has been trained; its turnpike has not been looked for yet."
     validation = results.profiles.validation
     depth = validation.recommended_depth
     if depth == validation.horizon:
         return (
-            f"On validation data no depth below {depth} is as good as the full network; "
-            "no layer would be removed."
+            f"On validation data every smaller number of first layers does worse than all {depth}. "
+            "The network has not been cut yet."
         )
     return (
         f"On validation data {layers(depth)} of {validation.horizon} are as good as the full "

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.control.turnpike import TurnpikeProfile
-from deeplimit.report.answer import comparisons, control_sentence, healing_sentence
+from deeplimit.report.answer import comparisons, control_of, control_sentence, healing_sentence
 from deeplimit.report.numbers import SPACE, percent, significant
 from deeplimit.training.results import Cut, Healing, Reference
 
@@ -83,8 +83,8 @@ def crop_summary(cut: Cut, reference: Reference | None = None) -> RenderableType
     lines = [Text(f"Depth {how}; {report.samples:,} test samples.", style="dim")]
     if cut.choice is not None:
         lines.append(Text(f"On validation data: {cut.choice}.", style="dim"))
-    if reference is not None and cut.removed:
-        lines.append(Text(control_sentence(reference)))
+    if (control := control_of(cut, reference)) is not None:
+        lines.append(Text(control_sentence(control)))
     return Group(table, *lines)
 
 

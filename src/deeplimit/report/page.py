@@ -52,11 +52,11 @@ def write_page(results: RunResults, path: Path) -> Path:
 
 def _context(results: RunResults) -> dict[str, Any]:
     profiles, cut, reference = results.profiles, results.cut, results.reference
-    control = None
-    if cut is not None and cut.removed and reference is not None:
+    control, same = None, answer.control_of(cut, reference)
+    if cut is not None and same is not None:
         control = {
-            "sentence": answer.control_sentence(reference),
-            "rows": answer.control_rows(cut, reference),
+            "sentence": answer.control_sentence(same),
+            "rows": answer.control_rows(cut, same),
         }
     return {
         "title": _title(results),

@@ -207,5 +207,7 @@ def run_of(model: nn.Module, like: RunFolder, name: str) -> RunFolder:
     if isinstance(model, ResidualClassifier) and recipe.model is None:
         a = model.architecture
         recipe = replace(recipe, depth=a.depths, hidden=a.hidden, step=a.step)
-    made = RunFolder.create(like.path.parent, name, recipe, like.class_names)
-    return resume(made.starting_from(model, 0).path, quiet=True)
+    runs, names = like.path.parent, like.class_names
+    with RunFolder.create_from(runs, name, recipe, model, 0, names) as made:
+        pass  # a network is all that it has
+    return resume(made.path, quiet=True)

@@ -144,7 +144,15 @@ def _initial(
     """With parameters of the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = architecture.build()
+        try:
+            model = architecture.build()
+        except RuntimeError as error:  # what torch raises when the system gives it no memory
+            if "memory" not in str(error):
+                raise
+            raise InputError(
+                f"a network of width {recipe.width}, hidden {recipe.hidden} and {recipe.horizon} "
+                "layers does not fit into memory; give smaller numbers"
+            ) from error
     initialise(model, recipe.initialisation, recipe.length_scale)
     flat = recipe.kind in ("logit", "vector")
     return model.standardise(*data.standardisation(pixelwise=flat))

@@ -16,7 +16,7 @@ from deeplimit.gradient.accuracy import LossOf
 from deeplimit.network.modes import Inputs
 from deeplimit.training.building import loss_of, run_data, training_batches
 from deeplimit.training.loaded_model import LoadedModel, told
-from deeplimit.training.recipe import LARGEST_SEED
+from deeplimit.training.recipe import check_seed
 from deeplimit.training.run_folder import RunFolder
 
 SAMPLES, LENGTH, IMAGE = 4, 128, 224
@@ -58,8 +58,7 @@ class Wish:
             raise InputError(f"shape is {self.shape}; expected sizes of at least 1: 3,224,224")
         if self.shape is not None and self.length is not None:
             raise InputError("shape and length given; give the one that the model takes")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"seed is {self.seed}; expected a number from 0 to {LARGEST_SEED}")
+        check_seed(self.seed)
 
 
 def example(loaded: LoadedModel, wish: Wish, device: torch.device | str = "cpu") -> Example:

@@ -22,6 +22,7 @@ from deeplimit.errors import InputError
 from deeplimit.network import CifarResNet, load
 from deeplimit.training.library_models import LIBRARIES
 from deeplimit.training.loaded_model import LoadedModel, meant, told
+from deeplimit.training.recipe import check_seed
 from deeplimit.training.run_folder import RunFolder
 
 FORMS = (
@@ -42,9 +43,10 @@ def load_model(
         new_head: of a trained model of transformers with another number of classes.
 
     Raises:
-        InputError: no such model, a library that is not installed, or a function that fails or
-            returns something else.
+        InputError: no such model, a seed out of range, a library that is not installed, or a
+            function that fails or returns something else.
     """
+    check_seed(seed)
     source, colon, name = spec.partition(":")
     if source not in LIBRARIES and spec.endswith(".safetensors"):
         return _of_file(Path(spec))

@@ -93,7 +93,7 @@ class Bar(Observer):
 
     def start(self, message: str) -> None:
         """Says it above the bar."""
-        self.progress.console.print(message, highlight=False)
+        self.progress.console.print(message, highlight=False, markup=False)
         self.progress.start()
 
     def step(self, figures: Figures) -> None:

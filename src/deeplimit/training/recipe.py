@@ -128,7 +128,7 @@ class Recipe:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: on CUDA where there is any."""
     devices: int = 1
-    """Processes, one per device, that share every batch."""
+    """Processes, one per device, that share every batch; a batch norm sees its process's part."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the work: ddp copies the network, fsdp divides it. auto: ddp."""
 
@@ -177,6 +177,18 @@ class Recipe:
     def of_model(self, model: str) -> "Recipe":
         """The same recipe for a given model."""
         return replace(self, model=model, **{name: getattr(Recipe, name) for name in NETWORK})
+
+    def rooted(self) -> "Recipe":
+        """The same recipe, to be read in any folder: the paths of what is there are absolute."""
+        paths = {name: getattr(self, name) for name in ("data_dir", "weights", "start")}
+        changed: dict[str, Any] = {name: p.absolute() for name, p in paths.items() if p is not None}
+        for name in ("data", "model"):
+            kind, colon, path = (getattr(self, name) or "").rpartition(":")
+            # Else it is a name: of a data set, a function, a model that a library knows.
+            if kind in ("", "npz", "transformers") and path and Path(path).exists():
+                known = name == "data" and not colon
+                changed |= {} if known else {name: f"{kind}{colon}{Path(path).absolute()}"}
+        return replace(self, **changed)
 
     @property
     def horizon(self) -> int:
@@ -288,8 +300,7 @@ class Recipe:
             _at_least(name, getattr(self, name), 1)
         _positive("learning_rate", self.learning_rate)
         _at_least("crop", self.crop, 0)
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"seed is {self.seed}; expected a number from 0 to {LARGEST_SEED}")
+        check_seed(self.seed)
         if self.batch_size % self.devices:
             raise InputError(
                 f"batch_size is {self.batch_size}, which {self.devices} devices cannot share "
@@ -306,6 +317,12 @@ def _beside(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         if value in OWN_STARTS and place.exists():
             found[name] = f"{kind}{colon}{place}" if name == "model" else str(place)
     return found
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that not every random generator in use takes."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"seed is {seed}; expected a number from 0 to {LARGEST_SEED}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -84,12 +84,6 @@ def refine_run(
     deeper = refine(model, factor, optimizer=optimizer)
     report = _compared(recipe, data, model, deeper)
     name = f"{folder.path.resolve().name}-x{factor}" if name is None else name
-    made = RunFolder.create(
-        folder.path.parent, name, _shaped(recipe, deeper), folder.class_names
-    ).starting_from(deeper, epochs)
-    if optimizer is not None:
-        rate = folder.recipe.learning_rate
-        save_checkpoint(made.path, _beginning(made.recipe, data, deeper, optimizer, rate))
     refinement = Refinement(
         source=str(folder.path.resolve()),
         factor=factor,
@@ -98,7 +92,14 @@ def refine_run(
         learning_rate=recipe.learning_rate,
         carried=optimizer is not None,
     )
-    made.write_refinement(refinement)
+    shaped = _shaped(recipe, deeper)
+    with RunFolder.create_from(
+        folder.path.parent, name, shaped, deeper, epochs, folder.class_names
+    ) as made:
+        if optimizer is not None:
+            rate = folder.recipe.learning_rate
+            save_checkpoint(made.path, _beginning(made.recipe, data, deeper, optimizer, rate))
+        made.write_refinement(refinement)
     made = resume(made.path, quiet=quiet)
     if epochs:
         trained = _compared(recipe, data, model, made.model())

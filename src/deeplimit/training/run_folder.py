@@ -3,7 +3,9 @@
 import csv
 import json
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,21 +60,57 @@ class RunFolder:
     ) -> "RunFolder":
         """A new folder in `runs`: NAME, or the first of NAME-2, NAME-3, … that does not exist.
 
-        Without a name the data set's is taken. An existing run is never touched.
+        Without a name the data set's is taken. An existing run is never touched. The paths in its
+        recipe.toml are absolute.
 
         Raises:
             InputError: the name is no folder's name, or the folder cannot be made or written to.
         """
-        name = _name_of(recipe.data) if name is None else name
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise InputError(f"the name {name!r} cannot be a folder's; give a plain one")
-        path = make_folder(Path(runs), name)
+        path = make_folder(Path(runs), _name_of(recipe.data) if name is None else name)
         try:
-            write_text(path / RECIPE, recipe.to_toml(class_names))
+            write_text(path / RECIPE, recipe.rooted().to_toml(class_names))
         except RunError as error:
             path.rmdir()
             raise InputError(str(error)) from error
         return cls(path, recipe)
+
+    @classmethod
+    @contextmanager
+    def create_from(
+        cls,
+        runs: str | Path,
+        name: str,
+        recipe: Recipe,
+        model: nn.Module,
+        epochs: int,
+        class_names: Sequence[str] = (),
+    ) -> Iterator["RunFolder"]:
+        """A new folder, as `create` makes one, whose run starts from a network.
+
+        That is start.safetensors or start/, and named in the recipe. recipe.toml, which makes a run
+        of the folder, is written when the with statement is left, after all that belongs to it; if
+        something fails before, no folder is left.
+        """
+        recipe = recipe.rooted()
+        path = make_folder(Path(runs), name)
+        try:
+            place = path.resolve() / START
+            save_network(model, place, standardisation=cls(path, recipe).standardisation)
+            file = place if place.is_dir() else place.with_name(START + SUFFIX)
+            if recipe.model is None:
+                recipe = replace(recipe, epochs=epochs, start=file)
+                own = replace(recipe, start=Path(file.name))
+            else:
+                kind = "transformers:" if file.is_dir() else ""
+                recipe = replace(recipe, epochs=epochs, model=f"{kind}{file}", weights=None)
+                recipe = replace(recipe, new_head=False)
+                own = replace(recipe, model=f"{kind}{file.name}")
+            yield cls(path, recipe)
+            # The recipe names it as it lies beside: the folder may be moved.
+            write_text(path / RECIPE, own.to_toml(class_names))
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -129,23 +167,6 @@ class RunFolder:
         """Writes the healed network: healed.safetensors or healed/."""
         scale = self.standardisation
         save_network(model, self.path / HEALED, removed=removed, standardisation=scale)
-
-    def starting_from(self, model: nn.Module, epochs: int) -> "RunFolder":
-        """The run with another start, start.safetensors or start/, written into its recipe."""
-        place = self.path.resolve() / START
-        save_network(model, place, standardisation=self.standardisation)
-        file = place if place.is_dir() else place.with_name(START + SUFFIX)
-        if self.recipe.model is None:
-            recipe = replace(self.recipe, epochs=epochs, start=file)
-            own = replace(recipe, start=Path(file.name))
-        else:
-            kind = "transformers:" if file.is_dir() else ""
-            recipe = replace(self.recipe, epochs=epochs, model=f"{kind}{file}", weights=None)
-            recipe = replace(recipe, new_head=False)
-            own = replace(recipe, model=f"{kind}{file.name}")
-        # The recipe names it as it lies beside: the folder may be moved.
-        write_text(self.path / RECIPE, own.to_toml(self.class_names))
-        return replace(self, recipe=recipe)
 
     def _network(self, name: str, remedy: str) -> nn.Module:
         if not is_saved(self.path / name):
@@ -296,7 +317,13 @@ def _name_of(data: str) -> str:
 
 
 def make_folder(runs: Path, name: str) -> Path:
-    """A folder that was not there before; mkdir itself is the test, so two runs never share one."""
+    """A folder that was not there before; mkdir itself is the test, so two runs never share one.
+
+    Raises:
+        InputError: the name is no folder's name, or the folder cannot be made.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise InputError(f"the name {name!r} cannot be a folder's; give a plain one")
     number = 1
     while True:
         path = runs / (name if number == 1 else f"{name}-{number}")
