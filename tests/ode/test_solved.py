@@ -41,6 +41,8 @@ def test_the_networks_own_scheme_and_steps_are_the_network(
     x = torch.randn(5, *model.architecture.shape, dtype=torch.float64)  # type: ignore[union-attr]
     again = solved(model, solver, depths[0])(x)
     assert torch.allclose(again, model(x), rtol=0, atol=1e-12)
+    assert not again.requires_grad  # no parameter is left out of a training without a word
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("solver", [*FIXED, *ADAPTIVE])
@@ -94,7 +96,9 @@ def test_accuracy_and_cost_are_counted() -> None:
 def test_the_model_is_left_alone() -> None:
     model = classifier().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    solved(model, "rk4", 2)(torch.randn(3, 8, dtype=torch.float64)).sum().backward()
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    solved(model, "rk4", 2)(x).sum().backward()
+    assert x.grad is not None
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -130,7 +130,12 @@ class Measurement:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """The same random numbers each time; buffers as before at the end."""
-        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        buffers = [  # a block may put another tensor in the place of one
+            (module, name, b, b.clone())
+            for module in self.model.modules()
+            for name, b in module._buffers.items()
+            if b is not None
+        ]
         with torch.random.fork_rng(), torch.enable_grad():
             torch.set_rng_state(self._random)
             if torch.cuda.is_available():
@@ -139,7 +144,8 @@ class Measurement:
                 yield
             finally:
                 with torch.no_grad():
-                    for buffer, copy in buffers:
+                    for module, name, buffer, copy in buffers:
+                        module._buffers[name] = buffer
                         buffer.copy_(copy)
 
 

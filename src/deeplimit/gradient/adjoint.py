@@ -1,6 +1,6 @@
 """Switching a model to memory-free gradients, and back."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -36,14 +36,24 @@ class AdjointForward:
         cost = self.running_cost
         if cost is None or not torch.is_grad_enabled():
             return self.engine.run(self.steps[0], function, None, args, kwargs)
-        charging = partial(_charging, function, cost)
+        several = False  # whether the block returns more than the state, or that in a tuple
+
+        def charging(*args: Any, **kwargs: Any) -> Any:
+            nonlocal several
+            output = function(*args, **kwargs)
+            if not torch.is_grad_enabled():  # while a state is rebuilt
+                return output
+            several = isinstance(output, tuple)
+            x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            return (*(output if several else (output,)), cost(x))
+
         *output, paid = self.engine.run(self.steps[0], charging, None, args, kwargs)
         self.paid.append(paid)
         if isinstance(self.block, FSDPModule) and paid.requires_grad:
             # FSDP2 gathers a block's parameters when a gradient reaches its output; of the cost,
             # which it is not shown, it does not know.
             paid.register_hook(self._gather)
-        return output[0] if len(output) == 1 else tuple(output)
+        return tuple(output) if several else output[0]
 
     def _gather(self, _: Tensor) -> None:
         cast(FSDPModule, self.block).unshard()
@@ -54,15 +64,6 @@ class AdjointForward:
             del self.block.__dict__["forward"]
         else:
             self.block.forward = self.original
-
-
-def _charging(function: Callable[..., Any], cost: RunningCost, *args: Any, **kwargs: Any) -> Any:
-    """A block's output with the cost of its input behind it; while a state is rebuilt, without."""
-    output = function(*args, **kwargs)
-    if not torch.is_grad_enabled():
-        return output
-    x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-    return (*(output if isinstance(output, tuple) else (output,)), cost(x))
 
 
 class AdjointSteps:
@@ -130,12 +131,12 @@ def use_adjoint(
         The model.
 
     Raises:
-        InputError: a setting that cannot be, a name that is no block, or a model with no candidate.
+        InputError: a setting that cannot be, a name that is no block, or a model with no candidate;
+            the model is as it was.
     """
     engine = checked(evaluations, anchor_every, tolerance, on_drift)
     names = None if blocks is None else _names(blocks, "blocks")
     engine.anchors = _names(anchors, "anchors")
-    use_backprop(model)
     _refuse_checkpoints(model)
     found = list(_chains(model)) if names is None else []
     candidates = _candidates(model) if names is None else _named(model, names)
@@ -145,6 +146,13 @@ def use_adjoint(
             "ResidualChain, or a Sequential or ModuleList of blocks; give their names to "
             "use_adjoint(model, blocks=[…])"
         )
+    places = {
+        *candidates,
+        *(_place(name, n) for name, chain in found for n in range(chain.horizon)),
+    }
+    if unknown := engine.anchors - places:
+        raise InputError(f"anchors names {min(unknown)!r}, which is not one of the blocks")
+    use_backprop(model)
     steps: dict[str, Step] = {}
     for name in sorted(candidates, key=lambda name: -name.count(".")):
         block = candidates[name]
@@ -153,13 +161,10 @@ def use_adjoint(
         steps[name] = step
         block.forward = AdjointForward(engine, step, block)
     for name, chain in found:
-        mine = [_step(name, chain, n) for n in range(chain.horizon)]
-        steps |= {step.name: step for step in mine}
+        mine = [
+            Step.of(_place(name, n), *chain.controls(n), named=True) for n in range(chain.horizon)
+        ]
         chain.run_step = AdjointSteps(engine, mine, chain)  # type: ignore[method-assign]
-    unknown = engine.anchors - set(steps)
-    if unknown:
-        use_backprop(model)
-        raise InputError(f"anchors names {sorted(unknown)[0]!r}, which is not one of the blocks")
     return model
 
 
@@ -261,9 +266,9 @@ def _chains(model: nn.Module) -> Iterator[tuple[str, ResidualChain]]:
             yield name, module
 
 
-def _step(name: str, chain: ResidualChain, n: int) -> Step:
-    path = f"{name}.{n}" if name else str(n)
-    return Step.of(path, *chain.controls(n), named=True)
+def _place(name: str, n: int) -> str:
+    """What step n of a chain is called."""
+    return f"{name}.{n}" if name else str(n)
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:

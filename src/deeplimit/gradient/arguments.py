@@ -68,12 +68,13 @@ class Arguments:
         self._versions = [(t, t._version) for t in self.tensors()]
 
     def tensors(self) -> Iterable[Tensor]:
-        """The tensors among the arguments, one level deep into tuples."""
+        """The tensors among the arguments, one level deep into tuples and dicts."""
         for value in (*self._args, *self._kwargs.values()):
+            inside = value.values() if isinstance(value, dict) else value
             if isinstance(value, Tensor):
                 yield value
-            elif isinstance(value, tuple | list):
-                yield from (item for item in value if isinstance(item, Tensor))
+            elif isinstance(value, tuple | list | dict):
+                yield from (item for item in inside if isinstance(item, Tensor))
 
     def filled_cache(self, layer: int | None) -> bool:
         """Whether a key-value cache already holds something of this layer."""
@@ -117,6 +118,10 @@ def _without_graph(value: Any) -> Any:
         return value.detach().requires_grad_(value.requires_grad)
     if type(value) in (tuple, list):
         return type(value)(_without_graph(item) for item in value)
+    if type(value) is dict:
+        return {key: _without_graph(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named one
+        return type(value)(*map(_without_graph, value))
     return value
 
 

@@ -143,15 +143,37 @@ class Engine:
             )
         arguments = Arguments(args, kwargs)
         x = arguments.state
-        if x is None or not self._goes(step, arguments, x):
+        if x is None or not x.is_floating_point():
+            return self._run_stateless(step, function, args, kwargs)
+        if not self._goes(step, arguments, x):
             return function(*args, **kwargs)
         if not step.known:
             return self._first_run(step, function, start, arguments, x)
         return self._later_run(Node(self, step, function, start, arguments, x), arguments, x)
 
+    def _run_stateless(
+        self,
+        step: Step,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Runs a step that cannot be rebuilt; the end of the backward pass tells, if all are so."""
+        step.known, step.plain = True, "is given no state, floating-point numbers in a tensor"
+        output = function(*args, **kwargs)
+        y = state_of(output)
+        if not step.inner and y is not None and y.requires_grad:
+            self._refused.append(f"{step.name} {step.plain}")
+            y.register_hook(self._look_back)
+        return output
+
+    def _look_back(self, _: Tensor) -> None:
+        with self.backward():
+            pass
+
     def _goes(self, step: Step, arguments: Arguments, x: Tensor) -> bool:
         """Whether this call has a gradient that can be had by a replay."""
-        if x.is_inference() or not x.is_floating_point() or _forward_mode():
+        if x.is_inference() or _forward_mode():
             return False
         if not (
             x.requires_grad
@@ -174,7 +196,8 @@ class Engine:
         asks = not step.named
         given = x
         if asks and not x.requires_grad:
-            given = x.detach().requires_grad_()  # or the graph would not show the way through
+            # Or the graph would not show the way through. A leaf could not be edited in place.
+            given = x.detach().requires_grad_().clone()
         version = given._version
         node, seen = None, Operations()
         # A compiled function would be given up for good where a mode looks at what it does.
@@ -189,6 +212,9 @@ class Engine:
                 output = self._run(node, arguments, given)
                 if given._version != version:
                     node.replace_input(copy)
+        if given is not x and given._version != version:
+            with torch.no_grad():
+                x.copy_(given)  # as the step would have done to its own input
         y = state_of(output)
         step.known = True
         inner = [s.name for s in step.inner if s.known and s.plain is None]

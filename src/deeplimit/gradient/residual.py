@@ -125,6 +125,11 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.compared = self.sorted = False
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Or functions compiled elsewhere would be given up for good where they are met here."""
+        return True
+
     def __torch_dispatch__(
         self,
         func: Any,

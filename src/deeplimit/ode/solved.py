@@ -144,7 +144,10 @@ def check_solver(solver: str, steps: int | None, tolerance: float = TOLERANCE) -
 def solved(
     model: nn.Module, solver: str, steps: int | None = None, tolerance: float = TOLERANCE
 ) -> nn.Module:
-    """A copy of a chain or of one of our classifiers whose chains a solver runs; parameters copied.
+    """A copy of a chain or of one of our classifiers whose chains a solver runs.
+
+    It is there to be evaluated: gradients reach its input, but none of its parameters, which are
+    copies, asks for one.
 
     Args:
         model: the network.
@@ -156,7 +159,7 @@ def solved(
         InputError: another kind of model, an unknown solver, or steps that do not go with it.
     """
     _check_chains(model)
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).requires_grad_(False)
     if isinstance(model, ResidualChain):
         return SolvedChain(model, solver, steps, tolerance)
     stages: Any = model.stages
