@@ -79,7 +79,26 @@ def test_a_validation_file_is_used(write_parts: WriteParts) -> None:
     data = load("tiny", data_dir=data_dir)
     assert (len(data.train), len(data.validation), len(data.test)) == (30, 30, 30)
     assert np.array_equal(data.validation.x.permute(0, 2, 3, 1), make_images(30, seed=5))
-    assert np.array_equal(data.train.x.permute(0, 2, 3, 1), make_images(30))
+    originals = {image.tobytes(): row for row, image in enumerate(make_images(30))}
+    rows = [originals[image.tobytes()] for image in data.train.x.permute(0, 2, 3, 1).numpy()]
+    assert sorted(rows) == list(range(30))
+    assert rows != sorted(rows)  # in random order, as where something was held out
+    assert [row % 3 for row in rows] == data.train.y.tolist()
+
+
+@pytest.mark.parametrize("hashed", ["", "-c08a401c53fe5312"])
+def test_shards_that_are_missing_or_of_two_versions(hashed: str, parquet_folder: Path) -> None:
+    first, second = sorted(parquet_folder.glob("train-*"))
+    for n, shard in enumerate((first, second)):
+        shard.rename(parquet_folder / f"train-0000{n}-of-00002{hashed}.parquet")
+    assert len(load("tiny", data_dir=parquet_folder.parent).train) == 54
+    first, second = sorted(parquet_folder.glob("train-*"))
+    second.rename(parquet_folder / "train-00000-of-00002-1234abcd.parquet")
+    with pytest.raises(InputError, match=r"2 files like .*, expected 2, each number once: fetch"):
+        load("tiny", data_dir=parquet_folder.parent)
+    (parquet_folder / "train-00000-of-00002-1234abcd.parquet").unlink()
+    with pytest.raises(InputError, match="1 files like"):
+        load("tiny", data_dir=parquet_folder.parent)
 
 
 def test_missing_parts_are_held_out_of_train(write_parts: WriteParts) -> None:

@@ -20,6 +20,7 @@ from deeplimit.network import (
     ResidualChain,
     ResidualClassifier,
     TwoLayerResidual,
+    anatomy,
 )
 
 
@@ -262,3 +263,31 @@ def test_parameters_that_are_not_finite() -> None:
     model[0].inner.bias.data[0] = math.inf
     with pytest.raises(InputError, match=r"0\.inner\.bias has numbers that are not finite"):
         feature_kernel(model, X)
+
+
+class PreNorm(nn.Module):
+    """x ↦ V tanh(W n(x) + b) with a layer norm n that learns nothing."""
+
+    def __init__(self, d: int, width: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(d, width), nn.Linear(width, d, bias=False)
+        self.norm, self.activation = nn.LayerNorm(d, eps=0.0, elementwise_affine=False), nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.activation(self.inner(self.norm(x))))
+
+
+def test_a_norm_in_front_is_part_of_the_features() -> None:
+    """Samples x and 3x, which the norm makes one: nothing tells them apart, and m says so."""
+    torch.manual_seed(0)
+    model = ResidualChain([PreNorm(4, 30) for _ in range(3)], step=0.3).double()
+    x = drawn(3, 4)
+    with torch.no_grad():
+        states = anatomy(model).states(x)[0]
+    found = feature_kernel(model, x)
+    for block, state, value in zip(model, states, found.smallest, strict=False):
+        features = torch.tanh(block.inner(block.norm(state))).detach().numpy()
+        assert value == pytest.approx(np.linalg.eigvalsh(features @ features.T / 30)[0], rel=1e-8)
+    twice = feature_kernel(ResidualChain([model[0]], step=0.3), torch.cat([x, 3 * x]))
+    assert twice.smallest == (0.0,)
+    assert twice.m == 0

@@ -252,3 +252,33 @@ def test_wrong_measures(name: str) -> None:
 def test_without_a_frame_there_is_no_network() -> None:
     with pytest.raises(InputError, match="frame=model"):
         LayerwiseMeasure(GOOD).network()
+
+
+def test_half_precision_is_read_in_full() -> None:
+    """u = N M h V is beyond what float16 holds where V is not."""
+    torch.manual_seed(0)
+    wide = ResidualChain([TwoLayerResidual(3, 4000) for _ in range(20)], step=1.0)
+    with torch.no_grad():
+        for block in wide:
+            block.outer.weight.mul_(100)
+    half = copy.deepcopy(wide).half()
+    largest = max(float(block.outer.weight.abs().max()) for block in half)
+    assert largest * 20 * 4000 > torch.finfo(torch.float16).max
+    measure = LayerwiseMeasure.of(half)
+    assert measure.layers[0].dtype == torch.float32
+    full = LayerwiseMeasure.of(half.float())
+    for mine, theirs in zip(measure.layers, full.layers, strict=True):
+        assert torch.equal(mine, theirs)
+    back = LayerwiseMeasure.of(copy.deepcopy(wide).half()).network()
+    for name, value in copy.deepcopy(wide).half().state_dict().items():
+        assert torch.equal(back.state_dict()[name], value)
+
+
+def test_in_half_precision_too_a_block_must_be_a_sum() -> None:
+    class Product(TwoLayerResidual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 1.2 + 0.05 * super().forward(x).square()
+
+    chain = ResidualChain([Product(3, 8) for _ in range(2)]).bfloat16()
+    with pytest.raises(InputError, match="is not a mean of particles: two halves"):
+        LayerwiseMeasure.of(chain)

@@ -189,3 +189,22 @@ def test_compared_networks() -> None:
     assert [trace.name for trace in figure.data] == ["a – b", "a – c", "b – c"]
     assert re.search(r"b 4\.50 6\.50 c 5\.50 6\.50", text_of(comparison_summary(three)))
     assert json.loads(figure.to_json())["data"][0]["line"]["shape"] == "hv"
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "by_number", "says"),
+    [
+        (0.0, 0.073, 0.0728, "0 ≤ d ≤ 0.0728"),  # by Sinkhorn, above a coupling that is known
+        (0.05, 0.07, 0.08, "0.0500 ≤ d ≤ 0.0700"),
+    ],
+)
+def test_bounds_by_sinkhorn_are_taken_for_no_more(
+    lower: float, upper: float, by_number: float, says: str
+) -> None:
+    two = comparison(2)
+    pair = replace(two.pairs[0], distance=upper, lower=lower, by_number=by_number)
+    answer = comparison_answer(replace(two, pairs=(pair,), sinkhorn=0.01))
+    assert says in answer
+    assert "already stand in matching order" not in answer
+    exact = replace(pair, distance=0.3, lower=0.3, by_number=0.3)
+    assert "in matching order" in comparison_answer(replace(two, pairs=(exact,)))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-_LAYOUT = 1  # raise it when the order or form of cached images changes
+_LAYOUT = 2  # raise it when the order or form of cached images changes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from deeplimit.data.request import Request
 from deeplimit.errors import InputError
 
 _ROWS = 1024  # read and decoded at once
-_SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")  # the hub used to add a hash
 
 
 def load_parquet(request: Request) -> DataSet:
@@ -99,8 +99,10 @@ def _require_all_shards(files: list[Path]) -> None:
     """InputError if files of the form train-00001-of-00003.parquet are incomplete."""
     shards = [match for path in files if (match := _SHARD.search(path.name))]
     announced = int(shards[0][2]) if shards else 0
-    if shards and len(files) != announced:
+    numbers = sorted(int(match[1]) for match in shards)
+    if shards and (len(files) != announced or numbers != list(range(announced))):
         raise InputError(
-            f"{files[0].parent}: {len(files)} files like {files[0].name}, expected {announced}: "
+            f"{files[0].parent}: {len(files)} files like {files[0].name}, expected {announced}, "
+            "each number once: "
             "fetch the others, or remove those of another version"
         )

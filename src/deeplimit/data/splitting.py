@@ -60,8 +60,10 @@ def split_whole(
 
 
 def _divide(labels: np.ndarray, sizes: dict[str, int]) -> dict[str, np.ndarray]:
-    """`sizes` samples for each part, the rest for "train", which comes first."""
+    """`sizes` samples for each part, the rest for "train", which comes first; in random order."""
     rest = np.arange(len(labels))
+    if not sizes:
+        rest = np.random.default_rng(_SPLIT_SEED).permutation(rest)
     held: dict[str, np.ndarray] = {}
     for part, size in sizes.items():
         rest, held[part] = train_test_split(

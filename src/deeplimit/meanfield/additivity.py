@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
-from deeplimit.meanfield.neurons import Neurons, Reading, numbers_in, write
+from deeplimit.meanfield.neurons import Neurons, Reading, is_wide, numbers_in, write
 from deeplimit.network.modes import evaluating
 
 
@@ -29,6 +29,8 @@ def check_additive(block: nn.Module, neurons: Neurons, reading: Reading, done: s
     key = (type(block), repr(block), reading.form)
     if key in done:
         return
+    if not all(map(is_wide, block.parameters())):  # whose rounding hides what does not add up
+        block = copy.deepcopy(block).float()
     other = copy.deepcopy(block)
     own, copied = (m.get_submodule(neurons.within) if neurons.within else m for m in (block, other))
     x = _example(block, neurons, reading)

@@ -26,7 +26,10 @@ def squared_distances(x: Array, y: Array) -> Array:
     if len(i) > FEW * costs.size:
         exact: Array = cdist(x, y, "sqeuclidean")
         return exact
-    costs[i, j] = squared_distances_of(x[i], y[j])
+    few = max(1, len(costs) * len(costs[0]) // x.shape[1])  # at a time: no more than the costs
+    for k in range(0, len(i), few):
+        some = i[k : k + few], j[k : k + few]
+        costs[some] = squared_distances_of(x[some[0]], y[some[1]])
     return costs
 
 

@@ -72,7 +72,8 @@ def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
     Args:
         model: a chain of two-layer residuals, or a classifier of one stage of them with a linear
             head or none.
-        x: the D samples, as the model takes them; time goes as N·D²·(M + D).
+        x: the D samples, as the model takes them; time goes as N·D·(D·(M + D) + d³), and D·d²
+            numbers of one layer's Jacobians are in memory at a time.
 
     Raises:
         InputError: another network, one whose layers share their output weights, samples of another
@@ -98,9 +99,9 @@ def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
         found = [
             _smallest(_features(block, state)) for block, state in zip(chain, states, strict=False)
         ]
-        jacobians = [_jacobian(b, state) for b, state in zip(chain, states, strict=False)]
-    lipschitz = sum(chain.step * float(torch.linalg.matrix_norm(j, 2).max()) for j in jacobians)
-    factors = _attenuation(jacobians, chain.step)
+        slopes = [_slopes(b, state, chain.step) for b, state in zip(chain, states, strict=False)]
+    lipschitz = sum(chain.step * steepest for steepest, _ in slopes)
+    factors = _attenuation([least for _, least in slopes])
     eigenvalues = torch.tensor(found, dtype=factors.dtype, device=factors.device)
     m = head * float((eigenvalues[:, None] * factors).mean(0).min()) / samples
     attenuation = tuple(factors.amin(1).tolist())
@@ -169,11 +170,20 @@ def _samples(states: list[Tensor]) -> int:
 
 
 def _features(block: nn.Module, x: Float[Tensor, "samples d"]) -> Float[Tensor, "samples m"]:
-    """σ(W x + b)."""
-    neurons = find_neurons(block)
-    sigma = block.get_submodule(neurons.activation)
-    features: Tensor = sigma(block.get_submodule(neurons.rows[0])(x))
-    return features
+    """σ(W x + b), as the block computes it: there may be a norm before W."""
+    seen: list[Tensor] = []
+    sigma = block.get_submodule(find_neurons(block).activation)
+    handle = sigma.register_forward_hook(lambda _, __, features: seen.append(features))
+    try:
+        block(x)
+    finally:
+        handle.remove()
+    if len(seen) != 1 or seen[0].shape[:1] != x.shape[:1]:
+        raise InputError(
+            f"{type(block).__name__} computes its features {len(seen)} times; expected once, as "
+            "V σ(W x + b) does"
+        )
+    return seen[0]
 
 
 def _smallest(features: Float[Tensor, "samples m"]) -> float:
@@ -187,20 +197,21 @@ def _smallest(features: Float[Tensor, "samples m"]) -> float:
     return float(values[0]) if float(values[0]) > rounding else 0.0
 
 
-def _jacobian(block: nn.Module, x: Float[Tensor, "samples d"]) -> Float[Tensor, "samples d d"]:
-    """∂φ/∂x at each sample."""
-    jacobian: Tensor = torch.func.vmap(torch.func.jacrev(block))(x)
-    return jacobian.double()
+def _slopes(
+    block: nn.Module, x: Float[Tensor, "samples d"], h: float
+) -> tuple[float, Float[Tensor, " samples"]]:
+    """max_i ‖∂φ/∂x (x^i)‖, and s_min(I + h ∂φ/∂x (x^i)) of each sample."""
+    jacobian = torch.func.vmap(torch.func.jacrev(block))(x).double()
+    identity = torch.eye(x.shape[1], dtype=jacobian.dtype, device=jacobian.device)
+    least = torch.linalg.svdvals(identity + h * jacobian)[:, -1]
+    return float(torch.linalg.matrix_norm(jacobian, 2).max()), least
 
 
-def _attenuation(jacobians: list[Tensor], h: float) -> Float[Tensor, "layers samples"]:
-    """a_n^i = Π_{l>n} s_min(I + h J_l^i)²: of the layers that a gradient has passed at layer n."""
-    samples, size = jacobians[0].shape[:2]
-    identity = torch.eye(size, dtype=torch.float64, device=jacobians[0].device)
-    factors = [torch.ones(samples, dtype=torch.float64, device=identity.device)]
-    for jacobian in reversed(jacobians[1:]):
-        least = torch.linalg.svdvals(identity + h * jacobian)[:, -1]
-        factors.append(factors[-1] * least.square())
+def _attenuation(least: list[Tensor]) -> Float[Tensor, "layers samples"]:
+    """a_n^i = Π_{l>n} s_l^i²: of the layers that a gradient has passed at layer n."""
+    factors = [torch.ones_like(least[0])]
+    for smallest in reversed(least[1:]):
+        factors.append(factors[-1] * smallest.square())
     return torch.stack(factors[::-1])
 
 

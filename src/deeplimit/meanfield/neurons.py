@@ -112,7 +112,8 @@ class Reading:
     """A block's neurons with the step and the count left in: φ(x) = Σ_i ψ(x, ω_i) + offset.
 
     Attributes:
-        particles: [M, p], detached copies.
+        particles: [M, p], detached copies; those of half precision, for which u = N·M·h·V may be
+            too large, in float32.
         offset: the output bias [d], or None.
     """
 
@@ -205,18 +206,18 @@ class _Layer:
     @property
     def rows(self) -> Tensor:
         """[M, *shape]: what each neuron reads."""
-        weight = self.layer.weight.detach()
+        weight = widened(self.layer.weight.detach())
         return weight.T if self.transposed else weight
 
     @property
     def columns(self) -> Tensor:
         """[M, d, …]: what each neuron writes."""
-        weight = self.layer.weight.detach()
+        weight = widened(self.layer.weight.detach())
         return weight if self.transposed else weight.transpose(0, 1)
 
     @property
     def bias(self) -> Tensor | None:
-        return self.layer.bias.detach() if self.has_bias else None
+        return widened(self.layer.bias.detach()) if self.has_bias else None
 
     @property
     def has_bias(self) -> bool:
@@ -245,7 +246,8 @@ class _Layer:
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
     old = getattr(module, name)
     learns = old is None or old.requires_grad
-    value = value.detach().contiguous().clone()
+    dtype = value.dtype if old is None or is_wide(old) else old.dtype
+    value = value.detach().to(dtype).contiguous().clone()
     setattr(module, name, nn.Parameter(value, requires_grad=learns))
 
 
@@ -293,6 +295,16 @@ def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
 
 def _name_of(sigma: nn.Module) -> str:
     return repr(sigma).replace("inplace=True", "").replace("approximate='none'", "")
+
+
+def is_wide(x: Tensor) -> bool:
+    """Whether a tensor has more than half precision."""
+    return x.dtype.itemsize >= 4
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 what has half precision."""
+    return x if is_wide(x) else x.float()
 
 
 def numbers_in(shape: tuple[int, ...]) -> int:

@@ -84,8 +84,8 @@ def cot_distance(
     problem; for unequal depths on the merged grid of both (64 and 63 layers: 126 cells). Costs are
     squared Euclidean distances of particles, in float64, relatively accurate to 1e-10 also for
     networks that are close; d = 0 for equal measures. W_2 ≤ d for the joint laws of (s, ω), since
-    the coupling does not move mass in depth. O(N M³) at worst, O(M²) memory; layers that meet more
-    than once are solved once. Source: [BPV24] arXiv 2403.12887.
+    the coupling does not move mass in depth. O(N M³) at worst, O(M²) memory in each of torch's
+    threads; layers that meet more than once are solved once. Source: [BPV24] arXiv 2403.12887.
 
     It is a distance of parameters: networks of one function, such as a ReLU neuron with u/c and cw,
     or a residual stream in another basis, may be far apart. Stems, heads, norms and attention are

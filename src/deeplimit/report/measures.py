@@ -1,5 +1,7 @@
 """Networks as measures in words, tables and figures: compared, interpolated, merged."""
 
+import math
+
 import plotly.graph_objects as go
 from rich import box
 from rich.console import Group, RenderableType
@@ -54,14 +56,15 @@ def comparison_answer(found: Comparison) -> str:
     share = f", {percent(nearest.distance / size)} of the larger one's size" if size else ""
     distance = f"d = {significant(nearest.distance)}"
     if found.sinkhorn is not None:
-        distance = f"{significant(nearest.lower)} ≤ d ≤ {significant(nearest.distance)}"
+        most = min(nearest.distance, nearest.by_number or math.inf)
+        distance = f"{significant(nearest.lower)} ≤ d ≤ {significant(most)}"
     if len(found.pairs) > 1:
         names = f"{a.name} and {b.name}"
         return f"The nearest two of {len(found.networks)}: {names}, {distance}{share}."
     text = f"{a.name} and {b.name}: {distance}{share}."
     if nearest.by_number is None:
         return text
-    if nearest.by_number <= nearest.distance * (1 + EQUAL):
+    if nearest.by_number <= nearest.lower * (1 + EQUAL):  # d itself but for Sinkhorn
         return f"{text} Their neurons already stand in matching order."
     by_number = significant(nearest.by_number)
     return f"{text} With neurons matched by their numbers it would be {by_number}."
