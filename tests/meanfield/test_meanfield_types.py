@@ -43,6 +43,10 @@ for m in (None, "runs/a", 3):
 calls += [lambda f=f: f(measure) for f in (slope, convergence_certificate)]
 calls += [lambda: particle_flow(measure, 0.1), lambda: feature_kernel(measure, x)]
 calls += [lambda: merge(chain), lambda: LayerwiseMeasure([1, 2])]
+weights = ([[0.5, 0.5]], 0.5, "ab", [None])
+calls += [lambda w=w: LayerwiseMeasure(measure.particles, weights=w) for w in weights]
+grids = ("ab", 0.5, [None, 1.0], [[0.0, 1.0]])
+calls += [lambda s=s: LayerwiseMeasure(measure.particles, breakpoints=s) for s in grids]
 for n in ("x", None, [0.5], 1j, torch.ones(2), True):
     calls += [
         lambda n=n: cot_geodesic(chain, chain, n),

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,11 @@ def test_the_flow_moves_particles_by_their_scaled_gradient() -> None:
     assert torch.allclose(LayerwiseMeasure.of(model).particles, expected, rtol=1e-9, atol=1e-11)
 
 
+def _drawn_elsewhere(problem: Problem) -> torch.Tensor:
+    """The same measure and draw, but for the seed."""
+    return replace(problem, seed=1).particles("independent", 2, 4000, 1)
+
+
 def test_what_is_drawn() -> None:
     problem = Problem.of(0, 4)
     atoms = problem.particles("atoms", 6, 12, 0)
@@ -67,6 +73,8 @@ def test_what_is_drawn() -> None:
     assert float(nearest.max()) < 1e-12  # each follows its atom
     spread = problem.particles("independent", 2, 4000, 1)
     assert not torch.equal(spread[0], spread[1])
+    for other in (problem.particles("independent", 2, 4000, 2), _drawn_elsewhere(problem)):
+        assert not torch.isin(spread, other).any()  # of another draw, and of another seed
     residual = (spread[0][:, None] - at_zero[None]).norm(dim=2).min(1).values.square().mean()
     assert float(residual) == pytest.approx(SPREAD**2 * (2 * STATE + 1), rel=0.05)
 

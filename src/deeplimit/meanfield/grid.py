@@ -33,7 +33,12 @@ def checked_grid(breakpoints: Iterable[float], layers: int) -> Breakpoints:
     Raises:
         InputError: anything else.
     """
-    grid = tuple(float(s) for s in breakpoints)
+    try:
+        grid = tuple(float(s) for s in breakpoints)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"breakpoints is {breakpoints!r}; expected numbers 0 = s_0 < s_1 < … < s_N = 1"
+        ) from None
     if len(grid) != layers + 1:
         raise InputError(
             f"{len(grid)} breakpoints given for {layers} layers; expected {layers + 1}"

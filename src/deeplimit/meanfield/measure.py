@@ -183,6 +183,11 @@ def _checked_weights(
         return tuple(
             torch.full((len(layer),), 1 / len(layer), dtype=torch.float64) for layer in layers
         )
+    every = isinstance(given, Tensor | Sequence) and all(isinstance(m, Tensor) for m in given)
+    if not every:
+        raise InputError(
+            f"weights is {given!r}; expected a tensor [N, M], or a list of tensors [M_n]"
+        )
     if len(given) != len(layers):
         raise InputError(f"weights of {len(given)} layers given for {len(layers)}")
     masses = []

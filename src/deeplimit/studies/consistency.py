@@ -113,11 +113,13 @@ class Problem:
     """What a seed draws: the atoms' curves in depth, and a regression.
 
     Attributes:
+        seed: of all of it.
         cosine, sine: [K, p]; atom k at depth s is cosine_k cos(πs/2) + sine_k sin(πs/2).
         x, y: the data.
         seen: inputs on which outputs are compared.
     """
 
+    seed: int
     cosine: Tensor
     sine: Tensor
     x: Tensor
@@ -131,20 +133,20 @@ class Problem:
         curves = normal(generator, 2, atoms, 2 * STATE + 1)
         curves[:, :, :STATE] *= SIZE
         x, y = normal(generator, 2, SAMPLES, STATE)
-        return cls(curves[0], curves[1], x, y, normal(generator, SEEN, STATE))
+        return cls(seed, curves[0], curves[1], x, y, normal(generator, SEEN, STATE))
 
     def centres(self, horizon: int) -> Float[Tensor, "N K p"]:
         """The atoms at s_n = n/N."""
         angle = math.pi / 2 * depths_of(horizon)
         return self.cosine * angle.cos() + self.sine * angle.sin()
 
-    def particles(self, start: str, horizon: int, width: int, seed: int) -> Tensor:
+    def particles(self, start: str, horizon: int, width: int, draw: int) -> Tensor:
         """[N, M, p] before training; atoms as they are, or normal draws around them."""
         centres = self.centres(horizon)
         count = centres.shape[1]
         if start == "atoms":
             return centres.repeat(1, width // count, 1)
-        generator = generator_of(seed, horizon, width, start == "tied")
+        generator = generator_of(self.seed, draw, horizon, width, start == "tied")
         layers = 1 if start == "tied" else horizon
         which = torch.randint(count, (layers, width), generator=generator).expand(horizon, -1)
         noise = SPREAD * normal(generator, layers, width, centres.shape[2])
