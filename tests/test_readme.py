@@ -67,10 +67,10 @@ def test_the_examples_for_models_of_ones_own_run(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     page = README.parent / "docs" / "your-own-model.md"
-    own, family, fade = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    own, data, family, fade = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     printed = []
-    for example in (own, family, fade):
+    for example in (own, data, family, fade):
         exec(compile(example, str(page), "exec"), {"__name__": "example"})
         printed.append(capsys.readouterr().out.splitlines())
     before, after = map(float, printed[0][-1].split(" → "))
@@ -78,4 +78,4 @@ def test_the_examples_for_models_of_ones_own_run(
     assert after >= before - 0.1
     smaller = transformers.ViTForImageClassification.from_pretrained(tmp_path / "smaller")
     assert len(smaller.vit.layers) == smaller.config.num_hidden_layers < 8
-    assert printed[1:] == [["3"], ["True"]]
+    assert printed[1:] == [["100 (3, 8, 8)"], ["3"], ["True"]]

@@ -130,6 +130,15 @@ def test_a_model_without_a_run_gets_one(vit_run: Path, tmp_path: Path) -> None:
         assert "nothing to heal; cut to fewer layers" in healed.err
 
 
+@pytest.mark.parametrize("verb", ["profile", "crop", "heal"])
+def test_random_weights_are_not_measured(verb: str, place: Path, tmp_path: Path) -> None:
+    model = [f"transformers:{place / 'vit.json'}", "--data", f"npz:{place / 'greys.npz'}"]
+    done = command(verb, *model, "--runs", tmp_path / "runs")
+    assert (done.code, done.out) == (2, "")
+    assert "has random weights, in which there is nothing to find; give --weights" in done.err
+    assert not list((tmp_path / "runs").glob("[!.]*"))
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -40,7 +40,8 @@ class Crop(Source):
         arg(
             metavar="P",
             help="With auto: how many points of accuracy (percent of the samples) may be lost on "
-            "validation data, its standard error included; 0.5 if not given.",
+            "validation data, its standard error included; 0.5 if not given. Of a network with one "
+            "stage the loss may rise by 1 % of its range besides.",
         ),
     ] = None
     blocks: Annotated[

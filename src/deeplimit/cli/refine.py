@@ -19,7 +19,7 @@ class Refine:
     step is divided, so that a network that is smooth in depth (deeplimit ode tells) computes nearly
     the same. Leaves a new run folder, RUN-x2, with the deeper network, its recipe, and the test
     accuracy before and after in refine.json. For example:
-      deeplimit refine runs/mnist                       12 layers → 24
+      deeplimit refine runs/mnist                       24 layers → 48
       deeplimit refine runs/mnist --factor 3 --epochs 5
       deeplimit train --resume runs/mnist-x2            go on with one that was stopped
     """

@@ -104,7 +104,7 @@ def smoothness(model: nn.Module) -> Smoothness:
     Nℓ ≥ 3 and for identical layers, 0.97 … 1.01 for PyTorch's start. Every second layer taken with
     step 2h moved their last state, relative to ‖x_N − x_0‖, by at most 0.25 (0.15 from N = 16 on)
     for verdicts "smooth", at least 0.34 and about 1 for "rough" (benchmarks/results/
-    smoothness_calibration.json). Published CIFAR ResNets and a ViT's random start: 0.99 … 1.01.
+    smoothness_calibration.json). Published CIFAR ResNets and a ViT's random start: 0.99 … 1.00.
 
     What it does not see: the size of the steps (`discretization_gap` does), and functions that are
     alike with unlike θ. Neurons permuted in every layer by itself make a smooth network rough

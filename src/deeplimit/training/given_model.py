@@ -13,6 +13,7 @@ from deeplimit.data import DataSet, Standardisation
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
 from deeplimit.network.modes import evaluating
+from deeplimit.training.library_models import UNTRAINED
 from deeplimit.training.loaded_model import told
 from deeplimit.training.model_spec import load_model
 from deeplimit.training.recipe import Recipe
@@ -36,6 +37,11 @@ def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisati
     model = loaded.model
     if recipe.weights is not None:
         load_weights(model, recipe.weights, spec)
+    elif recipe.epochs == 0 and loaded.weights == UNTRAINED:
+        raise InputError(
+            f"{spec} has random weights, in which there is nothing to find; give --weights FILE, a "
+            "folder with weights, or train it: deeplimit train DATA --model"
+        )
     _name_classes(model, data.class_names)
     if isinstance(model, OWN):
         if recipe.mean is not None:

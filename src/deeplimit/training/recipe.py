@@ -52,7 +52,8 @@ class Recipe:
 
     model: str | None = None
     """A model instead of kind, depth, …: module:function, transformers:NAME, torchvision:NAME,
-    timm:NAME, a run folder, or a .safetensors file of a network. Nothing is downloaded."""
+    timm:NAME, a run folder, or a .safetensors file of a network. Nothing is downloaded: those of
+    libraries start at random, but for a transformers folder with weights."""
     weights: Path | None = None
     """Weights to start from, .safetensors or a state_dict (.pt), where the model brings none."""
     new_head: bool = False
@@ -85,19 +86,19 @@ class Recipe:
     """How the layers of a stage start: each drawn by itself, as one smooth curve in depth (a
     Gaussian process), or all alike. Last layers start at zero with each."""
     length_scale: float = 0.5
-    """Depth over which layers of a smooth start stay alike, in units of the whole stage; with any
-    other start: not read."""
+    """Depth over which layers of a smooth start stay alike, in units of the whole stage; for a
+    smooth start only."""
     start: Path | None = None
     """A .safetensors network of this very shape to start from, such as deeplimit refine writes."""
     frame: Path | None = None
     """A run, or .safetensors network, whose stem and head this one takes and does not train:
     between networks of one frame every point of the geodesic is a network (deeplimit interpolate,
-    merge). Widths and depths may differ."""
+    merge). Depth and hidden may differ, kind and width not."""
 
     gradient: Literal["backprop", "adjoint"] = "backprop"
     """adjoint: states rebuilt, not kept: memory flat in depth, a small gradient error, measured."""
     evaluations: int = 2
-    """Evaluations of a layer for each state that the adjoint rebuilds; backprop: not read."""
+    """Evaluations of a layer for each state that the adjoint rebuilds; for the adjoint only."""
 
     softness: float = 0.05
     """Softness ε of the cross-entropy: what the target leaves for the other classes together."""
