@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deeplimit import InputError, ResidualChain
+from deeplimit.errors import RunError
 from deeplimit.network import CifarResNet, load, save, storage
 
 STORED = [name for name in FAMILIES if not name.startswith("chain")]
@@ -151,10 +152,10 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> Non
 
     def full_disk(weights: dict, aside: Path, **_: object) -> None:
         aside.write_bytes(b"half of it")
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(storage, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match="No space left on device; free some space"):
         save(sample("logit").model, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["network"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, LOSS_TOLERANCE
+from deeplimit.errors import RunError
 from deeplimit.report import render_page, write_page
 from deeplimit.report.numbers import count, layers, percent, points, seconds, significant
 from deeplimit.training.results import RunResults
@@ -267,7 +268,7 @@ def test_a_failed_write_leaves_the_old_page_alone(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match="No space left on device; free some space"):
         write_page(digits, path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

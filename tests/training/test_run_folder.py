@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from deeplimit.control import CropReport, CutChoice, TrajectoryPicture, TurnpikeProfile
 from deeplimit.errors import InputError, RunError
+from deeplimit.files import write_text, write_whole
 from deeplimit.training import Cut, Profiles, Recipe, Reference, RunFolder, recipe_for
-from deeplimit.training.files import write_text, write_whole
 from deeplimit.training.metrics import COLUMNS, Row, from_csv, to_csv
 
 PROFILE = TurnpikeProfile(

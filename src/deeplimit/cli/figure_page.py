@@ -37,7 +37,7 @@ def write_figures(
     path: Path, title: str, figures: "Sequence[tuple[str, go.Figure, str]]", result: Any = None
 ) -> str:
     """Writes (name, figure, caption) in one page, the result beside it; says where it is."""
-    from deeplimit.training.files import write_text
+    from deeplimit.files import write_text
     from deeplimit.training.typed_values import to_plain
 
     parts = [HEAD.format(title=escape(title))]

@@ -8,7 +8,6 @@ from rich.console import RenderableType
 from deeplimit.cli.output import emit, is_first_process
 from deeplimit.report import crop_summary, profile_table, write_page
 from deeplimit.training import RunFolder, crop_run, profile_run, run_data
-from deeplimit.training.files import cannot_write
 from deeplimit.training.results import RunResults
 
 PAGE = "report.html"
@@ -51,7 +50,7 @@ def finish(folder: RunFolder, *, json: bool) -> None:
 def show(folder: RunFolder, *, json: bool) -> None:
     """Writes the page from what is in the folder, and prints the answer and where the page is."""
     results = folder.results()
-    page = _write_page(folder, results)
+    page = write_page(results, folder.path / PAGE)
     shown: list[RenderableType] = []
     if results.cut is not None:
         shown.append(crop_summary(results.cut, results.reference))
@@ -62,15 +61,7 @@ def show(folder: RunFolder, *, json: bool) -> None:
 
 def renew_page(folder: RunFolder) -> str:
     """Writes the page from what is in the folder; says where it is."""
-    return _page_line(_write_page(folder, folder.results()))
-
-
-def _write_page(folder: RunFolder, results: RunResults) -> Path:
-    path = folder.path / PAGE
-    try:
-        return write_page(results, path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    return _page_line(write_page(folder.results(), folder.path / PAGE))
 
 
 def _page_line(page: Path) -> str:

@@ -105,8 +105,8 @@ def _write(cost: "GradientCost", figure: Path | None, run: Path | None) -> list[
     from json import dumps
 
     from deeplimit.cli.figure_page import write_figures
+    from deeplimit.files import write_text
     from deeplimit.report import gradient_cost_figure
-    from deeplimit.training.files import write_text
     from deeplimit.training.typed_values import to_plain
 
     if run is not None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from deeplimit.errors import RunError
+from deeplimit.files import write_whole
 
 _LAYOUT = 2  # raise it when the order or form of cached images changes
 
@@ -53,11 +54,10 @@ class ImageCache:
             return images
         images = build()
         try:
-            _write(path, images)
-        except OSError as error:
-            warnings.warn(
-                f"decoded images are not kept in {self.folder}: {error.strerror}", stacklevel=2
-            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda file: np.save(file, images, allow_pickle=False))
+        except (OSError, RunError) as error:
+            warnings.warn(f"decoded images are not kept: {error}", stacklevel=2)
             return images
         for stale in self.folder.glob(f"{part}-*.npy"):
             if stale != path:
@@ -74,16 +74,3 @@ def _mapped(path: Path, count: int) -> np.ndarray | None:
         return None
     sound = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
     return images if sound else None
-
-
-def _write(path: Path, images: np.ndarray) -> None:
-    """Written aside and renamed: a reader sees the whole array or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, images, allow_pickle=False)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise

@@ -4,8 +4,10 @@ Loading needs `deeplimit.network` alone, no training code.
 """
 
 import json
-import os
+import re
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.files import whole
 from deeplimit.network.cifar_resnet import CifarArchitecture, CifarResNet
 from deeplimit.network.classifiers import Architecture, ResidualClassifier
 
@@ -26,10 +29,11 @@ ARCHITECTURES: dict[str, type[Architecture] | type[CifarArchitecture]] = {
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
-    """Writes a network, aside first and then renamed, so that the file is whole or not there.
+    """Writes a network; the file is whole or not there, the same network gives the same bytes.
 
     Raises:
         InputError: a model that does not carry an architecture of ours; use torch's own means.
+        RunError: the disk is full or cannot be written to.
     """
     kind = type(model).__name__
     if not isinstance(model, ResidualClassifier | CifarResNet) or kind not in ARCHITECTURES:
@@ -37,21 +41,51 @@ def save(model: nn.Module, path: str | Path) -> Path:
             f"{kind} has no architecture to store; expected {' or '.join(ARCHITECTURES)}: "
             "save its state_dict() with safetensors instead"
         )
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {
         "deeplimit.format": FORMAT,
         "deeplimit.kind": kind,
         "deeplimit.architecture": json.dumps(model.architecture.to_dict()),
     }
-    # Copies: parameters that layers share may not lie in one file otherwise.
-    weights = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    write_weights(model, Path(path), metadata)
+    return Path(path)
+
+
+def write_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    """Writes a state_dict with metadata, whole.
+
+    Raises:
+        RunError: the disk is full or cannot be written to.
+    """
+    # Copies: parameters that share memory may not lie in one file.
+    weights = {
+        name: w.detach().cpu().contiguous().clone() for name, w in model.state_dict().items()
+    }
+    with whole(path) as aside:
+        with file_errors():
+            save_file(weights, aside, metadata=metadata)
+        _sort_metadata(aside)
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """What safetensors says of the disk, "… (os error 28)", as an OSError."""
     try:
-        save_file(weights, aside, metadata=metadata)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 0, str(error)) from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the metadata in the order of its names; the library's is another one every time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # blanks fill it up, as the library does itself
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def load(path: str | Path) -> ResidualClassifier | CifarResNet:

@@ -1,6 +1,5 @@
 """The page of a run: one HTML file that opens offline, in light and dark, on a phone too."""
 
-import os
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +10,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.files import write_text
 from deeplimit.report import answer
 from deeplimit.report.certificate import certificate_answer
 from deeplimit.report.depth_limit import solver_rows
@@ -38,16 +38,13 @@ def render_page(results: RunResults) -> str:
 
 
 def write_page(results: RunResults, path: Path) -> Path:
-    """Write the page, aside first and then renamed: a reader sees the old page or the new one."""
-    html = render_page(results)
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(html, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+    """Writes the page; a reader sees the old one or the new one.
+
+    Raises:
+        RunError: the disk is full or cannot be written to.
+    """
+    write_text(Path(path), render_page(results))
+    return Path(path)
 
 
 def _context(results: RunResults) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from deeplimit.control import TurnpikeProfile
 from deeplimit.errors import InputError
+from deeplimit.files import write_text
 from deeplimit.studies.seeds import check_seeds
 from deeplimit.training import Recipe, profile_run, recipe_for, train
-from deeplimit.training.files import write_text
 from deeplimit.training.typed_values import to_plain
 
 STUDY = "study.json"

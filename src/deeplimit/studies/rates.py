@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deeplimit.errors import InputError, RunError
+from deeplimit.files import write_text
 from deeplimit.studies.horizon import STUDY
-from deeplimit.training.files import write_text
 from deeplimit.training.run_folder import make_folder
 from deeplimit.training.typed_values import to_plain
 

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from deeplimit.errors import InputError
-from deeplimit.training.files import write_text, write_whole
+from deeplimit.files import write_text, write_whole
 from deeplimit.training.metrics import Row
 
 FORMAT = 1

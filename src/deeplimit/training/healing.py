@@ -15,6 +15,7 @@ from deeplimit.control import crop, verify_crop
 from deeplimit.control.distillation import check_teaching
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
+from deeplimit.files import write_text
 from deeplimit.network import anatomy
 from deeplimit.network.anatomy.anatomy import layer_numbers
 from deeplimit.network.modes import device_of
@@ -26,7 +27,6 @@ from deeplimit.training.building import (
     loss_of,
     run_data,
 )
-from deeplimit.training.files import write_text
 from deeplimit.training.fit import fit, launched
 from deeplimit.training.given_model import check_model
 from deeplimit.training.processes import place, processes

@@ -15,9 +15,9 @@ from torch import nn
 from deeplimit.control import TrajectoryPicture
 from deeplimit.data import Standardisation
 from deeplimit.errors import InputError, RunError
+from deeplimit.files import write_text
 from deeplimit.meanfield import ConvergenceCertificate
 from deeplimit.ode import DepthLimit
-from deeplimit.training.files import write_text
 from deeplimit.training.metrics import Row, from_csv, to_csv
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.recipe_file import read_recipe_file

@@ -6,23 +6,21 @@ NAME.safetensors  any other model: its weights; what to load them into says the 
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from deeplimit.data import Standardisation
 from deeplimit.errors import InputError
+from deeplimit.files import whole
 from deeplimit.network import CifarResNet, ResidualClassifier, anatomy
-from deeplimit.network.storage import load, save
+from deeplimit.network.storage import file_errors, load, save, write_weights
 from deeplimit.ode import untie
-from deeplimit.training.files import cannot_write, flush_folder
 from deeplimit.training.library_models import PREPROCESSOR, quiet, transformers_model
 from deeplimit.training.loaded_model import told
 
@@ -57,15 +55,12 @@ def save_network(
     Raises:
         RunError: the disk is full or cannot be written to.
     """
-    try:
-        if isinstance(model, OWN):
-            save(model, _file(place))
-        elif of_transformers(model):
-            _save_folder(model, place, standardisation)
-        else:
-            _save_weights(model, _file(place), removed)
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(place, error) from error
+    if isinstance(model, OWN):
+        save(model, _file(place))
+    elif of_transformers(model):
+        _save_folder(model, place, standardisation)
+    else:
+        write_weights(model, _file(place), {REMOVED: json.dumps(list(removed))})
 
 
 def load_network(place: Path, rebuild: Callable[[], nn.Module]) -> nn.Module:
@@ -109,26 +104,13 @@ def of_transformers(model: nn.Module) -> bool:
 
 
 def _save_folder(model: Any, place: Path, standardisation: Standardisation | None) -> None:
-    aside = place.with_name(f".{place.name}.{os.getpid()}")
-    for stale in place.parent.glob(f".{place.name}.*"):
-        if stale.is_dir():
-            shutil.rmtree(stale)
     if len([*model.parameters()]) < len([*model.named_parameters(remove_duplicate=False)]):
         model = untie(model)  # transformers writes no file in which layers share parameters
-    try:
-        with quiet(import_module("transformers")):
+    with whole(place, folder=True) as aside:
+        with quiet(import_module("transformers")), file_errors():
             model.save_pretrained(aside)
         if standardisation is not None:
             (aside / PREPROCESSOR).write_text(json.dumps(_preprocessor(standardisation), indent=2))
-        for path in aside.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if place.exists():
-            shutil.rmtree(place)
-        aside.rename(place)
-        flush_folder(place.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _preprocessor(standardisation: Standardisation) -> dict[str, Any]:
@@ -142,17 +124,6 @@ def _preprocessor(standardisation: Standardisation) -> dict[str, Any]:
         "image_mean": list(standardisation.mean),
         "image_std": list(standardisation.std),
     }
-
-
-def _save_weights(model: nn.Module, path: Path, removed: Sequence[int]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    # Copies: parameters that share memory may not lie in one file.
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    try:
-        save_file(weights, aside, metadata={REMOVED: json.dumps(list(removed))})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _metadata(path: Path) -> dict[str, str]:
