@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from deeplimit.cli.output import is_first_process, say, stop_writing
 from deeplimit.cli.verbs import parse
 from deeplimit.errors import InputError, RunError
+from deeplimit.memory import ran_out
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -48,6 +49,10 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         place = f"{error.filename}: " if error.filename else ""
         return _failed(1, f"{place}{error.strerror}; {REMEDIES[error.errno]}, then run it again")
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        return _failed(1, "the memory ran out; give smaller numbers or data, or a larger machine")
     return 0
 
 

@@ -11,6 +11,7 @@ from deeplimit.control import Distillation, SoftCrossEntropy, StageCost
 from deeplimit.data import Augmentation, DataSet, Split, batches, load
 from deeplimit.errors import InputError
 from deeplimit.gradient import use_adjoint
+from deeplimit.memory import ran_out
 from deeplimit.network import (
     Architecture,
     CifarArchitecture,
@@ -146,8 +147,8 @@ def _initial(
         torch.manual_seed(recipe.seed)
         try:
             model = architecture.build()
-        except RuntimeError as error:  # what torch raises when the system gives it no memory
-            if "memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
                 raise
             raise InputError(
                 f"a network of width {recipe.width}, hidden {recipe.hidden} and {recipe.horizon} "

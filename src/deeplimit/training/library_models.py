@@ -1,7 +1,6 @@
 """Models of transformers, torchvision and timm, by name; nothing is downloaded."""
 
 import json
-import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import nn
 
 from deeplimit.data import Standardisation
 from deeplimit.errors import InputError
+from deeplimit.memory import require
 from deeplimit.training.loaded_model import LoadedModel, meant, told
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -214,22 +214,16 @@ def _built(spec: str, build: Callable[[], nn.Module], outline: Callable[[], nn.M
     try:
         with torch.device("meta"):
             count = sum(p.numel() for p in outline().parameters())
-        needed, there = COPIES * 4 * count, _memory()
-        if needed <= there:
-            return build().train()
+        require(
+            COPIES * 4 * count,
+            f"{spec} has {count / 1e9:.1f} billion parameters",
+            "that is with two copies of their gradients; give a smaller config",
+        )
+        return build().train()
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{spec} cannot be built: {told(error)}; a function of yours that returns the model "
             "can be given as module:function"
         ) from error
-    raise InputError(
-        f"{spec} has {count / 1e9:.1f} billion parameters: {needed / 1e9:.0f} GB with two copies "
-        f"of their gradients, this machine has {there / 1e9:.0f} GB; give a smaller config"
-    )
-
-
-def _memory() -> float:
-    """The machine's, in bytes; unlimited where it does not say."""
-    if not hasattr(os, "sysconf"):
-        return float("inf")
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
