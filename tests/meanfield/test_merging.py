@@ -16,7 +16,7 @@ from deeplimit.meanfield import (
     narrow,
     widen,
 )
-from deeplimit.meanfield.checks import check_count
+from deeplimit.network.checks import check_count
 
 
 @pytest.mark.parametrize("share", [0.5, 0.2])

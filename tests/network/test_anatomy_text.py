@@ -49,6 +49,8 @@ def test_states_and_their_logits_are_those_of_the_naive_walk(name: str) -> None:
     assert structure.horizon == DEPTH == len(walk) - 1
     assert (structure.stages, structure.fixed) == (1, ())
     assert structure.tokens == (name != BERT)
+    for block, layer in zip(structure.blocks, range(DEPTH), strict=True):
+        assert structure.control(layer) == list(block.parameters())
     for n, (mine, theirs) in enumerate(zip(states, walk, strict=True)):
         assert close(mine, theirs)
         assert n == 0 or not close(mine, walk[n - 1], 1e-3)

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deeplimit import InputError, SoftCrossEntropy, StageCost, crop, turnpike_profile
+from deeplimit import (
+    InputError,
+    SoftCrossEntropy,
+    StageCost,
+    crop,
+    discretization_gap,
+    turnpike_profile,
+)
 from deeplimit.control import Fading
 from deeplimit.network import BlockAnatomy, anatomy, register
 from deeplimit.network.anatomy.registry import FAMILIES
@@ -58,8 +65,7 @@ class OwnAnatomy(BlockAnatomy):
         return self.model.end(x if self.model.habit == "wrong head" else torch.tanh(x))
 
     def example(self) -> Tensor | None:
-        dtype = self.model.end.weight.dtype
-        return torch.linspace(-2, 2, 24).reshape(6, 4).to(dtype)
+        return torch.linspace(-2, 2, 24).reshape(6, 4)
 
 
 class Unchecked(OwnAnatomy):
@@ -102,6 +108,20 @@ def test_a_head_that_is_not_the_models_is_refused_in_every_precision(dtype: torc
     with pytest.raises(InputError, match="logits of its last state differ from the model's own by"):
         anatomy(Own("wrong head").to(dtype))
     assert anatomy(Own().to(dtype)).horizon == 5
+
+
+def test_the_example_goes_where_the_model_is() -> None:
+    """As in the docs it is of single precision; a copy in double precision is what is measured."""
+    model = Own().eval()
+    with torch.no_grad():
+        cost, logits = StageCost(model.double(), SoftCrossEntropy(3), 0.0)(X.double(), Y)
+    assert torch.equal(logits, model(X.double()))
+    assert float(cost) == pytest.approx(float(SoftCrossEntropy(3).mean(logits, Y)), rel=1e-14)
+    gap = discretization_gap(model.float(), X, bound=False)
+    assert anatomy(Own().to("meta")).horizon == 5
+    register(Own)(Unchecked)
+    assert discretization_gap(model, X, bound=False) == gap
+    assert gap.gap[0] == 0 < gap.gap[1]
 
 
 def test_logits_that_are_not_numbers_agree_with_nothing() -> None:

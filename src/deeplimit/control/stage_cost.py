@@ -47,8 +47,10 @@ class StageCost(nn.Module):
         model: a classifier that `anatomy` can read.
         loss: ℓ; called with (logits [..., C], targets [...]) it returns values [...].
         weight: γ ≥ 0, the weight of the loss at every layer.
-        control_cost: r ≥ 0, the weight of the controls. θ_n is all parameters of block n;
-            where it has a norm those from its last norm on, which undoes the scale of the others.
+        control_cost: r ≥ 0, the weight of the controls. θ_n is all parameters of block n; where it
+            has a norm those from its last norm on, which undoes the scale of the others. Of ViT,
+            DINOv2, BERT and the decoders of transformers it is all parameters of layer n, whose
+            attention and MLP each add to the state.
 
     Raises:
         InputError: a negative or non-finite weight, a model without anatomy, or one that is wrapped

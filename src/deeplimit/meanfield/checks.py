@@ -1,15 +1,13 @@
-"""Arguments looked at before anything is computed with them: one line on what was expected."""
+"""Networks and batches looked at before anything is computed with them."""
 
-import math
-from collections.abc import Callable, Sequence
-from numbers import Real
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain
+from deeplimit.network.checks import shown
 
 
 def check_model(model: object) -> None:
@@ -19,30 +17,6 @@ def check_model(model: object) -> None:
             f"{shown(model)} given as the network; expected a torch.nn.Module, such as "
             "deeplimit.network.load(path) or the .network() of a LayerwiseMeasure"
         )
-
-
-def check_number(
-    name: str, value: Any, expected: str, fits: Callable[[float], bool] = math.isfinite
-) -> float:
-    """The value as a float; a tensor of one number is one.
-
-    Raises:
-        InputError: it is no real number, or does not fit.
-    """
-    single = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    real = single or (isinstance(value, Real) and not isinstance(value, bool))
-    value = value.detach().item() if single else value
-    if not real or not fits(float(value)):
-        raise InputError(f"{name} is {shown(value)}; expected {expected}")
-    return float(value)
-
-
-def check_count(name: str, number: object, least: int = 1, most: int | None = None) -> None:
-    """Raises InputError unless it is a whole number in this range."""
-    whole = isinstance(number, int) and not isinstance(number, bool)
-    if not whole or not least <= cast(int, number) <= (math.inf if most is None else most):
-        limit = f"≥ {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"{name} is {shown(number)}; expected a whole number {limit}")
 
 
 def check_batch(model: nn.Module, x: object, shape: Sequence[int]) -> None:
@@ -64,12 +38,3 @@ def check_batch(model: nn.Module, x: object, shape: Sequence[int]) -> None:
         raise InputError(
             f"samples of shape {list(x.shape)} given; the network takes [samples, {size}]"
         )
-
-
-def shown(value: object) -> str:
-    """A value in one short line."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    text = repr(value)
-    plain = isinstance(value, str | int | float | tuple | list) or value is None
-    return text if plain and len(text) < 60 else f"a {type(value).__name__}"

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
-from deeplimit.meanfield.checks import check_number
 from deeplimit.meanfield.coordinates import Coordinate, coordinates
 from deeplimit.meanfield.measure import LayerwiseMeasure
 from deeplimit.meanfield.slope import length, slope_of
 from deeplimit.meanfield.transport import cot_distance
+from deeplimit.network.checks import check_number
 from deeplimit.network.parameter_groups import check_values
 
 ROUNDING = 100  # a mean of losses is good to so many units of the last place

@@ -9,9 +9,10 @@ from torch import nn
 
 from deeplimit.errors import InputError
 from deeplimit.meanfield.additivity import check_additive
-from deeplimit.meanfield.checks import check_model, check_number
+from deeplimit.meanfield.checks import check_model
 from deeplimit.meanfield.neurons import find_neurons, read
 from deeplimit.network import ResidualChain, anatomy
+from deeplimit.network.checks import check_number
 from deeplimit.network.parameter_groups import check_values
 
 Role = Literal["particle", "offset", "other"]

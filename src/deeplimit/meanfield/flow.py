@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deeplimit.errors import InputError
-from deeplimit.meanfield.checks import check_number, shown
 from deeplimit.meanfield.coordinates import Coordinate, coordinates
+from deeplimit.network.checks import check_number, shown
 
 
 class ParticleFlow(Optimizer):

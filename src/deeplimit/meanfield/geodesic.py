@@ -4,11 +4,11 @@ import torch
 
 from deeplimit.errors import InputError
 from deeplimit.meanfield.alignment import aligned
-from deeplimit.meanfield.checks import check_number
 from deeplimit.meanfield.frame import Frame, listed
 from deeplimit.meanfield.grid import merged_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 from deeplimit.meanfield.transport import CotDistance, belongs, cot_distance
+from deeplimit.network.checks import check_number
 from deeplimit.network.modes import Inputs
 
 FRAMES = ("equal", "interpolate")

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
-from deeplimit.meanfield.checks import shown
 from deeplimit.meanfield.frame import Frame
 from deeplimit.meanfield.grid import checked_grid, lengths, same_grid, uniform_grid
 from deeplimit.meanfield.reading import frame_of
+from deeplimit.network.checks import shown
 
 ROUNDING = 1e-5  # of the sum of a layer's weights, in float32
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from deeplimit.errors import InputError
-from deeplimit.meanfield.checks import check_count, check_number, shown
 from deeplimit.meanfield.frame import Frame
 from deeplimit.meanfield.geodesic import FRAMES, mixed_frame
 from deeplimit.meanfield.grid import Breakpoints, layers_at, merged_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 from deeplimit.meanfield.transport import CotDistance, cot_distance
+from deeplimit.network.checks import check_count, check_number, shown
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from deeplimit.errors import InputError, RunError
-from deeplimit.meanfield.checks import check_number
 from deeplimit.meanfield.costs import squared_distances, squared_distances_of
 from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, merged_grid, same_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 from deeplimit.meanfield.sinkhorn import sinkhorn_plan
+from deeplimit.network.checks import check_number
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PIVOTS = 10_000_000  # of the network simplex, at most; POT's own limit is for hundreds of atoms

@@ -20,6 +20,13 @@ def to_device(x: Tensor | Mapping[str, Tensor | None], device: torch.device) -> 
     return {name: value.to(device) for name, value in x.items() if value is not None}
 
 
+def to_precision(x: Inputs, dtype: torch.dtype) -> Inputs:
+    """Inputs whose numbers with a fraction are of this dtype; whole ones stay as they are."""
+    if isinstance(x, Tensor):
+        return x.to(dtype) if x.is_floating_point() else x
+    return {name: v.to(dtype) if v.is_floating_point() else v for name, v in x.items()}
+
+
 def pairs(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
     """The batches (x, y) of a loader, on a device.
 

@@ -27,7 +27,7 @@ def branch_ends(read: Anatomy, runs: Sequence[Stage]) -> list[frozenset[str]]:
     every = [_names(read, stage) for stage in runs]
     clone = copy.deepcopy(read.model)
     structure = anatomy(clone)
-    example = structure.example()
+    example = structure.fitting_example()
     kind = type(read).__name__
     if example is None:
         raise InputError(

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain, anatomy
-from deeplimit.network.modes import Inputs, device_of, to_device
+from deeplimit.network.modes import Inputs, device_of, to_device, to_precision
 from deeplimit.ode.stages import Stage, stages
 
 
@@ -80,7 +80,7 @@ def record(model: nn.Module, x: Inputs, stage: Stage) -> Recorded:
     ]
     hooks.append(own.blocks[-1].register_forward_hook(lambda _, args, y: left.append(y)))
     try:
-        structure.run(_doubled(to_device(x, device_of(other))))
+        structure.run(to_precision(to_device(x, device_of(other)), torch.float64))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
@@ -147,12 +147,6 @@ def _drops(module: nn.Module) -> bool:
     names += ["p"] if "drop" in own or "stochasticdepth" in own else []
     rates = [vars(module).get(name) for name in names]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-def _doubled(x: Inputs) -> Inputs:
-    if isinstance(x, Tensor):
-        return x.double() if x.is_floating_point() else x
-    return {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
 
 
 def _described(x: Inputs) -> str:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit.errors import InputError
 from deeplimit.network.blocks import control
-from deeplimit.network.modes import Inputs, RunningStatistics
+from deeplimit.network.modes import Inputs, RunningStatistics, to_device, to_precision
 
 StateHook = Callable[[int, Tensor], None]
 Head = Callable[[Tensor], Tensor]
@@ -142,6 +142,17 @@ class Anatomy(ABC):
         """A small input on which the anatomy is checked; None where there is none to be had."""
         return None
 
+    def fitting_example(self) -> Inputs | None:
+        """The example where the model is: on its device, numbers with a fraction in its precision.
+
+        None of a model on the meta device, which computes nothing.
+        """
+        x = self.example()
+        first = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        if x is None or first is None:
+            return x
+        return None if first.is_meta else to_precision(to_device(x, first.device), first.dtype)
+
     @property
     def horizon(self) -> int:
         """N: the number of layers."""
@@ -160,7 +171,8 @@ class Anatomy(ABC):
     def control(self, n: int) -> list[nn.Parameter]:
         """The parameters θ_n on which a control cost acts.
 
-        All of the block's; where it has a norm, those from its last norm on.
+        All of the block's; where it has a norm, those from its last norm on. A family whose blocks
+        add to the state more than once says otherwise.
         """
         return [p for module in self.layers[n].controls for p in control(module)]
 

@@ -63,7 +63,7 @@ class BlockAnatomy(Anatomy):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.check(self.example())
+        self.check(self.fitting_example())
 
     @property
     @abstractmethod

@@ -9,6 +9,7 @@ from torch import nn
 
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy.anatomy import Anatomy
+from deeplimit.network.checks import shown
 
 FAMILIES: dict[type[nn.Module] | str, Callable[[nn.Module], Anatomy]] = {}
 
@@ -33,8 +34,10 @@ def anatomy(model: nn.Module) -> Anatomy:
     """The anatomy of a model, by the nearest registered class among its bases.
 
     Raises:
-        InputError: no family is registered for the model's class, or its family does not fit.
+        InputError: no model, no family is registered for its class, or its family does not fit.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{shown(model)} given as the model; expected a torch.nn.Module")
     tried = []
     for cls in type(model).__mro__:
         name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}"

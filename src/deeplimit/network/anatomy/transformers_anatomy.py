@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy.anatomy import layer_numbers
 from deeplimit.network.anatomy.block_anatomy import BlockAnatomy
-from deeplimit.network.modes import Inputs
+from deeplimit.network.modes import Inputs, to_precision
 
 EXAMPLE_SIZE, EXAMPLE_TOKENS = 64, 4
 
@@ -28,28 +28,24 @@ class TransformersAnatomy(BlockAnatomy):
     def run(self, x: Inputs) -> Tensor:
         """The logits of the model's own forward; x is its main input, or inputs by name."""
         given = {self.model.main_input_name: x} if isinstance(x, Tensor) else dict(x)
-        dtype = next(self.model.parameters()).dtype
-        for name, value in given.items():
-            if value.is_floating_point() and not torch.is_autocast_enabled(value.device.type):
-                given[name] = value.to(dtype)
+        parameter = next(self.model.parameters())
+        if not torch.is_autocast_enabled(parameter.device.type):
+            given = dict(to_precision(given, parameter.dtype))
         if self.tokens:
             given["use_cache"] = False  # type: ignore[assignment]
         return cast(Tensor, self.model(**given, return_dict=True).logits)
 
     def example(self) -> Inputs | None:
         """A random image of the configured size, or a few tokens."""
-        device = next(self.model.parameters()).device
-        if device.type == "meta":
-            return None
         generator = torch.Generator().manual_seed(0)
         config = self.model.config
         if self.model.main_input_name == "input_ids":
             words = config.get_text_config().vocab_size
-            return torch.randint(words, (2, EXAMPLE_TOKENS), generator=generator).to(device)
+            return torch.randint(words, (2, EXAMPLE_TOKENS), generator=generator)
         size = getattr(config, "image_size", None) or EXAMPLE_SIZE
         height, width = (size, size) if isinstance(size, int) else size
         shape = (1, getattr(config, "num_channels", 3), height, width)
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator)
 
     def check_removable(self, removed: Iterable[SupportsIndex]) -> None:
         """Whether the model can do without these layers.

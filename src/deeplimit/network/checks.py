@@ -1,0 +1,43 @@
+"""Arguments looked at before anything is computed with them: one line on what was expected."""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, cast
+
+from torch import Tensor
+
+from deeplimit.errors import InputError
+
+
+def check_number(
+    name: str, value: Any, expected: str, fits: Callable[[float], bool] = math.isfinite
+) -> float:
+    """The value as a float; a tensor of one number is one.
+
+    Raises:
+        InputError: it is no real number, or does not fit.
+    """
+    single = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    real = single or (isinstance(value, Real) and not isinstance(value, bool))
+    value = value.detach().item() if single else value
+    if not real or not fits(float(value)):
+        raise InputError(f"{name} is {shown(value)}; expected {expected}")
+    return float(value)
+
+
+def check_count(name: str, number: object, least: int = 1, most: int | None = None) -> None:
+    """Raises InputError unless it is a whole number in this range."""
+    whole = isinstance(number, int) and not isinstance(number, bool)
+    if not whole or not least <= cast(int, number) <= (math.inf if most is None else most):
+        limit = f"≥ {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name} is {shown(number)}; expected a whole number {limit}")
+
+
+def shown(value: object) -> str:
+    """A value in one short line."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    text = repr(value)
+    plain = isinstance(value, str | int | float | tuple | list) or value is None
+    return text if plain and len(text) < 60 else f"a {type(value).__name__}"
