@@ -1,18 +1,21 @@
 """Files that may be damaged, or somebody else's: what comes out is a value or one line."""
 
+import errno
 import json
 import math
+import os
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from deeplimit.errors import InputError
 from deeplimit.memory import require
 
 
 @contextmanager
-def reading(path: Path, kind: str, remedy: str) -> Iterator[None]:
+def reading(path: Path, fault: str, remedy: str) -> Iterator[None]:
     """Around a library's reading of a file: whatever its bytes lead to becomes an `InputError`.
 
     Libraries raise dozens of kinds of errors on damaged bytes (SyntaxError, RecursionError,
@@ -20,7 +23,7 @@ def reading(path: Path, kind: str, remedy: str) -> Iterator[None]:
 
     Args:
         path: a file; it is there, is no pipe, and is not larger than the memory.
-        kind: what was expected, with its article: "a JSON file".
+        fault: what is wrong with a file that cannot be read: "damaged, not TOML".
         remedy: what to do.
 
     Raises:
@@ -28,7 +31,8 @@ def reading(path: Path, kind: str, remedy: str) -> Iterator[None]:
     """
     try:
         if not path.is_file():
-            raise InputError(f"{path}: {'not a' if path.exists() else 'no such'} file: {remedy}")
+            reason = "not a file" if path.exists() else os.strerror(errno.ENOENT)
+            raise InputError(f"{path}: cannot be read ({reason}): {remedy}")
         require(path.stat().st_size, str(path), remedy)
         yield
     except InputError:
@@ -37,23 +41,29 @@ def reading(path: Path, kind: str, remedy: str) -> Iterator[None]:
         reason = error.strerror or one_line(error)
         raise InputError(f"{path}: cannot be read ({reason}): {remedy}") from error
     except Exception as error:
-        raise InputError(f"{path}: damaged, or not {kind} ({one_line(error)}): {remedy}") from error
+        raise InputError(f"{path}: {fault} ({one_line(error)}): {remedy}") from error
 
 
 def read_json(path: Path, remedy: str) -> Any:
     """The value in a JSON file; see `parse_json`, `reading`."""
-    with reading(path, "JSON", remedy):
+    with reading(path, "damaged", remedy):
         return parse_json(path.read_text(encoding="utf-8"))
+
+
+def read_toml(path: Path, remedy: str) -> dict[str, Any]:
+    """The tables in a TOML file of finite numbers; see `reading`."""
+    with reading(path, "damaged, not TOML", remedy):
+        return tomllib.loads(path.read_text(encoding="utf-8"), parse_float=_finite)
 
 
 def parse_json(text: str) -> Any:
     """The value in a JSON text of finite numbers.
 
     Raises:
-        ValueError: not JSON, or a number that is NaN, infinite or too large for a float.
+        ValueError: not JSON, or a number that is NaN, infinite or beyond 64 bits.
         RecursionError: nested too deeply.
     """
-    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    return json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
 
 
 def one_line(error: BaseException) -> str:
@@ -61,12 +71,15 @@ def one_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
-
-
 def _finite(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"{digits[:40]} is too large a number")
+        raise ValueError(f"{digits[:40]} is not a finite number")
+    return number
+
+
+def _whole(digits: str) -> int:
+    number = int(digits)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{digits[:40]} is too large a whole number")
     return number

@@ -34,7 +34,7 @@ from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Healing
 from deeplimit.training.run_folder import RunFolder
 from deeplimit.training.threads import fitting_threads
-from deeplimit.training.typed_values import from_plain, to_plain
+from deeplimit.training.typed_values import read_record, to_plain
 
 Teacher = Literal["full", "beside", "none"]
 
@@ -217,11 +217,7 @@ def resume_heal(path: str | Path, *, quiet: bool = False) -> Healing:
     file = folder.path / UNDERWAY / PLAN
     if not file.is_file():
         raise InputError(f"{folder.path}: no healing was stopped; start one: deeplimit heal {path}")
-    try:
-        plan = from_plain(Plan, json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        again = f"start again: deeplimit heal {path}"
-        raise InputError(f"{file}: damaged ({error}); {again}") from error
+    plan = read_record(Plan, file, f"start again: deeplimit heal {path}")
     cut = folder.cut()
     if cut is None or cut.removed != plan.removed:
         raise InputError(

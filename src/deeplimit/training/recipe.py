@@ -314,8 +314,8 @@ def _beside(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     found = dict(settings)
     kind, colon, model = str(settings.get("model", "")).rpartition(":")
     for name, value in (("start", str(settings.get("start", ""))), ("model", model)):
-        place = (folder / value).resolve()
-        if value in OWN_STARTS and place.exists():
+        if value in OWN_STARTS and (folder / value).exists():
+            place = (folder / value).resolve()
             found[name] = f"{kind}{colon}{place}" if name == "model" else str(place)
     return found
 

@@ -1,7 +1,6 @@
 """recipe.toml: a recipe on disk, with the versions it ran with and the names of its classes."""
 
 import platform
-import tomllib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import tomli_w
 
 from deeplimit.errors import InputError
+from deeplimit.reading import read_toml
 
 FORMAT = 1
 TABLES = ("format", "versions", "recipe", "data")
@@ -37,12 +37,7 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, not TOML, another format, or an unknown table.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged, not TOML ({error}); correct or replace it") from error
+    tables = read_toml(path, "correct or replace it")
     if tables.get("format") != FORMAT:
         raise InputError(
             f"{path}: format {tables.get('format')!r}, this deeplimit reads {FORMAT}; it is of "

@@ -31,7 +31,7 @@ from deeplimit.training.results import (
     RunResults,
 )
 from deeplimit.training.saved_models import SUFFIX, is_saved, load_network, save_network
-from deeplimit.training.typed_values import conform, from_plain, to_plain
+from deeplimit.training.typed_values import conform, read_record, to_plain
 
 Result = TypeVar("Result")
 
@@ -294,12 +294,7 @@ class RunFolder:
 
     def _read(self, name: str, kind: type[Result], remedy: str) -> Result | None:
         path = self.path / name
-        if not path.exists():
-            return None
-        try:
-            return from_plain(kind, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:  # an InputError is a ValueError
-            raise InputError(f"{path}: damaged ({error}); write it again: {remedy}") from error
+        return read_record(kind, path, f"write it again: {remedy}") if path.exists() else None
 
     def _write(self, name: str, result: Any) -> None:
         text = json.dumps(to_plain(result), allow_nan=False, ensure_ascii=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from deeplimit.errors import InputError
+from deeplimit.reading import one_line, read_json
 
 Record = TypeVar("Record")
 
@@ -46,6 +47,19 @@ def from_plain(kind: type[Record], value: Any, where: str = "") -> Record:
     return kind(**{n: conform(hints[n], value.get(n), prefix + n) for n in names})
 
 
+def read_record(kind: type[Record], path: Path, remedy: str) -> Record:
+    """The dataclass that a JSON file holds.
+
+    Raises:
+        InputError: the file is damaged, or holds something else; what to do says `remedy`.
+    """
+    value = read_json(path, remedy)
+    try:
+        return from_plain(kind, value)
+    except Exception as error:  # also what the record's own checks make of values out of range
+        raise InputError(f"{path}: damaged ({one_line(error)}): {remedy}") from error
+
+
 def conform(hint: Any, value: Any, where: str) -> Any:
     """The value as its annotation says it, converted only where nothing can be lost.
 
@@ -74,8 +88,8 @@ def conform(hint: Any, value: Any, where: str) -> Any:
         return from_plain(cast(type, hint), value, where)
     if hint is float:
         return _float(value, where)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
+    if hint in (str, Path) and isinstance(value, str):
+        return _text(hint, value, where)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise _ill_typed(where, value, {int: "a whole number", bool: "true or false"}, hint)
     return value
@@ -98,7 +112,21 @@ def _float(value: Any, where: str) -> float:
         return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _ill_typed(where, value, {float: "a number"}, float)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"{where} is {_shown(value)}; expected a smaller number") from None
+
+
+def _text(hint: Any, value: str, where: str) -> Any:
+    """As it is, if it can be written to a file, or stand in a path."""
+    if "\0" in value and hint is Path:
+        raise InputError(f"{where} is {_shown(value)}; expected a path, without a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where} is {_shown(value)}; expected characters of Unicode") from None
+    return hint(value)
 
 
 def _ill_typed(where: str, value: Any, words: dict[Any, str], hint: Any) -> InputError:
