@@ -79,8 +79,10 @@ def test_nobody_reads_the_result(run: Path) -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize("launcher", ["script", "torchrun"])
 def test_two_processes_speak_with_one_voice(launcher: str, tmp_path: Path) -> None:
-    """Only the first of them prints, profiles, cuts and writes the page."""
-    args = ["train", "digits", *SMALL, "--devices", "2", "--strategy", "ddp", "--json"]
+    """Only the first of them prints, profiles, cuts and writes the page; all train the control."""
+    args = ["train", "digits", "--depth", "4", "--hidden", "16", "--stage-cost", "1"]
+    args += ["--epochs", "3", "--learning-rate", "0.01", "--control", "plain", "--device", "cpu"]
+    args += ["--devices", "2", "--strategy", "ddp", "--json"]
     start = [str(Path(sys.executable).with_name("deeplimit"))]
     if launcher == "script" and not Path(start[0]).exists():
         pytest.skip(f"deeplimit is not installed beside {sys.executable}")
@@ -97,10 +99,13 @@ def test_two_processes_speak_with_one_voice(launcher: str, tmp_path: Path) -> No
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["run"] == "runs/digits"
-    assert done.stderr.count("epoch 2/2") == 1
-    assert [path.name for path in (tmp_path / "runs").glob("d*")] == ["digits"]
-    assert RunFolder.open(tmp_path / "runs" / "digits").cut() is not None
+    printed = json.loads(done.stdout)
+    assert printed["run"] == "runs/digits"
+    assert done.stderr.count("epoch 3/3") == 3
+    k = printed["results"]["cut"]["report"]["horizon_after"]
+    trained = ["digits", f"digits-plain-{k}", "digits-without-stage-cost"]
+    assert sorted(path.name for path in (tmp_path / "runs").glob("d*")) == trained
+    assert printed["results"]["reference"]["small"]["horizon_before"] == k
 
 
 @pytest.mark.processes

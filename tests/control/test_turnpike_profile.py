@@ -5,6 +5,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -240,6 +241,13 @@ def test_a_network_without_layers_has_the_profile_of_its_output() -> None:
     assert profile.accuracy == (1.0,)
     assert profile.relative_update == ()
     assert profile.recommended_depth == 0
+
+
+def test_without_updates_the_other_figures_are_the_same(family: Sample) -> None:
+    x, y = samples_of(family)
+    whole = turnpike_profile(family.model, batches(x, y, 5), LOSS)
+    quick = turnpike_profile(family.model, batches(x, y, 5), LOSS, updates=False)
+    assert repr(quick) == repr(replace(whole, relative_update=(), influence=None))  # NaN and all
 
 
 def test_float32_models_are_profiled_in_double_precision() -> None:

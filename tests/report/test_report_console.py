@@ -92,6 +92,11 @@ def test_crop_summary_has_both_sides_and_the_control(digits: RunResults) -> None
     assert "chosen on validation data" in text
     lost = 100 * (plain.accuracy_before - plain.accuracy_after)
     assert f"loses {lost:.1f} points" in " ".join(text.split())
+    small = digits.reference.small
+    assert small is not None
+    scratch = f"trained from scratch without stage cost has {100 * small.accuracy_before:.1f} %"
+    assert scratch in " ".join(text.split())
+    assert "the cut is better." in text
 
 
 def test_crop_summary_without_control(spirals: RunResults) -> None:

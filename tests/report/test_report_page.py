@@ -102,9 +102,13 @@ def test_the_control_of_another_cut_is_not_shown(digits: RunResults) -> None:
     assert digits.reference is not None
     assert digits.cut is not None
     report = replace(digits.reference.report, horizon_after=digits.cut.report.horizon_after + 1)
-    other = replace(digits, reference=replace(digits.reference, report=report))
+    older = replace(digits.reference, report=report, small=None, removed=None)
+    other = replace(digits.reference, removed=digits.cut.removed[1:])
     assert "trained without stage cost" in readable(render_page(digits))
-    assert "when it is cut to the same depth" not in readable(render_page(other))
+    for reference in (older, other):
+        page = readable(render_page(replace(digits, reference=reference)))
+        assert "when it is cut to the same depth" not in page
+        assert "from scratch" not in page
 
 
 def test_the_control_says_what_the_cut_costs_without_stage_cost(
@@ -116,6 +120,37 @@ def test_the_control_says_what_the_cut_costs_without_stage_cost(
     lost = 100 * (report.accuracy_before - report.accuracy_after)
     assert lost > 20
     assert f"trained without stage cost loses {lost:.1f} points" in page
+
+
+def test_the_network_of_the_cut_s_depth_stands_beside_the_cut(
+    digits: RunResults, digits_page: str
+) -> None:
+    """Better, worse, or not told apart: by the paired standard error of cut − small."""
+    assert digits.reference is not None
+    small = digits.reference.small
+    assert small is not None
+    k, own = small.horizon_after, 100 * small.accuracy_before
+    scratch = f"A network of {k} layers trained from scratch without stage cost has {own:.1f} %."
+    page = readable(digits_page)
+    assert f"{scratch} The cut less this network: +2.0 ± 0.4 points" in page
+    assert "(paired, one standard error); the cut is better." in page
+    bars = page.split("The control")[1].split("Layer by layer")[0]
+    accuracies = [
+        small.accuracy_before,
+        small.accuracy_after,
+        digits.reference.report.accuracy_after,
+    ]
+    for accuracy in accuracies:
+        assert f" {k} layers {100 * accuracy:.1f} %" in bars
+    for change, error, said in (
+        (-0.02, 0.004, "−2.0 ± 0.4 points (paired, one standard error); the cut is worse."),
+        (0.01, 0.006, "+1.0 ± 0.6 points (paired, one standard error); 360 test samples do not"),
+        (0.0, 0.0, "0.0 ± 0.0 points (paired, one standard error); 360 test samples do not tell"),
+    ):
+        before = small.accuracy_after - change
+        other = replace(small, accuracy_before=before, accuracy_error=error)
+        reference = replace(digits.reference, small=other)
+        assert said in readable(render_page(replace(digits, reference=reference)))
 
 
 def test_every_layer_of_the_test_profile_is_in_the_table(

@@ -10,30 +10,36 @@ import pytest
 
 from deeplimit.cli import main
 from deeplimit.studies import demo_recipe, run_demo
-from deeplimit.training import RunFolder, crop_run
+from deeplimit.training import RunFolder, crop_run, profile_run
 
 
-def test_the_control_differs_in_the_stage_cost_alone(tmp_path: Path) -> None:
+def test_the_control_differs_in_stage_cost_and_depth_alone(tmp_path: Path) -> None:
     small = replace(demo_recipe(), depth=(4,), hidden=16, epochs=3, learning_rate=1e-2)
+    small = replace(small, stage_cost=1.0)
     folder = run_demo(small, runs=tmp_path, quiet=True)
-    control = RunFolder.open(tmp_path / "demo-without-stage-cost")
     assert folder.path == tmp_path / "demo"
     assert folder.recipe == small
-    assert control.recipe == replace(small, stage_cost=0.0)
-
-    cut, reference, profiles = folder.cut(), folder.reference(), control.profiles()
+    cut, reference = folder.cut(), folder.reference()
     assert cut is not None
     assert reference is not None
-    assert profiles is not None
-    assert reference.test == profiles.test
-    assert reference.report.horizon_after == cut.report.horizon_after
-    again = crop_run(control, cut.report.horizon_after).report
+    assert cut.removed
+    depth = cut.report.horizon_after
+    control = RunFolder.open(tmp_path / "demo-without-stage-cost")
+    assert control.recipe == replace(small, stage_cost=0.0, control="none")
+    assert RunFolder.open(tmp_path / f"demo-plain-{depth}").recipe == replace(
+        small, stage_cost=0.0, control="none", depth=(depth,)
+    )
+
+    assert reference.test == profile_run(control).test
+    again = crop_run(control, depth).report
+    assert reference.report.horizon_after == depth
     assert reference.report.accuracy_before == again.accuracy_before
     assert reference.report.accuracy_after == again.accuracy_after
 
 
 def test_a_second_demo_leaves_the_first_alone(tmp_path: Path) -> None:
-    small = replace(demo_recipe(1), depth=(2,), hidden=4, epochs=1)
+    small = replace(demo_recipe(), depth=(4,), hidden=16, epochs=3, learning_rate=1e-2)
+    small = replace(small, stage_cost=1.0)  # so that there is a cut
     run_demo(small, runs=tmp_path, quiet=True)
     second = run_demo(small, runs=tmp_path, quiet=True)
     assert second.path.name == "demo-2"
@@ -53,12 +59,16 @@ def test_the_demo_reaches_its_figures(seed: int, tmp_path: Path) -> None:
         assert main(["demo", "--seed", str(seed), "--runs", str(tmp_path), "--json"]) == 0
     printed = json.loads(out.getvalue())
     report = printed["results"]["cut"]["report"]
-    control = printed["results"]["reference"]["report"]
+    control, small = (printed["results"]["reference"][name] for name in ("report", "small"))
     assert report["horizon_before"] == 20
     assert report["horizon_after"] <= 6
     assert report["accuracy_after"] >= 0.975
     assert report["accuracy_before"] - report["accuracy_after"] <= 0.005
     assert control["horizon_after"] == report["horizon_after"]
     assert control["accuracy_before"] - control["accuracy_after"] >= 0.20
+    assert small["horizon_before"] == small["horizon_after"] == report["horizon_after"]
+    assert small["accuracy_after"] == report["accuracy_after"]
+    assert 0.95 <= small["accuracy_before"] <= 1
+    assert small["parameters_before"] == report["parameters_after"]
     page = Path(printed["page"]).read_text()
     assert "The same network trained without stage cost loses" in page

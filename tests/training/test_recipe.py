@@ -234,8 +234,8 @@ def test_a_recipe_from_before_the_adjoint_is_read(tmp_path: Path) -> None:
     older = text.replace('gradient = "backprop"\n', "").replace("evaluations = 2\n", "")
     older = older.replace('optimizer = "adamw"\n', "").replace("new_head = false\n", "")
     older = older.replace('initialisation = "independent"\n', "")
-    older = older.replace("length_scale = 0.5\n", "")
-    assert len(older.splitlines()) == len(text.splitlines()) - 6
+    older = older.replace("length_scale = 0.5\n", "").replace('control = "none"\n', "")
+    assert len(older.splitlines()) == len(text.splitlines()) - 7
     path = tmp_path / "recipe.toml"
     path.write_text(older, encoding="utf-8")
     assert Recipe.from_toml(path) == Recipe(epochs=7)

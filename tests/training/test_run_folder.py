@@ -156,6 +156,12 @@ def test_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
                     (folder.path / name).write_text(text.replace(f', "{field}": null', ""))
         assert repr(folder.profiles()) == repr(Profiles(profile, profile, profile))
         assert folder.cut() == cut
+    folder.write_reference(Reference(PROFILE, REPORT))
+    path = folder.path / "reference.json"
+    text = path.read_text()
+    assert ', "small": null, "removed": null' in text
+    path.write_text(text.replace(', "small": null, "removed": null', ""))
+    assert repr(folder.reference()) == repr(Reference(PROFILE, REPORT))
 
 
 JSON: dict[str, tuple[Callable[[RunFolder], None], Callable[[RunFolder], object]]] = {

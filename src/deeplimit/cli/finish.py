@@ -1,4 +1,4 @@
-"""What follows a training: profile, automatic cut, page, and a summary with the answer first."""
+"""What follows a training: profile, automatic cut, control, page, and the answer in short."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from rich.console import RenderableType
 
 from deeplimit.cli.output import emit, is_first_process
 from deeplimit.report import crop_summary, profile_table, write_page
-from deeplimit.training import RunFolder, crop_run, profile_run, run_data
+from deeplimit.training import RunFolder, complete
 from deeplimit.training.results import RunResults
 
 PAGE = "report.html"
@@ -29,22 +29,10 @@ class Finished:
 
 
 def finish(folder: RunFolder, *, json: bool) -> None:
-    """Profiles and cuts a trained network where that was not done yet, writes the page, reports.
-
-    Only in the first process: the others are done when training is.
-    """
-    if not is_first_process():
-        return
-    try:
-        if folder.profiles() is None or folder.cut() is None:
-            data = run_data(folder)
-            if folder.profiles() is None:
-                profile_run(folder, data=data)
-            crop_run(folder, "auto", data=data)
+    """Does for a trained run what is left of profile, cut and control; writes the page, reports."""
+    complete(folder)
+    if is_first_process():
         show(folder, json=json)
-    except KeyboardInterrupt:
-        going_on = f"deeplimit train --resume {folder.path} goes on"
-        raise KeyboardInterrupt(f"stopped after the training; {going_on}") from None
 
 
 def show(folder: RunFolder, *, json: bool) -> None:

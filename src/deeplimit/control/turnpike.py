@@ -7,7 +7,7 @@ measured, layer by layer, on held-out data.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -53,7 +53,7 @@ class TurnpikeProfile:
         accuracy_error: standard error of accuracy_n − accuracy_N, paired by sample, N + 1 values.
         influence: 1 − mean cos(x_n, x_{n+1}) per sample, N values from 0 (the layer turns no state)
             to 2, of the same samples as `relative_update` and carried as there: the block influence
-            of ShortGPT (arXiv 2403.03853). None in a profile saved before it was measured.
+            of ShortGPT (arXiv 2403.03853). None where it was not measured.
     """
 
     samples: int
@@ -145,13 +145,24 @@ class TurnpikeProfile:
 
 @torch.no_grad()
 def turnpike_profile(
-    model: nn.Module, loader: Iterable[tuple[Inputs, Tensor]], loss: SoftCrossEntropy
+    model: nn.Module,
+    loader: Iterable[tuple[Inputs, Tensor]],
+    loss: SoftCrossEntropy,
+    *,
+    updates: bool = True,
 ) -> TurnpikeProfile:
     """Profiles a model layer by layer over a loader of (x, y), in one pass.
 
     The model runs in evaluation mode and is left in the mode it was in. One batch's states are in
     memory at a time; of logits for every token, [B, L, C], the model's own and a chunk of one
     layer's. Targets of tokens [B, L] are aligned with the logits; −100 does not count.
+
+    Args:
+        model: the network.
+        loader: batches (x, y).
+        loss: the loss that was trained.
+        updates: whether to measure what each layer does to the states; without it
+            `relative_update` is empty and `influence` None, and the profile is there sooner.
 
     Raises:
         InputError: a loader that is empty or has no token that counts, or a model that `anatomy`
@@ -162,13 +173,14 @@ def turnpike_profile(
     device = device_of(model)
     with evaluating(model):
         for x, y in pairs(loader, device):
-            batch = _measure(structure, x, y, loss)
+            batch = _measure(structure, x, y, loss, updates)
             sums = batch if sums is None else sums + batch
     if sums is None:
         raise InputError("the loader gave no batch; a profile needs at least one sample")
     if sums.count == 0:
         raise InputError("every target is −100; a profile needs at least one token that counts")
-    return sums.profile(loss)
+    profile = sums.profile(loss)
+    return profile if updates else replace(profile, influence=None)
 
 
 @dataclass(frozen=True)
@@ -215,7 +227,9 @@ class _Sums:
         )
 
 
-def _measure(structure: Anatomy, x: Inputs, y: Tensor, loss: SoftCrossEntropy) -> _Sums:
+def _measure(
+    structure: Anatomy, x: Inputs, y: Tensor, loss: SoftCrossEntropy, updates: bool
+) -> _Sums:
     def measure(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hits = (z.argmax(-1) == targets).double()
         return loss(z, targets), loss.distance(z, targets), hits
@@ -234,13 +248,13 @@ def _measure(structure: Anatomy, x: Inputs, y: Tensor, loss: SoftCrossEntropy) -
     gap, none = values - values[-1], torch.zeros(0)
     own = None if counted is not None else torch.nn.functional.one_hot(y, loss.classes).double()
     rows = counted.of if counted is not None else partial(_flat, padding)
-    updates, influences, update_count = _changes(structure, states, rows)
+    changes, influences, update_count = _changes(structure, states if updates else [], rows)
     return _Sums(
         count=values.shape[1],
         loss=values.sum(1).cpu(),
         correct=hits.sum(1).cpu(),
         distance=distance.sum(1).cpu(),
-        update=updates.cpu(),
+        update=changes.cpu(),
         influence=influences.cpu(),
         update_count=update_count.cpu(),
         loss_gap=gap.sum(1).cpu(),

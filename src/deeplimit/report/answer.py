@@ -23,7 +23,6 @@ from deeplimit.training.results import (
     Healing,
     MergedRuns,
     Profiles,
-    Reference,
     Refinement,
     RunResults,
 )
@@ -204,54 +203,6 @@ def _rule_of(choice: CutChoice) -> str:
     return text + (
         " Test data, from which the numbers on this page come unless they say otherwise, took no "
         "part in the choice."
-    )
-
-
-@dataclass(frozen=True)
-class ControlRow:
-    """One network of the control experiment, as text and as the lengths of two bars in percent."""
-
-    name: str
-    full: str
-    cut: str
-    full_length: float
-    cut_length: float
-
-
-def control_of(cut: Cut | None, reference: Reference | None) -> Reference | None:
-    """The control of a cut; none where the control was cut to another depth."""
-    if cut is None or reference is None or not cut.removed:
-        return None
-    return reference if reference.report.horizon_after == cut.report.horizon_after else None
-
-
-def control_sentence(reference: Reference) -> str:
-    """What the same cut costs where there was no stage cost."""
-    report = reference.report
-    n = report.samples
-    lost = report.accuracy_before - report.accuracy_after
-    verb = "loses" if lost >= 0 else "gains"
-    amount = points(abs(lost), n).lstrip("+")
-    return (
-        f"The same network trained without stage cost {verb} {amount} when it is cut to the same "
-        f"depth: from {percent(report.accuracy_before, n)} to {percent(report.accuracy_after, n)}."
-    )
-
-
-def control_rows(cut: Cut, reference: Reference) -> tuple[ControlRow, ...]:
-    """With and without stage cost, before and after the same cut."""
-    return tuple(
-        ControlRow(
-            name,
-            percent(report.accuracy_before, report.samples),
-            percent(report.accuracy_after, report.samples),
-            round(100 * report.accuracy_before, 2),
-            round(100 * report.accuracy_after, 2),
-        )
-        for name, report in (
-            ("With stage cost", cut.report),
-            ("Without stage cost", reference.report),
-        )
     )
 
 

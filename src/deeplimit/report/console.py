@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.control.turnpike import TurnpikeProfile
-from deeplimit.report.answer import comparisons, control_of, control_sentence, healing_sentence
+from deeplimit.report.answer import comparisons, healing_sentence
+from deeplimit.report.control import control_of, control_sentences
 from deeplimit.report.numbers import SPACE, percent, significant
 from deeplimit.training.results import Cut, Healing, Reference
 
@@ -84,7 +85,7 @@ def crop_summary(cut: Cut, reference: Reference | None = None) -> RenderableType
     if cut.choice is not None:
         lines.append(Text(f"On validation data: {cut.choice}.", style="dim"))
     if (control := control_of(cut, reference)) is not None:
-        lines.append(Text(control_sentence(control)))
+        lines += map(Text, control_sentences(control))
     return Group(table, *lines)
 
 

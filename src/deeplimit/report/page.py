@@ -13,6 +13,7 @@ from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.files import write_text
 from deeplimit.report import answer
 from deeplimit.report.certificate import certificate_answer
+from deeplimit.report.control import control_of, control_rows, control_sentences
 from deeplimit.report.depth_limit import solver_rows
 from deeplimit.report.numbers import percent, significant
 from deeplimit.report.panels import (
@@ -49,12 +50,10 @@ def write_page(results: RunResults, path: Path) -> Path:
 
 def _context(results: RunResults) -> dict[str, Any]:
     profiles, cut, reference = results.profiles, results.cut, results.reference
-    control, same = None, answer.control_of(cut, reference)
+    same = control_of(cut, reference)
+    control = {}
     if cut is not None and same is not None:
-        control = {
-            "sentence": answer.control_sentence(same),
-            "rows": answer.control_rows(cut, same),
-        }
+        control = {"sentences": control_sentences(same), "rows": control_rows(cut, same)}
     return {
         "title": _title(results),
         "css": _source("page.css"),

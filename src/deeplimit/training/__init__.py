@@ -2,6 +2,7 @@
 
 from deeplimit.training.analysis import crop_run, profile_run
 from deeplimit.training.building import build_model, load_data, loss_of, run_data
+from deeplimit.training.completing import complete
 from deeplimit.training.defaults import recipe_for
 from deeplimit.training.example_batch import Example, Wish, example
 from deeplimit.training.fit import resume, train
@@ -26,6 +27,7 @@ __all__ = [
     "RunResults",
     "Wish",
     "build_model",
+    "complete",
     "crop_run",
     "example",
     "heal",

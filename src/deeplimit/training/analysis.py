@@ -36,7 +36,7 @@ def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
     """
     data = data or run_data(folder)
     loss = loss_of(folder.recipe, data)
-    model = folder.model().to(_device(folder.recipe))
+    model = folder.model().to(usable_device(folder.recipe))
     with fitting_threads(folder.recipe):
         train, validation, test = (
             turnpike_profile(model, evaluation_batches(split), loss)
@@ -100,7 +100,7 @@ def crop_run(
     if to == "auto":
         profiles = folder.profiles() or profile_run(folder, data=data)
     choice = None
-    model = model.to(_device(folder.recipe))
+    model = model.to(usable_device(folder.recipe))
     if to == "auto" and (budget or structure.stages > 1):
         limit: dict[str, Any] = budget or {"accuracy": accuracy}
         with fitting_threads(folder.recipe):
@@ -142,7 +142,7 @@ def _least(structure: Anatomy) -> int:
     return layers
 
 
-def _device(recipe: Recipe) -> torch.device:
+def usable_device(recipe: Recipe) -> torch.device:
     """The recipe's device where this machine has it, else the CPU."""
     usable = device_type(recipe) == "cpu" or torch.cuda.is_available()
     return torch.device(device_type(recipe) if usable else "cpu")

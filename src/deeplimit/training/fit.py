@@ -53,7 +53,7 @@ def train(
     folder = first_process_does(
         fabric, lambda: RunFolder.create(runs, name, start.recipe, start.data.class_names)
     )
-    return _train(fabric, start, folder, quiet)
+    return train_in(fabric, start, folder, quiet=quiet)
 
 
 def resume(path: str | Path, *, quiet: bool = False) -> RunFolder:
@@ -71,7 +71,7 @@ def resume(path: str | Path, *, quiet: bool = False) -> RunFolder:
     folder = replace(folder, recipe=place(folder.recipe))
     start = prepare(folder.recipe, load_data(folder.recipe, folder.path.parent))
     load_checkpoint(folder.path)
-    return _train(launched(start), start, folder, quiet)
+    return train_in(launched(start), start, folder, quiet=quiet)
 
 
 def launched(start: Start) -> Fabric:
@@ -146,13 +146,34 @@ def fit(
     return training
 
 
-def _train(fabric: Fabric, start: Start, folder: RunFolder, quiet: bool) -> RunFolder:
+def train_in(
+    fabric: Fabric,
+    start: Start,
+    folder: RunFolder,
+    *,
+    title: str = "",
+    going_on: Path | None = None,
+    quiet: bool = False,
+) -> RunFolder:
+    """Trains in a run folder that there is, from its last good checkpoint; writes the network.
+
+    Args:
+        fabric: of this process.
+        start: what is trained.
+        folder: the run's.
+        title: what is trained, in words.
+        going_on: the run folder whose resumption goes on with this; by default this one.
+        quiet: no progress on stderr.
+
+    Raises:
+        RunError, KeyboardInterrupt: as `train`.
+    """
     folder = replace(folder, recipe=start.recipe)
     if start.recipe.epochs == 0:
         first_process_does(fabric, lambda: _finish(folder, start.model, []))
         return folder
-    title = f"{folder.path}: {_network(start.recipe)} on {start.recipe.data}"
-    command = f"deeplimit train --resume {folder.path}"
+    title = title or f"{folder.path}: {_network(start.recipe)} on {start.recipe.data}"
+    command = f"deeplimit train --resume {going_on or folder.path}"
     training = fit(fabric, start, folder.path, title=title, command=command, quiet=quiet)
     first_process_does(fabric, lambda: _finish(folder, training.network, training.rows))
     return folder

@@ -187,7 +187,7 @@ class Training:
     def _validate(self) -> Row:
         """The metrics of the whole network on validation data."""
         loader = evaluation_batches(self.data.validation)
-        profile = turnpike_profile(self.network, loader, self.objective.loss)
+        profile = turnpike_profile(self.network, loader, self.objective.loss, updates=False)
         check_validation(profile, len(self.rows))
         entry = profile.entry()
         return {

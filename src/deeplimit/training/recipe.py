@@ -19,6 +19,7 @@ OLDER = {
     "new_head": False,
     "initialisation": "independent",
     "length_scale": 0.5,
+    "control": "none",
 }
 PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
 # What says how a network of ours is built; nothing where the model is given.
@@ -106,6 +107,9 @@ class Recipe:
     """Weight γ of the loss at every layer; 0 trains an ordinary residual network."""
     control_cost: float = 0.0
     """Weight r of the squared norm of every layer's control."""
+    control: Literal["none", "plain"] = "none"
+    """plain: train two networks without stage cost besides, by this recipe: one of this depth, cut
+    alike, and one of the cut's depth from scratch. Both stand beside the cut, on test data."""
 
     epochs: int = 60
     """Passes over the training data; 0 takes a trained model as it is."""
@@ -176,8 +180,9 @@ class Recipe:
         return {name: value for name, value in settings.items() if name not in unread}
 
     def of_model(self, model: str) -> "Recipe":
-        """The same recipe for a given model."""
-        return replace(self, model=model, **{name: getattr(Recipe, name) for name in NETWORK})
+        """The same recipe for a given model, which has no control."""
+        shape = {name: getattr(Recipe, name) for name in NETWORK}
+        return replace(self, model=model, control="none", **shape)
 
     def rooted(self) -> "Recipe":
         """The same recipe, to be read in any folder: the paths of what is there are absolute."""
@@ -292,6 +297,22 @@ class Recipe:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} is {value:g}; expected a number ≥ 0")
+        if self.control == "plain":
+            self._check_control()
+
+    def _check_control(self) -> None:
+        """The control is the same network less its stage cost, and one of another depth."""
+        if self.model is not None or self.start is not None:
+            name, value = ("start", self.start) if self.model is None else ("model", self.model)
+            raise InputError(
+                f"control is plain, but {name} is {value}: a network that starts from weights has "
+                "no like of another depth that starts from scratch; leave control at none"
+            )
+        if self.stage_cost == 0:
+            raise InputError(
+                "control is plain, but stage_cost is 0: the network is its own control; leave "
+                "control at none, or give a stage_cost above 0"
+            )
 
     def _check_training(self) -> None:
         if not self.data:

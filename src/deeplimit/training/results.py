@@ -141,10 +141,21 @@ class MergedRuns:
 
 @dataclass(frozen=True)
 class Reference:
-    """The same network trained without stage cost: what a cut costs where there is no turnpike."""
+    """The control of a cut: networks trained by the same recipe without stage cost.
+
+    Attributes:
+        test: the network of full depth, on test data.
+        report: it and its cut alike, on test data: what a cut costs where there is no turnpike.
+        small: the network of the cut's depth, trained from scratch (before), and the run's own cut
+            (after), on the same test samples. None where there is no such network (a stage of the
+            cut has no layer), or in an older file.
+        removed: the layers that the cut is without; None in an older file.
+    """
 
     test: TurnpikeProfile
     report: CropReport
+    small: CropReport | None = None
+    removed: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

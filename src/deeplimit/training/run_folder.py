@@ -91,7 +91,7 @@ class RunFolder:
         of the folder, is written when the with statement is left, after all that belongs to it; if
         something fails before, no folder is left.
         """
-        recipe = recipe.rooted()
+        recipe = replace(recipe.rooted(), control="none")  # which starts from scratch
         path = make_folder(Path(runs), name)
         try:
             place = path.resolve() / START
@@ -250,8 +250,8 @@ class RunFolder:
         self._write(MERGE, merging)
 
     def reference(self) -> Reference | None:
-        """The same network trained without stage cost."""
-        return self._read(REFERENCE, Reference, "deeplimit demo")
+        """What the control of a cut reached: networks trained without stage cost."""
+        return self._read(REFERENCE, Reference, f"deeplimit train --resume {self.path}")
 
     def write_reference(self, reference: Reference) -> None:
         """Writes reference.json."""

@@ -1,0 +1,165 @@
+"""What follows a training: profile, cut, and the control that the recipe asks for."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import Fabric
+
+from deeplimit.control import crop, turnpike_profile, verify_crop
+from deeplimit.data import DataSet
+from deeplimit.errors import InputError, RunError
+from deeplimit.training.analysis import crop_run, profile_run, usable_device
+from deeplimit.training.building import evaluation_batches, loss_of, prepare, run_data
+from deeplimit.training.fit import launched, train_in
+from deeplimit.training.processes import first_process_does, launch
+from deeplimit.training.recipe import Recipe
+from deeplimit.training.results import Reference
+from deeplimit.training.run_folder import RECIPE, RunFolder
+from deeplimit.training.threads import fitting_threads
+
+
+def complete(folder: RunFolder, *, quiet: bool = False) -> None:
+    """Does for a trained run what was not done yet: profile, automatic cut, and its control.
+
+    The control is two networks trained by the same recipe without stage cost, each in a run folder
+    of its own beside the run's: NAME-without-stage-cost, as deep as the run's and cut alike, and
+    NAME-plain-K, as deep as the cut. What they reach is the run's reference.json. A control that
+    was stopped goes on where it was, to the same result.
+
+    Args:
+        folder: a run, trained; every process of its training calls this.
+        quiet: no progress on stderr.
+
+    Raises:
+        RunError, KeyboardInterrupt: as `train`.
+    """
+    fabric = launch(folder.recipe)
+    if folder.recipe.control == "none" and not fabric.is_global_zero:
+        return
+    data: DataSet | None = None
+
+    def measure() -> bool:
+        """Profile and cut; whether there is a control to train."""
+        nonlocal data
+        if folder.profiles() is None or folder.cut() is None:
+            data = run_data(folder)
+            if folder.profiles() is None:
+                profile_run(folder, data=data)
+            crop_run(folder, "auto", data=data)
+        return folder.recipe.control != "none" and folder.reference() is None
+
+    try:
+        if folder.recipe.control == "none":
+            measure()
+        elif first_process_does(fabric, measure):
+            _train_control(fabric, folder, data or run_data(folder), quiet)
+    except KeyboardInterrupt as stop:
+        going_on = f"stopped after the training; deeplimit train --resume {folder.path} goes on"
+        raise KeyboardInterrupt(str(stop) or going_on) from None
+
+
+def _train_control(fabric: Fabric, folder: RunFolder, data: DataSet, quiet: bool) -> None:
+    """Trains both networks without stage cost; writes reference.json."""
+
+    def shape() -> tuple[tuple[int, ...], tuple[int, ...]]:
+        cropped: Any = folder.cropped()
+        cut = folder.cut()
+        return () if cut is None else cut.removed, cropped.architecture.depths
+
+    removed, depth = first_process_does(fabric, shape)
+    say = not quiet and fabric.is_global_zero
+    if not removed:
+        _tell(say, "Control: no layer was removed, so there is nothing to compare")
+        return
+    plain = replace(folder.recipe, stage_cost=0.0, control="none")
+    own = folder.path if folder.path.name not in ("", "..") else folder.path.resolve()
+    full = _trained(
+        plain,
+        own.with_name(f"{own.name}-without-stage-cost"),
+        folder,
+        data,
+        f"Control: the same network without stage cost, {plain.horizon} layers",
+        quiet,
+    )
+    small = None
+    if 0 in depth:
+        _tell(say, "Control: a stage of the cut has no layer, so no such network is trained")
+    else:
+        small = _trained(
+            replace(plain, depth=depth),
+            own.with_name(f"{own.name}-plain-{'-'.join(map(str, depth))}"),
+            folder,
+            data,
+            f"Control: a network of the cut's depth without stage cost, {sum(depth)} layers",
+            quiet,
+        )
+    first_process_does(fabric, lambda: _compare(folder, removed, full, small, data))
+
+
+def _trained(
+    recipe: Recipe, place: Path, of: RunFolder, data: DataSet, title: str, quiet: bool
+) -> RunFolder:
+    """The run of a recipe of the control, begun now or gone on with."""
+    start = prepare(recipe, data)
+    fabric = launched(start)
+    folder = first_process_does(
+        fabric,
+        lambda: (
+            _begun(recipe, place, of)
+            or RunFolder.create(place.parent, place.name, recipe, data.class_names)
+        ),
+    )
+    title = f"{title} ({folder.path})"
+    try:
+        return train_in(fabric, start, folder, title=title, going_on=of.path, quiet=quiet)
+    except RunError as error:
+        done = f"of the run itself deeplimit report {of.path} writes the page"
+        raise RunError(f"{folder.path}: {error}; {done}") from error
+
+
+def _begun(recipe: Recipe, place: Path, of: RunFolder) -> RunFolder | None:
+    """The run that a stopped control left: of this recipe, and younger than the run that it is of.
+
+    An older one may be of a run that is gone, whose data were others.
+    """
+    born = (of.path / RECIPE).stat().st_mtime_ns
+    found = None
+    for path in (place, *sorted(place.parent.glob(f"{place.name}-[0-9]*"))):
+        try:
+            folder = RunFolder.open(path)
+        except InputError:
+            continue
+        younger = (path / RECIPE).stat().st_mtime_ns >= born
+        if younger and folder.recipe.rooted() == recipe.rooted():
+            found = folder
+    return found
+
+
+def _compare(
+    folder: RunFolder,
+    removed: tuple[int, ...],
+    full: RunFolder,
+    small: RunFolder | None,
+    data: DataSet,
+) -> None:
+    """Measures the control on test data; writes reference.json."""
+    device, loss = usable_device(folder.recipe), loss_of(folder.recipe, data)
+    with fitting_threads(folder.recipe):
+        model = full.model().to(device)
+        test = evaluation_batches(data.test)
+        reference = Reference(
+            turnpike_profile(model, test, loss),
+            verify_crop(model, crop(model, remove=removed), test, loss),
+            None
+            if small is None
+            else verify_crop(small.model().to(device), folder.cropped(), test, loss),
+            removed,
+        )
+    folder.write_reference(reference)
+
+
+def _tell(aloud: bool, message: str) -> None:
+    if aloud:
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,193 @@
+"""What follows a training: the control of a cut, whole or stopped, and where there is none."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_runs import checkpoint_of, same_but_for_seconds
+
+from deeplimit.data import batches
+from deeplimit.errors import InputError, RunError
+from deeplimit.training import Recipe, Reference, RunFolder, complete, resume, run_data, train
+from deeplimit.training.loop import Training
+
+RECIPE = Recipe(  # cut to 3 layers
+    depth=(4,),
+    hidden=16,
+    stage_cost=1.0,
+    epochs=3,
+    learning_rate=1e-2,
+    device="cpu",
+    control="plain",
+)
+PLAIN = "runs-without-stage-cost"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = train(RECIPE, runs=tmp_path_factory.mktemp("whole"), name="runs", quiet=True)
+    complete(folder, quiet=True)
+    return folder
+
+
+def small_run(folder: RunFolder) -> RunFolder:
+    cut = folder.cut()
+    assert cut is not None
+    return RunFolder.open(folder.path.with_name(f"runs-plain-{cut.report.horizon_after}"))
+
+
+def timeless(reference: Reference | None) -> Reference:
+    """Without what depends on the machine."""
+    assert reference is not None
+    assert reference.small is not None
+    still = {"latency_before": 0.0, "latency_after": 0.0}
+    return replace(
+        reference,
+        report=replace(reference.report, **still),
+        small=replace(reference.small, **still),
+    )
+
+
+def test_the_cut_is_compared_with_a_network_of_its_depth_sample_by_sample(
+    whole: RunFolder,
+) -> None:
+    reference, test = whole.reference(), run_data(whole).test
+    assert reference is not None
+    assert reference.small is not None
+    x, y = next(iter(batches(test, len(test))))
+    with torch.no_grad():
+        cut, small = (m(x).argmax(1) == y for m in (whole.cropped(), small_run(whole).model()))
+    difference = cut.double() - small.double()
+    report = reference.small
+    assert report.samples == len(y)
+    assert report.accuracy_after == pytest.approx(cut.double().mean().item())
+    assert report.accuracy_before == pytest.approx(small.double().mean().item())
+    error = difference.std(correction=0).item() / len(y) ** 0.5
+    assert error > 0
+    assert report.accuracy_error == pytest.approx(error)
+    cropped: Any = whole.cropped()
+    fresh: Any = small_run(whole).model()
+    assert cropped.architecture == fresh.architecture
+
+
+@pytest.mark.parametrize("stopped_at", [4, 5, 8])
+def test_stopped_in_its_control_a_run_goes_on_to_the_same_result(
+    stopped_at: int, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first control's first epoch and second, and in the second control's second."""
+    begun = 0
+    run_epoch = Training.run_epoch
+
+    def stopping(training: Training, *args: Any) -> None:
+        nonlocal begun
+        begun += 1
+        if begun == stopped_at:
+            raise KeyboardInterrupt
+        run_epoch(training, *args)
+
+    monkeypatch.setattr(Training, "run_epoch", stopping)
+    folder = train(RECIPE, runs=tmp_path, name="runs", quiet=True)
+    with pytest.raises(KeyboardInterrupt, match=f"deeplimit train --resume {folder.path} goes on"):
+        complete(folder, quiet=True)
+    assert folder.cut() is not None
+    assert folder.reference() is None
+    complete(resume(folder.path, quiet=True), quiet=True)
+    assert begun == 10  # the epoch that was stopped begins twice, no other one does
+    assert timeless(folder.reference()) == timeless(whole.reference())
+    for name in (PLAIN, small_run(whole).path.name):
+        again = checkpoint_of(folder.path.with_name(name))
+        assert same_but_for_seconds(again, checkpoint_of(whole.path.with_name(name)))
+    complete(folder, quiet=True)  # nothing is left to do
+    assert begun == 10
+    assert len(list(tmp_path.glob("runs*"))) == 3
+
+
+def test_a_control_of_a_run_that_is_gone_is_left_alone(whole: RunFolder, tmp_path: Path) -> None:
+    """Its recipe is the same, its data may have been others."""
+    older = train(replace(RECIPE, stage_cost=0.0, control="none"), runs=tmp_path, name=PLAIN)
+    files = {path: path.read_bytes() for path in older.path.rglob("*") if path.is_file()}
+    folder = train(RECIPE, runs=tmp_path, name="runs", quiet=True)
+    complete(folder, quiet=True)
+    assert (tmp_path / f"{PLAIN}-2").is_dir()
+    assert files == {path: path.read_bytes() for path in older.path.rglob("*") if path.is_file()}
+    assert timeless(folder.reference()) == timeless(whole.reference())
+
+
+def test_each_training_of_the_control_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = train(RECIPE, runs=Path("runs"), quiet=True)
+    complete(folder)
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("epoch")]
+    cut = folder.cut()
+    assert cut is not None
+    k = cut.report.horizon_after
+    assert lines == [
+        "Control: the same network without stage cost, 4 layers "
+        "(runs/digits-without-stage-cost), 3 epochs",
+        f"Control: a network of the cut's depth without stage cost, {k} layers "
+        f"(runs/digits-plain-{k}), 3 epochs",
+    ]
+
+
+def test_a_control_that_fails_says_that_the_run_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = train(RECIPE, runs=tmp_path, name="runs", quiet=True)
+
+    def fails(*_: Any) -> None:
+        raise RunError("the loss is not finite")
+
+    monkeypatch.setattr(Training, "run_epoch", fails)
+    with pytest.raises(RunError, match=f"{PLAIN}: the loss .*; of the run itself deeplimit report"):
+        complete(folder, quiet=True)
+    assert folder.cut() is not None
+
+
+def test_where_no_layer_or_all_of_a_stage_is_removed_less_is_trained(
+    whole: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = whole.cut()
+    assert cut is not None
+    folder = train(RECIPE, runs=tmp_path, name="runs", quiet=True)
+    complete(replace(folder, recipe=replace(folder.recipe, control="none")), quiet=True)
+    model: Any = folder.model()
+    folder.write_cut(replace(cut, removed=()))
+    folder.write_cropped(model)
+    capsys.readouterr()
+    complete(folder)
+    assert capsys.readouterr().err == (
+        "Control: no layer was removed, so there is nothing to compare\n"
+    )
+    assert folder.reference() is None
+    folder.write_cut(replace(cut, removed=(0, 1, 2, 3)))
+    folder.write_cropped(model.without({0, 1, 2, 3}))
+    complete(folder)
+    assert "Control: a stage of the cut has no layer" in capsys.readouterr().err
+    reference = folder.reference()
+    assert reference is not None
+    assert reference.small is None
+    assert reference.report.horizon_after == 0
+    assert reference.removed == (0, 1, 2, 3)
+    assert {path.name for path in tmp_path.glob("runs*")} == {"runs", PLAIN}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stage_cost": 0.0}, "control is plain, but stage_cost is 0"),
+        ({"start": Path("start.safetensors")}, "control is plain, but start is start.safetensors"),
+    ],
+)
+def test_no_control_where_it_cannot_start_from_scratch(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(RECIPE, **fields)
+    given = {"model": "transformers:vit", "depth": Recipe.depth, "hidden": Recipe.hidden}
+    with pytest.raises(InputError, match="control is plain, but model is transformers:vit"):
+        replace(RECIPE, **given)
+    assert RECIPE.of_model("transformers:vit").control == "none"
