@@ -38,22 +38,17 @@ def test_the_control_group_s_limit_counts(tmp_path, monkeypatch: pytest.MonkeyPa
     assert memory.available() > 9000
 
 
-@pytest.mark.parametrize(
-    ("needed", "packed", "refused"),
-    [
-        (2**30, 1, False),  # small in any case
-        (2**30 + 1, 2**30 // 100, True),
-        (2**31, 2**31 // 100 + 1, False),
-        (2**62, 2**61, True),
-        (2**62, None, True),
-    ],
-)
-def test_what_does_not_fit_or_shrank_too_much_is_refused(
-    needed: int, packed: int | None, refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available", lambda: 2.0**33)
-    if not refused:
-        memory.require(needed, "x", "give less", packed=packed)
-        return
-    with pytest.raises(InputError, match=r"^x: .* of memory needed, .*; give less$"):
-        memory.require(needed, "x", "give less", packed=packed)
+    memory.require(2**33, "x", "give less")
+    with pytest.raises(InputError, match=r"^x: 8\.6 GB of memory needed, 8\.6 GB .*; give less$"):
+        memory.require(2**33 + 1, "x", "give less")
+    with pytest.raises(InputError, match=r"^x: 4,612 PB of memory needed"):
+        memory.require(2**62, "x", "give less")
+
+
+def test_what_shrank_too_much_is_refused() -> None:
+    memory.require_unpacked(2**30, 1, "x", "give less")  # small in any case
+    memory.require_unpacked(2**40, 2**40 // 100 + 1, "x", "give less")
+    with pytest.raises(InputError, match=r"^x: 1\.1 GB unpacked from 11 MB; .*; give less$"):
+        memory.require_unpacked(2**30 + 100, 2**30 // 100, "x", "give less")

@@ -28,28 +28,40 @@ def available() -> float:
     return max(min([_free(), *_left_by_groups(), _left_by_limit()]), 0.0)
 
 
-def require(needed: int, what: str, remedy: str, *, packed: int | None = None) -> None:
+def require(needed: int, what: str, remedy: str) -> None:
     """Refuses what does not fit.
 
     Args:
-        needed: bytes that are about to be taken.
+        needed: bytes that are about to be taken, with all copies.
         what: what takes them, for the message.
         remedy: what to do instead.
-        packed: bytes of the compressed file that it comes out of, where there is one: more than a
-            hundred times as many are refused too, from 1 GiB on.
 
     Raises:
-        InputError: they are more than there are, or than such a file may unpack to.
+        InputError: they are more than there are.
     """
     there = available()
     if needed > there:
         raise InputError(
             f"{what}: {_shown(needed)} of memory needed, {_shown(there)} are free; {remedy}"
         )
-    if packed is not None and needed > max(FLOOR, EXPANSION * packed):
+
+
+def require_unpacked(size: int, packed: int, what: str, remedy: str) -> None:
+    """Refuses to unpack what was made to fill the memory, whatever there is of it.
+
+    Args:
+        size: bytes that come out.
+        packed: bytes of the compressed file.
+        what: what is unpacked, for the message.
+        remedy: what to do instead.
+
+    Raises:
+        InputError: more than 1 GiB comes out, and more than a hundred times the file.
+    """
+    if size > max(FLOOR, EXPANSION * packed):
         raise InputError(
-            f"{what}: {_shown(needed)} of memory needed, unpacked from {_shown(packed)}; expected "
-            f"at most {EXPANSION} times as much, or 1 GiB; {remedy}"
+            f"{what}: {_shown(size)} unpacked from {_shown(packed)}; expected at most "
+            f"{EXPANSION} times as much, or 1 GiB; {remedy}"
         )
 
 
@@ -61,11 +73,11 @@ def ran_out(error: BaseException) -> bool:
 
 
 def _shown(size: int | float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if size < 1000:
-            return f"{size:.0f} {unit}" if size >= 10 else f"{size:.2g} {unit}"
+            return f"{size:.2g} {unit}" if size < 10 else f"{size:.0f} {unit}"
         size /= 1000
-    return f"{size:,.0f} TB"
+    return f"{size:,.0f} PB"
 
 
 def _free() -> float:

@@ -31,17 +31,18 @@ def reading(path: Path, fault: str, remedy: str) -> Iterator[None]:
     """
     try:
         if not path.is_file():
-            reason = "not a file" if path.exists() else os.strerror(errno.ENOENT)
+            number = errno.EISDIR if path.is_dir() else errno.ENOENT
+            reason = "not a file" if path.exists() and not path.is_dir() else os.strerror(number)
             raise InputError(f"{path}: cannot be read ({reason}): {remedy}")
         require(path.stat().st_size, str(path), remedy)
         yield
     except InputError:
         raise
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise InputError(f"{path}: cannot be read ({reason}): {remedy}") from error
     except Exception as error:
-        raise InputError(f"{path}: {fault} ({one_line(error)}): {remedy}") from error
+        reason = one_line(error)
+        if isinstance(error, OSError) and error.strerror:  # libraries raise it without one, too
+            fault, reason = "cannot be read", error.strerror
+        raise InputError(f"{path}: {fault} ({reason}): {remedy}") from error
 
 
 def read_json(path: Path, remedy: str) -> Any:

@@ -2,6 +2,10 @@
 
 import gzip
 import hashlib
+import struct
+import time
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,3 +196,26 @@ def test_broken_files(case: str, idx_folder: Path) -> None:
         load("tiny", data_dir=idx_folder.parent)
     assert "tiny" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_unpacks_to_4_gib_is_refused_at_once(idx_folder: Path) -> None:
+    packer = zlib.compressobj(wbits=31)
+    head = bytes([0, 0, 8, 3]) + struct.pack(">III", 2**22, 32, 32)
+    path = idx_folder / TRAIN_IMAGES
+    path.write_bytes(packer.compress(head) + packer.compress(bytes(2**24)) + packer.flush())
+    began = time.perf_counter()
+    with pytest.raises(InputError, match=r"4194304 × 32 × 32: 4\.3 GB unpacked from 16 kB"):
+        load("tiny", data_dir=idx_folder.parent)
+    assert time.perf_counter() - began < 1
+
+
+def test_no_more_is_unpacked_than_the_header_announces(idx_folder: Path) -> None:
+    path = idx_folder / TRAIN_IMAGES
+    tracemalloc.start()
+    rezip(path, lambda content: content + bytes(2**26))
+    tracemalloc.reset_peak()
+    with pytest.raises(InputError, match="at least 1217 bytes, its header announces 1216"):
+        load("tiny", data_dir=idx_folder.parent)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**22

@@ -1,5 +1,8 @@
 """NumPy archives: vectors, images in both orders, and what must be refused."""
 
+import io
+import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from deeplimit.data import load
+from deeplimit import memory
+from deeplimit.data import load, npz
 from deeplimit.errors import InputError
 
 Y = np.arange(30) % 3
@@ -117,5 +121,63 @@ def test_files_that_are_no_archives(tmp_path: Path) -> None:
             load(f"npz:{path}")
         content[len(content) // 3] ^= 0xFF
         path.write_bytes(content)
+        with pytest.raises(InputError, match="not a readable npz archive"):
+            load(f"npz:{path}")
+
+
+def with_header(shape: tuple[int, ...], kind: str, values: bytes = b"") -> bytes:
+    """A .npy file whose header says anything."""
+    file = io.BytesIO()
+    header = {"descr": kind, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + values
+
+
+def zipped(path: Path, x: bytes, packed: int = zipfile.ZIP_DEFLATED) -> str:
+    """An archive with this x."""
+    with zipfile.ZipFile(path, "w", packed) as archive:
+        archive.writestr("x.npy", x)
+        archive.writestr("y.npy", with_header((30,), "<i8", Y.tobytes()))
+    return f"npz:{path}"
+
+
+def test_a_shape_without_its_values_is_refused_at_once(tmp_path: Path) -> None:
+    for shape in ((2**40, 2**8), (-1, -240), (30, 2**62)):
+        name = zipped(tmp_path / "set.npz", with_header(shape, "<f8", bytes(240)))
+        began = time.perf_counter()
+        with pytest.raises(InputError, match=r"not a readable npz .* bytes announced by the shape"):
+            load(name)
+        assert time.perf_counter() - began < 1
+
+
+def test_what_would_unpack_to_more_than_there_is_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.zeros((30, 1, 2**9, 2**9), np.uint8)
+    name = zipped(tmp_path / "set.npz", with_header(pixels.shape, "|u1", pixels.tobytes()))
+    monkeypatch.setattr(memory, "available", lambda: 1.5 * pixels.nbytes)
+    with pytest.raises(InputError, match=r"x, 30 × 1 × 512 × 512: 16 MB of memory needed"):
+        load(name)
+    monkeypatch.undo()
+    assert load(name).shape == (1, 512, 512)
+    monkeypatch.setattr(memory, "FLOOR", pixels.nbytes - 1)  # stands for 1 GiB
+    monkeypatch.setattr(npz.npy, "read_array", None)
+    with pytest.raises(InputError, match=r"7\.9 MB unpacked from .* kB; expected at most"):
+        load(name)
+
+
+def test_an_encrypted_archive_and_a_header_that_is_no_dictionary(tmp_path: Path) -> None:
+    path = tmp_path / "set.npz"
+    np.savez(path, x=VECTORS, y=Y)
+    content = bytearray(path.read_bytes())
+    for local in (content.find(b"PK\3\4") + 6, content.find(b"PK\1\2") + 8):
+        content[local] |= 1  # the bit of the flags that says encrypted
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"not a readable npz archive .*encrypted"):
+        load(f"npz:{path}")
+    for damage in (b"{" * 100, b"(" * 100, b"__import__('os')", b"\0" * 9):
+        np.savez(path, x=VECTORS, y=Y)
+        header = with_header((30, 4), "<f8", VECTORS.tobytes())
+        zipped(path, header[:10] + damage + header[10 + len(damage) :])
         with pytest.raises(InputError, match="not a readable npz archive"):
             load(f"npz:{path}")

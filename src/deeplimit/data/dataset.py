@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from deeplimit.data.standardisation import Standardisation
@@ -22,7 +22,8 @@ class Split:
     """Labelled samples.
 
     Attributes:
-        x: float32 [n, d] for vectors; uint8 [n, C, H, W] for images, possibly memory-mapped.
+        x: [n, d] for vectors, float32, or float64 where that is too coarse for them before they
+            are standardised; uint8 [n, C, H, W] for images, possibly memory-mapped.
         y: int64 [n], the class of each sample.
         standardisation: what `batches` does to the samples last, for a model that does not
             standardise them itself; None for nothing.
@@ -32,7 +33,7 @@ class Split:
             number of channels.
     """
 
-    x: Float32[Tensor, "samples features"] | UInt8[Tensor, "samples channels height width"]
+    x: Float[Tensor, "samples features"] | UInt8[Tensor, "samples channels height width"]
     y: Int64[Tensor, " labels"]
     standardisation: Standardisation | None = None
 
@@ -51,7 +52,7 @@ class Split:
 
     def batch(
         self, indices: Tensor | np.ndarray | Sequence[int]
-    ) -> tuple[Float32[Tensor, "batch ..."], Int64[Tensor, " batch"]]:
+    ) -> tuple[Float[Tensor, "batch ..."], Int64[Tensor, " batch"]]:
         """Samples and labels at `indices`; images as float32 in [0, 1]."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         x = self.x[rows]
@@ -136,7 +137,7 @@ class DataSet:
 
     def standardisation(
         self, *, pixelwise: bool = False
-    ) -> tuple[Float32[Tensor, "*k"], Float32[Tensor, " k"]]:
+    ) -> tuple[Float[Tensor, "*k"], Float32[Tensor, " k"]]:
         """Mean and standard deviation of the training split as the model sees it.
 
         Args:
@@ -147,14 +148,14 @@ class DataSet:
             Mean and (population) standard deviation: per channel, over images in [0, 1], or per
             feature. A constant feature gets standard deviation 1, so that it maps to zero; one that
             is nearly constant at least a tenth of its largest deviation, so that no training sample
-            lies further than 10 from zero.
+            lies further than 10 from zero. The mean is in the precision of x.
         """
         x = self.train.x
         if not self.is_image:
             std, mean = torch.std_mean(x.double(), dim=0, correction=0)
             std = torch.maximum(std, (x - mean).abs().amax(dim=0) / RARE)
             constant = x.amax(dim=0) == x.amin(dim=0)
-            return mean.float(), torch.where(constant, 1.0, std).float()
+            return mean.to(x.dtype), torch.where(constant, 1.0, std).float()
         # Sums of integers below 2⁵³ are exact in float64: no cancellation in the variance.
         total = torch.zeros(x.shape[1:], dtype=torch.float64)
         squares = torch.zeros_like(total)

@@ -7,8 +7,8 @@ number of dimensions, each dimension as a big-endian 32-bit integer, then the va
 from __future__ import annotations
 
 import gzip
+import io
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from deeplimit.data.labels import integer_labels, number_classes
 from deeplimit.data.request import Request
 from deeplimit.data.splitting import hold_out_tenths
 from deeplimit.errors import InputError
+from deeplimit.memory import require, require_unpacked
+from deeplimit.reading import reading
 
 _UNSIGNED_BYTE = 8
 _FILES = {"train": "train", "test": "t10k"}
@@ -61,30 +63,50 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     Raises:
         InputError: unless the file is a whole IDX file of bytes with so many `dimensions`.
     """
-    content = _read(path)
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTE:
+    fault = "not a whole gzip file" if _zipped(path) else "damaged"
+    with reading(path, fault, "the download was cut, fetch it again"), _open(path) as file:
+        shape, start = _header(file, path, dimensions)
+        size = math.prod(shape)
+        what, remedy = f"{path}, {' × '.join(map(str, shape))}", "fetch it again, or unpack it"
+        if _zipped(path):
+            require_unpacked(size, path.stat().st_size, what, remedy)
+        require(2 * size, what, remedy)  # the bytes, and the splits that are taken out of them
+        content = file.read(size + 1)
+    if len(content) != size:
+        least = "at least " if len(content) > size else ""
         raise InputError(
-            f"{path}: starts with {content[:4].hex() or 'nothing'}, expected "
-            f"{bytes([0, 0, _UNSIGNED_BYTE, dimensions]).hex()} (an IDX file of unsigned bytes): "
-            "fetch the original file again"
-        )
-    if content[3] != dimensions:
-        raise InputError(
-            f"{path}: {content[3]} dimensions, expected {dimensions}: "
-            "are image and label file swapped, or images in colour?"
-        )
-    start = 4 + 4 * dimensions
-    sizes = (content[place : place + 4] for place in range(4, start, 4))
-    shape = tuple(int.from_bytes(size, "big") for size in sizes)
-    expected = start + math.prod(shape)
-    if len(content) != expected:
-        raise InputError(
-            f"{path}: {len(content)} bytes, its header announces {expected}: "
+            f"{path}: {least}{start + len(content)} bytes, its header announces {start + size}: "
             "the file is cut or damaged, fetch it again"
         )
     if 0 in shape:
         raise InputError(f"{path}: shape {shape} holds no samples: fetch the file again")
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+
+
+def _header(
+    file: gzip.GzipFile | io.BufferedReader, path: Path, dimensions: int
+) -> tuple[tuple[int, ...], int]:
+    """The shape that a file announces, and the header's length."""
+    start = 4 + 4 * dimensions
+    head = file.read(start)
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] != _UNSIGNED_BYTE:
+        raise InputError(
+            f"{path}: starts with {head[:4].hex() or 'nothing'}, expected "
+            f"{bytes([0, 0, _UNSIGNED_BYTE, dimensions]).hex()} (an IDX file of unsigned bytes): "
+            "fetch the original file again"
+        )
+    if head[3] != dimensions:
+        raise InputError(
+            f"{path}: {head[3]} dimensions, expected {dimensions}: "
+            "are image and label file swapped, or images in colour?"
+        )
+    if len(head) < start:
+        raise InputError(
+            f"{path}: {len(head)} bytes, its header announces {start}: "
+            "the file is cut or damaged, fetch it again"
+        )
+    sizes = (head[place : place + 4] for place in range(4, start, 4))
+    return tuple(int.from_bytes(size, "big") for size in sizes), start
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -94,13 +116,10 @@ def _find(folder: Path, name: str) -> Path:
     raise InputError(f"{folder}: no {name}[.gz] there: put the four original files in this folder")
 
 
-def _read(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{path}: not a whole gzip file ({error}): the download was cut, fetch it again"
-        ) from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): check the file") from error
+def _zipped(path: Path) -> bool:
+    return path.suffix == ".gz"
+
+
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    # Unpacked as it is read: the header says how far.
+    return gzip.GzipFile(path) if _zipped(path) else path.open("rb")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
 from deeplimit.data.dataset import DataSet
 from deeplimit.data.labels import integer_labels, number_classes
 from deeplimit.data.request import Request
 from deeplimit.data.splitting import split_whole
+from deeplimit.data.vectors import checked_vectors
 from deeplimit.errors import InputError
+from deeplimit.memory import require, require_unpacked
+from deeplimit.reading import reading
 
 _CHANNELS = (1, 3)
+REMEDY = "write it with numpy.savez(FILE, x=samples, y=labels), without object arrays"
 
 
 def load_npz(request: Request) -> DataSet:
@@ -22,7 +27,8 @@ def load_npz(request: Request) -> DataSet:
 
     x is [n, d], numbers, for vectors, or uint8 [n, C, H, W] or [n, H, W, C] with C = 1 or 3 for
     images (where both readings are possible, the first). y is integers [n]; its distinct values
-    are the classes. Archives with pickled objects are refused.
+    are the classes. Archives with pickled objects are refused. Vectors that 32 bits are too coarse
+    for stay in 64 (`checked_vectors`).
     """
     path = Path(request.target).expanduser()
     arrays = _read(path)
@@ -35,33 +41,51 @@ def load_npz(request: Request) -> DataSet:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise InputError(f"{path}: a single array, expected an archive: numpy.savez(…, x=, y=)")
-        with archive:
-            missing = [name for name in ("x", "y") if name not in archive.files]
+    with reading(path, "not a readable npz archive of plain numbers", REMEDY):
+        with path.open("rb") as file:
+            if file.read(6) == npy.MAGIC_PREFIX:
+                raise InputError(f"{path}: a single array, expected an archive: {REMEDY}")
+        with zipfile.ZipFile(path) as archive:
+            files = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            missing = [name for name in ("x", "y") if name not in files]
             if missing:
                 raise InputError(
-                    f"{path}: no array {missing[0]!r} among {sorted(archive.files)}: "
-                    "write it with numpy.savez(FILE, x=samples, y=labels)"
+                    f"{path}: no array {missing[0]!r} among {sorted(files)}: write it with "
+                    "numpy.savez(FILE, x=samples, y=labels)"
                 )
-            return {name: archive[name] for name in ("x", "y")}
-    except InputError:
-        raise
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise InputError(
-            f"{path}: not a readable npz archive of plain numbers ({_line(error)}): write it with "
-            "numpy.savez(FILE, x=samples, y=labels), without object arrays"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or _line(error)}): check the path after npz:"
-        ) from error
+            for name in ("x", "y"):
+                _require_memory(archive, files[name], f"{path}: {name}", path.stat().st_size)
+            return {name: _array(archive, files[name]) for name in ("x", "y")}
 
 
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _require_memory(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: str, packed: int
+) -> None:
+    """Refuses an array whose header, or whose file in the archive, announces too much."""
+    with archive.open(info) as file:
+        version = npy.read_magic(file)
+        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = header(file)
+        count, there = math.prod(shape), info.file_size - file.tell()
+        if dtype.hasobject:
+            raise ValueError("object arrays are programs")
+        if min(shape, default=1) < 0 or count * dtype.itemsize != there:
+            raise ValueError(
+                f"{count * dtype.itemsize} bytes announced by the shape {shape} of {dtype}, "
+                f"{there} by the archive"
+            )
+    what, remedy = (
+        f"{source}, {' × '.join(map(str, shape))}",
+        "give fewer samples, or do not compress",
+    )
+    require_unpacked(there, packed, what, remedy)
+    # The array, its splits, and of vectors what they are in 32 and 64 bits.
+    require(count * (2 * dtype.itemsize + (16 if len(shape) == 2 else 0)), what, remedy)
+
+
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as file:
+        return npy.read_array(file, allow_pickle=False)
 
 
 def _images(x: np.ndarray, path: Path) -> np.ndarray:
@@ -89,13 +113,4 @@ def _vectors(x: np.ndarray, path: Path) -> np.ndarray:
         )
     if x.dtype.kind not in "iuf":
         raise InputError(f"{path}: x is of type {x.dtype}, expected numbers: convert it to float32")
-    with np.errstate(over="ignore"):  # too large for float32 becomes inf, refused below
-        x = x.astype(np.float32)
-    finite = np.isfinite(x)
-    if not finite.all():
-        sample, feature = np.argwhere(~finite)[0]
-        raise InputError(
-            f"{path}: x[{sample}, {feature}] is {x[sample, feature]}, expected finite numbers: "
-            f"replace it, and {(~finite).sum() - 1} others"
-        )
-    return x
+    return checked_vectors(x, f"{path}: x")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from deeplimit.errors import InputError
@@ -47,8 +47,10 @@ class Standardisation:
                 f"{len(self.mean)} means for samples of {shape[0]} {what}: give one for each"
             )
 
-    def apply(self, x: Float[Tensor, "batch channels ..."]) -> Float[Tensor, "batch channels ..."]:
-        """A batch, standardised."""
+    def apply(
+        self, x: Float[Tensor, "batch channels ..."]
+    ) -> Float32[Tensor, "batch channels ..."]:
+        """A batch, standardised in its own precision, then in 32 bits."""
         shape = (-1,) + (1,) * (x.dim() - 2)
         mean, std = (torch.tensor(f, dtype=x.dtype).reshape(shape) for f in (self.mean, self.std))
-        return (x - mean) / std
+        return ((x - mean) / std).float()

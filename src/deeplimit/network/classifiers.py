@@ -20,6 +20,8 @@ from deeplimit.network.blocks import (
 from deeplimit.network.chain import ResidualChain
 from deeplimit.network.schemes import SCHEMES
 
+ROUNDING = 2.0**-16  # of the standard deviation; what a stored mean may be off by
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -99,27 +101,40 @@ class Architecture:
 class Standardise(nn.Module):
     """x ↦ (x − mean) / std, per feature or per channel; the figures are stored with the model.
 
+    Inputs in float64 are standardised in it and go on in the precision of std. Where the mean is
+    far larger than std, what its rounding leaves out is stored in a second buffer, `rest`.
+
     Args:
         shape: of mean and std: (d,) or (C, H, W) per feature, (C, 1, 1) per channel.
     """
 
     mean: Tensor
     std: Tensor
+    rest: Tensor | None
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.ones(shape))
+        self.register_buffer("rest", None)
 
     def set(self, mean: Tensor, std: Tensor) -> None:
         """Takes over mean and standard deviation; figures per channel serve all its features."""
         for own, given in ((self.mean, mean), (self.std, std)):
             per_channel = own.dim() == 3 and given.dim() == 1
             own.copy_(given[:, None, None] if per_channel else given)
+        rest = mean - self.mean if mean.shape == self.mean.shape else torch.zeros(())
+        self.rest = rest.to(self.mean) if bool((rest.abs() > ROUNDING * self.std).any()) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardised x."""
-        return (x - self.mean) / self.std
+        x = x - self.mean if self.rest is None else x - self.mean - self.rest
+        return (x / self.std).to(self.std.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}mean" in state_dict:
+            self.rest = torch.zeros_like(self.mean) if f"{prefix}rest" in state_dict else None
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Projection(nn.Sequential):

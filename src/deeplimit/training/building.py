@@ -269,6 +269,12 @@ def _architecture(recipe: Recipe, data: DataSet) -> Architecture | CifarArchitec
                 f"{data.shape}; give the kind convolutional or vector"
             )
         return CifarArchitecture(depths=recipe.depth, classes=data.classes)
+    if data.train.x.dtype == torch.float64 and recipe.precision == "bf16-mixed":
+        raise InputError(
+            f"precision is bf16-mixed, but {recipe.data} has features so far from 0 that 32 bits "
+            "are too coarse before they are standardised; give the precision 32-true or 64-true, "
+            "or take away the features' means"
+        )
     return Architecture(
         kind=recipe.kind,
         shape=data.shape,
