@@ -99,6 +99,29 @@ def test_an_array_of_another_kind_is_built_again(parquet_folder: Path, tmp_path:
         assert equal(first, load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir))
 
 
+@pytest.mark.parametrize(
+    ("there", "instead"),
+    [
+        (b"(60, 3, 6, 5)", b"(60, 3, 5, 6)"),
+        (b"'fortran_order': False", b"'fortran_order': True "),
+        (b"v\0{", b"u\0{"),  # the header's length: all pixels one byte further on
+        (b"{'descr'", b"(((((((("),
+    ],
+)
+def test_a_damaged_header_of_the_same_size_is_built_again(
+    there: bytes, instead: bytes, parquet_folder: Path, tmp_path: Path
+) -> None:
+    cache_dir = tmp_path / "cache"
+    first = load("tiny", data_dir=parquet_folder.parent)
+    load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
+    train_file = files(cache_dir)[1]
+    whole = train_file.read_bytes()
+    assert whole.count(there) == 1
+    train_file.write_bytes(whole.replace(there, instead))
+    assert equal(first, load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir))
+    assert train_file.read_bytes() == whole
+
+
 def test_changed_files_make_it_stale_and_the_old_arrays_go(
     parquet_folder: Path, tmp_path: Path, decoded: list[int]
 ) -> None:

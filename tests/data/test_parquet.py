@@ -1,6 +1,10 @@
 """Parquet image sets: the real CIFAR-10, the layouts of the hub, and broken files."""
 
 import io
+import struct
+import time
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import torch
 from data_layouts import image_table, make_images, png
 from PIL import Image
 
+from deeplimit import memory
 from deeplimit.data import DataSet, load
 from deeplimit.errors import InputError
 
@@ -253,3 +258,53 @@ def test_files_that_are_cut_or_missing(parquet_folder: Path) -> None:
     (parquet_folder / "train-00000-of-00002.parquet").unlink()
     with pytest.raises(InputError, match=r"no train-\*.parquet there"):
         load("tiny", data_dir=data_dir)
+
+
+def claimed_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header says how large it is."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        size, check = struct.pack(">I", len(content)), struct.pack(">I", zlib.crc32(kind + content))
+        return size + kind + content + check
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        (12_000, r"image 0 has 12000×12000 pixels, expected at most 67,108,864: make it smaller"),
+        (20_000, r"image 0 cannot be decoded .*400000000 pixels"),
+        (8_000, r"30 images of 8000×8000 in colour: 5\.8 GB of memory needed, 1\.1 GB are free"),
+    ],
+)
+def test_images_too_large_are_refused_before_they_are_decoded(
+    size: int, says: str, write_parts: WriteParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 2.0**30)
+    parts = image_table([claimed_png(size, size)] * 30, {"label": LABELS})
+    data_dir = write_parts(train=parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        began = time.perf_counter()
+        with pytest.raises(InputError, match=says):
+            load("tiny", data_dir=data_dir)
+    assert time.perf_counter() - began < 1
+
+
+def test_labels_that_unpack_to_more_than_there_is(
+    write_parts: WriteParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_dir = write_parts(train=pa.table({"label": np.zeros(2**21, np.int64)}))
+    monkeypatch.setattr(memory, "available", lambda: 2.0**26)
+    with pytest.raises(InputError, match=r"train-00000.*parquet: 67 MB of memory needed"):
+        load("tiny", data_dir=data_dir)
+
+
+def test_an_image_format_for_which_another_program_would_be_run(write_parts: WriteParts) -> None:
+    file = io.BytesIO()
+    Image.fromarray(make_images(1)[0]).save(file, "EPS")
+    parts = image_table([file.getvalue()] * 30, {"label": LABELS})
+    with pytest.raises(InputError, match=r"image 0 cannot be decoded \(cannot identify"):
+        load("tiny", data_dir=write_parts(train=parts))

@@ -15,7 +15,7 @@ import numpy as np
 from deeplimit.errors import RunError
 from deeplimit.files import write_whole
 
-_LAYOUT = 2  # raise it when the order or form of cached images changes
+_LAYOUT = 3  # raise it when the order or form of cached images changes
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ class ImageCache:
         """
         if self.folder is None:
             return build()
-        path = self.folder / f"{part}-{self.key}.npy"
-        images = _mapped(path, count)
-        if images is not None:
-            return images
+        for path in self.folder.glob(f"{part}-{self.key}-*.npy"):
+            found = _mapped(path, count)
+            if found is not None and path == self._place(part, found):
+                return found
         images = build()
+        path = self._place(part, images)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda file: np.save(file, images, allow_pickle=False))
@@ -65,12 +66,18 @@ class ImageCache:
         mapped = _mapped(path, count)
         return images if mapped is None else mapped
 
+    def _place(self, part: str, images: np.ndarray) -> Path:
+        """The name says the shape: a header that was damaged does not go with it."""
+        shape = "x".join(map(str, images.shape[1:]))
+        return (self.folder or Path()) / f"{part}-{self.key}-{shape}.npy"
+
 
 def _mapped(path: Path, count: int) -> np.ndarray | None:
     try:
         # Copy-on-write: torch asks for writable memory, the file must stay as it is.
         images = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        whole = path.stat().st_size == images.offset + images.nbytes and images.flags.c_contiguous
+    except Exception:  # whatever a damaged header leads to
         return None
     sound = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
-    return images if sound else None
+    return images if whole and sound else None

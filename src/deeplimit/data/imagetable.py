@@ -6,7 +6,6 @@ the schema's metadata `huggingface` may declare the class names.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -23,6 +22,7 @@ from deeplimit.data.labels import integer_labels, number_classes
 from deeplimit.data.request import Request
 from deeplimit.data.splitting import hold_out_tenths
 from deeplimit.errors import InputError
+from deeplimit.reading import parse_json
 
 # What the parts are called by those who publish sets.
 PART_NAMES = {
@@ -140,13 +140,13 @@ def _find_image_column(table: ImageTable) -> str:
 def _declared_names(schema: pa.Schema) -> dict[str, list[str]]:
     """Class names by column, from the metadata that the hub's libraries write."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((schema.metadata or {})[b"huggingface"].decode())["info"]["features"]
         return {
             column: [str(name) for name in feature["names"]]
             for column, feature in features.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return {}  # no metadata, or none that we understand: the labels number themselves
 
 

@@ -15,6 +15,8 @@ from deeplimit.data.dataset import DataSet
 from deeplimit.data.imagetable import PART_NAMES, load_image_tables
 from deeplimit.data.request import Request
 from deeplimit.errors import InputError
+from deeplimit.memory import require, require_unpacked
+from deeplimit.reading import reading
 
 _ROWS = 1024  # read and decoded at once
 _SHARD = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")  # the hub used to add a hash
@@ -69,7 +71,7 @@ class ParquetPart:
         for path in self.files:
             with _readable(path):
                 # Not pq.read_table: it reads key=value in the folder names above as columns.
-                chunks.append(pq.ParquetFile(path).read(columns=[name]).column(0))
+                chunks.append(_opened(path).read(columns=[name]).column(0))
         return pa.chunked_array([chunk for column in chunks for chunk in column.chunks])
 
     def batches(self, name: str) -> Iterator[tuple[str, int, pa.Array]]:
@@ -77,22 +79,27 @@ class ParquetPart:
         for path in self.files:
             first = 0
             with _readable(path):
-                for batch in pq.ParquetFile(path).iter_batches(_ROWS, columns=[name]):
+                for batch in _opened(path).iter_batches(_ROWS, columns=[name]):
                     yield str(path), first, batch.column(0)
                     first += len(batch)
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    try:
+    with reading(path, "not a whole Parquet file", "the download was cut, fetch it again"):
         yield
-    except InputError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path}: not a whole Parquet file ({str(error).partition(chr(10))[0]}): "
-            "the download was cut, fetch it again"
-        ) from error
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    """A file whose row groups fit into memory one by one, and whose labels do together."""
+    file = pq.ParquetFile(path)
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    labels = 8 * file.metadata.num_rows
+    sizes = [group.total_byte_size for group in groups]
+    remedy = "fetch it again, or write smaller row groups"
+    require_unpacked(sum(sizes) + labels, path.stat().st_size, str(path), remedy)
+    require(2 * max(sizes, default=0) + 4 * labels, str(path), remedy)
+    return file
 
 
 def _require_all_shards(files: list[Path]) -> None:
