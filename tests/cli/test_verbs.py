@@ -100,7 +100,7 @@ def test_profile(run: Path) -> None:
     assert result == files(run)["profile"]
     assert (run / "report.html").stat().st_mtime_ns > page
     shown = command("profile", run).out
-    assert "recommended" in shown
+    assert "Turnpike on validation data, 359 samples" in shown
     assert len(re.findall(r"^ +\d ", shown, flags=re.MULTILINE)) == 4  # layers 0 … 3
 
 

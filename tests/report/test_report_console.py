@@ -23,14 +23,16 @@ def row_of(text: str, layer: int) -> str:
 def test_every_layer_of_a_short_network_is_shown(digits: RunResults) -> None:
     assert digits.profiles is not None
     test = digits.profiles.test
-    text = printed(profile_table(test))
+    text = printed(profile_table(test, "test"))
+    assert "Turnpike on test data, 360 samples" in text
     for n in range(21):
         row = row_of(text, n)
         assert f"{test.loss[n]:.4f}" in row
         assert f"{100 * test.accuracy[n]:.1f} %" in row
         assert f"{test.distance[n]:.3f}" in row
     assert "entry" in row_of(text, test.entry() or 0)
-    assert "recommended" in row_of(text, test.recommended_depth)
+    assert test.recommended_depth < 20
+    assert "cut" in row_of(text, test.recommended_depth)
     assert f"δ = {test.radius:.3f}" in text
 
 
@@ -97,6 +99,15 @@ def test_crop_summary_has_both_sides_and_the_control(digits: RunResults) -> None
     scratch = f"trained from scratch without stage cost has {100 * small.accuracy_before:.1f} %"
     assert scratch in " ".join(text.split())
     assert "the cut is better." in text
+
+
+def test_crop_summary_says_why_the_entry_is_not_the_cut(digits: RunResults) -> None:
+    assert digits.cut is not None
+    assert digits.profiles is not None
+    entry, k = digits.profiles.validation.entry(), digits.cut.report.horizon_after
+    assert entry != k
+    text = " ".join(printed(crop_summary(digits.cut, None, digits.profiles)).split())
+    assert f"On validation data the turnpike’s entry is layer {entry}, not the cut’s {k}" in text
 
 
 def test_crop_summary_without_control(spirals: RunResults) -> None:

@@ -108,13 +108,14 @@ def test_update_lies_between_its_layers(digits: RunResults) -> None:
 def test_tube_entry_and_removed_layers_are_marked(digits: RunResults) -> None:
     assert digits.profiles is not None
     assert digits.cut is not None
-    test = digits.profiles.test
+    validation = digits.profiles.validation
     figure = distance_figure(digits.profiles, digits.cut)
-    tube = next(s for s in figure.layout.shapes if s.y1 == pytest.approx(test.radius))
+    assert trace(figure, "validation").y == validation.distance
+    tube = next(s for s in figure.layout.shapes if s.y1 == pytest.approx(validation.radius))
     assert (tube.type, tube.y0) == ("rect", 0)
     removed = next(s for s in figure.layout.shapes if s.x1 == 20)
     assert removed.x0 == digits.cut.report.horizon_after
-    entry = test.entry()
+    entry = validation.entry()
     assert f"entry {entry}" in texts(figure)
     assert any(s.type == "line" and s.x0 == s.x1 == entry for s in figure.layout.shapes)
     assert not any(text.startswith("exit") for text in texts(figure))

@@ -246,10 +246,44 @@ def test_nothing_removed_is_told(digits: RunResults) -> None:
 
 def test_states_that_miss_the_tube_are_told(digits: RunResults) -> None:
     assert digits.profiles is not None
-    test = replace(digits.profiles.test, distance=tuple(4 + 0.01 * n for n in range(21)))
-    page = readable(render_page(replace(digits, profiles=replace(digits.profiles, test=test))))
-    assert "No layer lies in the tube" in page
+    far = tuple(4 + 0.01 * n for n in range(21))
+    validation = replace(digits.profiles.validation, distance=far)
+    profiles = replace(digits.profiles, validation=validation)
+    page = readable(render_page(replace(digits, profiles=profiles)))
+    assert "On validation data no layer lies in the tube" in page
+    assert "On validation data the turnpike has no entry: at no layer is the mean distance" in page
     assert "the smallest mean distance to the minimisers is 4.00" in page
+
+
+def test_the_entry_is_that_of_validation_data_wherever_it_is_shown(digits: RunResults) -> None:
+    """In figures, captions, the table and the slider; in a sentence why the cut is elsewhere."""
+    assert digits.profiles is not None
+    assert digits.cut is not None
+    k = digits.cut.report.horizon_after
+    outside, inside = (5.0,) * 21, (0.1,) * 21
+    profiles = replace(
+        digits.profiles,
+        validation=replace(digits.profiles.validation, distance=outside[:11] + inside[11:]),
+        test=replace(digits.profiles.test, distance=outside[:14] + inside[14:]),
+    )
+    metrics = (*digits.metrics[:-1], digits.metrics[-1] | {"entry": 11.0})
+    made = replace(digits, profiles=profiles, metrics=metrics)
+    page = render_page(made)
+    text = readable(page)
+    apart = f"On validation data the turnpike’s entry is layer 11, not the cut’s {k}: from there on"
+    assert apart in text
+    assert "from layer 11, the entry, to layer 20" in text
+    assert "After 40 epochs the entry is layer 11, on validation data." in text
+    assert "11 entry" in text
+    assert page.count("entry 11") >= 5  # four figures over layers and the slider
+    assert "entry 14" not in page + text
+    assert "14 entry" not in text
+    at_cut = replace(profiles.validation, distance=outside[:k] + inside[k:])
+    same = readable(render_page(replace(made, profiles=replace(profiles, validation=at_cut))))
+    assert f"from layer {k}, the entry, to layer 20" in same
+    assert "not the cut’s" not in same
+    given = replace(made, cut=replace(digits.cut, tolerance=None))
+    assert "while the depth of the cut was given by the user." in readable(render_page(given))
 
 
 def test_it_is_one_small_file_made_quickly(digits: RunResults, tmp_path: Path) -> None:

@@ -84,4 +84,5 @@ class Crop(Source):
         accuracy = {} if self.points is None else {"accuracy": self.points / 100}
         with self.opened() as folder:
             cut = crop_run(folder, self.to, **accuracy, **budgets)  # type: ignore[arg-type]
-        emit(cut, crop_summary(cut, folder.reference()), renew_page(folder), json=self.json)
+        shown = crop_summary(cut, folder.reference(), folder.profiles())
+        emit(cut, shown, renew_page(folder), json=self.json)

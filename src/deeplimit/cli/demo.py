@@ -13,9 +13,9 @@ from deeplimit.cli.options import Json
 class Demo:
     """Show all of it on scikit-learn's digits, within a minute.
 
-    Trains 20 layers with a stage cost, finds the turnpike, cuts there. As the control it trains
-    the same network without stage cost and cuts it alike, and one of the cut's depth without stage
-    cost. Leaves a run folder with a page. For example:
+    Trains 20 layers with a stage cost, measures the turnpike, cuts to the depth that is enough. As
+    the control it trains the same network without stage cost and cuts it alike, and one of the
+    cut's depth from scratch. Leaves a run folder with a page. For example:
       deeplimit demo
     """
 

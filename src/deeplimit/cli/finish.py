@@ -41,7 +41,7 @@ def show(folder: RunFolder, *, json: bool) -> None:
     page = write_page(results, folder.path / PAGE)
     shown: list[RenderableType] = []
     if results.cut is not None:
-        shown.append(crop_summary(results.cut, results.reference))
+        shown.append(crop_summary(results.cut, results.reference, results.profiles))
     elif results.profiles is not None:
         shown.append(profile_table(results.profiles.validation))
     emit(Finished(folder.path, page, results), *shown, _page_line(page), json=json)

@@ -17,11 +17,13 @@ DEFAULT_DATA = "digits"
 
 @dataclass(frozen=True)
 class Train(Recipe):
-    """Train a network that is too deep with a stage cost, find its turnpike, cut it there.
+    """Train a network that is too deep with a stage cost, cut it to the depth that is enough.
 
-    Leaves a folder, runs/NAME, with recipe, metrics, weights, profile, cut and a page, report.html.
+    Leaves a folder, runs/NAME, with recipe, metrics, weights, the profile of its turnpike, the cut
+    and a page, report.html. A control (--control plain) has folders of its own beside it.
     The defaults below are those of the data set given. For example:
       deeplimit train digits --depth 40 --stage-cost 0.1
+      deeplimit train digits --control plain              beside networks without stage cost
       deeplimit train mnist --data-dir DIR
       deeplimit train mnist --help                        the defaults for MNIST
       deeplimit train --recipe runs/mnist/recipe.toml     the same run again

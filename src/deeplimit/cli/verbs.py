@@ -29,8 +29,8 @@ Command = Callable[[], None]
 
 DESCRIPTION = """How deep must my residual network be?
 
-Train it once, too deep, with a stage cost; deeplimit finds the turnpike, cuts the
-network there, and shows on held-out data that nothing was lost. For example:
+Train it once, too deep, with a stage cost; deeplimit measures its turnpike, cuts it to the
+depth that is enough, and shows on held-out data what that changes. For example:
   deeplimit demo                        all of it on scikit-learn's digits, in a minute
   deeplimit train mnist --data-dir DIR  all of it on your data
   deeplimit crop runs/mnist --to 6      another cut of the same network
@@ -123,7 +123,7 @@ VERBS = {
         "All of it on data that need no download, within a minute.",
         _options(Demo, "deeplimit demo"),
     ),
-    "train": Verb("Train too deep, find the turnpike, cut the network there.", _train),
+    "train": Verb("Train too deep, measure the turnpike, cut to the depth that is enough.", _train),
     "profile": Verb(
         "Measure the turnpike of a trained network, layer by layer.",
         _options(Profile, "deeplimit profile"),

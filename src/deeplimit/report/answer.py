@@ -170,6 +170,34 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
     )
 
 
+def entry_apart(cut: Cut, profiles: Profiles | None) -> str:
+    """Why the entry is at another layer than a cut of the tail; empty where it is not."""
+    depth = cut.report.horizon_after
+    if profiles is None or not cut.removed or min(cut.removed) != depth or cut.choice is not None:
+        return ""
+    validation = profiles.validation
+    entry = validation.entry()
+    if entry == depth:
+        return ""
+    radius = f"the radius of the tube, δ{SPACE}={SPACE}{significant(validation.radius)}"
+    if entry is None:
+        text = (
+            "On validation data the turnpike has no entry: at no layer is the mean distance to the "
+            f"minimisers within {radius}"
+        )
+    else:
+        text = (
+            f"On validation data the turnpike’s entry is layer {entry}, not the cut’s {depth}: "
+            f"from there on the mean distance to the minimisers is within {radius}"
+        )
+    if cut.tolerance is None:
+        return f"{text}, while the depth of the cut was given by the user."
+    return (
+        f"{text}, while the cut is the smallest depth whose answers are as good within the "
+        "tolerances."
+    )
+
+
 def _rule_of(choice: CutChoice) -> str:
     """How layers of any place were chosen under a budget."""
     limits = {

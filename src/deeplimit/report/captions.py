@@ -15,7 +15,7 @@ STILL = 0.01  # a relative update below which a layer hardly moves the state
 def loss_caption(profiles: Profiles, cut: Cut | None, log: bool) -> str:
     """The fall of the loss, and how little is left after the layer of interest."""
     test = profiles.test
-    n = _interesting(test, cut)
+    n = _interesting(profiles.validation, cut)
     if not log:
         more = test.horizon - n
         rest = f"; the remaining {layers(more)} take it to {significant(test.loss[-1])}"
@@ -39,7 +39,7 @@ def loss_caption(profiles: Profiles, cut: Cut | None, log: bool) -> str:
 def accuracy_caption(profiles: Profiles, cut: Cut | None, reference: Reference | None) -> str:
     """Accuracy read out at the layer of interest, against the network without stage cost."""
     test = profiles.test
-    n = _interesting(test, cut)
+    n = _interesting(profiles.validation, cut)
     text = (
         f"Read out after layer {n}, the network is right on "
         f"{percent(test.accuracy[n], test.samples)} of the test samples; after all "
@@ -52,22 +52,25 @@ def accuracy_caption(profiles: Profiles, cut: Cut | None, reference: Reference |
 
 
 def distance_caption(profiles: Profiles) -> str:
-    """When the tube is entered, left, or missed."""
-    test = profiles.test
-    radius = significant(test.radius)
-    entry, leaving = test.entry(), test.exit()
+    """When the tube is entered, left, or missed; on validation data."""
+    validation = profiles.validation
+    radius = significant(validation.radius)
+    entry, leaving = validation.entry(), validation.exit()
     if entry is None or leaving is None:
         return (
-            f"No layer lies in the tube of radius δ = {radius}: the smallest mean distance to the "
-            f"minimisers is {significant(min(test.distance))}. There is no turnpike at this radius."
+            f"On validation data no layer lies in the tube of radius δ = {radius}: the smallest "
+            f"mean distance to the minimisers is {significant(min(validation.distance))}. There is "
+            "no turnpike at this radius."
         )
     text = (
-        f"From layer {entry} to layer {leaving} the states stay in the tube of radius "
-        f"δ = {radius} around the minimisers: this stretch is the turnpike."
+        f"On validation data the states stay in the tube of radius δ = {radius} around the "
+        f"minimisers from layer {entry}, the entry, to layer {leaving}: this stretch is the "
+        "turnpike."
     )
-    if leaving < test.horizon:
-        text += f" After layer {leaving} they leave it again."
-    return text + f" Of layers 0 to {test.horizon}, {test.outside()} lie outside the tube."
+    if leaving < validation.horizon:
+        text += f" After layer {leaving}, the exit, they leave it again."
+    outside = validation.outside()
+    return text + f" Of layers 0 to {validation.horizon}, {outside} lie outside the tube."
 
 
 def update_caption(profiles: Profiles) -> str:
@@ -78,7 +81,7 @@ def update_caption(profiles: Profiles) -> str:
     still = len(updates)
     while still > 0 and updates[still - 1] < STILL:
         still -= 1
-    start = f"The first layer moves the state by {percent(updates[0])} of its length"
+    start = f"On test data the first layer moves the state by {percent(updates[0])} of its length"
     if still == len(updates):
         return f"{start}, the last still by {percent(updates[-1])}."
     return (
@@ -98,20 +101,20 @@ def class_caption(profile: TurnpikeProfile, class_names: Sequence[str]) -> str:
         last = significant(profile.class_distance[-1][slow])
         outside = sum(class_entry(profile, label) is None for label in order)
         return (
-            f"{outside} of {len(order)} classes end{'s' if outside == 1 else ''} outside the tube "
-            f"at layer {profile.horizon}; furthest is "
+            f"On test data {outside} of {len(order)} classes end{'s' if outside == 1 else ''} "
+            f"outside the tube at layer {profile.horizon}; furthest is "
             f"“{class_names[slow]}”, at a distance of {last}."
         )
     if class_entry(profile, fast) == entry:
-        return f"All {len(order)} classes enter the tube at layer {entry} and stay."
+        return f"On test data all {len(order)} classes are in the tube from layer {entry} on."
     return (
-        f"“{class_names[fast]}” stays in the tube from layer {class_entry(profile, fast)} on, "
-        f"“{class_names[slow]}”, the last, from layer {entry}."
+        f"On test data “{class_names[fast]}” stays in the tube from layer "
+        f"{class_entry(profile, fast)} on, “{class_names[slow]}”, the last, from layer {entry}."
     )
 
 
 def states_caption(
-    picture: TrajectoryPicture, of: int, leaving: int, profile: TurnpikeProfile | None
+    picture: TrajectoryPicture, of: int, leaving: int, validation: TurnpikeProfile | None
 ) -> str:
     """What moves, and where to.
 
@@ -119,8 +122,10 @@ def states_caption(
     """
     shown = len(picture.labels)
     which = f"{shown:,} test samples" if shown == of else f"{shown:,} of {of:,} test samples"
-    entry = None if profile is None else profile.entry()
-    there = "" if entry is None else f" From layer {entry} on they are close to it on average."
+    entry = None if validation is None else validation.entry()
+    there = ""
+    if entry is not None:
+        there = f" From layer {entry}, the entry on validation data, they are close on average."
     if leaving:
         there += f" On their way {leaving} of them leave the view."
     if picture.plane == "state":
@@ -142,8 +147,8 @@ def training_caption(metrics: Sequence[Row], measure: str, samples: int) -> str:
     if measure == "entry":
         entry = last.get("entry")
         if entry is None:
-            return f"{epochs} no layer is in the tube."
-        return f"{epochs} the tube is entered at layer {entry:g}, on validation data."
+            return f"{epochs} no layer is in the tube, on validation data."
+        return f"{epochs} the entry is layer {entry:g}, on validation data."
     ours, other = last.get(measure), last.get(f"validation_{measure}")
     if ours is None or other is None:
         return f"{epochs}."
@@ -160,7 +165,7 @@ def training_caption(metrics: Sequence[Row], measure: str, samples: int) -> str:
 
 
 def _interesting(profile: TurnpikeProfile, cut: Cut | None) -> int:
-    """The layer to talk about: where the network was cut, or where the tube is entered."""
+    """The layer to talk about: where the network was cut, or the entry."""
     if cut is not None and cut.removed:
         return min(cut.removed)
     entry = profile.entry()

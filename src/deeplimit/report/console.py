@@ -8,20 +8,24 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.control.turnpike import TurnpikeProfile
-from deeplimit.report.answer import comparisons, healing_sentence
+from deeplimit.report.answer import comparisons, entry_apart, healing_sentence
 from deeplimit.report.control import control_of, control_sentences
 from deeplimit.report.numbers import SPACE, percent, significant
-from deeplimit.training.results import Cut, Healing, Reference
+from deeplimit.training.results import Cut, Healing, Profiles, Reference
 
 ROWS = 24  # a longer profile is abbreviated to about so many layers
 
 
-def profile_table(profile: TurnpikeProfile) -> RenderableType:
-    """Loss, accuracy, distance and update of every layer; entry, exit and depth are marked.
+def profile_table(profile: TurnpikeProfile, data: str = "validation") -> RenderableType:
+    """Loss, accuracy, distance and update of every layer; entry, exit and cut are marked.
 
     Of a long network every k-th layer is shown, and the layers at the marks.
+
+    Args:
+        profile: of a network.
+        data: the name of the data that it was measured on.
     """
-    table = _table(f"Turnpike on {profile.samples:,} samples")
+    table = _table(f"Turnpike on {data} data, {profile.samples:,} samples")
     for name in ("layer", "loss", "accuracy", "distance", "update"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
@@ -49,14 +53,15 @@ def profile_table(profile: TurnpikeProfile) -> RenderableType:
 
 
 def layer_marks(profile: TurnpikeProfile) -> dict[int, list[str]]:
-    """What is to be said of which layer: entry, exit where it is not N, recommended depth."""
+    """What is to be said of which layer: entry, exit where it is not N, the depth to cut to."""
     marks: dict[int, list[str]] = {}
     entry, leaving = profile.entry(), profile.exit()
     if entry is not None:
         marks.setdefault(entry, []).append("entry")
     if leaving is not None and leaving < profile.horizon:
         marks.setdefault(leaving, []).append("exit")
-    marks.setdefault(profile.recommended_depth, []).append("recommended")
+    if profile.recommended_depth < profile.horizon:
+        marks.setdefault(profile.recommended_depth, []).append("cut")
     return marks
 
 
@@ -68,8 +73,10 @@ def shown_layers(profile: TurnpikeProfile) -> list[int]:
     return sorted(n for n in {*range(0, horizon, stride), horizon, *near} if 0 <= n <= horizon)
 
 
-def crop_summary(cut: Cut, reference: Reference | None = None) -> RenderableType:
-    """Before and after on test data, and the control where there is one."""
+def crop_summary(
+    cut: Cut, reference: Reference | None = None, profiles: Profiles | None = None
+) -> RenderableType:
+    """Before and after on test data, why the entry is elsewhere, and the control."""
     report = cut.report
     table = _table(f"Depth {report.horizon_before} → {report.horizon_after}")
     table.add_column("")
@@ -84,6 +91,8 @@ def crop_summary(cut: Cut, reference: Reference | None = None) -> RenderableType
     lines = [Text(f"Depth {how}; {report.samples:,} test samples.", style="dim")]
     if cut.choice is not None:
         lines.append(Text(f"On validation data: {cut.choice}.", style="dim"))
+    if apart := entry_apart(cut, profiles):
+        lines.append(Text(apart, style="dim"))
     if (control := control_of(cut, reference)) is not None:
         lines += map(Text, control_sentences(control))
     return Group(table, *lines)

@@ -52,7 +52,7 @@ def control_rows(cut: Cut, reference: Reference) -> tuple[ControlRow, ...]:
     ]
     if reference.small is not None:
         small = _bar(reference.small, before=True)
-        rows.append(ControlRow("Without stage cost, of the cut’s depth from the start", (small,)))
+        rows.append(ControlRow("Without stage cost, that depth from scratch", (small,)))
     return tuple(rows)
 
 

@@ -9,7 +9,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.files import write_text
 from deeplimit.report import answer
 from deeplimit.report.certificate import certificate_answer
@@ -23,7 +22,7 @@ from deeplimit.report.panels import (
     states_panel,
     training_panels,
 )
-from deeplimit.training.results import RunResults
+from deeplimit.training.results import Profiles, RunResults
 
 
 def render_page(results: RunResults) -> str:
@@ -65,6 +64,7 @@ def _context(results: RunResults) -> dict[str, Any]:
         "strip": answer.strip(cut) if cut else [],
         "lead": answer.lead(cut) if cut else "",
         "rule": answer.rule(cut, profiles) if cut else "",
+        "entry_apart": answer.entry_apart(cut, profiles) if cut else "",
         "comparisons": answer.comparisons(cut.report) if cut else (),
         "agreement": percent(cut.report.agreement, cut.report.samples) if cut else "",
         "healing": answer.healing_sentence(results.healing) if results.healing else "",
@@ -73,7 +73,7 @@ def _context(results: RunResults) -> dict[str, Any]:
         "waiting": answer.waiting(results),
         "control": control,
         "layer_panels": layer_panels(results),
-        "layer_rows": list(_layer_rows(profiles.test)) if profiles else [],
+        "layer_rows": list(_layer_rows(profiles)) if profiles else [],
         "states": states_panel(results),
         "training_panels": training_panels(results),
         "limit": results.depth_limit,
@@ -97,9 +97,11 @@ def _source(name: str) -> Markup:
     return Markup(files("deeplimit.report").joinpath("web", name).read_text("utf-8"))
 
 
-def _layer_rows(profile: TurnpikeProfile) -> Iterator[dict[str, Any]]:
-    marks = {profile.exit(): "exit"} if profile.exit() != profile.horizon else {}
-    marks |= {profile.entry(): "entry"}
+def _layer_rows(profiles: Profiles) -> Iterator[dict[str, Any]]:
+    """Figures of test data; entry and exit are those of validation data, as everywhere."""
+    profile, validation = profiles.test, profiles.validation
+    marks = {validation.exit(): "exit"} if validation.exit() != validation.horizon else {}
+    marks |= {validation.entry(): "entry"}
     for n in range(profile.horizon + 1):
         last = n == profile.horizon
         yield {

@@ -120,18 +120,20 @@ def states_panel(results: RunResults) -> StatesPanel | None:
     picture = thin(results.picture)
     figure = trajectory_figure(picture, results.class_names)
     figure.layout.sliders = ()
-    test = results.profiles.test if results.profiles else None
-    caption = states_caption(picture, len(results.picture.labels), leaving(picture), test)
+    test, validation = None, None
+    if results.profiles is not None:
+        test, validation = results.profiles.test, results.profiles.validation
+    caption = states_caption(picture, len(results.picture.labels), leaving(picture), validation)
     panel = _panel("states", figure, caption)
     horizon = len(picture.points) - 1
     layers = []
     marks: dict[int, str] = {}
-    if test is not None and test.horizon == horizon:
+    if test is not None and validation is not None and test.horizon == horizon:
         layers = [
             {"accuracy": percent(a, test.samples), "distance": significant(d)}
             for a, d in zip(test.accuracy, test.distance, strict=True)
         ]
-        entry = test.entry()
+        entry = validation.entry()
         if entry is not None:
             marks[entry] = f"entry {entry}"
     return StatesPanel(

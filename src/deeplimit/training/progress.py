@@ -69,7 +69,7 @@ class Lines(Observer):
 
 
 class Bar(Observer):
-    """A bar over all steps, with the running loss and accuracy, the entry depth, the time left."""
+    """A bar over all steps, with the running loss and accuracy, the entry, the time left."""
 
     def __init__(self, epochs: int, steps_per_epoch: int, epochs_done: int, console: Console):
         self.epochs = epochs
@@ -121,15 +121,15 @@ class Bar(Observer):
 
 
 def described(row: Row) -> str:
-    """Loss and accuracy in training, accuracy and entry depth in validation, drift if there is."""
+    """Loss and accuracy in training, accuracy and entry on validation data, drift if there is."""
     drift = "" if row.get("drift") is None else f"  drift {row['drift']:.2g}"
     return f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}  {validated(row)}{drift}"
 
 
 def validated(row: Row) -> str:
-    """Accuracy and entry depth in validation."""
-    entry = "none yet" if row["entry"] is None else f"layer {row['entry']:.0f}"
-    return f"validation {row['validation_accuracy']:.1%}  entry {entry}"
+    """Accuracy and entry on validation data."""
+    entry = "none yet" if row["entry"] is None else f"{row['entry']:.0f}"
+    return f"validation: accuracy {row['validation_accuracy']:.1%}, entry {entry}"
 
 
 def observer(epochs: int, steps_per_epoch: int, epochs_done: int, quiet: bool) -> Observer:

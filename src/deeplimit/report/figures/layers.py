@@ -47,7 +47,7 @@ def loss_figure(
     _add_networks(figure, profiles, reference, values)
     if log:
         logarithmic(figure, _drawn(figure))
-    return _mark_entry(figure, test)
+    return _mark_entry(figure, profiles)
 
 
 def accuracy_figure(
@@ -59,22 +59,27 @@ def accuracy_figure(
     _add_networks(
         figure, profiles, reference, lambda p: [100 * a for a in p.accuracy], "%{y:.2f} %"
     )
-    return _mark_entry(figure, profiles.test)
+    return _mark_entry(figure, profiles)
 
 
 def distance_figure(
     profiles: Profiles, cut: Cut | None = None, reference: Reference | None = None
 ) -> go.Figure:
-    """Mean distance to the minimisers over layers, with the tube of radius δ shaded."""
-    test = profiles.test
-    figure = layer_figure("Distance to the minimisers", test.horizon, "mean distance", cut)
+    """Mean distance to the minimisers over layers, with the tube of radius δ shaded.
+
+    Validation data are drawn besides: entry and exit are theirs.
+    """
+    validation = profiles.validation
+    figure = layer_figure("Distance to the minimisers", validation.horizon, "mean distance", cut)
     figure.update_yaxes(rangemode="tozero")
-    shade_tube(figure, test.radius)
+    shade_tube(figure, validation.radius)
     _add_networks(figure, profiles, reference, lambda p: p.distance)
-    leaving = test.exit()
-    if leaving is not None and leaving < test.horizon:
+    layers = range(validation.horizon + 1)
+    figure.add_trace(line(layers, validation.distance, "validation", TUBE, DASHED, "%{y:.4g}"))
+    leaving = validation.exit()
+    if leaving is not None and leaving < validation.horizon:
         mark_layer(figure, leaving, f"exit {leaving}")
-    return _mark_entry(figure, test)
+    return _mark_entry(figure, profiles)
 
 
 def update_figure(
@@ -93,7 +98,7 @@ def update_figure(
         shift=0.5,
     )
     logarithmic(figure, _drawn(figure))
-    return _mark_entry(figure, profiles.test)
+    return _mark_entry(figure, profiles)
 
 
 def _add_networks(
@@ -126,8 +131,9 @@ def _positive(values: Sequence[float]) -> list[float | None]:
     return [v if v > 0 else None for v in values]
 
 
-def _mark_entry(figure: go.Figure, profile: TurnpikeProfile) -> go.Figure:
-    entry = profile.entry()
+def _mark_entry(figure: go.Figure, profiles: Profiles) -> go.Figure:
+    """That of validation data, on which the depth is chosen."""
+    entry = profiles.validation.entry()
     if entry is not None:
         mark_layer(figure, entry, f"entry {entry}")
     return figure

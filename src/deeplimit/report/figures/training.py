@@ -14,7 +14,7 @@ Row = Mapping[str, int | float | None]  # one epoch's metrics
 def training_figure(metrics: Sequence[Row], measure: Measure = "loss") -> go.Figure:
     """One of the metrics over epochs: train solid, validation dashed.
 
-    `metrics` are the rows of `RunResults.metrics`. `entry` is the validation entry depth; epochs
+    `metrics` are the rows of `RunResults.metrics`. `entry` is that on validation data; epochs
     in which no layer is in the tube are gaps.
     """
     title, y_title, value = {
