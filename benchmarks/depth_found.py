@@ -49,6 +49,13 @@ def figures(
             "test_accuracy": report.accuracy_before,
             "test_accuracy_cut_to_the_same_depth": report.accuracy_after,
         }
+        if (small := results.reference.small) is not None:
+            row["from_scratch_without_stage_cost"] = {
+                "layers": small.horizon_before,
+                "test_accuracy": small.accuracy_before,
+                "cut_less_this": small.accuracy_after - small.accuracy_before,
+                "standard_error": small.accuracy_error,
+            }
     return row
 
 

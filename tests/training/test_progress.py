@@ -27,6 +27,6 @@ def test_the_bar_shows_epoch_loss_accuracy_and_entry() -> None:
     assert "epoch 2/4" in text
     assert "loss 0.500  accuracy 25.0%" in text
     assert "epoch 3/4" in text
-    assert "loss 0.125  accuracy 75.0%  validation: accuracy 50.0%, entry 7" in text
+    assert "loss 0.125  accuracy 75.0%  validation: 50.0%, entry 7" in text
     assert "warning: drift 0.5 at layer [1]" in text
     assert "entry 7  drift 0.012" in text

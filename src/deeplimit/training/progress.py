@@ -129,7 +129,7 @@ def described(row: Row) -> str:
 def validated(row: Row) -> str:
     """Accuracy and entry on validation data."""
     entry = "none yet" if row["entry"] is None else f"{row['entry']:.0f}"
-    return f"validation: accuracy {row['validation_accuracy']:.1%}, entry {entry}"
+    return f"validation: {row['validation_accuracy']:.1%}, entry {entry}"
 
 
 def observer(epochs: int, steps_per_epoch: int, epochs_done: int, quiet: bool) -> Observer:
