@@ -3,8 +3,7 @@
 from deeplimit.gradient.accuracy import GradientAccuracy, drift, gradient_error
 from deeplimit.gradient.adjoint import Layout, layout, use_adjoint, use_backprop
 from deeplimit.gradient.anchors import AnchorPlan, plan_anchors
-from deeplimit.gradient.engine import DriftWarning
-from deeplimit.gradient.node import AdjointError
+from deeplimit.gradient.errors import AdjointError, DriftWarning
 
 __all__ = [
     "AdjointError",

@@ -44,7 +44,8 @@ def drift(model: nn.Module) -> float:
     """The largest drift ‖x̃_n − x_n‖ / ‖x_{n+1} − x_n‖ in the last backward pass.
 
     It is measured wherever a kept state can be compared with a rebuilt one: at each anchor and at
-    the start of each chain. 0 if nothing was rebuilt; NaN if the pass ended before a kept state.
+    the start of each chain. 0 if nothing was rebuilt, or of an empty batch;
+    NaN if the pass ended before a kept state.
 
     Raises:
         InputError: the model is not switched by `use_adjoint`.

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from deeplimit.errors import InputError
-from deeplimit.gradient.engine import Engine, OnDrift, Step, checked
+from deeplimit.gradient.engine import Engine, OnDrift, checked
+from deeplimit.gradient.refusals import refuse_checkpoints
+from deeplimit.gradient.step import Step
 from deeplimit.network.chain import ResidualChain, RunningCost
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,7 +27,8 @@ class AdjointForward:
     """
 
     def __init__(self, engine: Engine, step: Step, block: nn.Module):
-        self.engine, self.steps, self.block = engine, [step], block
+        self.engine, self.step, self.block = engine, step, block
+        self.steps = [step]
         self.original = block.__dict__.get("forward")
         self.running_cost: RunningCost | None = None
         self.paid: list[Tensor] = []
@@ -35,7 +38,7 @@ class AdjointForward:
         function = self.original or partial(type(self.block).forward, self.block)
         cost = self.running_cost
         if cost is None or not torch.is_grad_enabled():
-            return self.engine.run(self.steps[0], function, None, args, kwargs)
+            return self.engine.run(self.step, function, None, args, kwargs)
         several = False  # whether the block returns more than the state, or that in a tuple
 
         def charging(*args: Any, **kwargs: Any) -> Any:
@@ -47,7 +50,7 @@ class AdjointForward:
             x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
             return (*(output if several else (output,)), cost(x))
 
-        *output, paid = self.engine.run(self.steps[0], charging, None, args, kwargs)
+        *output, paid = self.engine.run(self.step, charging, None, args, kwargs)
         self.paid.append(paid)
         if isinstance(self.block, FSDPModule) and paid.requires_grad:
             # FSDP2 gathers a block's parameters when a gradient reaches its output; of the cost,
@@ -59,8 +62,10 @@ class AdjointForward:
         cast(FSDPModule, self.block).unshard()
 
     def remove(self) -> None:
-        """Puts the block's own forward back."""
-        if self.original is None:
+        """Puts the block's own forward back; inside what others have put around it, steps aside."""
+        if vars(self.block).get("forward") is not self:
+            self.step.plain, self.steps = "was switched back", []
+        elif self.original is None:
             del self.block.__dict__["forward"]
         else:
             self.block.forward = self.original
@@ -131,13 +136,15 @@ def use_adjoint(
         The model.
 
     Raises:
-        InputError: a setting that cannot be, a name that is no block, or a model with no candidate;
-            the model is as it was.
+        InputError: a setting that cannot be, a name that is no block, a model with no candidate, or
+            with gradient checkpointing on; the model is as it was. Checkpoints switched on later
+            are an InputError of the next forward pass with gradients; parameters offloaded or
+            without a shape yet, and a second thread, are an AdjointError there.
     """
     engine = checked(evaluations, anchor_every, tolerance, on_drift)
     names = None if blocks is None else _names(blocks, "blocks")
     engine.anchors = _names(anchors, "anchors")
-    _refuse_checkpoints(model)
+    refuse_checkpoints(type(model).__name__, model.modules())
     found = list(_chains(model)) if names is None else []
     candidates = _candidates(model) if names is None else _named(model, names)
     if not found and not candidates:
@@ -176,9 +183,17 @@ def use_backprop(model: Model) -> Model:
 
 
 def switches(model: nn.Module) -> list[Switch]:
-    """All that `use_adjoint` put into a model."""
-    own = (m.__dict__.get(name) for m in model.modules() for name in ("forward", "run_step"))
-    return [switch for switch in own if isinstance(switch, Switch)]
+    """All that `use_adjoint` put into a model, also where a hook of accelerate's is around it."""
+    own = (vars(m).get(name) for m in model.modules() for name in ("forward", "run_step"))
+    found = (_unwrapped(function) for function in own)
+    return [switch for switch in found if isinstance(switch, Switch) and switch.steps]
+
+
+def _unwrapped(function: Any) -> Any:
+    """What functools.wraps says that a function is around, down to what `use_adjoint` put there."""
+    while function is not None and not isinstance(function, Switch):
+        function = getattr(function, "__wrapped__", None)
+    return function
 
 
 def engines(model: nn.Module) -> list[Engine]:
@@ -239,19 +254,6 @@ def layout(model: nn.Module) -> Layout:
         {s.name: s.plain for s in steps if s.plain is not None and s.name not in covered},
         tuple(s.name for s in steps if not s.known),
     )
-
-
-def _refuse_checkpoints(model: nn.Module) -> None:
-    """With transformers' own checkpoints around the blocks nothing would be saved, without a word.
-
-    Raises:
-        InputError: they are switched on.
-    """
-    if any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules()):
-        raise InputError(
-            f"{type(model).__name__} has gradient checkpointing on, which keeps every block's "
-            "input and runs it again; call model.gradient_checkpointing_disable() first"
-        )
 
 
 def _names(names: Iterable[str], what: str) -> frozenset[str]:

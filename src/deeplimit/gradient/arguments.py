@@ -1,12 +1,12 @@
 """What a block is called with: the state, and everything else."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deeplimit.errors import RunError
+from deeplimit.gradient.errors import AdjointError
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
@@ -67,14 +67,9 @@ class Arguments:
             self._kwargs["use_cache"] = False
         self._versions = [(t, t._version) for t in self.tensors()]
 
-    def tensors(self) -> Iterable[Tensor]:
-        """The tensors among the arguments, one level deep into tuples and dicts."""
-        for value in (*self._args, *self._kwargs.values()):
-            inside = value.values() if isinstance(value, dict) else value
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, tuple | list | dict):
-                yield from (item for item in inside if isinstance(item, Tensor))
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors among the arguments, and in the tuples, lists and dicts among them."""
+        yield from _tensors_in((self._args, self._kwargs))
 
     def filled_cache(self, layer: int | None) -> bool:
         """Whether a key-value cache already holds something of this layer."""
@@ -103,12 +98,20 @@ class Arguments:
         return args, kwargs | {place: x}
 
     def check(self, name: str) -> None:
-        """Raises RunError if another tensor argument was changed in place since."""
+        """Raises AdjointError if another tensor argument was changed in place since."""
         if any(t._version != v for t, v in self._versions):
-            raise RunError(
+            raise AdjointError(
                 f"{name}: one of its other arguments (a mask, an embedding) was changed in place "
                 "between forward and backward; change a copy of it"
             )
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
 
 
 def _without_graph(value: Any) -> Any:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from deeplimit.gradient.refusals import FLAG
 from deeplimit.gradient.residual import is_compiled
 
 Modes = tuple[bool, ...]
@@ -30,6 +31,7 @@ class Modules:
     Attributes:
         parts: the modules, and what tells that they have to be read again.
         norms: batch norms with running statistics.
+        checkpointing: those that transformers may run in checkpoints of its own.
         proven: modes in which a replay was seen to give the output of the forward pass.
     """
 
@@ -61,6 +63,7 @@ class Modules:
         self.parts = [(m, dict(m._modules), len(m._parameters), len(m._buffers)) for m in modules]
         self._parameters = [(m, name) for m in modules for name in m._parameters]
         self.norms = [m for m in modules if isinstance(m, _NormBase) and m.track_running_stats]
+        self.checkpointing = [m for m in modules if hasattr(m, FLAG)]
         norms = set(self.norms)
         self._buffers = [(m, name) for m in modules if m not in norms for name in m._buffers]
         self._changing: dict[Modes, set[Buffer]] = {}

@@ -1,22 +1,28 @@
 """What all switched blocks of a model share: settings, exits, and the drift of a backward pass."""
 
 import math
+import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deeplimit.errors import InputError
-from deeplimit.gradient.arguments import Arguments, layer_index, state_of
-from deeplimit.gradient.circumstances import Modules
+from deeplimit.gradient.arguments import Arguments, state_of
+from deeplimit.gradient.backward_pass import BackwardPass
+from deeplimit.gradient.errors import AdjointError, DriftWarning
 from deeplimit.gradient.linking import Exits
-from deeplimit.gradient.node import AdjointError, Node, Start, inside_step
+from deeplimit.gradient.node import Node, Start, inside_step
+from deeplimit.gradient.refusals import checkpoint_each
 from deeplimit.gradient.residual import Operations, adds_input, has_kinks, is_compiled
+from deeplimit.gradient.step import Step
+from deeplimit.gradient.turns import Turns
 
 OnDrift = Literal["warn", "raise", "ignore"]
 
@@ -24,42 +30,6 @@ OnDrift = Literal["warn", "raise", "ignore"]
 # benchmarks/results/adjoint_accuracy.json.
 SAFETY = 2.0
 KINKED = 2.5
-
-
-class DriftWarning(UserWarning):
-    """Rebuilt states are so far off that the gradient may be wrong beyond the tolerance."""
-
-
-@dataclass
-class Step:
-    """One block of a model, or one step of a chain, and what has been learnt of it.
-
-    Attributes:
-        name: its path in the model.
-        modules: what it consists of.
-        inner: candidates inside it, which are preferred if they turn out to be residual.
-        named: chosen by the user, or a step of our own chain: residual by definition.
-        plain: why it is run as it is; None as long as nothing speaks against the adjoint.
-        known: whether it has run once with gradients.
-        sorts: whether shapes in it depend on numbers, so that its input is always kept.
-        linked: whether it was linked to another.
-    """
-
-    name: str
-    modules: Modules
-    layer: int | None = None
-    inner: tuple["Step", ...] = ()
-    named: bool = False
-    plain: str | None = None
-    known: bool = False
-    sorts: bool = False
-    linked: bool = False
-
-    @staticmethod
-    def of(name: str, *roots: nn.Module, **settings: Any) -> "Step":
-        """The step that consists of these modules."""
-        layer = layer_index(m for root in roots for m in root.modules())
-        return Step(name, Modules(roots), layer, **settings)
 
 
 @dataclass
@@ -97,22 +67,13 @@ class Engine:
     _learnt: bool = field(default=False, repr=False)  # whether a step had its first run lately
     _refused: list[str] = field(default_factory=list, repr=False)
     _exits: Exits = field(default_factory=Exits, repr=False)
-    _task: int | None = field(default=None, repr=False)
-    _drifts: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)
-    _differences: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)
-    _unmeasured: dict[int, str] = field(default_factory=dict, repr=False)
+    _passes: dict[int, BackwardPass] = field(default_factory=dict, repr=False)  # by thread
+    turns: Turns = field(default_factory=Turns, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings only: nodes and graphs belong to forward passes of the original."""
-        idle = {"chains": None, "paused": False, "drift": 0.0, "drift_at": ""}
-        fresh: dict[str, Any] = {
-            "_exits": Exits(),
-            "_task": None,
-            "_drifts": [],
-            "_differences": [],
-            "_unmeasured": {},
-        }
-        return self.__dict__ | idle | fresh
+        idle: dict[str, Any] = {"chains": None, "paused": False, "drift": 0.0, "drift_at": ""}
+        return self.__dict__ | idle | {"_exits": Exits(), "_passes": {}, "turns": Turns()}
 
     def keeps(self, step: Step, position: int) -> bool:
         """Whether the input of the step at this position of a chain is an anchor."""
@@ -168,8 +129,7 @@ class Engine:
         return output
 
     def _look_back(self, _: Tensor) -> None:
-        with self.backward():
-            pass
+        self.this_pass()
 
     def _goes(self, step: Step, arguments: Arguments, x: Tensor) -> bool:
         """Whether this call has a gradient that can be had by a replay."""
@@ -256,6 +216,8 @@ class Engine:
         """Runs a step under the checkpoint whose input is rebuilt."""
         before = self._exits.enter(x)
         if before is not None:
+            if before.alone and node.around not in (None, before.around) and before.around:
+                raise checkpoint_each(node.step.name)
             node.follows(before)
         elif self.chains is not None:
             self.chains.append(node.chain)
@@ -267,62 +229,43 @@ class Engine:
             early_stop=False,  # or there were no output to rebuild the input from
         )
 
-    @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Around every replay: the first of a backward pass has its drift looked at at the end."""
-        task = torch._C._current_graph_task_id()
-        if task not in (-1, self._task):
-            self._task = task
-            self._drifts.clear()
-            self._differences.clear()
-            self._unmeasured.clear()
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        yield
+    def this_pass(self) -> BackwardPass:
+        """The backward pass that a replay belongs to; at its end it is looked at."""
+        task, thread = torch._C._current_graph_task_id(), threading.get_ident()
+        found = self._passes.get(thread)
+        if found is None or task not in (-1, found.task):
+            found = self._passes[thread] = BackwardPass(task)
+            if task != -1:
+                finish = partial(self._finish, found)
+                torch.autograd.Variable._execution_engine.queue_callback(finish)
+        return found
 
     def note_rebuilt(self, node: Node) -> None:
         """A state was rebuilt; the kept state that its segment ends at will tell how well."""
-        self._unmeasured[id(node.segment)] = node.step.name
+        self.this_pass().unmeasured[id(node.segment)] = node.step.name
 
     def note_drift(self, node: Node, drift: Tensor) -> None:
         """At a kept state: the drift of the node behind it."""
-        self._unmeasured.pop(id(node.segment), None)
-        self._drifts.append((node.step.name, drift))
+        found = self.this_pass()
+        found.unmeasured.pop(id(node.segment), None)
+        found.drifts.append((node.step.name, drift))
 
     def note_difference(self, node: Node, beyond: Tensor) -> None:
         """A replay from an exact input gave another output, if this is above 0."""
-        self._differences.append((node.step.name, beyond))
+        self.this_pass().differences.append((node.step.name, beyond))
 
-    def _finish(self) -> None:
+    def _finish(self, done: BackwardPass) -> None:
         """At the end of a backward pass: the largest drift, and what it means."""
-        self._task = None
+        self._passes = {key: other for key, other in self._passes.items() if other is not done}
         self.drift, self.drift_at = 0.0, ""
-        self._check_differences()
+        done.check_differences()
         self._report_useless()
-        if not self._drifts:
-            if self._unmeasured:
-                self._report_unmeasured()
+        if done.unmeasured and not done.drifts:
+            self._report_unmeasured(next(reversed(done.unmeasured.values())))
             return
-        drifts = torch.stack([drift.double().cpu() for _, drift in self._drifts])
-        drifts = torch.where(drifts.isnan(), math.inf, drifts)
-        worst = int(drifts.argmax())
-        self.drift, self.drift_at = float(drifts[worst]), self._drifts[worst][0]
-        self._drifts.clear()
+        self.drift, self.drift_at = done.worst()
         if self.tolerance < self.error_bound(self.drift):
             self._report(self.drift, self.drift_at)
-
-    def _check_differences(self) -> None:
-        found = self._differences
-        self._differences = []
-        if found:
-            beyond = torch.stack([value.double().cpu() for _, value in found])
-            worst = int(beyond.argmax())
-            if beyond[worst] > 0:
-                raise AdjointError(
-                    f"{found[worst][0]}: its replay gave another output than the forward pass: "
-                    "something that is neither input, parameter nor buffer was changed in between "
-                    "(an attribute, a hook, a generator). The gradient is wrong; leave the block "
-                    "out of blocks=, or run backward before the change"
-                )
 
     def error_bound(self, drift: float) -> float:
         """What the gradient's relative error stayed below on all networks tried, at this drift.
@@ -342,9 +285,7 @@ class Engine:
         self._refused.clear()
         self._learnt = False
 
-    def _report_unmeasured(self) -> None:
-        name = next(reversed(self._unmeasured.values()))
-        self._unmeasured.clear()
+    def _report_unmeasured(self, name: str) -> None:
         self.drift = math.nan
         self._warn(
             f"the backward pass ended at {name}, before a kept state: how far the rebuilt states "

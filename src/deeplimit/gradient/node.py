@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deeplimit.errors import RunError
 from deeplimit.gradient.arguments import Arguments, state_of
 from deeplimit.gradient.circumstances import Circumstances
+from deeplimit.gradient.errors import AdjointError
+from deeplimit.gradient.refusals import check_there, checkpoint_around, refuse_checkpoints
+from deeplimit.gradient.turns import Turn
 
 if TYPE_CHECKING:
-    from deeplimit.gradient.engine import Engine, Step
+    from deeplimit.gradient.engine import Engine
+    from deeplimit.gradient.step import Step
 
 Start = Callable[[Tensor], Tensor]
 MANY = 16
@@ -28,10 +31,6 @@ _inside = _Inside()
 def inside_step() -> bool:
     """Whether this thread is inside a step: a checkpoint in a checkpoint's replay would not fit."""
     return _inside.step
-
-
-class AdjointError(RunError):
-    """A gradient that would be wrong: what happened, and what to do instead."""
 
 
 class Segment:
@@ -62,6 +61,8 @@ class Node:
         rebuilt: x̃_n in the backward pass, until the node before has used it.
         chain: names of the steps linked so far, shared by all nodes of the chain.
         segment: shared by the nodes whose states are rebuilt from the same kept one.
+        around: somebody else's checkpoint, inside which it runs.
+        alone: whether it is the first one in there.
     """
 
     __slots__ = (
@@ -74,8 +75,11 @@ class Node:
         "_place",
         "_ran",
         "_requires_grad",
+        "_turn",
         "_versions",
         "_x_version",
+        "alone",
+        "around",
         "chain",
         "engine",
         "function",
@@ -97,7 +101,10 @@ class Node:
         arguments: Arguments,
         x: Tensor,
     ):
+        refuse_checkpoints(step.name, step.modules.checkpointing)
+        self._turn: Turn | None = engine.turns.take()
         self.engine, self.step, self.function, self.start = engine, step, function, start
+        self.around, self.alone = checkpoint_around(), True
         self.x: Tensor | None = x
         self.next: Node | None = None
         self.rebuilt: Tensor | None = None
@@ -108,6 +115,7 @@ class Node:
         self._requires_grad = x.requires_grad
         self._x_version = x._version
         self._parameters = step.modules.parameters()
+        check_there(step.name, self._parameters)
         self._versions = [p._version for p in self._parameters]
         self._circumstances = Circumstances(step.modules, x.device)
         self._ran = self._edits = False
@@ -132,7 +140,8 @@ class Node:
             # Without its graph, which holds the nodes before, which hold this one.
             self.x, self._x_version = self.x.detach(), self.x._version
             return output
-        with self.engine.backward():
+        self.engine.this_pass()
+        with self.engine.turns.replaying():
             self._check_unchanged()
             try:
                 if self.x is None:
@@ -145,6 +154,7 @@ class Node:
                     "block that takes from a list or another store of its caller's does something "
                     "else the second time. Leave it out of blocks="
                 ) from error
+        self._turn = None  # though a loss that is kept keeps this node
         return None
 
     def follows(self, before: "Node") -> None:
@@ -152,6 +162,7 @@ class Node:
         before.next = self
         before.step.linked = self.step.linked = self.engine.linked = True
         self.position = before.position + 1
+        self.alone = self.around is not before.around
         self.chain = before.chain
         self.chain.append(self.step.name)
         if not self.engine.keeps(before.step, before.position):
@@ -260,7 +271,7 @@ class Node:
             AdjointError: it does not, so that no replay is what the forward pass was.
         """
         modules = self.step.modules
-        if modules.modes() in modules.proven or not y.is_floating_point():
+        if modules.modes() in modules.proven or not y.is_floating_point() or y.numel() == 0:
             return
         gap = _norm(self._evaluate(x.detach().clone()) - y)
         update = _norm(y - x if y.shape == x.shape else y)  # it may turn out not to be residual
@@ -286,6 +297,7 @@ class Node:
                 "output, and its parameters are sharded now; put the loss on later states too, or "
                 "name the block as an anchor"
             )
+        check_there(self.step.name, parameters)
         if len(parameters) != len(self._parameters) or any(
             p is not q or p._version != v
             for p, q, v in zip(parameters, self._parameters, self._versions, strict=False)
@@ -334,8 +346,10 @@ def _drift(gap: Tensor, updates: list[Tensor]) -> Tensor:
 
     The update is taken as no larger than the median of those since the last kept state (of some,
     evenly spread over a deep chain): one layer with a huge update, or one sample, would hide an
-    error that all others feel.
+    error that all others feel. In an empty batch nothing can be off: 0.
     """
+    if gap.numel() == 0:
+        return torch.zeros((), device=gap.device)
     gaps, own = _norms(gap), updates[-1]
     usual = torch.stack(updates).median(dim=0).values
     ratios = torch.where(gaps == 0, 0.0, gaps / torch.minimum(own, usual))
