@@ -3,18 +3,19 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from model_families import FAMILIES, Sample, sample
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from deeplimit import InputError, ResidualChain
 from deeplimit.errors import RunError
-from deeplimit.network import CifarResNet, load, save, storage
+from deeplimit.network import Architecture, CifarResNet, load, save, storage
 
 STORED = [name for name in FAMILIES if not name.startswith("chain")]
 
@@ -169,3 +170,42 @@ def test_models_without_an_architecture_are_refused(model: nn.Module, tmp_path: 
     with pytest.raises(InputError, match="has no architecture to store; expected Residual"):
         save(model, tmp_path / "network")
     assert list(tmp_path.iterdir()) == []
+
+
+def rewritten(path: Path, tensors: dict[str, Tensor], **architecture: object) -> None:
+    """The file again with other tensors, and other values in its architecture."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    values = json.loads(metadata["deeplimit.architecture"]) | architecture
+    metadata["deeplimit.architecture"] = json.dumps(values)
+    save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [{"depths": [10**12]}, {"width": 10**9, "hidden": 10**9}, {"hidden": 2**62}, {"depths": {}}],
+)
+def test_an_architecture_larger_than_its_weights_is_refused_at_once(
+    architecture: dict[str, object], tmp_path: Path
+) -> None:
+    path = save(Architecture("vector", (3,), 2, (2,), 4, 4).build(), tmp_path / "network")
+    rewritten(path, load_file(path), **architecture)
+    began = time.perf_counter()
+    with pytest.raises(InputError, match="weights and architecture do not fit"):
+        load(path)
+    assert time.perf_counter() - began < 1
+
+
+def test_weights_that_are_no_numbers_of_one_precision_are_refused(tmp_path: Path) -> None:
+    path = save(Architecture("vector", (3,), 2, (2,), 4, 4).build(), tmp_path / "network")
+    good, name = load_file(path), "head.weight"
+    for bad, says in (
+        (good[name].view(torch.int32), "head.weight is torch.int32"),
+        (good[name].double(), "head.weight is torch.float64, others are torch.float32"),
+        (good[name] * torch.inf, "head.weight has numbers that are not finite"),
+    ):
+        rewritten(path, good | {name: bad})
+        with pytest.raises(InputError, match=says):
+            load(path)
+    rewritten(path, good)
+    assert torch.equal(load(path).state_dict()[name], good[name])

@@ -19,7 +19,9 @@ from deeplimit.memory import require, require_unpacked
 from deeplimit.reading import reading
 
 _CHANNELS = (1, 3)
-REMEDY = "write it with numpy.savez(FILE, x=samples, y=labels), without object arrays"
+REMEDY = (
+    "check the path, or write it with numpy.savez(FILE, x=samples, y=labels), without object arrays"
+)
 
 
 def load_npz(request: Request) -> DataSet:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.network.weights import read_safetensors
 
 CHANNELS = (16, 32, 64)
 
@@ -174,9 +173,9 @@ class CifarResNet(nn.Module):
     def from_weights(cls, path: str | Path) -> "CifarResNet":
         """Loads published weights; the depths are read off the keys."""
         try:
-            weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+            weights, _ = read_safetensors(Path(path), "give published weights of a CIFAR ResNet")
+        except InputError as error:
+            raise InputError(f"not a readable safetensors file: {error}") from error
         model = cls(_architecture_of(weights, path))
         try:
             model.load_state_dict(weights)

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.files import whole
 from deeplimit.network.cifar_resnet import CifarArchitecture, CifarResNet
 from deeplimit.network.classifiers import Architecture, ResidualClassifier
+from deeplimit.network.weights import read_safetensors
+from deeplimit.reading import parse_json
 
 FORMAT = "1"
 ARCHITECTURES: dict[str, type[Architecture] | type[CifarArchitecture]] = {
@@ -97,12 +99,7 @@ def load(path: str | Path) -> ResidualClassifier | CifarResNet:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a network saved by deeplimit")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from error
+    weights, metadata = read_safetensors(path, "expected a network saved by deeplimit")
     if metadata.get("deeplimit.format") != FORMAT:
         raise InputError(
             f"{path}: format {metadata.get('deeplimit.format')!r}, expected {FORMAT!r}; it was "
@@ -110,16 +107,43 @@ def load(path: str | Path) -> ResidualClassifier | CifarResNet:
         )
     try:
         architecture = ARCHITECTURES[metadata["deeplimit.kind"]]
-        settings: dict[str, Any] = json.loads(metadata["deeplimit.architecture"])
+        settings: dict[str, Any] = parse_json(metadata["deeplimit.architecture"])
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
         }
-        model = architecture(**values).build().to(_precision(weights))
+        model = _built(architecture(**values), weights)
         model.load_state_dict(weights)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = textwrap.shorten(str(error), 300)
+    except Exception as error:  # whatever an architecture's values lead to
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise InputError(f"{path}: weights and architecture do not fit ({reason})") from error
     return model.eval()
+
+
+def _built(
+    architecture: Architecture | CifarArchitecture, weights: dict[str, Tensor]
+) -> ResidualClassifier | CifarResNet:
+    """The network, if there are weights for all of it: else it might fill the memory, or the day.
+
+    Raises:
+        ValueError: the architecture is larger, or weights are not finite or of several precisions.
+    """
+    if sum(architecture.depths) > len(weights):  # a layer has at least one
+        raise ValueError(f"{sum(architecture.depths)} layers, but {len(weights)} tensors")
+    with torch.device("meta"):
+        outline = architecture.build().state_dict()
+    wanted, there = (sum(w.numel() for w in of.values()) for of in (outline, weights))
+    if wanted > there:
+        raise ValueError(f"{wanted} numbers in the network, {there} in the file")
+    precision = _precision(weights)
+    for name, tensor in weights.items():
+        floating = tensor.is_floating_point()
+        if name in outline and floating != outline[name].is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}")
+        if floating and tensor.dtype != precision:
+            raise ValueError(f"{name} is {tensor.dtype}, others are {precision}")
+        if floating and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} has numbers that are not finite")
+    return architecture.build().to(precision)
 
 
 def _precision(weights: dict[str, Tensor]) -> torch.dtype:

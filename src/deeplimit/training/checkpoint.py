@@ -9,9 +9,8 @@ There is no random state in it: an epoch's randomness is a function of (seed, ep
 
 import contextlib
 import re
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from deeplimit.errors import InputError
 from deeplimit.files import write_text, write_whole
+from deeplimit.network.weights import read_pickled
 from deeplimit.training.metrics import Row
+from deeplimit.training.typed_values import conform
 
 FORMAT = 1
 FOLDER, LATEST = "checkpoint", "latest"
@@ -88,12 +89,16 @@ def restore(
         # the network is the same the line before has seen.
         known = StateDictOptions(full_state_dict=True, strict=False)
         set_optimizer_state_dict(model, optimizer, checkpoint.optimizer, options=known)
-    except (RuntimeError, KeyError) as error:
+        planned = scheduler.state_dict()
+        for name, value in checkpoint.scheduler.items():
+            if type(value) is not type(planned[name]):
+                raise TypeError(f"{name} of the schedule is {value!r:.40}")
+        scheduler.load_state_dict(checkpoint.scheduler)
+    except Exception as error:  # whatever a state that is another network's leads to
         raise InputError(
             f"the checkpoint is not of the network in recipe.toml ({_line(error)}); give the run "
             "its own recipe back"
         ) from error
-    scheduler.load_state_dict(checkpoint.scheduler)
 
 
 def _divide(optimizer: Optimizer, model: nn.Module, saved: Sequence[dict[str, Any]]) -> None:
@@ -151,14 +156,14 @@ def load_checkpoint(run: Path) -> Checkpoint | None:
 
 
 def _load(path: Path) -> Checkpoint:
-    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise InputError(f"the checksum of {damaged} is wrong")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = read_pickled(path, "damaged", "go on from the one before")
     if content.pop("format") != FORMAT:
         raise InputError("it is of another version of deeplimit")
-    return Checkpoint(**content)
+    checkpoint = Checkpoint(**content)
+    for name, kind in (("model", dict), ("optimizer", dict), ("scheduler", dict), ("step", int)):
+        conform(kind, getattr(checkpoint, name), name)
+    rows = conform(tuple[dict[str, float | None], ...], checkpoint.rows, "rows")
+    return replace(checkpoint, rows=list(rows))
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deeplimit.data import DataSet, Standardisation
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
 from deeplimit.network.modes import evaluating
+from deeplimit.network.weights import read_pickled, read_safetensors
 from deeplimit.training.library_models import UNTRAINED
 from deeplimit.training.loaded_model import told
 from deeplimit.training.model_spec import load_model
@@ -73,25 +73,18 @@ def load_weights(model: nn.Module, path: Path, spec: str) -> None:
     Raises:
         InputError: the file cannot be read, or its names or shapes are not the model's.
     """
-    try:
-        if path.suffix == ".safetensors":
-            weights: Any = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or told(error)})") from error
-    except Exception as error:  # torch.load raises what the bytes lead it to
-        raise InputError(
-            f"{path}: no readable weights ({told(error)}); expected a .safetensors file, or a "
-            "state_dict written by torch.save"
-        ) from error
+    remedy = "expected a .safetensors file, or a state_dict written by torch.save"
+    if path.suffix == ".safetensors":
+        weights: Any = read_safetensors(path, remedy)[0]
+    else:
+        weights = read_pickled(path, "no readable weights", remedy)
     weights = next((weights[n] for n in NESTED if _is_state(weights, n)), weights)
     if not isinstance(weights, Mapping):
         raise InputError(f"{path} holds {type(weights).__name__}; expected a state_dict")
-    weights = {name.removeprefix(PARALLEL): tensor for name, tensor in weights.items()}
+    weights = {str(name).removeprefix(PARALLEL): tensor for name, tensor in weights.items()}
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except Exception as error:  # names, shapes, or values that are no tensors
         reason = textwrap.shorten(str(error), 300)
         raise InputError(
             f"{path}: not the weights of {spec} ({reason}); give the model that they are of, as "

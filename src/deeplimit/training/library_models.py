@@ -15,8 +15,10 @@ from deeplimit.data import Standardisation
 from deeplimit.errors import InputError
 from deeplimit.memory import require
 from deeplimit.training.loaded_model import LoadedModel, meant, told
+from deeplimit.training.typed_values import conform
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+LARGEST_DEPTH = 10_000  # layers in a config; of more a network would be built until the memory ends
 UNTRAINED = "random, untrained"
 
 # With the head whose loss is its training's, where the model has one of these.
@@ -140,13 +142,26 @@ def _config(hf: Any, name: str) -> tuple[Any, Path | None]:
                 f"(hf download {name}), or give a config.json"
             ) from error
     try:
-        config = hf.AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        # Without an answer it asks at the terminal whether to run the folder's code.
+        config = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        _check_config(config)
+    except Exception as error:  # transformers raises what the values lead it to
         raise InputError(
             f"{path}: no config of transformers ({told(error)}); expected a config.json with a "
             "model_type, or a folder that has one"
         ) from error
     return config, path if path.is_dir() else None
+
+
+def _check_config(config: Any) -> None:
+    """Before it is built: names that can be looked up, and no more layers than can be."""
+    conform(tuple[str, ...] | None, config.architectures, "architectures")
+    for name, value in config.to_dict().items():
+        counts = value if isinstance(value, list | tuple) else [value]
+        if "layer" in name or "depth" in name:
+            for count in counts:
+                if isinstance(count, int) and count > LARGEST_DEPTH:
+                    raise InputError(f"{name} is {count:g}; expected at most {LARGEST_DEPTH}")
 
 
 def _has_weights(folder: Path) -> bool:
@@ -156,8 +171,9 @@ def _has_weights(folder: Path) -> bool:
 def _model_class(hf: Any, config: Any) -> Any:
     """The config's own class, or the first of its family that comes with a loss."""
     for name in config.architectures or ():
-        if hasattr(hf, name):
-            return getattr(hf, name)
+        kind = getattr(hf, name, None)
+        if isinstance(kind, type) and issubclass(kind, hf.PreTrainedModel):
+            return kind
     mappings = [getattr(hf, f"MODEL_FOR_{task}_MAPPING") for task in TASKS]
     for mapping in [*mappings, hf.MODEL_MAPPING]:
         found = mapping.get(type(config), None)

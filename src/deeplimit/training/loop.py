@@ -88,7 +88,7 @@ class Training:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes back to where a checkpoint was taken."""
-        planned = checkpoint.scheduler["total_steps"]
+        planned = checkpoint.scheduler.get("total_steps")
         if planned != self.schedule.total_steps:
             raise InputError(
                 f"the checkpoint is of a training of {planned} steps, the recipe and its data now "

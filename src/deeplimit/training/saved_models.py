@@ -11,8 +11,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from deeplimit.data import Standardisation
@@ -20,9 +18,12 @@ from deeplimit.errors import InputError
 from deeplimit.files import whole
 from deeplimit.network import CifarResNet, ResidualClassifier, anatomy
 from deeplimit.network.storage import file_errors, load, save, write_weights
+from deeplimit.network.weights import read_safetensors
 from deeplimit.ode import untie
+from deeplimit.reading import parse_json
 from deeplimit.training.library_models import PREPROCESSOR, quiet, transformers_model
 from deeplimit.training.loaded_model import told
+from deeplimit.training.typed_values import conform
 
 OWN = (ResidualClassifier, CifarResNet)
 REMOVED = "deeplimit.removed"
@@ -77,16 +78,16 @@ def load_network(place: Path, rebuild: Callable[[], nn.Module]) -> nn.Module:
     if place.is_dir():
         return transformers_model(str(place.resolve())).model.eval()
     path = _file(place)
-    metadata = _metadata(path)
+    weights, metadata = read_safetensors(path, "train again, or put the file back")
     if REMOVED not in metadata:
         return load(path)
     model = rebuild()
     try:
-        removed = json.loads(metadata[REMOVED])
+        removed = conform(tuple[int, ...], parse_json(metadata[REMOVED]), REMOVED)
         if removed:
-            model = anatomy(model).without(removed)
-        model.load_state_dict(load_file(path))
-    except (RuntimeError, ValueError, SafetensorError) as error:
+            model = anatomy(model).without(set(removed))
+        model.load_state_dict(weights)
+    except Exception as error:  # a layer that is not there, another shape, damaged metadata
         raise InputError(
             f"{path}: not the weights of the model in recipe.toml ({told(error)}); give the "
             "run its own model back, or train again"
@@ -124,11 +125,3 @@ def _preprocessor(standardisation: Standardisation) -> dict[str, Any]:
         "image_mean": list(standardisation.mean),
         "image_std": list(standardisation.std),
     }
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: damaged or not a safetensors file ({error})") from error
