@@ -5,10 +5,12 @@ import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from training_runs import (
     SMALL,
     checkpoint_of,
@@ -23,6 +25,7 @@ from deeplimit.data import batches
 from deeplimit.errors import RunError
 from deeplimit.gradient import DriftWarning
 from deeplimit.gradient.adjoint import switches
+from deeplimit.network import Architecture
 from deeplimit.training import (
     Recipe,
     RunFolder,
@@ -33,6 +36,8 @@ from deeplimit.training import (
     resume,
     train,
 )
+from deeplimit.training.drift import DriftWatch
+from deeplimit.training.progress import Observer
 
 ADJOINT = replace(SMALL, gradient="adjoint", step=0.1)
 
@@ -155,7 +160,8 @@ def test_a_drift_that_is_too_large_is_told_in_a_line_and_again_at_ten_times_it(
     assert all(later > 9.5 * before for before, later in itertools.pairwise(found))  # two digits
     warning = told[0]
     assert warning.startswith("warning: drift 0.")
-    assert "layer" in warning
+    # Of the three states that are rebuilt the first is compared, before layer 1.
+    assert " at layer 1: rebuilt" in warning
     assert re.search(r"may be off by up to 0\.\d+ of its size", warning)
     assert "evaluations 2 instead of 1" in warning
     rows = folder.metrics()
@@ -163,6 +169,52 @@ def test_a_drift_that_is_too_large_is_told_in_a_line_and_again_at_ten_times_it(
     assert rows[-1]["drift"] > 0.01
     assert f"drift {rows[-1]['drift']:.2g}" in lines[-1]
     assert len(lines) == 1 + len(told) + DRIFTING.epochs
+
+
+class Told(Observer):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def two_stages(kind: str) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """Two stages of three layers, and what the updates of each stage's layers are times."""
+    torch.manual_seed(0)
+    if kind == "ours":
+        sizes: dict[str, Any] = {"width": 4, "hidden": 4, "norm": "none", "activation": "tanh"}
+        ours = Architecture("convolutional", (3, 16, 16), 3, (3, 3), **sizes).build()
+        return ours, [layer.conv2.weight for stage in ours.stages for layer in stage]
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ConvNextConfig(
+        num_stages=2, hidden_sizes=[4, 8], depths=[3, 3], patch_size=2, image_size=16
+    )
+    model = transformers.ConvNextForImageClassification(config)
+    return model, [p for n, p in model.named_parameters() if n.endswith("layer_scale_parameter")]
+
+
+@pytest.mark.parametrize(("stage", "layer"), [(0, 1), (1, 4)])
+@pytest.mark.parametrize("kind", ["ours", "transformers"])
+def test_the_layer_that_is_told_is_counted_through_the_whole_network(
+    kind: str, stage: int, layer: int
+) -> None:
+    """A stage's first state is kept; what is rebuilt behind it, the input of its second layer, is
+    compared there. In the other stage nothing happens, so nothing drifts."""
+    model, factors = two_stages(kind)
+    for n, factor in enumerate(factors):
+        torch.nn.init.normal_(factor, std=30.0 * (n // 3 == stage))
+    use_adjoint(model, evaluations=1, on_drift="ignore")
+    watch, told = DriftWatch(Fabric(accelerator="cpu"), model), Told()
+    for _ in range(2):
+        output = model(torch.randn(2, 3, 16, 16))
+        getattr(output, "logits", output).square().sum().backward()
+    watch.look(told)
+    assert watch.largest == drift(model) > 0.01
+    (line,) = told.lines
+    assert line.startswith(f"drift {drift(model):.2g} at layer {layer}: ")
 
 
 def test_where_nothing_is_shown_it_is_a_warning_of_pythons(

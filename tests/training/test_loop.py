@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training_runs import (
@@ -36,7 +37,9 @@ from deeplimit.training import (
 )
 from deeplimit.training.building import prepare
 from deeplimit.training.fit import fit
+from deeplimit.training.loop import Training
 from deeplimit.training.processes import launch
+from deeplimit.training.progress import Observer
 from deeplimit.training.threads import fitting_threads
 
 DIGITS = replace(recipe_for("digits"), device="cpu")
@@ -353,3 +356,23 @@ def test_stopped_after_some_epochs_it_goes_on_to_the_same(
     there, here = checkpoint_of(unbroken.path), checkpoint_of(tmp_path)
     assert largest_difference(there, here) == 0
     assert same_but_for_seconds(there, here)
+
+
+def test_what_is_drawn_in_an_epoch_is_of_the_recipes_seed_and_the_epoch(tmp_path: Path) -> None:
+    """Dropout of a model that is given, for example: torch's generator, seeded anew each epoch."""
+    seeds: dict[tuple[int, int], int] = {}
+
+    class Seeds(Observer):
+        def step(self, figures: object) -> None:
+            seeds[recipe.seed, len(training.rows)] = torch.initial_seed()
+
+    for seed in (0, 1, 7):
+        recipe = replace(SMALL, seed=seed)
+        start = prepare(recipe, load_data(recipe, tmp_path))
+        training = Training(launch(recipe), start, None)
+        with torch.random.fork_rng():
+            for _ in range(2):
+                training.run_epoch(Seeds(), lambda: None)
+    assert len(set(seeds.values())) == 6
+    for (seed, epoch), found in seeds.items():
+        assert found == np.random.SeedSequence([seed, epoch, 0]).generate_state(1)[0]

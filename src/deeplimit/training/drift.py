@@ -8,6 +8,7 @@ from torch import nn
 
 from deeplimit.gradient import drift
 from deeplimit.gradient.adjoint import engines, switches
+from deeplimit.network.anatomy import anatomy
 from deeplimit.training.processes import over_processes
 from deeplimit.training.progress import Observer
 
@@ -26,11 +27,16 @@ class DriftWatch:
         self.fabric, self.model = fabric, model
         self.largest = 0.0
         self._told = 0.0
-        self._layers = [step.name for switch in switches(model) for step in switch.steps]
+        blocks = [step.name for switch in switches(model) for step in switch.steps]
+        names = {module: name for name, module in model.named_modules()}
+        layers = [names[layer.controls[0]] for layer in anatomy(model).layers]
+        # Layers by their numbers in the whole network, then what else is rebuilt, by its name.
+        self._places = [*layers, *(name for name in blocks if name not in layers)]
+        self._words = [f"layer {n}" for n in range(len(layers))] + self._places[len(layers) :]
 
     def look(self, observer: Observer) -> None:
         """After a backward pass; all processes call it together."""
-        found, layer = self._worst()
+        found, place = self._worst()
         self.largest = max(self.largest, found)
         engine = engines(self.model)[0]
         bound = engine.error_bound(found)
@@ -39,17 +45,17 @@ class DriftWatch:
         self._told = found
         if self.fabric.is_global_zero:
             observer.warn(
-                f"drift {found:.2g} at layer {layer}: rebuilt states are off by that part of a "
+                f"drift {found:.2g} at {place}: rebuilt states are off by that part of a "
                 f"layer's update, so the gradient may be off by up to {bound:.2g} of its size. "
                 f"Train with evaluations {engine.evaluations + 1} instead of {engine.evaluations}, "
                 "a smaller step, or the gradient backprop"
             )
 
-    def _worst(self) -> tuple[float, int]:
+    def _worst(self) -> tuple[float, str]:
         """The largest drift of the last backward pass, and where, over all processes."""
-        per_layer = torch.zeros(len(self._layers), dtype=torch.float64, device=self.fabric.device)
+        drifts = torch.zeros(len(self._places), dtype=torch.float64, device=self.fabric.device)
         at, mine = engines(self.model)[0].drift_at, drift(self.model)
-        per_layer[self._layers.index(at) if at else 0] = math.inf if math.isnan(mine) else mine
-        per_layer = over_processes(self.fabric, per_layer, "max")
-        layer = int(per_layer.argmax())
-        return float(per_layer[layer]), layer
+        drifts[self._places.index(at) if at else 0] = math.inf if math.isnan(mine) else mine
+        drifts = over_processes(self.fabric, drifts, "max")
+        worst = int(drifts.argmax())
+        return float(drifts[worst]), self._words[worst]
