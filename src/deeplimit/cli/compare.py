@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from deeplimit.cli.options import Json
+from deeplimit.cli.options import Json, Trust
 from deeplimit.cli.output import emit
 
 
@@ -32,6 +32,7 @@ class Compare:
     figure: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the distance of every layer to this HTML file, which opens offline, and all figures
     to the .json file beside it."""
+    trust: Trust = False
     json: Json = False
 
     def __call__(self) -> None:
@@ -43,7 +44,9 @@ class Compare:
 
         check_place(self.figure)
         with progress(quiet=self.json, doing="comparing") as tell:
-            found = compare_runs(self.runs, sinkhorn=self.sinkhorn, seed=self.seed, tell=tell)
+            found = compare_runs(
+                self.runs, sinkhorn=self.sinkhorn, seed=self.seed, trust=self.trust, tell=tell
+            )
         written = []
         if self.figure is not None:
             names = ", ".join(network.name for network in found.networks)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from deeplimit.cli.options import Json, sizes
+from deeplimit.cli.options import Json, Trust, sizes
 from deeplimit.cli.output import emit, say
 from deeplimit.errors import InputError
 
@@ -60,6 +60,7 @@ class Gradient:
     """Seed of random parameters, inputs, labels and dropout."""
     figure: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the figure to this HTML file, which opens offline; for a run RUN/gradient.html."""
+    trust: Trust = False
     json: Json = False
 
     def __call__(self) -> None:
@@ -72,7 +73,7 @@ class Gradient:
         wish = Wish(self.batch, sizes(self.shape), self.length, self.seed)
         device = _device(self.device)
         check_place(self.figure)
-        loaded = load_model(self.model, seed=self.seed)
+        loaded = load_model(self.model, seed=self.seed, trust=self.trust)
         made = example(loaded, wish, device)
         with _progress(quiet=self.json) as tell:
             cost = measure_gradient_cost(

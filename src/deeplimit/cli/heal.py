@@ -54,7 +54,8 @@ class Heal(Source):
 
         if self.resume:
             self._refuse_others()
-            folder, healing = RunFolder.open(self.run), resume_heal(self.run, quiet=self.json)
+            folder = RunFolder.open(self.run, trust=self.trust)
+            healing = resume_heal(self.run, quiet=self.json, trust=self.trust)
         else:
             # Before a model gets a run folder.
             check_healing(self.epochs, self.teacher_weight, self.temperature, self.fade)
@@ -75,7 +76,7 @@ class Heal(Source):
 
     def _refuse_others(self) -> None:
         for field in fields(self):
-            if field.name in ("run", "resume", "json"):
+            if field.name in ("run", "resume", "trust", "json"):
                 continue
             if getattr(self, field.name) != field.default:
                 option = f"--{field.name.replace('_', '-')}"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from deeplimit.cli.options import Json
+from deeplimit.cli.options import Json, Trust
 from deeplimit.cli.output import emit
 
 
@@ -42,6 +42,7 @@ class Interpolate:
     """Where to: a new run folder's name, beside the first run, or FILE.safetensors."""
     figure: Annotated[Path | None, arg(metavar="FILE")] = None
     """Where to write the page instead."""
+    trust: Trust = False
     json: Json = False
 
     def __call__(self) -> None:
@@ -64,6 +65,7 @@ class Interpolate:
                 align=self.align,
                 save=self.save,
                 name=self.name,
+                trust=self.trust,
                 tell=tell,
             )
         here = self.first.resolve().parent

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from deeplimit.cli.options import Json
+from deeplimit.cli.options import Json, Trust
 from deeplimit.cli.output import emit
 
 
@@ -35,6 +35,7 @@ class Merge:
     """Take all networks in the basis of the first one's residual stream, as in interpolate."""
     name: Annotated[str, arg(metavar="NAME")] = "merged"
     """The new run folder's name."""
+    trust: Trust = False
     json: Json = False
 
     def __call__(self) -> None:
@@ -53,6 +54,7 @@ class Merge:
                 frame=self.frame or ("interpolate" if self.align else "equal"),
                 align=self.align,
                 name=self.name,
+                trust=self.trust,
                 tell=tell,
             )
         folder = RunFolder.open(found.folder)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from deeplimit.cli.options import Json, sizes
+from deeplimit.cli.options import Json, Trust, sizes
 from deeplimit.cli.output import emit, say
 from deeplimit.errors import InputError
 
@@ -57,6 +57,7 @@ class Ode:
     """Of random parameters and inputs."""
     figure: Annotated[Path | None, arg(metavar="FILE")] = None
     """Of a model: write the figures to this HTML file, which opens offline."""
+    trust: Trust = False
     json: Json = False
 
     def __call__(self) -> None:
@@ -70,7 +71,7 @@ class Ode:
 
         if self.batch is not None and self.batch < 1:
             raise InputError(f"batch is {self.batch}; expected at least 1")
-        loaded = load_model(self.model, seed=self.seed)
+        loaded = load_model(self.model, seed=self.seed, trust=self.trust)
         model = loaded.model.eval()
         folder = None if loaded.run is None else RunFolder.open(loaded.run)
         given = self._of_model(loaded) if folder is None else self._of_run(folder, model)

@@ -9,6 +9,13 @@ from deeplimit.errors import InputError
 # No --no-json beside --json, and no way to spell out None: leave the option out.
 STYLE = (FlagCreatePairsOff, DisallowNone)
 
+Trust = Annotated[
+    bool,
+    arg(
+        help="Run the code that the recipe.toml of a run folder names as its model; which files "
+        "these are is said first. See docs/trust.md."
+    ),
+]
 Json = Annotated[bool, arg(help="Print the result as JSON on stdout, and nothing else there.")]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from deeplimit.cli.options import Json
+from deeplimit.cli.options import Json, Trust
 from deeplimit.cli.output import emit
 from deeplimit.errors import RunError
 
@@ -35,6 +35,7 @@ class Refine:
     """Largest learning rate of the schedule; the run's by default."""
     name: Annotated[str | None, arg(metavar="NAME")] = None
     """The new run folder's name, beside the run's; by default the run's with -x and the factor."""
+    trust: Trust = False
     json: Json = False
 
     def __call__(self) -> None:
@@ -44,7 +45,7 @@ class Refine:
         from deeplimit.training import RunFolder, profile_run, refine_run
 
         made = refine_run(
-            RunFolder.open(self.run),
+            RunFolder.open(self.run, trust=self.trust),
             self.factor,
             epochs=self.epochs,
             learning_rate=self.learning_rate,

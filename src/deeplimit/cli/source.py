@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from deeplimit.cli.options import Trust
 from deeplimit.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Source:
     """Of a MODEL: folder for the run folder."""
     name: Annotated[str | None, arg(metavar="NAME")] = None
     """Of a MODEL: the run folder's name; by default the data set's."""
+    trust: Trust = False
 
     @contextmanager
     def opened(self) -> Iterator["RunFolder"]:
@@ -67,13 +69,14 @@ class Source:
 
         if is_run(self.run):
             for field in fields(Source):
-                if field.name != "run" and getattr(self, field.name) != field.default:
+                own = field.name not in ("run", "trust")
+                if own and getattr(self, field.name) != field.default:
                     option = f"--{field.name.replace('_', '-')}"
                     raise InputError(
                         f"{option} given, but {self.run} is a run folder, which has its own; leave "
                         f"{option} out"
                     )
-            return RunFolder.open(self.run)
+            return RunFolder.open(self.run, trust=self.trust)
         if self.data is None:
             raise InputError(
                 f"{self.run} is a model, not a run folder: give its data too, such as "

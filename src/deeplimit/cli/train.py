@@ -1,6 +1,6 @@
 """`deeplimit train`: its options are a recipe's fields, with the defaults of the data set given."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,9 +8,10 @@ import tyro
 from tyro.conf import Positional, arg
 
 from deeplimit.cli.finish import finish
-from deeplimit.cli.options import STYLE, Json
+from deeplimit.cli.options import STYLE, Json, Trust
 from deeplimit.errors import InputError
 from deeplimit.training import Recipe, recipe_for, resume, train
+from deeplimit.training.trust import Named
 
 DEFAULT_DATA = "digits"
 
@@ -40,11 +41,13 @@ class Train(Recipe):
     recipe: Annotated[Path | None, arg(metavar="FILE")] = None
     """Take data set and defaults from this recipe.toml; options given beside it override it."""
     resume: Annotated[Path | None, arg(metavar="RUN")] = None
-    """Go on with the run in this folder, by its own recipe; goes with no other option but json."""
+    """Go on with the run in this folder, by its own recipe; goes with no other option but json
+    and trust."""
     runs: Annotated[Path, arg(metavar="DIR")] = Path("runs")
     """Folder for the run folders."""
     name: Annotated[str | None, arg(metavar="NAME")] = None
     """The run folder's name; by default the data set's. A name that is taken gets -2, -3, …"""
+    trust: Trust = False
     json: Json = False
     """Print the results as JSON on stdout, and nothing else there."""
 
@@ -54,7 +57,7 @@ class Train(Recipe):
     def __call__(self) -> None:
         """Trains, or goes on training; then profiles, cuts, writes the page, prints the answer."""
         if self.resume is not None:
-            finish(resume(self.resume), json=self.json)
+            finish(resume(self.resume, trust=self.trust), json=self.json)
             return
         own = {field.name: getattr(self, field.name) for field in fields(Recipe)}
         finish(train(Recipe(**own), runs=self.runs, name=self.name), json=self.json)
@@ -77,13 +80,17 @@ def parse_train(args: list[str]) -> Train:
             "data set: leave one of them out"
         )
     if given.recipe is not None:
-        defaults = Recipe.from_toml(given.recipe)
+        defaults = Recipe.from_toml(given.recipe, trust=given.trust)
         if given.model is not None:
             defaults = defaults.of_model(given.model)
     else:
         defaults = recipe_for(given.data or DEFAULT_DATA, given.model, given.optimizer)
     # Help on its own: what was given already would be left out of it.
-    return _parse(args if words == args else ["--help"], Train(**vars(defaults)))
+    made = _parse(args if words == args else ["--help"], Train(**vars(defaults)))
+    model = defaults.model  # as it was before the parser had it: with where it comes from
+    if made.trust and model is not None and not isinstance(model, Named):
+        model = Named(model, trust=True)
+    return replace(made, model=model)
 
 
 def _parse(args: list[str], defaults: Train) -> Train:
@@ -96,7 +103,7 @@ def _refuse_others(given: Train, nothing: Train) -> None:
         field.name: getattr(given, field.name)
         for field in fields(given)
         if getattr(given, field.name) != getattr(nothing, field.name)
-        and field.name not in ("resume", "json")
+        and field.name not in ("resume", "trust", "json")
     }
     for name, value in changed.items():
         what = "data set" if name == "data" else f"--{name.replace('_', '-')}"

@@ -114,6 +114,7 @@ def compare_runs(
     *,
     sinkhorn: float | None = None,
     seed: int = 0,
+    trust: bool = False,
     tell: Tell = lambda message, done: None,
 ) -> Comparison:
     """Layer-conditional distances of networks of any widths and depths, two by two.
@@ -122,13 +123,14 @@ def compare_runs(
         specs: run folders, or models as `load_model` takes them; two or more.
         sinkhorn: as in `cot_distance`, for layers too wide for the exact solver.
         seed: of the parameters of models that come without any.
+        trust: whether code that the recipes of run folders name may be run.
         tell: told what is done now, and the fraction done.
 
     Raises:
         InputError: fewer than two networks, no such run, networks that are not means of particles
             or have different state dimensions or activations.
     """
-    runs = measured(specs, seed)
+    runs = measured(specs, seed, trust=trust)
     every = list(combinations(range(len(runs)), 2))
     for i, j in every:  # before any takes its time
         with _named(runs[i], runs[j]):

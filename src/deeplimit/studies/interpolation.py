@@ -112,6 +112,7 @@ def interpolate_runs(
     align: bool = False,
     save: float | None = None,
     name: str | None = None,
+    trust: bool = False,
     tell: Tell = lambda message, done: None,
 ) -> Interpolation:
     """Loss and accuracy on test data along the geodesic from one run's network to another's.
@@ -128,6 +129,7 @@ def interpolate_runs(
             turn along, so that they need the frame "interpolate".
         save: a t, whose network is written.
         name: of it: a new run folder's beside the first, or a file that ends in .safetensors.
+        trust: whether code that the runs' recipes name may be run.
         tell: told what is done now, and the fraction done.
 
     Raises:
@@ -135,7 +137,7 @@ def interpolate_runs(
             not means of particles, frames that differ, a basis that is fixed, t outside [0, 1].
     """
     _check(points, frame, align, save, name)
-    runs = measured([first, second])
+    runs = measured([first, second], trust=trust)
     folders = folders_of(runs)
     if save is not None and not str(name).endswith(SUFFIX):
         check_storable(runs[0].model)

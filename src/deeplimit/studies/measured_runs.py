@@ -43,23 +43,26 @@ class MeasuredRun:
     folder: RunFolder | None
 
 
-def measured(specs: Sequence[str | Path], seed: int = 0) -> list[MeasuredRun]:
+def measured(
+    specs: Sequence[str | Path], seed: int = 0, *, trust: bool = False
+) -> list[MeasuredRun]:
     """The networks of run folders, or of models as `load_model` takes them.
 
     Raises:
-        InputError: fewer than two, no such run or model, a network that is not a mean of particles.
+        InputError: fewer than two, no such run or model, a network that is not a mean of particles,
+            code that a run names and `trust` does not say may be run.
     """
     if len(specs) < 2:
         raise InputError(f"expected two runs or more, got {len(specs)}")
     found = []
     for spec, name in zip(specs, names_of(specs), strict=True):
-        loaded = load_model(str(spec), seed=seed)
+        loaded = load_model(str(spec), seed=seed, trust=trust)
         model = loaded.model.eval()
         try:
             measure = LayerwiseMeasure.of(model)
         except InputError as error:
             raise InputError(f"{spec}: {error}") from error
-        folder = None if loaded.run is None else RunFolder.open(loaded.run)
+        folder = None if loaded.run is None else RunFolder.open(loaded.run, trust=trust)
         found.append(MeasuredRun(name, str(spec), model, measure, folder))
     return found
 

@@ -32,6 +32,7 @@ def merge_runs(
     frame: str = "equal",
     align: bool = False,
     name: str = "merged",
+    trust: bool = False,
     tell: Tell = lambda message, done: None,
 ) -> MergedRuns:
     """Joins the networks of runs in a barycentre of their measures, in a new run folder.
@@ -47,6 +48,7 @@ def merge_runs(
         frame: "equal": stems, heads and norms must be; "interpolate" takes their weighted mean.
         align: as in `interpolate_runs`, of all runs but the first.
         name: of the new run folder.
+        trust: whether code that the runs' recipes name may be run.
         tell: told what is done now, and the fraction done.
 
     Raises:
@@ -58,7 +60,7 @@ def merge_runs(
         )
     if width is not None and width < 1:
         raise InputError(f"width is {width}; expected a whole number ≥ 1")
-    runs = measured(specs)
+    runs = measured(specs, trust=trust)
     folders = folders_of(runs)
     check_storable(runs[0].model)
     data = shared_data(folders)

@@ -56,18 +56,20 @@ def train(
     return train_in(fabric, start, folder, quiet=quiet)
 
 
-def resume(path: str | Path, *, quiet: bool = False) -> RunFolder:
+def resume(path: str | Path, *, quiet: bool = False, trust: bool = False) -> RunFolder:
     """Goes on with a run from its last good checkpoint, to the same result as an unbroken one.
 
     Args:
         path: the run folder.
         quiet: no progress on stderr.
+        trust: whether code that its recipe names may be run.
 
     Raises:
-        InputError: no run folder, one of another version, or one whose checkpoints are damaged.
+        InputError: no run folder, one of another version, one whose checkpoints are damaged, or
+            one that names code that is not trusted.
         RunError, KeyboardInterrupt: as `train`.
     """
-    folder = RunFolder.open(path)
+    folder = RunFolder.open(path, trust=trust)
     folder = replace(folder, recipe=place(folder.recipe))
     start = prepare(folder.recipe, load_data(folder.recipe, folder.path.parent))
     load_checkpoint(folder.path)

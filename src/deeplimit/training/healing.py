@@ -207,13 +207,14 @@ def check_healing(epochs: int, teacher_weight: float, temperature: float, fade: 
     _fade((), fade)
 
 
-def resume_heal(path: str | Path, *, quiet: bool = False) -> Healing:
+def resume_heal(path: str | Path, *, quiet: bool = False, trust: bool = False) -> Healing:
     """Goes on with a healing that was stopped, to the same result as an unbroken one.
 
     Raises:
-        InputError: none was stopped, or the run was cut otherwise since.
+        InputError: none was stopped, the run was cut otherwise since, or its recipe names code
+            and `trust` does not say that it may be run.
     """
-    folder = RunFolder.open(path)
+    folder = RunFolder.open(path, trust=trust)
     file = folder.path / UNDERWAY / PLAN
     if not file.is_file():
         raise InputError(f"{folder.path}: no healing was stopped; start one: deeplimit heal {path}")

@@ -2,6 +2,7 @@
 
 import json
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from deeplimit.data import Standardisation
 from deeplimit.errors import InputError
 from deeplimit.memory import require
+from deeplimit.reading import reading
 from deeplimit.training.loaded_model import LoadedModel, meant, told
+from deeplimit.training.preprocessor import standardisation_beside
 from deeplimit.training.typed_values import conform
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG = "config.json"
+REMEDY = "expected a config.json with a model_type, or a folder that has one"
 LARGEST_DEPTH = 10_000  # layers in a config; of more a network would be built until the memory ends
 UNTRAINED = "random, untrained"
 
@@ -38,7 +41,8 @@ def transformers_model(
         new_head: a trained head for another number of classes is replaced too.
 
     Raises:
-        InputError: transformers is not installed, there is no such config, it cannot be built, or
+        InputError: transformers is not installed, there is no such config, it cannot be built or
+            names code, the weights are not all there, the preprocessor_config.json is damaged, or
             it is no classifier of images into so many classes.
     """
     hf = _library("transformers", "pip install 'deeplimit[hub]'")
@@ -55,11 +59,12 @@ def transformers_model(
             config.num_labels = classes
         build, weights = partial(kind, config), UNTRAINED
         if folder is not None:
-            how = {"config": config, "ignore_mismatched_sizes": new_head, "local_files_only": True}
-            build, weights = partial(kind.from_pretrained, folder, **how), "trained"
+            build, weights = partial(_trained, kind, folder, config, new_head), "trained"
         model = _built(spec, build, partial(kind, config))
         model = model if classes is None else model.float()
-        scale = None if folder is None else _standardisation(folder)
+        scale = None
+        if folder is not None and model.main_input_name == "pixel_values":
+            scale = standardisation_beside(folder, getattr(config, "num_channels", 3))
         return LoadedModel(spec, model, weights, standardisation=scale)
 
 
@@ -141,27 +146,76 @@ def _config(hf: Any, name: str) -> tuple[Any, Path | None]:
                 f"{meant(name, hf.CONFIG_MAPPING)}, and nothing in the hub's cache; fetch it first "
                 f"(hf download {name}), or give a config.json"
             ) from error
-    try:
-        # Without an answer it asks at the terminal whether to run the folder's code.
+    file = path / CONFIG if path.is_dir() else path
+    with reading(file, "no config of transformers", REMEDY):
+        _check_code(hf, file, json.loads(file.read_text(encoding="utf-8")))
         config = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        _check_config(config)
-    except Exception as error:  # transformers raises what the values lead it to
-        raise InputError(
-            f"{path}: no config of transformers ({told(error)}); expected a config.json with a "
-            "model_type, or a folder that has one"
-        ) from error
+        _check_config(file, config)
     return config, path if path.is_dir() else None
 
 
-def _check_config(config: Any) -> None:
+def _check_code(hf: Any, path: Path, said: Any) -> None:
+    """Refuses a config.json that names code: a model's own, or a kernel of the hub's."""
+    if not isinstance(said, dict):
+        raise InputError(f"{path} holds a {type(said).__name__}; {REMEDY}")
+    if "auto_map" in said and said.get("model_type") not in hf.CONFIG_MAPPING:
+        raise InputError(
+            f"{path} names code beside it (auto_map), which is never run; write a function that "
+            "returns the model, and give it as module:function"
+        )
+    for name, value in _fields(said):
+        if name.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise InputError(
+                f"{path}: {name} is {value!r}, code of the hub, which is never run; leave it out"
+            )
+
+
+def _fields(said: Any) -> Iterator[tuple[str, Any]]:
+    """The fields of an object and of the objects in it."""
+    for name, value in said.items() if isinstance(said, dict) else ():
+        yield name, value
+        yield from _fields(value)
+
+
+def _check_config(path: Path, config: Any) -> None:
     """Before it is built: names that can be looked up, and no more layers than can be."""
-    conform(tuple[str, ...] | None, config.architectures, "architectures")
+    conform(tuple[str, ...] | None, config.architectures, f"{path}: architectures")
     for name, value in config.to_dict().items():
         counts = value if isinstance(value, list | tuple) else [value]
         if "layer" in name or "depth" in name:
             for count in counts:
                 if isinstance(count, int) and count > LARGEST_DEPTH:
-                    raise InputError(f"{name} is {count:g}; expected at most {LARGEST_DEPTH}")
+                    raise InputError(
+                        f"{path}: {name} is {count:g}; expected at most {LARGEST_DEPTH}"
+                    )
+
+
+def _trained(kind: Any, folder: Path, config: Any, new_head: bool) -> Any:
+    """The model with the weights in a folder; those of another class may lack its head.
+
+    Raises:
+        InputError: they say to be of this class, and some are missing, or some layer is too many.
+    """
+    model, found = kind.from_pretrained(
+        folder,
+        config=config,
+        ignore_mismatched_sizes=new_head,
+        local_files_only=True,
+        weights_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    if kind.__name__ in (config.architectures or ()):
+        layers = {re.sub(r"\d+", "*", name) for name in model.state_dict()}
+        extra = (n for n in found["unexpected_keys"] if re.sub(r"\d+", "*", n) in layers)
+        for what, names in (("no", found["missing_keys"]), ("too many weights, such as", extra)):
+            first = min(names, default=None)
+            if first is not None:
+                raise InputError(
+                    f"{folder}: {what} {first} among its weights, by what its {CONFIG} says; the "
+                    "folder is damaged, or its files are not of one model: fetch it again"
+                )
+    return model
 
 
 def _has_weights(folder: Path) -> bool:
@@ -170,10 +224,9 @@ def _has_weights(folder: Path) -> bool:
 
 def _model_class(hf: Any, config: Any) -> Any:
     """The config's own class, or the first of its family that comes with a loss."""
-    for name in config.architectures or ():
-        kind = getattr(hf, name, None)
-        if isinstance(kind, type) and issubclass(kind, hf.PreTrainedModel):
-            return kind
+    own = _own_class(hf, config)
+    if own is not None:
+        return own
     mappings = [getattr(hf, f"MODEL_FOR_{task}_MAPPING") for task in TASKS]
     for mapping in [*mappings, hf.MODEL_MAPPING]:
         found = mapping.get(type(config), None)
@@ -185,11 +238,20 @@ def _model_class(hf: Any, config: Any) -> Any:
     )
 
 
+def _own_class(hf: Any, config: Any, task: str = "") -> Any:
+    """The first class of models that the config names, and transformers has."""
+    for name in config.architectures or ():
+        found = getattr(hf, name, None) if task in name else None
+        if isinstance(found, type) and issubclass(found, hf.PreTrainedModel):
+            return found
+    return None
+
+
 def _classifier_class(hf: Any, config: Any, spec: str) -> Any:
     """The config's own class where it classifies images, else that of its family which does."""
-    for name in config.architectures or ():
-        if "ForImageClassification" in name and hasattr(hf, name):
-            return getattr(hf, name)
+    own = _own_class(hf, config, "ForImageClassification")
+    if own is not None:
+        return own
     found = hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
     if found is None:
         raise InputError(
@@ -207,18 +269,6 @@ def _check_head(config: Any, kind: Any, classes: int, spec: str) -> None:
             f"{spec} tells {config.num_labels} classes apart, the data has {classes}; give "
             "other data, or --new-head in deeplimit train to put a new head in its place"
         )
-
-
-def _standardisation(folder: Path) -> Standardisation | None:
-    """What the preprocessor_config.json beside the weights says, if there is one."""
-    try:
-        said = json.loads((folder / PREPROCESSOR).read_text(encoding="utf-8"))
-        if not said.get("do_normalize", True):
-            return None
-        mean, std = (tuple(map(float, said[name])) for name in ("image_mean", "image_std"))
-        return Standardisation(mean, std)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def _built(spec: str, build: Callable[[], nn.Module], outline: Callable[[], nn.Module]) -> Any:

@@ -24,6 +24,7 @@ from deeplimit.training.library_models import LIBRARIES
 from deeplimit.training.loaded_model import LoadedModel, meant, told
 from deeplimit.training.recipe import check_seed
 from deeplimit.training.run_folder import RunFolder
+from deeplimit.training.trust import Named, check_code
 
 FORMS = (
     "a run folder, module:function, transformers:NAME, torchvision:NAME, timm:NAME or a "
@@ -32,30 +33,39 @@ FORMS = (
 
 
 def load_model(
-    spec: str, *, seed: int = 0, classes: int | None = None, new_head: bool = False
+    spec: str,
+    *,
+    seed: int = 0,
+    classes: int | None = None,
+    new_head: bool = False,
+    trust: bool = False,
 ) -> LoadedModel:
     """The model that a specification names; nothing is downloaded.
+
+    A function that is given as `spec` is called; one that a run's recipe.toml names is not, unless
+    `trust` says so (docs/trust.md).
 
     Args:
         spec: one of the forms above.
         seed: of the parameters that are drawn here; torch's own random state is left as it was.
         classes: asks a library for a classifier of images with so many classes.
         new_head: of a trained model of transformers with another number of classes.
+        trust: whether code that a run folder names may be run.
 
     Raises:
-        InputError: no such model, a seed out of range, a library that is not installed, or a
-            function that fails or returns something else.
+        InputError: no such model, a seed out of range, a library that is not installed, a function
+            that fails or returns something else, or code that is not trusted.
     """
     check_seed(seed)
     source, colon, name = spec.partition(":")
     if source not in LIBRARIES and spec.endswith(".safetensors"):
         return _of_file(Path(spec))
     if not colon or Path(spec).is_dir():
-        return _of_run(spec)
+        return _of_run(spec, trust or (isinstance(spec, Named) and spec.trust))
     if not source or not name:
         raise InputError(f"the model is {spec!r}; expected {FORMS}")
     with torch.random.fork_rng(devices=[]):
-        module = None if source in LIBRARIES else _imported(source, name)
+        module = None if source in LIBRARIES else _imported(spec, source, name)
         torch.manual_seed(seed)  # only now: a module may draw numbers while it is imported
         if module is not None:
             return _of_function(spec, module, name)
@@ -81,10 +91,10 @@ def _of_file(path: Path) -> LoadedModel:
     return LoadedModel(str(path), model.train(), "trained")
 
 
-def _of_run(spec: str) -> LoadedModel:
+def _of_run(spec: str, trust: bool) -> LoadedModel:
     if not Path(spec).exists():
         raise InputError(f"{spec}: no such folder; the model is given as {FORMS}")
-    run = RunFolder.open(spec)
+    run = RunFolder.open(spec, trust=trust)
     model = run.model().train()
     return LoadedModel(spec, model, "trained", run=run.path, standardisation=run.standardisation)
 
@@ -116,13 +126,14 @@ def _of_function(spec: str, module: Any, name: str) -> LoadedModel:
     return LoadedModel(spec, model, "as the function returned them", None, batch, loss_of)
 
 
-def _imported(name: str, function: str) -> Any:
+def _imported(spec: str, name: str, function: str) -> Any:
     """The user's module; the current folder is looked through as by `python -m`."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise InputError(f"{spec!r} names no module and function; expected {FORMS}")
+    check_code(spec, name)
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise InputError(f"{name}:{function} names no module and function; expected {FORMS}")
     try:
         return pkgutil.resolve_name(f"{name}:")
     except Exception as error:

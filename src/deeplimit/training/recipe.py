@@ -8,6 +8,7 @@ from typing import Any, Literal, get_type_hints
 
 from deeplimit.errors import InputError
 from deeplimit.training.recipe_file import read_recipe_file, recipe_text
+from deeplimit.training.trust import Named
 from deeplimit.training.typed_values import conform, from_plain, to_plain
 
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
@@ -151,8 +152,12 @@ class Recipe:
         self._check_training()
 
     @classmethod
-    def from_toml(cls, path: str | Path) -> "Recipe":
+    def from_toml(cls, path: str | Path, *, trust: bool = False) -> "Recipe":
         """The recipe in a recipe.toml.
+
+        Args:
+            path: the file.
+            trust: whether code that it names, a model module:function, may be run.
 
         Raises:
             InputError: the file is not one, is of another version, or has a field that is unknown,
@@ -165,6 +170,8 @@ class Recipe:
                 settings = _beside(settings, path.parent)
                 given = {name: getattr(cls, name) for name in NETWORK if "model" in settings}
                 settings = OLDER | given | settings
+                if isinstance(model := settings.get("model"), str):
+                    settings["model"] = Named(model, path, trust)
             return from_plain(cls, settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None

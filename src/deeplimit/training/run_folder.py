@@ -113,8 +113,12 @@ class RunFolder:
             raise
 
     @classmethod
-    def open(cls, path: str | Path) -> "RunFolder":
+    def open(cls, path: str | Path, *, trust: bool = False) -> "RunFolder":
         """An existing run.
+
+        Args:
+            path: its folder.
+            trust: whether code that its recipe names, a model module:function, may be run.
 
         Raises:
             InputError: no such folder, no recipe.toml in it, or one of another version.
@@ -126,7 +130,7 @@ class RunFolder:
             raise InputError(
                 f"{path}: no {RECIPE} in it; expected a folder that `deeplimit train` wrote"
             )
-        return cls(path, Recipe.from_toml(path / RECIPE))
+        return cls(path, Recipe.from_toml(path / RECIPE, trust=trust))
 
     @property
     def class_names(self) -> tuple[str, ...]:

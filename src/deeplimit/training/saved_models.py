@@ -21,8 +21,9 @@ from deeplimit.network.storage import file_errors, load, save, write_weights
 from deeplimit.network.weights import read_safetensors
 from deeplimit.ode import untie
 from deeplimit.reading import parse_json
-from deeplimit.training.library_models import PREPROCESSOR, quiet, transformers_model
+from deeplimit.training.library_models import quiet, transformers_model
 from deeplimit.training.loaded_model import told
+from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor
 from deeplimit.training.typed_values import conform
 
 OWN = (ResidualClassifier, CifarResNet)
@@ -111,17 +112,4 @@ def _save_folder(model: Any, place: Path, standardisation: Standardisation | Non
         with quiet(import_module("transformers")), file_errors():
             model.save_pretrained(aside)
         if standardisation is not None:
-            (aside / PREPROCESSOR).write_text(json.dumps(_preprocessor(standardisation), indent=2))
-
-
-def _preprocessor(standardisation: Standardisation) -> dict[str, Any]:
-    """For AutoImageProcessor: pixels of 0 … 255 as the model was trained on; no resizing."""
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(standardisation.mean),
-        "image_std": list(standardisation.std),
-    }
+            (aside / PREPROCESSOR).write_text(json.dumps(preprocessor(standardisation), indent=2))

@@ -126,7 +126,7 @@ def _text(hint: Any, value: str, where: str) -> Any:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(f"{where} is {_shown(value)}; expected characters of Unicode") from None
-    return hint(value)
+    return Path(value) if hint is Path else value  # as it is: a mark such as `Named` stays on it
 
 
 def _ill_typed(where: str, value: Any, words: dict[Any, str], hint: Any) -> InputError:

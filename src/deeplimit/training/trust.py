@@ -1,0 +1,117 @@
+"""Code that a file names: it is run only where the user said so.
+
+A specification `module:function` is code. Typed on the command line or written in a program it is
+the user's own; out of a recipe.toml it is whoever's wrote the file. `Named` marks the latter on its
+way through recipes, and `check_code` stands before the one import.
+"""
+
+import importlib.util
+import os
+import pkgutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+
+from deeplimit.errors import InputError
+
+
+class Named(str):
+    """A model's specification that is not the user's own words alone.
+
+    Attributes:
+        file: which names it; None where the user did.
+        trust: whether code may be run that `file`, or a run folder which this names, names.
+    """
+
+    file: Path | None
+    trust: bool
+
+    def __new__(cls, spec: str, file: Path | None = None, trust: bool = False) -> "Named":
+        """The text, marked."""
+        named = super().__new__(cls, spec)
+        named.file, named.trust = file, trust
+        return named
+
+
+def check_code(spec: str, module: str) -> None:
+    """Before a module is imported: is it the user's, or trusted? Then its files are told on stderr.
+
+    Raises:
+        InputError: a file names it, and nobody said that it may be run.
+    """
+    file = spec.file if isinstance(spec, Named) else None
+    if file is None:
+        return
+    code = ", ".join(sources(module)) or "found neither in this folder nor installed"
+    if not isinstance(spec, Named) or not spec.trust:
+        raise InputError(
+            f"{file} names code, {spec} ({code}), which is not run unasked; read it, then give "
+            "--trust (in Python trust=True) if it may be"
+        )
+    _tell(f"running code that {file} names, {spec}: {code}")
+
+
+def sources(module: str) -> list[str]:
+    """The files that importing a module runs, those of packages above it first; none is run."""
+    return [found.origin or "no file" for found in _chain(module) if found.loader is not None]
+
+
+@contextmanager
+def current_folder() -> Iterator[None]:
+    """Modules are looked for in the current folder too, as by `python -m`."""
+    here = os.getcwd()
+    given = here not in sys.path
+    if given:
+        sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if given:
+            with suppress(ValueError):
+                sys.path.remove(here)
+
+
+def _chain(module: str) -> Iterator[ModuleSpec]:
+    """Package, subpackage, …, module; `importlib.util.find_spec` would import all but the last."""
+    top, *parts = module.split(".")
+    with current_folder():
+        try:
+            found = importlib.util.find_spec(top)
+        except ValueError:  # a module without one, such as __main__
+            found = None
+        name = top
+        while found is not None:
+            yield found
+            if not parts:
+                return
+            name = f"{name}.{parts.pop(0)}"
+            places = list(found.submodule_search_locations or ())
+            found = _inside(name, places)
+
+
+def _inside(name: str, places: list[str]) -> ModuleSpec | None:
+    """What a name is in the folders of its package; several make a package without a file."""
+    loaded = getattr(sys.modules.get(name), "__spec__", None)
+    if loaded is not None:
+        return loaded
+    finders = (pkgutil.get_importer(place) for place in places)
+    every = [spec for finder in finders if finder and (spec := finder.find_spec(name))]
+    whole = next((spec for spec in every if spec.loader is not None), None)
+    if whole is not None or not every:
+        return whole
+    joined = ModuleSpec(name, None, is_package=True)
+    joined.submodule_search_locations = [
+        place for spec in every for place in spec.submodule_search_locations or ()
+    ]
+    return joined
+
+
+@cache
+@rank_zero_only
+def _tell(message: str) -> None:
+    print(f"deeplimit: {message}", file=sys.stderr, flush=True)
