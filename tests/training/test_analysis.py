@@ -82,8 +82,8 @@ def test_the_accuracy_that_may_be_lost_is_the_users(run: RunFolder) -> None:
     stored = run.cut()
     assert stored is not None
     assert stored.tolerance == 0.3
-    for wrong in (-0.1, 1.5, float("nan")):
-        with pytest.raises(InputError, match="give 0 … 100 points"):
+    for wrong in (-0.1, 0.5, 1.5, float("nan")):
+        with pytest.raises(InputError, match="expected from 0 to less than 50 points"):
             crop_run(run, "auto", accuracy=wrong)
     assert run.cut() == stored
 

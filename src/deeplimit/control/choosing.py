@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from deeplimit.control.cropping import check_profile, latencies, multiply_adds
 from deeplimit.control.cut_choice import Budget, CutChoice
+from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.trials import Trials
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
+from deeplimit.network.checks import check_number
 from deeplimit.network.modes import Inputs, evaluating, first_samples
 
 NAMES: tuple[Budget, ...] = ("accuracy", "blocks", "multiply_adds", "latency")
@@ -30,6 +32,7 @@ def choose_cut(
     blocks: int | None = None,
     multiply_adds: float | None = None,
     latency: float | None = None,
+    shift: bool = False,
 ) -> CutChoice:
     """Chooses which layers to remove, of any stage, under one budget.
 
@@ -51,6 +54,7 @@ def choose_cut(
         blocks: how many layers are kept.
         multiply_adds: the fraction of the multiply-adds that is kept at most: fewest layers go.
         latency: the fraction of the latency of the first batch, likewise.
+        shift: targets of tokens are the inputs themselves: each predicts the next.
 
     Raises:
         InputError: no budget or several, one out of range, or one that cannot be met by removing
@@ -62,7 +66,7 @@ def choose_cut(
     check_profile(profile, structure.horizon)
     _check(budget, limit, structure.horizon, loader is not None)
     with evaluating(model):
-        trials = None if loader is None else Trials(structure, loader)
+        trials = None if loader is None else Trials(structure, loader, shift)
         spending = _Spending(structure, trials, budget, limit)
         cuts: dict[str, tuple[int, ...]] = {}
         for score, order in _orders(structure, profile).items():
@@ -242,7 +246,7 @@ def _the_one(given: dict[Budget, int | float | None]) -> tuple[Budget, float]:
             f"{found} given"
         )
     name, value = named[0]
-    return name, float(value)
+    return name, check_number(name, value, "a number", lambda _: True)
 
 
 def _check(budget: Budget, limit: float, horizon: int, loader: bool) -> None:
@@ -253,13 +257,12 @@ def _check(budget: Budget, limit: float, horizon: int, loader: bool) -> None:
                 f"{limit:g} blocks are to be kept; the model has {horizon}: 1 … {horizon}"
             )
         return
-    least_fits = limit >= 0 if budget == "accuracy" else limit > 0
-    if not (least_fits and limit <= 1):
-        kind = "lost" if budget == "accuracy" else "kept"
-        least = "from" if budget == "accuracy" else "above"
+    if budget == "accuracy":
+        check_tolerance(limit)
+    elif not 0 < limit <= 1:
         raise InputError(
-            f"a fraction of {limit:g} of the {budget.replace('_', '-')} is to be {kind}; "
-            f"expected one {least} 0 up to 1"
+            f"a fraction of {limit:g} of the {budget.replace('_', '-')} is to be kept; expected "
+            "one above 0 up to 1"
         )
     if not loader:
         raise InputError(

@@ -13,14 +13,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from deeplimit.control.alignment import aligned_batches
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.fading import FadedForward
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.finite import blame_inputs
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
-from deeplimit.network.modes import Inputs, device_of, evaluating, first_samples, pairs
+from deeplimit.network.checks import shown
+from deeplimit.network.modes import Inputs, device_of, evaluating, first_samples
+from deeplimit.network.targets import fitted
 
 LATENCY_ROUNDS = 7
 
@@ -39,8 +43,13 @@ def removal(profile: TurnpikeProfile, accuracy: float = ACCURACY_TOLERANCE) -> r
     return range(depth, horizon)
 
 
-def check_profile(profile: TurnpikeProfile, horizon: int) -> None:
-    """Raises InputError if the profile is not of a network with so many layers."""
+def check_profile(profile: object, horizon: int) -> None:
+    """Raises InputError if it is no profile of a network with so many layers."""
+    if not isinstance(profile, TurnpikeProfile):
+        raise InputError(
+            f"{shown(profile)} given as the profile; expected what turnpike_profile(model, loader, "
+            "loss) returns"
+        )
     if profile.horizon != horizon:
         raise InputError(
             f"the profile is of a network with {profile.horizon} layers, the model has {horizon}; "
@@ -94,6 +103,8 @@ def verify_crop(
     cropped: nn.Module,
     loader: Iterable[tuple[Inputs, Tensor]],
     loss: SoftCrossEntropy | None = None,
+    *,
+    shift: bool = False,
 ) -> CropReport:
     """Compares a model and its crop on held-out data: what the cut cost and what it saves.
 
@@ -105,14 +116,18 @@ def verify_crop(
         loader: batches (x, y) that chose neither the weights nor the depth; of tokens [B, L] those
             count whose target is not −100.
         loss: the loss reported; the plain cross-entropy by default.
+        shift: targets of tokens are the inputs themselves: each predicts the next.
 
     Raises:
-        InputError: a loader that is empty or has no token that counts, networks of other classes.
+        InputError: a loader that is empty or has no token that counts, networks of other classes,
+            targets that are no classes or not aligned, inputs that are not finite, another loss.
     """
+    if loss is not None:
+        check_loss(loss)
     device = device_of(model)
     after = cropped if device_of(cropped) == device else copy.deepcopy(cropped).to(device)
     with evaluating(model), evaluating(after):
-        return _verified(model, after, pairs(loader, device), loss)
+        return _verified(model, after, aligned_batches(anatomy(model), loader, shift), loss)
 
 
 def _verified(
@@ -134,7 +149,8 @@ def _verified(
                 f"the logits have shape {list(z.shape)} before the cut and {list(w.shape)} after "
                 "it; give a network and its own crop"
             )
-        tokens = structure.tokens
+        blame_inputs(x, z)
+        tokens, y = structure.tokens, fitted(z, y)
         parts = CountedTokens(y, z.shape[-1]).chunks(z, w) if tokens else [labelled(y, z, w)]
         for part in parts:
             sums = _compared(loss, *part)

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deeplimit.control.alignment import aligned_batches
+from deeplimit.control.finite import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.stage_cost import StageCost
 from deeplimit.control.token_losses import CountedTokens
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy
-from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
+from deeplimit.network.checks import shown
+from deeplimit.network.modes import Inputs, device_of, evaluating
 
 ROUNDING = 1e-12
 
@@ -93,14 +96,20 @@ def dissipativity(
 
     Args:
         stage_cost: the objective, with the model, γ and r.
-        loader: batches (x, y); of tokens [B, L] those count whose target is not −100.
+        loader: batches (x, y) as the stage cost takes them; of tokens [B, L] those count whose
+            target is not −100.
         minimum: H, the claimed minimum of ℓ; the soft cross-entropy's own by default.
         control_cost: r; the stage cost's own by default. A negative one is no dissipative cost, and
             is found not to be.
 
     Raises:
-        InputError: an empty loader.
+        InputError: an empty loader, targets that are no classes or not aligned, inputs that are
+            not finite, or no stage cost.
     """
+    if not isinstance(stage_cost, StageCost):
+        raise InputError(
+            f"{shown(stage_cost)} given as the objective; expected a StageCost(model, loss, weight)"
+        )
     loss, structure = stage_cost.loss, stage_cost.anatomy
     gamma = stage_cost.weight
     r = stage_cost.control_cost if control_cost is None else control_cost
@@ -113,7 +122,7 @@ def dissipativity(
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     count = 0
     with evaluating(stage_cost):
-        for x, y in pairs(loader, device):
+        for x, y in aligned_batches(structure, loader, stage_cost.shift):
             states, _ = structure.states(x)
             if structure.tokens:
                 counted = CountedTokens(y, loss.classes)
@@ -121,6 +130,7 @@ def dissipativity(
             else:
                 logits = structure.logits(states[:-1]).double()
                 above, apart = measure(logits, y.expand(len(logits), *y.shape))
+            blame_inputs(x, above)
             if above.shape[1] == 0:  # no token counts
                 continue
             count += above.shape[1]

@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeplimit.control.soft_cross_entropy import IGNORED, SoftCrossEntropy
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.stage_cost import StageCost
 from deeplimit.control.token_losses import widened
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
+from deeplimit.network.checks import check_number
 from deeplimit.network.modes import Inputs
+from deeplimit.network.targets import IGNORED
 
 
 class Distillation(StageCost):
@@ -37,6 +39,7 @@ class Distillation(StageCost):
         temperature: τ > 0.
         weight: γ of the stage cost, here 0 by default.
         control_cost: r of the stage cost.
+        shift: as of `StageCost`.
 
     Raises:
         InputError: as `StageCost`; w or τ out of range, or a teacher without anatomy.
@@ -53,8 +56,9 @@ class Distillation(StageCost):
         temperature: float = 2.0,
         weight: float = 0.0,
         control_cost: float = 0.0,
+        shift: bool = False,
     ):
-        super().__init__(model, loss, weight, control_cost)
+        super().__init__(model, loss, weight, control_cost, shift=shift)
         check_teaching(teacher_weight, temperature)
         self.learns = learns
         self.teacher = copy.deepcopy(teacher)
@@ -70,9 +74,8 @@ class Distillation(StageCost):
             self.teacher.eval()
         return self
 
-    def forward(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(cost, logits) of a batch of inputs x [B, …] and targets y [B]."""
-        cost, logits = super().forward(x, y)
+    def _cost(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        cost, logits = super()._cost(x, y)
         with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
             taught = self._answer(x)
         if taught.shape != logits.shape:
@@ -97,7 +100,6 @@ class Distillation(StageCost):
 
 def check_teaching(teacher_weight: float, temperature: float) -> None:
     """Raises InputError for a w or τ out of range."""
-    if not 0 <= teacher_weight <= 1:
-        raise InputError(f"teacher_weight is {teacher_weight:g}; expected a number from 0 to 1")
-    if not (math.isfinite(temperature) and temperature > 0):
+    check_number("teacher_weight", teacher_weight, "a number from 0 to 1", lambda w: 0 <= w <= 1)
+    if not 0 < check_number("temperature", temperature, "a number above 0") < math.inf:
         raise InputError(f"temperature is {temperature:g}; expected a number above 0")

@@ -12,6 +12,7 @@ from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain
 from deeplimit.network.anatomy import anatomy
 from deeplimit.network.anatomy.anatomy import layer_numbers
+from deeplimit.network.checks import check_number
 
 
 class FadedForward:
@@ -103,10 +104,10 @@ class Fading:
         Raises:
             InputError: another number.
         """
-        if not 0 <= step <= 1:
-            raise InputError(f"a faded layer's step is {step}; expected a number from 0 to 1")
+        expected = "a number from 0 to 1"
+        step = check_number("a faded layer's step", step, expected, lambda s: 0 <= s <= 1)
         for stand_in in self._faded:
-            stand_in.step = float(step)
+            stand_in.step = step
 
     def end(self) -> None:
         """Puts the blocks' own forward back."""

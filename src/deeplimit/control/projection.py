@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.finite import blame_inputs
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
 from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
@@ -51,8 +52,10 @@ def picture_trajectories(
     which each Z*_y is a point.
 
     Raises:
-        InputError: an empty loader, or a model with logits for every token.
+        InputError: an empty loader, targets that are no classes, inputs that are not finite,
+            another loss, or a model with logits for every token.
     """
+    check_loss(loss)
     structure = anatomy(model)
     if structure.tokens:
         raise InputError(
@@ -65,6 +68,8 @@ def picture_trajectories(
         for x, y in pairs(loader, device_of(model)):
             states, _ = structure.states(x)
             logits = structure.logits(states)
+            blame_inputs(x, logits)
+            y = loss.fitted(logits[-1], y)
             plane = loss.classes == 2 and torch.equal(logits[0], states[0])
             layers.append(logits.double().cpu())
             labels.append(y.cpu())

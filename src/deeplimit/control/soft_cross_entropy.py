@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
-
-IGNORED = -100  # as a target: what PyTorch's cross-entropy and transformers take for “none”
+from deeplimit.network.checks import check_count, check_number, shown
+from deeplimit.network.targets import IGNORED, classes_of, fitted
 
 
 class SoftCrossEntropy(nn.Module):
@@ -36,15 +36,13 @@ class SoftCrossEntropy(nn.Module):
 
     def __init__(self, classes: int, softness: float = 0.05):
         super().__init__()
-        if classes < 2:
-            raise InputError(f"{classes} classes given; the soft cross-entropy needs at least 2")
-        if not 0 < softness < 1 - 1 / classes:
-            raise InputError(
-                f"softness {softness} given; with {classes} classes it must lie between 0 and "
-                f"1 − 1/C = {1 - 1 / classes:.4g}, both excluded"
-            )
-        self.classes = classes
-        self.softness = softness
+        self.classes = check_count("the number of classes (it needs at least 2)", classes, 2)
+        most = 1 - 1 / self.classes
+        expected = (
+            f"a number; with {self.classes} classes it must lie between 0 and "
+            f"1 − 1/C = {most:.4g}, both excluded"
+        )
+        self.softness = check_number("softness", softness, expected, lambda s: 0 < s < most)
 
     @property
     def other(self) -> float:
@@ -67,7 +65,7 @@ class SoftCrossEntropy(nn.Module):
         self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch"]:
         """ℓ(z, y) for each sample."""
-        self._check(logits, targets)
+        targets = self.fitted(logits, targets)
         smoothing = self.softness * self.classes / (self.classes - 1)
         values = F.cross_entropy(
             logits.reshape(-1, self.classes),
@@ -81,6 +79,7 @@ class SoftCrossEntropy(nn.Module):
         self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
     ) -> Float[Tensor, ""]:
         """The mean of ℓ(z, y) over the samples that count; 0 where none does."""
+        targets = classes_of(targets)
         values = self(logits, targets)
         return values.sum() / (targets != IGNORED).sum().clamp(min=1)
 
@@ -92,7 +91,7 @@ class SoftCrossEntropy(nn.Module):
         With g_c = log q_c − log softmax(z)_c and Σ q = Σ softmax = 1 it is
         Σ_c q_c (e^{−g_c} − 1 + g_c), a sum of terms that are each ≥ 0.
         """
-        self._check(logits, targets)
+        targets = self.fitted(logits, targets)
         log_q = self.minimiser(targets, logits.dtype)
         gap = log_q - logits.log_softmax(-1)
         values = (log_q.exp() * (torch.expm1(-gap) + gap)).sum(-1)
@@ -102,6 +101,7 @@ class SoftCrossEntropy(nn.Module):
         self, targets: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch classes"]:
         """The point log q^{(y)} of Z*_y, whose exponentials sum to 1; some point for y = −100."""
+        targets = classes_of(targets)
         targets = targets.masked_fill(targets == IGNORED, 0)
         own = F.one_hot(targets, self.classes).to(dtype or torch.get_default_dtype())
         return math.log(self.other) + own * self.contrast
@@ -110,30 +110,33 @@ class SoftCrossEntropy(nn.Module):
         self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch"]:
         """dist(z, Z*_y) = ‖P(z − log q^{(y)})‖ for each sample, P = I − 11ᵀ/C."""
-        self._check(logits, targets)
+        targets = self.fitted(logits, targets)
         apart = logits - self.minimiser(targets, logits.dtype)
         values = torch.linalg.vector_norm(apart - apart.mean(-1, keepdim=True), dim=-1)
         return values.masked_fill(targets == IGNORED, 0)
 
-    def _check(self, logits: Tensor, targets: Tensor) -> None:
+    def fitted(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The targets as whole numbers of 64 bits.
+
+        Raises:
+            InputError: logits of other classes, or targets that do not fit them.
+        """
         if logits.shape[-1:] != (self.classes,):
             raise InputError(
                 f"logits of shape {tuple(logits.shape)} given; expected [..., {self.classes}], the "
                 "classes last"
             )
-        if logits.shape[:-1] != targets.shape:
-            raise InputError(
-                f"targets of shape {tuple(targets.shape)} given for logits of shape "
-                f"{tuple(logits.shape)}; expected {tuple(logits.shape[:-1])}, a class per sample"
-            )
-        if targets.device.type == "cpu" and targets.numel():  # elsewhere it would wait for a device
-            least, most = torch.aminmax(targets.masked_fill(targets == IGNORED, 0))
-            if not 0 <= int(least) <= int(most) < self.classes:
-                raise InputError(
-                    f"targets from {int(least)} to {int(most)} given; expected classes, 0 … "
-                    f"{self.classes - 1}, or {IGNORED} where there is none"
-                )
+        return fitted(logits, targets)
 
     def extra_repr(self) -> str:
         """Classes and softness."""
         return f"classes={self.classes}, softness={self.softness:g}"
+
+
+def check_loss(loss: object) -> None:
+    """Raises InputError unless it is a loss whose minimisers are known."""
+    if not isinstance(loss, SoftCrossEntropy):
+        raise InputError(
+            f"{shown(loss)} given as the loss; expected a SoftCrossEntropy, which has minimisers: "
+            "deeplimit.SoftCrossEntropy(classes, softness=0.05)"
+        )

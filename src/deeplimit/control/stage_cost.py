@@ -4,18 +4,17 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.alignment import aligned
+from deeplimit.control.finite import blame_inputs
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, to_last_stage, widened
-from deeplimit.errors import InputError
+from deeplimit.control.wrapping import AroundWatch, check_bare
 from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.anatomy.anatomy import RunningCost
+from deeplimit.network.checks import check_number
 from deeplimit.network.modes import Inputs, RunningStatistics
-
-WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, FSDPModule)
 
 
 class StageCost(nn.Module):
@@ -35,13 +34,15 @@ class StageCost(nn.Module):
     kept for it.
 
     Of a model with logits for every token, [B, L, C], the samples i are the tokens whose target is
-    not −100; targets are aligned with the logits, so that for the next token the caller shifts
-    them. States then meet the head layer by layer and in chunks of tokens, whose logits are made
-    again in the backward pass: besides the model's own logits and what their loss takes, a few
-    arrays of one chunk (`token_losses.CHUNK` numbers) are in memory at a time, whatever N.
+    not −100; targets are aligned with the logits: for the next token the caller shifts them, or
+    says `shift=True` where y are the inputs themselves. States then meet the head layer by layer
+    and in chunks of tokens, whose logits are made again in the backward pass: besides the model's
+    own logits and what their loss takes, a few arrays of one chunk (`token_losses.CHUNK` numbers)
+    are in memory at a time, whatever N.
 
     This module is what goes into Fabric, DistributedDataParallel or `fully_shard`; save
-    `stage_cost.model.state_dict()`.
+    `stage_cost.model.state_dict()`. `torch.compile` leaves it as it is; to have the blocks
+    compiled: block.forward = torch.compile(block.forward) for each of them.
 
     Args:
         model: a classifier that `anatomy` can read.
@@ -52,9 +53,14 @@ class StageCost(nn.Module):
             DINOv2, BERT and the decoders of transformers it is all parameters of layer n, whose
             attention and MLP each add to the state.
 
+        shift: targets [B, L] are the inputs themselves: each predicts the next (`aligned`).
+
     Raises:
-        InputError: a negative or non-finite weight, a model without anatomy, or one that is wrapped
-            already (gradients of the intermediate states would silently not be synchronised).
+        InputError: a negative or non-finite weight, another loss, a model without anatomy, or one
+            that is wrapped already (gradients of the intermediate states would silently not be
+            synchronised). In a step: targets that are no classes, or of tokens not aligned; a cost
+            that is not finite since the inputs are not (on the CPU; elsewhere it would wait for the
+            device); gradients that no DistributedDataParallel would average though one is there.
     """
 
     def __init__(
@@ -63,25 +69,40 @@ class StageCost(nn.Module):
         loss: SoftCrossEntropy,
         weight: float = 0.1,
         control_cost: float = 0.0,
+        *,
+        shift: bool = False,
     ):
         super().__init__()
-        for name, value in (("weight γ", weight), ("control cost r", control_cost)):
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is {value}; it must be a number ≥ 0")
-        wrapped = next((m for m in model.modules() if isinstance(m, WRAPPERS)), None)
-        if wrapped is not None:
-            raise InputError(
-                f"the model is wrapped in {type(wrapped).__name__} already; give StageCost the "
-                "bare model, then wrap the StageCost"
-            )
+        self.weight, self.control_cost = (
+            check_number(name, value, "a number ≥ 0", lambda v: 0 <= v < math.inf)
+            for name, value in (("weight γ", weight), ("control cost r", control_cost))
+        )
+        check_loss(loss)
+        check_bare(model)
         self.anatomy: Anatomy = anatomy(model)
         self.model = model
         self.loss = loss
-        self.weight = weight
-        self.control_cost = control_cost
+        self.shift = shift
+        self._watch = AroundWatch()
+        self._looked = False
 
     def forward(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         """(cost, logits) of a batch of inputs x [B, …] and targets y [B], or [B, L] of tokens."""
+        if torch.compiler.is_compiling():
+            from deeplimit.control.uncompiled import uncompiled
+
+            return uncompiled(self.forward, x, y)
+        self._watch.look(self)
+        at_no_cost = isinstance(y, Tensor) and y.device.type == "cpu"
+        y = aligned(self.anatomy, x, y, self.shift, look=at_no_cost or not self._looked)
+        self._looked = True
+        cost, logits = self._cost(x, y)
+        if at_no_cost:
+            blame_inputs(x, cost)
+        return cost, logits
+
+    def _cost(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(cost, logits) of a batch whose targets are aligned."""
         # Looked up before the model runs: under FSDP2 the parameters are then still the sharded
         # ones, whose gradients are the optimiser's.
         controls = self.anatomy.controls if self.control_cost else []

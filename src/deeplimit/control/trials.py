@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deeplimit.control.alignment import aligned_batches
+from deeplimit.control.finite import blame_inputs
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.modes import Inputs, device_of, pairs
+from deeplimit.network.modes import Inputs, begun
+from deeplimit.network.targets import fitted
 
 AGAIN = 8
 
@@ -32,26 +35,31 @@ class Trials:
     Args:
         structure: of the model.
         loader: batches (x, y), the same in every pass over it.
+        shift: targets of tokens are the inputs themselves: each predicts the next.
 
     Raises:
         InputError: a loader that can be gone through only once, that is empty, that gives other
-            targets in a later pass, or in which nothing counts.
+            targets in a later pass, or in which nothing counts; targets that are no classes or not
+            aligned, inputs that are not finite.
     """
 
-    def __init__(self, structure: Anatomy, loader: Iterable[tuple[Inputs, Tensor]]):
-        if iter(loader) is loader:
+    def __init__(
+        self, structure: Anatomy, loader: Iterable[tuple[Inputs, Tensor]], shift: bool = False
+    ):
+        batches = begun(loader)
+        if batches is loader:
             raise InputError(
                 "the loader can be gone through only once; cuts are tried on the same batches "
                 "again and again: give a DataLoader or a list"
             )
         self.structure = structure
-        self._loader, self._device = loader, device_of(structure.model)
+        self._loader, self._shift = loader, shift
         self._targets: list[Tensor] | None = None
         self._outcomes: dict[frozenset[int], Outcome] = {}
-        first = next(iter(loader), None)
+        first = next(batches, None)
         if first is None:
             raise InputError("the loader gave no batch; a cut is chosen on at least one sample")
-        ((self.batch, self._batch_targets),) = pairs([first], self._device)
+        ((self.batch, self._batch_targets),) = aligned_batches(structure, [first], shift)
         self._answers = structure.run(self.batch)
         self._hits = self._run(structure)
         self.samples = len(self._hits)
@@ -117,13 +125,10 @@ class Trials:
     def _run(self, structure: Anatomy) -> Tensor:
         """Whether each sample is right, 0 or 1, over the whole loader."""
         hits, targets = [torch.zeros(0, dtype=torch.float64)], []
-        for x, y in pairs(self._loader, self._device):
+        for x, y in aligned_batches(structure, self._loader, self._shift):
             z = structure.run(x)
-            if z.shape[:-1] != y.shape:
-                raise InputError(
-                    f"targets of shape {list(y.shape)} given for logits {list(z.shape)}; expected "
-                    f"{list(z.shape[:-1])}"
-                )
+            blame_inputs(x, z)
+            y = fitted(z, y)
             for part, same in self._parts(z, y):
                 hits.append((part.argmax(-1) == same).double().cpu())
             targets.append(y.flatten().cpu())

@@ -14,11 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.alignment import aligned_batches
+from deeplimit.control.finite import blame_inputs
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, labelled
+from deeplimit.control.tolerance import check_tolerance
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
+from deeplimit.network.checks import check_number
+from deeplimit.network.modes import Inputs, evaluating
 
 ACCURACY_TOLERANCE = 0.005
 LOSS_TOLERANCE = 0.01
@@ -123,7 +127,7 @@ class TurnpikeProfile:
         nothing above the minimum, so that the second tolerance does not depend on the number of
         classes. Layer N satisfies both. Choose on validation data, report on test data.
         """
-        margin = max(accuracy, 2 / self.samples)
+        margin = max(check_tolerance(accuracy), 2 / self.samples)
         scale = math.log(self.classes) - self.minimum
         for n in range(self.horizon):
             drop = self.accuracy[-1] - self.accuracy[n] + self.accuracy_error[n]
@@ -138,9 +142,9 @@ class TurnpikeProfile:
         return self.depth_within()
 
     def _limit(self, radius: float | None) -> float:
-        if radius is not None and not radius >= 0:
-            raise InputError(f"the tube radius is {radius}; it must be a number ≥ 0")
-        return self.radius if radius is None else radius
+        if radius is None:
+            return self.radius
+        return check_number("the tube radius", radius, "a number ≥ 0", lambda r: r >= 0)
 
 
 @torch.no_grad()
@@ -150,6 +154,7 @@ def turnpike_profile(
     loss: SoftCrossEntropy,
     *,
     updates: bool = True,
+    shift: bool = False,
 ) -> TurnpikeProfile:
     """Profiles a model layer by layer over a loader of (x, y), in one pass.
 
@@ -163,17 +168,20 @@ def turnpike_profile(
         loss: the loss that was trained.
         updates: whether to measure what each layer does to the states; without it
             `relative_update` is empty and `influence` None, and the profile is there sooner.
+        shift: targets of tokens are the inputs themselves: each predicts the next.
 
     Raises:
-        InputError: a loader that is empty or has no token that counts, or a model that `anatomy`
+        InputError: a loader that is empty or has no token that counts, targets that are no classes
+            or not aligned, inputs that are not finite, another loss, or a model that `anatomy`
             cannot read.
     """
+    check_loss(loss)
     structure = anatomy(model)
     sums: _Sums | None = None
-    device = device_of(model)
     with evaluating(model):
-        for x, y in pairs(loader, device):
+        for x, y in aligned_batches(structure, loader, shift):
             batch = _measure(structure, x, y, loss, updates)
+            blame_inputs(x, batch.loss)
             sums = batch if sums is None else sums + batch
     if sums is None:
         raise InputError("the loader gave no batch; a profile needs at least one sample")
@@ -238,6 +246,7 @@ def _measure(
     counted = CountedTokens(y, loss.classes) if structure.tokens else None
     padding = _padding(x, states)
     if counted is None:
+        y = loss.fitted(output, y)
         *states, padding, output, y = labelled(y, *states, padding, output)
     if counted is not None:
         values, distance, hits = counted.measured(structure, states[:-1], output, measure)

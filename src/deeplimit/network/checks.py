@@ -1,9 +1,10 @@
 """Arguments looked at before anything is computed with them: one line on what was expected."""
 
 import math
+import operator
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -26,12 +27,20 @@ def check_number(
     return float(value)
 
 
-def check_count(name: str, number: object, least: int = 1, most: int | None = None) -> None:
-    """Raises InputError unless it is a whole number in this range."""
-    whole = isinstance(number, int) and not isinstance(number, bool)
-    if not whole or not least <= cast(int, number) <= (math.inf if most is None else most):
+def check_count(name: str, number: Any, least: int = 1, most: int | None = None) -> int:
+    """The number as Python's own; a whole number of NumPy or a tensor of one is one.
+
+    Raises:
+        InputError: it is no whole number in this range.
+    """
+    try:
+        whole = None if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        whole = None
+    if whole is None or not least <= whole <= (math.inf if most is None else most):
         limit = f"≥ {least}" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} is {shown(number)}; expected a whole number {limit}")
+    return whole
 
 
 def shown(value: object) -> str:

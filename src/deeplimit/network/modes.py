@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.network.checks import shown
+from deeplimit.network.targets import classes_of
 
 # What a model takes: one tensor, or tensors by name as transformers' models do.
 Inputs = Tensor | Mapping[str, Tensor]
@@ -27,17 +29,32 @@ def to_precision(x: Inputs, dtype: torch.dtype) -> Inputs:
     return {name: v.to(dtype) if v.is_floating_point() else v for name, v in x.items()}
 
 
-def pairs(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
-    """The batches (x, y) of a loader, on a device.
+def begun(loader: Iterable[Any]) -> Iterator[Any]:
+    """A pass over a loader.
 
     Raises:
-        InputError: a batch of another form.
+        InputError: it is none.
     """
-    for batch in loader:
+    try:
+        return iter(loader)
+    except TypeError:
+        raise InputError(
+            f"{shown(loader)} given as the loader; expected what gives batches (x, y), such as a "
+            "DataLoader or a list"
+        ) from None
+
+
+def pairs(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
+    """The batches (x, y) of a loader, on a device; y are classes.
+
+    Raises:
+        InputError: no loader, a batch of another form, or targets that are no classes.
+    """
+    for batch in begun(loader):
         parts = batch if isinstance(batch, tuple | list) else (batch,)
         match parts:
             case (Tensor() | Mapping() as x, Tensor() as y):
-                yield to_device(x, device), y.to(device)
+                yield to_device(x, device), classes_of(y).to(device)
             case _:
                 given = ", ".join(map(_described, parts)) or "nothing"
                 raise InputError(

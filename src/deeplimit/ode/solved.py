@@ -13,6 +13,7 @@ from torchdiffeq import odeint
 from deeplimit.errors import InputError, RunError
 from deeplimit.network import ResidualChain, ResidualClassifier, anatomy
 from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
+from deeplimit.network.targets import fitted
 from deeplimit.ode.interpolation import Controls, VectorField
 from deeplimit.ode.recording import Call
 from deeplimit.ode.solving import stopped
@@ -228,8 +229,9 @@ def _predictions(
     """The classes said, the true ones, and the number of batches."""
     said, true = [], []
     for x, y in pairs(loader, device_of(model)):
-        said.append(model(x).argmax(-1).cpu())
-        true.append(y.cpu())
+        z = model(x)
+        said.append(z.argmax(-1).cpu())
+        true.append(fitted(z, y).cpu())
     if not said:
         raise InputError("the loader gave no batch; an accuracy needs at least one sample")
     return torch.cat(said), torch.cat(true), len(said)

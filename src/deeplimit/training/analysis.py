@@ -13,6 +13,7 @@ from deeplimit.control import (
     turnpike_profile,
     verify_crop,
 )
+from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
@@ -77,8 +78,8 @@ def crop_run(
         data: the run's data where it is loaded already.
 
     Raises:
-        InputError: a depth that the network does not have, a tolerance outside 0 … 1, a budget that
-            cannot be met, several of these, or a run that is not finished.
+        InputError: a depth that the network does not have, a tolerance of half the accuracy or
+            more, a budget that cannot be met, several of these, or a run that is not finished.
     """
     given = {"blocks": blocks, "multiply_adds": multiply_adds, "latency": latency}
     budget = {name: value for name, value in given.items() if value is not None}
@@ -91,11 +92,7 @@ def crop_run(
         raise InputError(
             f"a cut to {to} layers; the network has {layers}: give {least} … {layers}, auto"
         )
-    if not 0 <= accuracy <= 1:
-        raise InputError(
-            f"{100 * accuracy:g} points of accuracy may be lost; give 0 … 100 points (in Python, "
-            "accuracy = 0 … 1)"
-        )
+    check_tolerance(accuracy)
     data = data or run_data(folder)
     if to == "auto":
         profiles = folder.profiles() or profile_run(folder, data=data)
