@@ -114,7 +114,7 @@ def test_what_a_killed_process_left_aside_goes_with_the_next_write(
     assert done.returncode == -9, done.stderr
     left = Path(done.stdout.strip())
     assert list(tmp_path.iterdir()) == [left]
-    alive = tmp_path / f".a[1].html.{os.getppid()}.new"  # somebody is at it
+    alive = tmp_path / f".a[1].html.{os.getppid()}.1.new"  # somebody is at it
     alive.write_text("")
     write_text(tmp_path / "other", "")
     assert left.exists()
@@ -126,8 +126,8 @@ def test_only_what_we_left_aside_is_removed(tmp_path: Path) -> None:
     """Names that look alike, and those of processes that go on, stay."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    ours = [f".x.{gone.pid}.new", f".x.y.{gone.pid}.new"]
-    others = [f".x.{gone.pid}", f"x.{gone.pid}.new", ".x.new", f".x.{os.getppid()}.new"]
+    ours = [f".x.{gone.pid}.7.new", f".x.y.{gone.pid}.7.new"]
+    others = [f".x.{gone.pid}.7", f"x.{gone.pid}.7.new", ".x.7.new", f".x.{os.getppid()}.7.new"]
     for name in ours + others:
         (tmp_path / name).write_text("")
     remove_stale(tmp_path)

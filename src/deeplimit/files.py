@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from threading import get_native_id
 from typing import Any, BinaryIO
 
 from deeplimit.errors import RunError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-ASIDE = re.compile(r"\..+\.(\d+)\.new")  # .NAME.PID.new, while the process writes NAME
+ASIDE = re.compile(r"\..+\.(\d+)\.\d+\.new")  # .NAME.PID.THREAD.new, while NAME is written
+SHOWN = 40  # letters of NAME
 
 
 def aside_of(path: Path) -> Path:
-    """Where this process writes what is going to be `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.new")
+    """Where this thread writes what is going to be `path`."""
+    return path.with_name(f".{path.name[:SHOWN]}.{os.getpid()}.{get_native_id()}.new")
 
 
 @contextmanager
@@ -77,7 +79,7 @@ def remove(path: Path) -> None:
 
 def remove_stale(folder: Path, name: str = "*") -> None:
     """Removes what processes that are gone left aside of `name` in a folder; of all without one."""
-    pattern = name if name == "*" else escape(name)
+    pattern = name if name == "*" else escape(name[:SHOWN])
     for path in folder.glob(f".{pattern}.*.new"):
         found = ASIDE.fullmatch(path.name)
         if found is not None and _gone(int(found[1])):

@@ -27,6 +27,7 @@ from deeplimit.network.storage import load
 from deeplimit.training import RunFolder, recipe_for
 
 FILES = {
+    "run.json",
     "recipe.toml",
     "metrics.csv",
     "checkpoint",

@@ -82,7 +82,7 @@ class Crop(Source):
                 f"{' and '.join(given)} given; a cut follows from one of them: give one"
             )
         accuracy = {} if self.points is None else {"accuracy": self.points / 100}
-        with self.opened() as folder:
-            cut = crop_run(folder, self.to, **accuracy, **budgets)  # type: ignore[arg-type]
-        shown = crop_summary(cut, folder.reference(), folder.profiles())
-        emit(cut, shown, renew_page(folder), json=self.json)
+        with self.opened() as folder, folder.commit() as new:
+            cut = crop_run(new, self.to, **accuracy, **budgets)  # type: ignore[arg-type]
+            shown, page = crop_summary(cut, new.reference(), new.profiles()), renew_page(new)
+        emit(cut, shown, page, json=self.json)

@@ -34,11 +34,23 @@ def check_place(figure: Path | None) -> None:
 
 
 def write_figures(
-    path: Path, title: str, figures: "Sequence[tuple[str, go.Figure, str]]", result: Any = None
+    path: Path,
+    title: str,
+    figures: "Sequence[tuple[str, go.Figure, str]]",
+    result: Any = None,
+    *,
+    to: Path | None = None,
 ) -> str:
-    """Writes (name, figure, caption) in one page, the result beside it; says where it is."""
+    """Writes (name, figure, caption) in one page, the result beside it; says where it is.
+
+    Args:
+        path: of the page.
+        title: its heading.
+        figures: what is on it.
+        result: their numbers.
+        to: where a page that belongs to a commit will be.
+    """
     from deeplimit.files import write_text
-    from deeplimit.training.typed_values import to_plain
 
     parts = [HEAD.format(title=escape(title))]
     for n, (_, figure, caption) in enumerate(figures):
@@ -48,6 +60,13 @@ def write_figures(
         parts.append(f"<p>{escape(caption)}</p>")
     write_text(path, "".join(parts) + "</body>\n")
     if result is not None:
-        text = json.dumps(to_plain(result), allow_nan=False, ensure_ascii=False)
-        write_text(path.with_suffix(".json"), text + "\n")
-    return f"The figure{' is' if len(figures) == 1 else 's are'} at {path.resolve()}"
+        write_result(path.with_suffix(".json"), result)
+    return f"The figure{' is' if len(figures) == 1 else 's are'} at {(to or path).resolve()}"
+
+
+def write_result(path: Path, result: Any) -> None:
+    """Writes a result as JSON, as --json prints it."""
+    from deeplimit.files import write_text
+    from deeplimit.training.typed_values import to_plain
+
+    write_text(path, json.dumps(to_plain(result), allow_nan=False, ensure_ascii=False) + "\n")

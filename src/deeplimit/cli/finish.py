@@ -37,8 +37,8 @@ def finish(folder: RunFolder, *, json: bool) -> None:
 
 def show(folder: RunFolder, *, json: bool) -> None:
     """Writes the page from what is in the folder, and prints the answer and where the page is."""
-    results = folder.results()
-    page = write_page(results, folder.path / PAGE)
+    with folder.commit() as new:
+        results, page = _renewed(new)
     shown: list[RenderableType] = []
     if results.cut is not None:
         shown.append(crop_summary(results.cut, results.reference, results.profiles))
@@ -49,7 +49,15 @@ def show(folder: RunFolder, *, json: bool) -> None:
 
 def renew_page(folder: RunFolder) -> str:
     """Writes the page from what is in the folder; says where it is."""
-    return _page_line(write_page(folder.results(), folder.path / PAGE))
+    with folder.commit() as new:
+        return _page_line(_renewed(new)[1])
+
+
+def _renewed(folder: RunFolder) -> tuple[RunResults, Path]:
+    """The page written in an open commit; the results on it, and where it will be."""
+    results = folder.results()
+    write_page(results, folder.files.place(PAGE))
+    return results, folder.path / PAGE
 
 
 def _page_line(page: Path) -> str:

@@ -103,21 +103,19 @@ def _device(name: str) -> str:
 
 def _write(cost: "GradientCost", figure: Path | None, run: Path | None) -> list[str]:
     """The files; what to say of them."""
-    from json import dumps
-
-    from deeplimit.cli.figure_page import write_figures
-    from deeplimit.files import write_text
+    from deeplimit.cli.figure_page import write_figures, write_result
     from deeplimit.report import gradient_cost_figure
-    from deeplimit.training.typed_values import to_plain
+    from deeplimit.training.files import RunFiles
 
-    if run is not None:
-        text = dumps(to_plain(cost), allow_nan=False, ensure_ascii=False)
-        write_text(run / RESULT, text + "\n")
-        figure = figure or run / FIGURE
-    if figure is None:
-        return []
     title = f"{cost.model}: memory, time and error of gradients"
-    return [write_figures(figure, title, [("gradient", gradient_cost_figure(cost), "")])]
+    figures = [("gradient", gradient_cost_figure(cost), "")]
+    if run is None:
+        return [] if figure is None else [write_figures(figure, title, figures)]
+    with RunFiles(run).commit() as files:
+        write_result(files.place(RESULT), cost)
+        if figure is None:
+            return [write_figures(files.place(FIGURE), title, figures, to=run / FIGURE)]
+    return [write_figures(figure, title, figures)]
 
 
 @contextmanager

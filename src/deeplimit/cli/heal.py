@@ -54,25 +54,28 @@ class Heal(Source):
 
         if self.resume:
             self._refuse_others()
-            folder = RunFolder.open(self.run, trust=self.trust)
-            healing = resume_heal(self.run, quiet=self.json, trust=self.trust)
+            with RunFolder.open(self.run, trust=self.trust).commit() as new:
+                healing = resume_heal(new, quiet=self.json)
+                page = renew_page(new)
         else:
             # Before a model gets a run folder.
             check_healing(self.epochs, self.teacher_weight, self.temperature, self.fade)
             folder = self.folder()
             if self.data is not None:  # a run made just now
                 crop_run(folder)
-            healing = heal_run(
-                folder,
-                epochs=self.epochs,
-                learning_rate=self.learning_rate,
-                teacher=self.teacher,
-                teacher_weight=self.teacher_weight,
-                temperature=self.temperature,
-                fade=self.fade,
-                quiet=self.json,
-            )
-        emit(healing, healing_summary(healing), renew_page(folder), json=self.json)
+            with folder.commit() as new:
+                healing = heal_run(
+                    new,
+                    epochs=self.epochs,
+                    learning_rate=self.learning_rate,
+                    teacher=self.teacher,
+                    teacher_weight=self.teacher_weight,
+                    temperature=self.temperature,
+                    fade=self.fade,
+                    quiet=self.json,
+                )
+                page = renew_page(new)
+        emit(healing, healing_summary(healing), page, json=self.json)
 
     def _refuse_others(self) -> None:
         for field in fields(self):

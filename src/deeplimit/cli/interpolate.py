@@ -76,7 +76,7 @@ class Interpolate:
         title = f"From {found.names[0]} to {found.names[1]}{turned}"
         written = [write_figures(place, title, interpolation_figures(found), found)]
         if found.saved is not None and Path(found.saved).is_dir():
-            folder = RunFolder.open(found.saved)
-            profile_run(folder)
-            written.append(renew_page(folder))
+            with RunFolder.open(found.saved).commit() as new:
+                profile_run(new)
+                written.append(renew_page(new))
         emit(found, interpolation_summary(found), *written, json=self.json)

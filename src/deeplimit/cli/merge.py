@@ -57,6 +57,7 @@ class Merge:
                 trust=self.trust,
                 tell=tell,
             )
-        folder = RunFolder.open(found.folder)
-        profile_run(folder)
-        emit(found, merge_summary(found), renew_page(folder), json=self.json)
+        with RunFolder.open(found.folder).commit() as new:
+            profile_run(new)
+            page = renew_page(new)
+        emit(found, merge_summary(found), page, json=self.json)

@@ -86,8 +86,9 @@ class Ode:
         )
         written = []
         if folder is not None:
-            folder.write_depth_limit(limit)
-            written.append(renew_page(folder))
+            with folder.commit() as new:
+                new.write_depth_limit(limit)
+                written.append(renew_page(new))
         elif self.figure is not None:
             title = f"{self.model} and its Neural ODE"
             written.append(write_figures(self.figure, title, depth_limit_figures(limit)))

@@ -28,6 +28,7 @@ class Profile(Source):
         from deeplimit.report import profile_table
         from deeplimit.training import profile_run
 
-        with self.opened() as folder:
-            profiles = profile_run(folder)
-        emit(profiles, profile_table(profiles.validation), renew_page(folder), json=self.json)
+        with self.opened() as folder, folder.commit() as new:
+            profiles = profile_run(new)
+            page = renew_page(new)
+        emit(profiles, profile_table(profiles.validation), page, json=self.json)

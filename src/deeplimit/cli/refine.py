@@ -52,8 +52,10 @@ class Refine:
             name=self.name,
             quiet=self.json,
         )
-        profile_run(made)
+        with made.commit() as new:
+            profile_run(new)
+            page = renew_page(new)
         refinement = made.refinement()
         if refinement is None:
             raise RunError(f"{made.path}: its refine.json is gone; refine again: {self.run}")
-        emit(refinement, refinement_summary(refinement), renew_page(made), json=self.json)
+        emit(refinement, refinement_summary(refinement), page, json=self.json)

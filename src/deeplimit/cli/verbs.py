@@ -24,6 +24,7 @@ from deeplimit.cli.profile import Profile
 from deeplimit.cli.refine import Refine
 from deeplimit.cli.report import Report
 from deeplimit.cli.smooth import Smooth
+from deeplimit.cli.verify import Verify
 
 Command = Callable[[], None]
 
@@ -155,6 +156,10 @@ VERBS = {
     ),
     "merge": Verb("Join trained networks in one.", _options(Merge, "deeplimit merge")),
     "report": Verb("Write the page of a run again.", _options(Report, "deeplimit report")),
+    "verify": Verb(
+        "Check that the files of a run are what they were when they were written.",
+        _options(Verify, "deeplimit verify"),
+    ),
     "study": Verb(
         "Experiments over several runs: consistency, convergence, horizon, linear, smooth.", _study
     ),

@@ -34,8 +34,9 @@ from deeplimit.studies.flowing import (
     network_of,
     normal,
 )
-from deeplimit.studies.rates import Tell, check_depths, fitted_slope, keep, study_folder
+from deeplimit.studies.rates import Tell, check_depths, fitted_slope, keep
 from deeplimit.studies.seeds import check_seeds
+from deeplimit.training.new_folder import check_place
 
 STATE = 4  # numbers in the state; a particle has 2 · 4 + 1
 SAMPLES, SEEN = 16, 64  # trained on; looked at
@@ -189,18 +190,16 @@ def study_consistency(
     check_seeds(seeds)
     _check_widths(depths, widths, atoms, draws)
     steps = check_time(learning_rate, time)
-    with study_folder(runs, "consistency") as folder:
-        sizes = list(zip(depths, widths, strict=True))
-        weights = [n * m for n, m in sizes]
-        found = []
-        for k, seed in enumerate(seeds):
+    check_place(runs)
+    sizes = list(zip(depths, widths, strict=True))
+    weights = [n * m for n, m in sizes]
+    found = []
+    for k, seed in enumerate(seeds):
 
-            def said(message: str, done: float, k: int = k, seed: int = seed) -> None:
-                tell(f"seed {seed}, {message}", (k + done) / len(seeds))
+        def said(message: str, done: float, k: int = k, seed: int = seed) -> None:
+            tell(f"seed {seed}, {message}", (k + done) / len(seeds))
 
-            found.append(
-                _of_seed(Problem.of(seed, atoms), sizes, draws, learning_rate, steps, said)
-            )
+        found.append(_of_seed(Problem.of(seed, atoms), sizes, draws, learning_rate, steps, said))
     inverse = [float(n) for n, _ in sizes[:-1]]
     independent = [1 / n + 1 / math.sqrt(n * m) for n, m in sizes[:-1]]
     narrow = [float(m) for _, m in sizes[:-1]]  # M, since 1/√M is above 1/N from here on
@@ -220,7 +219,7 @@ def study_consistency(
         _rate("independent", "unscaled", "NM", every, [f.unscaled for f in found], (-1.1, -0.9)),
     )
     study = ConsistencyStudy(
-        folder=str(folder),
+        folder="",
         depths=tuple(depths),
         widths=tuple(widths),
         seeds=tuple(seeds),
@@ -232,8 +231,7 @@ def study_consistency(
         samples=SAMPLES,
         rates=rates,
     )
-    keep(study, folder)
-    return study
+    return keep(study, runs, "consistency")
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,9 @@ from deeplimit.studies.flowing import (
     network_of,
     normal,
 )
-from deeplimit.studies.rates import Tell, keep, looked_at, study_folder
+from deeplimit.studies.rates import Tell, keep, looked_at
 from deeplimit.studies.seeds import check_seeds
+from deeplimit.training.new_folder import check_place
 
 Source = Literal["kernel", "slope"]
 
@@ -149,15 +150,15 @@ def study_convergence(
     check_seeds(seeds)
     steps = check_time(learning_rate, time)
     _check(widths, distances, depth, samples)
-    with study_folder(runs, "convergence") as folder:
-        every = [(m, r, seed) for m in widths for r in distances for seed in seeds]
-        trainings = []
-        for k, (width, distance, seed) in enumerate(every):
-            tell(f"M = {width}, ρ = {distance:g}, seed {seed}", k / len(every))
-            problem = drawn(depth, width, distance, samples, seed)
-            trainings.append(_trained(*problem, width, distance, seed, learning_rate, steps))
+    check_place(runs)
+    every = [(m, r, seed) for m in widths for r in distances for seed in seeds]
+    trainings = []
+    for k, (width, distance, seed) in enumerate(every):
+        tell(f"M = {width}, ρ = {distance:g}, seed {seed}", k / len(every))
+        problem = drawn(depth, width, distance, samples, seed)
+        trainings.append(_trained(*problem, width, distance, seed, learning_rate, steps))
     study = ConvergenceStudy(
-        folder=str(folder),
+        folder="",
         depth=depth,
         widths=tuple(widths),
         distances=tuple(distances),
@@ -168,8 +169,7 @@ def study_convergence(
         steps=steps,
         trainings=tuple(trainings),
     )
-    keep(study, folder)
-    return study
+    return keep(study, runs, "convergence")
 
 
 def drawn(

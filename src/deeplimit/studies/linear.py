@@ -37,10 +37,10 @@ from deeplimit.studies.rates import (
     family,
     keep,
     looked_at,
-    study_folder,
     whole_range,
 )
 from deeplimit.studies.seeds import check_seeds
+from deeplimit.training.new_folder import check_place
 
 WIDTH = 4
 SPREAD = 0.5  # of the controls and of B − I: small, so that the initial loss is
@@ -122,24 +122,21 @@ def study_linear(
     check_depths(depths)
     check_seeds(seeds)
     check_flow(learning_rate, steps)
-    with study_folder(runs, "linear") as folder:
-        targets = torch.stack([drawn(seed)[2] for seed in seeds])
-        found: dict[str, list[list[Watched]]] = {start: [[] for _ in seeds] for start in THEORY}
-        for i, horizon in enumerate(depths):
-            # All starts and seeds at once: the matrices are small, and the time is in the calls.
-            controls = torch.stack(
-                [
-                    torch.stack([first_controls(start, horizon, s) for s in seeds])
-                    for start in THEORY
-                ]
-            )
-            share = sum(depths[:i]) / sum(depths), horizon / sum(depths)
-            watched = _watched(controls, targets, learning_rate, steps, tell, share)
-            for start, row in zip(found, watched, strict=True):
-                for column, one in zip(found[start], row, strict=True):
-                    column.append(check_finite(one, f"{start} start, N = {horizon}"))
+    check_place(runs)
+    targets = torch.stack([drawn(seed)[2] for seed in seeds])
+    found: dict[str, list[list[Watched]]] = {start: [[] for _ in seeds] for start in THEORY}
+    for i, horizon in enumerate(depths):
+        # All starts and seeds at once: the matrices are small, and the time is in the calls.
+        controls = torch.stack(
+            [torch.stack([first_controls(start, horizon, s) for s in seeds]) for start in THEORY]
+        )
+        share = sum(depths[:i]) / sum(depths), horizon / sum(depths)
+        watched = _watched(controls, targets, learning_rate, steps, tell, share)
+        for start, row in zip(found, watched, strict=True):
+            for column, one in zip(found[start], row, strict=True):
+                column.append(check_finite(one, f"{start} start, N = {horizon}"))
     study = LinearStudy(
-        folder=str(folder),
+        folder="",
         width=WIDTH,
         learning_rate=learning_rate,
         steps=steps,
@@ -150,8 +147,7 @@ def study_linear(
             family(start, "", depths, found[start], theory) for start, theory in THEORY.items()
         ),
     )
-    keep(study, folder)
-    return study
+    return keep(study, runs, "linear")
 
 
 def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:

@@ -1,7 +1,7 @@
 """Networks of several runs as measures: read, told apart by name, scored on the data they share."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -194,10 +194,16 @@ def _frame_of(model: nn.Module, like: RunFolder) -> Path | None:
     return (recipe.frame or like.path) if alike else None
 
 
-def run_of(model: nn.Module, like: RunFolder, name: str) -> RunFolder:
+def run_of(
+    model: nn.Module,
+    like: RunFolder,
+    name: str,
+    fill: Callable[[RunFolder, Path], None] = lambda folder, path: None,
+) -> RunFolder:
     """A new run folder beside another, whose network is this one; nothing is trained.
 
-    Its recipe is the other run's with the shape of the network, which it starts from.
+    Its recipe is the other run's with the shape of the network, which it starts from. What `fill`
+    writes appears with it, as in `RunFolder.create_from`.
 
     Raises:
         InputError: a network that no run folder can hold, or a name that cannot be a folder's.
@@ -211,6 +217,5 @@ def run_of(model: nn.Module, like: RunFolder, name: str) -> RunFolder:
         a = model.architecture
         recipe = replace(recipe, depth=a.depths, hidden=a.hidden, step=a.step)
     runs, names = like.path.parent, like.class_names
-    with RunFolder.create_from(runs, name, recipe, model, 0, names) as made:
-        pass  # a network is all that it has
+    made = RunFolder.create_from(runs, name, recipe, model, 0, names, fill)
     return resume(made.path, quiet=True)

@@ -1,6 +1,7 @@
 """Networks of several runs joined in one, and how well it does on the data they share."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -82,9 +83,8 @@ def merge_runs(
     for k, network in enumerate([*networks, model, *([] if plain is None else [plain])]):
         tell("accuracy on test data", (k + 1) / (len(runs) + 3))
         scores.append(score(network, evaluation_batches(data.test), loss))
-    made = run_of(model, folders[0], name)
     result = MergedRuns(
-        folder=str(made.path),
+        folder="",
         runs=tuple(run.path for run in runs),
         names=tuple(run.name for run in runs),
         weights=shares,
@@ -100,8 +100,10 @@ def merge_runs(
         width=max(len(layer) for layer in measure.layers),
         narrowed=moved,
     )
-    made.write_merging(result)
-    return result
+    made = run_of(
+        model, folders[0], name, lambda new, to: new.write_merging(replace(result, folder=str(to)))
+    )
+    return replace(result, folder=str(made.path))
 
 
 def _joined(

@@ -2,13 +2,12 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, linear_regression
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -17,13 +16,15 @@ from torch import Tensor
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
 from deeplimit.studies.horizon import STUDY
-from deeplimit.training.run_folder import make_folder
+from deeplimit.training.new_folder import new_folder
 from deeplimit.training.typed_values import to_plain
 
 Quantity = Literal["gap", "difference"]
 Moment = Literal["initial", "final", "worst"]
 Range = tuple[float | None, float | None]
 Tell = Callable[[str, float], None]  # what is done now, and the fraction of all that is done
+
+Study = TypeVar("Study")
 
 ANY: Range = (None, None)
 
@@ -167,18 +168,6 @@ def converged(gap: Callable[[int], Float[Tensor, "..."]], precision: float) -> F
     return torch.full_like(before, math.nan)
 
 
-@contextmanager
-def study_folder(runs: Path, name: str) -> Iterator[Path]:
-    """A new folder for a study, which goes again where the study fails before anything is in it."""
-    folder = make_folder(runs, name)
-    try:
-        yield folder
-    except BaseException:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-        raise
-
-
 def check_depths(depths: Sequence[int]) -> None:
     """At least two, from the smallest to the largest, each of two layers or more.
 
@@ -226,6 +215,11 @@ def _limits(range_: Range) -> tuple[float, float]:
     return (-math.inf if low is None else low, math.inf if high is None else high)
 
 
-def keep(study: Any, folder: Path) -> None:
-    """Writes study.json."""
-    write_text(folder / STUDY, json.dumps(to_plain(study), allow_nan=False) + "\n")
+def keep(study: Study, runs: Path, name: str) -> Study:
+    """Writes study.json into a new folder, which it names then."""
+
+    def fill(folder: Path, path: Path) -> None:
+        kept = to_plain(replace(cast(Any, study), folder=str(path)))
+        write_text(folder / STUDY, json.dumps(kept, allow_nan=False) + "\n")
+
+    return replace(cast(Any, study), folder=str(new_folder(runs, name, fill)))

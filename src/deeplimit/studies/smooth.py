@@ -45,10 +45,10 @@ from deeplimit.studies.rates import (
     family,
     keep,
     looked_at,
-    study_folder,
     whole_range,
 )
 from deeplimit.studies.seeds import check_seeds
+from deeplimit.training.new_folder import check_place
 
 WIDTH, HIDDEN, SAMPLES = 8, 16, 32
 # Of V, small as the initial loss should be. With 1 a seed's curve after training is so bent that
@@ -138,17 +138,17 @@ def study_smooth(
     check_seeds(seeds)
     check_flow(learning_rate, steps)
     first_chain(activations[0], "smooth", 1, 1, 0, length_scale)  # is ℓ a length?
-    with study_folder(runs, "smooth") as folder:
-        plan = list(product(activations, STARTS, seeds, depths))
-        seen: dict[tuple[str, str, int, int], Watched] = {}
-        for activation, start, seed, horizon in plan:
-            told = f"{activation}, {start} start, seed {seed}, N = {horizon}"
-            tell(told, sum(key[-1] for key in seen) / sum(key[-1] for key in plan))
-            chain = first_chain(activation, start, horizon, depths[-1], seed, length_scale)
-            watched = watch_training(chain, *regression(seed), learning_rate, steps)
-            seen[activation, start, seed, horizon] = check_finite(watched, told)
+    check_place(runs)
+    plan = list(product(activations, STARTS, seeds, depths))
+    seen: dict[tuple[str, str, int, int], Watched] = {}
+    for activation, start, seed, horizon in plan:
+        told = f"{activation}, {start} start, seed {seed}, N = {horizon}"
+        tell(told, sum(key[-1] for key in seen) / sum(key[-1] for key in plan))
+        chain = first_chain(activation, start, horizon, depths[-1], seed, length_scale)
+        watched = watch_training(chain, *regression(seed), learning_rate, steps)
+        seen[activation, start, seed, horizon] = check_finite(watched, told)
     study = SmoothStudy(
-        folder=str(folder),
+        folder="",
         width=WIDTH,
         hidden=HIDDEN,
         samples=SAMPLES,
@@ -169,8 +169,7 @@ def study_smooth(
             for activation, start in product(activations, STARTS)
         ),
     )
-    keep(study, folder)
-    return study
+    return keep(study, runs, "smooth")
 
 
 def first_chain(

@@ -45,8 +45,9 @@ def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
         )
         picture = picture_trajectories(model, evaluation_batches(data.test), loss)
     profiles = Profiles(train, validation, test)
-    folder.write_picture(picture)
-    folder.write_profiles(profiles)
+    with folder.commit() as new:
+        new.write_picture(picture)
+        new.write_profiles(profiles)
     return profiles
 
 
@@ -115,8 +116,9 @@ def crop_run(
         )
     tolerance = accuracy if to == "auto" and not budget else None
     cut = Cut(tuple(removed), tolerance, report, choice)
-    folder.write_cropped(cropped, cut.removed)
-    folder.write_cut(cut)
+    with folder.commit() as new:
+        new.write_cropped(cropped, cut.removed)
+        new.write_cut(cut)
     return cut
 
 

@@ -22,7 +22,7 @@ from deeplimit.network import (
 from deeplimit.network.storage import load as load_own
 from deeplimit.training.given_model import check_model, given_model
 from deeplimit.training.recipe import OWN_STARTS, Recipe
-from deeplimit.training.run_folder import RunFolder
+from deeplimit.training.run_folder import RunFolder, as_vouched
 
 EVALUATION_BATCH = 256
 CACHE = ".data"  # in the folder of the runs: decoded images, memory-mapped by later runs
@@ -163,7 +163,7 @@ def _begun(
     path: Path, architecture: Architecture | CifarArchitecture
 ) -> ResidualClassifier | CifarResNet:
     """The network in a file, with its own standardisation, if it is of this architecture."""
-    model = load_own(path)
+    model = load_own(as_vouched(path))
     found, wanted = model.architecture.to_dict(), architecture.to_dict()
     for name, value in wanted.items():
         if name not in ("mean", "std") and found.get(name) != value:
@@ -182,7 +182,7 @@ def _take_frame(model: nn.Module, path: Path) -> None:
             f"frame is {path}: there is no network; give a finished run or a .safetensors file, or "
             "put back the one that the recipe names"
         )
-    source = load_own(file)
+    source = load_own(as_vouched(file))
     mine, theirs = outside(model.state_dict()), outside(source.state_dict())
     for name in sorted({*mine, *theirs}):
         here, there = _shape(mine.get(name)), _shape(theirs.get(name))

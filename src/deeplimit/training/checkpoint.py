@@ -155,6 +155,19 @@ def load_checkpoint(run: Path) -> Checkpoint | None:
     return None
 
 
+def checkpoint_problems(run: Path) -> dict[Path, str]:
+    """What is wrong with each of a run's checkpoints, in a line; nothing where it is whole."""
+    return {path: _problem(path) for path in sorted(_newest_first(run / FOLDER))}
+
+
+def _problem(path: Path) -> str:
+    try:
+        _load(path)
+    except Exception as error:  # as in `load_checkpoint`
+        return _line(error)
+    return ""
+
+
 def _load(path: Path) -> Checkpoint:
     content = read_pickled(path, "damaged", "go on from the one before")
     if content.pop("format") != FORMAT:

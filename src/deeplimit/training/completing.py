@@ -43,11 +43,12 @@ def complete(folder: RunFolder, *, quiet: bool = False) -> None:
     def measure() -> bool:
         """Profile and cut; whether there is a control to train."""
         nonlocal data
-        if folder.profiles() is None or folder.cut() is None:
-            data = run_data(folder)
-            if folder.profiles() is None:
-                profile_run(folder, data=data)
-            crop_run(folder, "auto", data=data)
+        with folder.commit() as new:
+            if new.profiles() is None or new.cut() is None:
+                data = run_data(folder)
+                if new.profiles() is None:
+                    profile_run(new, data=data)
+                crop_run(new, "auto", data=data)
         return folder.recipe.control != "none" and folder.reference() is None
 
     try:

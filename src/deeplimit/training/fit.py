@@ -182,8 +182,9 @@ def train_in(
 
 
 def _finish(folder: RunFolder, model: nn.Module, rows: Sequence[Row]) -> None:
-    folder.write_metrics(rows)
-    folder.write_model(model)
+    with folder.commit() as new:
+        new.write_metrics(rows)
+        new.write_model(model)
 
 
 def _network(recipe: Recipe) -> str:

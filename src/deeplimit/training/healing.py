@@ -207,17 +207,20 @@ def check_healing(epochs: int, teacher_weight: float, temperature: float, fade: 
     _fade((), fade)
 
 
-def resume_heal(path: str | Path, *, quiet: bool = False, trust: bool = False) -> Healing:
+def resume_heal(
+    run: RunFolder | str | Path, *, quiet: bool = False, trust: bool = False
+) -> Healing:
     """Goes on with a healing that was stopped, to the same result as an unbroken one.
 
     Raises:
         InputError: none was stopped, the run was cut otherwise since, or its recipe names code
             and `trust` does not say that it may be run.
     """
-    folder = RunFolder.open(path, trust=trust)
+    folder = run if isinstance(run, RunFolder) else RunFolder.open(run, trust=trust)
+    path = folder.path
     file = folder.path / UNDERWAY / PLAN
     if not file.is_file():
-        raise InputError(f"{folder.path}: no healing was stopped; start one: deeplimit heal {path}")
+        raise InputError(f"{path}: no healing was stopped; start one: deeplimit heal {path}")
     plan = read_record(Plan, file, f"start again: deeplimit heal {path}")
     cut = folder.cut()
     if cut is None or cut.removed != plan.removed:
@@ -279,7 +282,8 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
             for before in (full, cropped)
         )
     healing = Healing(**vars(plan), from_full=from_full, from_cropped=from_cropped)
-    folder.write_healed(healed, plan.removed)
-    folder.write_healing(healing)
-    shutil.rmtree(folder.path / UNDERWAY, ignore_errors=True)
+    with folder.commit() as new:
+        new.write_healed(healed, plan.removed)
+        new.write_healing(healing)
+        new.files.drop(UNDERWAY)
     return healing

@@ -23,7 +23,7 @@ from deeplimit.network import CifarResNet, load
 from deeplimit.training.library_models import LIBRARIES
 from deeplimit.training.loaded_model import LoadedModel, meant, told
 from deeplimit.training.recipe import check_seed
-from deeplimit.training.run_folder import RunFolder
+from deeplimit.training.run_folder import RunFolder, as_vouched
 from deeplimit.training.trust import Named, check_code
 
 FORMS = (
@@ -66,6 +66,8 @@ def load_model(
         raise InputError(f"the model is {spec!r}; expected {FORMS}")
     with torch.random.fork_rng(devices=[]):
         module = None if source in LIBRARIES else _imported(spec, source, name)
+        if source == "transformers" and Path(name).is_dir():
+            name = str(as_vouched(Path(name)))
         torch.manual_seed(seed)  # only now: a module may draw numbers while it is imported
         if module is not None:
             return _of_function(spec, module, name)
@@ -81,6 +83,7 @@ def _of_file(path: Path) -> LoadedModel:
     """One of our networks by itself."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; the model is given as {FORMS}")
+    path = as_vouched(path)
     try:
         model = load(path)
     except InputError as error:

@@ -1,6 +1,7 @@
 """A run's network made deeper, in a run folder of its own, and trained on from there."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -93,13 +94,15 @@ def refine_run(
         carried=optimizer is not None,
     )
     shaped = _shaped(recipe, deeper)
-    with RunFolder.create_from(
-        folder.path.parent, name, shaped, deeper, epochs, folder.class_names
-    ) as made:
+    rate = folder.recipe.learning_rate
+
+    def fill(made: RunFolder, _: Path) -> None:
         if optimizer is not None:
-            rate = folder.recipe.learning_rate
             save_checkpoint(made.path, _beginning(made.recipe, data, deeper, optimizer, rate))
         made.write_refinement(refinement)
+
+    names = folder.class_names
+    made = RunFolder.create_from(folder.path.parent, name, shaped, deeper, epochs, names, fill)
     made = resume(made.path, quiet=quiet)
     if epochs:
         trained = _compared(recipe, data, model, made.model())

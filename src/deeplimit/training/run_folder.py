@@ -2,11 +2,9 @@
 
 import csv
 import json
-import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +16,12 @@ from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
 from deeplimit.meanfield import ConvergenceCertificate
 from deeplimit.ode import DepthLimit
+from deeplimit.training.files import RunFiles, not_vouched_for
 from deeplimit.training.metrics import Row, from_csv, to_csv
+from deeplimit.training.new_folder import name_of, new_folder
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.recipe_file import read_recipe_file
+from deeplimit.training.remedies import remedy
 from deeplimit.training.results import (
     Cut,
     Healing,
@@ -30,7 +31,7 @@ from deeplimit.training.results import (
     Refinement,
     RunResults,
 )
-from deeplimit.training.saved_models import SUFFIX, is_saved, load_network, save_network
+from deeplimit.training.saved_models import SUFFIX, load_network, save_network
 from deeplimit.training.typed_values import conform, read_record, to_plain
 
 Result = TypeVar("Result")
@@ -47,12 +48,19 @@ DEPTH_LIMIT, CERTIFICATE = "ode.json", "certificate.json"
 class RunFolder:
     """runs/NAME: recipe.toml, metrics.csv, checkpoint/, the networks, and the results.
 
-    Every file is written whole or not at all. Results that are not there yet are None; a damaged
-    file is an InputError that says what to do.
+    Every file is written whole or not at all, and what is written in a `commit` appears together.
+    Results that are not there yet are None; a file that is damaged, or not what run.json vouches
+    for, is an InputError that says what to do.
     """
 
     path: Path
     recipe: Recipe
+    in_commit: bool = field(default=False, repr=False, compare=False)
+
+    @property
+    def files(self) -> RunFiles:
+        """The files in it, with those that an open commit has written so far."""
+        return RunFiles(self.path, self.in_commit)
 
     @classmethod
     def create(
@@ -61,21 +69,24 @@ class RunFolder:
         """A new folder in `runs`: NAME, or the first of NAME-2, NAME-3, … that does not exist.
 
         Without a name the data set's is taken. An existing run is never touched. The paths in its
-        recipe.toml are absolute.
+        recipe.toml are absolute. The folder appears with its recipe in it.
 
         Raises:
             InputError: the name is no folder's name, or the folder cannot be made or written to.
         """
-        path = make_folder(Path(runs), _name_of(recipe.data) if name is None else name)
+        text = recipe.rooted().to_toml(class_names)
+
+        def fill(path: Path, _: Path) -> None:
+            with RunFiles(path).commit() as files:
+                write_text(files.place(RECIPE), text)
+
         try:
-            write_text(path / RECIPE, recipe.rooted().to_toml(class_names))
+            path = new_folder(Path(runs), name_of(recipe.data) if name is None else name, fill)
         except RunError as error:
-            path.rmdir()
             raise InputError(str(error)) from error
         return cls(path, recipe)
 
     @classmethod
-    @contextmanager
     def create_from(
         cls,
         runs: str | Path,
@@ -84,33 +95,39 @@ class RunFolder:
         model: nn.Module,
         epochs: int,
         class_names: Sequence[str] = (),
-    ) -> Iterator["RunFolder"]:
+        fill: Callable[["RunFolder", Path], None] = lambda folder, path: None,
+    ) -> "RunFolder":
         """A new folder, as `create` makes one, whose run starts from a network.
 
-        That is start.safetensors or start/, and named in the recipe. recipe.toml, which makes a run
-        of the folder, is written when the with statement is left, after all that belongs to it; if
-        something fails before, no folder is left.
+        That is start.safetensors or start/, and named in the recipe as it lies beside: the folder
+        may be moved.
+
+        Args:
+            runs: as in `create`.
+            name: as in `create`.
+            recipe: as in `create`.
+            model: the network.
+            epochs: of the run.
+            class_names: as in `create`.
+            fill: writes what else belongs into the folder, before it appears at the path given.
         """
         recipe = replace(recipe.rooted(), control="none")  # which starts from scratch
-        path = make_folder(Path(runs), name)
-        try:
-            place = path.resolve() / START
-            save_network(model, place, standardisation=cls(path, recipe).standardisation)
-            file = place if place.is_dir() else place.with_name(START + SUFFIX)
-            if recipe.model is None:
-                recipe = replace(recipe, epochs=epochs, start=file)
-                own = replace(recipe, start=Path(file.name))
-            else:
-                kind = "transformers:" if file.is_dir() else ""
-                recipe = replace(recipe, epochs=epochs, model=f"{kind}{file}", weights=None)
-                recipe = replace(recipe, new_head=False)
-                own = replace(recipe, model=f"{kind}{file.name}")
-            yield cls(path, recipe)
-            # The recipe names it as it lies beside: the folder may be moved.
-            write_text(path / RECIPE, own.to_toml(class_names))
-        except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
+
+        def begin(path: Path, to: Path) -> None:
+            with RunFiles(path).commit() as files:
+                place = files.place(START)
+                save_network(model, place, standardisation=cls(path, recipe).standardisation)
+                file = Path(START if place.is_dir() else START + SUFFIX)
+                if recipe.model is None:
+                    own = replace(recipe, epochs=epochs, start=file)
+                else:
+                    kind = "transformers:" if place.is_dir() else ""
+                    own = replace(recipe, epochs=epochs, model=f"{kind}{file}", weights=None)
+                    own = replace(own, new_head=False)
+                fill(cls(path, own, in_commit=True), to)
+                write_text(files.place(RECIPE), own.to_toml(class_names))
+
+        return cls.open(new_folder(Path(runs), name, begin))
 
     @classmethod
     def open(cls, path: str | Path, *, trust: bool = False) -> "RunFolder":
@@ -130,7 +147,27 @@ class RunFolder:
             raise InputError(
                 f"{path}: no {RECIPE} in it; expected a folder that `deeplimit train` wrote"
             )
-        return cls(path, Recipe.from_toml(path / RECIPE, trust=trust))
+        try:
+            recipe = Recipe.from_toml(path / RECIPE, trust=trust)
+        except InputError as error:
+            found = RunFiles(path).find(RECIPE)
+            if found is None or found.state != "changed":
+                raise
+            raise InputError(f"{error}; it was damaged or changed since it was written") from error
+        as_vouched(path / RECIPE)
+        return cls(path, recipe)
+
+    @contextmanager
+    def commit(self) -> Iterator["RunFolder"]:
+        """What is written in the with statement, into the folder that it yields, appears together.
+
+        At its end, or not at all; a commit inside another one is a part of that.
+
+        Raises:
+            RunError: the disk is full or cannot be written to; the run is as before.
+        """
+        with self.files.commit() as files:
+            yield replace(self, in_commit=files.open)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -160,22 +197,31 @@ class RunFolder:
 
     def write_model(self, model: nn.Module) -> None:
         """Writes the network: model.safetensors, of transformers model/."""
-        save_network(model, self.path / MODEL, standardisation=self.standardisation)
+        self._write_network(MODEL, model)
 
     def write_cropped(self, model: nn.Module, removed: Sequence[int] = ()) -> None:
         """Writes the network less the layers removed: cropped.safetensors or cropped/."""
-        scale = self.standardisation
-        save_network(model, self.path / CROPPED, removed=removed, standardisation=scale)
+        self._write_network(CROPPED, model, removed)
 
     def write_healed(self, model: nn.Module, removed: Sequence[int] = ()) -> None:
         """Writes the healed network: healed.safetensors or healed/."""
-        scale = self.standardisation
-        save_network(model, self.path / HEALED, removed=removed, standardisation=scale)
+        self._write_network(HEALED, model, removed)
 
-    def _network(self, name: str, remedy: str) -> nn.Module:
-        if not is_saved(self.path / name):
-            raise InputError(f"{self.path}: no {name}{SUFFIX} yet; {remedy.format(self.path)}")
-        return load_network(self.path / name, self._untrained)
+    def _write_network(self, name: str, model: nn.Module, removed: Sequence[int] = ()) -> None:
+        scale = self.standardisation
+        with self.files.commit() as files:
+            save_network(model, files.place(name), removed=removed, standardisation=scale)
+
+    def _network(self, name: str, missing: str) -> nn.Module:
+        found = self.files.find(name, name + SUFFIX)
+        if found is None:
+            raise InputError(f"{self.path}: no {name}{SUFFIX} yet; {missing.format(self.path)}")
+        if found.state != "sound":
+            raise not_vouched_for(found.path, found, self._remedy(name))
+        return load_network(found.path.with_name(name), self._untrained)
+
+    def _remedy(self, name: str) -> str:
+        return remedy(self.path, name)
 
     def _untrained(self) -> nn.Module:
         """The recipe's model, whatever its weights."""
@@ -189,7 +235,7 @@ class RunFolder:
 
     def profiles(self) -> Profiles | None:
         """What `profile_run` measured."""
-        return self._read(PROFILE, Profiles, f"deeplimit profile {self.path}")
+        return self._read(PROFILE, Profiles)
 
     def write_profiles(self, profiles: Profiles) -> None:
         """Writes profile.json."""
@@ -197,7 +243,7 @@ class RunFolder:
 
     def picture(self) -> TrajectoryPicture | None:
         """The trajectories that `profile_run` projected."""
-        return self._read(TRAJECTORIES, TrajectoryPicture, f"deeplimit profile {self.path}")
+        return self._read(TRAJECTORIES, TrajectoryPicture)
 
     def write_picture(self, picture: TrajectoryPicture) -> None:
         """Writes trajectories.json."""
@@ -205,7 +251,7 @@ class RunFolder:
 
     def cut(self) -> Cut | None:
         """The last cut."""
-        return self._read(CROP, Cut, f"deeplimit crop {self.path} --to auto")
+        return self._read(CROP, Cut)
 
     def write_cut(self, cut: Cut) -> None:
         """Writes crop.json."""
@@ -213,7 +259,7 @@ class RunFolder:
 
     def healing(self) -> Healing | None:
         """How the last cut was healed; None where it was not, or another cut was."""
-        found = self._read(HEAL, Healing, f"deeplimit heal {self.path}")
+        found = self._read(HEAL, Healing)
         cut = self.cut()
         return found if found and cut and found.removed == cut.removed else None
 
@@ -223,7 +269,7 @@ class RunFolder:
 
     def depth_limit(self) -> DepthLimit | None:
         """What `deeplimit ode` measured."""
-        return self._read(DEPTH_LIMIT, DepthLimit, f"deeplimit ode {self.path}")
+        return self._read(DEPTH_LIMIT, DepthLimit)
 
     def write_depth_limit(self, limit: DepthLimit) -> None:
         """Writes ode.json."""
@@ -231,7 +277,7 @@ class RunFolder:
 
     def certificate(self) -> ConvergenceCertificate | None:
         """What `convergence_certificate` said of a training of this network."""
-        return self._read(CERTIFICATE, ConvergenceCertificate, "RunFolder.write_certificate")
+        return self._read(CERTIFICATE, ConvergenceCertificate)
 
     def write_certificate(self, certificate: ConvergenceCertificate) -> None:
         """Writes certificate.json; the page has a section on it from then on."""
@@ -239,7 +285,7 @@ class RunFolder:
 
     def refinement(self) -> Refinement | None:
         """How this run's network was made from another one's."""
-        return self._read(REFINE, Refinement, "deeplimit refine")
+        return self._read(REFINE, Refinement)
 
     def write_refinement(self, refinement: Refinement) -> None:
         """Writes refine.json."""
@@ -247,7 +293,7 @@ class RunFolder:
 
     def merging(self) -> MergedRuns | None:
         """Of which networks this run's was made."""
-        return self._read(MERGE, MergedRuns, "deeplimit merge")
+        return self._read(MERGE, MergedRuns)
 
     def write_merging(self, merging: MergedRuns) -> None:
         """Writes merge.json."""
@@ -255,7 +301,7 @@ class RunFolder:
 
     def reference(self) -> Reference | None:
         """What the control of a cut reached: networks trained without stage cost."""
-        return self._read(REFERENCE, Reference, f"deeplimit train --resume {self.path}")
+        return self._read(REFERENCE, Reference)
 
     def write_reference(self, reference: Reference) -> None:
         """Writes reference.json."""
@@ -263,20 +309,22 @@ class RunFolder:
 
     def metrics(self) -> tuple[Row, ...]:
         """The rows of metrics.csv; none before the first epoch's end."""
-        path = self.path / METRICS
-        if not path.exists():
+        found = self.files.find(METRICS)
+        if found is None:
             return ()
         try:
-            return from_csv(path.read_text(encoding="utf-8"))
+            rows = from_csv(found.path.read_text(encoding="utf-8"))
         except (OSError, ValueError, csv.Error) as error:
-            raise InputError(
-                f"{path}: damaged ({error}); delete it, then deeplimit train --resume {self.path} "
-                "writes it again from the checkpoint"
-            ) from error
+            path = self.path / METRICS
+            raise InputError(f"{path}: damaged ({error}); {self._remedy(METRICS)}") from error
+        if found.state == "changed":  # it is not vouched for while a training goes on
+            raise not_vouched_for(self.path / METRICS, found, self._remedy(METRICS))
+        return rows
 
     def write_metrics(self, rows: Sequence[Row]) -> None:
         """Writes metrics.csv, all rows of it."""
-        write_metrics(self.path, rows)
+        with self.files.commit() as files:
+            write_text(files.place(METRICS), to_csv(rows))
 
     def results(self) -> RunResults:
         """All results that there are."""
@@ -296,51 +344,33 @@ class RunFolder:
             certificate=self.certificate(),
         )
 
-    def _read(self, name: str, kind: type[Result], remedy: str) -> Result | None:
-        path = self.path / name
-        return read_record(kind, path, f"write it again: {remedy}") if path.exists() else None
+    def _read(self, name: str, kind: type[Result]) -> Result | None:
+        found = self.files.find(name)
+        if found is None:
+            return None
+        result = read_record(kind, found.path, self._remedy(name))
+        if found.state != "sound":
+            raise not_vouched_for(self.path / name, found, self._remedy(name))
+        return result
 
     def _write(self, name: str, result: Any) -> None:
         text = json.dumps(to_plain(result), allow_nan=False, ensure_ascii=False)
-        write_text(self.path / name, text + "\n")
+        with self.files.commit() as files:
+            write_text(files.place(name), text + "\n")
+
+
+def as_vouched(path: Path) -> Path:
+    """Where a file or a folder lies that may be a run's.
+
+    Raises:
+        InputError: it is, and not the one that run.json vouches for.
+    """
+    found = RunFiles(path.parent).find(path.name) if (path.parent / RECIPE).is_file() else None
+    if found is not None and found.state == "changed":
+        raise not_vouched_for(path, found, remedy(path.parent, path.name))
+    return path if found is None else found.path
 
 
 def write_metrics(path: Path, rows: Sequence[Row]) -> None:
     """Writes metrics.csv into a folder, all rows of it."""
     write_text(path / METRICS, to_csv(rows))
-
-
-def _name_of(data: str) -> str:
-    """digits, hub:OWNER/NAME, npz:FOLDER/NAME.npz: the last part of it."""
-    return re.sub(r"[^\w.-]+", "-", Path(data.rpartition(":")[2]).stem).strip(".") or "run"
-
-
-def make_folder(runs: Path, name: str) -> Path:
-    """A folder that was not there before; mkdir itself is the test, so two runs never share one.
-
-    Raises:
-        InputError: the name is no folder's name, or the folder cannot be made.
-    """
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise InputError(f"the name {name!r} cannot be a folder's; give a plain one")
-    number = 1
-    while True:
-        path = runs / (name if number == 1 else f"{name}-{number}")
-        try:
-            runs.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-            return path
-        except FileExistsError as error:
-            if not runs.is_dir():
-                raise _unusable(runs, error) from error
-            number += 1
-        except OSError as error:
-            raise _unusable(path, error) from error
-
-
-def _unusable(path: Path, error: OSError) -> InputError:
-    reason = "a file is in the way" if isinstance(error, FileExistsError) else error.strerror
-    return InputError(
-        f"{path}: no run folder can be made there ({reason}); give another folder for the runs, or "
-        "make this one writable"
-    )

@@ -1,0 +1,279 @@
+"""The files of a run: those of one verb appear together, and run.json vouches for all.
+
+A verb writes into RUN/.staging, run.json with the size and sha256 of every file last. That folder's
+renaming to RUN/.committed is the moment from which all of it counts; then its files move to their
+own names, run.json last. A reader looks into .committed first, so it sees everything or nothing
+wherever a process was killed; who writes next finishes the moves, or drops what is in .staging.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from deeplimit.errors import InputError
+from deeplimit.files import (
+    ASIDE,
+    aside_of,
+    cannot_write,
+    flush,
+    flush_folder,
+    remove,
+    write_text,
+)
+from deeplimit.training.typed_values import read_record
+
+MANIFEST, STAGING, COMMITTED = "run.json", ".staging", ".committed"
+FORMAT = 1
+GROWING = ("checkpoint", "heal", "metrics.csv")  # written while a training goes on
+PAUSES = (0.0, 0.05, 0.2)  # s; files that move just now are where they belong soon
+
+
+@dataclass(frozen=True)
+class Vouched:
+    """What run.json says of a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """run.json: what it vouches for, by paths in the run folder."""
+
+    format: int
+    files: dict[str, Vouched]
+
+    def of(self, name: str) -> dict[str, Vouched]:
+        """Of the file of this name, or of those in the folder."""
+        return {n: v for n, v in self.files.items() if n == name or n.startswith(f"{name}/")}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file or folder of a run.
+
+    Attributes:
+        path: where it lies now.
+        state: "sound": as run.json says, or there is no run.json; "changed": otherwise than it
+            says; "unknown": it says nothing of it.
+    """
+
+    path: Path
+    state: Literal["sound", "changed", "unknown"]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files in a run folder.
+
+    Attributes:
+        folder: the run folder.
+        open: whether a commit is open: what was written in it is read, though it counts not yet.
+    """
+
+    folder: Path
+    open: bool = False
+
+    @contextmanager
+    def commit(self) -> Iterator["RunFiles"]:
+        """All files written in the with statement become visible at its end, or none at all.
+
+        Inside another commit it is a part of that one. One process at a time, the run's lock held.
+
+        Raises:
+            RunError: the disk is full or cannot be written to; the run is as before.
+        """
+        if self.open:
+            yield self
+            return
+        clean_leftovers(self.folder)
+        try:
+            yield replace(self, open=True)
+            try:
+                _publish(self.folder)
+            except OSError as error:
+                raise cannot_write(self.folder, error) from error
+        finally:
+            remove(self.folder / STAGING)
+
+    def place(self, name: str) -> Path:
+        """Where to write a file or folder in an open commit.
+
+        Raises:
+            RunError: the disk is full or cannot be written to.
+        """
+        staging = self.folder / STAGING
+        try:
+            staging.mkdir(exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.folder / name, error) from error
+        return staging / name
+
+    def drop(self, name: str) -> None:
+        """Lets a folder disappear with the commit."""
+        self.place(name).mkdir()
+
+    def find(self, *names: str) -> Found | None:
+        """The first of these files or folders that is there; None without any."""
+        new = (self.folder / STAGING / name for name in names)
+        if self.open and (found := next(filter(Path.exists, new), None)):
+            return Found(found, "sound")
+        for pause in PAUSES:
+            time.sleep(pause)
+            last = self._first(self.folder, names)
+            moving = (self.folder / COMMITTED).is_dir()
+            known = last is not None and last.state == "sound"
+            if known or (not moving and (last is None or names[0] in GROWING)):
+                return last
+        # Nobody moves it any more: a process was killed.
+        moved = self._first(self.folder / COMMITTED, names)
+        return moved if moved is not None and moved.state == "sound" else last
+
+    def _first(self, root: Path, names: Sequence[str]) -> Found | None:
+        manifest = read_manifest(self.folder)
+        there = (name for name in names if (root / name).exists())
+        name = next(there, None)
+        return None if name is None else Found(root / name, _state(manifest, root, name))
+
+
+def not_vouched_for(path: Path, found: Found, remedy: str) -> InputError:
+    """The error for a file that is not what run.json says."""
+    what = {
+        "changed": f"damaged or changed: not what {MANIFEST} vouches for",
+        "unknown": f"{MANIFEST} does not vouch for it",
+    }[found.state]
+    return InputError(f"{path}: {what}; {remedy}")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """What run.json says; None without one, as in runs of earlier versions.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    for path in (folder / COMMITTED / MANIFEST, folder / MANIFEST):
+        if not path.exists():
+            continue
+        remedy = f"if the other files are right: deeplimit verify {folder} --accept"
+        try:
+            manifest = read_record(Manifest, path, remedy)
+        except InputError:
+            if path.exists():
+                raise
+            continue  # moved just now
+        outside = [n for n in manifest.files if n[:1] == "/" or ".." in PurePosixPath(n).parts]
+        if manifest.format != FORMAT or outside:
+            what = "names files outside the run" if outside else f"format {manifest.format}"
+            raise InputError(f"{path}: damaged, or of another version ({what}); {remedy}")
+        return manifest
+    return None
+
+
+def accept(folder: Path) -> None:
+    """Writes run.json for the files as they are, whatever it said before."""
+    with RunFiles(folder).commit() as files:
+        _write_manifest(files.place(MANIFEST), everything(folder))
+
+
+def clean_leftovers(folder: Path) -> None:
+    """Finishes or drops what a killed process left in a run folder; to be called under its lock.
+
+    Raises:
+        RunError: the disk cannot be written to.
+    """
+    remove(folder / STAGING)
+    try:
+        _move(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    for path in [*folder.rglob(".*.new")]:
+        if ASIDE.fullmatch(path.name):
+            remove(path)
+
+
+def _publish(folder: Path) -> None:
+    """The commit: run.json is written, the staged folder renamed, its files moved."""
+    staging = folder / STAGING
+    if not staging.is_dir():  # nothing was written
+        return
+    tops = {path.name for path in staging.iterdir()}
+    flush(staging, staging.stat().st_mode & 0o666)
+    if MANIFEST not in tops:
+        manifest = read_manifest(folder)
+        before = everything(folder) if manifest is None else manifest.files
+        kept = {name: v for name, v in before.items() if _top(name) not in tops}
+        _write_manifest(staging / MANIFEST, kept | _vouched(staging, staging))
+    os.rename(staging, folder / COMMITTED)
+    flush_folder(folder)
+    _move(folder)
+
+
+def _move(folder: Path) -> None:
+    """Moves what is committed to its own names; can be cut short and called again."""
+    committed = folder / COMMITTED
+    if not committed.is_dir():
+        return
+    for path in sorted(committed.iterdir(), key=lambda path: path.name == MANIFEST):
+        place = folder / path.name
+        if path.is_dir():
+            if place.exists():
+                os.rename(place, aside_of(place))
+                remove(aside_of(place))
+            if not any(path.iterdir()):
+                path.rmdir()
+                continue
+        os.replace(path, place)
+    flush_folder(folder)
+    committed.rmdir()
+    flush_folder(folder)
+
+
+def _write_manifest(path: Path, files: dict[str, Vouched]) -> None:
+    plain = {name: asdict(files[name]) for name in sorted(files)}
+    text = json.dumps({"format": FORMAT, "files": plain}, indent=1, ensure_ascii=False)
+    write_text(path, text + "\n")
+
+
+def everything(folder: Path) -> dict[str, Vouched]:
+    """Of all files in a run folder that are not hidden and do not grow."""
+    return {
+        name: vouched
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and path.name not in (MANIFEST, *GROWING)
+        for name, vouched in _vouched(path, folder).items()
+    }
+
+
+def _vouched(place: Path, root: Path) -> dict[str, Vouched]:
+    """Of a file, or of all files in a folder, by their paths from `root`."""
+    if place.is_dir():
+        return {n: v for path in place.iterdir() for n, v in _vouched(path, root).items()}
+    if not place.is_file():  # nothing that can be read to its end
+        return {}
+    with place.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {place.relative_to(root).as_posix(): Vouched(file.tell(), digest)}
+
+
+def _state(
+    manifest: Manifest | None, root: Path, name: str
+) -> Literal["sound", "changed", "unknown"]:
+    if manifest is None:
+        return "sound"
+    wanted = manifest.of(name)
+    if not wanted:
+        return "unknown"
+    try:
+        return "sound" if _vouched(root / name, root) == wanted else "changed"
+    except OSError:  # moved just now, or not to be read
+        return "changed"
+
+
+def _top(name: str) -> str:
+    return PurePosixPath(name).parts[0]

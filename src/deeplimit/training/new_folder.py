@@ -1,0 +1,79 @@
+"""New folders that appear with what belongs into them, under a name that nobody has."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+from deeplimit.errors import InputError
+from deeplimit.files import aside_of, flush_folder, remove, remove_stale
+
+
+def name_of(data: str) -> str:
+    """digits, hub:OWNER/NAME, npz:FOLDER/NAME.npz: the last part of it."""
+    return re.sub(r"[^\w.-]+", "-", Path(data.rpartition(":")[2]).stem).strip(".") or "run"
+
+
+def new_folder(runs: Path, name: str, fill: Callable[[Path, Path], object]) -> Path:
+    """A folder in `runs` that appears with all that `fill` writes: NAME, or NAME-2, NAME-3, ….
+
+    What is killed before leaves nothing that is in the way, and goes when the next one is made.
+
+    Args:
+        runs: where to; made if need be.
+        name: the folder's.
+        fill: given the folder as it is now, and the path that it will have. Called once more where
+            somebody else was quicker under that name.
+
+    Raises:
+        InputError: the name is no folder's name, or the folder cannot be made or written to.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise InputError(f"the name {name!r} cannot be a folder's; give a plain one")
+    with _aside(runs, name) as aside:
+        while True:
+            path = _free(runs, name)
+            aside.mkdir()
+            fill(aside, path)
+            try:
+                os.rename(aside, path)  # not onto a folder with something in it
+            except OSError:
+                if not os.path.lexists(path):
+                    raise
+                remove(aside)
+                continue
+            flush_folder(runs)
+            return path
+
+
+def check_place(runs: Path) -> None:
+    """Raises InputError where no folder can be made; for what is to be made after long work."""
+    with _aside(runs, "place") as aside:
+        aside.mkdir()
+
+
+@contextmanager
+def _aside(runs: Path, name: str) -> Iterator[Path]:
+    """A place in `runs` for a folder that is not whole yet; what was killed before is gone."""
+    aside = aside_of(runs / name)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        remove_stale(runs)
+        remove(aside)
+        yield aside
+    except OSError as error:
+        place = runs / name if runs.is_dir() else runs
+        reason = "a file is in the way" if isinstance(error, FileExistsError) else error.strerror
+        raise InputError(
+            f"{place}: no run folder can be made there ({reason}); give another folder for the "
+            "runs, or make this one writable"
+        ) from error
+    finally:
+        remove(aside)
+
+
+def _free(runs: Path, name: str) -> Path:
+    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    return next(runs / name for name in names if not os.path.lexists(runs / name))
