@@ -93,3 +93,12 @@ def test_only_lossless_conversions() -> None:
     for hint, value in ((float, True), (int, True), (int, "3"), (float, "3"), (Path, 3)):
         with pytest.raises(InputError):
             conform(hint, value, "x")
+
+
+def test_numbers_in_a_table_are_written_as_others_are() -> None:
+    @dataclass(frozen=True)
+    class Groups:
+        of: dict[str, tuple[float, ...]]
+
+    text = json.dumps(to_plain(Groups({"a": (math.inf, 0.5)})), allow_nan=False)
+    assert from_plain(Groups, json.loads(text)) == Groups({"a": (math.inf, 0.5)})

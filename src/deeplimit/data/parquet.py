@@ -39,6 +39,9 @@ def load_parquet(request: Request) -> DataSet:
         files = sorted(path for pattern in patterns for path in folder.glob(pattern))
         if files:
             _require_all_shards(files)
+            for path in files:
+                with _readable(path):
+                    _opened(path)
             tables[part] = ParquetPart(tuple(files))
     if "train" not in tables:
         raise InputError(

@@ -53,7 +53,9 @@ def load(
         seed: for generated data, ≥ 0.
 
     Raises:
-        InputError: for an unknown name and for data that is missing, damaged or unusable.
+        InputError: for an unknown name and for data that is missing, damaged or unusable, that
+            does not fit into memory, or that unpacks to more than 1 GiB and a hundred times its
+            file. Sizes are read before anything is unpacked.
     """
     if seed < 0:
         raise InputError(f"seed {seed}: give an integer of at least 0")

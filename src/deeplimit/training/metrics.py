@@ -36,7 +36,10 @@ def from_csv(text: str) -> tuple[Row, ...]:
     if columns not in (COLUMNS, COLUMNS[:-1]):  # older files have no drift
         raise ValueError(f"the columns are not {', '.join(COLUMNS)}")
     empty: Row = dict.fromkeys(COLUMNS)
-    return tuple(empty | {name: _number(row[name]) for name in columns} for row in reader)
+    rows = list(reader)
+    if any(None in row for row in rows):  # where the reader puts cells too many
+        raise ValueError("a row has more cells than there are columns")
+    return tuple(empty | {name: _number(row[name]) for name in columns} for row in rows)
 
 
 def _cell(name: str, value: float | None) -> str:
@@ -48,4 +51,7 @@ def _cell(name: str, value: float | None) -> str:
 def _number(cell: str | None) -> float | None:
     if cell is None:
         raise ValueError("a row is cut short")
-    return float(cell) if cell else None
+    number = float(cell) if cell else None
+    if number != number:
+        raise ValueError(f"{cell} is no number")
+    return number
