@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import load as naive_safetensors
 
 from deeplimit.control import TrajectoryPicture
-from deeplimit.data import load
+from deeplimit.data import Standardisation, load
 from deeplimit.data.cache import ImageCache
 from deeplimit.data.idx import read_idx
 from deeplimit.meanfield import ConvergenceCertificate
@@ -33,6 +33,7 @@ from deeplimit.training.given_model import load_weights
 from deeplimit.training.healing import Plan
 from deeplimit.training.library_models import transformers_model
 from deeplimit.training.metrics import COLUMNS, to_csv
+from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor, standardisation_beside
 from deeplimit.training.recipe_file import read_recipe_file
 from deeplimit.training.results import (
     Cut,
@@ -199,9 +200,9 @@ def _of_set(data: Any) -> tuple[np.ndarray, np.ndarray]:
     return x[order], names[order]
 
 
-def _npz_right(folder: Path, data: Any) -> bool:
-    said = np.load(folder / "set.npz")
-    x, names = said["x"], said["y"].astype(str)
+def _npz_right(data: Any, x: np.ndarray) -> bool:
+    """What checksums let pass is what was written."""
+    names = LABELS.astype(str)
     wide = x.astype(np.float32 if data.train.x.dtype == torch.float32 else np.float64)
     order = np.lexsort([*wide.reshape(len(x), -1).T[::-1], names])
     found, labels = _of_set(data)
@@ -306,6 +307,23 @@ def _config_right(folder: Path, loaded: Any) -> bool:
     return all(found[name] == said[name] for name in CONFIG if name in said and name != "id2label")
 
 
+SCALE = Standardisation((0.5, 0.25), (0.125, 1.0))
+
+
+def _scale_right(folder: Path, found: Any) -> bool:
+    """(f·p − mean) / std of pixels p in 0 … 255 is (p/255 − found.mean) / found.std."""
+    given = {"do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+    said = json.loads((folder / PREPROCESSOR).read_text())
+    given |= {name: value for name, value in said.items() if value is not None}
+    factor = given["rescale_factor"] if given["do_rescale"] else 1.0
+    plain = {"image_mean": 0.0, "image_std": 1.0}
+    mean, std = (np.broadcast_to((given if given["do_normalize"] else plain)[n], 2) for n in plain)
+    pixels = np.array([0, 255])
+    with np.errstate(over="ignore"):
+        wanted = (factor * pixels[:, None] - mean) / std
+        return np.allclose((pixels[:, None] / 255 - found.mean) / found.std, wanted, rtol=1e-9)
+
+
 READERS = [
     record("profile.json", Profiles),
     record("trajectories.json", TrajectoryPicture),
@@ -330,7 +348,7 @@ READERS = [
         "set.npz",
         lambda folder: np.savez(folder / "set.npz", x=VECTORS, y=LABELS),
         lambda folder: load(f"npz:{folder / 'set.npz'}"),
-        _npz_right,
+        lambda _, data: _npz_right(data, VECTORS),
     ),
     Reader(
         "packed/set.npz",
@@ -339,7 +357,7 @@ READERS = [
             np.savez_compressed(folder / "packed" / "set.npz", x=PIXELS[:, None], y=LABELS),
         )[1],
         lambda folder: load(f"npz:{folder / 'packed' / 'set.npz'}"),
-        lambda folder, data: _npz_right(folder / "packed", data),
+        lambda _, data: _npz_right(data, PIXELS[:, None]),
     ),
     Reader(
         "tiny/train.parquet",
@@ -368,6 +386,13 @@ READERS = [
         lambda folder: _write(folder / "config.json", json.dumps(CONFIG).encode()),
         lambda folder: transformers_model(str(folder / "config.json"), 2),
         _config_right,
+        "json",
+    ),
+    Reader(
+        PREPROCESSOR,
+        lambda folder: _write(folder / PREPROCESSOR, json.dumps(preprocessor(SCALE)).encode()),
+        lambda folder: standardisation_beside(folder, 2),
+        _scale_right,
         "json",
     ),
 ]
