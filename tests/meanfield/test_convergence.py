@@ -124,7 +124,7 @@ def test_in_the_bad_corner_it_is_broken_by_the_rate() -> None:
     assert "distance" not in found.verdict
     # With the least rate of the whole run it would hold, and say nothing.
     idle = certified(chain(2, 2, size=0.1), 0.3, 80, X, 10 * TARGET, m=min(found.rates))
-    assert idle.holds
+    assert not {"rate", "distance"} & set(idle.broken_by)
 
 
 def test_steps_that_are_no_gradient_flow_break_the_budget() -> None:
@@ -161,7 +161,7 @@ def test_both_conditions_can_break_at_once() -> None:
     assert " and the distance travelled, " in found.verdict
 
 
-def test_a_risk_above_the_curve_is_said() -> None:
+def test_a_risk_above_the_curve_breaks_it() -> None:
     """Conditions kept, but the time given runs faster than the training."""
     model, target = near()
     flow, recorder = particle_flow(model, 0.5), convergence_certificate(model)
@@ -172,8 +172,21 @@ def test_a_risk_above_the_curve_is_said() -> None:
         recorder.record(1000.0 * k, risk)
         flow.step()
     found = recorder.certificate()
-    assert found.holds
-    assert "but at record 1 the risk is above the guaranteed curve" in found.verdict
+    assert not found.holds
+    assert (found.broken_at, found.broken_by) == (1, ("risk",))
+    assert found.risks[1] > found.guaranteed[1]
+    assert found.verdict.startswith("broken since record 1 (t = 1e+03): the risk, ")
+    assert "the steps are too large for a gradient flow" in found.verdict
+
+
+def test_a_step_past_the_flow_breaks_it() -> None:
+    """The risk falls, m̂ ≥ m and d ≤ R, but the risk falls more slowly than the flow's."""
+    model, target, m = quadratic()
+    found = certified(model, 1.8 / m, 3, X, target, m=0.28 * m)
+    assert found.risks[1] < found.risks[0]
+    assert found.risks[1] > 1.5 * found.guaranteed[1]
+    assert (found.broken_at, found.broken_by) == (1, ("risk",))
+    assert not found.holds
 
 
 def reordered(model: ResidualChain) -> ResidualChain:

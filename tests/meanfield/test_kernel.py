@@ -214,6 +214,23 @@ def test_what_it_says() -> None:
     narrow = feature_kernel(chain(3, [4, 6, 5]), X)
     assert narrow.m == 0
     assert "no layer has more than 6 particles for 7 samples" in narrow.verdict
+
+
+def test_a_width_that_was_not_shown_to_suffice_is_not_said_not_to() -> None:
+    """Four layers of 6 particles, 7 samples: K of every layer is singular, their sum is not."""
+    model = chain(4, [6, 6, 6, 6])
+    found = feature_kernel(model, X)
+    states = anatomy(model).states(X)[0]
+    features = [b.activation(b.inner(x)) for b, x in zip(model, states, strict=False)]
+    kernels = [(f @ f.T / 6).detach().numpy() for f in features]
+    assert all(np.linalg.eigvalsh(k)[0] < 1e-12 for k in kernels)
+    assert np.linalg.eigvalsh(sum(kernels))[0] > 1e-6
+    assert found.m == 0
+    assert found.verdict.startswith("no rate is guaranteed")
+    assert "sufficient, not necessary" in found.verdict
+
+
+def test_what_it_says_of_equal_samples() -> None:
     twice = feature_kernel(chain(3, 20), torch.cat([X[:3], X[:1]]))
     assert twice.m == 0
     assert "singular to working precision" in twice.verdict

@@ -87,7 +87,8 @@ def comparison(networks: int) -> Comparison:
     every = [ComparedNetwork(n, f"runs/{n}", 2, (8, 8), (5,), 10.0) for n in "abc"[:networks]]
     pairs = [(i, j) for i in range(networks) for j in range(i + 1, networks)]
     return Comparison(
-        tuple(every), tuple(ComparedPair(i, j, 3.5 + i + j, 3.5, 5.0, LAYERS) for i, j in pairs)
+        tuple(every),
+        tuple(ComparedPair(i, j, 3.5 + i + j, 3.5 + i + j, 5.0, LAYERS) for i, j in pairs),
     )
 
 

@@ -14,6 +14,7 @@ from deeplimit.meanfield.transport import cot_distance
 from deeplimit.network.checks import check_number
 from deeplimit.network.parameter_groups import check_values
 
+ABOVE = 1e-9  # the guaranteed curve, relative: rounding
 ROUNDING = 100  # a mean of losses is good to so many units of the last place
 
 
@@ -32,7 +33,9 @@ class ConvergenceCertificate:
         m: the rate fixed at the start.
         budget: R = √(2L(μ_0)/m).
         broken_at: the first record that breaks it, counted from 0; None if it holds.
-        broken_by: by what: "rate" (m̂ < m), "distance" (d > R), or both; empty if it holds.
+        broken_by: by what: "rate" (m̂ < m), "distance" (d > R), or both; where no record does
+            either, "risk" (above the guaranteed curve, which the two conditions exclude for a
+            gradient flow, so that the steps are none); empty if it holds.
         verdict: one line.
     """
 
@@ -174,9 +177,9 @@ def convergence_certificate(
         L(μ_t) ≤ e^{−2mt} L(μ_0),    L the risk above its infimum.
 
     m is fixed at the first record and with it the budget R = √(2L(μ_0)/m) and the curve; at every
-    record m̂(t) = ‖∇L‖²_μ/(2L) ≥ m and d(μ_0, μ_t) ≤ R are looked at, and nothing in between. The
-    certificate holds up to the first record that violates one of them. (With m the least m̂ of the
-    whole run it would hold always, and prove nothing.)
+    record m̂(t) = ‖∇L‖²_μ/(2L) ≥ m, d(μ_0, μ_t) ≤ R and the inequality itself are looked at, and
+    nothing in between. The certificate holds up to the first record that violates one of them.
+    (With m the least m̂ of the whole run both conditions would hold always, and prove nothing.)
 
         optimizer = particle_flow(model, lr)
         recorder = convergence_certificate(model, infimum=loss.minimum)
@@ -221,13 +224,14 @@ def _certificate(records: list[_Record], m: float) -> ConvergenceCertificate:
     first = records[0]
     budget = math.sqrt(2 * first.risk / m)
     guaranteed = [math.exp(-2 * m * (r.time - first.time)) * first.risk for r in records]
-    broken_at: int | None = None
-    broken_by: tuple[str, ...] = ()
-    for k, r in enumerate(records):
-        found = _violations(r, m, budget)
-        if found:
-            broken_at, broken_by = k, found
-            break
+    conditions = [_violations(r, m, budget) for r in records]
+    above = [
+        ("risk",) if r.risk > curve * (1 + ABOVE) else ()
+        for r, curve in zip(records, guaranteed, strict=True)
+    ]
+    found = conditions if any(conditions) else above
+    broken_at = next((k for k, names in enumerate(found) if names), None)
+    broken_by = () if broken_at is None else found[broken_at]
     return ConvergenceCertificate(
         times=tuple(r.time for r in records),
         risks=tuple(r.risk for r in records),
@@ -240,7 +244,7 @@ def _certificate(records: list[_Record], m: float) -> ConvergenceCertificate:
         budget=budget,
         broken_at=broken_at,
         broken_by=broken_by,
-        verdict=_verdict(records, m, budget, guaranteed, broken_at),
+        verdict=_verdict(records, m, budget, guaranteed, broken_at, broken_by),
     )
 
 
@@ -255,7 +259,12 @@ def _violations(record: _Record, m: float, budget: float) -> tuple[str, ...]:
 
 
 def _verdict(
-    records: list[_Record], m: float, budget: float, guaranteed: list[float], broken_at: int | None
+    records: list[_Record],
+    m: float,
+    budget: float,
+    guaranteed: list[float],
+    broken_at: int | None,
+    broken_by: tuple[str, ...],
 ) -> str:
     if broken_at is not None:
         r = records[broken_at]
@@ -264,18 +273,16 @@ def _verdict(
             "distance": (
                 f"the distance travelled, {r.distance:.3g}, is above the budget R = {budget:.3g}"
             ),
+            "risk": (
+                f"the risk, {r.risk:.3g}, is above the guaranteed {guaranteed[broken_at]:.3g}: the "
+                "steps are too large for a gradient flow"
+            ),
         }
-        why = " and ".join(reasons[name] for name in _violations(r, m, budget))
+        why = " and ".join(reasons[name] for name in broken_by)
         return f"broken since record {broken_at} (t = {r.time:.3g}): {why}"
     last = records[-1]
-    verdict = (
-        f"holds for {len(records)} records up to t = {last.time:.3g}: m̂ stayed above m = {m:.3g}, "
-        f"the distance travelled is {last.distance:.3g} of R = {budget:.3g}"
-    )
-    above = next((k for k, r in enumerate(records) if r.risk > guaranteed[k] * (1 + 1e-9)), None)
-    if above is None:
-        return f"{verdict}; risk {last.risk:.3g}, guaranteed {guaranteed[-1]:.3g}"
     return (
-        f"{verdict}; but at record {above} the risk is above the guaranteed curve: the steps are "
-        "too large for a gradient flow"
+        f"holds for {len(records)} records up to t = {last.time:.3g}: m̂ stayed above m = {m:.3g}, "
+        f"the distance travelled is {last.distance:.3g} of R = {budget:.3g}; risk {last.risk:.3g}, "
+        f"guaranteed {guaranteed[-1]:.3g}"
     )

@@ -1,4 +1,4 @@
-"""The kernel of each layer's features on the data: whether the width suffices, before training."""
+"""The kernel of each layer's features on the data: a rate that is known before training."""
 
 import math
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ class FeatureKernel:
             e^{−2L_x} in the limit.
         head: the least factor by which the head does: the square of its smallest singular value.
         m: at least head · mean_n(smallest · attenuation) / D.
-        verdict: one line: whether the width suffices, and if not, which layer's does not.
+        verdict: one line: whether the width was shown to suffice, and if not, why not. That a
+            layer's kernel is positive definite is sufficient for a rate, and not necessary.
     """
 
     smallest: tuple[float, ...]
@@ -62,7 +63,8 @@ def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
     e^{−2L_x} or more as h → 0, and m [BPV24]'s e^{−2L_x} min_n λ_n/D or more. For
     (1/D) Σ ‖z − y‖² m is twice that, for PyTorch's `mse_loss` 2/C times; for other losses, the soft
     cross-entropy say, K_n says whether the width suffices, not m. K_n has rank M_n at most: λ_n = 0
-    where M_n < D or two samples have the same state, and m = 0 where that is so in every layer. In
+    where M_n < D or two samples have the same state, and m = 0 where that is so in every layer:
+    nothing is shown then, and the kernel of all layers together may be positive definite still. In
     float32 an eigenvalue below D·10⁻⁷ of the largest counts as 0.
 
     The output weights V do not enter K_n but do enter a_n, by layers of large slope. What [BPV24]
@@ -228,8 +230,10 @@ def _verdict(
         )
     if max(widths) < samples:
         return (
-            f"the width does not suffice: no layer has more than {max(widths)} particles for "
-            f"{samples} samples, so that every kernel is singular; take at least {samples}"
+            f"no rate is guaranteed: no layer has more than {max(widths)} particles for {samples} "
+            f"samples, so that every layer's kernel is singular; {samples} or more per layer are "
+            "sufficient, not necessary: layers whose kernels are singular may have one between "
+            "them that is not"
         )
     if not any(smallest):
         return (

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deeplimit.meanfield.exact import dual_value
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 ITERATIONS, TOLERANCE = 2000, 1e-6
@@ -19,7 +21,7 @@ def sinkhorn_plan(
     POT's Sinkhorn in the logarithmic domain with regularisation ε · mean cost, in float64, on the
     GPU where there is one. Its plan is rounded onto the marginals (Altschuler, Weed, Rigollet 2017,
     arXiv 1705.09634, algorithm 2); its potentials (f, g), made feasible by two c-transforms, give
-    Σ_i p_i f_i + Σ_j q_j g_j ≤ the optimal cost.
+    Σ_i p_i f_i + Σ_j q_j g_j ≤ the optimal cost, less its rounding.
 
     Args:
         costs: [M, M'], not negative.
@@ -52,7 +54,8 @@ def sinkhorn_plan(
         plan, f = _rounded(plan, ps, qs), strength * log["log_u"]
     g = (cost - f[:, None]).amin(dim=0)
     f = (cost - g[None, :]).amin(dim=1)
-    lower = max(float(ps @ f + qs @ g), 0.0)
+    value, rounding = dual_value(p, q, f.cpu().numpy(), g.cpu().numpy())
+    lower = max(value - rounding, 0.0)
     total = float((plan * cost).sum())
     if not keep:
         return None, total, lower

@@ -107,12 +107,10 @@ def _quantised(layer: Tensor, mass: Tensor, width: int, seed: int) -> tuple[Tens
     if len(layer) <= width:
         return layer, mass, 0.0
     x, p = layer.cpu().double().numpy(), mass.numpy()
-    centre = x.mean(0)
-    x = x - centre
     count = min(width, len({row.tobytes() for row in x}))
     found = KMeans(count, n_init=1, random_state=seed).fit(x, sample_weight=p)
-    atoms = torch.from_numpy(found.cluster_centers_ + centre).to(layer)
-    costs = squared_distances(x, atoms.cpu().double().numpy() - centre)
+    atoms = torch.from_numpy(found.cluster_centers_).to(layer)
+    costs = squared_distances(x, atoms.cpu().double().numpy())
     nearest = costs.argmin(1)
     weights = torch.zeros(count, dtype=torch.float64)
     weights.index_add_(0, torch.from_numpy(nearest), torch.from_numpy(p))

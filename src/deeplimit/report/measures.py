@@ -21,6 +21,7 @@ from deeplimit.studies.interpolation import Interpolation
 from deeplimit.training.results import MergedRuns
 
 ROWS = 24  # of a table of layers; a longer one shows the largest distances
+PROVEN = 1e-9  # relative, up to which a distance is one number
 EQUAL = 1e-6  # relative, below which the coupling does no better than the neurons' numbers
 
 
@@ -55,7 +56,7 @@ def comparison_answer(found: Comparison) -> str:
     size = max(a.size, b.size)
     share = f", {percent(nearest.distance / size)} of the larger one's size" if size else ""
     distance = f"d = {significant(nearest.distance)}"
-    if found.sinkhorn is not None:
+    if nearest.lower < nearest.distance * (1 - PROVEN):
         most = min(nearest.distance, nearest.by_number or math.inf)
         distance = f"{significant(nearest.lower)} ≤ d ≤ {significant(most)}"
     if len(found.pairs) > 1:
