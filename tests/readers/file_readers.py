@@ -29,6 +29,7 @@ from deeplimit.network import load as load_network
 from deeplimit.ode import DepthLimit
 from deeplimit.training import Recipe
 from deeplimit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from deeplimit.training.files import Manifest
 from deeplimit.training.given_model import load_weights
 from deeplimit.training.healing import Plan
 from deeplimit.training.library_models import transformers_model
@@ -335,6 +336,7 @@ READERS = [
     record("reference.json", Reference),
     record("ode.json", DepthLimit),
     record("certificate.json", ConvergenceCertificate),
+    record("run.json", Manifest),
     Reader("recipe.toml", _make_recipe, _read_recipe, _recipe_right, "toml"),
     Reader(
         "metrics.csv",
