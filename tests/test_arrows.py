@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "deeplimit"
 
 # Files outside the rooms, open to every one of them.
-OPEN = {"errors", "files", "memory", "reading"}
+OPEN = {"errors", "files", "memory", "reading", "terminal"}
 
 # room: what it may import besides itself and what is outside.
 ARROWS: dict[str, set[str]] = {
@@ -18,6 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "files": set(),
     "memory": set(),
     "reading": {"memory"},
+    "terminal": set(),
     "network": set(),
     "data": set(),
     "gradient": {"network"},

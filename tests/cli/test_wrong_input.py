@@ -65,6 +65,11 @@ def file_in(here: Path, name: str, text: str) -> Path:
     return path
 
 
+def link(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
 def recipe(text: str) -> Line:
     return lambda here: [
         "train",
@@ -157,6 +162,37 @@ WRONG: dict[str, Wrong] = {
     "a network larger than memory": Wrong(
         lambda here: ["train", "--width", "1000000", "--hidden", "1000000", "--runs", here / "r"],
         ("width 1000000, hidden 1000000", "does not fit into memory", "smaller"),
+    ),
+    "a network deeper than memory": Wrong(
+        train("--depth", "100000000"),
+        ("100000000 layers does not fit into memory", "TB of memory needed", "smaller"),
+    ),
+    "a network wider than numbers": Wrong(
+        train("--width", "1" + 30 * "0"), ("does not fit into any memory", "smaller")
+    ),
+    **{
+        f"{name} beyond 32 bits": Wrong(
+            train(f"--{name.replace('_', '-')}", "1e300"),
+            (f"{name} is 1e+300", "at most 1e+18", "smaller"),
+        )
+        for name in ("stage_cost", "control_cost", "weight_decay", "learning_rate", "step")
+    },
+    "name of bytes that are no characters": Wrong(
+        train("--name", "a\udcff"), ("'a\\udcff'", "not in UTF-8", "another name")
+    ),
+    "name with a control character": Wrong(
+        train("--name", "a\x1b[31mb"), (r"'a\x1b[31mb'", "plain one")
+    ),
+    **{
+        f"name {name!r}": Wrong(train("--name", name), (f"{name!r}", "plain"))
+        for name in ("", "..")
+    },
+    "name that is too long": Wrong(
+        train("--name", "é" * 101), ("202 bytes", "at most 200", "shorter")
+    ),
+    "runs that are a link to nowhere": Wrong(
+        lambda here: ["train", "--runs", link(here / "link", here / "gone")],
+        ("link is a link to", "gone, which is not there", "make that folder"),
     ),
     "a seed that no generator takes": Wrong(
         lambda here: ["ode", "transformers:vit", "--seed", "99999999999999999999999"],

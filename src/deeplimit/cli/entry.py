@@ -32,7 +32,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # better a ? for γ than no answer
             stream.reconfigure(errors="replace")
     try:
-        parse(list(sys.argv[1:] if args is None else args))()
+        words = list(sys.argv[1:] if args is None else args)
+        check_words(words)
+        parse(words)()
     except SystemExit as stop:  # the parser's: 0 after --help, 2 after its message
         return stop.code if isinstance(stop.code, int) else 1
     except InputError as error:
@@ -54,6 +56,20 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         return _failed(1, "the memory ran out; give smaller numbers or data, or a larger machine")
     return 0
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuses bytes that are no characters: libraries that write files would, hours later.
+
+    Raises:
+        InputError: a word is not in UTF-8.
+    """
+    for word in words:
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            raise InputError(
+                f"{word!r} on the command line is not in UTF-8; give another name, or rename the "
+                "file or folder"
+            )
 
 
 def _failed(code: int, message: str) -> int:

@@ -127,11 +127,12 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
     if not sys.stderr.isatty():
         yield lambda message: say(f"measuring: {message}")
         return
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from deeplimit.terminal import Terminal
+
     columns = (BarColumn(bar_width=24), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
         task = bar.add_task("loading", total=STAGES)
         done = iter(range(STAGES + 1))
         yield lambda message: bar.update(task, description=message, completed=next(done))

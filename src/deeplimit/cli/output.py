@@ -15,7 +15,9 @@ def is_first_process() -> bool:
 
 def say(message: str) -> None:
     """One line on stderr."""
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    from deeplimit.terminal import tell
+
+    tell(" ".join(message.split()))
 
 
 def emit(result: Any, *shown: Any, json: bool) -> None:
@@ -23,15 +25,15 @@ def emit(result: Any, *shown: Any, json: bool) -> None:
 
     JSON is that of the run folder's files: tuples are lists, NaN is null.
     """
-    from rich.console import Console
-
+    from deeplimit.terminal import Terminal, visible_json
     from deeplimit.training.typed_values import to_plain
 
     try:
         if json:
-            print(json_text.dumps(to_plain(result), allow_nan=False, ensure_ascii=False))
+            text = json_text.dumps(to_plain(result), allow_nan=False, ensure_ascii=False)
+            print(visible_json(text))
         else:
-            console = Console(soft_wrap=True, highlight=False, markup=False)
+            console = Terminal(soft_wrap=True, highlight=False, markup=False)
             for part in shown:
                 console.print(part)
         sys.stdout.flush()

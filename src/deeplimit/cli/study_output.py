@@ -27,15 +27,16 @@ def progress(*, quiet: bool, doing: str = "training") -> Iterator[Callable[[str,
     if not sys.stderr.isatty():
         yield _lines(doing)
         return
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from deeplimit.terminal import Terminal
 
     columns = (
         BarColumn(bar_width=24),
         TextColumn("{task.description}"),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda message, done: bar.update(task, description=message, completed=done)
 

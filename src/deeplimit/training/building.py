@@ -11,7 +11,7 @@ from deeplimit.control import Distillation, SoftCrossEntropy, StageCost
 from deeplimit.data import Augmentation, DataSet, Split, batches, load
 from deeplimit.errors import InputError
 from deeplimit.gradient import use_adjoint
-from deeplimit.memory import ran_out
+from deeplimit.memory import require
 from deeplimit.network import (
     Architecture,
     CifarArchitecture,
@@ -25,6 +25,7 @@ from deeplimit.training.recipe import OWN_STARTS, Recipe
 from deeplimit.training.run_folder import RunFolder, as_vouched
 
 EVALUATION_BATCH = 256
+OBJECTS = 3000  # bytes of Python's that a layer takes at least, whatever its numbers
 CACHE = ".data"  # in the folder of the runs: decoded images, memory-mapped by later runs
 
 
@@ -143,20 +144,39 @@ def _initial(
     recipe: Recipe, architecture: Architecture | CifarArchitecture, data: DataSet
 ) -> ResidualClassifier | CifarResNet:
     """With parameters of the recipe's seed."""
+    what = f"a network of width {recipe.width}, hidden {recipe.hidden} and {recipe.horizon} layers"
+    try:
+        size = _size(architecture)
+    except (OverflowError, RuntimeError, TypeError) as error:  # sizes beyond 64 bits
+        raise InputError(f"{what} does not fit into any memory; give smaller numbers") from error
+    require(size, f"{what} does not fit into memory", "give smaller numbers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        try:
-            model = architecture.build()
-        except (MemoryError, RuntimeError) as error:
-            if not ran_out(error):
-                raise
-            raise InputError(
-                f"a network of width {recipe.width}, hidden {recipe.hidden} and {recipe.horizon} "
-                "layers does not fit into memory; give smaller numbers"
-            ) from error
+        model = architecture.build()
     initialise(model, recipe.initialisation, recipe.length_scale)
     flat = recipe.kind in ("logit", "vector")
     return model.standardise(*data.standardisation(pixelwise=flat))
+
+
+def _size(architecture: Architecture | CifarArchitecture) -> int:
+    """Bytes of the two networks that a training holds, the one that learns and its copy.
+
+    That is the least that it needs: gradients, the optimiser's state and the states come on top.
+    Nothing is built but, without memory, a network with one or two layers in each stage.
+    """
+
+    def weights(depths: tuple[int, ...]) -> int:
+        with torch.device("meta"):
+            small = replace(architecture, depths=depths).build()
+        return sum(p.numel() * p.element_size() for p in small.parameters())
+
+    stages = len(architecture.depths)
+    least = weights((1,) * stages)
+    size = least
+    for m, depth in enumerate(architecture.depths):
+        more = tuple(1 + (n == m) for n in range(stages))
+        size += (depth - 1) * (weights(more) - least + OBJECTS)
+    return 2 * size
 
 
 def _begun(

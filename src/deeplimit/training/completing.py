@@ -1,6 +1,5 @@
 """What follows a training: profile, cut, and the control that the recipe asks for."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from lightning_fabric import Fabric
 from deeplimit.control import crop, turnpike_profile, verify_crop
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, RunError
+from deeplimit.terminal import tell
 from deeplimit.training.analysis import crop_run, profile_run, usable_device
 from deeplimit.training.building import evaluation_batches, loss_of, prepare, run_data
 from deeplimit.training.fit import launched, train_in
@@ -163,4 +163,4 @@ def _compare(
 
 def _tell(aloud: bool, message: str) -> None:
     if aloud:
-        print(message, file=sys.stderr, flush=True)
+        tell(message)

@@ -47,7 +47,7 @@ def loss_not_finite(
     else:
         where = f"the first state that is not finite is at layer {layer} of {structure.horizon}"
     when = f"step {step} (epoch {done + 1})"
-    return RunError(f"the loss is not finite at {when}: {where}; {_remedy(done)}")
+    return RunError(f"the loss is not finite at {when}: {where}; {_remedy(done, step)}")
 
 
 def check_validation(profile: TurnpikeProfile, done: int) -> None:
@@ -60,6 +60,8 @@ def check_validation(profile: TurnpikeProfile, done: int) -> None:
         )
 
 
-def _remedy(done: int) -> str:
+def _remedy(done: int, step: int = 0) -> str:
     kept = f"the checkpoint after epoch {done} is kept; " if done else ""
+    if step == 1:  # nothing has been learnt, so the learning rate is not to blame
+        return "look for huge numbers in the data, or give smaller costs or a smaller step"
     return f"{kept}train with a smaller learning rate"

@@ -10,6 +10,8 @@ from pathlib import Path
 from deeplimit.errors import InputError
 from deeplimit.files import aside_of, flush_folder, remove, remove_stale
 
+LONGEST = 200  # bytes of a run's name: file systems take 255, and -x2, -12 and .new may follow
+
 
 def name_of(data: str) -> str:
     """digits, hub:OWNER/NAME, npz:FOLDER/NAME.npz: the last part of it."""
@@ -30,8 +32,13 @@ def new_folder(runs: Path, name: str, fill: Callable[[Path, Path], object]) -> P
     Raises:
         InputError: the name is no folder's name, or the folder cannot be made or written to.
     """
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise InputError(f"the name {name!r} cannot be a folder's; give a plain one")
+    if (length := len(name.encode())) > LONGEST:
+        raise InputError(
+            f"the name {name[:20]}… has {length} bytes; expected at most {LONGEST}: give a shorter "
+            "one"
+        )
     with _aside(runs, name) as aside:
         while True:
             path = _free(runs, name)
@@ -57,6 +64,11 @@ def check_place(runs: Path) -> None:
 @contextmanager
 def _aside(runs: Path, name: str) -> Iterator[Path]:
     """A place in `runs` for a folder that is not whole yet; what was killed before is gone."""
+    if runs.is_symlink() and not runs.exists():
+        raise InputError(
+            f"{runs} is a link to {runs.readlink()}, which is not there; make that folder, or give "
+            "another one for the runs"
+        )
     aside = aside_of(runs / name)
     try:
         runs.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deeplimit.gradient import DriftWarning
+from deeplimit.terminal import Terminal, tell
 from deeplimit.training.metrics import Row
 
 REFRESH = 0.25  # seconds between two looks at the running loss, each of which waits for the device
@@ -56,16 +57,16 @@ class Lines(Observer):
 
     def start(self, message: str) -> None:
         """Says it."""
-        print(message, file=sys.stderr, flush=True)
+        tell(message)
 
     def epoch(self, row: Row) -> None:
         """A line."""
         told = f"epoch {row['epoch']:.0f}/{self.epochs}  {described(row)}  {row['seconds']:.1f} s"
-        print(told, file=sys.stderr, flush=True)
+        tell(told)
 
     def warn(self, message: str) -> None:
         """A line."""
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        tell(f"warning: {message}")
 
 
 class Bar(Observer):
@@ -137,5 +138,5 @@ def observer(epochs: int, steps_per_epoch: int, epochs_done: int, quiet: bool) -
     if quiet:
         return Observer()
     if sys.stderr.isatty():
-        return Bar(epochs, steps_per_epoch, epochs_done, Console(stderr=True))
+        return Bar(epochs, steps_per_epoch, epochs_done, Terminal(stderr=True))
     return Lines(epochs)

@@ -12,6 +12,7 @@ from deeplimit.training.trust import Named
 from deeplimit.training.typed_values import conform, from_plain, to_plain
 
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
+LARGEST = 1e18  # optimisers square gradients, and so what multiplies them, in 32 bits: up to 3e38
 # What older files do not say.
 OLDER = {
     "gradient": "backprop",
@@ -304,6 +305,7 @@ class Recipe:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} is {value:g}; expected a number ≥ 0")
+            _at_most(name, value)
         if self.control == "plain":
             self._check_control()
 
@@ -362,6 +364,15 @@ def _at_least(name: str, value: int, least: int) -> None:
 def _positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"{name} is {value:g}; expected a number above 0")
+    _at_most(name, value)
+
+
+def _at_most(name: str, value: float) -> None:
+    if value > LARGEST:
+        raise InputError(
+            f"{name} is {value:g}; expected at most {LARGEST:g}, whose square a number of 32 bits "
+            "holds: give a smaller one"
+        )
 
 
 def _listed(depth: tuple[int, ...]) -> str:

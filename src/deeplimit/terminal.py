@@ -1,0 +1,38 @@
+"""Words on a terminal: what names and files bring along never moves its cursor or its colours."""
+
+import re
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.segment import Segment
+
+# Control characters but tab and line feed, marks that turn the direction of writing round, line
+# separators, halves of characters.
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    r"""The text with a control character as Python writes it: \x1b, \u202e."""
+    return HIDDEN.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def visible_json(text: str) -> str:
+    r"""JSON that says the same, with no control character as it is: \u009b."""
+    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def tell(message: str) -> None:
+    """A line on stderr."""
+    print(visible(message), file=sys.stderr, flush=True)
+
+
+class Terminal(Console):
+    """Rich's console, which by itself lets control characters of what it shows through."""
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        """What rich sends; by now only its own control codes are marked as such."""
+        shown = (Segment(t if control else visible(t), s, control) for t, s, control in buffer)
+        return super()._render_buffer(shown)
