@@ -81,6 +81,7 @@ def theirs(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     """The current folder has it as runs/theirs, with a package whose modules leave a marker."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, THEIRS)
+    (THEIRS / "run.json").unlink()  # who sends a run can write it as well as leave it out
     recipe = THEIRS / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("typed_networks:build", SPEC))
     (THEIRS / "evil.py").write_text(MODULE)

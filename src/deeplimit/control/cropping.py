@@ -21,7 +21,7 @@ from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import anatomy
+from deeplimit.network.anatomy import anatomy, check_rebuilt
 from deeplimit.network.checks import shown
 from deeplimit.network.modes import Inputs, device_of, evaluating, first_samples
 from deeplimit.network.targets import fitted
@@ -72,7 +72,8 @@ def crop(
 
     Raises:
         InputError: a depth outside 0 … N, a profile of another horizon, a layer that does not
-            exist or that the model cannot do without, or neither or both of depth and remove.
+            exist or that the model cannot do without, neither or both of depth and remove, or a
+            model whose class, built from the new configuration, is another (`check_rebuilt`).
     """
     structure = anatomy(model)
     horizon = structure.horizon
@@ -94,6 +95,7 @@ def crop(
         standing = vars(module).get("forward")
         if isinstance(standing, FadedForward):
             standing.remove()
+    check_rebuilt(structure, smaller)
     return smaller
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from deeplimit.errors import InputError
 from deeplimit.network import Anatomy, ResidualChain, ResidualClassifier, anatomy
+from deeplimit.network.anatomy import check_rebuilt
 from deeplimit.ode.blocks import blocks_in, blocks_of, chains_of, check_untied, check_values
 from deeplimit.ode.branches import branch_ends
 from deeplimit.ode.optimiser_state import carry_over, checked_optimiser
@@ -99,6 +100,8 @@ def resampled(
     for place, block in zip(places, others, strict=True):
         weights = place.weights
         origins |= _fill(block, [blocks[n] for n in weights], tuple(weights.values()), place)
+    if read is not None:
+        check_rebuilt(read, new)
     if inner is not None:
         carry_over(inner, model, new, outside(model, new, [*blocks, *others]) | origins)
     return cast(Model, new)

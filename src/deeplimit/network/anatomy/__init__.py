@@ -13,6 +13,7 @@ from deeplimit.network.anatomy import (
 )
 from deeplimit.network.anatomy.anatomy import Anatomy, Layer
 from deeplimit.network.anatomy.block_anatomy import BlockAnatomy
+from deeplimit.network.anatomy.rebuilding import check_rebuilt
 from deeplimit.network.anatomy.registry import anatomy, register
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "BlockAnatomy",
     "Layer",
     "anatomy",
+    "check_rebuilt",
     "cifar_resnet",
     "register",
     "residual_classifier",

@@ -20,6 +20,7 @@ from deeplimit.network.anatomy.anatomy import (
     StateHook,
     layer_numbers,
 )
+from deeplimit.network.anatomy.config_depth import set_layers
 from deeplimit.network.modes import Inputs, RunningStatistics, evaluating
 
 Container = nn.ModuleList | nn.Sequential
@@ -27,6 +28,7 @@ Container = nn.ModuleList | nn.Sequential
 # Of the logits' rounding, what the same head may make of the same state in another call. Sums in
 # half precision are rounded once, at their end.
 SLACK, HALF_SLACK = 100, 4
+INDEX = ("layer_idx", "layer_id")  # what a block calls its place, where it knows it
 
 
 @runtime_checkable
@@ -86,11 +88,16 @@ class BlockAnatomy(Anatomy):
     def shortened(self, model: nn.Module, kept: list[list[int]]) -> None:
         """After a change of depth: brings up to date what the model says of itself, in place.
 
+        That is the `config` of a model that has one and one list of blocks, by `set_layers`.
+
         Args:
             model: the model with other lists.
             kept: per list of blocks, the old ones that stand there now, in order; one that was
                 repeated is there several times.
         """
+        config: Any = getattr(model, "config", None)
+        if len(kept) == 1 and hasattr(config, "__dict__"):
+            set_layers(config, kept[0], self.horizon)
 
     def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
         """All parameters of the modules named in `ends`."""
@@ -249,6 +256,7 @@ class BlockAnatomy(Anatomy):
             mine = other.get_submodule(names[id(container)])
             kept.append([i for i, n in enumerate(layers) for _ in range(times[n])])
             _repeat(mine, [times[n] for n in layers], other)
+            _number(mine)
         self.shortened(other, kept)
         return other
 
@@ -317,6 +325,15 @@ def _repeat(container: nn.Module, times: list[int], model: nn.Module) -> None:
         named = re.sub(r"\d+$", str(number), name)
         again = named == name and named in container._modules
         container._modules[f"{name}_{i}" if again else named] = block
+
+
+def _number(container: nn.Module) -> None:
+    """Blocks that know which they are, for a cache of keys and values, are told."""
+    for i, block in enumerate(container.children()):
+        for module in block.modules():
+            for name in INDEX:
+                if isinstance(vars(module).get(name), int):
+                    setattr(module, name, i)
 
 
 def _copied(block: nn.Module, model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy.anatomy import layer_numbers
 from deeplimit.network.anatomy.block_anatomy import BlockAnatomy
+from deeplimit.network.anatomy.config_depth import set_layers
 from deeplimit.network.modes import Inputs, to_precision
 
 EXAMPLE_SIZE, EXAMPLE_TOKENS = 64, 4
@@ -65,16 +66,11 @@ class TransformersAnatomy(BlockAnatomy):
             raise InputError(f"{name}: {why}; only layers at the end can be removed")
 
     def shortened(self, model: nn.Module, kept: list[list[int]]) -> None:
-        """The configuration's depth and what goes with it; the layers' own indices."""
+        """The configuration's depth and what goes with it."""
         config = cast(Any, model).config
         self.set_depth(config, kept)
         if hasattr(config, "stage_names") and not hasattr(config, "depths"):
             _name_stages(config, *kept)
-        for container in type(self)._unchecked(model).containers:
-            for i, block in enumerate(container):
-                for module in block.modules():
-                    if isinstance(getattr(module, "layer_idx", None), int):
-                        cast(Any, module).layer_idx = i
 
     @abstractmethod
     def set_depth(self, config: Any, kept: list[list[int]]) -> None:
@@ -98,12 +94,7 @@ class OneStack(TransformersAnatomy):
 
     def set_depth(self, config: Any, kept: list[list[int]]) -> None:
         """`num_hidden_layers`, and every list that has an entry for each layer."""
-        (mine,) = kept
-        before = config.num_hidden_layers
-        for name, value in list(vars(config).items()):
-            if "layer" in name and isinstance(value, list | tuple) and len(value) == before:
-                setattr(config, name, type(value)(value[i] for i in mine))
-        config.num_hidden_layers = len(mine)
+        set_layers(config, kept[0], self.horizon)
 
 
 def _name_stages(config: Any, kept: list[int]) -> None:

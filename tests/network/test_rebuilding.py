@@ -1,0 +1,136 @@
+"""A cut model is what its configuration builds, or is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from deeplimit import crop
+from deeplimit.errors import InputError
+from deeplimit.network import BlockAnatomy
+from deeplimit.network.anatomy.registry import FAMILIES
+
+hf = pytest.importorskip("transformers", reason="the extra `hub` is not installed")
+
+SMALL = {
+    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6,
+    "num_attention_heads": 2, "num_key_value_heads": 2,
+}  # fmt: skip
+MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "head_dim": 8}
+DEEPSEEK = {
+    "n_routed_experts": 4, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1,
+    "moe_intermediate_size": 8, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "n_shared_experts": 1,
+}  # fmt: skip
+NEO = {
+    "vocab_size": 50, "hidden_size": 16, "num_layers": 6, "num_heads": 2, "intermediate_size": 16,
+    "attention_types": [[["global", "local"], 3]], "window_size": 4, "max_position_embeddings": 32,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class Registered(BlockAnatomy):
+    """As docs/your-own-model.md has it: nothing is said of the configuration."""
+
+    tokens = True
+
+    @property
+    def containers(self):
+        return [next(m for m in self.model.modules() if isinstance(m, nn.ModuleList))]
+
+    def head(self, x):
+        backbone = self.model.base_model
+        norm = backbone.norm if hasattr(backbone, "norm") else backbone.ln_f
+        return self.model.lm_head(norm(x))
+
+    def example(self):
+        return torch.arange(12).reshape(1, 12)
+
+    def run(self, x):
+        return self.model(x).logits
+
+
+class Unaware(Registered):
+    def shortened(self, model, kept):
+        """Leaves the configuration as it was."""
+
+
+CASES = {
+    "Mixtral": ({**SMALL, "num_local_experts": 2}, {}),
+    "Qwen2": (
+        {**SMALL, **WINDOWS},
+        {"max_window_layers": 1, "layer_types": [FULL] + [SLIDING] * 3},
+    ),
+    "Qwen3Moe": (
+        {**SMALL, **MOE, "mlp_only_layers": [4], "decoder_sparse_step": 2},
+        {"mlp_only_layers": [0, 2], "decoder_sparse_step": 1},
+    ),
+    "DeepseekV3": ({**SMALL, **DEEPSEEK, "first_k_dense_replace": 3}, {"first_k_dense_replace": 1}),
+    "GPTNeo": (NEO, {"attention_layers": ["global", "local", "global", "local"]}),
+}
+
+
+def made(name: str) -> nn.Module:
+    config = getattr(hf, f"{name}Config")(**CASES[name][0])
+    torch.manual_seed(0)
+    return getattr(hf, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch):
+    def enter(model: nn.Module, family: type[BlockAnatomy]) -> None:
+        monkeypatch.setitem(FAMILIES, type(model), family)
+
+    return enter
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_cut_from_the_middle_is_loaded_as_it_is(name: str, registered, tmp_path) -> None:
+    """By plain transformers, with the weights strictly; more tokens than a window."""
+    model = made(name)
+    if name != "Qwen2":
+        registered(model, Registered)
+    state = torch.get_rng_state()
+    cropped = crop(model, remove=[1, 2])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert cropped.config.num_hidden_layers == 4
+    for key, value in CASES[name][1].items():
+        assert getattr(cropped.config, key) == value
+    assert model.config.num_hidden_layers == 6
+    cropped.save_pretrained(tmp_path)
+    again, found = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    x = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x).logits, cropped(x).logits)
+    assert all(p.requires_grad for p in cropped.parameters())
+
+
+def test_a_configuration_that_is_not_brought_up_to_date_is_refused(registered) -> None:
+    model = made("Mixtral")
+    registered(model, Unaware)
+    with pytest.raises(InputError, match=r"cannot be built again .*num_hidden_layers=6.*shortened"):
+        crop(model, remove=[2, 3])
+
+
+def test_what_the_logits_do_not_show_is_seen_in_the_modules(registered) -> None:
+    """A window longer than the example: the layers' own words differ."""
+    model = made("Qwen2")
+
+    class Counted(Registered):
+        def shortened(self, model, kept):
+            model.config.num_hidden_layers = len(kept[0])
+            model.config.layer_types = model.config.layer_types[: len(kept[0])]
+
+    registered(model, Counted)
+    with pytest.raises(InputError, match=r"sliding_window \(8, built None\)"):
+        crop(model, remove=[1, 2])
+
+
+def test_what_the_configuration_never_said_is_not_held_against_a_cut(registered) -> None:
+    model = made("Mixtral")
+    registered(model, Registered)
+    model.lm_head = nn.Linear(16, 7)
+    assert crop(model, 3).config.num_hidden_layers == 3
