@@ -301,6 +301,7 @@ def test_wrong_input_is_one_line(
     if "spirals" in words:
         other = Path(shutil.copytree(runs / "first", tmp_path / "spirals")) / "recipe.toml"
         other.write_text(other.read_text().replace('"digits"', '"spirals"'))
+        other.with_name("run.json").unlink()
     monkeypatch.chdir(tmp_path)
     before = contents(tmp_path)
     done = command(*words)

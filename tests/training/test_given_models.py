@@ -115,6 +115,7 @@ def test_a_checkpoint_of_a_training_of_another_length_is_refused(
     copy = Path(shutil.copytree(run.path, tmp_path / "longer"))
     recipe = copy / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("epochs = 4", "epochs = 5"))
+    (copy / "run.json").unlink()  # which would not vouch for it
     steps = checkpoint_of(copy).scheduler["total_steps"]
     says = rf"of a training of {steps} steps, .* make {steps * 5 // 4}; put epochs, .* --model RUN"
     with pytest.raises(InputError, match=says):
@@ -254,6 +255,7 @@ def test_a_class_of_the_users_with_weights_from_a_file(run: RunFolder, here: Pat
         assert torch.equal(cropped(x).logits, by_hand)
     recipe_file = own.path / "recipe.toml"
     recipe_file.write_text(recipe_file.read_text().replace("own_vits:build", "own_vits:five"))
+    (own.path / "run.json").unlink()
     with pytest.raises(InputError, match=r"model\.safetensors: not the weights of the model"):
         RunFolder.open(own.path).model()
 
