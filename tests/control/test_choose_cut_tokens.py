@@ -64,12 +64,13 @@ def test_layers_that_do_nothing_go_first_and_tokens_are_counted(name: str) -> No
     assert {n for n, influence in enumerate(made.influence) if influence < 1e-12} == places
     chosen = choose_cut(model, made, loader, accuracy=0.0)
     assert set(chosen.removed) >= places
-    assert (chosen.accuracy_before, chosen.samples) == (1.0, 2 * 4 * 8)
+    # The first batch puts the layers in order, the second judges.
+    assert (chosen.accuracy_before, chosen.samples) == (1.0, 4 * 8)
     assert chosen.accuracy_after == counted(model, chosen.removed, loader)[0] == 1.0
     for blocks in (3, 2, 1):
         cut = choose_cut(model, made, loader, blocks=blocks)
         assert len(cut.removed) == 5 - blocks
         assert set(cut.removed) >= places
-        share, tokens = counted(model, cut.removed, loader)
+        share, tokens = counted(model, cut.removed, loader[1:])
         assert (cut.accuracy_after, cut.samples) == (pytest.approx(share), tokens)
     assert choose_cut(model, made, blocks=3).removed == (1, 3)

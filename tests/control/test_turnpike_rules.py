@@ -97,12 +97,26 @@ def test_the_loss_must_be_near_too() -> None:
     assert profile(loss=better).recommended_depth == 0
 
 
-def test_few_samples_cannot_be_told_apart_finer_than_by_two() -> None:
+def test_a_tolerance_is_taken_as_it_is_given_however_few_the_samples() -> None:
     # One of 100 samples lost: a drop of 0.01 with standard error √(0.01·0.99/100).
     error = math.sqrt(0.01 * 0.99 / 100)
     one_lost = {"accuracy": [0.1, 0.97, 0.98], "accuracy_error": [0.0, error, 0.0]}
-    assert profile(**one_lost, samples=100).recommended_depth == 1
-    assert profile(**one_lost, samples=1000).recommended_depth == 2
+    assert profile(**one_lost, samples=100).recommended_depth == 2
+    assert profile(**one_lost, samples=100).depth_within(0.0263) == 2
+    assert profile(**one_lost, samples=100).depth_within(0.0265) == 1  # 0.01 + 1.645·error
+
+
+def test_the_loss_may_rise_by_as_much_as_the_accuracy_and_one_percent_at_least() -> None:
+    scale = profile(accuracy=[1.0]).loss_range
+    base = profile(accuracy=[1.0]).minimum
+    for rise, asked, depth in (
+        (0.0199, 0.02, 0),
+        (0.0201, 0.02, 1),
+        (0.0099, 0.001, 0),
+        (0.0101, 0.001, 1),
+    ):
+        made = profile(loss=[base + rise * scale, base])
+        assert made.depth_within(asked) == depth
 
 
 def test_no_depth_but_the_full_one() -> None:

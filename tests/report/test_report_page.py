@@ -59,7 +59,7 @@ def test_the_rule_is_told_with_validation_figures(digits: RunResults, digits_pag
     page = readable(digits_page)
     assert "It is the smallest depth that, on validation data" in page
     assert f"{100 * ACCURACY_TOLERANCE:g} points of accuracy" in page
-    assert f"{100 * LOSS_TOLERANCE:g} % of its range" in page
+    assert f"{100 * LOSS_TOLERANCE:g} % of the loss's range" in page
     accuracy = percent(validation.accuracy[depth], validation.samples)
     shown = f"depth {depth} has an accuracy of {accuracy}"
     assert spaced(shown) in page

@@ -150,7 +150,8 @@ def test_layers_of_any_stage_are_chosen_on_validation(stages: RunFolder, budget:
             **(budget or {"accuracy": 0.005}),
         )
         assert cut.choice == by_hand
-    assert cut.choice.samples == len(data.validation)
+    # Half of them put the layers in order.
+    assert cut.choice.samples == len(data.validation) - len(data.validation) // 2
     assert cut.report.samples == len(data.test)
     kept = stages.cropped().architecture.depths
     assert cut.choice.layers_after == kept

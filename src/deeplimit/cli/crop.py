@@ -39,9 +39,10 @@ class Crop(Source):
         float | None,
         arg(
             metavar="P",
-            help="With auto: how many points of accuracy (percent of the samples) may be lost on "
-            "validation data, its standard error included; 0.5 if not given. Of a network with one "
-            "stage the loss may rise by 1 % of its range besides.",
+            help="With auto: how many points of accuracy (percent of the samples) may be lost; the "
+            "recipe's if not given, 0.5. On validation data 1.645 standard errors are added, and "
+            "the loss may rise by 1 % of its range, or as large a part as the points, if more. "
+            "Test data then say whether it was kept.",
         ),
     ] = None
     blocks: Annotated[

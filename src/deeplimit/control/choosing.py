@@ -1,9 +1,10 @@
 """How many layers to cut, and which, of all stages: the most, or the best, under one budget."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
-from math import isnan
+from statistics import NormalDist
 from typing import cast
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from deeplimit.control.cropping import check_profile, latencies, multiply_adds
 from deeplimit.control.cut_choice import Budget, CutChoice
 from deeplimit.control.tolerance import check_tolerance
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.trials import Trials
-from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
+from deeplimit.control.verdict import CONFIDENCE
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.checks import check_number
@@ -49,8 +52,11 @@ def choose_cut(
         profile: `turnpike_profile` of it.
         loader: batches (x, y) that did not train it, unshuffled; gone through once for each cut
             tried. Of an order the number that goes is found by bisection, for trials one by one.
-        accuracy: the fraction of accuracy that may be lost on the loader, standard error included
-            and never finer than two samples, as in `TurnpikeProfile.depth_within`: most layers go.
+            The first batch, or half of the samples if that is less, puts the layers in order; the
+            others judge the cuts.
+        accuracy: the fraction of accuracy that may be lost on the loader: most layers go. The rule
+            is that of `TurnpikeProfile.depth_within`, on accuracy and loss; that many cuts are
+            tried is corrected for (Bonferroni): z is the quantile of 1 − 0.05/m for m cuts.
         blocks: how many layers are kept.
         multiply_adds: the fraction of the multiply-adds that is kept at most: fewest layers go.
         latency: the fraction of the latency of the first batch, likewise.
@@ -66,16 +72,21 @@ def choose_cut(
     check_profile(profile, structure.horizon)
     _check(budget, limit, structure.horizon, loader is not None)
     with evaluating(model):
-        trials = None if loader is None else Trials(structure, loader, shift)
-        spending = _Spending(structure, trials, budget, limit)
+        loss = None
+        if budget == "accuracy":
+            loss = SoftCrossEntropy(profile.classes, profile.softness)
+        trials = None if loader is None else Trials(structure, loader, loss, shift)
+        orders = _orders(structure, profile)
+        rise = loss_tolerance(limit) * profile.loss_range
+        spending = _Spending(structure, trials, budget, limit, rise, len(orders))
         cuts: dict[str, tuple[int, ...]] = {}
-        for score, order in _orders(structure, profile).items():
+        for score, order in orders.items():
             removed = spending.bisected(list(islice(_possible(structure, order), spending.most)))
             if removed is not None:
                 cuts[score] = removed
         if trials is not None:
             least = min(map(len, cuts.values()), default=0)
-            ranked = next(iter(_orders(structure, profile).values()))
+            ranked = next(iter(orders.values()))
             removed = spending.one_by_one(trials.order(ranked), least)
             if removed is not None:
                 cuts["trial"] = removed
@@ -85,11 +96,23 @@ def choose_cut(
 
 
 class _Spending:
-    """One budget, and what cuts spend of it."""
+    """One budget, and what cuts of so many orders spend of it; `rise` is the loss's part in it."""
 
-    def __init__(self, structure: Anatomy, trials: Trials | None, budget: Budget, limit: float):
+    def __init__(
+        self,
+        structure: Anatomy,
+        trials: Trials | None,
+        budget: Budget,
+        limit: float,
+        rise: float,
+        orders: int,
+    ):
         self.structure, self.trials = structure, trials
-        self.budget, self.limit = budget, limit
+        self.budget, self.limit, self._rise = budget, limit, rise
+        # Of an order that is bisected so many cuts are tried; one that is walked along stops at the
+        # first cut that loses, so that none before it counts.
+        tried = orders * math.ceil(math.log2(structure.horizon + 1)) + 1
+        self._z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / tried)
         self.most = structure.horizon  # layers that may have to go
         if budget == "blocks":
             self.most -= int(limit)
@@ -97,7 +120,6 @@ class _Spending:
         self._latencies: dict[frozenset[int], tuple[float, float]] = {}
         if trials is not None:
             self._whole = multiply_adds(structure.model, first_samples(trials.batch, 1))
-            self._margin = max(limit, 2 / trials.samples)
 
     def bisected(self, order: list[int]) -> tuple[int, ...] | None:
         """The beginning of an order that meets the budget; None if none does."""
@@ -179,7 +201,9 @@ class _Spending:
 
     def _loses(self, removed: Collection[int]) -> bool:
         outcome = cast(Trials, self.trials).outcome(removed)
-        return -outcome.change + outcome.error > self._margin
+        lost = outcome.lost + self._z * outcome.error
+        risen = outcome.risen + self._z * outcome.risen_error
+        return lost > self.limit or risen > self._rise
 
     def _fits(self, removed: Collection[int]) -> bool:
         if self.budget == "blocks":
@@ -197,7 +221,7 @@ def _orders(structure: Anatomy, profile: TurnpikeProfile) -> dict[str, list[int]
     named = "update" if profile.influence is None else "influence"
     score = profile.relative_update if profile.influence is None else profile.influence
     # NaN: no sample tells what the layer does, so it goes last.
-    ranked = sorted(every, key=lambda n: (isnan(score[n]), score[n], -n))
+    ranked = sorted(every, key=lambda n: (math.isnan(score[n]), score[n], -n))
     orders = {named: ranked, "tail": list(reversed(every))}
     last = profile.exit()
     if last is not None and last < profile.horizon:

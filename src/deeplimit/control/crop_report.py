@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from deeplimit.control.verdict import Verdict
+
 
 @dataclass(frozen=True)
 class CropReport:
@@ -24,6 +26,8 @@ class CropReport:
             the two networks timed in turns.
         latency_batch: samples in a timed batch.
         device: where the latency was measured, as torch names it.
+        verdict: what the samples say of the accuracy lost; of tokens it rests on texts. None in a
+            report saved before there was one.
     """
 
     samples: int
@@ -43,3 +47,4 @@ class CropReport:
     latency_after: float
     latency_batch: int
     device: str
+    verdict: Verdict | None = None

@@ -17,7 +17,9 @@ from deeplimit.control.alignment import aligned_batches
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.fading import FadedForward
 from deeplimit.control.finite import blame_inputs
+from deeplimit.control.paired_answers import PairedAnswers
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
+from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.errors import InputError
@@ -106,6 +108,7 @@ def verify_crop(
     loader: Iterable[tuple[Inputs, Tensor]],
     loss: SoftCrossEntropy | None = None,
     *,
+    tolerance: float = ACCURACY_TOLERANCE,
     shift: bool = False,
 ) -> CropReport:
     """Compares a model and its crop on held-out data: what the cut cost and what it saves.
@@ -118,6 +121,7 @@ def verify_crop(
         loader: batches (x, y) that chose neither the weights nor the depth; of tokens [B, L] those
             count whose target is not −100.
         loss: the loss reported; the plain cross-entropy by default.
+        tolerance: the fraction of accuracy that may be lost, for the verdict; half a point.
         shift: targets of tokens are the inputs themselves: each predicts the next.
 
     Raises:
@@ -129,7 +133,8 @@ def verify_crop(
     device = device_of(model)
     after = cropped if device_of(cropped) == device else copy.deepcopy(cropped).to(device)
     with evaluating(model), evaluating(after):
-        return _verified(model, after, aligned_batches(anatomy(model), loader, shift), loss)
+        batches = aligned_batches(anatomy(model), loader, shift)
+        return _verified(model, after, batches, loss, check_tolerance(tolerance))
 
 
 def _verified(
@@ -137,11 +142,13 @@ def _verified(
     cropped: nn.Module,
     loader: Iterator[tuple[Inputs, Tensor]],
     loss: SoftCrossEntropy | None,
+    tolerance: float,
 ) -> CropReport:
     structure = anatomy(model)
     run_before, run_after = structure.run, anatomy(cropped).run
-    measured: Tensor | None = None
-    count, batch, sample = 0, 0, None
+    answers = PairedAnswers()
+    losses = torch.zeros(2, dtype=torch.float64)
+    same, batch, sample = 0, 0, None
     for x, y in loader:
         if sample is None:
             sample, batch = x, len(y)
@@ -152,28 +159,35 @@ def _verified(
                 "it; give a network and its own crop"
             )
         blame_inputs(x, z)
-        tokens, y = structure.tokens, fitted(z, y)
-        parts = CountedTokens(y, z.shape[-1]).chunks(z, w) if tokens else [labelled(y, z, w)]
-        for part in parts:
-            sums = _compared(loss, *part)
-            measured = sums if measured is None else measured + sums
-            count += len(part[-1])
-    if measured is None or sample is None:
+        texts, y = None, fitted(z, y)
+        if structure.tokens:
+            counted = CountedTokens(y, z.shape[-1])
+            texts = counted.index // y.shape[1]
+            parts = counted.chunks(z, w)
+        else:
+            parts = iter([labelled(y, z, w)])
+        rows = [_compared(loss, *part) for part in parts]
+        l0, l1, before, after, equal, targets = map(torch.cat, zip(*rows, strict=True))
+        losses += torch.stack([l0.sum(), l1.sum()]).cpu()
+        same += int(equal.sum())
+        answers.add(before, after, targets, texts)
+    if sample is None:
         raise InputError("the loader gave no batch; a crop is verified on at least one sample")
-    if count == 0:
+    if (count := answers.samples) == 0:
         raise InputError("every target is −100; a crop is verified on at least one token")
-    l0, l1, hits, kept_hits, agreement, mean_change, squares = (measured / count).tolist()
+    change = (answers.gained - answers.lost) / count
+    squares = (answers.gained + answers.lost) / count
     latency_before, latency_after = latencies(run_before, run_after, sample)
     return CropReport(
         samples=count,
         horizon_before=structure.horizon,
         horizon_after=anatomy(cropped).horizon,
-        accuracy_before=hits,
-        accuracy_after=kept_hits,
-        accuracy_error=(max(squares - mean_change**2, 0) / count) ** 0.5,
-        loss_before=l0,
-        loss_after=l1,
-        agreement=agreement,
+        accuracy_before=answers.right / count,
+        accuracy_after=(answers.right - answers.lost + answers.gained) / count,
+        accuracy_error=(max(squares - change**2, 0) / count) ** 0.5,
+        loss_before=float(losses[0]) / count,
+        loss_after=float(losses[1]) / count,
+        agreement=same / count,
         parameters_before=sum(p.numel() for p in model.parameters()),
         parameters_after=sum(p.numel() for p in cropped.parameters()),
         multiply_adds_before=multiply_adds(model, first_samples(sample, 1)),
@@ -182,6 +196,7 @@ def _verified(
         latency_after=latency_after,
         latency_batch=batch,
         device=str(device_of(model)),
+        verdict=answers.verdict(tolerance),
     )
 
 
@@ -195,14 +210,11 @@ def multiply_adds(model: nn.Module, x: Inputs) -> int:
     return counter.get_total_flops() // 2
 
 
-def _compared(loss: SoftCrossEntropy | None, z: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """Sums over samples of what is reported, for logits before (z) and after (w)."""
+def _compared(loss: SoftCrossEntropy | None, z: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Of samples, for logits before (z) and after (w): losses, what is right, what is the same."""
     z, w = z.double(), w.double()
-    hit, kept = z.argmax(-1) == y, w.argmax(-1) == y
-    change = kept.double() - hit.double()
-    same = (z.argmax(-1) == w.argmax(-1)).double()
-    columns = (_loss(loss, z, y), _loss(loss, w, y), hit, kept, same, change, change.square())
-    return torch.stack([column.double().sum() for column in columns])
+    first, second = z.argmax(-1), w.argmax(-1)
+    return _loss(loss, z, y), _loss(loss, w, y), first == y, second == y, first == second, y
 
 
 def _loss(loss: SoftCrossEntropy | None, logits: Tensor, y: Tensor) -> Tensor:

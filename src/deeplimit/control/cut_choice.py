@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from deeplimit.control.verdict import samples_to_exclude
+
 Budget = Literal["accuracy", "blocks", "multiply_adds", "latency"]
 
 
@@ -24,7 +26,7 @@ class CutChoice:
             multiply-adds or of the latency kept.
         layers_before, layers_after: layers of each stage of the anatomy, counted by the state that
             enters them.
-        samples: number of samples that the accuracies are of.
+        samples: number of samples that the accuracies are of: those that put no layer in order.
         accuracy_before, accuracy_after: fractions in [0, 1].
         accuracy_error: standard error of accuracy_after − accuracy_before, paired by sample.
         multiply_adds_before, multiply_adds_after: for one sample.
@@ -47,6 +49,15 @@ class CutChoice:
     latency_before: float | None = None
     latency_after: float | None = None
 
+    @property
+    def needed(self) -> int | None:
+        """Samples without which the accuracy that may be lost cannot be told.
+
+        None where there are so many, and for another budget.
+        """
+        least = samples_to_exclude(self.limit) if self.budget == "accuracy" else None
+        return least if least is not None and least > (self.samples or 0) else None
+
     def __str__(self) -> str:
         """What is kept of each stage and what that costs, in a line."""
         stages = zip(self.layers_after, self.layers_before, strict=True)
@@ -55,6 +66,11 @@ class CutChoice:
         if self.accuracy_before is not None and self.accuracy_after is not None:
             before, after = 100 * self.accuracy_before, 100 * self.accuracy_after
             parts.append(f"accuracy {before:.2f} → {after:.2f} % of {self.samples:,} samples")
+            if self.needed is not None:
+                parts.append(
+                    f"so few cannot exclude a loss of {100 * self.limit:g} points at 95 %, "
+                    f"{self.needed:,} could"
+                )
         if self.multiply_adds_before is not None:
             parts.append(
                 f"multiply-adds {self.multiply_adds_before:,} → {self.multiply_adds_after:,}"

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from deeplimit.control.alignment import aligned_batches
 from deeplimit.control.finite import blame_inputs
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.modes import Inputs, begun
+from deeplimit.network.modes import Inputs, begun, first_samples
 from deeplimit.network.targets import fitted
 
 AGAIN = 8
@@ -22,11 +23,16 @@ AGAIN = 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """Accuracy of a cut on all batches, its change, and the change's paired standard error."""
+    """Accuracy of a cut, what it loses of it, and by how much the loss rises.
+
+    The changes come with their standard errors, paired by sample.
+    """
 
     accuracy: float
-    change: float
+    lost: float
     error: float
+    risen: float
+    risen_error: float
 
 
 class Trials:
@@ -35,7 +41,14 @@ class Trials:
     Args:
         structure: of the model.
         loader: batches (x, y), the same in every pass over it.
+        loss: what is measured beside the accuracy; None: nothing.
         shift: targets of tokens are the inputs themselves: each predicts the next.
+
+    Attributes:
+        batch: the inputs of the first batch.
+        samples: number of those that judge: all but the ones that `order` looks at, the first
+            batch, or half of the samples if that is less.
+        accuracy: of the model on them.
 
     Raises:
         InputError: a loader that can be gone through only once, that is empty, that gives other
@@ -44,7 +57,11 @@ class Trials:
     """
 
     def __init__(
-        self, structure: Anatomy, loader: Iterable[tuple[Inputs, Tensor]], shift: bool = False
+        self,
+        structure: Anatomy,
+        loader: Iterable[tuple[Inputs, Tensor]],
+        loss: SoftCrossEntropy | None = None,
+        shift: bool = False,
     ):
         batches = begun(loader)
         if batches is loader:
@@ -52,19 +69,28 @@ class Trials:
                 "the loader can be gone through only once; cuts are tried on the same batches "
                 "again and again: give a DataLoader or a list"
             )
-        self.structure = structure
+        self.structure, self._loss = structure, loss
         self._loader, self._shift = loader, shift
         self._targets: list[Tensor] | None = None
+        self._rows = 0
         self._outcomes: dict[frozenset[int], Outcome] = {}
         first = next(batches, None)
         if first is None:
             raise InputError("the loader gave no batch; a cut is chosen on at least one sample")
-        ((self.batch, self._batch_targets),) = aligned_batches(structure, [first], shift)
-        self._answers = structure.run(self.batch)
-        self._hits = self._run(structure)
-        self.samples = len(self._hits)
-        if self.samples == 0:
+        ((self.batch, targets),) = aligned_batches(structure, [first], shift)
+        own = self._run(structure)
+        if len(own[0]) == 0:
             raise InputError("every target is −100; a cut is chosen on at least one token")
+        # What puts the layers in order does not judge the cuts that follow from it as well: of
+        # hundreds of cuts the ones that suit these samples come first.
+        rows = max(min(len(targets), self._rows // 2), 1)
+        self._first, self._first_targets = first_samples(self.batch, rows), targets[:rows]
+        self._answers = structure.run(self._first)
+        parts = self._parts(self._answers, self._first_targets)
+        used = sum(len(part[-1]) for part in parts)
+        self._judging = slice(used if used < len(own[0]) else 0, None)
+        self._hits, self._losses = (figure[self._judging] for figure in own)
+        self.samples = len(self._hits)
         self.accuracy = float(self._hits.mean())
 
     def cut(self, removed: Iterable[int]) -> nn.Module:
@@ -72,20 +98,24 @@ class Trials:
         return self.structure.without(removed)
 
     def outcome(self, removed: Collection[int]) -> Outcome:
-        """What a cut does to the accuracy on all batches."""
+        """What a cut does to accuracy and loss, on the samples that judge."""
         key = frozenset(removed)
         if key not in self._outcomes:
-            hits = self._run(anatomy(self.cut(key))) if key else self._hits
-            change = hits - self._hits
-            error = float(change.std(correction=0)) / math.sqrt(self.samples)
-            self._outcomes[key] = Outcome(float(hits.mean()), float(change.mean()), error)
+            hits, losses = self._hits, self._losses
+            if key:
+                hits, losses = (x[self._judging] for x in self._run(anatomy(self.cut(key))))
+            figures = []
+            for change in (self._hits - hits, losses - self._losses):
+                error = float(change.std(correction=0)) / math.sqrt(self.samples)
+                figures += [float(change.mean()), error]
+            self._outcomes[key] = Outcome(float(hits.mean()), *figures)
         return self._outcomes[key]
 
     def divergence(self, removed: Collection[int]) -> float:
-        """Mean KL(softmax z ‖ softmax z′) of the first batch: z of the model, z′ of its cut."""
-        answers = anatomy(self.cut(removed)).run(self.batch)
+        """Mean KL(softmax z ‖ softmax z′) of what puts in order: z of the model, z′ of its cut."""
+        answers = anatomy(self.cut(removed)).run(self._first)
         total, count = 0.0, 0
-        for z, w, y in self._parts(self._answers, answers, self._batch_targets):
+        for z, w, y in self._parts(self._answers, answers, self._first_targets):
             own, other = z.double().log_softmax(-1), w.double().log_softmax(-1)
             total += float(F.kl_div(other, own, reduction="sum", log_target=True))
             count += len(y)
@@ -97,7 +127,7 @@ class Trials:
         What a layer adds is measured for all at first, then again for the eight that added least
         when last measured, and for others while that would make one of them the next (lazy greedy,
         Minoux 1978): of at most eight layers the order is the greedy one, of more nearly so. A
-        measurement is a forward pass of the first batch. Layers that the model cannot be without,
+        measurement is a forward pass of them. Layers that the model cannot be without,
         as things stand, are left where they are.
 
         Args:
@@ -122,24 +152,30 @@ class Trials:
                 spent += added
                 yield n
 
-    def _run(self, structure: Anatomy) -> Tensor:
-        """Whether each sample is right, 0 or 1, over the whole loader."""
-        hits, targets = [torch.zeros(0, dtype=torch.float64)], []
+    def _run(self, structure: Anatomy) -> tuple[Tensor, Tensor]:
+        """Whether each sample is right, 0 or 1, and its loss, over the whole loader."""
+        none = torch.zeros(0, dtype=torch.float64)
+        hits, losses, targets, rows = [none], [none], [], 0
         for x, y in aligned_batches(structure, self._loader, self._shift):
             z = structure.run(x)
             blame_inputs(x, z)
             y = fitted(z, y)
             for part, same in self._parts(z, y):
                 hits.append((part.argmax(-1) == same).double().cpu())
+                if self._loss is not None:
+                    losses.append(self._loss(part.double(), same).cpu())
             targets.append(y.flatten().cpu())
+            rows += len(y)
         if self._targets is None:
-            self._targets = targets
+            self._targets, self._rows = targets, rows
         elif not torch.equal(torch.cat(self._targets), torch.cat(targets)):
             raise InputError(
                 "the loader gives its samples in another order every time; give one that does not "
                 "shuffle"
             )
-        return torch.cat(hits)
+        if self._loss is None:
+            losses = [torch.zeros(sum(map(len, hits)), dtype=torch.float64)]
+        return torch.cat(hits), torch.cat(losses)
 
     def _parts(self, *values: Tensor) -> Iterable[tuple[Tensor, ...]]:
         """Logits and targets as they are; of tokens, chunks of those that count."""

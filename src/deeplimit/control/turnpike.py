@@ -19,6 +19,7 @@ from deeplimit.control.finite import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.control.tolerance import check_tolerance
+from deeplimit.control.verdict import Z
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.checks import check_number
@@ -27,6 +28,14 @@ from deeplimit.network.modes import Inputs, evaluating
 ACCURACY_TOLERANCE = 0.005
 LOSS_TOLERANCE = 0.01
 TUBE = 0.2
+
+
+def loss_tolerance(accuracy: float) -> float:
+    """The part of the loss range by which the loss may rise beside a loss of accuracy.
+
+    1 %, or as large a part as the accuracy that may be lost where that is more.
+    """
+    return max(LOSS_TOLERANCE, accuracy)
 
 
 @dataclass(frozen=True)
@@ -112,29 +121,35 @@ class TurnpikeProfile:
         limit = self._limit(radius)
         return sum(not d <= limit for d in self.distance)
 
-    def depth_within(
-        self, accuracy: float = ACCURACY_TOLERANCE, loss: float = LOSS_TOLERANCE
-    ) -> int:
+    def depth_within(self, accuracy: float = ACCURACY_TOLERANCE, loss: float | None = None) -> int:
         """The smallest depth whose output is as good as the full network's, within tolerances.
 
         The rule, one-sided (a shallower network may be better, never worse), for the layer n:
 
-            accuracy_N − accuracy_n + se  ≤ max(accuracy, 2/samples)    (0.005 = half a point)
-            loss_n − loss_N + se          ≤ loss·(log C − H(q))
+            accuracy_N − accuracy_n + z·se  ≤ accuracy              (0.005 = half a point)
+            loss_n − loss_N + z·se          ≤ loss·(log C − H(q))
 
-        with se the standard error of the difference, paired by sample. No tolerance finer than two
-        samples can be told from chance, hence the maximum. log C − H(q) is the loss of knowing
-        nothing above the minimum, so that the second tolerance does not depend on the number of
-        classes. Layer N satisfies both. Choose on validation data, report on test data.
+        with se the standard error of the difference, paired by sample, and z = 1.645, its 95 %
+        quantile. log C − H(q) is the loss of knowing nothing above the minimum, so that the second
+        tolerance does not depend on the number of classes; without one it is `loss_tolerance`.
+        Layer N satisfies both. Choose on validation data, report on test data.
+
+        Where no sample differs the standard error is 0. What so few samples cannot tell is not
+        made up for: `samples_to_exclude(accuracy)` says how many could.
         """
-        margin = max(check_tolerance(accuracy), 2 / self.samples)
-        scale = math.log(self.classes) - self.minimum
+        check_tolerance(accuracy)
+        rise = (loss_tolerance(accuracy) if loss is None else loss) * self.loss_range
         for n in range(self.horizon):
-            drop = self.accuracy[-1] - self.accuracy[n] + self.accuracy_error[n]
-            rise = self.loss[n] - self.loss[-1] + self.loss_error[n]
-            if drop <= margin and rise <= loss * scale:
+            lost = self.accuracy[-1] - self.accuracy[n] + Z * self.accuracy_error[n]
+            risen = self.loss[n] - self.loss[-1] + Z * self.loss_error[n]
+            if lost <= accuracy and risen <= rise:
                 return n
         return self.horizon
+
+    @property
+    def loss_range(self) -> float:
+        """Log C − H(q), from the loss's minimum to that of knowing nothing."""
+        return math.log(self.classes) - self.minimum
 
     @property
     def recommended_depth(self) -> int:

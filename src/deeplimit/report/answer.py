@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cut_choice import CutChoice
-from deeplimit.control.turnpike import LOSS_TOLERANCE
+from deeplimit.control.verdict import Z
 from deeplimit.report.numbers import (
     SPACE,
     count,
@@ -22,16 +22,21 @@ from deeplimit.training.results import (
     Cut,
     Healing,
     MergedRuns,
+    Parts,
     Profiles,
     Refinement,
     RunResults,
 )
 
-# The loss tolerance of TurnpikeProfile.depth_within in words.
-LOSS_GAINED = (
-    f"{100 * LOSS_TOLERANCE:g}{SPACE}% of its range, which reaches from its minimum to the loss of "
-    "knowing nothing"
-)
+STANDARD_ERRORS = f"{Z:.3f} standard errors"
+
+
+def loss_gained(cut: Cut) -> str:
+    """In words, how much the loss might rise."""
+    return (
+        f"{100 * cut.loss_tolerance:g}{SPACE}% of the loss's range, which reaches from its minimum "
+        "to the loss of knowing nothing"
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,16 @@ def lead(cut: Cut) -> str:
     )
 
 
+def data_sentence(parts: Parts | None) -> str:
+    """Which samples did what."""
+    if parts is None:
+        return ""
+    return (
+        f"The networks were trained on {parts.train:,} samples, chosen on {parts.validation:,} "
+        f"(validation) and judged on {parts.test:,} others (test)."
+    )
+
+
 def _removed(cut: Cut) -> str:
     total = cut.report.horizon_before
     spans = runs(cut.removed)
@@ -126,7 +141,7 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
     """How the depth was chosen, and on which data."""
     validation = profiles.validation if profiles else None
     if cut.choice is not None:
-        return _rule_of(cut.choice)
+        return _rule_of(cut, cut.choice)
     if cut.tolerance is None:
         text = "The depth was given by the user."
         if validation is not None:
@@ -137,12 +152,13 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
                 else " On validation data every smaller number of first layers does worse than all."
             )
         return text + " The numbers on this page come from test data unless they say otherwise."
-    lost = f"{100 * cut.tolerance:g} points of accuracy (or two samples, if that is more)"
+    lost = f"{100 * cut.tolerance:g} points of accuracy"
+    gained = loss_gained(cut)
     if not cut.removed:
         return (
-            "On validation data, with one standard error added, every smaller depth loses more "
-            f"than {lost} or raises the loss by more than {LOSS_GAINED}. A larger stage "
-            "cost or longer training may change that."
+            f"On validation data, with {STANDARD_ERRORS} added, every smaller depth loses more "
+            f"than {lost} or raises the loss by more than {gained}. A larger stage cost or longer "
+            f"training may change that.{few(cut)}"
         )
     if max(cut.removed) < cut.report.horizon_before - 1:
         return (
@@ -151,8 +167,8 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
             "tube, between entry and exit, were taken out. Test data took no part in the choice."
         )
     text = (
-        "It is the smallest depth that, on validation data and with one standard error added, "
-        f"loses at most {lost} and raises the loss by at most {LOSS_GAINED}."
+        f"It is the smallest depth that, on validation data and with {STANDARD_ERRORS} added, "
+        f"loses at most {lost} and raises the loss by at most {gained}.{few(cut)}"
     )
     if validation is not None:
         n, total = validation.depth_within(cut.tolerance), validation.horizon
@@ -198,11 +214,22 @@ def entry_apart(cut: Cut, profiles: Profiles | None) -> str:
     )
 
 
-def _rule_of(choice: CutChoice) -> str:
+def few(cut: Cut) -> str:
+    """That the validation data cannot tell what was asked for, and how many samples could."""
+    if cut.needed is None or cut.tolerance is None or cut.parts is None:
+        return ""
+    return (
+        f" So few validation samples, {cut.parts.validation:,}, cannot exclude a loss of "
+        f"{100 * cut.tolerance:g} points at 95 %, not even where none of their answers changes; "
+        f"{cut.needed:,} could."
+    )
+
+
+def _rule_of(cut: Cut, choice: CutChoice) -> str:
     """How layers of any place were chosen under a budget."""
     limits = {
-        "accuracy": f"a loss of at most {100 * choice.limit:g} points of accuracy, or two samples, "
-        "with one standard error added",
+        "accuracy": f"a loss of at most {100 * choice.limit:g} points of accuracy and of at most "
+        f"{loss_gained(cut)}, with the standard errors of so many trials added",
         "blocks": f"{layers(int(choice.limit))} to be kept",
         "multiply_adds": f"at most {100 * choice.limit:g}{SPACE}% of the multiply-adds",
         "latency": f"at most {100 * choice.limit:g}{SPACE}% of the latency",
@@ -227,7 +254,7 @@ def _rule_of(choice: CutChoice) -> str:
             percent(accuracy, choice.samples or 0)
             for accuracy in (choice.accuracy_before, choice.accuracy_after)
         )
-        text += f" On validation data accuracy goes from {before} to {after}."
+        text += f" On validation data accuracy goes from {before} to {after}.{few(cut)}"
     return text + (
         " Test data, from which the numbers on this page come unless they say otherwise, took no "
         "part in the choice."

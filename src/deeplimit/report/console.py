@@ -8,9 +8,16 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.control.turnpike import TurnpikeProfile
-from deeplimit.report.answer import comparisons, entry_apart, healing_sentence
+from deeplimit.report.answer import (
+    comparisons,
+    data_sentence,
+    entry_apart,
+    few,
+    healing_sentence,
+)
 from deeplimit.report.control import control_of, control_sentences
 from deeplimit.report.numbers import SPACE, percent, significant
+from deeplimit.report.verdict import verdict_line
 from deeplimit.training.results import Cut, Healing, Profiles, Reference
 
 ROWS = 24  # a longer profile is abbreviated to about so many layers
@@ -88,7 +95,10 @@ def crop_summary(
     table.add_row("Agreement", "", percent(report.agreement, report.samples), "same class")
     chosen = cut.tolerance is not None or cut.choice is not None
     how = "chosen on validation data" if chosen else "given by the user"
-    lines = [Text(f"Depth {how}; {report.samples:,} test samples.", style="dim")]
+    lines = [*verdict_line(report.verdict)]
+    lines.append(Text(f"Depth {how}; {report.samples:,} test samples.", style="dim"))
+    if about := f"{data_sentence(cut.parts)}{few(cut)}":
+        lines.append(Text(about, style="dim"))
     if cut.choice is not None:
         lines.append(Text(f"On validation data: {cut.choice}.", style="dim"))
     if apart := entry_apart(cut, profiles):
@@ -112,7 +122,7 @@ def healing_summary(healing: Healing) -> RenderableType:
     table.add_row("Test loss", *map(significant, losses))
     agreement = full.agreement
     table.add_row("Agreement with full", "", "", percent(agreement, n))
-    return Group(table, Text(healing_sentence(healing)))
+    return Group(table, *verdict_line(full.verdict), Text(healing_sentence(healing)))
 
 
 def _table(title: str) -> Table:

@@ -16,6 +16,7 @@ from deeplimit.report.figures.measures import (
     path_loss_figure,
 )
 from deeplimit.report.numbers import percent, significant
+from deeplimit.report.verdict import verdict_line
 from deeplimit.studies.comparison import ComparedLayer, ComparedNetwork, ComparedPair, Comparison
 from deeplimit.studies.interpolation import Interpolation
 from deeplimit.training.results import MergedRuns
@@ -235,4 +236,4 @@ def merge_summary(found: MergedRuns) -> RenderableType:
     note = f"{n:,} test samples; {found.depth} layers of up to {found.width} neurons."
     if found.narrowed is not None:
         note += f" Narrowed by {significant(found.narrowed)}, which is off the barycentre."
-    return Group(table, Text(note, style="dim"))
+    return Group(table, *verdict_line(found.verdict), Text(note, style="dim"))

@@ -65,6 +65,7 @@ def _context(results: RunResults) -> dict[str, Any]:
         "lead": answer.lead(cut) if cut else "",
         "rule": answer.rule(cut, profiles) if cut else "",
         "entry_apart": answer.entry_apart(cut, profiles) if cut else "",
+        "data": answer.data_sentence(cut.parts) if cut else "",
         "comparisons": answer.comparisons(cut.report) if cut else (),
         "agreement": percent(cut.report.agreement, cut.report.samples) if cut else "",
         "healing": answer.healing_sentence(results.healing) if results.healing else "",

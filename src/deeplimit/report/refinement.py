@@ -7,6 +7,7 @@ from rich.text import Text
 
 from deeplimit.report.answer import comparisons
 from deeplimit.report.numbers import percent, significant
+from deeplimit.report.verdict import verdict_line
 from deeplimit.training.results import Refinement
 
 
@@ -28,7 +29,8 @@ def refinement_summary(refinement: Refinement) -> RenderableType:
     for row in comparisons(report)[2:]:
         table.add_row(row.name, row.before, row.after, *([""] if trained else []))
     table.add_row("Same class", "", percent(report.agreement, n), *([""] if trained else []))
-    return Group(table, Text(_note(refinement), style="dim"))
+    lines = verdict_line((trained or report).verdict)
+    return Group(table, *lines, Text(_note(refinement), style="dim"))
 
 
 def _note(refinement: Refinement) -> str:

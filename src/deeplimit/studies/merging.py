@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from deeplimit.control import verify_crop
 from deeplimit.errors import InputError
 from deeplimit.meanfield import Merged, align_streams, merge, narrow
 from deeplimit.studies.comparison import Tell
@@ -22,7 +23,7 @@ from deeplimit.studies.measured_runs import (
 )
 from deeplimit.training import loss_of
 from deeplimit.training.building import evaluation_batches
-from deeplimit.training.results import MergedRuns
+from deeplimit.training.results import MergedRuns, Parts
 
 
 def merge_runs(
@@ -83,6 +84,8 @@ def merge_runs(
     for k, network in enumerate([*networks, model, *([] if plain is None else [plain])]):
         tell("accuracy on test data", (k + 1) / (len(runs) + 3))
         scores.append(score(network, evaluation_batches(data.test), loss))
+    best = max(range(len(runs)), key=lambda k: scores[k].accuracy)
+    report = verify_crop(networks[best], model, evaluation_batches(data.test), loss)
     result = MergedRuns(
         folder="",
         runs=tuple(run.path for run in runs),
@@ -99,6 +102,8 @@ def merge_runs(
         depth=measure.depth,
         width=max(len(layer) for layer in measure.layers),
         narrowed=moved,
+        verdict=report.verdict,
+        parts=Parts.of(data),
     )
     made = run_of(
         model, folders[0], name, lambda new, to: new.write_merging(replace(result, folder=str(to)))

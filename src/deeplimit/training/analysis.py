@@ -1,6 +1,7 @@
 """What a trained network uses of its depth, and the cut that follows from it."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,14 +15,14 @@ from deeplimit.control import (
     verify_crop,
 )
 from deeplimit.control.tolerance import check_tolerance
-from deeplimit.control.turnpike import ACCURACY_TOLERANCE
+from deeplimit.control.verdict import unchanged
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
 from deeplimit.network import Anatomy, BlockAnatomy, anatomy
 from deeplimit.training.building import evaluation_batches, loss_of, run_data
 from deeplimit.training.processes import device_type
 from deeplimit.training.recipe import Recipe
-from deeplimit.training.results import Cut, Profiles
+from deeplimit.training.results import Cut, Parts, Profiles
 from deeplimit.training.run_folder import RunFolder
 from deeplimit.training.threads import fitting_threads
 
@@ -55,7 +56,7 @@ def crop_run(
     folder: RunFolder,
     to: int | Literal["auto"] = "auto",
     *,
-    accuracy: float = ACCURACY_TOLERANCE,
+    accuracy: float | None = None,
     blocks: int | None = None,
     multiply_adds: float | None = None,
     latency: float | None = None,
@@ -71,8 +72,9 @@ def crop_run(
     Args:
         folder: a finished run; it is profiled first if it has not been.
         to: how many layers to keep, the first so many; or "auto".
-        accuracy: with "auto", the fraction of accuracy that may be lost on validation data
-            (`TurnpikeProfile.depth_within`).
+        accuracy: the fraction of accuracy that may be lost: with "auto" on validation data
+            (`TurnpikeProfile.depth_within`), and on test data for the verdict. By default what the
+            recipe says.
         blocks: with "auto", how many layers to keep, of any place.
         multiply_adds: with "auto", the fraction of the multiply-adds that is kept at most.
         latency: with "auto", the fraction of the latency that is kept at most.
@@ -93,7 +95,7 @@ def crop_run(
         raise InputError(
             f"a cut to {to} layers; the network has {layers}: give {least} … {layers}, auto"
         )
-    check_tolerance(accuracy)
+    accuracy = check_tolerance(folder.recipe.points / 100 if accuracy is None else accuracy)
     data = data or run_data(folder)
     if to == "auto":
         profiles = folder.profiles() or profile_run(folder, data=data)
@@ -112,10 +114,16 @@ def crop_run(
     cropped = crop(model, remove=removed)
     with fitting_threads(folder.recipe):
         report = verify_crop(
-            model, cropped, evaluation_batches(data.test), loss_of(folder.recipe, data)
+            model,
+            cropped,
+            evaluation_batches(data.test),
+            loss_of(folder.recipe, data),
+            tolerance=accuracy,
         )
+    if not removed and report.verdict is not None:
+        report = replace(report, verdict=unchanged(report.verdict))
     tolerance = accuracy if to == "auto" and not budget else None
-    cut = Cut(tuple(removed), tolerance, report, choice)
+    cut = Cut(tuple(removed), tolerance, report, choice, Parts.of(data))
     with folder.commit() as new:
         new.write_cropped(cropped, cut.removed)
         new.write_cut(cut)

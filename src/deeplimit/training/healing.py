@@ -31,7 +31,7 @@ from deeplimit.training.fit import fit, launched
 from deeplimit.training.given_model import check_model
 from deeplimit.training.processes import place, processes
 from deeplimit.training.recipe import Recipe
-from deeplimit.training.results import Healing
+from deeplimit.training.results import Healing, Parts
 from deeplimit.training.run_folder import RunFolder
 from deeplimit.training.threads import fitting_threads
 from deeplimit.training.typed_values import read_record, to_plain
@@ -274,14 +274,22 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
     if plan.fade:
         healed = crop(healed, remove=plan.removed)
     device = device_of(healed)
+    cut = folder.cut()
+    asked = None if cut is None else cut.tolerance
+    tolerance = folder.recipe.points / 100 if asked is None else asked
     with fitting_threads(recipe), torch.no_grad():
         from_full, from_cropped = (
             verify_crop(
-                before.to(device), healed, evaluation_batches(data.test), loss_of(recipe, data)
+                before.to(device),
+                healed,
+                evaluation_batches(data.test),
+                loss_of(recipe, data),
+                tolerance=tolerance,
             )
             for before in (full, cropped)
         )
-    healing = Healing(**vars(plan), from_full=from_full, from_cropped=from_cropped)
+    parts = Parts.of(data)
+    healing = Healing(**vars(plan), from_full=from_full, from_cropped=from_cropped, parts=parts)
     with folder.commit() as new:
         new.write_healed(healed, plan.removed)
         new.write_healing(healing)

@@ -21,6 +21,7 @@ OLDER = {
     "new_head": False,
     "initialisation": "independent",
     "length_scale": 0.5,
+    "points": 0.5,
     "control": "none",
 }
 PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
@@ -109,6 +110,9 @@ class Recipe:
     """Weight γ of the loss at every layer; 0 trains an ordinary residual network."""
     control_cost: float = 0.0
     """Weight r of the squared norm of every layer's control."""
+    points: float = 0.5
+    """Points of accuracy (percent of the samples) that a cut may lose: by them the automatic cut is
+    chosen on validation data and judged on test data."""
     control: Literal["none", "plain"] = "none"
     """plain: train two networks without stage cost besides, by this recipe: one of this depth, cut
     alike, and one of the cut's depth from scratch. Both stand beside the cut, on test data."""
@@ -306,6 +310,11 @@ class Recipe:
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} is {value:g}; expected a number ≥ 0")
             _at_most(name, value)
+        if not 0 <= self.points < 50:
+            raise InputError(
+                f"points is {self.points:g}; expected from 0 to less than 50 points of accuracy, "
+                "such as 0.5"
+            )
         if self.control == "plain":
             self._check_control()
 

@@ -6,7 +6,9 @@ from typing import Any, Literal
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.projection import TrajectoryPicture
-from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
+from deeplimit.control.verdict import Verdict, samples_to_exclude
+from deeplimit.data import DataSet
 from deeplimit.meanfield.convergence import ConvergenceCertificate
 from deeplimit.ode.limit import DepthLimit
 
@@ -21,6 +23,20 @@ class Profiles:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Numbers of samples of the three parts of the data."""
+
+    train: int
+    validation: int
+    test: int
+
+    @classmethod
+    def of(cls, data: DataSet) -> "Parts":
+        """Those of a data set."""
+        return cls(len(data.train), len(data.validation), len(data.test))
+
+
+@dataclass(frozen=True)
 class Cut:
     """A cut that was made.
 
@@ -31,12 +47,30 @@ class Cut:
         report: before and after, on test data.
         choice: how layers of any place were chosen; None where the first so many were kept, or what
             the profile of a network of one stage says.
+        parts: of the data; None in a cut saved before they were.
     """
 
     removed: tuple[int, ...]
     tolerance: float | None
     report: CropReport
     choice: CutChoice | None = None
+    parts: Parts | None = None
+
+    @property
+    def loss_tolerance(self) -> float:
+        """The part of its range by which the loss might rise where a depth was chosen."""
+        return loss_tolerance(self.tolerance or 0.0)
+
+    @property
+    def needed(self) -> int | None:
+        """Validation samples without which `tolerance` cannot be told; None if there are so many.
+
+        None too where no depth was chosen from them.
+        """
+        if self.tolerance is None or self.parts is None:
+            return None
+        least = samples_to_exclude(self.tolerance)
+        return least if least is not None and least > self.parts.validation else None
 
 
 @dataclass(frozen=True)
@@ -52,6 +86,7 @@ class Healing:
         from_full: the full network and the healed one, on test data.
         fade: the part of the training in which the layers faded out; 0: they were cut before it.
         from_cropped: the network as it was cut and the healed one, on test data.
+        parts: of the data; None in a healing saved before they were.
     """
 
     removed: tuple[int, ...]
@@ -63,6 +98,7 @@ class Healing:
     from_full: CropReport
     from_cropped: CropReport
     fade: float = 0.0
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +156,8 @@ class MergedRuns:
         objectives: Σ_k λ_k d² at the start and after each iteration.
         depth, width: of the merged network; of the widest layer.
         narrowed: d from the barycentre to the network of fewer neurons; None if it is as wide.
+        verdict: on the best of the networks and what was made of them, on test data.
+        parts: of the data. Both are None in a result saved before they were there.
     """
 
     folder: str
@@ -137,6 +175,8 @@ class MergedRuns:
     depth: int
     width: int
     narrowed: float | None
+    verdict: Verdict | None = None
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,190 @@
+"""What held-out data say of a change of network: kept, unresolved, lost, or nothing learnt.
+
+Two networks answer the same n samples: b of them are right before the change only, c after it only.
+Of the accuracy lost, Δ = P(right before only) − P(right after only), the score test of Tango
+(Statistics in Medicine 17, 891–908, 1998) gives bounds, also where no sample differs.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Literal
+
+CONFIDENCE = 0.95
+Z = NormalDist().inv_cdf(CONFIDENCE)  # one-sided: 1.645
+MANY = 10**9  # samples that nobody has
+
+Word = Literal["kept", "unresolved", "lost", "nothing learnt"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What held-out data say of a change of network, at 95 %, paired by sample.
+
+    Attributes:
+        word: "kept": they exclude that more accuracy was lost than the tolerance; "lost": they show
+            that more was; "unresolved": they do neither; "nothing learnt": they do not show that
+            the network before was better than always answering the largest class.
+        tolerance: the accuracy that may be lost, a fraction.
+        samples: number of samples.
+        lost, gained: how many of them are right before only, and after only.
+        at_least, at_most: 95 % bounds, one-sided each, of the accuracy lost, fractions; where they
+            are negative accuracy was gained.
+        accuracy: of the network before, a fraction.
+        largest_class: the share of the largest class among the samples, a fraction.
+        needed: how many samples would resolve it, if they differ as these do; None where it is
+            resolved, or where no number would.
+    """
+
+    word: Word
+    tolerance: float
+    samples: int
+    lost: int
+    gained: int
+    at_least: float
+    at_most: float
+    accuracy: float
+    largest_class: float
+    needed: int | None = None
+
+    def __str__(self) -> str:
+        """One sentence: the word, what it rests on, and what to do."""
+        asked = _points(self.tolerance)
+        on = f"{self.samples:,} samples"
+        if self.word == "nothing learnt":
+            return (
+                f"Nothing learnt: on {on} the network before is right for "
+                f"{100 * self.accuracy:.2f} %, which is not shown to be better than always "
+                f"answering the largest class, {100 * self.largest_class:.2f} %; train it first"
+            )
+        if self.word == "kept":
+            return (
+                f"Kept: {on} exclude a loss of more than {asked} points of accuracy; it is at most "
+                f"{_points(self.at_most)} (95 %)"
+            )
+        if self.word == "lost":
+            return (
+                f"Lost: {on} show a loss of more than {asked} points of accuracy, "
+                f"{_points(self.at_least)} to {_points(self.at_most)} (95 %); heal it, or cut less"
+            )
+        more = f"about {self.needed:,} samples would" if self.needed else "no number of them would"
+        return (
+            f"Unresolved: {on} exclude a loss of more than {_points(self.at_most)} points of "
+            f"accuracy (95 %), not one of more than {asked}; {more} resolve it"
+        )
+
+
+def unchanged(verdict: Verdict) -> Verdict:
+    """The verdict where both networks are one: that nothing is lost is certain then."""
+    if verdict.word == "nothing learnt":
+        return verdict
+    return replace(verdict, word="kept", at_least=0.0, at_most=0.0, needed=None)
+
+
+def judge(
+    *,
+    tolerance: float,
+    samples: int,
+    lost: int,
+    gained: int,
+    right: int,
+    largest: int,
+    right_in_largest: int,
+    effect: float = 1.0,
+) -> Verdict:
+    """The verdict on two networks' answers to the same samples.
+
+    Args:
+        tolerance: the accuracy that may be lost, a fraction.
+        samples: n.
+        lost: b.
+        gained: c.
+        right: samples for which the network before is right.
+        largest: samples of the largest class.
+        right_in_largest: those of them for which the network before is right.
+        effect: n over the number of independent samples that tell as much; above 1 for tokens.
+    """
+    counts = (samples / effect, lost / effect, gained / effect)
+    at_least, at_most = loss_bounds(*counts)
+    needed = None
+    # McNemar's score test of the network against the constant answer.
+    ahead, behind = right - right_in_largest, largest - right_in_largest
+    if ahead - behind <= Z * math.sqrt(ahead + behind):
+        word: Word = "nothing learnt"
+    elif at_most <= tolerance:
+        word = "kept"
+    elif at_least > tolerance:
+        word = "lost"
+    else:
+        word, needed = "unresolved", _needed(tolerance, *counts, effect)
+    return Verdict(
+        word=word,
+        tolerance=tolerance,
+        samples=samples,
+        lost=lost,
+        gained=gained,
+        at_least=at_least,
+        at_most=at_most,
+        accuracy=right / samples,
+        largest_class=largest / samples,
+        needed=needed,
+    )
+
+
+def loss_bounds(
+    samples: float | int, lost: float | int, gained: float | int
+) -> tuple[float, float]:
+    """The lower and the upper 95 % bound of Δ, one-sided each, by Tango's score test.
+
+    They are the Δ at which (b − c − nΔ)² = z²·n(2q + Δ(1 − Δ)), with q the largest-likelihood
+    estimate of P(right after only) given Δ. Where no sample differs the upper one is z²/(n + z²):
+    0.75 points at 359 samples. The counts need not be whole.
+    """
+    return -_upper(samples, gained, lost), _upper(samples, lost, gained)
+
+
+def samples_to_exclude(tolerance: float | int) -> int | None:
+    """The least number of samples that exclude a loss above the tolerance: none of them differs.
+
+    None for a tolerance of 0, which no number can exclude.
+    """
+    return math.ceil(Z**2 * (1 - tolerance) / tolerance) if tolerance > 0 else None
+
+
+def _upper(n: float | int, b: float | int, c: float | int) -> float:
+    """The largest Δ that the test does not exclude."""
+
+    def excluded(delta: float) -> bool:
+        first = (2 * n - b + c) * delta - b - c
+        q = (math.sqrt(first**2 + 8 * n * c * delta * (1 - delta)) - first) / (4 * n)
+        variance = n * (2 * q + delta * (1 - delta))
+        return n * delta - (b - c) >= Z * math.sqrt(max(variance, 0.0))
+
+    inside, outside = max((b - c) / n, -1.0), 1.0
+    while outside - inside > 1e-12:
+        middle = (inside + outside) / 2
+        inside, outside = (inside, middle) if excluded(middle) else (middle, outside)
+    return outside
+
+
+def _needed(tolerance: float, n: float, b: float, c: float, effect: float) -> int | None:
+    """Samples that would resolve it, to two digits, if as large a part of them differs."""
+
+    def resolved(samples: float) -> bool:
+        more = samples / effect
+        at_least, at_most = loss_bounds(more, b * more / n, c * more / n)
+        return at_most <= tolerance or at_least > tolerance
+
+    least, most = n * effect, float(MANY)
+    if not resolved(most):
+        return None
+    while most - least > 0.01 * least:
+        middle = math.sqrt(least * most)
+        least, most = (least, middle) if resolved(middle) else (middle, most)
+    digits = 10 ** max(math.floor(math.log10(most)) - 1, 0)
+    return math.ceil(most / digits) * digits
+
+
+def _points(fraction: float) -> str:
+    """A fraction in points, two digits behind the point at most."""
+    return f"{100 * fraction:.2f}".rstrip("0").rstrip(".")
