@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from deeplimit.control.cropping import check_profile, latencies, multiply_adds
 from deeplimit.control.cut_choice import Budget, CutChoice
-from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.trials import Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
 from deeplimit.control.verdict import CONFIDENCE

@@ -19,8 +19,8 @@ from deeplimit.control.fading import FadedForward
 from deeplimit.control.finite import blame_inputs
 from deeplimit.control.paired_answers import PairedAnswers
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
-from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.token_losses import CountedTokens, labelled
+from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy, check_rebuilt
