@@ -148,6 +148,9 @@ def test_interpolate_scores_both_ways(pair: tuple[Path, Path]) -> None:
     assert (contents(a), contents(b)) == before
     found = from_plain(Interpolation, json.loads(done.out))
     assert found.ts == (0, 0.5, 1)
+    written = model(a.parent / "between")
+    off = cot_distance(model(a), written).distance, cot_distance(written, model(b)).distance
+    assert found.saved_distances == pytest.approx(off, rel=1e-6)
     middle = cot_geodesic(model(a), model(b), 0.5, frame="interpolate").network()
     plain = copy.deepcopy(model(a))
     mine, theirs = model(a).state_dict(), model(b).state_dict()

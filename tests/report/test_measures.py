@@ -165,6 +165,18 @@ def test_a_path_of_two_curves_and_its_barriers() -> None:
     assert re.search(r"0\.5 0\.300 70\.0.% 0\.700 30\.0.%", summary)
 
 
+def test_a_saved_network_off_the_geodesic_is_said_to_be() -> None:
+    saved = replace(interpolation(), saved="x", saved_at=0.5, saved_distances=(123.9, 131.1))
+    found = replace(saved, distance=195.8)
+    for text in (text_of(interpolation_summary(found)), interpolation_figures(found)[2][2]):
+        told = " ".join(text.replace("\u00a0", " ").split())
+        assert "has the distances 124 and 131 to the ends" in told
+        assert "the point of the geodesic has 97.9 and 97.9" in told
+        assert "off the geodesic" in told
+    on = replace(found, saved_distances=(97.9, 97.9))
+    assert "off the geodesic" not in text_of(interpolation_summary(on))
+
+
 def test_a_path_where_no_average_exists() -> None:
     found = interpolation(naive=False)
     assert "does not exist: the networks differ in width or depth" in interpolation_answer(found)

@@ -37,7 +37,8 @@ class Interpolate:
     found on training data; of a network of kind vector with a linear stem, or convolutional of one
     stage without norms."""
     save: Annotated[float | None, arg(metavar="T")] = None
-    """Write the network at this t."""
+    """Write the network at this t, and say how far it is from both ends: for unequal widths not as
+    the geodesic's point, since a network's neurons have no weights."""
     name: Annotated[str | None, arg(metavar="NAME")] = None
     """Where to: a new run folder's name, beside the first run, or FILE.safetensors."""
     figure: Annotated[Path | None, arg(metavar="FILE")] = None

@@ -174,6 +174,7 @@ def interpolation_summary(found: Interpolation) -> RenderableType:
     parts.append(Text(_circumstances(found), style="dim"))
     if found.saved is not None:
         parts.append(Text(f"The network at t = {found.saved_at:g} is at {found.saved}"))
+        parts.append(Text(_saved(found), style="dim"))
     return Group(*parts)
 
 
@@ -194,6 +195,26 @@ def _circumstances(found: Interpolation) -> str:
     )
 
 
+def _saved(found: Interpolation) -> str:
+    """How far what was written is from both ends, and how far the geodesic's point is."""
+    if found.saved_distances is None or found.saved_at is None:
+        return ""
+    t = found.saved_at
+    first, last = (significant(d) for d in found.saved_distances)
+    here, there = significant(t * found.distance), significant((1 - t) * found.distance)
+    text = (
+        f"The saved network, at t = {t:g}, has the distances {first} and {last} to the ends; the "
+        f"point of the geodesic has {here} and {there}."
+    )
+    pairs = zip(found.saved_distances, (t * found.distance, (1 - t) * found.distance), strict=True)
+    if all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3 * found.distance) for a, b in pairs):
+        return text
+    return (
+        f"{text} It computes what that point does, but its neurons have no weights: as a "
+        "measure it is off the geodesic."
+    )
+
+
 def interpolation_figures(found: Interpolation) -> list[tuple[str, go.Figure, str]]:
     """Loss and accuracy along the way, distance in depth."""
     best = max(found.geodesic, key=lambda score: score.accuracy)
@@ -204,7 +225,7 @@ def interpolation_figures(found: Interpolation) -> list[tuple[str, go.Figure, st
     )
     distance = (
         f"d = {significant(found.distance)}. Matched at the least cost, layer by layer; dashed, "
-        "where it exists, neurons matched by their numbers."
+        f"where it exists, neurons matched by their numbers. {_saved(found)}".rstrip()
     )
     answer = f"{interpolation_answer(found)} {_circumstances(found)}"
     return [

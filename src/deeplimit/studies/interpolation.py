@@ -61,6 +61,9 @@ class Interpolation:
             at most; 0 where it stays below it.
         naive_barrier: the same of the averages; None where there are none.
         saved: where the network at some t was written, and t.
+        saved_distances: of the network that was written, read again, to both ends. A network has no
+            weights of its atoms, so that of unequal widths it is another measure than the point of
+            the geodesic, whose distances are t d and (1 − t) d.
     """
 
     runs: tuple[str, str]
@@ -81,6 +84,7 @@ class Interpolation:
     naive_barrier: float | None
     saved: str | None = None
     saved_at: float | None = None
+    saved_distances: tuple[float, float] | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -154,7 +158,15 @@ def interpolate_runs(
         geodesic.append(_score(middle, data, loss))
     width = max(len(plan.rows) for plan in path.transport.plans or ())
     naive, why = _naive(runs, ts, data, loss, tell)
-    made = None if save is None else _save(path.network(save), folders[0], str(name))
+    made = off = None
+    if save is not None:
+        between = path.network(save)
+        again = LayerwiseMeasure.of(between)
+        off = (
+            cot_distance(path.start, again).distance,
+            cot_distance(again, path.end).distance,
+        )
+        made = _save(between, folders[0], str(name))
     return Interpolation(
         runs=(runs[0].path, runs[1].path),
         names=(runs[0].name, runs[1].name),
@@ -174,6 +186,7 @@ def interpolate_runs(
         naive_barrier=None if naive is None else loss_barrier(ts, [s.loss for s in naive]),
         saved=made,
         saved_at=save,
+        saved_distances=off,
     )
 
 
