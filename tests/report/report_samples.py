@@ -8,7 +8,8 @@ import numpy as np
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.projection import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile
-from deeplimit.training.results import Cut, Profiles, Reference, RunResults
+from deeplimit.control.verdict import Verdict, judge
+from deeplimit.training.results import Cut, Parts, Profiles, Reference, RunResults
 
 SOFTNESS = 0.05
 
@@ -145,6 +146,19 @@ def crop_report(test: TurnpikeProfile, depth: int) -> CropReport:
     )
 
 
+def verdict(lost: int, gained: int, right: int = 350, tolerance: float = 0.005) -> Verdict:
+    """On 360 samples of ten classes, of which so many are right before."""
+    return judge(
+        tolerance=tolerance,
+        samples=360,
+        lost=lost,
+        gained=gained,
+        right=right,
+        largest=36,
+        right_in_largest=min(right, 35),
+    )
+
+
 def training_metrics(epochs: int) -> tuple[dict[str, float | None], ...]:
     generator = np.random.default_rng(1)
     rows: list[dict[str, float | None]] = []
@@ -195,7 +209,12 @@ def digits_results() -> RunResults:
         metrics=training_metrics(40),
         profiles=Profiles(train, validation, test),
         picture=logit_picture(logits[:, :300], labels[:300]),
-        cut=Cut(tuple(range(depth, 20)), 0.005, crop_report(test, depth)),
+        cut=Cut(
+            tuple(range(depth, 20)),
+            0.005,
+            replace(crop_report(test, depth), verdict=verdict(0, 0)),
+            parts=Parts(1000, 400, 360),
+        ),
         reference=Reference(
             plain,
             crop_report(plain, depth),
@@ -204,6 +223,7 @@ def digits_results() -> RunResults:
                 horizon_before=depth,
                 accuracy_before=test.accuracy[depth] - 0.02,
                 accuracy_error=0.004,
+                verdict=verdict(1, 8),
             ),
             tuple(range(depth, 20)),
         ),

@@ -99,6 +99,10 @@ def test_crop_summary_has_both_sides_and_the_control(digits: RunResults) -> None
     scratch = f"trained from scratch without stage cost has {100 * small.accuracy_before:.1f} %"
     assert scratch in " ".join(text.split())
     assert "the cut is better." in text
+    words = " ".join(text.split())
+    assert f"{report.verdict}." in words
+    assert words.index("Unresolved: 360 samples") < words.index("Depth chosen")
+    assert "trained on 1,000 samples, chosen on 400 (validation) and judged on 360" in words
 
 
 def test_crop_summary_says_why_the_entry_is_not_the_cut(digits: RunResults) -> None:

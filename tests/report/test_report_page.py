@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from report_samples import verdict
 
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, LOSS_TOLERANCE
 from deeplimit.errors import RunError
@@ -125,7 +126,7 @@ def test_the_control_says_what_the_cut_costs_without_stage_cost(
 def test_the_network_of_the_cut_s_depth_stands_beside_the_cut(
     digits: RunResults, digits_page: str
 ) -> None:
-    """Better, worse, or not told apart: by the paired standard error of cut − small."""
+    """Better, worse, or not told apart: by the bounds of the paired score test."""
     assert digits.reference is not None
     small = digits.reference.small
     assert small is not None
@@ -142,15 +143,47 @@ def test_the_network_of_the_cut_s_depth_stands_beside_the_cut(
     ]
     for accuracy in accuracies:
         assert f" {k} layers {100 * accuracy:.1f} %" in bars
-    for change, error, said in (
-        (-0.02, 0.004, "−2.0 ± 0.4 points (paired, one standard error); the cut is worse."),
-        (0.01, 0.006, "+1.0 ± 0.6 points (paired, one standard error); 360 test samples do not"),
-        (0.0, 0.0, "0.0 ± 0.0 points (paired, one standard error); 360 test samples do not tell"),
+    for change, error, counts, said in (
+        (-0.02, 0.004, (8, 1), "−2.0 ± 0.4 points (paired, one standard error); the cut is worse."),
+        (0.01, 0.006, (1, 4), "+1.0 ± 0.6 points (paired, one standard error); 360 test samples"),
+        (
+            0.0,
+            0.0,
+            (0, 0),
+            "0.0 ± 0.0 points (paired, one standard error); 360 test samples do not",
+        ),
     ):
         before = small.accuracy_after - change
-        other = replace(small, accuracy_before=before, accuracy_error=error)
+        told = verdict(*counts)
+        other = replace(small, accuracy_before=before, accuracy_error=error, verdict=told)
         reference = replace(digits.reference, small=other)
         assert said in readable(render_page(replace(digits, reference=reference)))
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "right", "tolerance", "word"),
+    [
+        (0, 0, 350, 0.01, "kept"),
+        (0, 0, 350, 0.005, "unresolved"),
+        (12, 0, 350, 0.005, "lost"),
+        (0, 0, 36, 0.01, "nothing learnt"),
+    ],
+)
+def test_the_verdict_stands_at_the_head_in_words_and_then_in_a_colour(
+    digits: RunResults, lost: int, gained: int, right: int, tolerance: float, word: str
+) -> None:
+    assert digits.cut is not None
+    told = verdict(lost, gained, right, tolerance)
+    assert told.word == word
+    report = replace(digits.cut.report, verdict=told)
+    html = render_page(replace(digits, cut=replace(digits.cut, report=report)))
+    assert f'<p class="verdict" data-word="{word}">{word.capitalize()}: ' in html
+    page = readable(html)
+    assert spaced(f"{told}.") in page
+    assert page.index(spaced(f"{told}.")) < page.index("How the depth was chosen")
+    assert "trained on 1,000 samples, chosen on 400 (validation) and judged on 360" in page
+    assert "400, cannot exclude a loss of 0.5 points at 95 %" in page
+    assert "539 could." in page
 
 
 def test_every_layer_of_the_test_profile_is_in_the_table(

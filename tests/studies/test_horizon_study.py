@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from deeplimit.cli import main
 from deeplimit.cli.horizon_table import horizon_table
 from deeplimit.errors import InputError
 from deeplimit.studies import HorizonRuns, HorizonStudy, horizon_recipe, study_horizon
+from deeplimit.studies.horizon import judged
 from deeplimit.training import Recipe, RunFolder, recipe_for
 from deeplimit.training.typed_values import from_plain
 
@@ -153,3 +155,33 @@ def test_the_verb(tmp_path: Path) -> None:
     )
     ran: list[Recipe] = [row[0].recipe for row in folders(from_plain(HorizonStudy, printed))]
     assert ran == [replace(expected, depth=(layers,)) for layers in (1, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("outside", "accuracy", "word"),
+    [
+        (((7, 8, 7), (7, 9, 8), (8, 9, 8)), 0.98, "kept"),  # one of 30 layers added, three times
+        (((7, 8, 7), (9, 9, 9), (14, 16, 13)), 0.98, "lost"),  # 6 to 8 of 30
+        (((7, 8, 7), (7, 9, 8), (7, 12, 8)), 0.98, "unresolved"),
+        (((7,), (7,), (7,)), 0.98, "unresolved"),  # one seed has no spread
+        (((7, 8, 7), (7, 9, 8), (8, 9, 8)), 0.13, "nothing learnt"),
+        (((7, 8, 7), (7, 9, 8), (8, 9, 8)), 0.16, "kept"),
+    ],
+)
+def test_the_verdict_is_on_the_layers_added(
+    outside: tuple[tuple[int, ...], ...], accuracy: float, word: str
+) -> None:
+    seeds = len(outside[0])
+    depths = [
+        HorizonRuns(10 * 2**i, ("r",) * seeds, row, (4,) * seeds, (accuracy,) * seeds)
+        for i, row in enumerate(outside)
+    ]
+    # 200 samples of ten classes: chance is 0.1, a share above 0.1 + 1.645·√(0.09/200) = 0.135.
+    assert judged(depths, torch.arange(200) % 10) == word
+
+
+def test_the_study_carries_its_verdict(study: HorizonStudy) -> None:
+    assert study.verdict in ("kept", "unresolved", "lost", "nothing learnt")
+    first, last = study.depths[0], study.depths[-1]
+    more = last.horizon - first.horizon
+    assert study.added == pytest.approx((last.mean_outside - first.mean_outside) / more)

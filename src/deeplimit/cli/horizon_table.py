@@ -6,7 +6,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.report.numbers import significant
+from deeplimit.report.verdict import worded
 from deeplimit.studies import HorizonStudy
+from deeplimit.studies.horizon import ADDED
 
 
 def horizon_table(study: HorizonStudy) -> RenderableType:
@@ -36,6 +38,23 @@ def horizon_table(study: HorizonStudy) -> RenderableType:
             f"outside the tube grows by a factor of {study.growth:.2f}.",
             style="bold",
         ),
+        *verdict(study),
         table,
         Text(note, style="dim"),
     )
+
+
+def verdict(study: HorizonStudy) -> list[Text]:
+    """The study's verdict in a sentence; nothing for a study made before there was one."""
+    if study.verdict is None or study.added is None:
+        return []
+    why = f"{100 * study.added:.1f} % of the layers added lie outside, mean over the seeds"
+    rest = {
+        "kept": f"the count stays: {why}, shown to be at most {100 * ADDED:g} % (95 %)",
+        "lost": f"the count grows: {why}, shown to be more than {100 * ADDED:g} % (95 %)",
+        "unresolved": f"{why}; these seeds do not tell whether it is at most {100 * ADDED:g} %, "
+        "more seeds would",
+        "nothing learnt": "a network is not shown to be better on test data than always answering "
+        "the largest class; train longer",
+    }[study.verdict]
+    return [Text.assemble(worded(study.verdict), f": {rest}.")]

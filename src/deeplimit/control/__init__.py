@@ -11,6 +11,7 @@ from deeplimit.control.projection import TrajectoryPicture, picture_trajectories
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.stage_cost import StageCost
 from deeplimit.control.turnpike import TurnpikeProfile, turnpike_profile
+from deeplimit.control.verdict import Verdict
 
 __all__ = [
     "CropReport",
@@ -22,6 +23,7 @@ __all__ = [
     "StageCost",
     "TrajectoryPicture",
     "TurnpikeProfile",
+    "Verdict",
     "choose_cut",
     "crop",
     "dissipativity",

@@ -148,7 +148,7 @@ class TurnpikeProfile:
 
     @property
     def loss_range(self) -> float:
-        """The range of the loss, log C − H(q): from the loss's minimum to that of knowing nothing."""
+        """The range log C − H(q), from the minimum of the loss to that of knowing nothing."""
         return math.log(self.classes) - self.minimum
 
     @property

@@ -6,8 +6,6 @@ from deeplimit.control.crop_report import CropReport
 from deeplimit.report.numbers import layers, percent, points
 from deeplimit.training.results import Cut, Reference
 
-SURE = 1.96  # standard errors that a difference at 95 % exceeds
-
 
 @dataclass(frozen=True)
 class ControlBar:
@@ -72,8 +70,10 @@ def _small(report: CropReport) -> str:
     n = report.samples
     difference, error = report.accuracy_after - report.accuracy_before, report.accuracy_error
     told = f"{n:,} test samples do not tell which is better"
-    if abs(difference) > SURE * error:
-        told = f"the cut is {'better' if difference > 0 else 'worse'}"
+    if report.verdict is not None and report.verdict.at_most < 0:
+        told = "the cut is better"
+    elif report.verdict is not None and report.verdict.at_least > 0:
+        told = "the cut is worse"
     return (
         f"A network of {layers(report.horizon_before)} trained from scratch without stage cost has "
         f"{percent(report.accuracy_before, n)}. The cut less this network: "

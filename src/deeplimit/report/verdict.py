@@ -2,7 +2,7 @@
 
 from rich.text import Text
 
-from deeplimit.control.verdict import Verdict
+from deeplimit.control.verdict import Verdict, Word
 
 COLOURS = {"kept": "green", "unresolved": "yellow", "lost": "red", "nothing learnt": "red"}
 
@@ -11,5 +11,10 @@ def verdict_line(verdict: Verdict | None) -> list[Text]:
     """The verdict, its word in a colour too; nothing where there is none."""
     if verdict is None:
         return []
-    word, rest = str(verdict).split(":", 1)
-    return [Text.assemble((word, f"bold {COLOURS[verdict.word]}"), f":{rest}.")]
+    _, rest = str(verdict).split(":", 1)
+    return [Text.assemble(worded(verdict.word), f":{rest}.")]
+
+
+def worded(word: Word) -> tuple[str, str]:
+    """The word as it begins a sentence, and its style."""
+    return word.capitalize(), f"bold {COLOURS[word]}"

@@ -11,19 +11,26 @@ Source: [PF24] arXiv 2405.19013.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
+
+from scipy.stats import t
+from torch import Tensor
 
 from deeplimit.control import TurnpikeProfile
+from deeplimit.control.verdict import CONFIDENCE, Word, Z
 from deeplimit.errors import InputError
 from deeplimit.files import write_text
 from deeplimit.studies.seeds import check_seeds
-from deeplimit.training import Recipe, profile_run, recipe_for, train
+from deeplimit.training import Recipe, profile_run, recipe_for, run_data, train
 from deeplimit.training.typed_values import to_plain
 
 STUDY = "study.json"
 MULTIPLES = (1, 2, 4)
+ADDED = 0.05  # of the layers added may lie outside the tube where the count is said to stay
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,11 @@ class HorizonStudy:
         epochs: passes over the training data in each run.
         seeds: of the runs.
         depths: one entry per depth, from the smallest to the largest.
+        verdict: "kept": of the layers added from N to 4N at most `ADDED` lie outside the tube, at
+            95 % over the seeds, so that the turnpike's count stays; "lost": more do; "unresolved":
+            these seeds tell neither; "nothing learnt": some network is not shown to be better on
+            test data than always answering the largest class. None in older files.
+        added: the part of the layers added that lies outside, mean over the seeds.
     """
 
     folder: str
@@ -75,6 +87,8 @@ class HorizonStudy:
     epochs: int
     seeds: tuple[int, ...]
     depths: tuple[HorizonRuns, ...]
+    verdict: Word | None = None
+    added: float | None = None
 
     @property
     def growth(self) -> float:
@@ -142,6 +156,8 @@ def study_horizon(
         epochs=recipe.epochs,
         seeds=tuple(seeds),
         depths=tuple(depths),
+        verdict=judged(depths, run_data(trained[0]).test.y),
+        added=fmean(_added(depths)),
     )
     write_text(folder / STUDY, json.dumps(to_plain(study), allow_nan=False) + "\n")
     return study
@@ -154,6 +170,29 @@ def _free(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
+
+
+def judged(depths: Sequence[HorizonRuns], targets: Tensor) -> Word:
+    """The study's verdict, as `HorizonStudy.verdict` says; `targets` are the test samples'."""
+    samples, largest = len(targets), int(targets.bincount().max())
+    chance = largest / samples
+    margin = Z * math.sqrt(chance * (1 - chance) / samples)  # the score test of a share
+    if min(min(runs.accuracy) for runs in depths) <= chance + margin:
+        return "nothing learnt"
+    parts = _added(depths)
+    if len(parts) < 2:
+        return "unresolved"
+    reach = float(t.ppf(CONFIDENCE, len(parts) - 1)) * stdev(parts) / math.sqrt(len(parts))
+    if fmean(parts) + reach <= ADDED:
+        return "kept"
+    return "lost" if fmean(parts) - reach > ADDED else "unresolved"
+
+
+def _added(depths: Sequence[HorizonRuns]) -> list[float]:
+    """Of each seed, the part of the layers added from N to 4N that lies outside the tube."""
+    first, last = depths[0], depths[-1]
+    more = last.horizon - first.horizon
+    return [(b - a) / more for a, b in zip(first.outside, last.outside, strict=True)]
 
 
 def _counted(

@@ -150,12 +150,15 @@ def _compare(
     with fitting_threads(folder.recipe):
         model = full.model().to(device)
         test = evaluation_batches(data.test)
+        tolerance = folder.recipe.points / 100
+        pairs = [(model, crop(model, remove=removed))]
+        if small is not None:
+            pairs.append((small.model().to(device), folder.cropped()))
+        reports = [verify_crop(*pair, test, loss, tolerance=tolerance) for pair in pairs]
         reference = Reference(
             turnpike_profile(model, test, loss),
-            verify_crop(model, crop(model, remove=removed), test, loss),
-            None
-            if small is None
-            else verify_crop(small.model().to(device), folder.cropped(), test, loss),
+            reports[0],
+            reports[1] if small is not None else None,
             removed,
         )
     folder.write_reference(reference)
