@@ -238,6 +238,18 @@ def test_align_finds_the_rotation_of_the_stream() -> None:
     assert relative(output(unaligned, x), output(a, x)) > 0.01
 
 
+@pytest.mark.parametrize("depth", [2, 4])
+def test_the_end_has_the_batch_norms_of_the_other_network(depth: int) -> None:
+    a, b = (
+        classifier("convolutional", norm="batch", depths=(n,), hidden=m, seed=m)
+        for n, m in ((2, 4), (depth, 6))
+    )
+    end = cot_geodesic(a, b, 1.0, frame="interpolate").network()
+    x = inputs(a)
+    assert relative(output(end, x), output(b, x)) < 1e-12
+    assert relative(output(end.train(), x), output(b.train(), x)) < 1e-12
+
+
 @pytest.mark.parametrize("kind", ["vector", "convolutional"])
 def test_align_keeps_the_function(kind: str) -> None:
     a, b = classifier(kind, depths=(2,)), classifier(kind, depths=(3,), seed=1)

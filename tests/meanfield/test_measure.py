@@ -103,9 +103,29 @@ def test_batch_norms_are_read_as_in_evaluation_mode() -> None:
     back = LayerwiseMeasure.of(model.train()).network()
     assert back.training
     assert relative(output(back.eval(), x), expected) < 1e-12
-    norm = back.stages[0][0].norm1
-    assert (norm.running_mean == 0).all()
-    assert (norm.running_var == 1).all()
+    mine, its = (network.stages[0][0].norm1 for network in (model, back))
+    assert relative(its.weight, mine.weight.abs()) < 1e-12
+    assert relative(its.running_var, mine.running_var) < 1e-12
+    assert relative(output(back.train(), x), output(model, x)) < 1e-12
+
+
+def test_norms_are_of_as_many_particles() -> None:
+    measure = LayerwiseMeasure.of(NETWORKS["convolutional, batch norms"]())
+    with pytest.raises(InputError, match=r"norms of \[6, 6, 12\] particles given for \[3, 3, 3\]"):
+        LayerwiseMeasure(
+            [layer[:3] for layer in measure.layers], frame=measure.frame, norms=measure.norms
+        )
+
+
+@torch.no_grad()
+def test_a_channel_of_scale_zero_is_a_constant() -> None:
+    model = NETWORKS["convolutional, batch norms"]()
+    for norm in (model.stages[0][0].norm1, model.stages[0][1].norm2):
+        norm.weight[:2] = 0
+    x = inputs(model)
+    back = LayerwiseMeasure.of(model).network()
+    assert relative(output(back, x), output(model, x)) < 1e-12
+    assert relative(output(back.train(), x), output(model.train(), x)) < 1e-12
 
 
 def test_the_measure_is_independent_of_the_model() -> None:

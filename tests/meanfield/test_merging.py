@@ -1,11 +1,15 @@
 """merge, widen and narrow: barycentres, functions kept, distances reported."""
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measured_networks import NETWORKS, classifier, cloud, framed, inputs, output, relative
 from scipy.optimize import linear_sum_assignment
+from torch import nn
 
 from deeplimit import InputError
 from deeplimit.meanfield import (
@@ -184,3 +188,36 @@ def test_narrowing_undoes_widening() -> None:
 def test_wrong_widths(wrong: object) -> None:
     with pytest.raises(InputError, match="expected a whole number ≥ 1"):
         check_count("width", wrong)
+
+
+KEPT: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "widen": lambda model: widen(model, 3),
+    "narrow": lambda model: narrow(widen(model, 2), 6).measure.network(),
+    "merge": lambda model: merge([model, widen(model, 2)]).measure.network(),
+    "geodesic": lambda model: cot_geodesic(model, widen(model, 2), 0.4).network(),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_batch_norms_are_kept_in_training_mode(name: str) -> None:
+    model = classifier("convolutional", norm="batch", depths=(3,))
+    other = KEPT[name](model)
+    x = inputs(model)
+    assert relative(output(other, x), output(model, x)) < 1e-12
+    assert relative(output(other.train(), x), output(model.train(), x)) < 1e-12
+    # The statistics of that batch have moved alike.
+    assert relative(output(other.eval(), x), output(model.eval(), x)) < 1e-12
+
+
+def test_channels_of_joined_neurons_are_averaged() -> None:
+    model = classifier("convolutional", norm="batch", depths=(1,))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        norm = other.stages[0][0].norm1
+        norm.weight *= 3
+        norm.running_var.copy_(9 * (norm.running_var + norm.eps) - norm.eps)
+    found = merge([model, other]).measure.network().stages[0][0].norm1
+    mine = model.stages[0][0].norm1
+    assert cot_distance(model, other).distance < 1e-12
+    assert relative(found.weight, 2 * mine.weight.abs()) < 1e-12
+    assert relative(found.running_var, (mine.running_var + norm.running_var) / 2) < 1e-12

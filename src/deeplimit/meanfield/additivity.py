@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
-from deeplimit.meanfield.neurons import Neurons, Reading, is_wide, numbers_in, write
+from deeplimit.meanfield.neuron_layer import is_wide
+from deeplimit.meanfield.neurons import Neurons, Reading, numbers_in, write
 from deeplimit.network.modes import evaluating
 
 

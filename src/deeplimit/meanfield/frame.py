@@ -20,9 +20,11 @@ from deeplimit.meanfield.neurons import (
     particle_parameters,
     write,
 )
+from deeplimit.meanfield.norms import Norms
 from deeplimit.network import ResidualChain, ResidualClassifier
 
 NAMED = 3  # names listed in an error
+ROUNDING = 64  # in units of the precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +64,9 @@ class Frame(ABC):
             InputError: its layers cannot be divided.
         """
 
-    def network(self, layers: Sequence[Tensor], weights: Sequence[Tensor]) -> nn.Module:
+    def network(
+        self, layers: Sequence[Tensor], weights: Sequence[Tensor], norms: Sequence[Norms]
+    ) -> nn.Module:
         """V_i = Δ m_i u_i / h for atoms of weight m_i in a cell of length Δ, and so the offsets."""
         cells = zip(
             self.forms,
@@ -71,16 +75,18 @@ class Frame(ABC):
             self.offsets,
             lengths(self.breakpoints),
             self.widths([len(particles) for particles in layers]),
+            norms,
             strict=True,
         )
         readings = []
-        for form, particles, mass, offset, length, width in cells:
+        for form, particles, mass, offset, length, width, norm in cells:
             factor = length / self.step
             # Where layers differ in width those that are missing are neurons of zeros.
             padded = particles.new_zeros(width, form.size)
             padded[: len(particles)] = particles
             padded[: len(particles), : form.outputs] *= (factor * mass).to(particles)[:, None]
-            readings.append(Reading(form, padded, None if offset is None else offset * factor))
+            shift = None if offset is None else offset * factor
+            readings.append(Reading(form, padded, shift, norm.padded(width).scaled(factor)))
         return self.build(readings)
 
     def widths(self, least: Sequence[int]) -> list[int]:
@@ -99,10 +105,7 @@ class Frame(ABC):
         """The names of parameters and buffers that differ, output biases too; on one grid."""
         mine, theirs = self.rest(), other.rest()
         names = [name for name, value in mine.items() if not torch.equal(value, theirs[name])]
-        offsets = zip(self.offsets, other.offsets, strict=True)
-        if any(
-            a is not b and (a is None or b is None or not torch.equal(a, b)) for a, b in offsets
-        ):
+        if not all(map(_alike, self.offsets, other.offsets)):
             names.append("the output biases of the layers")
         return names
 
@@ -260,6 +263,14 @@ def _configure(model: nn.Module, width: int) -> None:
         if hasattr(config, name):
             setattr(config, name, width)
             return
+
+
+def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether output biases are equal up to the rounding of a batch norm's β − μγ/√(v + ε)."""
+    if a is None or b is None or a.shape != b.shape:
+        return a is b
+    size = max(float(a.abs().max()), float(b.abs().max()))
+    return torch.allclose(a, b.to(a), rtol=0, atol=ROUNDING * torch.finfo(a.dtype).eps * size)
 
 
 def _shape(values: dict[str, Tensor], name: str) -> torch.Size | None:

@@ -1,13 +1,18 @@
 """The geodesic between two networks: a network at every t ([BPV24] arXiv 2403.12887)."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from deeplimit.errors import InputError
 from deeplimit.meanfield.alignment import aligned
 from deeplimit.meanfield.frame import Frame, listed
 from deeplimit.meanfield.grid import merged_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
-from deeplimit.meanfield.transport import CotDistance, belongs, cot_distance
+from deeplimit.meanfield.norms import moved_norms
+from deeplimit.meanfield.transport import CotDistance, Plan, belongs, cot_distance
 from deeplimit.network.checks import check_number
 from deeplimit.network.modes import Inputs
 
@@ -33,7 +38,8 @@ def cot_geodesic(
     Equal numbers of equal atoms move along straight lines to their matches, in the order of a.
     Otherwise the atoms are those of the coupling's support, with its weights: at most M + M' − 1 of
     them per layer, exact at every t. A network of fewer neurons is what `narrow` makes of it; that
-    is no longer the geodesic.
+    is no longer the geodesic. The batch norms' channels of coupled neurons are averaged likewise
+    (|γ|, β and the running variance), whatever `frame` is; this acts in training mode alone.
 
     For unequal depths the layers are the cells of the merged grid, at every t. The measures are
     exact there too: μ_0 and μ_1 are those of a and b, and the distances are as above. The output of
@@ -83,13 +89,20 @@ def cot_geodesic(
         end = aligned(start, end, batch)
     mixed = mixed_frame([start, end], [1 - t, t], frame)
     plans = _plans(start, end, transport)
-    layers, masses = [], []
+    layers, masses, norms = [], [], []
     for (n, m), plan in zip(plans.layers, plans.plans or (), strict=True):
-        x, y = start.layers[n], end.layers[m]
-        rows, columns = (torch.from_numpy(k).to(x.device) for k in (plan.rows, plan.columns))
-        layers.append((1 - t) * x[rows] + t * y[columns].to(x))
+        between = partial(_between, plan, t)
+        layers.append(between([start.layers[n], end.layers[m]]))
         masses.append(torch.from_numpy(plan.masses))
-    return LayerwiseMeasure(layers, masses, plans.breakpoints, frame=mixed)
+        norms.append(moved_norms([start.norms[n], end.norms[m]], [1 - t, t], between))
+    return LayerwiseMeasure(layers, masses, plans.breakpoints, frame=mixed, norms=norms)
+
+
+def _between(plan: Plan, t: float, ends: Sequence[Tensor]) -> Tensor:
+    """(1 − t) x + t y of the atoms that a plan couples."""
+    x, y = ends
+    rows, columns = (torch.from_numpy(k).to(x.device) for k in (plan.rows, plan.columns))
+    return (1 - t) * x[rows] + t * y[columns].to(x)
 
 
 def mixed_frame(

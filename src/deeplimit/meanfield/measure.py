@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from deeplimit.errors import InputError
 from deeplimit.meanfield.frame import Frame
 from deeplimit.meanfield.grid import checked_grid, lengths, same_grid, uniform_grid
+from deeplimit.meanfield.norms import Norms
 from deeplimit.meanfield.reading import frame_of
 from deeplimit.network.checks import shown
 
@@ -37,6 +38,8 @@ class LayerwiseMeasure:
         frame: what the network is besides its particles: a model that `of` can read, whose layers
             and width do not matter, or the `frame` of another measure; without it there is no
             `network`.
+        norms: `norms` of another measure of as many particles: of each layer what its batch norms
+            are in training mode; by default their statistics do nothing.
 
     Raises:
         InputError: tensors of other shapes, whole numbers, values not finite, weights that are
@@ -51,6 +54,7 @@ class LayerwiseMeasure:
         breakpoints: Iterable[float] | None = None,
         *,
         frame: Frame | nn.Module | None = None,
+        norms: Sequence[Norms] | None = None,
     ):
         self.layers = _checked_particles(particles)
         self.masses = _checked_weights(weights, self.layers)
@@ -63,6 +67,10 @@ class LayerwiseMeasure:
         if frame is not None and not same_grid(frame.breakpoints, self.breakpoints):
             frame = frame.on(self.breakpoints)
         self.frame = frame
+        self.norms = tuple(norms) if norms is not None else (Norms(),) * count
+        widths = [None if norm.inner is None else len(norm.inner) for norm in self.norms]
+        if any(w not in (None, len(x)) for w, x in zip(widths, self.layers, strict=True)):
+            raise InputError(f"norms of {widths} particles given for {list(map(len, self.layers))}")
         for n, form in enumerate(frame.forms if frame is not None else ()):
             if self.layers[n].shape[1] != form.size:
                 raise InputError(
@@ -81,7 +89,8 @@ class LayerwiseMeasure:
         others) the MLPs: a particle is a hidden neuron with its row and column, in a gated MLP its
         two rows; attention, norms and embeddings are the frame. Batch norms inside a residual
         function act on each channel alone in evaluation mode: they are folded into the particles,
-        as they are in that mode whatever mode the model is in. The output bias of a layer belongs
+        as they are in that mode whatever mode the model is in; what they are in training mode is
+        carried beside (`norms`) and is no part of d. The output bias of a layer belongs
         to the frame.
 
         Several stages divide [0, 1] evenly: stage k of K lies in [k/K, (k + 1)/K].
@@ -91,8 +100,8 @@ class LayerwiseMeasure:
                 inside, Heun's method, blocks of other kinds; parameters that are not finite; a
                 model without layers.
         """
-        frame, layers = frame_of(model)
-        return cls(layers, breakpoints=frame.breakpoints, frame=frame)
+        frame, layers, norms = frame_of(model)
+        return cls(layers, breakpoints=frame.breakpoints, frame=frame, norms=norms)
 
     def network(self) -> nn.Module:
         """The network, a new one: the layers' sums V_i = Δ_n m_i u_i / h in the frame.
@@ -100,10 +109,11 @@ class LayerwiseMeasure:
         Weights are folded into the output weights, so that a network of weighted atoms computes
         the same; read by `of` it is another measure, with equal weights and longer u. A model has
         one width (of several stages, one that doubles): narrower layers are filled up with neurons
-        of zeros. Batch norms inside residual functions come back with statistics that do nothing,
-        mean 0 and variance 1; the function is that of evaluation mode.
+        of zeros. Batch norms inside residual functions come back as they were, with γ > 0; a
+        channel of γ = 0, whose weights no particle knows, with statistics that do nothing, mean 0
+        and variance 1.
 
-        `LayerwiseMeasure.of(model).network()` computes what the model does in evaluation mode.
+        `LayerwiseMeasure.of(model).network()` computes what the model does, in both modes.
 
         Raises:
             InputError: the measure has no frame.
@@ -113,7 +123,7 @@ class LayerwiseMeasure:
                 "this measure was made from particles alone; give frame=model, a network whose "
                 "stem, head and activation it shall have"
             )
-        return self.frame.network(self.layers, self.masses)
+        return self.frame.network(self.layers, self.masses, self.norms)
 
     @property
     def particles(self) -> Tensor | list[Tensor]:

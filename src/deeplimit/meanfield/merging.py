@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from deeplimit.meanfield.frame import Frame
 from deeplimit.meanfield.geodesic import FRAMES, mixed_frame
 from deeplimit.meanfield.grid import Breakpoints, layers_at, merged_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
-from deeplimit.meanfield.transport import CotDistance, cot_distance
+from deeplimit.meanfield.norms import moved_norms
+from deeplimit.meanfield.transport import CotDistance, Plan, cot_distance
 from deeplimit.network.checks import check_count, check_number, shown
 
 
@@ -47,7 +49,7 @@ def merge(
     Álvarez-Esteban et al. 2016, arXiv 1511.05355). It decreases the objective and ends in a local
     minimum. For two networks of equal widths the first step already is the geodesic's point at
     t = λ_2. Networks of other widths give the widths of the one started from; of other depths, the
-    merged grid, as in `cot_geodesic`.
+    merged grid, as in `cot_geodesic`; of batch norms the channels are averaged as there.
 
     Source: [BPV24] arXiv 2403.12887 for d; the iteration layer by layer.
 
@@ -113,6 +115,7 @@ def _on(measure: LayerwiseMeasure, grid: Breakpoints, frame: Frame | None) -> La
         [measure.masses[n] for n in places],
         grid,
         frame=None if frame is None else frame.on(grid),
+        norms=[measure.norms[n] for n in places],
     )
 
 
@@ -127,20 +130,35 @@ def _moved(
     shares: Sequence[float],
 ) -> LayerwiseMeasure:
     """Σ_k λ_k T_k of every atom; the grid is fine enough for one cell to be one layer of each."""
-    layers: list[Tensor] = []
+    layers, norms = [], []
     for cell, atoms in enumerate(now.layers):
-        target = torch.zeros_like(atoms)
-        for measure, distance, share in zip(measures, found, shares, strict=True):
-            _, m = distance.layers[cell]
-            plan = (distance.plans or ())[cell]
-            rows, columns = (
-                torch.from_numpy(k).to(atoms.device) for k in (plan.rows, plan.columns)
-            )
-            sent = torch.from_numpy(plan.masses)
-            received = torch.zeros_like(now.masses[cell]).index_add_(0, rows.cpu(), sent)
-            part = (sent / received[rows.cpu()]).to(atoms)
-            goal = measure.layers[m].to(atoms)[columns]
-            target.index_add_(0, rows, share * part[:, None] * goal)
-        # Atoms without mass go nowhere.
-        layers.append(torch.where((now.masses[cell] > 0).to(atoms.device)[:, None], target, atoms))
-    return LayerwiseMeasure(layers, now.masses, now.breakpoints, frame=now.frame)
+        plans = [(distance.plans or ())[cell] for distance in found]
+        move = partial(_sent, now.masses[cell], plans, shares)
+        meeting = [d.layers[cell][1] for d in found]
+        goals = list(zip(measures, meeting, strict=True))
+        layers.append(move([atoms, *(measure.layers[m] for measure, m in goals)]))
+        channels = [now.norms[cell], *(measure.norms[m] for measure, m in goals)]
+        norms.append(moved_norms(channels, [0.0, *shares], move))
+    return LayerwiseMeasure(layers, now.masses, now.breakpoints, frame=now.frame, norms=norms)
+
+
+def _sent(
+    mass: Tensor, plans: Sequence[Plan], shares: Sequence[float], values: Sequence[Tensor]
+) -> Tensor:
+    """Σ_k λ_k of the mean of the values where plan k sends an atom.
+
+    Args:
+        mass: of the atoms.
+        plans: from them to the atoms of each network.
+        shares: λ_k.
+        values: [M, q] of the atoms, which those without mass keep, then [M_k, q] of each network.
+    """
+    own, *goals = values
+    target = torch.zeros_like(own)
+    for plan, share, goal in zip(plans, shares, goals, strict=True):
+        rows, columns = (torch.from_numpy(k).to(own.device) for k in (plan.rows, plan.columns))
+        sent = torch.from_numpy(plan.masses)
+        received = torch.zeros_like(mass).index_add_(0, rows.cpu(), sent)
+        part = (sent / received[rows.cpu()]).to(own)
+        target.index_add_(0, rows, share * part[:, None] * goal.to(own)[columns])
+    return torch.where((mass > 0).to(own.device)[:, None], target, own)

@@ -1,13 +1,14 @@
 """The hidden neurons of a block as particles ω = (u, w, b): read from its layers, put back."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.meanfield.neuron_layer import NeuronLayer
+from deeplimit.meanfield.norms import Norms, fold, unfold
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,13 @@ class Reading:
         particles: [M, p], detached copies; those of half precision, for which u = N·M·h·V may be
             too large, in float32.
         offset: the output bias [d], or None.
+        norms: of its batch norms what acts in training mode.
     """
 
     form: Form
     particles: Tensor
     offset: Tensor | None
+    norms: Norms = field(default_factory=Norms)
 
 
 @torch.no_grad()
@@ -132,47 +135,29 @@ def read(block: nn.Module, neurons: Neurons) -> Reading:
     sigma = block.get_submodule(neurons.activation)
     if next(sigma.parameters(), None) is not None:
         raise InputError(f"the activation {type(sigma).__name__} has parameters; expected none")
-    layers = [_Layer(block.get_submodule(path)) for path in neurons.rows]
-    last = _Layer(block.get_submodule(neurons.columns))
+    layers = [NeuronLayer(block.get_submodule(path)) for path in neurons.rows]
+    last = NeuronLayer(block.get_submodule(neurons.columns))
     parts = {"u": last.columns}
+    inner: Tensor | None = None
     for layer, name in zip(layers, ("w", "v"), strict=False):
-        parts[name] = layer.rows
-        bias = layer.bias
-        scale, shift = _affine(block, neurons.norm)
-        if scale is not None and shift is not None:
-            parts[name] = layer.rows * _along(scale, layer.rows, 0)
-            bias = shift + (0 if bias is None else bias * scale)
+        parts[name], bias, inner = fold(block, neurons.norm, layer.rows, 0, layer.bias)
         if bias is not None:
             parts["b" if name == "w" else "c"] = bias
-    offset = last.bias
-    scale, shift = _affine(block, neurons.last_norm)
-    if scale is not None and shift is not None:
-        parts["u"] = parts["u"] * _along(scale, parts["u"], 1)
-        offset = shift + (0 if offset is None else offset * scale)
+    parts["u"], offset, outer = fold(block, neurons.last_norm, parts["u"], 1, last.bias)
     form = Form(tuple((name, tuple(x.shape[1:])) for name, x in parts.items()), _name_of(sigma))
-    return Reading(form, form.join(parts).clone(), None if offset is None else offset.clone())
+    copied = None if offset is None else offset.clone()
+    return Reading(form, form.join(parts).clone(), copied, Norms(inner, outer))
 
 
 @torch.no_grad()
 def write(block: nn.Module, neurons: Neurons, reading: Reading) -> None:
-    """Gives a block these particles, any number of them, in place.
-
-    A batch norm gets statistics that do nothing, mean 0 and variance 1; its scale and bias are 1
-    and what the layer adds.
-    """
-    parts = reading.form.split(reading.particles)
+    """Gives a block these particles, any number of them, and its batch norms theirs, in place."""
+    parts, norms = reading.form.split(reading.particles), reading.norms
     for path, name in zip(neurons.rows, ("w", "v"), strict=False):
-        bias = parts.get("b" if name == "w" else "c")
-        layer = _Layer(block.get_submodule(path))
-        if neurons.norm and _neutralise(block, neurons.norm, bias, len(reading.particles)):
-            bias = torch.zeros_like(bias) if bias is not None and layer.has_bias else None
-        layer.set_rows(parts[name], bias)
-    last, offset = _Layer(block.get_submodule(neurons.columns)), reading.offset
-    if neurons.last_norm and _neutralise(
-        block, neurons.last_norm, offset, reading.form.parts[0][1][0]
-    ):
-        offset = torch.zeros_like(offset) if offset is not None and last.has_bias else None
-    last.set_columns(parts["u"], offset)
+        layer, bias = NeuronLayer(block.get_submodule(path)), parts.get("b" if name == "w" else "c")
+        layer.set_rows(*unfold(block, neurons.norm, parts[name], 0, bias, norms.inner))
+    last = NeuronLayer(block.get_submodule(neurons.columns))
+    last.set_columns(*unfold(block, neurons.last_norm, parts["u"], 1, reading.offset, norms.outer))
 
 
 def particle_parameters(block: nn.Module, neurons: Neurons) -> Iterator[tuple[str, nn.Parameter]]:
@@ -189,122 +174,8 @@ def particle_buffers(block: nn.Module, neurons: Neurons) -> Iterator[str]:
             yield f"{path}.{name}"
 
 
-class _Layer:
-    """A linear or convolutional layer, by the hidden neurons on one side of it."""
-
-    def __init__(self, layer: nn.Module):
-        self.layer: Any = layer
-        self.transposed = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
-        known = isinstance(layer, nn.Linear | nn.Conv2d) or self.transposed
-        if not known or getattr(layer, "groups", 1) != 1:
-            raise InputError(
-                f"a hidden layer is {layer}; expected a linear layer or a convolution in one group"
-            )
-        if not cast(Tensor, layer.weight).is_floating_point():
-            raise InputError(f"a hidden layer is quantised ({type(layer).__name__})")
-
-    @property
-    def rows(self) -> Tensor:
-        """[M, *shape]: what each neuron reads."""
-        weight = widened(self.layer.weight.detach())
-        return weight.T if self.transposed else weight
-
-    @property
-    def columns(self) -> Tensor:
-        """[M, d, …]: what each neuron writes."""
-        weight = widened(self.layer.weight.detach())
-        return weight if self.transposed else weight.transpose(0, 1)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return widened(self.layer.bias.detach()) if self.has_bias else None
-
-    @property
-    def has_bias(self) -> bool:
-        return getattr(self.layer, "bias", None) is not None
-
-    def set_rows(self, rows: Tensor, bias: Tensor | None) -> None:
-        """With M neurons; the sizes that the layer says of itself follow."""
-        self._set(rows.T if self.transposed else rows, bias)
-        for name in ("out_features", "out_channels", "nf"):
-            if hasattr(self.layer, name):
-                setattr(self.layer, name, len(rows))
-
-    def set_columns(self, columns: Tensor, bias: Tensor | None) -> None:
-        """With M neurons."""
-        self._set(columns if self.transposed else columns.transpose(0, 1), bias)
-        for name in ("in_features", "in_channels", "nx"):
-            if hasattr(self.layer, name):
-                setattr(self.layer, name, len(columns))
-
-    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
-        _replace(self.layer, "weight", weight)
-        if bias is not None:
-            _replace(self.layer, "bias", bias)
-
-
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    old = getattr(module, name)
-    learns = old is None or old.requires_grad
-    dtype = value.dtype if old is None or is_wide(old) else old.dtype
-    value = value.detach().to(dtype).contiguous().clone()
-    setattr(module, name, nn.Parameter(value, requires_grad=learns))
-
-
-def _norm(block: nn.Module, path: str) -> nn.BatchNorm2d | None:
-    norm = block.get_submodule(path) if path else nn.Identity()
-    if isinstance(norm, nn.Identity):
-        return None
-    whole = isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.running_mean is not None
-    if not whole:
-        raise InputError(
-            f"{path} of {type(block).__name__} is a {type(norm).__name__}, which couples the "
-            "hidden neurons or normalises their sum: the block is not a mean of particles; "
-            'expected no norm ("none"), or a batch norm ("batch") with scale, bias and running '
-            "statistics, read as in evaluation mode"
-        )
-    return cast(nn.BatchNorm2d, norm)
-
-
-def _affine(block: nn.Module, path: str) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and shift of a batch norm in evaluation mode; None for no norm."""
-    norm = _norm(block, path)
-    if norm is None or norm.running_mean is None or norm.running_var is None:
-        return None, None
-    scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
-    return scale, norm.bias.detach() - norm.running_mean * scale
-
-
-def _neutralise(block: nn.Module, path: str, bias: Tensor | None, channels: int) -> bool:
-    """Makes a batch norm x ↦ x + bias in evaluation mode; False where there is no norm."""
-    norm = _norm(block, path)
-    if norm is None or bias is None or norm.running_mean is None or norm.running_var is None:
-        return False
-    norm.num_features = channels
-    norm.running_mean = torch.zeros_like(bias)
-    norm.running_var = torch.ones_like(bias)
-    _replace(norm, "weight", torch.full_like(bias, (1 + norm.eps) ** 0.5))
-    _replace(norm, "bias", bias)
-    return True
-
-
-def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
-    """The values [n] shaped to multiply an axis."""
-    return values.reshape([-1 if i == axis else 1 for i in range(like.dim())])
-
-
 def _name_of(sigma: nn.Module) -> str:
     return repr(sigma).replace("inplace=True", "").replace("approximate='none'", "")
-
-
-def is_wide(x: Tensor) -> bool:
-    """Whether a tensor has more than half precision."""
-    return x.dtype.itemsize >= 4
-
-
-def widened(x: Tensor) -> Tensor:
-    """In float32 what has half precision."""
-    return x if is_wide(x) else x.float()
 
 
 def numbers_in(shape: tuple[int, ...]) -> int:

@@ -18,11 +18,12 @@ from deeplimit.meanfield.neurons import (
     particle_parameters,
     read,
 )
+from deeplimit.meanfield.norms import Norms
 from deeplimit.network import BlockAnatomy, ResidualChain, ResidualClassifier, anatomy
 
 
-def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor]]:
-    """The frame of a network, and the particles [M_n, p] of its layers, u = M h V / Δ.
+def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor], list[Norms]]:
+    """The frame of a network, the particles [M_n, p] of its layers, u = M h V / Δ, their norms.
 
     Raises:
         InputError: as `LayerwiseMeasure.of`.
@@ -50,10 +51,12 @@ def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor]]:
         grid,
         tuple((names[block], at) for block, at in zip(blocks, found, strict=True)),
     )
-    return frame, _scaled(readings, grid, 1.0)
+    return frame, *_scaled(readings, grid, 1.0)
 
 
-def _of_chains(model: ResidualChain | ResidualClassifier) -> tuple[Frame, list[Tensor]]:
+def _of_chains(
+    model: ResidualChain | ResidualClassifier,
+) -> tuple[Frame, list[Tensor], list[Norms]]:
     chains = chains_of(model)
     steps = {chain.step for chain in chains if len(chain)}
     if any(chain.scheme.nodes != 1 for chain in chains):
@@ -92,7 +95,7 @@ def _of_chains(model: ResidualChain | ResidualClassifier) -> tuple[Frame, list[T
         prototypes,
         tuple(m for m, chain in enumerate(chains) if len(chain)),
     )
-    return frame, _scaled(readings, grid, h)
+    return frame, *_scaled(readings, grid, h)
 
 
 def _read_all(blocks: Sequence[nn.Module]) -> tuple[list[Neurons], list[Reading]]:
@@ -107,14 +110,17 @@ def _read_all(blocks: Sequence[nn.Module]) -> tuple[list[Neurons], list[Reading]
     return found, readings
 
 
-def _scaled(readings: Sequence[Reading], grid: Breakpoints, h: float) -> list[Tensor]:
+def _scaled(
+    readings: Sequence[Reading], grid: Breakpoints, h: float
+) -> tuple[list[Tensor], list[Norms]]:
     """u_i = M h V_i / Δ; N M h V_i on a uniform grid."""
-    layers = []
+    layers, norms = [], []
     for reading, length in zip(readings, lengths(grid), strict=True):
         particles = reading.particles
         particles[:, : reading.form.outputs] *= len(particles) * h / length
         layers.append(particles)
-    return layers
+        norms.append(reading.norms.scaled(h / length))
+    return layers, norms
 
 
 def _densities(

@@ -1,6 +1,7 @@
 """Changing a network's width: particles split, or quantised in W_2."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from deeplimit.meanfield.costs import squared_distances
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
+from deeplimit.meanfield.norms import moved_norms
 from deeplimit.network.checks import check_count
 
 
@@ -37,8 +39,8 @@ def widen(network: Network, factor: int) -> Network:
 
     In the network each neuron becomes k with the same w and b, and V/k. Trained on, equal particles
     stay equal (without dropout), so that the wide network does what the narrow one would with a
-    learning rate scaled by N·M; break the tie by noise to use the width. Batch norms inside
-    residual functions as in `LayerwiseMeasure.network`.
+    learning rate scaled by N·M; break the tie by noise to use the width. The channel of a batch
+    norm is copied with its neuron: the function is the same in evaluation and in training mode.
 
     Args:
         network: a network or a measure; left as it is.
@@ -57,6 +59,10 @@ def widen(network: Network, factor: int) -> Network:
         [mass.repeat_interleave(factor) / factor for mass in measure.masses],
         measure.breakpoints,
         frame=measure.frame,
+        norms=[
+            moved_norms([norm], [1.0], lambda x: x[0].repeat_interleave(factor, dim=0))
+            for norm in measure.norms
+        ],
     )
     return wide.network() if isinstance(network, nn.Module) else wide
 
@@ -72,7 +78,8 @@ def narrow(network: Network, width: int, *, seed: int = 0) -> Narrowed:
     is reported exactly; that the atoms are the best ones is not known (k-means ends in a local
     minimum). Its function changes as much as that distance allows: test it. A point of a geodesic
     that was narrowed is no longer on the geodesic, and the path of such networks has no constant
-    speed. Layers that are narrow enough stay as they are.
+    speed. Layers that are narrow enough stay as they are. The batch norm's channel of an atom has
+    the means of |γ|, β and running variance of its particles; they act in training mode alone.
 
     Source: quantisation in W_2 is k-means (Pollard 1982); scikit-learn's `KMeans`.
 
@@ -88,24 +95,39 @@ def narrow(network: Network, width: int, *, seed: int = 0) -> Narrowed:
     check_count("width", width)
     check_count("seed", seed, 0, 2**32 - 1)
     measure = as_measure(network)
-    layers, masses, errors = [], [], []
-    for layer, mass in zip(measure.layers, measure.masses, strict=True):
-        atoms, weights, error = _quantised(layer, mass, width, seed)
+    layers, masses, errors, norms = [], [], [], []
+    for layer, mass, norm in zip(measure.layers, measure.masses, measure.norms, strict=True):
+        atoms, weights, error, nearest = _quantised(layer, mass, width, seed)
         layers.append(atoms)
         masses.append(weights)
         errors.append(error)
+        norms.append(moved_norms([norm], [1.0], _means(mass, weights, nearest)))
     total = math.fsum(h * e for h, e in zip(measure.lengths, errors, strict=True))
     return Narrowed(
-        LayerwiseMeasure(layers, masses, measure.breakpoints, frame=measure.frame),
+        LayerwiseMeasure(layers, masses, measure.breakpoints, frame=measure.frame, norms=norms),
         math.sqrt(total),
         tuple(math.sqrt(e) for e in errors),
     )
 
 
-def _quantised(layer: Tensor, mass: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor, float]:
-    """Atoms, their weights, and W_2²."""
+def _means(mass: Tensor, weights: Tensor, nearest: Tensor) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Values of the particles to their means by atom; those of an atom without mass are 0."""
+
+    def move(values: Sequence[Tensor]) -> Tensor:
+        (x,) = values
+        share = mass / weights[nearest].clamp(min=torch.finfo(weights.dtype).tiny)
+        means = x.new_zeros(len(weights), x.shape[1])
+        return means.index_add_(0, nearest.to(x.device), share.to(x)[:, None] * x)
+
+    return move
+
+
+def _quantised(
+    layer: Tensor, mass: Tensor, width: int, seed: int
+) -> tuple[Tensor, Tensor, float, Tensor]:
+    """Atoms, their weights, W_2², and for each particle the number of its atom."""
     if len(layer) <= width:
-        return layer, mass, 0.0
+        return layer, mass, 0.0, torch.arange(len(layer))
     x, p = layer.cpu().double().numpy(), mass.numpy()
     count = min(width, len({row.tobytes() for row in x}))
     found = KMeans(count, n_init=1, random_state=seed).fit(x, sample_weight=p)
@@ -115,4 +137,4 @@ def _quantised(layer: Tensor, mass: Tensor, width: int, seed: int) -> tuple[Tens
     weights = torch.zeros(count, dtype=torch.float64)
     weights.index_add_(0, torch.from_numpy(nearest), torch.from_numpy(p))
     error = math.fsum(p * costs[range(len(x)), nearest])
-    return atoms, weights / weights.sum(), error
+    return atoms, weights / weights.sum(), error, torch.from_numpy(nearest)
