@@ -59,17 +59,18 @@ class Verdict:
             )
         if self.word == "kept":
             return (
-                f"Kept: {on} exclude a loss of more than {asked} points of accuracy; it is at most "
+                f"Kept: {on} exclude a loss of more than {asked} of accuracy; it is at most "
                 f"{_points(self.at_most)} (95 %)"
             )
         if self.word == "lost":
             return (
-                f"Lost: {on} show a loss of more than {asked} points of accuracy, "
-                f"{_points(self.at_least)} to {_points(self.at_most)} (95 %); heal it, or cut less"
+                f"Lost: {on} show a loss of more than {asked} of accuracy, "
+                f"from {_points(self.at_least)} to {_points(self.at_most)} (95 %); heal it, or cut "
+                "less"
             )
         more = f"about {self.needed:,} samples would" if self.needed else "no number of them would"
         return (
-            f"Unresolved: {on} exclude a loss of more than {_points(self.at_most)} points of "
+            f"Unresolved: {on} exclude a loss of more than {_points(self.at_most)} of "
             f"accuracy (95 %), not one of more than {asked}; {more} resolve it"
         )
 
@@ -186,5 +187,6 @@ def _needed(tolerance: float, n: float, b: float, c: float, effect: float) -> in
 
 
 def _points(fraction: float) -> str:
-    """A fraction in points, two digits behind the point at most."""
-    return f"{100 * fraction:.2f}".rstrip("0").rstrip(".")
+    """A fraction in points, with two digits behind the point at most: 1 point, 0.75 points."""
+    number = f"{100 * fraction:.2f}".rstrip("0").rstrip(".")
+    return f"{number} point{'' if number == '1' else 's'}"

@@ -152,7 +152,7 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
                 else " On validation data every smaller number of first layers does worse than all."
             )
         return text + " The numbers on this page come from test data unless they say otherwise."
-    lost = f"{100 * cut.tolerance:g} points of accuracy"
+    lost = f"{several(100 * cut.tolerance, 'point')} of accuracy"
     gained = loss_gained(cut)
     if not cut.removed:
         return (
@@ -220,7 +220,8 @@ def few(cut: Cut) -> str:
         return ""
     return (
         f" So few validation samples, {cut.parts.validation:,}, cannot exclude a loss of "
-        f"{100 * cut.tolerance:g} points at 95 %, not even where none of their answers changes; "
+        f"{several(100 * cut.tolerance, 'point')} at 95 %, not even where none of their answers "
+        "changes; "
         f"{cut.needed:,} could."
     )
 
@@ -228,8 +229,8 @@ def few(cut: Cut) -> str:
 def _rule_of(cut: Cut, choice: CutChoice) -> str:
     """How layers of any place were chosen under a budget."""
     limits = {
-        "accuracy": f"a loss of at most {100 * choice.limit:g} points of accuracy and of at most "
-        f"{loss_gained(cut)}, with the standard errors of so many trials added",
+        "accuracy": f"a loss of at most {several(100 * choice.limit, 'point')} of accuracy and of "
+        f"at most {loss_gained(cut)}, with the standard errors of so many trials added",
         "blocks": f"{layers(int(choice.limit))} to be kept",
         "multiply_adds": f"at most {100 * choice.limit:g}{SPACE}% of the multiply-adds",
         "latency": f"at most {100 * choice.limit:g}{SPACE}% of the latency",

@@ -86,9 +86,10 @@ def layers(number: int) -> str:
     return "no layer" if number == 0 else several(number, "layer")
 
 
-def several(number: int, noun: str) -> str:
-    """`1 seed`, `3 seeds`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def several(number: int | float, noun: str) -> str:
+    """`1 seed`, `3 seeds`, `0.5 points`."""
+    shown = f"{number:g}" if isinstance(number, float) else str(number)
+    return f"{shown} {noun}{'' if number == 1 else 's'}"
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
