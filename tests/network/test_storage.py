@@ -202,7 +202,7 @@ def test_weights_that_are_no_numbers_of_one_precision_are_refused(tmp_path: Path
     for bad, says in (
         (good[name].view(torch.int32), "head.weight is torch.int32"),
         (good[name].double(), "head.weight is torch.float64, others are torch.float32"),
-        (good[name] * torch.inf, "head.weight has numbers that are not finite"),
+        (good[name] * torch.inf, "head.weight is not finite: its training diverged"),
     ):
         rewritten(path, good | {name: bad})
         with pytest.raises(InputError, match=says):

@@ -25,6 +25,7 @@ RECIPE = Recipe(  # cut to 3 layers
     learning_rate=1e-2,
     device="cpu",
     control="plain",
+    points=5.0,
 )
 PLAIN = "runs-without-stage-cost"
 

@@ -247,7 +247,7 @@ def test_a_class_of_the_users_with_weights_from_a_file(run: RunFolder, here: Pat
     assert type(model).__name__ == "MyViT"
     assert equal_weights(model, run.model())
     crop_run(own, 2)
-    cropped = RunFolder.open(own.path).cropped()
+    cropped = RunFolder.open(own.path, trust=True).cropped()
     x, _ = next(iter(batches(run_data(own).test, 9)))
     with torch.no_grad():
         states = model.vit(x, output_hidden_states=True).hidden_states
@@ -257,7 +257,7 @@ def test_a_class_of_the_users_with_weights_from_a_file(run: RunFolder, here: Pat
     recipe_file.write_text(recipe_file.read_text().replace("own_vits:build", "own_vits:five"))
     (own.path / "run.json").unlink()
     with pytest.raises(InputError, match=r"model\.safetensors: not the weights of the model"):
-        RunFolder.open(own.path).model()
+        RunFolder.open(own.path, trust=True).model()
 
 
 def test_a_network_of_ours_from_a_file(place: Path, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_a_run_leaves_what_it_should(unbroken: RunFolder) -> None:
         "metrics.csv",
         "checkpoint",
         "model.safetensors",
+        "run.json",
     }
     assert unbroken.recipe == SMALL
     assert Recipe.from_toml(unbroken.path / "recipe.toml") == SMALL

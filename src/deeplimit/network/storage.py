@@ -142,7 +142,7 @@ def _built(
         if floating and tensor.dtype != precision:
             raise ValueError(f"{name} is {tensor.dtype}, others are {precision}")
         if floating and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} has numbers that are not finite")
+            raise ValueError(f"{name} is not finite: its training diverged")
     return architecture.build().to(precision)
 
 
