@@ -1,16 +1,17 @@
-"""From a command line to an exit code: 0 done, 1 the run failed, 2 wrong input."""
+"""From a command line to an exit code: 0 done, 1 the run failed, 2 wrong input, 128 + a signal."""
 
 import errno
 import io
+import signal
 import sys
 from collections.abc import Sequence
 
-from deeplimit.cli.output import is_first_process, say, stop_writing
+from deeplimit.cli.output import say, stop_writing
 from deeplimit.cli.verbs import parse
-from deeplimit.errors import InputError, RunError
+from deeplimit.errors import InputError, ProcessLost, RunError
+from deeplimit.interruption import Stopped, stoppable
 from deeplimit.memory import ran_out
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+from deeplimit.rank import is_first_process
 
 # What a full, read-only or forbidden place answers: a line for the user, no traceback.
 REMEDIES = {
@@ -34,15 +35,19 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         words = list(sys.argv[1:] if args is None else args)
         check_words(words)
-        parse(words)()
+        with stoppable():
+            parse(words)()
     except SystemExit as stop:  # the parser's: 0 after --help, 2 after its message
         return stop.code if isinstance(stop.code, int) else 1
     except InputError as error:
         return _failed(2, str(error))
+    except ProcessLost as error:
+        return _failed(1, str(error), aloud=error.aloud)
     except RunError as error:
         return _failed(1, str(error))
     except KeyboardInterrupt as stop:
-        return _failed(INTERRUPTED, str(stop) or "stopped; run the same command again")
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        return _failed(128 + number, str(stop) or "stopped; run the same command again")
     except BrokenPipeError:  # nobody reads any more: there is no place to say anything
         stop_writing()
         return 1
@@ -72,7 +77,7 @@ def check_words(words: Sequence[str]) -> None:
             )
 
 
-def _failed(code: int, message: str) -> int:
-    if is_first_process():
+def _failed(code: int, message: str, *, aloud: bool | None = None) -> int:
+    if is_first_process() if aloud is None else aloud:
         say(f"deeplimit: {message}")
     return code

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from deeplimit.cli.output import emit, is_first_process
+from deeplimit.cli.output import emit
+from deeplimit.rank import is_first_process
 from deeplimit.report import crop_summary, profile_table, write_page
 from deeplimit.training import RunFolder, complete
 from deeplimit.training.results import RunResults

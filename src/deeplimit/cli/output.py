@@ -5,13 +5,6 @@ import os
 import sys
 from typing import Any
 
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks: with several devices the same command runs once for each."""
-    return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
-
 
 def say(message: str) -> None:
     """One line on stderr."""

@@ -12,7 +12,9 @@ from deeplimit.errors import InputError, RunError
 from deeplimit.terminal import tell
 from deeplimit.training.analysis import crop_run, profile_run, usable_device
 from deeplimit.training.building import evaluation_batches, loss_of, prepare, run_data
+from deeplimit.training.companions import together
 from deeplimit.training.fit import launched, train_in
+from deeplimit.training.lock import alone
 from deeplimit.training.processes import first_process_does, launch
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Reference
@@ -35,6 +37,11 @@ def complete(folder: RunFolder, *, quiet: bool = False) -> None:
     Raises:
         RunError, KeyboardInterrupt: as `train`.
     """
+    with alone(folder.path):
+        _complete(folder, quiet)
+
+
+def _complete(folder: RunFolder, quiet: bool) -> None:
     fabric = launch(folder.recipe)
     if folder.recipe.control == "none" and not fabric.is_global_zero:
         return
@@ -54,11 +61,14 @@ def complete(folder: RunFolder, *, quiet: bool = False) -> None:
     try:
         if folder.recipe.control == "none":
             measure()
-        elif first_process_does(fabric, measure):
-            _train_control(fabric, folder, data or run_data(folder), quiet)
+            return
+        with together(f"deeplimit train --resume {folder.path} goes on"):
+            if first_process_does(fabric, measure):
+                _train_control(fabric, folder, data or run_data(folder), quiet)
     except KeyboardInterrupt as stop:
         going_on = f"stopped after the training; deeplimit train --resume {folder.path} goes on"
-        raise KeyboardInterrupt(str(stop) or going_on) from None
+        stop.args = (str(stop) or going_on,)
+        raise
 
 
 def _train_control(fabric: Fabric, folder: RunFolder, data: DataSet, quiet: bool) -> None:

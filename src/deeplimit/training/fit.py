@@ -1,6 +1,6 @@
 """Training a recipe from its start, or from where a run was stopped."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +10,17 @@ from torch import nn
 
 from deeplimit.control import StageCost
 from deeplimit.errors import RunError
+from deeplimit.interruption import interruptible
 from deeplimit.network.modes import evaluating
 from deeplimit.training.building import Start, evaluation_batches, load_data, loss_of, prepare
 from deeplimit.training.checkpoint import load_checkpoint
+from deeplimit.training.companions import together
 from deeplimit.training.determinism import repeatable
-from deeplimit.training.interruption import interruptible
+from deeplimit.training.lock import alone
 from deeplimit.training.loop import Training
 from deeplimit.training.metrics import Row
 from deeplimit.training.processes import first_process_does, launch, place, shared
-from deeplimit.training.progress import observer
+from deeplimit.training.progress import Observer, observer
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.run_folder import RunFolder
 from deeplimit.training.threads import fitting_threads
@@ -44,7 +46,8 @@ def train(
         InputError: before anything is written: a recipe that does not go with the data or with this
             machine, data that cannot be read, a folder that cannot be made.
         RunError: a loss that is not finite, a full disk; the last good checkpoint is kept.
-        KeyboardInterrupt: on Ctrl-C, with a message that says how to go on.
+        KeyboardInterrupt: on Ctrl-C, of the command line on SIGTERM too, with a message that says
+            how to go on.
     """
     runs = Path(runs)
     recipe = place(recipe)
@@ -71,9 +74,10 @@ def resume(path: str | Path, *, quiet: bool = False, trust: bool = False) -> Run
     """
     folder = RunFolder.open(path, trust=trust)
     folder = replace(folder, recipe=place(folder.recipe))
-    start = prepare(folder.recipe, load_data(folder.recipe, folder.path.parent))
-    load_checkpoint(folder.path)
-    return train_in(launched(start), start, folder, quiet=quiet)
+    with alone(folder.path):
+        start = prepare(folder.recipe, load_data(folder.recipe, folder.path.parent))
+        load_checkpoint(folder.path)
+        return train_in(launched(start), start, folder, quiet=quiet)
 
 
 def launched(start: Start) -> Fabric:
@@ -137,15 +141,24 @@ def fit(
         seen.start(f"{title}, {_planned(recipe, done)}")
         try:
             while len(training.rows) < (recipe.epochs if until is None else until):
-                training.run_epoch(seen, check)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_stopped(training, command)) from None
+                _run_epoch(training, seen, check)
+        except KeyboardInterrupt as stop:
+            stop.args = (_stopped(training, command),)
+            raise
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"out of memory on {fabric.device} with batches of {recipe.batch_size}; train "
                 "with a smaller batch size or on more devices"
             ) from error
     return training
+
+
+def _run_epoch(training: Training, seen: Observer, check: Callable[[], None]) -> None:
+    try:
+        training.run_epoch(seen, check)
+    except RuntimeError:
+        check()  # the others were stopped by the same signal, and so is this process
+        raise
 
 
 def train_in(
@@ -171,13 +184,14 @@ def train_in(
         RunError, KeyboardInterrupt: as `train`.
     """
     folder = replace(folder, recipe=start.recipe)
-    if start.recipe.epochs == 0:
-        first_process_does(fabric, lambda: _finish(folder, start.model, []))
-        return folder
-    title = title or f"{folder.path}: {_network(start.recipe)} on {start.recipe.data}"
     command = f"deeplimit train --resume {going_on or folder.path}"
-    training = fit(fabric, start, folder.path, title=title, command=command, quiet=quiet)
-    first_process_does(fabric, lambda: _finish(folder, training.network, training.rows))
+    with together(f"{command} goes on"), alone(folder.path):
+        if start.recipe.epochs == 0:
+            first_process_does(fabric, lambda: _finish(folder, start.model, []))
+            return folder
+        title = title or f"{folder.path}: {_network(start.recipe)} on {start.recipe.data}"
+        training = fit(fabric, start, folder.path, title=title, command=command, quiet=quiet)
+        first_process_does(fabric, lambda: _finish(folder, training.network, training.rows))
     return folder
 
 

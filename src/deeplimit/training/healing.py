@@ -29,6 +29,7 @@ from deeplimit.training.building import (
 )
 from deeplimit.training.fit import fit, launched
 from deeplimit.training.given_model import check_model
+from deeplimit.training.lock import alone
 from deeplimit.training.processes import place, processes
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Healing, Parts
@@ -193,10 +194,11 @@ def heal_run(
     _recipe(folder, plan)
     data = run_data(folder)
     underway = folder.path / UNDERWAY
-    shutil.rmtree(underway, ignore_errors=True)
-    underway.mkdir()
-    write_text(underway / PLAN, json.dumps(to_plain(plan)) + "\n")
-    return _heal(folder, plan, data, quiet)
+    with alone(folder.path):
+        shutil.rmtree(underway, ignore_errors=True)
+        underway.mkdir()
+        write_text(underway / PLAN, json.dumps(to_plain(plan)) + "\n")
+        return _heal(folder, plan, data, quiet)
 
 
 def check_healing(epochs: int, teacher_weight: float, temperature: float, fade: float) -> None:
@@ -228,7 +230,8 @@ def resume_heal(
             f"{folder.path}: cut otherwise since its healing was stopped; start again: "
             f"deeplimit heal {path}"
         )
-    return _heal(folder, plan, run_data(folder), quiet)
+    with alone(folder.path):
+        return _heal(folder, plan, run_data(folder), quiet)
 
 
 def _recipe(folder: RunFolder, plan: Plan) -> Recipe:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from deeplimit.control import StageCost
 from deeplimit.errors import InputError, RunError
+from deeplimit.training.companions import join
 from deeplimit.training.recipe import Recipe
 
 Result = TypeVar("Result")
@@ -74,7 +75,7 @@ def device_type(recipe: Recipe) -> str:
 def launch(recipe: Recipe, *, unused: bool = False) -> Fabric:
     """Starts the processes that the recipe asks for, unless torchrun did.
 
-    Fabric runs the command of this process once more for each further device: from here on several
+    The command of this process is run once more for each further device: from here on several
     processes run the same program, `fabric.global_rank` tells them apart.
 
     Args:
@@ -100,7 +101,7 @@ def launch(recipe: Recipe, *, unused: bool = False) -> Fabric:
         precision=None if double else recipe.precision,
         plugins=DoublePrecision() if double else None,
     )
-    fabric.launch()
+    join(fabric)
     atexit.unregister(_leave)
     atexit.register(_leave)
     return fabric
@@ -115,6 +116,8 @@ def _leave() -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         time.sleep(0.25)
+        if torch.distributed.get_backend() == "nccl":
+            torch.distributed.destroy_process_group()
 
 
 def shard(stage_cost: StageCost, mesh: DeviceMesh) -> StageCost:

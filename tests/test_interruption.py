@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from deeplimit.training.interruption import interruptible
+from deeplimit.interruption import interruptible
 
 
 def press() -> None:

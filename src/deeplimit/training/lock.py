@@ -1,0 +1,38 @@
+"""One process at a time writes into a run folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from deeplimit.errors import RunError
+from deeplimit.files import cannot_write
+from deeplimit.rank import is_first_process
+
+LOCK = ".lock"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds a run folder for writing. A process that has it may take it again.
+
+    Who only reads need not hold it. The operating system gives it back when a process ends, however
+    that ends; RUN/.lock stays. Of several processes that train together the first one holds it.
+
+    Raises:
+        RunError: another process holds it, or the folder cannot be written to.
+    """
+    lock = FileLock(folder.resolve() / LOCK, timeout=0, is_singleton=True)
+    first = is_first_process()
+    try:
+        held = lock.acquire() if first else nullcontext()
+    except Timeout:
+        raise RunError(
+            f"{folder}: another process is working on this run; wait until it is done, then run "
+            "the same command again"
+        ) from None
+    except OSError as error:
+        raise cannot_write(folder / LOCK, error) from error
+    with held:
+        yield
