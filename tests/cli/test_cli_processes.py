@@ -1,17 +1,20 @@
 """The command in processes of its own: signals, pipes, several devices, both ways to start it."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from cli_commands import SMALL, process
 
 from deeplimit import __version__
-from deeplimit.training import RunFolder
+from deeplimit.errors import RunError
+from deeplimit.training import RunFolder, resume
 
 COMMAND = [sys.executable, "-m", "deeplimit"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -33,8 +36,10 @@ def test_wrong_input_in_a_process(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted(tmp_path: Path) -> None:
-    """Ctrl-C: exit code 130, and the line says how to go on."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM: 128 and the signal, and the line says how to go on. As long as it works
+    another process that wants to write into the run is told so, one that only reads is not."""
     args = ["train", "digits", *SMALL, "--epochs", "100000"]
     with subprocess.Popen(
         [*COMMAND, *args],
@@ -47,9 +52,14 @@ def test_interrupted(tmp_path: Path) -> None:
         for line in running.stderr:
             if "epoch 2/" in line:
                 break
-        running.send_signal(signal.SIGINT)
+        if number is signal.SIGTERM:
+            folder = tmp_path / "runs" / "digits"
+            with pytest.raises(RunError, match=r"runs/digits: another process is working on"):
+                resume(folder)
+            assert RunFolder.open(folder).results().profiles is None
+        running.send_signal(number)
         rest = running.stderr.read().splitlines()
-    assert running.returncode == 130
+    assert running.returncode == 128 + number
     assert rest[-1].startswith("deeplimit: stopped in epoch ")
     assert "deeplimit train --resume runs/digits" in rest[-1]
     assert not any("Traceback" in line for line in rest)
@@ -117,3 +127,52 @@ def test_wrong_input_from_two_processes(tmp_path: Path) -> None:
     assert len(lines) == 1
     assert "runs" in lines[0]
     assert "Traceback" not in done.err
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_lost_is_named(number: signal.Signals, tmp_path: Path) -> None:
+    """One line, in seconds where it is dead, after the time-out where it is stopped; the others go.
+    Until then nothing listens on an address that another machine could reach."""
+    args = ["train", "digits", *SMALL, "--epochs", "100000", "--devices", "2", "--strategy", "ddp"]
+    with subprocess.Popen(
+        [*COMMAND, *args],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ONE_THREAD | {"DEEPLIMIT_TIMEOUT": "5"},
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if "epoch 1/" in line:
+                break
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        (worker,) = map(int, children)
+        addresses = listening(running.pid) | listening(worker)
+        os.kill(worker, number)
+        began = time.monotonic()
+        rest = [line for line in running.stderr if not line.startswith("epoch ")]
+    assert running.returncode == 1
+    assert addresses == {"0100007F"}
+    (line,) = rest
+    said = "was killed by SIGKILL" if number is signal.SIGKILL else "gave no sign of life for 5 s"
+    assert line == (
+        f"deeplimit: process 2 of 2 (rank 1) {said}; deeplimit train --resume runs/digits goes on\n"
+    )
+    assert time.monotonic() - began < 60
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def listening(process: int) -> set[str]:
+    """The local addresses on which a process waits for connections, as in /proc/net/tcp."""
+    sockets = set()
+    for path in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(path.readlink().name)
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
+            columns = row.split()
+            if columns[3] == "0A" and f"socket:[{columns[9]}]" in sockets:
+                found.add(columns[1].rpartition(":")[0])
+    return found

@@ -39,7 +39,8 @@ depth that is enough, and shows on held-out data what that changes. For example:
   deeplimit train --help                every setting, with its meaning and default
 
 Each run leaves a folder, runs/NAME, with a page to look at, report.html.
-Exit codes: 0 done, 1 the run failed, 2 wrong input. Version: deeplimit --version"""
+Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 Ctrl-C, 143 SIGTERM.
+Version: deeplimit --version"""
 
 
 @dataclass(frozen=True)

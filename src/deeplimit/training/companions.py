@@ -164,8 +164,8 @@ class Watch(threading.Thread):
             self.store.add(f"deeplimit/{self.rank}", 1)
             for k, (last, since) in self.silent.items():
                 now = self.store.add(f"deeplimit/{k}", 0)
-                # From the first sign on: before it, data are loaded. Counted in own beats: while all
-                # of them are stopped (Ctrl-Z) none is missed.
+                # From the first sign on: before it, data are loaded. Counted in own beats: while
+                # all of them are stopped (Ctrl-Z) none is missed.
                 self.silent[k] = (now, since + 1 if now == last > 0 else 0)
                 if self.silent[k][1] > self.patience:
                     self.gone.setdefault(k, f"gave no sign of life for {self.patience * BEAT:g} s")
@@ -198,8 +198,7 @@ class Watch(threading.Thread):
     def end_children(self) -> None:
         """Ends the processes that this one started."""
         for child in self.children:
-            with suppress(OSError):
-                child.terminate()
+            child.terminate()
         until = time.monotonic() + 2.0
         for child in self.children:
             try:
@@ -232,8 +231,8 @@ class Watch(threading.Thread):
             shown = "\033[?25h\n" if sys.stderr.isatty() else ""  # the cursor that a bar hid
             print(f"{shown}deeplimit: {told}", file=sys.stderr, flush=True)
         for child in self.children:
-            with suppress(OSError):
-                child.kill()
+            child.kill()
+            child.wait()
         os._exit(1)
 
 

@@ -26,6 +26,7 @@ from deeplimit.files import (
     remove,
     write_text,
 )
+from deeplimit.training.lock import alone
 from deeplimit.training.typed_values import read_record
 
 MANIFEST, STAGING, COMMITTED = "run.json", ".staging", ".committed"
@@ -84,23 +85,25 @@ class RunFiles:
     def commit(self) -> Iterator["RunFiles"]:
         """All files written in the with statement become visible at its end, or none at all.
 
-        Inside another commit it is a part of that one. One process at a time, the run's lock held.
+        Inside another commit it is a part of that one. One process at a time.
 
         Raises:
-            RunError: the disk is full or cannot be written to; the run is as before.
+            RunError: another process is working on the run, or the disk is full or cannot be
+                written to; the run is as before.
         """
         if self.open:
             yield self
             return
-        clean_leftovers(self.folder)
-        try:
-            yield replace(self, open=True)
+        with alone(self.folder):
+            clean_leftovers(self.folder)
             try:
-                _publish(self.folder)
-            except OSError as error:
-                raise cannot_write(self.folder, error) from error
-        finally:
-            remove(self.folder / STAGING)
+                yield replace(self, open=True)
+                try:
+                    _publish(self.folder)
+                except OSError as error:
+                    raise cannot_write(self.folder, error) from error
+            finally:
+                remove(self.folder / STAGING)
 
     def place(self, name: str) -> Path:
         """Where to write a file or folder in an open commit.

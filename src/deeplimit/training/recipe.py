@@ -139,7 +139,8 @@ class Recipe:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: on CUDA where there is any."""
     devices: int = 1
-    """Processes, one per device, that share every batch; a batch norm sees its process's part."""
+    """Processes, one per device, that share every batch; a batch norm sees its process's part. One
+    that gives no sign of life for 120 s (DEEPLIMIT_TIMEOUT) counts as lost: the others end."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the work: ddp copies the network, fsdp divides it. auto: ddp."""
 
