@@ -164,13 +164,14 @@ def outcome(folder: Path) -> dict[str, Any]:
     """The weights' bytes and the results of all runs in a folder."""
     found: dict[str, Any] = {}
     for run in sorted(folder.glob("run*")):
-        for name in WEIGHTS:
+        more = run.name == "run-x2"  # train --resume cuts it too
+        for name in WEIGHTS[:1] if more else WEIGHTS:
             path = run / f"{name}.safetensors"
             if path.exists():
                 found[f"{run.name}/{name}"] = path.read_bytes()
         for name in RESULTS:
             path = run / f"{name}.json"
-            if path.exists() and not (name in ("crop", "profile") and run.name == "run-x2"):
+            if path.exists() and not (more and name in ("crop", "profile")):
                 found[f"{run.name}/{name}"] = timeless(json.loads(path.read_text()))
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from deeplimit.errors import RunError
-from deeplimit.files import cannot_write
+from deeplimit.files import cannot_write, remove
 from deeplimit.rank import is_first_process
 
 LOCK = ".lock"
@@ -18,7 +18,7 @@ def alone(folder: Path) -> Iterator[None]:
     """Holds a run folder for writing. A process that has it may take it again.
 
     Who only reads need not hold it. The operating system gives it back when a process ends, however
-    that ends; RUN/.lock stays. Of several processes that train together the first one holds it.
+    that ends. Of several processes that train together the first one holds it.
 
     Raises:
         RunError: another process holds it, or the folder cannot be written to.
@@ -35,4 +35,8 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(folder / LOCK, error) from error
     with held:
-        yield
+        try:
+            yield
+        finally:
+            if first and lock.lock_counter == 1:  # held still: who has opened it looks again
+                remove(folder / LOCK)
