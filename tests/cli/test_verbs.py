@@ -65,7 +65,7 @@ def test_train_leaves_a_whole_run(trained: Path) -> None:
     assert len(folder.metrics()) == 2
     cut = folder.cut()
     assert cut is not None
-    assert cut.tolerance == 0.005  # --points 0.5
+    assert cut.tolerance == recipe_for("digits").points / 100  # --points 0.5
     profiles = folder.profiles()
     assert profiles is not None
     assert cut.report.horizon_after == profiles.validation.recommended_depth
@@ -121,7 +121,7 @@ def test_crop_auto_is_the_default(run: Path) -> None:
     command("crop", run, "--to", "1")
     assert files(run)["crop"] != before
     result = printed(command("crop", run, "--json"))
-    assert result["tolerance"] == 0.005
+    assert result["tolerance"] == recipe_for("digits").points / 100
     assert without_times(result) == without_times(before)
 
 

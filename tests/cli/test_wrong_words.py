@@ -10,7 +10,10 @@ WRONG = {
         ["trian", "digits"],
         ["trian", "train, profile, crop, heal, gradient, ode,"],
     ),
-    "no verb": ([], ["demo, train, profile, crop, heal, gradient, ode, refine,", "report, verify, study"]),
+    "no verb": (
+        [],
+        ["demo, train, profile, crop, heal, gradient, ode, refine,", "report, verify, study"],
+    ),
     "unknown study": (["study", "horizn"], ["horizn", "horizon"]),
     "no study": (["study"], ["horizon"]),
     "unknown option": (["train", "digits", "--dpeth", "3"], ["--dpeth", "--depth"]),

@@ -142,6 +142,9 @@ class Watch(threading.Thread):
     def start_with(cls, *args: Any) -> "Watch":
         """Begins to watch."""
         cls.current = cls(*args)
+        # The first sign comes before the first collective: who is stopped right after that is
+        # missed like anybody else.
+        cls.current.look()
         cls.current.start()
         return cls.current
 
