@@ -292,6 +292,7 @@ def test_a_network_that_diverged(verb: str, pair: tuple[Path, Path]) -> None:
     done = command(verb, a, b)
     assert done.code == 2
     assert "is not finite: its training diverged" in done.err.splitlines()[-1]
+    assert "a smaller learning rate" in done.err.splitlines()[-1]
     assert contents(a.parent) == before
 
 

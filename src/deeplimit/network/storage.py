@@ -94,7 +94,8 @@ def load(path: str | Path) -> ResidualClassifier | CifarResNet:
     """Reads a network that `save` wrote, on the CPU, in its precision and in evaluation mode.
 
     Raises:
-        InputError: no such file, a file cut short, or one that `save` did not write.
+        InputError: no such file, a file cut short, one that `save` did not write, or weights that
+            are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -105,6 +106,12 @@ def load(path: str | Path) -> ResidualClassifier | CifarResNet:
             f"{path}: format {metadata.get('deeplimit.format')!r}, expected {FORMAT!r}; it was "
             "written by another version of deeplimit or by another program"
         )
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"{path}: {name} is not finite: its training diverged; take "
+                "weights from before, or train again with a smaller learning rate"
+            )
     try:
         architecture = ARCHITECTURES[metadata["deeplimit.kind"]]
         settings: dict[str, Any] = parse_json(metadata["deeplimit.architecture"])
@@ -125,7 +132,7 @@ def _built(
     """The network, if there are weights for all of it: else it might fill the memory, or the day.
 
     Raises:
-        ValueError: the architecture is larger, or weights are not finite or of several precisions.
+        ValueError: the architecture is larger, or weights are of several precisions.
     """
     if sum(architecture.depths) > len(weights):  # a layer has at least one
         raise ValueError(f"{sum(architecture.depths)} layers, but {len(weights)} tensors")
@@ -141,8 +148,6 @@ def _built(
             raise ValueError(f"{name} is {tensor.dtype}")
         if floating and tensor.dtype != precision:
             raise ValueError(f"{name} is {tensor.dtype}, others are {precision}")
-        if floating and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} is not finite: its training diverged")
     return architecture.build().to(precision)
 
 
