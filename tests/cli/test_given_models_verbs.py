@@ -223,7 +223,7 @@ def test_a_model_wants_data_and_a_run_has_its_own(
         (["--resume"], "no healing was stopped; start one"),
         (["--resume", "--epochs", "3"], "--epochs and --resume given"),
         (["--epochs", "0"], "epochs is 0"),
-        (["--teacher-weight", "7"], "teacher_weight is 7; expected a number from 0 to 1"),
+        (["--teacher-weight", "7"], "teacher_weight is 7.0; expected a number from 0 to 1"),
     ],
 )
 def test_a_healing_that_cannot_be(args: list[str], says: str, run: Path) -> None:

@@ -65,7 +65,7 @@ def test_train_leaves_a_whole_run(trained: Path) -> None:
     assert len(folder.metrics()) == 2
     cut = folder.cut()
     assert cut is not None
-    assert cut.tolerance == recipe_for("digits").points / 100  # --points 0.5
+    assert cut.tolerance == recipe_for("digits").points / 100
     profiles = folder.profiles()
     assert profiles is not None
     assert cut.report.horizon_after == profiles.validation.recommended_depth

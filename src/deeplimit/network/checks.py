@@ -47,7 +47,6 @@ def shown(value: object) -> str:
     """A value in one short line."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e9
-    text = f"{value:g}" if whole else repr(value)
+    text = repr(value)
     plain = isinstance(value, str | int | float | tuple | list) or value is None
     return text if plain and len(text) < 60 else f"a {type(value).__name__}"

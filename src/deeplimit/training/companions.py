@@ -1,5 +1,6 @@
 """The other processes of a training: started on the loopback, and missed when one is gone."""
 
+import atexit
 import os
 import signal
 import socket
@@ -135,6 +136,7 @@ class Watch(threading.Thread):
         self.patience = int(patience / BEAT)
         self.remedy = ""  # something only while the main thread works together with the others
         self.beats = 0
+        self.stopping = threading.Event()
         self.silent = dict.fromkeys(range(1, world) if rank == 0 else [0], (0, 0))
         self.gone: dict[int, str] = {}
 
@@ -146,17 +148,23 @@ class Watch(threading.Thread):
         # missed like anybody else.
         cls.current.look()
         cls.current.start()
+        # At its end Python drops threads wherever they are; in the store's C++ that is an abort.
+        atexit.register(cls.current.stop)
         return cls.current
 
     def run(self) -> None:
         """Until the process ends."""
         missed = 0
-        while True:
-            time.sleep(BEAT)
+        while not self.stopping.wait(BEAT):
             self.look()
             missed = missed + 1 if self.gone and self.remedy else 0
             if missed * BEAT > SOON:
                 self._end()
+
+    def stop(self) -> None:
+        """Ends the watch, where the process ends."""
+        self.stopping.set()
+        self.join(SOON)
 
     def look(self) -> None:
         """Gives a sign of life and looks for those of others."""
