@@ -50,7 +50,11 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(KILLS))
     given = parser.parse_args()
     out = given.out.resolve()
-    found = json.loads(out.read_text()) if out.exists() else {"machine": machine(), "kills": []}
+    found = (
+        json.loads(out.read_text())
+        if out.exists()
+        else {"machine": machine(), "planned": KILLS, "kills": []}
+    )
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
         for verb in [given.only] if given.only else KILLS:
