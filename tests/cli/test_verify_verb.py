@@ -65,6 +65,34 @@ def test_what_is_missing_or_accepted(run: Path) -> None:
     assert command("report", run).code == 0
 
 
+def test_a_run_of_an_earlier_version_is_not_called_sound(run: Path) -> None:
+    """What was damaged before the first verb of today is unknown, and said to be, until accepted."""
+    (run / "run.json").unlink()
+    weights = run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert command("crop", run, "--to", "2").code == 0  # as before
+    done = command("verify", run)
+    assert done.code == 2
+    states = {line.split()[1]: line.split()[0] for line in done.out.splitlines()}
+    assert {name for name, state in states.items() if state == "earlier"} == {
+        "metrics.csv",
+        "model.safetensors",
+        "profile.json",
+        "recipe.toml",
+        "trajectories.json",
+    }
+    assert states["cropped.safetensors"] == states["crop.json"] == "sound"
+    (line,) = done.err.splitlines()
+    assert f"5 of {len(states)} files unknown, of an earlier version" in line
+    assert line.endswith(f"deeplimit verify {run} --accept")
+    (run / "crop.json").write_text("{}")
+    (line,) = command("verify", run).err.splitlines()
+    assert f"1 of {len(states)} files not as they were written: crop.json is changed" in line
+    assert "once that is mended and if you know" in line
+    assert command("crop", run, "--to", "2").code == 0
+    assert command("verify", run, "--accept").code == command("verify", run).code == 0
+
+
 def test_what_is_no_run(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nothing"):
         done = command("verify", place)

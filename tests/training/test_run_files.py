@@ -20,9 +20,10 @@ from deeplimit.files import whole, write_text
 from deeplimit.network import Architecture
 from deeplimit.training import Cut, Recipe, RunFolder, crop_run, files, profile_run, train
 from deeplimit.training.checkpoint import Checkpoint, save_checkpoint
-from deeplimit.training.files import RunFiles, read_manifest
+from deeplimit.training.files import RunFiles
 from deeplimit.training.new_folder import new_folder
 from deeplimit.training.results import Refinement
+from deeplimit.training.run_folder import write_metrics
 from deeplimit.training.verifying import verify_run
 
 TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}
@@ -273,21 +274,68 @@ def test_a_result_or_recipe_of_another_time_is_refused(tmp_path: Path) -> None:
     assert found.removed == (3, 2)
 
 
-def test_runs_of_earlier_versions_are_taken_and_vouched_for_from_then_on(tmp_path: Path) -> None:
+def test_what_an_earlier_version_wrote_is_read_and_not_vouched_for(tmp_path: Path) -> None:
+    """A verb vouches for what it wrote: what was damaged before is not sound from then on."""
     folder = RunFolder.create(tmp_path, "run", Recipe())
     cut_to(folder, own, 3)
+    folder.write_model(own(4))
+    for name in ("profile.json", "notes.txt"):
+        (folder.path / name).write_text("{")
+    weights = folder.path / "model.safetensors"
+    expected = {"recipe.toml", "profile.json", "model.safetensors"}
     (folder.path / "run.json").unlink()
+    flipped(weights, -1)
     assert depth_of(folder.cropped()) == 3
-    with pytest.raises(InputError, match=r"no run\.json, so nothing vouches .* --accept"):
-        verify_run(folder.path)
-    (folder.path / "cropped.safetensors").rename(folder.path / "healed.safetensors")
+    cuts = {"cropped.safetensors", "crop.json", "report.html"}
+    assert {f.name for f in verify_run(folder.path).wrong} == expected | cuts
     cut_to(folder, own, 2)
-    manifest = read_manifest(folder.path)
-    assert manifest is not None
-    assert {"recipe.toml", "healed.safetensors", "cropped.safetensors"} < set(manifest.files)
-    flipped(folder.path / "healed.safetensors", -1)
-    with pytest.raises(InputError, match="heal its cut again"):
-        folder.healed()
+    found = {file.name: file.state for file in verify_run(folder.path).files}
+    assert found == dict.fromkeys({*expected, "notes.txt"}, "earlier") | dict.fromkeys(
+        cuts, "sound"
+    )
+    assert {f.name for f in verify_run(folder.path).wrong} == expected
+    assert depth_of(folder.model()) == 4  # as before
+    (folder.path / "heal.json").write_text("{}")  # put there by somebody, later
+    flipped(folder.path / "cropped.safetensors", -1)
+    states = {f.name: f.state for f in verify_run(folder.path).wrong if f.state != "earlier"}
+    assert states == {"heal.json": "unknown", "cropped.safetensors": "changed"}
+    with pytest.raises(InputError, match="make the cut again"):
+        folder.cropped()
+    folder.write_model(own(4))
+    assert {f.name: f.state for f in verify_run(folder.path).files}[weights.name] == "sound"
+    assert not verify_run(folder.path, accepting=True).wrong
+    assert "earlier" not in (folder.path / "run.json").read_text()
+
+
+def test_metrics_grow_and_are_vouched_for_at_the_end(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "run", Recipe())
+
+    def state() -> str | None:
+        files = {file.name: file.state for file in verify_run(folder.path).files}
+        assert {file.name for file in verify_run(folder.path).wrong} <= {"metrics.csv"}
+        return files.get("metrics.csv")
+
+    rows = [{"epoch": 1.0, "loss": 0.5}, {"epoch": 2.0, "loss": 0.25}]
+    assert state() is None
+    write_metrics(folder.path, rows[:1])
+    assert state() == "growing"
+    assert [row["loss"] for row in folder.metrics()] == [0.5]
+    folder.write_metrics(rows)
+    assert state() == "sound"
+    write_metrics(folder.path, rows[:1])  # the checkpoints were deleted: it starts again
+    assert state() == "growing"
+    assert [row["loss"] for row in folder.metrics()] == [0.5]
+    assert not verify_run(folder.path, accepting=True).wrong
+    assert state() == "sound"
+    write_metrics(folder.path, rows)
+    assert state() == "growing"
+    folder.write_metrics(rows)
+    verify_run(folder.path, accepting=True)
+    path = folder.path / "metrics.csv"
+    path.write_text(path.read_text().replace("0.25", "0.15"))
+    assert state() == "changed"
+    with pytest.raises(InputError, match=r"metrics\.csv.*delete it"):
+        folder.metrics()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -10,13 +10,18 @@ from deeplimit.cli.options import Json
 from deeplimit.cli.output import emit
 from deeplimit.errors import InputError
 
+if TYPE_CHECKING:
+    from deeplimit.training.verifying import Verification
+
 
 @dataclass(frozen=True)
 class Verify:
     """Check every file of a run against run.json, which holds the size and sha256 of each.
 
-    Exit code 0 if all are as they were written, 2 if one is not; then what to do about it is said.
-    The other verbs check what they read, and refuse what does not match. For example:
+    Exit code 0 if all are as they were written, 2 if one is not, or nobody knows: files of a run of
+    an earlier version, or one whose run.json was lost ("earlier"). Then what to do is said. The
+    other verbs check what they read, and refuse what does not match; they read what is "earlier" as
+    it is, and vouch for what they write themselves. For example:
       deeplimit verify runs/digits
       deeplimit verify runs/digits --accept     after you changed recipe.toml yourself
     """
@@ -34,6 +39,21 @@ class Verify:
         found = verify_run(self.run, accepting=self.accept)
         emit(found, *(f"{file.state:8} {file.name}" for file in found.files), json=self.json)
         if found.wrong:
-            told = "; ".join(f"{f.name} is {f.state}: {f.remedy}" for f in found.wrong)
-            count = f"{len(found.wrong)} of {len(found.files)} files"
-            raise InputError(f"{self.run}: {count} not as they were written: {told}")
+            raise InputError(f"{self.run}: {_told(found)}")
+
+
+def _told(found: "Verification") -> str:
+    wrong = [file for file in found.wrong if file.state != "earlier"]
+    earlier, all_of_them = len(found.wrong) - len(wrong), f"of {len(found.files)} files"
+    said = []
+    if wrong:
+        what = "; ".join(f"{file.name} is {file.state}: {file.remedy}" for file in wrong)
+        said.append(f"{len(wrong)} {all_of_them} not as they were written: {what}")
+    if earlier:
+        mended = "once that is mended and " if wrong else ""
+        said.append(
+            f"{earlier} {all_of_them} unknown, of an earlier version or older than their run.json, "
+            f"so that nothing tells whether they are as they were written; {mended}if you know "
+            f"that they are right: deeplimit verify {found.run} --accept"
+        )
+    return "; ".join(said)

@@ -31,8 +31,12 @@ from deeplimit.training.typed_values import read_record
 
 MANIFEST, STAGING, COMMITTED = "run.json", ".staging", ".committed"
 FORMAT = 1
-GROWING = ("checkpoint", "heal", "metrics.csv")  # written while a training goes on
+GROWING = ("checkpoint", "heal")  # written while a training goes on, with their own checksums
+METRICS = "metrics.csv"  # too, but run.json vouches for it at the training's end
 PAUSES = (0.0, 0.05, 0.2)  # s; files that move just now are where they belong soon
+
+
+State = Literal["sound", "changed", "growing", "earlier", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,22 @@ class Vouched:
 
 @dataclass(frozen=True)
 class Manifest:
-    """run.json: what it vouches for, by paths in the run folder."""
+    """run.json.
+
+    Attributes:
+        format: of this file.
+        files: what it vouches for, by paths in the run folder.
+        earlier: what was there when run.json was first written and was not written since: in a run
+            of an earlier version, or one whose run.json was lost. Nothing is known of it.
+    """
 
     format: int
     files: dict[str, Vouched]
+    earlier: tuple[str, ...] | None = None
 
     def of(self, name: str) -> dict[str, Vouched]:
         """Of the file of this name, or of those in the folder."""
-        return {n: v for n, v in self.files.items() if n == name or n.startswith(f"{name}/")}
+        return {n: v for n, v in self.files.items() if _within(name, n)}
 
 
 @dataclass(frozen=True)
@@ -61,12 +73,18 @@ class Found:
 
     Attributes:
         path: where it lies now.
-        state: "sound": as run.json says, or there is no run.json; "changed": otherwise than it
-            says; "unknown": it says nothing of it.
+        state: "sound": as run.json says; "changed": otherwise than it says; "growing": a training
+            writes it, or was stopped; "earlier": it is older than run.json, or there is none;
+            "unknown": run.json says nothing of it.
     """
 
     path: Path
-    state: Literal["sound", "changed", "unknown"]
+    state: State
+
+    @property
+    def refused(self) -> bool:
+        """Whether no verb may read it; what an earlier version wrote is read as it is."""
+        return self.state in ("changed", "unknown")
 
 
 @dataclass(frozen=True)
@@ -122,6 +140,18 @@ class RunFiles:
         """Lets a folder disappear with the commit."""
         self.place(name).mkdir()
 
+    def forget(self, name: str) -> None:
+        """Vouches for a file no more, for it is going to grow again.
+
+        Raises:
+            RunError: as `commit`.
+        """
+        manifest = read_manifest(self.folder)
+        if manifest is not None and name in manifest.files:
+            with self.commit() as files:
+                others = {n: v for n, v in manifest.files.items() if n != name}
+                _write_manifest(files.place(MANIFEST), replace(manifest, files=others))
+
     def find(self, *names: str) -> Found | None:
         """The first of these files or folders that is there; None without any."""
         new = (self.folder / STAGING / name for name in names)
@@ -131,8 +161,7 @@ class RunFiles:
             time.sleep(pause)
             last = self._first(self.folder, names)
             moving = (self.folder / COMMITTED).is_dir()
-            known = last is not None and last.state == "sound"
-            if known or (not moving and (last is None or names[0] in GROWING)):
+            if (last is None and not moving) or (last is not None and not last.refused):
                 return last
         # Nobody moves it any more: a process was killed.
         moved = self._first(self.folder / COMMITTED, names)
@@ -181,7 +210,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 def accept(folder: Path) -> None:
     """Writes run.json for the files as they are, whatever it said before."""
     with RunFiles(folder).commit() as files:
-        _write_manifest(files.place(MANIFEST), everything(folder))
+        found = {
+            n: v for name in files_in(folder) for n, v in _vouched(folder / name, folder).items()
+        }
+        _write_manifest(files.place(MANIFEST), Manifest(FORMAT, found))
 
 
 def clean_leftovers(folder: Path) -> None:
@@ -208,10 +240,11 @@ def _publish(folder: Path) -> None:
     tops = {path.name for path in staging.iterdir()}
     flush(staging, staging.stat().st_mode & 0o666)
     if MANIFEST not in tops:
-        manifest = read_manifest(folder)
-        before = everything(folder) if manifest is None else manifest.files
-        kept = {name: v for name, v in before.items() if _top(name) not in tops}
-        _write_manifest(staging / MANIFEST, kept | _vouched(staging, staging))
+        before = read_manifest(folder) or Manifest(FORMAT, {}, files_in(folder))
+        kept = {name: v for name, v in before.files.items() if _top(name) not in tops}
+        earlier = tuple(name for name in before.earlier or () if _top(name) not in tops)
+        new = Manifest(FORMAT, kept | _vouched(staging, staging), earlier or None)
+        _write_manifest(staging / MANIFEST, new)
     os.rename(staging, folder / COMMITTED)
     flush_folder(folder)
     _move(folder)
@@ -237,20 +270,25 @@ def _move(folder: Path) -> None:
     flush_folder(folder)
 
 
-def _write_manifest(path: Path, files: dict[str, Vouched]) -> None:
-    plain = {name: asdict(files[name]) for name in sorted(files)}
-    text = json.dumps({"format": FORMAT, "files": plain}, indent=1, ensure_ascii=False)
-    write_text(path, text + "\n")
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    plain = asdict(manifest)
+    plain["files"] = dict(sorted(plain["files"].items()))
+    if not manifest.earlier:
+        del plain["earlier"]
+    write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
 
-def everything(folder: Path) -> dict[str, Vouched]:
-    """Of all files in a run folder that are not hidden and do not grow."""
-    return {
-        name: vouched
-        for path in folder.iterdir()
-        if not path.name.startswith(".") and path.name not in (MANIFEST, *GROWING)
-        for name, vouched in _vouched(path, folder).items()
-    }
+def files_in(folder: Path) -> tuple[str, ...]:
+    """The files of a run that are not hidden and that run.json may vouch for."""
+    return tuple(
+        sorted(
+            path.relative_to(folder).as_posix()
+            for top in folder.iterdir()
+            if not top.name.startswith(".") and top.name not in (MANIFEST, *GROWING)
+            for path in (top.rglob("*") if top.is_dir() else [top])
+            if path.is_file()
+        )
+    )
 
 
 def _vouched(place: Path, root: Path) -> dict[str, Vouched]:
@@ -264,18 +302,21 @@ def _vouched(place: Path, root: Path) -> dict[str, Vouched]:
         return {place.relative_to(root).as_posix(): Vouched(file.tell(), digest)}
 
 
-def _state(
-    manifest: Manifest | None, root: Path, name: str
-) -> Literal["sound", "changed", "unknown"]:
-    if manifest is None:
-        return "sound"
-    wanted = manifest.of(name)
+def _state(manifest: Manifest | None, root: Path, name: str) -> State:
+    wanted = {} if manifest is None else manifest.of(name)
     if not wanted:
-        return "unknown"
+        if manifest is None or any(_within(name, n) for n in manifest.earlier or ()):
+            return "earlier"
+        return "growing" if name == METRICS else "unknown"
     try:
         return "sound" if _vouched(root / name, root) == wanted else "changed"
     except OSError:  # moved just now, or not to be read
         return "changed"
+
+
+def _within(name: str, path: str) -> bool:
+    """Whether a path is that of the file of this name, or of one in the folder."""
+    return path == name or path.startswith(f"{name}/")
 
 
 def _top(name: str) -> str:

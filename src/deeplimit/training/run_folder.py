@@ -16,7 +16,7 @@ from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
 from deeplimit.meanfield import ConvergenceCertificate
 from deeplimit.ode import DepthLimit
-from deeplimit.training.files import RunFiles, not_vouched_for
+from deeplimit.training.files import METRICS, RunFiles, not_vouched_for
 from deeplimit.training.metrics import Row, from_csv, to_csv
 from deeplimit.training.new_folder import name_of, new_folder
 from deeplimit.training.recipe import Recipe
@@ -36,7 +36,7 @@ from deeplimit.training.typed_values import conform, read_record, to_plain
 
 Result = TypeVar("Result")
 
-RECIPE, METRICS = "recipe.toml", "metrics.csv"
+RECIPE = "recipe.toml"
 MODEL, CROPPED, HEALED = "model", "cropped", "healed"  # a folder or a .safetensors file
 PROFILE, CROP, HEAL = "profile.json", "crop.json", "heal.json"
 START, REFINE, MERGE = "start", "refine.json", "merge.json"
@@ -216,7 +216,7 @@ class RunFolder:
         found = self.files.find(name, name + SUFFIX)
         if found is None:
             raise InputError(f"{self.path}: no {name}{SUFFIX} yet; {missing.format(self.path)}")
-        if found.state != "sound":
+        if found.refused:
             raise not_vouched_for(found.path, found, self._remedy(name))
         return load_network(found.path.with_name(name), self._untrained)
 
@@ -317,7 +317,7 @@ class RunFolder:
         except (OSError, ValueError, csv.Error) as error:
             path = self.path / METRICS
             raise InputError(f"{path}: damaged ({error}); {self._remedy(METRICS)}") from error
-        if found.state == "changed":  # it is not vouched for while a training goes on
+        if found.refused:
             raise not_vouched_for(self.path / METRICS, found, self._remedy(METRICS))
         return rows
 
@@ -349,7 +349,7 @@ class RunFolder:
         if found is None:
             return None
         result = read_record(kind, found.path, self._remedy(name))
-        if found.state != "sound":
+        if found.refused:
             raise not_vouched_for(self.path / name, found, self._remedy(name))
         return result
 
@@ -372,5 +372,6 @@ def as_vouched(path: Path) -> Path:
 
 
 def write_metrics(path: Path, rows: Sequence[Row]) -> None:
-    """Writes metrics.csv into a folder, all rows of it."""
+    """Writes metrics.csv into a folder while a training goes on, all rows of it."""
+    RunFiles(path).forget(METRICS)
     write_text(path / METRICS, to_csv(rows))

@@ -9,15 +9,16 @@ from deeplimit.training.checkpoint import checkpoint_problems
 from deeplimit.training.files import (
     COMMITTED,
     GROWING,
-    MANIFEST,
     RunFiles,
+    State,
     accept,
-    everything,
+    files_in,
     read_manifest,
 )
 from deeplimit.training.remedies import REMEDIES, remedy, stem
 from deeplimit.training.run_folder import RECIPE
 
+OWN = "if you know that it is right: deeplimit verify {} --accept"
 DAMAGED = "delete it; deeplimit train --resume {} goes on from the one before"
 
 
@@ -27,13 +28,15 @@ class CheckedFile:
 
     Attributes:
         name: its path in the run folder.
-        state: "sound": as run.json says, or its own checksums do; "changed", "missing";
-            "unknown": run.json says nothing of it.
+        state: "sound": as run.json says, or its own checksums do; "changed", "missing"; "growing":
+            metrics.csv of a training that is not at its end; "earlier": of an earlier version, or
+            run.json was lost, so that nothing is known of it, and it is read as it is; "unknown":
+            put there by somebody else.
         remedy: what to do; empty where nothing is wrong.
     """
 
     name: str
-    state: Literal["sound", "changed", "missing", "unknown"]
+    state: State | Literal["missing"]
     remedy: str = ""
 
 
@@ -46,7 +49,7 @@ class Verification:
 
     @property
     def wrong(self) -> tuple[CheckedFile, ...]:
-        """The files that are not as they should be."""
+        """The files that are not as they should be, or not known to be."""
         return tuple(file for file in self.files if file.remedy)
 
 
@@ -60,7 +63,7 @@ def verify_run(path: str | Path, *, accepting: bool = False) -> Verification:
         accepting: write run.json anew first, for the files as they are.
 
     Raises:
-        InputError: no run folder, or no run.json in it.
+        InputError: no run folder, or a damaged run.json in it.
         RunError: run.json cannot be written.
     """
     folder = Path(path)
@@ -70,24 +73,20 @@ def verify_run(path: str | Path, *, accepting: bool = False) -> Verification:
     if accepting:
         accept(folder)
     manifest = read_manifest(folder)
-    if manifest is None:
-        raise InputError(
-            f"{path}: no {MANIFEST}, so nothing vouches for its files; it is of an earlier "
-            f"version, or was deleted: deeplimit verify {path} --accept writes one for the files "
-            "as they are"
-        )
     checked = []
     there = {
         name
-        for name in everything(folder)
+        for name in files_in(folder)
         if not (folder / COMMITTED / name.partition("/")[0]).exists()
     }
-    for name in sorted({*manifest.files, *there}):
+    for name in sorted(there.union(() if manifest is None else manifest.files)):
         found = files.find(name)
         state = "missing" if found is None else found.state
         # Of what we never read nothing need be known.
-        harmless = state == "sound" or (state == "unknown" and stem(name) not in REMEDIES)
-        checked.append(CheckedFile(name, state, "" if harmless else remedy(folder, name)))
+        unread = state in ("unknown", "earlier") and stem(name) not in REMEDIES
+        told = OWN.format(folder) if state == "earlier" else remedy(folder, name)
+        harmless = unread or state in ("sound", "growing")
+        checked.append(CheckedFile(name, state, "" if harmless else told))
     for run in (folder, folder / GROWING[1]):
         for file, problem in checkpoint_problems(run).items():
             name = file.relative_to(folder).as_posix()
