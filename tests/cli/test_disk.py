@@ -3,16 +3,19 @@
 The disk is a real one: a small tmpfs that is mounted for the test, where that is permitted.
 """
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cli_commands import SMALL, command, contents
 
-from deeplimit.training import RunFolder
+from deeplimit.errors import InputError
+from deeplimit.training import Recipe, RunFolder
 
 
 def mount(place: Path, *options: str) -> None:
@@ -26,9 +29,17 @@ def mount(place: Path, *options: str) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 400 kB: a run's first files fit, its last do not."""
-    place = tmp_path / "disk"
+    yield from disk(tmp_path / "disk", "400k")
+
+
+@pytest.fixture
+def large_disk(tmp_path: Path) -> Iterator[Path]:
+    yield from disk(tmp_path / "large", "64m")
+
+
+def disk(place: Path, size: str) -> Iterator[Path]:
     place.mkdir()
-    mount(place, "-t", "tmpfs", "-o", "size=400k")
+    mount(place, "-t", "tmpfs", "-o", f"size={size}")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
@@ -86,19 +97,66 @@ def test_a_read_only_disk(run: Path, small_disk: Path) -> None:
         (small_disk / name).write_bytes((run / name).read_bytes())
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     before = contents(small_disk)
-    for args, code in (
-        (["train", "digits", *SMALL, "--runs", small_disk], 2),
-        (["train", "digits", *SMALL, "--runs", small_disk / "runs"], 2),
-        (["profile", small_disk], 1),
-        (["crop", small_disk, "--to", "2"], 1),
-        (["report", small_disk], 1),
+    for args in (
+        ["train", "digits", *SMALL, "--runs", small_disk],
+        ["train", "digits", *SMALL, "--runs", small_disk / "runs"],
     ):
         done = command(*args)
-        assert done.code == code, done.err
+        assert done.code == 2, done.err
         (line,) = done.err.splitlines()
         assert str(small_disk) in line
         assert "Read-only file system" in line
         assert contents(small_disk) == before
+
+
+def test_a_received_run_on_a_read_only_disk(run: Path, large_disk: Path, tmp_path: Path) -> None:
+    """Every verb that writes says, before it works, how to have a copy; and that works."""
+    received = Path(shutil.copytree(run, large_disk / "a run"))
+    received.chmod(0o555)
+    subprocess.run(["mount", "-o", "remount,ro", str(large_disk)], check=True)
+    before = contents(large_disk)
+    for args in (
+        ["train", "--resume", received],
+        ["profile", received],
+        ["crop", received, "--to", "2"],
+        ["heal", received],
+        ["ode", received],
+        ["gradient", received],
+        ["report", received],
+        ["refine", received],
+        ["merge", received, run],
+        ["interpolate", received, run],
+        ["verify", received, "--accept"],
+    ):
+        done = command(*args)
+        assert done.code == 2, done.err
+        (line,) = done.err.splitlines()  # nothing of progress
+        assert "(Read-only file system)" in line
+        assert f"cp -r '{received}' DIR/'a run'" in line
+    assert command("verify", received).code == 0
+    assert contents(large_disk) == before
+    copying = line.partition(": cp")[2].partition(";")[0].replace("DIR", str(tmp_path))
+    subprocess.run(f"cp{copying}", shell=True, check=True)
+    assert command("verify", tmp_path / "a run").code == 0
+    assert command("crop", tmp_path / "a run", "--to", "2").code == 0
+
+
+def test_a_run_of_somebody_else() -> None:
+    """Root may write everywhere, so it is somebody else for a moment."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder.create(place, "run", Recipe())
+        Path(place).chmod(0o755)
+        folder.path.chmod(0o555)
+        before = os.geteuid()
+        try:
+            if before == 0:
+                os.seteuid(65534)
+            with pytest.raises(
+                InputError, match=r"cannot be written to \(Permission denied\); copy"
+            ):
+                folder.write_metrics([])
+        finally:
+            os.seteuid(before)
 
 
 def test_stdout_is_full(run: Path) -> None:

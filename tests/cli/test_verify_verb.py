@@ -66,7 +66,7 @@ def test_what_is_missing_or_accepted(run: Path) -> None:
 
 
 def test_a_run_of_an_earlier_version_is_not_called_sound(run: Path) -> None:
-    """What was damaged before the first verb of today is unknown, and said to be, until accepted."""
+    """What was damaged before the first verb of today is unknown until it is accepted."""
     (run / "run.json").unlink()
     weights = run / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,6 +15,7 @@ from deeplimit.errors import InputError
 
 if TYPE_CHECKING:
     from deeplimit.studies import GradientCost
+    from deeplimit.training.files import RunFiles
 
 RESULT, FIGURE = "gradient.json", "gradient.html"
 STAGES = 8  # the exact gradient, six methods, the times of all
@@ -69,26 +70,29 @@ class Gradient:
         from deeplimit.report import gradient_summary
         from deeplimit.studies import measure_gradient_cost
         from deeplimit.training import Wish, example, load_model
+        from deeplimit.training.files import RunFiles
 
         wish = Wish(self.batch, sizes(self.shape), self.length, self.seed)
         device = _device(self.device)
         check_place(self.figure)
         loaded = load_model(self.model, seed=self.seed, trust=self.trust)
         made = example(loaded, wish, device)
-        with _progress(quiet=self.json) as tell:
-            cost = measure_gradient_cost(
-                loaded.model,
-                made.loss_of,
-                made.batch,
-                name=self.model,
-                weights=loaded.weights,
-                evaluations=self.evaluations,
-                tolerance=self.tolerance,
-                steps=self.steps,
-                seed=self.seed,
-                tell=tell,
-            )
-        written = _write(cost, self.figure, loaded.run)
+        run = None if loaded.run is None else RunFiles(loaded.run)
+        with nullcontext() if run is None else run.commit() as files:
+            with _progress(quiet=self.json) as tell:
+                cost = measure_gradient_cost(
+                    loaded.model,
+                    made.loss_of,
+                    made.batch,
+                    name=self.model,
+                    weights=loaded.weights,
+                    evaluations=self.evaluations,
+                    tolerance=self.tolerance,
+                    steps=self.steps,
+                    seed=self.seed,
+                    tell=tell,
+                )
+            written = _write(cost, self.figure, files)
         emit(cost, gradient_summary(cost), *written, json=self.json)
 
 
@@ -101,21 +105,19 @@ def _device(name: str) -> str:
     return ("cuda" if there else "cpu") if name == "auto" else name
 
 
-def _write(cost: "GradientCost", figure: Path | None, run: Path | None) -> list[str]:
+def _write(cost: "GradientCost", figure: Path | None, files: "RunFiles | None") -> list[str]:
     """The files; what to say of them."""
     from deeplimit.cli.figure_page import write_figures, write_result
     from deeplimit.report import gradient_cost_figure
-    from deeplimit.training.files import RunFiles
 
     title = f"{cost.model}: memory, time and error of gradients"
     figures = [("gradient", gradient_cost_figure(cost), "")]
-    if run is None:
-        return [] if figure is None else [write_figures(figure, title, figures)]
-    with RunFiles(run).commit() as files:
+    if files is not None:
         write_result(files.place(RESULT), cost)
         if figure is None:
-            return [write_figures(files.place(FIGURE), title, figures, to=run / FIGURE)]
-    return [write_figures(figure, title, figures)]
+            page = files.place(FIGURE)
+            return [write_figures(page, title, figures, to=files.folder / FIGURE)]
+    return [] if figure is None else [write_figures(figure, title, figures)]
 
 
 @contextmanager

@@ -54,8 +54,11 @@ class Interpolate:
         from deeplimit.report.measures import interpolation_figures, interpolation_summary
         from deeplimit.studies import interpolate_runs
         from deeplimit.training import RunFolder, profile_run
+        from deeplimit.training.new_folder import check_beside
 
         check_place(self.figure)
+        if self.figure is None and self.first.is_dir():
+            check_beside(self.first)
         frame = self.frame or ("interpolate" if self.align else "equal")
         with progress(quiet=self.json, doing="measuring") as tell:
             found = interpolate_runs(

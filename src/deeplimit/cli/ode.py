@@ -1,5 +1,6 @@
 """`deeplimit ode`: how far a network is from its Neural ODE."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -74,22 +75,22 @@ class Ode:
         loaded = load_model(self.model, seed=self.seed, trust=self.trust)
         model = loaded.model.eval()
         folder = None if loaded.run is None else RunFolder.open(loaded.run)
-        given = self._of_model(loaded) if folder is None else self._of_run(folder, model)
-        limit = depth_limit(
-            model,
-            interpolation=self.interpolation,
-            bound=self.bound,
-            tolerance=TOLERANCE if self.tolerance is None else self.tolerance,
-            seed=self.seed,
-            tell=(lambda _: None) if self.json else (lambda message: say(f"measuring: {message}")),
-            **given,
-        )
         written = []
-        if folder is not None:
-            with folder.commit() as new:
+        with nullcontext() if folder is None else folder.commit() as new:
+            given = self._of_model(loaded) if new is None else self._of_run(new, model)
+            limit = depth_limit(
+                model,
+                interpolation=self.interpolation,
+                bound=self.bound,
+                tolerance=TOLERANCE if self.tolerance is None else self.tolerance,
+                seed=self.seed,
+                tell=(lambda _: None) if self.json else (lambda now: say(f"measuring: {now}")),
+                **given,
+            )
+            if new is not None:
                 new.write_depth_limit(limit)
                 written.append(renew_page(new))
-        elif self.figure is not None:
+        if folder is None and self.figure is not None:
             title = f"{self.model} and its Neural ODE"
             written.append(write_figures(self.figure, title, depth_limit_figures(limit)))
         emit(limit, depth_limit_summary(limit), *written, json=self.json)

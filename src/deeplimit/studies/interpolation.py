@@ -30,6 +30,7 @@ from deeplimit.studies.measured_runs import (
 )
 from deeplimit.training import RunFolder, loss_of
 from deeplimit.training.building import evaluation_batches
+from deeplimit.training.new_folder import check_beside
 from deeplimit.training.results import Score
 from deeplimit.training.saved_models import SUFFIX, of_transformers, save_network
 
@@ -145,6 +146,7 @@ def interpolate_runs(
     folders = folders_of(runs)
     if save is not None and not str(name).endswith(SUFFIX):
         check_storable(runs[0].model)
+        check_beside(folders[0].path)
     data = shared_data(folders)
     tell("the distance", 0.0)
     path = _path(runs, frame, align, data)

@@ -23,6 +23,7 @@ from deeplimit.studies.measured_runs import (
 )
 from deeplimit.training import loss_of
 from deeplimit.training.building import evaluation_batches
+from deeplimit.training.new_folder import check_beside
 from deeplimit.training.results import MergedRuns, Parts
 
 
@@ -64,6 +65,7 @@ def merge_runs(
         raise InputError(f"width is {width}; expected a whole number ≥ 1")
     runs = measured(specs, trust=trust)
     folders = folders_of(runs)
+    check_beside(folders[0].path)
     check_storable(runs[0].model)
     data = shared_data(folders)
     loss = loss_of(folders[0].recipe, data)

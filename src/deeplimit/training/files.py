@@ -106,8 +106,9 @@ class RunFiles:
         Inside another commit it is a part of that one. One process at a time.
 
         Raises:
-            RunError: another process is working on the run, or the disk is full or cannot be
-                written to; the run is as before.
+            InputError: the folder is read-only; before anything is done.
+            RunError: another process is working on the run, or the disk is full; the run is as
+                before.
         """
         if self.open:
             yield self

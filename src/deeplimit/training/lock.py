@@ -1,16 +1,19 @@
 """One process at a time writes into a run folder."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from deeplimit.errors import RunError
+from deeplimit.errors import InputError, RunError
 from deeplimit.files import cannot_write, remove
 from deeplimit.rank import is_first_process
+from deeplimit.training.remedies import elsewhere
 
 LOCK = ".lock"
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -21,7 +24,8 @@ def alone(folder: Path) -> Iterator[None]:
     that ends. Of several processes that train together the first one holds it.
 
     Raises:
-        RunError: another process holds it, or the folder cannot be written to.
+        InputError: the folder is read-only.
+        RunError: another process holds it, or the disk is full.
     """
     lock = FileLock(folder.resolve() / LOCK, timeout=0, is_singleton=True)
     first = is_first_process()
@@ -33,6 +37,10 @@ def alone(folder: Path) -> Iterator[None]:
             "the same command again"
         ) from None
     except OSError as error:
+        if error.errno in READ_ONLY:
+            raise InputError(
+                f"{folder} cannot be written to ({error.strerror}); {elsewhere(folder)}"
+            ) from error
         raise cannot_write(folder / LOCK, error) from error
     with held:
         try:

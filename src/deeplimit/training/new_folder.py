@@ -9,7 +9,9 @@ from pathlib import Path
 
 from deeplimit.errors import InputError
 from deeplimit.files import aside_of, flush_folder, remove, remove_stale
+from deeplimit.training.remedies import elsewhere
 
+ANOTHER = "give another folder for the runs, or make this one writable"
 LONGEST = 200  # bytes of a run's name: file systems take 255, and -x2, -12 and .new may follow
 
 
@@ -55,14 +57,19 @@ def new_folder(runs: Path, name: str, fill: Callable[[Path, Path], object]) -> P
             return path
 
 
-def check_place(runs: Path) -> None:
+def check_place(runs: Path, remedy: str = ANOTHER) -> None:
     """Raises InputError where no folder can be made; for what is to be made after long work."""
-    with _aside(runs, "place") as aside:
+    with _aside(runs, "place", remedy) as aside:
         aside.mkdir()
 
 
+def check_beside(run: Path) -> None:
+    """Raises InputError where nothing can be written beside a run; before long work."""
+    check_place(run.resolve().parent, elsewhere(run))
+
+
 @contextmanager
-def _aside(runs: Path, name: str) -> Iterator[Path]:
+def _aside(runs: Path, name: str, remedy: str = ANOTHER) -> Iterator[Path]:
     """A place in `runs` for a folder that is not whole yet; what was killed before is gone."""
     if runs.is_symlink() and not runs.exists():
         raise InputError(
@@ -79,8 +86,7 @@ def _aside(runs: Path, name: str) -> Iterator[Path]:
         place = runs / name if runs.is_dir() else runs
         reason = "a file is in the way" if isinstance(error, FileExistsError) else error.strerror
         raise InputError(
-            f"{place}: no run folder can be made there ({reason}); give another folder for the "
-            "runs, or make this one writable"
+            f"{place}: no run folder can be made there ({reason}); {remedy}"
         ) from error
     finally:
         remove(aside)

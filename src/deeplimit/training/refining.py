@@ -31,6 +31,7 @@ from deeplimit.training.checkpoint import (
 )
 from deeplimit.training.fit import resume
 from deeplimit.training.loop import build_optimizer
+from deeplimit.training.new_folder import check_beside
 from deeplimit.training.processes import place, processes
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Refinement
@@ -73,6 +74,7 @@ def refine_run(
     """
     if processes() > 1:
         raise InputError("deeplimit refine works in one process; start it without torchrun")
+    check_beside(folder.path)
     model = folder.model()
     if not (isinstance(model, ResidualClassifier | CifarResNet) or of_transformers(model)):
         raise InputError(

@@ -1,6 +1,7 @@
 """How the files of a run are written again, where one is damaged."""
 
 from pathlib import Path
+from shlex import quote
 
 MADE = "make the run again, by deeplimit refine, merge or interpolate"
 # How the files are written again, by their names without suffix.
@@ -23,6 +24,15 @@ REMEDIES = {
     "refine": MADE,
     "merge": MADE,
 }
+
+
+def elsewhere(folder: Path) -> str:
+    """What to do with a run in a place that cannot be written to."""
+    copy = f"DIR/{quote(folder.resolve().name)}"
+    return (
+        "copy the run into a folder DIR that can be: "
+        f"cp -r {quote(str(folder))} {copy} && chmod -R u+w {copy}; then give {copy}"
+    )
 
 
 def stem(name: str) -> str:
