@@ -2,9 +2,11 @@
 
     python benchmarks/kills.py [--out FILE] [--only VERB]
 
-Every third kill is a SIGTERM, the others are SIGKILL. In between `deeplimit report` must find a run
-that is whole. Weights are compared by bytes, results by value, all but times. Kills that the file
-holds already are not repeated.
+Every third kill is a SIGTERM, the others are SIGKILL. Its moment is drawn from the first 85 % of
+the shortest time that the command took; one that came to its end before is drawn again and not
+counted. In between `deeplimit report` must find a run that is whole. Weights are compared by bytes,
+results by value, all but times. Kills of the same commit that the file holds already are not
+repeated.
 """
 
 import argparse
@@ -18,10 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from deeplimit.cli import main as deeplimit_main
+from deeplimit.files import write_text
 from machine import machine
 
 KILLS = {"train": 60, "crop": 50, "heal": 40, "refine": 40, "two": 10}
@@ -50,11 +55,7 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(KILLS))
     given = parser.parse_args()
     out = given.out.resolve()
-    found = (
-        json.loads(out.read_text())
-        if out.exists()
-        else {"machine": machine(), "planned": KILLS, "kills": []}
-    )
+    found = begun(out)
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
         for verb in [given.only] if given.only else KILLS:
@@ -62,42 +63,78 @@ def main() -> None:
             if len(done) < KILLS[verb]:
                 start, wanted, lasts = prepared(verb)
             for k in range(len(done), KILLS[verb]):
-                found["kills"].append(killed(verb, k, start, wanted, lasts))
-                out.write_text(json.dumps(found, indent=1) + "\n")
-            same = sum(kill["same"] for kill in found["kills"] if kill["verb"] == verb)
-            print(verb, f"{same} of {KILLS[verb]} as unbroken", flush=True)
+                row, lasts = killed(verb, k, start, wanted, lasts)
+                found["kills"].append(row)
+                found["verbs"] = {name: counted(name, found["kills"]) for name in KILLS}
+                write_text(out, json.dumps(found, indent=1) + "\n")
+            print(verb, counted(verb, found["kills"]), flush=True)
+
+
+def begun(out: Path) -> dict[str, Any]:
+    """What the file holds of this commit."""
+    head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    found = json.loads(out.read_text()) if out.exists() else {}
+    if found.get("commit") == commit:
+        return found
+    return {"machine": machine(), "commit": commit, "verbs": {}, "kills": []}
+
+
+def counted(verb: str, kills: list[dict[str, Any]]) -> dict[str, int]:
+    """Kills of a verb: planned, done, those that broke it off, and the same in the end."""
+    mine = [kill for kill in kills if kill["verb"] == verb]
+    return {
+        "planned": KILLS[verb],
+        "done": len(mine),
+        "interrupted": sum(kill["code"] != 0 for kill in mine),
+        "as_unbroken": sum(kill["same"] for kill in mine),
+        "drawn_again": sum(kill["drawn_again"] for kill in mine),
+    }
 
 
 def prepared(verb: str) -> tuple[Path, dict[str, Any], float]:
-    """The folder to begin with, what the unbroken command leaves in it, how long it takes."""
-    start, whole = Path(f"{verb}-start").resolve(), Path(f"{verb}-whole").resolve()
+    """The folder to begin with, what the unbroken command leaves in it, its shortest time."""
+    start = Path(f"{verb}-start").resolve()
     start.mkdir()
     if verb not in ("train", "two"):
         finish(start, COMMANDS["train"])
     if verb == "heal":
         finish(start, COMMANDS["crop"])
-    shutil.copytree(start, whole)
-    began = time.monotonic()
-    finish(whole, COMMANDS[verb], alone=verb != "two")
-    return start, outcome(whole), time.monotonic() - began
+    times = []
+    for k in range(3):
+        whole = Path(shutil.copytree(start, f"{verb}-whole-{k}")).resolve()
+        began = time.monotonic()
+        finish(whole, COMMANDS[verb], alone=verb != "two")
+        times.append(time.monotonic() - began)
+    return start, outcome(whole), min(times)
 
 
-def killed(verb: str, k: int, start: Path, wanted: dict[str, Any], lasts: float) -> dict[str, Any]:
-    """One kill, what was seen, and whether the repeated command led to the same."""
+def broken_off(verb: str, k: int, start: Path, lasts: float) -> tuple[Path, dict[str, Any], float]:
+    """The folder of a command that a signal ended, what was seen, and the shortest time by now."""
     draw = random.Random(f"{verb} {k}")
-    folder = Path(f"{verb}-{k}").resolve()
-    shutil.copytree(start, folder)
     number = signal.SIGTERM if k % 3 == 2 else signal.SIGKILL
-    after = draw.uniform(0, 1.05) * lasts
-    process = begin(folder, COMMANDS[verb], alone=verb != "two")
-    time.sleep(after)
-    with_group = process.pid if verb == "two" and number is signal.SIGKILL else None
-    try:
-        os.kill(process.pid, number)
-    except ProcessLookupError:
-        with_group = None
-    code = process.wait()
-    time.sleep(1.5 if with_group else 0)  # the worker sees that the first one is gone
+    for again in count():
+        folder = Path(shutil.copytree(start, f"{verb}-{k}")).resolve()
+        after, began = draw.uniform(0, 0.85) * lasts, time.monotonic()
+        process = begin(folder, COMMANDS[verb], alone=verb != "two")
+        time.sleep(after)
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+        if code := process.wait():
+            if verb == "two" and number is signal.SIGKILL:
+                time.sleep(1.5)  # the worker sees that the first one is gone
+            row = {"verb": verb, "signal": number.name, "after": round(after / lasts, 3)}
+            return folder, row | {"code": code, "drawn_again": again}, lasts
+        lasts = min(lasts, time.monotonic() - began)
+        shutil.rmtree(folder)
+    raise AssertionError
+
+
+def killed(
+    verb: str, k: int, start: Path, wanted: dict[str, Any], lasts: float
+) -> tuple[dict[str, Any], float]:
+    """One kill, and whether the repeated command led to the same; the shortest time by now."""
+    folder, row, lasts = broken_off(verb, k, start, lasts)
     run = folder / "run"
     whole = not run.exists() or finish(folder, ["report", "run"], check=False) == 0
     again = following(verb, folder)
@@ -108,14 +145,13 @@ def killed(verb: str, k: int, start: Path, wanted: dict[str, Any], lasts: float)
     seen = outcome(folder)
     left = [str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name != ".lock"]
     same = seen == wanted and whole and last == 0 and verified and not left
-    row = {"verb": verb, "signal": number.name, "after": round(after / lasts, 3), "code": code}
     row |= {"again": " ".join(again[:2]), "same": same}
     if not same:
         row |= {"report": whole, "last": last, "verified": verified, "left": left}
         row["differs"] = [n for n in seen.keys() | wanted.keys() if seen.get(n) != wanted.get(n)]
         print(row, (folder / "said").read_text()[-600:], flush=True)
     shutil.rmtree(folder)
-    return row
+    return row, lasts
 
 
 def following(verb: str, folder: Path) -> list[str]:
