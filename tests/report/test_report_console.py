@@ -114,6 +114,18 @@ def test_crop_summary_says_why_the_entry_is_not_the_cut(digits: RunResults) -> N
     assert f"On validation data the turnpike’s entry is layer {entry}, not the cut’s {k}" in text
 
 
+def test_crop_summary_says_that_the_control_is_another_cut_s(digits: RunResults) -> None:
+    assert digits.cut is not None
+    assert digits.reference is not None
+    other = replace(digits.reference, removed=digits.cut.removed[1:])
+    text = " ".join(printed(crop_summary(digits.cut, other)).split())
+    k = other.report.horizon_after
+    assert f"another cut, to {k} layers; deeplimit train --resume RUN" in text
+    assert "from scratch" not in text
+    kept = replace(digits.cut, removed=())  # nothing to compare
+    assert "control" not in printed(crop_summary(kept, other))
+
+
 def test_crop_summary_without_control(spirals: RunResults) -> None:
     assert spirals.cut is not None
     text = printed(crop_summary(spirals.cut))

@@ -99,7 +99,7 @@ def test_a_training_that_was_stopped_is_not_called_done(digits: RunResults) -> N
     assert "has been trained" not in page
 
 
-def test_the_control_of_another_cut_is_not_shown(digits: RunResults) -> None:
+def test_the_control_of_another_cut_is_said_and_not_shown(digits: RunResults) -> None:
     assert digits.reference is not None
     assert digits.cut is not None
     report = replace(digits.reference.report, horizon_after=digits.cut.report.horizon_after + 1)
@@ -110,6 +110,9 @@ def test_the_control_of_another_cut_is_not_shown(digits: RunResults) -> None:
         page = readable(render_page(replace(digits, reference=reference)))
         assert "when it is cut to the same depth" not in page
         assert "from scratch" not in page
+        assert page.count("The control is that of another cut") == 1
+        k = reference.report.horizon_after
+        assert f"to {k} layers; deeplimit train --resume RUN" in page
 
 
 def test_the_control_says_what_the_cut_costs_without_stage_cost(

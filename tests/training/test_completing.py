@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from training_runs import checkpoint_of, same_but_for_seconds
 from deeplimit.control import cropping
 from deeplimit.data import batches
 from deeplimit.errors import InputError, RunError
-from deeplimit.training import Recipe, RunFolder, complete, resume, run_data, train
+from deeplimit.training import Recipe, RunFolder, complete, crop_run, resume, run_data, train
 from deeplimit.training.loop import Training
 
 RECIPE = Recipe(  # cut to 3 layers
@@ -121,6 +122,36 @@ def test_a_control_of_a_run_that_is_gone_is_left_alone(whole: RunFolder, tmp_pat
     assert (tmp_path / f"{PLAIN}-2").is_dir()
     assert files == {path: path.read_bytes() for path in older.path.rglob("*") if path.is_file()}
     assert folder.reference() == whole.reference()
+
+
+def test_another_cut_gets_a_control_of_its_own(
+    whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained is the network of its depth alone; the one of full depth is there."""
+    for path in whole.path.parent.glob("runs*"):
+        shutil.copytree(path, tmp_path / path.name)
+    folder = RunFolder.open(tmp_path / "runs")
+    before = folder.reference()
+    assert before is not None
+    assert len(crop_run(folder, 2).removed) == 2 != len(before.removed or ())
+    trained = []
+    run_epoch = Training.run_epoch
+
+    def counting(training: Training, *args: Any) -> None:
+        trained.append(training.recipe.horizon)
+        run_epoch(training, *args)
+
+    monkeypatch.setattr(Training, "run_epoch", counting)
+    complete(folder, quiet=True)
+    reference = folder.reference()
+    assert reference is not None
+    assert reference.small is not None
+    assert reference.removed == (2, 3)
+    assert reference.small.horizon_before == 2
+    assert reference.report.horizon_after == 2
+    assert reference.test == before.test
+    complete(folder, quiet=True)
+    assert trained == [2] * RECIPE.epochs
 
 
 def test_each_training_of_the_control_is_announced(whole: RunFolder, told: io.StringIO) -> None:

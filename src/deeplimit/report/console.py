@@ -15,7 +15,7 @@ from deeplimit.report.answer import (
     few,
     healing_sentence,
 )
-from deeplimit.report.control import control_of, control_sentences
+from deeplimit.report.control import control_sentences
 from deeplimit.report.numbers import SPACE, percent, significant
 from deeplimit.report.verdict import verdict_line
 from deeplimit.training.results import Cut, Healing, Profiles, Reference
@@ -103,8 +103,7 @@ def crop_summary(
         lines.append(Text(f"On validation data: {cut.choice}.", style="dim"))
     if apart := entry_apart(cut, profiles):
         lines.append(Text(apart, style="dim"))
-    if (control := control_of(cut, reference)) is not None:
-        lines += map(Text, control_sentences(control))
+    lines += map(Text, control_sentences(cut, reference))
     return Group(table, *lines)
 
 

@@ -24,23 +24,27 @@ class ControlRow:
     bars: tuple[ControlBar, ...]
 
 
-def control_of(cut: Cut | None, reference: Reference | None) -> Reference | None:
-    """The control of a cut; none where the control is of another cut."""
-    if cut is None or reference is None or not cut.removed:
-        return None
-    if reference.removed is not None:
-        return reference if reference.removed == cut.removed else None
-    return reference if reference.report.horizon_after == cut.report.horizon_after else None
-
-
-def control_sentences(reference: Reference) -> tuple[str, ...]:
+def control_sentences(cut: Cut | None, reference: Reference | None) -> tuple[str, ...]:
     """What the same cut costs without stage cost, and what its depth reaches from scratch."""
+    if cut is None or reference is None or not cut.removed:
+        return ()
+    if not reference.is_of(cut):
+        depth = layers(reference.report.horizon_after)
+        return (
+            f"The control is that of another cut, to {depth}; deeplimit train --resume RUN, with "
+            "RUN the run’s folder, trains and measures that of this one.",
+        )
     said = _plain_cut(reference.report)
     return (said,) if reference.small is None else (said, _small(reference.small))
 
 
-def control_rows(cut: Cut, reference: Reference) -> tuple[ControlRow, ...]:
-    """With and without stage cost, before and after the same cut; of the cut's depth at once."""
+def control_rows(cut: Cut | None, reference: Reference | None) -> tuple[ControlRow, ...]:
+    """With and without stage cost, before and after the same cut; of the cut's depth at once.
+
+    None where the control is of another cut.
+    """
+    if cut is None or reference is None or not cut.removed or not reference.is_of(cut):
+        return ()
     rows = [
         ControlRow(name, (_bar(report, before=True), _bar(report, before=False)))
         for name, report in (

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 from deeplimit.files import write_text
 from deeplimit.report import answer
 from deeplimit.report.certificate import certificate_answer
-from deeplimit.report.control import control_of, control_rows, control_sentences
+from deeplimit.report.control import control_rows, control_sentences
 from deeplimit.report.depth_limit import solver_rows
 from deeplimit.report.numbers import percent, significant
 from deeplimit.report.panels import (
@@ -49,10 +49,6 @@ def write_page(results: RunResults, path: Path) -> Path:
 
 def _context(results: RunResults) -> dict[str, Any]:
     profiles, cut, reference = results.profiles, results.cut, results.reference
-    same = control_of(cut, reference)
-    control = {}
-    if cut is not None and same is not None:
-        control = {"sentences": control_sentences(same), "rows": control_rows(cut, same)}
     return {
         "title": _title(results),
         "css": _source("page.css"),
@@ -72,7 +68,8 @@ def _context(results: RunResults) -> dict[str, Any]:
         "refined": answer.refinement_sentence(results.refinement) if results.refinement else "",
         "merged": answer.merging_sentence(results.merging) if results.merging else "",
         "waiting": answer.waiting(results),
-        "control": control,
+        "control": control_sentences(cut, reference),
+        "control_rows": control_rows(cut, reference),
         "layer_panels": layer_panels(results),
         "layer_rows": list(_layer_rows(profiles)) if profiles else [],
         "states": states_panel(results),

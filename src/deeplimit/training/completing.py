@@ -28,7 +28,8 @@ def complete(folder: RunFolder, *, quiet: bool = False) -> None:
     The control is two networks trained by the same recipe without stage cost, each in a run folder
     of its own beside the run's: NAME-without-stage-cost, as deep as the run's and cut alike, and
     NAME-plain-K, as deep as the cut. What they reach is the run's reference.json. A control that
-    was stopped goes on where it was, to the same result.
+    was stopped goes on where it was, to the same result; that of another cut is measured anew, with
+    what is there of it.
 
     Args:
         folder: a run, trained; every process of its training calls this.
@@ -56,7 +57,9 @@ def _complete(folder: RunFolder, quiet: bool) -> None:
                 if new.profiles() is None:
                     profile_run(new, data=data)
                 crop_run(new, "auto", data=data)
-        return folder.recipe.control != "none" and folder.reference() is None
+            reference, cut = new.reference(), new.cut()
+        known = reference is not None and cut is not None and reference.is_of(cut)
+        return folder.recipe.control != "none" and not known
 
     try:
         if folder.recipe.control == "none":

@@ -197,6 +197,12 @@ class Reference:
     small: CropReport | None = None
     removed: tuple[int, ...] | None = None
 
+    def is_of(self, cut: Cut) -> bool:
+        """Whether it is the control of this cut, not of one that was made before."""
+        if self.removed is not None:
+            return self.removed == cut.removed
+        return self.report.horizon_after == cut.report.horizon_after
+
 
 @dataclass(frozen=True)
 class RunResults:
