@@ -1,4 +1,4 @@
-"""The two errors that deeplimit raises on purpose."""
+"""The errors that deeplimit raises on purpose, and how their lines count."""
 
 
 class InputError(ValueError):
@@ -19,3 +19,9 @@ class ProcessLost(RunError):
     def __init__(self, message: str, *, aloud: bool):
         super().__init__(message)
         self.aloud = aloud
+
+
+def several(number: int | float, noun: str, plural: str | None = None) -> str:
+    """A number and its noun: `1 seed`, `1,203 samples`, `0.5 points`, `2 batches`."""
+    shown = f"{number:g}" if isinstance(number, float) else f"{number:,}"
+    return f"{shown} {noun if shown == '1' else plural or f'{noun}s'}"

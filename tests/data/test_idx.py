@@ -177,7 +177,7 @@ BROKEN = {
     "a class of one sample": (
         TRAIN_LABELS,
         lambda path: change(path, lambda labels: np.where(np.arange(60) == 9, 200, labels)),
-        "class 200 has 1 samples, too few",
+        "class 200 has 1 sample, too few",
     ),
     "test images of another size": (
         TEST_IMAGES,

@@ -85,7 +85,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "one class": ({"x": VECTORS, "y": Y * 0}, r"only one class \(0\)"),
     "no samples": ({"x": VECTORS[:0], "y": Y[:0]}, "no samples"),
     "a rare class": ({"x": VECTORS, "y": np.where(np.arange(30) < 4, 9, Y)}, "class 9 has 4 sam"),
-    "regression": ({"x": VECTORS, "y": np.arange(30)}, "class 0 has 1 samples, too few"),
+    "regression": ({"x": VECTORS, "y": np.arange(30)}, "class 0 has 1 sample, too few"),
 }
 
 

@@ -199,7 +199,7 @@ BROKEN: dict[str, tuple[Callable[[], pa.Table], str]] = {
         lambda: table(names={"label": ("a", "b")}),
         "train label 2 is out of range, 2 classes are declared",
     ),
-    "a class of one sample": (lambda: labelled(7), "class 7 has 1 samples"),
+    "a class of one sample": (lambda: labelled(7), "class 7 has 1 sample,"),
     "no rows": (lambda: table().slice(0, 0), "no samples"),
     "no image at all": (lambda: encoded_with(b"not an image"), "image 11 cannot be decoded"),
     "half an image": (lambda: encoded_with(PNG[: len(PNG) // 2]), "image 11 cannot be decoded"),

@@ -70,5 +70,5 @@ def test_too_few_of_a_class_names_the_class() -> None:
     labels = np.array([0] * 20 + [1] * 4)
     with pytest.raises(InputError, match="set: class bee has 4 samples, too few"):
         sixty_twenty_twenty(labels, ["ant", "bee"], "set")
-    with pytest.raises(InputError, match=r"class bee has 1 samples.*at least 2"):
+    with pytest.raises(InputError, match=r"class bee has 1 sample,.*at least 2"):
         hold_out_tenths(labels[:21], ["ant", "bee"], ("validation",), "set")

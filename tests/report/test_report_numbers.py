@@ -51,6 +51,7 @@ def test_seconds(time: float, text: str) -> None:
         (100, 20, "5.0 × fewer"),
         (20, 25, "1.2 × more"),
         (7, 7, "the same"),
+        (103, 100, "1.03 × fewer"),
         (1.0, 1.01, "the same"),
         (7, 0, "none left"),
         (0, 0, "the same"),

@@ -5,6 +5,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deeplimit.errors import several
 from deeplimit.report.numbers import significant
 from deeplimit.report.verdict import worded
 from deeplimit.studies import HorizonStudy
@@ -29,7 +30,7 @@ def horizon_table(study: HorizonStudy) -> RenderableType:
         )
     note = (
         f"{study.data}, step h = {study.step:g}, γ = {study.stage_cost:g} and r = "
-        f"{study.control_cost:g} per layer, {study.epochs} epochs; tube δ = "
+        f"{study.control_cost:g} per layer, {several(study.epochs, 'epoch')}; tube δ = "
         f"{significant(study.radius)}; on test data. The runs are in {study.folder}"
     )
     return Group(

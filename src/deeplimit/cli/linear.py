@@ -40,7 +40,7 @@ class Linear:
         """Runs the study, writes its figure and prints its table."""
         from deeplimit.cli.rates_table import rates_table
         from deeplimit.cli.study_output import progress, write_rates
-        from deeplimit.report.numbers import several
+        from deeplimit.errors import several
         from deeplimit.studies import study_linear
 
         with progress(quiet=self.json) as tell:
@@ -54,8 +54,9 @@ class Linear:
             )
         note = (
             f"N = {study.depths[0]} … {study.depths[-1]}; "
-            f"d = {study.width}, η = {study.learning_rate:g}, {study.steps} steps, looked at "
-            f"{len(study.looked_at)} times; {several(len(study.seeds), 'seed')}; float64"
+            f"d = {study.width}, η = {study.learning_rate:g}, {several(study.steps, 'step')}, "
+            "looked at "
+            f"{several(len(study.looked_at), 'time')}; {several(len(study.seeds), 'seed')}; float64"
         )
         written = write_rates(study.folder, TITLE, study.depths, study.families, note)
         emit(study, rates_table(study.families, note), written, json=self.json)

@@ -44,7 +44,7 @@ class Smooth:
         """Runs the study, writes its figure and prints its table."""
         from deeplimit.cli.rates_table import rates_table
         from deeplimit.cli.study_output import progress, write_rates
-        from deeplimit.report.numbers import several
+        from deeplimit.errors import several
         from deeplimit.studies import study_smooth
 
         with progress(quiet=self.json) as tell:
@@ -60,9 +60,12 @@ class Smooth:
             )
         note = (
             f"N = {study.depths[0]} … {study.depths[-1]}; "
-            f"d = {study.width}, {study.hidden} units, {study.samples} samples; start's length "
-            f"scale {study.length_scale:g}; η = {study.learning_rate:g}, {study.steps} steps, "
-            f"looked at {len(study.looked_at)} times; {several(len(study.seeds), 'seed')}; float64"
+            f"d = {study.width}, {several(study.hidden, 'unit')}, "
+            f"{several(study.samples, 'sample')}; start's length "
+            f"scale {study.length_scale:g}; η = {study.learning_rate:g}, "
+            f"{several(study.steps, 'step')}, "
+            f"looked at {several(len(study.looked_at), 'time')}; "
+            f"{several(len(study.seeds), 'seed')}; float64"
         )
         written = write_rates(study.folder, TITLE, study.depths, study.families, note)
         emit(study, rates_table(study.families, note), written, json=self.json)

@@ -14,15 +14,24 @@ SURE = 8  # tokens: so many do not agree with their neighbours, or themselves, b
 
 
 def aligned_batches(
-    structure: Anatomy, loader: Iterable[tuple[Inputs, Tensor]], shift: bool = False
+    structure: Anatomy,
+    loader: Iterable[tuple[Inputs, Tensor]],
+    shift: bool = False,
+    need: str | None = None,
 ) -> Iterator[tuple[Inputs, Tensor]]:
     """The batches (x, y) of a loader on the model's device; y as `aligned` makes it.
 
     Raises:
-        InputError: a batch of another form, or as `aligned`.
+        InputError: a batch of another form, or as `aligned`; where it is said what `need`s samples,
+            none, or none whose target counts.
     """
-    for x, y in pairs(loader, device_of(structure.model)):
-        yield x, aligned(structure, x, y, shift)
+    counts = False
+    for x, y in pairs(loader, device_of(structure.model), need):
+        y = aligned(structure, x, y, shift)
+        counts = counts or bool((y != IGNORED).any())
+        yield x, y
+    if need is not None and not counts:
+        raise InputError(f"every target is −100; {need}")
 
 
 def aligned(structure: Anatomy, x: Inputs, y: object, shift: bool, look: bool = True) -> Tensor:

@@ -16,8 +16,8 @@ from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.trials import Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
-from deeplimit.control.verdict import CONFIDENCE
-from deeplimit.errors import InputError
+from deeplimit.control.verdict import CONFIDENCE, FEW
+from deeplimit.errors import InputError, several
 from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.checks import check_number
 from deeplimit.network.modes import Inputs, evaluating, first_samples
@@ -56,7 +56,9 @@ def choose_cut(
             others judge the cuts.
         accuracy: the fraction of accuracy that may be lost on the loader: most layers go. The rule
             is that of `TurnpikeProfile.depth_within`, on accuracy and loss; that many cuts are
-            tried is corrected for (Bonferroni): z is the quantile of 1 − 0.05/m for m cuts.
+            tried is corrected for (Bonferroni): z is the quantile of 1 − 0.05/m for m cuts. Where
+            fewer than 11 samples judge (`verdict.FEW`) no layer goes: their standard errors, 0 of
+            one, mean nothing.
         blocks: how many layers are kept.
         multiply_adds: the fraction of the multiply-adds that is kept at most: fewest layers go.
         latency: the fraction of the latency of the first batch, likewise.
@@ -155,8 +157,9 @@ class _Spending:
         """Of the model and its cut, for the first batch, as they were measured first."""
         key, trials = frozenset(removed), cast(Trials, self.trials)
         if key not in self._latencies:
-            after = anatomy(trials.cut(key)).run
-            self._latencies[key] = latencies(self.structure.run, after, trials.batch)
+            runs = [self.structure.run, *([anatomy(trials.cut(key)).run] if key else [])]
+            times = latencies(runs, trials.batch)
+            self._latencies[key] = times[0], times[-1]
         return self._latencies[key]
 
     def choice(self, score: str, cuts: dict[str, tuple[int, ...]]) -> CutChoice:
@@ -192,7 +195,7 @@ class _Spending:
         horizon, fixed = self.structure.horizon, self.structure.fixed
         name = type(self.structure.model).__name__
         asked = (
-            f"{int(self.limit)} of {horizon} layers are to be kept"
+            f"{int(self.limit)} of {several(horizon, 'layer')} are to be kept"
             if self.budget == "blocks"
             else f"at most {self.limit:g} of the {self.budget.replace('_', '-')} is to be kept"
         )
@@ -200,7 +203,10 @@ class _Spending:
         return f"{asked}, which {name} cannot reach by removing layers{why}; give a larger budget"
 
     def _loses(self, removed: Collection[int]) -> bool:
-        outcome = cast(Trials, self.trials).outcome(removed)
+        trials = cast(Trials, self.trials)
+        if trials.samples < FEW:
+            return True
+        outcome = trials.outcome(removed)
         lost = outcome.lost + self._z * outcome.error
         risen = outcome.risen + self._z * outcome.risen_error
         return lost > self.limit or risen > self._rise

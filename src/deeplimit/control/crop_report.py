@@ -23,7 +23,7 @@ class CropReport:
         parameters_before, parameters_after: numbers of parameters.
         multiply_adds_before, multiply_adds_after: for one sample.
         latency_before, latency_after: median seconds of a forward pass of `latency_batch` samples,
-            the two networks timed in turns.
+            the two networks timed in turns; one number where they are alike but for their weights.
         latency_batch: samples in a timed batch.
         device: where the latency was measured, as torch names it.
         verdict: what the samples say of the accuracy lost; of tokens it rests on texts. None in a

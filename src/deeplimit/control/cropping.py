@@ -1,7 +1,7 @@
 """Cutting the layers that do nothing, and showing that nothing was lost."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
 from statistics import median
 from typing import SupportsIndex
@@ -22,13 +22,15 @@ from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
-from deeplimit.errors import InputError
+from deeplimit.control.verdict import FEW
+from deeplimit.errors import InputError, several
 from deeplimit.network.anatomy import anatomy, check_rebuilt
 from deeplimit.network.checks import shown
 from deeplimit.network.modes import Inputs, device_of, evaluating, first_samples
 from deeplimit.network.targets import fitted
 
 LATENCY_ROUNDS = 7
+NEED = "a crop is verified on at least one sample that counts"
 
 
 def removal(profile: TurnpikeProfile, accuracy: float = ACCURACY_TOLERANCE) -> range:
@@ -36,9 +38,11 @@ def removal(profile: TurnpikeProfile, accuracy: float = ACCURACY_TOLERANCE) -> r
 
     The tail from `profile.depth_within(accuracy)` on. If no depth but the full one will do because
     the states leave the tube again at the end (a leaving arc, exit < N), the layers from entry to
-    exit: n_in … n_out − 1.
+    exit: n_in … n_out − 1. A profile of fewer than 11 samples says nothing: no layer.
     """
     depth, horizon = profile.depth_within(accuracy), profile.horizon
+    if profile.samples < FEW:
+        return range(horizon, horizon)
     entry, last = profile.entry(), profile.exit()
     if depth == horizon and entry is not None and last is not None and last < horizon:
         return range(entry, last)
@@ -54,7 +58,8 @@ def check_profile(profile: object, horizon: int) -> None:
         )
     if profile.horizon != horizon:
         raise InputError(
-            f"the profile is of a network with {profile.horizon} layers, the model has {horizon}; "
+            f"the profile is of a network with {several(profile.horizon, 'layer')}, the model has "
+            f"{horizon}; "
             "profile this model"
         )
 
@@ -90,7 +95,9 @@ def crop(
         except TypeError:
             kept = -1
         if not 0 <= kept <= horizon:
-            raise InputError(f"depth {depth} given; the model has {horizon} layers: 0 … {horizon}")
+            raise InputError(
+                f"depth {depth} given; the model has {several(horizon, 'layer')}: 0 … {horizon}"
+            )
         remove = range(kept, horizon)
     smaller = structure.without(() if remove is None else remove)
     for module in smaller.modules():  # of a model that is fading: the crop does not
@@ -133,7 +140,7 @@ def verify_crop(
     device = device_of(model)
     after = cropped if device_of(cropped) == device else copy.deepcopy(cropped).to(device)
     with evaluating(model), evaluating(after):
-        batches = aligned_batches(anatomy(model), loader, shift)
+        batches = aligned_batches(anatomy(model), loader, shift, NEED)
         return _verified(model, after, batches, loss, check_tolerance(tolerance))
 
 
@@ -148,9 +155,10 @@ def _verified(
     run_before, run_after = structure.run, anatomy(cropped).run
     answers = PairedAnswers()
     losses = torch.zeros(2, dtype=torch.float64)
-    same, batch, sample = 0, 0, None
+    same, batch = 0, 0
+    sample: Inputs = {}
     for x, y in loader:
-        if sample is None:
+        if not batch:
             sample, batch = x, len(y)
         z, w = run_before(x), run_after(x)
         if z.shape != w.shape:
@@ -171,13 +179,11 @@ def _verified(
         losses += torch.stack([l0.sum(), l1.sum()]).cpu()
         same += int(equal.sum())
         answers.add(before, after, targets, texts)
-    if sample is None:
-        raise InputError("the loader gave no batch; a crop is verified on at least one sample")
-    if (count := answers.samples) == 0:
-        raise InputError("every target is −100; a crop is verified on at least one token")
+    count = answers.samples
     change = (answers.gained - answers.lost) / count
     squares = (answers.gained + answers.lost) / count
-    latency_before, latency_after = latencies(run_before, run_after, sample)
+    alike = _forms(model) == _forms(cropped)  # each layer of one is as large as the other's
+    times = latencies([run_before] if alike else [run_before, run_after], sample)
     return CropReport(
         samples=count,
         horizon_before=structure.horizon,
@@ -192,8 +198,8 @@ def _verified(
         parameters_after=sum(p.numel() for p in cropped.parameters()),
         multiply_adds_before=multiply_adds(model, first_samples(sample, 1)),
         multiply_adds_after=multiply_adds(cropped, first_samples(sample, 1)),
-        latency_before=latency_before,
-        latency_after=latency_after,
+        latency_before=times[0],
+        latency_after=times[-1],
         latency_batch=batch,
         device=str(device_of(model)),
         verdict=answers.verdict(tolerance),
@@ -223,19 +229,23 @@ def _loss(loss: SoftCrossEntropy | None, logits: Tensor, y: Tensor) -> Tensor:
     return loss(logits, y)
 
 
-def latencies(
-    before: Callable[[Inputs], Tensor], after: Callable[[Inputs], Tensor], x: Inputs
-) -> tuple[float, float]:
-    """Median seconds per forward pass of each, timed in turns so that both see the same machine."""
+def _forms(model: nn.Module) -> tuple[str, list[tuple[torch.Size, torch.dtype]]]:
+    """What the time that a model takes depends on: its modules, its tensors' shapes and types."""
+    tensors = (*model.parameters(), *model.buffers())
+    return repr(model), [(tensor.shape, tensor.dtype) for tensor in tensors]
+
+
+def latencies(runs: Sequence[Callable[[Inputs], Tensor]], x: Inputs) -> list[float]:
+    """Median seconds per forward pass of each, timed in turns so that all see the same machine."""
     timers = [
         Timer("run(x)", globals={"run": run, "x": x}, num_threads=torch.get_num_threads())
-        for run in (before, after)
+        for run in runs
     ]
-    times: tuple[list[float], list[float]] = ([], [])
+    times: list[list[float]] = [[] for _ in runs]
     for timer in timers:
         timer.timeit(1)
     repeat = max(int(0.02 / max(timers[0].timeit(1).mean, 1e-6)), 1)
     for _ in range(LATENCY_ROUNDS):
         for timer, seconds in zip(timers, times, strict=True):
             seconds.append(timer.timeit(repeat).mean)
-    return median(times[0]), median(times[1])
+    return [median(seconds) for seconds in times]

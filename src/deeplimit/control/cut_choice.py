@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from deeplimit.control.verdict import samples_to_exclude
+from deeplimit.control.verdict import samples_needed
+from deeplimit.errors import several
 
 Budget = Literal["accuracy", "blocks", "multiply_adds", "latency"]
 
@@ -55,22 +56,16 @@ class CutChoice:
 
         None where there are so many, and for another budget.
         """
-        least = samples_to_exclude(self.limit) if self.budget == "accuracy" else None
-        return least if least is not None and least > (self.samples or 0) else None
+        return samples_needed(self.limit, self.samples or 0) if self.budget == "accuracy" else None
 
     def __str__(self) -> str:
         """What is kept of each stage and what that costs, in a line."""
+        if not self.removed:
+            return "; ".join(["no layer is removed: the network stays the same", *self._judged()])
         stages = zip(self.layers_after, self.layers_before, strict=True)
         kept = ", ".join(f"{after} of {before}" for after, before in stages)
         parts = [f"layers kept per stage: {kept} (by {self.score})"]
-        if self.accuracy_before is not None and self.accuracy_after is not None:
-            before, after = 100 * self.accuracy_before, 100 * self.accuracy_after
-            parts.append(f"accuracy {before:.2f} → {after:.2f} % of {self.samples:,} samples")
-            if self.needed is not None:
-                parts.append(
-                    f"so few cannot exclude a loss of {100 * self.limit:g} points at 95 %, "
-                    f"{self.needed:,} could"
-                )
+        parts += self._judged()
         if self.multiply_adds_before is not None:
             parts.append(
                 f"multiply-adds {self.multiply_adds_before:,} → {self.multiply_adds_after:,}"
@@ -79,3 +74,17 @@ class CutChoice:
             before, after = 1000 * self.latency_before, 1000 * self.latency_after
             parts.append(f"latency {before:.3g} → {after:.3g} ms")
         return "; ".join(parts)
+
+    def _judged(self) -> list[str]:
+        """The accuracies, and how many samples could tell of what was asked, if any did."""
+        if self.samples is None or self.accuracy_before is None or self.accuracy_after is None:
+            return []
+        accuracies = [f"{100 * a:.2f}" for a in (self.accuracy_before, self.accuracy_after)]
+        shown = " → ".join(accuracies if self.removed else accuracies[:1])
+        parts = [f"accuracy {shown} % of {several(self.samples, 'sample')}"]
+        if self.needed is not None:
+            parts.append(
+                f"so few cannot exclude a loss of {several(100 * self.limit, 'point')} at 95 %, "
+                f"{self.needed:,} could"
+            )
+        return parts

@@ -13,6 +13,7 @@ from deeplimit.network.anatomy import anatomy
 from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
 
 Point = tuple[float, float]
+NEED = "a picture needs at least one sample"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def picture_trajectories(
     labels: list[Tensor] = []
     plane = False
     with evaluating(model):
-        for x, y in pairs(loader, device_of(model)):
+        for x, y in pairs(loader, device_of(model), NEED):
             states, _ = structure.states(x)
             logits = structure.logits(states)
             blame_inputs(x, logits)
@@ -75,8 +76,6 @@ def picture_trajectories(
             labels.append(y.cpu())
             if sum(map(len, labels)) >= samples:
                 break
-    if not layers:
-        raise InputError("the loader gave no batch; a picture needs at least one sample")
     z = torch.cat(layers, dim=1)[:, :samples]
     targets = torch.cat(labels)[:samples]
     classes = torch.arange(loss.classes)

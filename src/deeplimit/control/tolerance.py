@@ -1,6 +1,6 @@
 """How much accuracy may be lost: a fraction of all samples."""
 
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 from deeplimit.network.checks import check_number
 
 TOO_MUCH = 0.5  # of all samples: nobody means that, half a point was meant
@@ -15,7 +15,8 @@ def check_tolerance(accuracy: float) -> float:
     accuracy = check_number("accuracy", accuracy, "a fraction, such as 0.005", lambda _: True)
     if not 0 <= accuracy < TOO_MUCH:
         raise InputError(
-            f"{100 * accuracy:g} points of accuracy may be lost; expected from 0 to less than "
+            f"{several(100 * accuracy, 'point')} of accuracy may be lost; expected from 0 to less "
+            "than "
             f"{100 * TOO_MUCH:g} points: in Python a fraction, 0.005 for half a point"
         )
     return accuracy

@@ -19,6 +19,7 @@ from deeplimit.network.modes import Inputs, begun, first_samples
 from deeplimit.network.targets import fitted
 
 AGAIN = 8
+NEED = "a cut is chosen on at least one sample that counts"
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,8 @@ class Trials:
         self._targets: list[Tensor] | None = None
         self._rows = 0
         self._outcomes: dict[frozenset[int], Outcome] = {}
-        first = next(batches, None)
-        if first is None:
-            raise InputError("the loader gave no batch; a cut is chosen on at least one sample")
-        ((self.batch, targets),) = aligned_batches(structure, [first], shift)
+        self.batch, targets = next(aligned_batches(structure, batches, shift, NEED))
         own = self._run(structure)
-        if len(own[0]) == 0:
-            raise InputError("every target is −100; a cut is chosen on at least one token")
         # What puts the layers in order does not judge the cuts that follow from it as well: of
         # hundreds of cuts the ones that suit these samples come first.
         rows = max(min(len(targets), self._rows // 2), 1)
@@ -156,7 +152,7 @@ class Trials:
         """Whether each sample is right, 0 or 1, and its loss, over the whole loader."""
         none = torch.zeros(0, dtype=torch.float64)
         hits, losses, targets, rows = [none], [none], [], 0
-        for x, y in aligned_batches(structure, self._loader, self._shift):
+        for x, y in aligned_batches(structure, self._loader, self._shift, NEED):
             z = structure.run(x)
             blame_inputs(x, z)
             y = fitted(z, y)

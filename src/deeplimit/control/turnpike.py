@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,7 @@ from deeplimit.control.finite import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.control.tolerance import check_tolerance
-from deeplimit.control.verdict import Z
-from deeplimit.errors import InputError
+from deeplimit.control.verdict import FEW, Z
 from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.checks import check_number
 from deeplimit.network.modes import Inputs, evaluating
@@ -28,6 +28,7 @@ from deeplimit.network.modes import Inputs, evaluating
 ACCURACY_TOLERANCE = 0.005
 LOSS_TOLERANCE = 0.01
 TUBE = 0.2
+NEED = "a profile needs at least one sample that counts"
 
 
 def loss_tolerance(accuracy: float) -> float:
@@ -135,11 +136,12 @@ class TurnpikeProfile:
         Layer N satisfies both. Choose on validation data, report on test data.
 
         Where no sample differs the standard error is 0. What so few samples cannot tell is not
-        made up for: `samples_to_exclude(accuracy)` says how many could.
+        made up for: `samples_to_exclude(accuracy)` says how many could. Of fewer than 11 samples
+        (`verdict.FEW`) standard errors mean nothing: the depth is N.
         """
         check_tolerance(accuracy)
         rise = (loss_tolerance(accuracy) if loss is None else loss) * self.loss_range
-        for n in range(self.horizon):
+        for n in range(self.horizon if self.samples >= FEW else 0):
             lost = self.accuracy[-1] - self.accuracy[n] + Z * self.accuracy_error[n]
             risen = self.loss[n] - self.loss[-1] + Z * self.loss_error[n]
             if lost <= accuracy and risen <= rise:
@@ -194,15 +196,11 @@ def turnpike_profile(
     structure = anatomy(model)
     sums: _Sums | None = None
     with evaluating(model):
-        for x, y in aligned_batches(structure, loader, shift):
+        for x, y in aligned_batches(structure, loader, shift, NEED):
             batch = _measure(structure, x, y, loss, updates)
             blame_inputs(x, batch.loss)
             sums = batch if sums is None else sums + batch
-    if sums is None:
-        raise InputError("the loader gave no batch; a profile needs at least one sample")
-    if sums.count == 0:
-        raise InputError("every target is −100; a profile needs at least one token that counts")
-    profile = sums.profile(loss)
+    profile = cast(_Sums, sums).profile(loss)
     return profile if updates else replace(profile, influence=None)
 
 

@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal
 
+from deeplimit.errors import several
+
 CONFIDENCE = 0.95
 Z = NormalDist().inv_cdf(CONFIDENCE)  # one-sided: 1.645
 MANY = 10**9  # samples that nobody has
+FEW = 11  # of fewer not even a loss of a fifth can be excluded: their standard errors mean nothing
 
 Word = Literal["kept", "unresolved", "lost", "nothing learnt"]
 
@@ -50,7 +53,7 @@ class Verdict:
     def __str__(self) -> str:
         """One sentence: the word, what it rests on, and what to do."""
         asked = _points(self.tolerance)
-        on = f"{self.samples:,} samples"
+        on = several(self.samples, "sample")
         if self.word == "nothing learnt":
             return (
                 f"Nothing learnt: on {on} the network before is right for "
@@ -152,6 +155,15 @@ def samples_to_exclude(tolerance: float | int) -> int | None:
     return math.ceil(Z**2 * (1 - tolerance) / tolerance) if tolerance > 0 else None
 
 
+def samples_needed(tolerance: float | int, samples: int) -> int | None:
+    """How many samples could tell a loss above the tolerance; None where there are so many.
+
+    With fewer than `FEW` no cut is chosen, whatever the tolerance.
+    """
+    least = max(samples_to_exclude(tolerance) or 0, FEW)
+    return least if least > samples else None
+
+
 def _upper(n: float | int, b: float | int, c: float | int) -> float:
     """The largest Δ that the test does not exclude."""
 
@@ -188,5 +200,4 @@ def _needed(tolerance: float, n: float, b: float, c: float, effect: float) -> in
 
 def _points(fraction: float) -> str:
     """A fraction in points, with two digits behind the point at most: 1 point, 0.75 points."""
-    number = f"{100 * fraction:.2f}".rstrip("0").rstrip(".")
-    return f"{number} point{'' if number == '1' else 's'}"
+    return several(round(100 * fraction, 2), "point")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deeplimit.data.augmentation import Augmentation
 from deeplimit.data.dataset import Split
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 
 _ORDER, _AUGMENTATION = 0, 1  # independent random streams of one (seed, epoch)
 
@@ -66,8 +66,8 @@ def batches(
     size = min(batch_size, len(split))
     if size % world:
         raise InputError(
-            f"a batch of {size} samples cannot be shared by {world} processes: "
-            f"give a multiple of {world}, at most the split's {len(split)} samples"
+            f"a batch of {several(size, 'sample')} cannot be shared by {world} processes: "
+            f"give a multiple of {world}, at most the split's {several(len(split), 'sample')}"
         )
     order = torch.from_numpy(_generator(seed, epoch, _ORDER).permutation(len(split)))
     complete = order[: len(split) // size * size].view(-1, world, size // world)

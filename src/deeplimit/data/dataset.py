@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from deeplimit.data.standardisation import Standardisation
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 
 RARE = 10.0  # standard deviations; what lies further out is a rare value, not a scale
 _CHUNK = 4096  # images converted at once, so that a memory-mapped set is never copied whole
@@ -40,7 +40,8 @@ class Split:
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
             raise InputError(
-                f"{len(self.x)} samples but {len(self.y)} labels: give one label per sample"
+                f"{several(len(self.x), 'sample')} but {several(len(self.y), 'label')}: give one "
+                "label per sample"
             )
         if len(self.y) == 0:
             raise InputError("a split without samples: give it at least one")
@@ -67,7 +68,9 @@ class Split:
         a set's own test part keeps the order of its file.
         """
         if not 1 <= count <= len(self):
-            raise InputError(f"{count} samples asked of a split of {len(self)}: take 1 to all")
+            raise InputError(
+                f"{several(count, 'sample')} asked of a split of {len(self)}: take 1 to all"
+            )
         return Split(self.x[:count], self.y[:count], self.standardisation)
 
 

@@ -14,7 +14,7 @@ from deeplimit.data.labels import integer_labels, number_classes
 from deeplimit.data.request import Request
 from deeplimit.data.splitting import split_whole
 from deeplimit.data.vectors import checked_vectors
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 from deeplimit.memory import require, require_unpacked
 from deeplimit.reading import reading
 
@@ -37,7 +37,9 @@ def load_npz(request: Request) -> DataSet:
     labels = integer_labels(arrays["y"], f"{path}: y")
     x = _images(arrays["x"], path) if arrays["x"].ndim == 4 else _vectors(arrays["x"], path)
     if len(x) != len(labels):
-        raise InputError(f"{path}: x has {len(x)} samples, y {len(labels)}: expected as many")
+        raise InputError(
+            f"{path}: x has {several(len(x), 'sample')}, y {len(labels)}: expected as many"
+        )
     numbered, class_names = number_classes({"train": labels}, None, str(path))
     return split_whole(request.name, x, numbered["train"], class_names)
 

@@ -13,7 +13,7 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from deeplimit.data.dataset import DataSet, Split
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 
 _SPLIT_SEED = 0
 _LARGEST_HELD_OUT = 5000  # of 60,000 MNIST images 55,000 remain, of 50,000 in CIFAR-10 45,000
@@ -77,8 +77,9 @@ def _require(labels: np.ndarray, class_names: Sequence[str], samples: int, sourc
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < samples:
         raise InputError(
-            f"{source}: class {class_names[classes[counts.argmin()]]} has {counts.min()} samples, "
-            f"too few to split into parts, expected at least {samples} of each class: "
+            f"{source}: class {class_names[classes[counts.argmin()]]} has "
+            f"{several(int(counts.min()), 'sample')}, too few to split into parts, expected at "
+            f"least {samples} of each class: "
             "add samples or leave the class out"
         )
     return len(classes)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 from deeplimit.meanfield.frame import Frame
 from deeplimit.meanfield.grid import checked_grid, lengths, same_grid, uniform_grid
 from deeplimit.meanfield.norms import Norms
@@ -153,7 +153,8 @@ class LayerwiseMeasure:
         """Depth, widths and sizes."""
         widths = sorted({len(layer) for layer in self.layers})
         sizes = sorted({layer.shape[1] for layer in self.layers})
-        return f"LayerwiseMeasure({self.depth} layers of {widths} particles of {sizes} numbers)"
+        depth = several(self.depth, "layer")
+        return f"LayerwiseMeasure({depth} of {widths} particles of {sizes} numbers)"
 
 
 Network = LayerwiseMeasure | nn.Module

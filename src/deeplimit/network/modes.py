@@ -44,17 +44,31 @@ def begun(loader: Iterable[Any]) -> Iterator[Any]:
         ) from None
 
 
-def pairs(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
-    """The batches (x, y) of a loader, on a device; y are classes.
+def pairs(
+    loader: Iterable[Any], device: torch.device, need: str | None = None
+) -> Iterator[tuple[Inputs, Tensor]]:
+    """The batches (x, y) of a loader that hold samples, on a device; y are classes.
+
+    Args:
+        loader: of the batches.
+        device: to put them on.
+        need: what to say where there is no sample: what needs one.
 
     Raises:
-        InputError: no loader, a batch of another form, or targets that are no classes.
+        InputError: no loader, a batch of another form, targets that are no classes, or no sample
+            where one is needed.
     """
+    batches = samples = 0
     for batch in begun(loader):
+        batches += 1
         parts = batch if isinstance(batch, tuple | list) else (batch,)
         match parts:
-            case (Tensor() | Mapping() as x, Tensor() as y):
-                yield to_device(x, device), classes_of(y).to(device)
+            case (Tensor() | Mapping() as x, y):
+                y, x = classes_of(y).to(device), to_device(x, device)
+                inputs = [x] if isinstance(x, Tensor) else x.values()
+                if y.numel() or any(value.numel() for value in inputs):
+                    samples += 1
+                    yield x, y
             case _:
                 given = ", ".join(map(_described, parts)) or "nothing"
                 raise InputError(
@@ -62,6 +76,9 @@ def pairs(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Inputs,
                     "tensors by name, and a tensor of targets; give it a collate_fn that returns "
                     "them"
                 )
+    if need is not None and not samples:
+        none = "batches without a sample" if batches else "no batch"
+        raise InputError(f"the loader gave {none}; {need}")
 
 
 def _described(part: Any) -> str:

@@ -23,6 +23,7 @@ FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")
 ADAPTIVE = ("bosh3", "fehlberg2", "adaptive_heun", "dopri5", "dopri8")
 MAX_STEPS = 10_000
 TOLERANCE = 1e-3
+NEED = "an accuracy needs at least one sample"
 ROUNDING = 1e-9  # of an interval: a time so near to a node is the node
 
 
@@ -228,12 +229,10 @@ def _predictions(
 ) -> tuple[Tensor, Tensor, int]:
     """The classes said, the true ones, and the number of batches."""
     said, true = [], []
-    for x, y in pairs(loader, device_of(model)):
+    for x, y in pairs(loader, device_of(model), NEED):
         z = model(x)
         said.append(z.argmax(-1).cpu())
         true.append(fitted(z, y).cpu())
-    if not said:
-        raise InputError("the loader gave no batch; an accuracy needs at least one sample")
     return torch.cat(said), torch.cat(true), len(said)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cut_choice import CutChoice
-from deeplimit.control.verdict import Z
+from deeplimit.control.verdict import FEW, Z
+from deeplimit.errors import several
 from deeplimit.report.numbers import (
     SPACE,
     count,
@@ -14,7 +15,6 @@ from deeplimit.report.numbers import (
     points,
     runs,
     seconds,
-    several,
     significant,
     times,
 )
@@ -52,7 +52,7 @@ class Comparison:
 def comparisons(report: CropReport) -> tuple[Comparison, ...]:
     """Accuracy, loss, agreement and the three costs, each before and after."""
     n = report.samples
-    batch = f"{report.latency_batch} samples, {report.device}"
+    batch = f"{several(report.latency_batch, 'sample')}, {report.device}"
     return (
         Comparison(
             "Test accuracy",
@@ -106,7 +106,7 @@ def lead(cut: Cut) -> str:
     return (
         f"{_removed(cut)} Accuracy on test data goes from {percent(report.accuracy_before, n)} to "
         f"{percent(report.accuracy_after, n)} ({change}, one standard error), and both networks "
-        f"give the same answer for {percent(report.agreement, n)} of the {n:,} test samples."
+        f"give the same answer for {percent(report.agreement, n)} of {several(n, 'test sample')}."
     )
 
 
@@ -115,8 +115,8 @@ def data_sentence(parts: Parts | None) -> str:
     if parts is None:
         return ""
     return (
-        f"The networks were trained on {parts.train:,} samples, chosen on {parts.validation:,} "
-        f"(validation) and judged on {parts.test:,} others (test)."
+        f"The networks were trained on {several(parts.train, 'sample')}, chosen on "
+        f"{parts.validation:,} (validation) and judged on {several(parts.test, 'other')} (test)."
     )
 
 
@@ -154,6 +154,8 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
         return text + " The numbers on this page come from test data unless they say otherwise."
     lost = f"{several(100 * cut.tolerance, 'point')} of accuracy"
     gained = loss_gained(cut)
+    if not cut.removed and cut.parts is not None and cut.parts.validation < FEW:
+        return f"No depth is chosen on fewer than {FEW} validation samples.{few(cut)}"
     if not cut.removed:
         return (
             f"On validation data, with {STANDARD_ERRORS} added, every smaller depth loses more "
@@ -288,7 +290,7 @@ def refinement_sentence(refinement: Refinement) -> str:
     report, trained = refinement.report, refinement.trained
     n = report.samples
     text = (
-        f"Refined from {Path(refinement.source).name}: {report.horizon_before} layers became "
+        f"Refined from {Path(refinement.source).name}: {layers(report.horizon_before)} became "
         f"{report.horizon_after}, test accuracy {percent(report.accuracy_before, n)} became "
         f"{percent(report.accuracy_after, n)}"
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from deeplimit.control.projection import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.errors import several
 from deeplimit.report.figures.classes import class_entry, slowest_first
 from deeplimit.report.figures.training import Row
 from deeplimit.report.numbers import layers, percent, points, significant
@@ -121,7 +122,8 @@ def states_caption(
     `of` is the number of samples before thinning, `leaving` how many of those shown leave the view.
     """
     shown = len(picture.labels)
-    which = f"{shown:,} test samples" if shown == of else f"{shown:,} of {of:,} test samples"
+    which = several(of, "test sample")
+    which = which if shown == of else f"{shown:,} of {which}"
     entry = None if validation is None else validation.entry()
     there = ""
     if entry is not None:
@@ -143,7 +145,7 @@ def states_caption(
 def training_caption(metrics: Sequence[Row], measure: str, samples: int) -> str:
     """Where training ended."""
     last = metrics[-1]
-    epochs = f"After {len(metrics)} epoch{'' if len(metrics) == 1 else 's'}"
+    epochs = f"After {several(len(metrics), 'epoch')}"
     if measure == "entry":
         entry = last.get("entry")
         if entry is None:

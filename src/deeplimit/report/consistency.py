@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deeplimit.errors import several
 from deeplimit.report.figures.consistency import consistency_figure
-from deeplimit.report.numbers import several
 from deeplimit.studies.consistency import ConsistencyRate, ConsistencyStudy
 
 QUANTITIES = {
@@ -55,7 +55,8 @@ def _note(study: ConsistencyStudy) -> str:
     return (
         f"(N, M) = {', '.join(f'({n}, {m})' for n, m in sizes)}; start: {study.atoms} atoms smooth "
         "in depth, or samples around them, independent in every layer or the same in all (tied); "
-        f"d = {study.state}, {study.samples} samples, flow of {study.steps} steps of "
+        f"d = {study.state}, {several(study.samples, 'sample')}, flow of "
+        f"{several(study.steps, 'step')} of "
         f"{study.learning_rate:g}; {several(len(study.seeds), 'seed')}, "
         f"{several(study.draws, 'draw')}; float64. Slopes "
         "of log value against log of what stands beside it, means of the seeds'; d and outputs: of "

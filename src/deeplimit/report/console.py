@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.errors import several
 from deeplimit.report.answer import (
     comparisons,
     data_sentence,
@@ -32,7 +33,7 @@ def profile_table(profile: TurnpikeProfile, data: str = "validation") -> Rendera
         profile: of a network.
         data: the name of the data that it was measured on.
     """
-    table = _table(f"Turnpike on {data} data, {profile.samples:,} samples")
+    table = _table(f"Turnpike on {data} data, {several(profile.samples, 'sample')}")
     for name in ("layer", "loss", "accuracy", "distance", "update"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
@@ -96,7 +97,7 @@ def crop_summary(
     chosen = cut.tolerance is not None or cut.choice is not None
     how = "chosen on validation data" if chosen else "given by the user"
     lines = [*verdict_line(report.verdict)]
-    lines.append(Text(f"Depth {how}; {report.samples:,} test samples.", style="dim"))
+    lines.append(Text(f"Depth {how}; {several(report.samples, 'test sample')}.", style="dim"))
     if about := f"{data_sentence(cut.parts)}{few(cut)}":
         lines.append(Text(about, style="dim"))
     if cut.choice is not None:

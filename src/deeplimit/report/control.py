@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from deeplimit.control.crop_report import CropReport
+from deeplimit.errors import several
 from deeplimit.report.numbers import layers, percent, points
 from deeplimit.training.results import Cut, Reference
 
@@ -73,7 +74,7 @@ def _small(report: CropReport) -> str:
     """`report` is of the small network, before, and of the cut, after."""
     n = report.samples
     difference, error = report.accuracy_after - report.accuracy_before, report.accuracy_error
-    told = f"{n:,} test samples do not tell which is better"
+    told = f"{several(n, 'test sample')} {'does' if n == 1 else 'do'} not tell which is better"
     if report.verdict is not None and report.verdict.at_most < 0:
         told = "the cut is better"
     elif report.verdict is not None and report.verdict.at_least > 0:

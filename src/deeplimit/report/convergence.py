@@ -8,9 +8,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deeplimit.errors import several
 from deeplimit.report.certificate import certificate_answer, certificate_figures
 from deeplimit.report.figures.convergence import decay_figure, map_figure
-from deeplimit.report.numbers import several, significant
+from deeplimit.report.numbers import significant
 from deeplimit.studies.convergence import ConvergenceStudy, Source
 
 SOURCES: dict[Source, str] = {
@@ -102,8 +103,10 @@ def _rates(study: ConvergenceStudy) -> Table:
 
 def _note(study: ConvergenceStudy) -> str:
     return (
-        f"N = {study.depth} layers, {study.samples} orthogonal samples in d = {study.state}; ρ: "
+        f"N = {several(study.depth, 'layer')}, {several(study.samples, 'orthogonal sample')} in d "
+        f"= {study.state}; ρ: "
         "distance of the targets from the first outputs, the risk starts at ρ²/2; flow of "
-        f"{study.steps} steps of {study.learning_rate:g}; {several(len(study.seeds), 'seed')}; "
+        f"{several(study.steps, 'step')} of {study.learning_rate:g}; "
+        f"{several(len(study.seeds), 'seed')}; "
         "float64. A risk that falls as e^(−2rt) has the rate r."
     )

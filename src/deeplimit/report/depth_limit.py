@@ -8,12 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deeplimit.errors import several
 from deeplimit.ode.discretization import DiscretizationGap
 from deeplimit.ode.limit import DepthLimit
 from deeplimit.ode.smoothness import StageSmoothness
 from deeplimit.ode.solved import SolverAccuracy
 from deeplimit.report.figures.depth_limit import controls_figure, gap_figure, smoothness_figure
-from deeplimit.report.numbers import percent, several, significant
+from deeplimit.report.numbers import layers, percent, significant
 
 
 def depth_limit_summary(limit: DepthLimit) -> RenderableType:
@@ -78,7 +79,7 @@ def measured(limit: DepthLimit) -> str:
         f"layers, controls {'piecewise ' + gap.interpolation} in depth; gap/state: its mean in "
         "units of the state. "
         f"Bounds (integral: the sharper one) at the last layer, from Jacobians at "
-        f"{gap.segment_points} points of each segment. "
+        f"{several(gap.segment_points, 'point')} of each segment. "
         f"Solver's error at most {significant(max(g.solver_error for g in limit.gaps), 2)}."
     )
 
@@ -86,8 +87,10 @@ def measured(limit: DepthLimit) -> str:
 def gap_caption(gap: DiscretizationGap) -> str:
     """How far, compared with the state, and how loose the bounds are."""
     text = (
-        f"The states of {gap.horizon} layers stay within {significant(max(gap.gap))} of the Neural "
-        f"ODE through the same controls (piecewise {gap.interpolation}, {gap.samples} samples): "
+        f"The states of {layers(gap.horizon)} stay within {significant(max(gap.gap))} of the "
+        "Neural "
+        f"ODE through the same controls (piecewise {gap.interpolation}, "
+        f"{several(gap.samples, 'sample')}): "
         f"{percent(relative_gap(gap))} of the state's length in the mean."
     )
     if gap.bound is None or gap.integral_bound is None or not gap.gap[-1]:

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deeplimit.errors import several
 from deeplimit.report.numbers import SPACE, count, memory, seconds, significant
 from deeplimit.studies.gradient_cost import GradientCost
 from deeplimit.studies.gradient_methods import MethodCost
@@ -63,8 +64,7 @@ def method_name(method: MethodCost) -> str:
     name = f"adjoint with e{SPACE}={SPACE}{method.evaluations}"
     if method.method != "planned":
         return name
-    anchors = len(method.anchors)
-    return f"{name} and {anchors} anchor{'' if anchors == 1 else 's'}"
+    return f"{name} and {several(len(method.anchors), 'anchor')}"
 
 
 def short_name(method: MethodCost) -> str:
@@ -131,8 +131,8 @@ def _note(cost: GradientCost) -> str:
     )
     if chains:
         text += (
-            f" Kept: inputs of the {sum(map(len, cost.chains))} blocks in {chains} "
-            f"chain{'' if chains == 1 else 's'}; plain backpropagation also keeps what is inside."
+            f" Kept: inputs of {several(sum(map(len, cost.chains)), 'block')} in "
+            f"{several(chains, 'chain')}; plain backpropagation also keeps what is inside."
         )
     if len(cost.methods) > 1 and "untrained" in cost.weights:
         text += " Errors are those of untrained weights; measure trained ones too."

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deeplimit.errors import several
 from deeplimit.report.figures.measures import (
     comparison_figure,
     distance_map_figure,
@@ -15,7 +16,7 @@ from deeplimit.report.figures.measures import (
     path_accuracy_figure,
     path_loss_figure,
 )
-from deeplimit.report.numbers import percent, significant
+from deeplimit.report.numbers import layers, percent, significant
 from deeplimit.report.verdict import verdict_line
 from deeplimit.studies.comparison import ComparedLayer, ComparedNetwork, ComparedPair, Comparison
 from deeplimit.studies.interpolation import Interpolation
@@ -190,7 +191,8 @@ def _circumstances(found: Interpolation) -> str:
     }[found.frame]
     turned = "; the second network was turned into the first one's basis" if found.aligned else ""
     return (
-        f"{found.samples:,} test samples, soft cross-entropy (ε = {found.softness:g}); {own}; "
+        f"{several(found.samples, 'test sample')}, soft cross-entropy (ε = {found.softness:g}); "
+        f"{own}; "
         f"between them up to {found.width} neurons in a layer; {frame}{turned}."
     )
 
@@ -254,7 +256,10 @@ def merge_summary(found: MergedRuns) -> RenderableType:
         scores.append(("parameters averaged", found.averaged))
     for name, score in scores:
         table.add_row(name, "", "", significant(score.loss), percent(score.accuracy, n))
-    note = f"{n:,} test samples; {found.depth} layers of up to {found.width} neurons."
+    note = (
+        f"{several(n, 'test sample')}; {layers(found.depth)} of up to "
+        f"{several(found.width, 'neuron')}."
+    )
     if found.narrowed is not None:
         note += f" Narrowed by {significant(found.narrowed)}, which is off the barycentre."
     return Group(table, *verdict_line(found.verdict), Text(note, style="dim"))

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from deeplimit.errors import several
+
 SPACE = "\u00a0"  # keeps a number and its unit on one line
 FINE = 2000  # samples from which a hundredth of a point says something
 
@@ -60,7 +62,7 @@ def times(before: int | float, after: int | float, less: str, more: str) -> str:
     if before <= 0:
         return more
     ratio, word = (before / after, less) if before > after else (after / before, more)
-    return f"{ratio:.{1 if ratio < 99.95 else 0}f}{SPACE}×{SPACE}{word}"
+    return f"{ratio:.{2 if ratio < 1.05 else 1 if ratio < 99.95 else 0}f}{SPACE}×{SPACE}{word}"
 
 
 def significant(number: int | float, digits: int = 3) -> str:
@@ -84,12 +86,6 @@ def superscript(power: int) -> str:
 def layers(number: int) -> str:
     """`1 layer`, `4 layers`, `no layer`."""
     return "no layer" if number == 0 else several(number, "layer")
-
-
-def several(number: int | float, noun: str) -> str:
-    """`1 seed`, `3 seeds`, `0.5 points`."""
-    shown = f"{number:g}" if isinstance(number, float) else str(number)
-    return f"{shown} {noun}{'' if number == 1 else 's'}"
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deeplimit.errors import several
 from deeplimit.report.answer import comparisons
 from deeplimit.report.numbers import percent, significant
 from deeplimit.report.verdict import verdict_line
@@ -34,11 +35,8 @@ def refinement_summary(refinement: Refinement) -> RenderableType:
 
 
 def _note(refinement: Refinement) -> str:
-    epochs = refinement.epochs
-    if not epochs:
-        return f"{refinement.report.samples:,} test samples; not trained since."
+    samples = several(refinement.report.samples, "test sample")
+    if not refinement.epochs:
+        return f"{samples}; not trained since."
     state = "with the optimiser's state" if refinement.carried else "with a new optimiser"
-    return (
-        f"{refinement.report.samples:,} test samples; trained for {epochs} "
-        f"epoch{'' if epochs == 1 else 's'} from there, {state}."
-    )
+    return f"{samples}; trained for {several(refinement.epochs, 'epoch')} from there, {state}."

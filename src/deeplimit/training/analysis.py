@@ -17,7 +17,7 @@ from deeplimit.control import (
 from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.verdict import unchanged
 from deeplimit.data import DataSet
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 from deeplimit.network import Anatomy, BlockAnatomy, anatomy
 from deeplimit.training.building import evaluation_batches, loss_of, run_data
 from deeplimit.training.processes import device_type
@@ -87,13 +87,16 @@ def crop_run(
     given = {"blocks": blocks, "multiply_adds": multiply_adds, "latency": latency}
     budget = {name: value for name, value in given.items() if value is not None}
     if budget and to != "auto":
-        raise InputError(f"a cut to {to} layers and a budget of {', '.join(budget)}; give one")
+        raise InputError(
+            f"a cut to {several(to, 'layer')} and a budget of {', '.join(budget)}; give one"
+        )
     model = folder.model()
     structure = anatomy(model)
     layers = structure.horizon
     if to != "auto" and not (least := _least(structure)) <= to <= layers:
         raise InputError(
-            f"a cut to {to} layers; the network has {layers}: give {least} … {layers}, auto"
+            f"a cut to {several(to, 'layer')}; the network has {layers}: give {least} … {layers}, "
+            "auto"
         )
     accuracy = check_tolerance(folder.recipe.points / 100 if accuracy is None else accuracy)
     data = data or run_data(folder)

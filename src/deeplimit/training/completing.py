@@ -8,7 +8,7 @@ from lightning_fabric import Fabric
 
 from deeplimit.control import crop, turnpike_profile, verify_crop
 from deeplimit.data import DataSet
-from deeplimit.errors import InputError, RunError
+from deeplimit.errors import InputError, RunError, several
 from deeplimit.terminal import tell
 from deeplimit.training.analysis import crop_run, profile_run, usable_device
 from deeplimit.training.building import evaluation_batches, loss_of, prepare, run_data
@@ -94,7 +94,7 @@ def _train_control(fabric: Fabric, folder: RunFolder, data: DataSet, quiet: bool
         own.with_name(f"{own.name}-without-stage-cost"),
         folder,
         data,
-        f"Control: the same network without stage cost, {plain.horizon} layers",
+        f"Control: the same network without stage cost, {several(plain.horizon, 'layer')}",
         quiet,
     )
     small = None
@@ -106,7 +106,8 @@ def _train_control(fabric: Fabric, folder: RunFolder, data: DataSet, quiet: bool
             own.with_name(f"{own.name}-plain-{'-'.join(map(str, depth))}"),
             folder,
             data,
-            f"Control: a network of the cut's depth without stage cost, {sum(depth)} layers",
+            "Control: a network of the cut's depth without stage cost, "
+            f"{several(sum(depth), 'layer')}",
             quiet,
         )
     first_process_does(fabric, lambda: _compare(folder, removed, full, small, data))

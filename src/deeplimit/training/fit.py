@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from deeplimit.control import StageCost
-from deeplimit.errors import RunError
+from deeplimit.errors import RunError, several
 from deeplimit.interruption import interruptible
 from deeplimit.network.modes import evaluating
 from deeplimit.training.building import Start, evaluation_batches, load_data, loss_of, prepare
@@ -204,11 +204,11 @@ def _finish(folder: RunFolder, model: nn.Module, rows: Sequence[Row]) -> None:
 def _network(recipe: Recipe) -> str:
     if recipe.model is not None:
         return recipe.model
-    return f"{recipe.kind} network of {recipe.horizon} layers"
+    return f"{recipe.kind} network of {several(recipe.horizon, 'layer')}"
 
 
 def _planned(recipe: Recipe, done: int) -> str:
-    what = f"{recipe.epochs} epochs"
+    what = several(recipe.epochs, "epoch")
     if done >= recipe.epochs:
         return f"{what}: finished already, nothing to train"
     return what if done == 0 else f"{what}, going on after {done}"

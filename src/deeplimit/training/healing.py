@@ -14,7 +14,7 @@ from torch import nn
 from deeplimit.control import crop, verify_crop
 from deeplimit.control.distillation import check_teaching
 from deeplimit.data import DataSet
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 from deeplimit.files import write_text
 from deeplimit.network import anatomy
 from deeplimit.network.anatomy.anatomy import layer_numbers
@@ -264,7 +264,7 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
         None if plan.teacher == "none" else teaching,
         _fade(plan.removed, plan.fade),
     )
-    layers = f"{anatomy(cropped).horizon} of {anatomy(full).horizon} layers"
+    layers = f"{anatomy(cropped).horizon} of {several(anatomy(full).horizon, 'layer')}"
     training = fit(
         launched(start),
         start,

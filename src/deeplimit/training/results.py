@@ -7,7 +7,7 @@ from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.projection import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
-from deeplimit.control.verdict import Verdict, samples_to_exclude
+from deeplimit.control.verdict import Verdict, samples_needed
 from deeplimit.data import DataSet
 from deeplimit.meanfield.convergence import ConvergenceCertificate
 from deeplimit.ode.limit import DepthLimit
@@ -69,8 +69,7 @@ class Cut:
         """
         if self.tolerance is None or self.parts is None:
             return None
-        least = samples_to_exclude(self.tolerance)
-        return least if least is not None and least > self.parts.validation else None
+        return samples_needed(self.tolerance, self.parts.validation)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 from deeplimit.network.blocks import control
 from deeplimit.network.modes import Inputs, RunningStatistics, to_device, to_precision
 
@@ -289,7 +289,8 @@ class Anatomy(ABC):
     def __str__(self) -> str:
         """The parts, a line each."""
         lines = [
-            f"{type(self.model).__name__}: {self.horizon} layers, read by {type(self).__name__}"
+            f"{type(self.model).__name__}: {several(self.horizon, 'layer')}, read by "
+            f"{type(self).__name__}"
         ]
         for stage in sorted({layer.stage for layer in self.layers}):
             own = [n for n, layer in enumerate(self.layers) if layer.stage == stage]
