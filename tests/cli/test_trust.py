@@ -1,19 +1,24 @@
 """A run folder from somebody else that names code: no verb runs it unless it is trusted."""
 
+import copy
 import json
+import pickle
 import shutil
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tomli_w
 from cli_commands import Done, command, contents, npz
 
 from deeplimit.errors import InputError
 from deeplimit.training import Recipe, RunFolder, load_model, resume, train
 from deeplimit.training.healing import Plan
-from deeplimit.training.trust import sources
+from deeplimit.training.model_spec import load_named
+from deeplimit.training.trust import Named, sources
 from deeplimit.training.typed_values import to_plain
 
 MODULE = """
@@ -27,13 +32,21 @@ from deeplimit.network import BlockAnatomy, register
 Path(__file__).with_name("marker").touch()
 print("the module runs", file=sys.stderr)
 
+class Mlp(nn.Module):  # a mean of particles
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.activation_fn, self.fc2 = nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.fc2(self.activation_fn(self.fc1(x)))
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(4, 4)
+        self.mlp = Mlp()
 
     def forward(self, x):
-        return x + self.linear(x).tanh()
+        return x + self.mlp(x)
 
 class Network(nn.Module):
     def __init__(self):
@@ -123,9 +136,7 @@ VERBS = {
 LIKE_OTHERS = ("profile", "heal", "train --model")  # like crop and train --resume, to save time
 NEVER = {  # what is said of a network of one's own class, once it could be read
     "refine": "cannot store another depth",
-    "compare": "TwoLayerResidual or the like",
-    "interpolate": "TwoLayerResidual or the like",
-    "merge": "TwoLayerResidual or the like",
+    "merge": "cannot store another width or depth",
 }
 
 
@@ -209,3 +220,42 @@ def test_files_are_found_without_being_run(theirs: Path) -> None:
     assert sources("json.decoder")[1] == json.decoder.__file__
     assert marks() == []
     assert str(Path.cwd()) not in sys.path
+
+
+def test_the_mark_goes_with_a_recipe_wherever_it_goes(theirs: Path, tmp_path: Path) -> None:
+    recipe = Recipe.from_toml(theirs / "recipe.toml")
+    again = tmp_path / "again.toml"
+    again.write_text(recipe.rooted().to_toml())
+    ways = {
+        "copied": copy.deepcopy(copy.copy(recipe)),
+        "pickled": pickle.loads(pickle.dumps(recipe)),
+        "changed": replace(recipe, seed=3),
+        "rooted": recipe.rooted(),
+        "written": Recipe.from_toml(again),
+        "a run of a run": Recipe.from_toml("runs/others/recipe.toml").rooted(),
+    }
+    for way, other in ways.items():
+        assert isinstance(other.model, Named), way
+        with pytest.raises(InputError, match=r"names code, .* which is not run unasked"):
+            load_named(other.model)
+    assert Recipe.from_toml("runs/others/recipe.toml").rooted().model.file is not None
+    assert marks() == []
+
+
+def test_a_text_made_of_a_marked_one_is_not_trusted(theirs: Path) -> None:
+    """What lost its mark, by whatever way, is not what the user typed."""
+    marked = Recipe.from_toml(theirs / "recipe.toml").model
+    assert marked is not None
+    for text in (
+        str(marked),
+        f"{marked}",
+        marked[:],
+        marked.strip(),
+        ":".join(marked.split(":")),
+        json.loads(json.dumps(marked)),
+        tomllib.loads(tomli_w.dumps({"model": marked}))["model"],
+    ):
+        assert text == SPEC
+        with pytest.raises(InputError, match=r"something unknown names code, .*not run unasked"):
+            load_named(text)
+    assert marks() == []

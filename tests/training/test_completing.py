@@ -14,7 +14,7 @@ from training_runs import checkpoint_of, same_but_for_seconds
 
 from deeplimit.control import cropping
 from deeplimit.data import batches
-from deeplimit.errors import InputError, RunError
+from deeplimit.errors import InputError, RunError, several
 from deeplimit.training import Recipe, RunFolder, complete, crop_run, resume, run_data, train
 from deeplimit.training.loop import Training
 
@@ -157,10 +157,10 @@ def test_another_cut_gets_a_control_of_its_own(
 def test_each_training_of_the_control_is_announced(whole: RunFolder, told: io.StringIO) -> None:
     lines = [line for line in told.getvalue().splitlines() if not line.startswith("epoch")]
     small, runs = small_run(whole).path, whole.path.parent
-    k = small.name.removeprefix("runs-plain-")
+    layers = several(int(small.name.removeprefix("runs-plain-")), "layer")
     assert lines == [
         f"Control: the same network without stage cost, 4 layers ({runs / PLAIN}), 3 epochs",
-        f"Control: a network of the cut's depth without stage cost, {k} layers ({small}), 3 epochs",
+        f"Control: a network of the cut's depth without stage cost, {layers} ({small}), 3 epochs",
     ]
 
 

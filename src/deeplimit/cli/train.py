@@ -88,8 +88,8 @@ def parse_train(args: list[str]) -> Train:
     # Help on its own: what was given already would be left out of it.
     made = _parse(args if words == args else ["--help"], Train(**vars(defaults)))
     model = defaults.model  # as it was before the parser had it: with where it comes from
-    if made.trust and model is not None and not isinstance(model, Named):
-        model = Named(model, trust=True)
+    if made.trust and isinstance(model, Named):
+        model = Named(model, model.file, trust=True)
     return replace(made, model=model)
 
 

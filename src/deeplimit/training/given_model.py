@@ -15,7 +15,7 @@ from deeplimit.network.modes import evaluating
 from deeplimit.network.weights import read_pickled, read_safetensors
 from deeplimit.training.library_models import UNTRAINED
 from deeplimit.training.loaded_model import told
-from deeplimit.training.model_spec import load_model
+from deeplimit.training.model_spec import load_named
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.saved_models import OWN
 
@@ -33,7 +33,7 @@ def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisati
         InputError: no such model or weights, or figures that do not go with the model or the data.
     """
     spec = recipe.model or ""
-    loaded = load_model(spec, seed=recipe.seed, classes=data.classes, new_head=recipe.new_head)
+    loaded = load_named(spec, seed=recipe.seed, classes=data.classes, new_head=recipe.new_head)
     model = loaded.model
     if recipe.weights is not None:
         load_weights(model, recipe.weights, spec)

@@ -56,6 +56,18 @@ def load_model(
         InputError: no such model, a seed out of range, a library that is not installed, a function
             that fails or returns something else, or code that is not trusted.
     """
+    return load_named(Named.typed(spec), seed=seed, classes=classes, new_head=new_head, trust=trust)
+
+
+def load_named(
+    spec: str,
+    *,
+    seed: int = 0,
+    classes: int | None = None,
+    new_head: bool = False,
+    trust: bool = False,
+) -> LoadedModel:
+    """The same for a recipe's model, whose code runs only if its mark says so (`Named`)."""
     check_seed(seed)
     source, colon, name = spec.partition(":")
     if source not in LIBRARIES and spec.endswith(".safetensors"):

@@ -149,6 +149,8 @@ class Recipe:
         for field in fields(self):
             value = conform(hints[field.name], getattr(self, field.name), field.name)
             object.__setattr__(self, field.name, value)
+        if self.model is not None:
+            object.__setattr__(self, "model", Named.typed(self.model))
         if self.frame is not None:  # wherever the recipe is read again
             object.__setattr__(self, "frame", self.frame.absolute())
         self._check_model()
@@ -207,6 +209,8 @@ class Recipe:
             if kind in ("", "npz", "transformers") and path and Path(path).exists():
                 known = name == "data" and not colon
                 changed |= {} if known else {name: f"{kind}{colon}{Path(path).absolute()}"}
+        if isinstance(self.model, Named) and "model" in changed:
+            changed["model"] = self.model.spelt(changed["model"])
         return replace(self, **changed)
 
     @property

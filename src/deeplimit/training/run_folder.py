@@ -225,13 +225,13 @@ class RunFolder:
 
     def _untrained(self) -> nn.Module:
         """The recipe's model, whatever its weights."""
-        from deeplimit.training.model_spec import load_model  # which reads run folders itself
+        from deeplimit.training.model_spec import load_named  # which reads run folders itself
 
         recipe = self.recipe
         if recipe.model is None:
             raise InputError(f"{self.path / RECIPE}: no model in it, but its weights are one's")
         classes = len(self.class_names)
-        return load_model(recipe.model, seed=recipe.seed, classes=classes).model
+        return load_named(recipe.model, seed=recipe.seed, classes=classes).model
 
     def profiles(self) -> Profiles | None:
         """What `profile_run` measured."""

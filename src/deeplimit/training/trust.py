@@ -1,8 +1,9 @@
 """Code that a file names: it is run only where the user said so.
 
 A specification `module:function` is code. Typed on the command line or written in a program it is
-the user's own; out of a recipe.toml it is whoever's wrote the file. `Named` marks the latter on its
-way through recipes, and `check_code` stands before the one import.
+the user's own; out of a recipe.toml it is whoever's wrote the file. `Named` says which on its way
+through recipes, and `check_code` stands before the one import. A text that was made of another one
+says nothing any more, and its code is not run.
 """
 
 import importlib.util
@@ -21,7 +22,7 @@ from deeplimit.errors import InputError
 
 
 class Named(str):
-    """A model's specification that is not the user's own words alone.
+    """A model's specification, and whose words it is.
 
     Attributes:
         file: which names it; None where the user did.
@@ -37,16 +38,25 @@ class Named(str):
         named.file, named.trust = file, trust
         return named
 
+    @classmethod
+    def typed(cls, spec: str) -> "Named":
+        """As the user typed it, or wrote it in a program; what is marked already stays as it is."""
+        return spec if isinstance(spec, Named) else cls(spec)
+
+    def spelt(self, spec: str) -> "Named":
+        """Another spelling of the same."""
+        return Named(spec, self.file, self.trust)
+
 
 def check_code(spec: str, module: str) -> None:
     """Before a module is imported: is it the user's, or trusted? Then its files are told on stderr.
 
     Raises:
-        InputError: a file names it, and nobody said that it may be run.
+        InputError: a file names it, and nobody said that it may be run; or nothing says who does.
     """
-    file = spec.file if isinstance(spec, Named) else None
-    if file is None:
+    if isinstance(spec, Named) and spec.file is None:
         return
+    file = spec.file if isinstance(spec, Named) else "something unknown"
     code = ", ".join(sources(module)) or "found neither in this folder nor installed"
     if not isinstance(spec, Named) or not spec.trust:
         raise InputError(
