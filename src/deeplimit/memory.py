@@ -11,6 +11,7 @@ from deeplimit.errors import InputError
 # What a packed file may become: anything up to FLOOR bytes, beyond that EXPANSION times its size.
 # Images and tables shrink to a fiftieth at most; what shrinks more was made to fill the memory.
 FLOOR, EXPANSION = 2**30, 100
+OBJECTS = 3000  # bytes of Python's that a layer takes at least, whatever its numbers
 
 _CGROUP = Path("/sys/fs/cgroup")
 _GROUPS = (  # of control groups, version 2 and 1: limit, usage, what of it can be given back

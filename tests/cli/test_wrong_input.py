@@ -12,6 +12,10 @@ from cli_commands import command, contents, idx_set, npz
 Line = Callable[[Path], list[str | Path]]
 
 
+THIN = ("--width", "1", "--hidden", "1", "--depth", "200000")
+SIZES = ("8", "16", "32", "400000000")
+
+
 @dataclass(frozen=True)
 class Wrong:
     """A command line that is wrong.
@@ -218,6 +222,34 @@ WRONG: dict[str, Wrong] = {
     ),
     "study of negative radius": Wrong(
         lambda here: ["study", "horizon", "--radius", "-1"], ("-1", "≥ 0")
+    ),
+    "study that does not fit": Wrong(
+        lambda here: ["study", "horizon", "--depth", "400000000", "--runs", here / "runs"],
+        ("1600000000 layers does not fit into memory",),
+    ),
+    "linear networks that do not fit": Wrong(
+        lambda here: ["study", "linear", "--depths", "8", "40000000000", "--runs", here / "runs"],
+        ("networks of 40000000000 layers do not fit into memory",),
+    ),
+    "smooth networks that do not fit": Wrong(
+        lambda here: ["study", "smooth", "--depths", "8", "40000000000", "--runs", here / "runs"],
+        ("networks of 40000000000 layers do not fit into memory",),
+    ),
+    "a smooth start that does not fit": Wrong(
+        lambda here: ["study", "smooth", "--depths", "8", "200000", "--runs", here / "runs"],
+        ("a smooth start in 200000 layers does not fit into memory: 1.3 TB",),
+    ),
+    "a run with a smooth start that does not fit": Wrong(
+        lambda here: ["train", *THIN, "--initialisation", "smooth", "--runs", here / "runs"],
+        ("a smooth start in 200000 layers does not fit into memory: 1.3 TB",),
+    ),
+    "convergence that does not fit": Wrong(
+        lambda here: ["study", "convergence", "--depth", "400000000", "--runs", here / "runs"],
+        ("networks of 400000000 layers do not fit into memory",),
+    ),
+    "consistency that does not fit": Wrong(
+        lambda here: ["study", "consistency", "--depths", *SIZES, "--runs", here / "runs"],
+        ("networks of 400000000 layers do not fit into memory",),
     ),
     "study at depth 0": Wrong(lambda here: ["study", "horizon", "--depth", "0"], ("depth is 0",)),
     "study of unknown data": Wrong(

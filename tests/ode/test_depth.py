@@ -189,6 +189,14 @@ def test_mode_precision_and_requires_grad_stay() -> None:
     assert frozen == [False, False, True, True, False, False, False, False]
 
 
+@pytest.mark.parametrize(("factor", "size"), [(10**9, "13 TB"), (10**30, "PB")])
+def test_what_does_not_fit_is_refused_before_it_is_made(factor: int, size: str) -> None:
+    with pytest.raises(
+        InputError, match=f"of {4 * factor} layers does not fit .* {size} of .* a smaller factor$"
+    ):
+        refine(chain_of(4), factor)
+
+
 @pytest.mark.parametrize("factor", [0, -2, 1.5, True, "2", Fraction(2)])
 def test_a_factor_that_is_none(factor: object) -> None:
     words = r"factor is .*; expected a whole number ≥ 1"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.memory import require
 from deeplimit.network.chain import ResidualChain
 from deeplimit.network.cifar_resnet import BasicBlock, CifarResNet
 from deeplimit.network.classifiers import ResidualClassifier
@@ -97,11 +98,18 @@ def identical_start(blocks: Iterable[nn.Module]) -> None:
             parameter.copy_(first)
 
 
+def check_kernel(count: int) -> None:
+    """Raises InputError where K, its eigenvectors and K^{1/2} of so many blocks do not fit."""
+    what = f"the covariance of a smooth start in {count} layers does not fit into memory"
+    require(4 * 8 * count**2, what, "give fewer layers or another start")
+
+
 def _root_of_kernel(count: int, length_scale: float) -> Tensor:
     """K^{1/2} [N, N], float64.
 
     The kernel is singular to working precision: eigenvalues that rounding made negative are 0.
     """
+    check_kernel(count)
     s = torch.arange(count, dtype=torch.float64) / max(count, 1)
     kernel = torch.exp(-((s[:, None] - s) ** 2) / (2 * length_scale**2))
     values, vectors = torch.linalg.eigh(kernel)

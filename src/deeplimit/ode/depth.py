@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from deeplimit.errors import InputError
+from deeplimit.memory import OBJECTS, require
 from deeplimit.ode.blocks import check_values, check_whole
 from deeplimit.ode.resampling import Node, changing, resampled
 from deeplimit.ode.stages import Stage
@@ -49,7 +50,8 @@ def refine(model: Model, factor: int, *, optimizer: Optimizer | None = None) -> 
         or architecture is brought up to date: saved and loaded it is the same network.
 
     Raises:
-        InputError: a factor that is no whole number ≥ 1; a model that `stages` does not take, one
+        InputError: a factor that is no whole number ≥ 1, or so large that the network does not fit
+            into memory; a model that `stages` does not take, one
             on the meta device, quantised, with layers that share parameters (`untie` it) or whose
             forward was replaced (`use_adjoint`); one where the ends of the residual branches are
             not known; an optimiser of another class or of another model.
@@ -92,6 +94,10 @@ def coarsen(model: Model, factor: int, *, optimizer: Optimizer | None = None) ->
 
 
 def _finer(stage: Stage, m: int) -> list[Node]:
+    parameters = [p for block in stage.blocks for p in block.parameters() if p.is_cpu]
+    size = m * (sum(p.nbytes for p in parameters) + OBJECTS * len(stage.blocks))
+    what = f"a stage of {m * stage.horizon} layers does not fit into memory"
+    require(size, what, "give a smaller factor")
     last = len(stage.blocks) - 1
     every = [(n, Fraction(j, m)) for n in range(stage.horizon) for j in range(m)]
     nodes = [Node(n, t) if n < last else Node(n) for n, t in every]

@@ -34,7 +34,7 @@ from deeplimit.studies.flowing import (
     network_of,
     normal,
 )
-from deeplimit.studies.rates import Tell, check_depths, fitted_slope, keep
+from deeplimit.studies.rates import Tell, check_depths, check_fits, fitted_slope, keep
 from deeplimit.studies.seeds import check_seeds
 from deeplimit.training.new_folder import check_place
 
@@ -190,6 +190,8 @@ def study_consistency(
     check_seeds(seeds)
     _check_widths(depths, widths, atoms, draws)
     steps = check_time(learning_rate, time)
+    for depth, width in zip(depths, widths, strict=True):
+        check_fits(depth, draws * width * (2 * STATE + 1))
     check_place(runs)
     sizes = list(zip(depths, widths, strict=True))
     weights = [n * m for n, m in sizes]

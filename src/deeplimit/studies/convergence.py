@@ -32,7 +32,7 @@ from deeplimit.studies.flowing import (
     network_of,
     normal,
 )
-from deeplimit.studies.rates import Tell, keep, looked_at
+from deeplimit.studies.rates import Tell, check_fits, keep, looked_at
 from deeplimit.studies.seeds import check_seeds
 from deeplimit.training.new_folder import check_place
 
@@ -150,6 +150,7 @@ def study_convergence(
     check_seeds(seeds)
     steps = check_time(learning_rate, time)
     _check(widths, distances, depth, samples)
+    check_fits(depth, 2 * widths[-1] * (2 * STATE + 1))  # with their gradients
     check_place(runs)
     every = [(m, r, seed) for m in widths for r in distances for seed in seeds]
     trainings = []

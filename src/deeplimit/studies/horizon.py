@@ -130,8 +130,8 @@ def study_horizon(
         raise InputError(f"the tube radius is {radius}; it must be a number ≥ 0")
     folder = _free(runs / f"horizon-{Path(recipe.data.rpartition(':')[2]).stem}")
     depths: list[HorizonRuns] = []
-    tests: list[TurnpikeProfile] = []
-    for multiple in MULTIPLES:
+    tests: list[TurnpikeProfile] = []  # of the deepest
+    for multiple in reversed(MULTIPLES):  # what does not fit is refused before anything is trained
         deeper = replace(recipe, depth=tuple(multiple * steps for steps in recipe.depth))
         trained = [
             train(
@@ -142,9 +142,10 @@ def study_horizon(
             )
             for seed in seeds
         ]
-        tests = [profile_run(run).test for run in trained]
+        found = [profile_run(run).test for run in trained]
+        tests = tests or found
         names = tuple(run.path.name for run in trained)
-        depths.append(_counted(deeper.horizon, names, tests, radius))
+        depths.insert(0, _counted(deeper.horizon, names, found, radius))
     study = HorizonStudy(
         folder=str(folder),
         data=recipe.data,

@@ -32,6 +32,7 @@ from deeplimit.studies.rates import (
     Watched,
     check_depths,
     check_finite,
+    check_fits,
     check_flow,
     converged,
     family,
@@ -122,6 +123,8 @@ def study_linear(
     check_depths(depths)
     check_seeds(seeds)
     check_flow(learning_rate, steps)
+    # Controls, states, gradient and what becomes of the controls.
+    check_fits(depths[-1], 4 * len(THEORY) * len(seeds) * WIDTH**2, modules=False)
     check_place(runs)
     targets = torch.stack([drawn(seed)[2] for seed in seeds])
     found: dict[str, list[list[Watched]]] = {start: [[] for _ in seeds] for start in THEORY}

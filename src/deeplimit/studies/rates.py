@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
+from deeplimit.memory import OBJECTS, require
 from deeplimit.studies.horizon import STUDY
 from deeplimit.training.new_folder import new_folder
 from deeplimit.training.typed_values import to_plain
@@ -180,6 +181,16 @@ def check_depths(depths: Sequence[int]) -> None:
             f"depths {' '.join(map(str, depths)) or '(none)'} given; expected at least two, from "
             "the smallest to the largest, each of 2 layers or more, such as 16 32 64"
         )
+
+
+def check_fits(depth: int, numbers: int, *, modules: bool = True) -> None:
+    """Networks of a depth, with so many float64 in a layer of all that are held at once.
+
+    Raises:
+        InputError: they do not fit into memory.
+    """
+    size = depth * (8 * numbers + modules * OBJECTS)
+    require(size, f"networks of {depth} layers do not fit into memory", "give smaller numbers")
 
 
 def check_flow(learning_rate: float, steps: int) -> None:

@@ -27,7 +27,7 @@ from torchdiffeq import odeint
 from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain, TwoLayerResidual
 from deeplimit.network.blocks import ACTIVATIONS, choose
-from deeplimit.network.initialisation import smooth_start
+from deeplimit.network.initialisation import check_kernel, smooth_start
 from deeplimit.ode.interpolation import Controls
 from deeplimit.ode.stages import longest_stage
 from deeplimit.studies.rates import (
@@ -40,6 +40,7 @@ from deeplimit.studies.rates import (
     Watched,
     check_depths,
     check_finite,
+    check_fits,
     check_flow,
     converged,
     family,
@@ -137,6 +138,8 @@ def study_smooth(
     _check_division(depths)
     check_seeds(seeds)
     check_flow(learning_rate, steps)
+    check_fits(depths[-1], 2 * HIDDEN * (2 * WIDTH + 1))  # with their gradients
+    check_kernel(depths[-1])
     first_chain(activations[0], "smooth", 1, 1, 0, length_scale)  # is ℓ a length?
     check_place(runs)
     plan = list(product(activations, STARTS, seeds, depths))

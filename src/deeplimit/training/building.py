@@ -11,7 +11,7 @@ from deeplimit.control import Distillation, SoftCrossEntropy, StageCost
 from deeplimit.data import Augmentation, DataSet, Split, batches, load
 from deeplimit.errors import InputError
 from deeplimit.gradient import use_adjoint
-from deeplimit.memory import require
+from deeplimit.memory import OBJECTS, require
 from deeplimit.network import (
     Architecture,
     CifarArchitecture,
@@ -19,13 +19,13 @@ from deeplimit.network import (
     ResidualClassifier,
     initialise,
 )
+from deeplimit.network.initialisation import check_kernel
 from deeplimit.network.storage import load as load_own
 from deeplimit.training.given_model import check_model, given_model
 from deeplimit.training.recipe import OWN_STARTS, Recipe
 from deeplimit.training.run_folder import RunFolder, as_vouched
 
 EVALUATION_BATCH = 256
-OBJECTS = 3000  # bytes of Python's that a layer takes at least, whatever its numbers
 CACHE = ".data"  # in the folder of the runs: decoded images, memory-mapped by later runs
 
 
@@ -150,6 +150,8 @@ def _initial(
     except (OverflowError, RuntimeError, TypeError) as error:  # sizes beyond 64 bits
         raise InputError(f"{what} does not fit into any memory; give smaller numbers") from error
     require(size, f"{what} does not fit into memory", "give smaller numbers")
+    if recipe.initialisation == "smooth":
+        check_kernel(max(recipe.depth))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = architecture.build()
