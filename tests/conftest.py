@@ -1,6 +1,7 @@
 """Shared fixtures; shapes in annotations are checked by beartype while the suite runs."""
 
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,3 +68,26 @@ def refused_calls() -> Callable[[str], None]:
         assert all(line.strip() and "\\n" not in line for line in lines)
 
     return check
+
+
+@pytest.fixture
+def processes_said(tmp_path: Path) -> Callable[[str], list[str]]:
+    """Runs a script that starts processes which meet at the port it is given: the lines it says."""
+
+    def run(script: str) -> list[str]:
+        path = tmp_path / "processes.py"
+        path.write_text(script)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, str(path), port],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run

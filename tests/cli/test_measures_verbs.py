@@ -151,6 +151,7 @@ def test_interpolate_scores_both_ways(pair: tuple[Path, Path]) -> None:
     written = model(a.parent / "between")
     off = cot_distance(model(a), written).distance, cot_distance(written, model(b)).distance
     assert found.saved_distances == pytest.approx(off, rel=1e-6)
+    assert found.lower == found.distance
     middle = cot_geodesic(model(a), model(b), 0.5, frame="interpolate").network()
     plain = copy.deepcopy(model(a))
     mine, theirs = model(a).state_dict(), model(b).state_dict()
@@ -232,6 +233,7 @@ def test_merge_leaves_a_run(pair: tuple[Path, Path], runs: Path) -> None:
     assert json.loads((folder / "merge.json").read_text()) == json.loads(done.out)
     joined = merge([model(run) for run in three], frame="interpolate")
     assert found.distances == pytest.approx(joined.distances, rel=1e-6)
+    assert found.lower == found.distances
     assert (found.depth, found.width, found.averaged) == (4, 5, None)
     assert found.narrowed is not None
     assert found.narrowed > 0

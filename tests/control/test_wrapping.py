@@ -1,9 +1,6 @@
 """Objectives beside and inside DistributedDataParallel, in two gloo processes."""
 
-import socket
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -82,22 +79,11 @@ if __name__ == "__main__":
 """
 
 
-def test_what_goes_around_a_wrapper_is_refused_and_nothing_else(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    done = subprocess.run(
-        [sys.executable, str(script), port],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_what_goes_around_a_wrapper_is_refused_and_nothing_else(
+    processes_said: Callable[[str], list[str]],
+) -> None:
     said: dict[str, list[str]] = {}
-    for line in done.stdout.splitlines():
+    for line in processes_said(SCRIPT):
         kind, _, rest = line.partition(" ")
         said.setdefault(kind, []).append(rest)
     gaps = [line.split() for line in said["gap"]]

@@ -1,10 +1,6 @@
 """DDP and FSDP2 on two gloo processes: gradients equal those of one process, float64."""
 
-import socket
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -129,21 +125,8 @@ if __name__ == "__main__":
 """
 
 
-def test_gradients_equal_the_single_process(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    done = subprocess.run(
-        [sys.executable, str(script), port],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_gradients_equal_the_single_process(processes_said: Callable[[str], list[str]]) -> None:
+    lines = processes_said(SCRIPT)
     refused = [line for line in lines if line.startswith("refused")]
     assert len(refused) == 2  # an optimiser's step between forward and backward
     assert all("parameters were changed between forward and backward" in line for line in refused)

@@ -31,6 +31,7 @@ def test_two_networks_of_one_width_meet_on_the_geodesic(share: float) -> None:
     assert torch.allclose(merged.measure.particles, point.particles, rtol=1e-12)
     d = cot_distance(a, b).distance
     assert merged.distances == pytest.approx((share * d, (1 - share) * d), rel=1e-12)
+    assert merged.lower == pytest.approx(merged.distances, rel=1e-9)
     # Nothing is nearer to both: the objective is λ(1 − λ) d².
     assert merged.objectives[-1] == pytest.approx(share * (1 - share) * d * d, rel=1e-12)
     x = inputs(a)

@@ -25,6 +25,7 @@ from deeplimit.report.measures import (
     interpolation_answer,
     interpolation_figures,
     interpolation_summary,
+    merge_summary,
 )
 from deeplimit.studies.comparison import (
     ComparedLayer,
@@ -34,7 +35,7 @@ from deeplimit.studies.comparison import (
 )
 from deeplimit.studies.interpolation import Interpolation, loss_barrier
 from deeplimit.training import Recipe, RunFolder
-from deeplimit.training.results import RunResults, Score
+from deeplimit.training.results import MergedRuns, RunResults, Score
 
 LAYERS = (
     ComparedLayer(0.0, 0.5, 0, 0, 3.0, 4.0, 8, 0.25, 5.0),
@@ -221,3 +222,42 @@ def test_bounds_by_sinkhorn_are_taken_for_no_more(
     assert "already stand in matching order" not in answer
     exact = replace(pair, distance=0.3, lower=0.3, by_number=0.3)
     assert "in matching order" in comparison_answer(replace(two, pairs=(exact,)))
+
+
+def test_what_of_a_distance_is_proven_is_said_of_every_verb() -> None:
+    """Of sizes too different for float64 the exact solver leaves a gap."""
+    two = comparison(2)
+    pair = replace(two.pairs[0], distance=0.07, lower=0.05, by_number=0.08)
+    assert "In float64: d is at least 0.0500." in text_of(
+        comparison_summary(replace(two, pairs=(pair,)))
+    )
+    assert "at least" not in text_of(comparison_summary(two))
+    exact = replace(interpolation(), distance=0.07, lower=0.07)
+    gap = replace(exact, lower=0.05)
+    assert "a → b, d = 0.0700" in text_of(interpolation_summary(exact))
+    assert "a → b, 0.0500 ≤ d ≤ 0.0700" in text_of(interpolation_summary(gap))
+    assert interpolation_figures(gap)[2][2].startswith("0.0500 ≤ d ≤ 0.0700. Matched")
+    score = Score(0.3, 0.9)
+    merged = MergedRuns(
+        folder="runs/m",
+        runs=("runs/a", "runs/b"),
+        names=("a", "b"),
+        weights=(0.5, 0.5),
+        frame="equal",
+        aligned=False,
+        samples=100,
+        parents=(score, score),
+        merged=score,
+        averaged=None,
+        distances=(0.07, 0.08),
+        objectives=(0.1,),
+        depth=1,
+        width=1,
+        narrowed=None,
+        lower=(0.05, 0.08),
+    )
+    said = text_of(merge_summary(merged))
+    assert "Of the distance to a only this is proven: 0.0500 ≤ d ≤ 0.0700." in said
+    assert "to b only" not in said
+    assert "100 test samples; 1 layer of up to 1 neuron." in said
+    assert "proven" not in text_of(merge_summary(replace(merged, lower=None)))

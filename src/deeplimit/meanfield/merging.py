@@ -26,11 +26,13 @@ class Merged:
         measure: the barycentre found; `measure.network()` is the network.
         distances: d from it to each of the networks.
         objectives: Σ_k λ_k d²(ν, μ_k) at the start and after each iteration; it never rises.
+        lower: proven bounds of the distances, as `CotDistance.lower`.
     """
 
     measure: LayerwiseMeasure
     distances: tuple[float, ...]
     objectives: tuple[float, ...]
+    lower: tuple[float, ...]
 
 
 def merge(
@@ -92,7 +94,12 @@ def merge(
         objectives.append(objective)
         if fell <= tolerance * objective:
             break
-    return Merged(now, tuple(d.distance for d in found), tuple(objectives))
+    return Merged(
+        now,
+        tuple(d.distance for d in found),
+        tuple(objectives),
+        tuple(d.lower for d in found),
+    )
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:

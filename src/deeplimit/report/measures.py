@@ -36,9 +36,10 @@ def comparison_summary(found: Comparison) -> RenderableType:
         parts.append(Text(LAYERS, style="dim"))
     else:
         parts.append(_pair_table(found))
-    if found.sinkhorn is not None:
+    if found.sinkhorn is not None or any(p.lower < p.distance * (1 - PROVEN) for p in found.pairs):
+        how = "In float64" if found.sinkhorn is None else f"By Sinkhorn, ε = {found.sinkhorn:g}"
         least = ", ".join(significant(pair.lower) for pair in found.pairs)
-        parts.append(Text(f"By Sinkhorn, ε = {found.sinkhorn:g}: d is at least {least}.", "dim"))
+        parts.append(Text(f"{how}: d is at least {least}.", "dim"))
     return Group(*parts)
 
 
@@ -57,10 +58,7 @@ def comparison_answer(found: Comparison) -> str:
     a, b = (found.networks[n] for n in (nearest.first, nearest.second))
     size = max(a.size, b.size)
     share = f", {percent(nearest.distance / size)} of the larger one's size" if size else ""
-    distance = f"d = {significant(nearest.distance)}"
-    if nearest.lower < nearest.distance * (1 - PROVEN):
-        most = min(nearest.distance, nearest.by_number or math.inf)
-        distance = f"{significant(nearest.lower)} ≤ d ≤ {significant(most)}"
+    distance = _proven(nearest.distance, nearest.lower, nearest.by_number)
     if len(found.pairs) > 1:
         names = f"{a.name} and {b.name}"
         return f"The nearest two of {len(found.networks)}: {names}, {distance}{share}."
@@ -91,6 +89,14 @@ def _network_table(found: Comparison) -> Table:
 def _widths(network: ComparedNetwork) -> str:
     low, high = min(network.widths), max(network.widths)
     return str(low) if low == high else f"{low} … {high}"
+
+
+def _proven(distance: float, lower: float | None, by_number: float | None = None) -> str:
+    """The distance as it is known: one number, or between two where no more is proven."""
+    if lower is None or lower >= distance * (1 - PROVEN):
+        return f"d = {significant(distance)}"
+    most = min(distance, by_number or math.inf)
+    return f"{significant(lower)} ≤ d ≤ {significant(most)}"
 
 
 def _pair_table(found: Comparison) -> Table:
@@ -160,7 +166,7 @@ def _barrier(value: float) -> str:
 
 def interpolation_summary(found: Interpolation) -> RenderableType:
     """The answer, loss and accuracy at every t, and what is saved where."""
-    title = f"{found.names[0]} → {found.names[1]}, d = {significant(found.distance)}"
+    title = f"{found.names[0]} → {found.names[1]}, {_proven(found.distance, found.lower)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     names = ["t", "loss", "accuracy"]
     if found.naive is not None:
@@ -226,8 +232,8 @@ def interpolation_figures(found: Interpolation) -> list[tuple[str, go.Figure, st
         f"samples are right, at its best point {percent(best.accuracy, found.samples)}."
     )
     distance = (
-        f"d = {significant(found.distance)}. Matched at the least cost, layer by layer; dashed, "
-        f"where it exists, neurons matched by their numbers. {_saved(found)}".rstrip()
+        f"{_proven(found.distance, found.lower)}. Matched at the least cost, layer by layer; "
+        f"dashed, where it exists, neurons matched by their numbers. {_saved(found)}".rstrip()
     )
     answer = f"{interpolation_answer(found)} {_circumstances(found)}"
     return [
@@ -260,6 +266,9 @@ def merge_summary(found: MergedRuns) -> RenderableType:
         f"{several(n, 'test sample')}; {layers(found.depth)} of up to "
         f"{several(found.width, 'neuron')}."
     )
+    for name, d, lower in zip(found.names, found.distances, found.lower or (), strict=False):
+        if lower < d * (1 - PROVEN):
+            note += f" Of the distance to {name} only this is proven: {_proven(d, lower)}."
     if found.narrowed is not None:
         note += f" Narrowed by {significant(found.narrowed)}, which is off the barycentre."
     return Group(table, *verdict_line(found.verdict), Text(note, style="dim"))

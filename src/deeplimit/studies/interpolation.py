@@ -65,6 +65,7 @@ class Interpolation:
         saved_distances: of the network that was written, read again, to both ends. A network has no
             weights of its atoms, so that of unequal widths it is another measure than the point of
             the geodesic, whose distances are t d and (1 − t) d.
+        lower: d is at least this, as `CotDistance.lower`.
     """
 
     runs: tuple[str, str]
@@ -86,6 +87,7 @@ class Interpolation:
     saved: str | None = None
     saved_at: float | None = None
     saved_distances: tuple[float, float] | None = None
+    lower: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -189,6 +191,7 @@ def interpolate_runs(
         saved=made,
         saved_at=save,
         saved_distances=off,
+        lower=path.transport.lower,
     )
 
 

@@ -106,6 +106,7 @@ def merge_runs(
         narrowed=moved,
         verdict=report.verdict,
         parts=Parts.of(data),
+        lower=joined.lower,
     )
     made = run_of(
         model, folders[0], name, lambda new, to: new.write_merging(replace(result, folder=str(to)))

@@ -156,7 +156,9 @@ class MergedRuns:
         depth, width: of the merged network; of the widest layer.
         narrowed: d from the barycentre to the network of fewer neurons; None if it is as wide.
         verdict: on the best of the networks and what was made of them, on test data.
-        parts: of the data. Both are None in a result saved before they were there.
+        parts: of the data.
+        lower: proven bounds of the distances from below. All three are None in a result saved
+            before they were there.
     """
 
     folder: str
@@ -176,6 +178,7 @@ class MergedRuns:
     narrowed: float | None
     verdict: Verdict | None = None
     parts: Parts | None = None
+    lower: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
