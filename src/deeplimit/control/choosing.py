@@ -27,7 +27,7 @@ NAMES: tuple[Budget, ...] = ("accuracy", "blocks", "multiply_adds", "latency")
 
 @torch.no_grad()
 def choose_cut(
-    model: nn.Module,
+    model: nn.Module | Anatomy,
     profile: TurnpikeProfile,
     loader: Iterable[tuple[Inputs, Tensor]] | None = None,
     *,
@@ -73,7 +73,7 @@ def choose_cut(
     structure = anatomy(model)
     check_profile(profile, structure.horizon)
     _check(budget, limit, structure.horizon, loader is not None)
-    with evaluating(model):
+    with evaluating(structure.model):
         loss = None
         if budget == "accuracy":
             loss = SoftCrossEntropy(profile.classes, profile.softness)
@@ -121,7 +121,7 @@ class _Spending:
         self._whole = 0
         self._latencies: dict[frozenset[int], tuple[float, float]] = {}
         if trials is not None:
-            self._whole = multiply_adds(structure.model, first_samples(trials.batch, 1))
+            self._whole = multiply_adds(structure, first_samples(trials.batch, 1))
 
     def bisected(self, order: list[int]) -> tuple[int, ...] | None:
         """The beginning of an order that meets the budget; None if none does."""
@@ -151,13 +151,16 @@ class _Spending:
     def multiply_adds(self, removed: Collection[int]) -> tuple[int, int]:
         """Of the model and its cut, for one sample."""
         trials = cast(Trials, self.trials)
-        return self._whole, multiply_adds(trials.cut(removed), first_samples(trials.batch, 1))
+        after = self.structure.like(trials.cut(removed))
+        return self._whole, multiply_adds(after, first_samples(trials.batch, 1))
 
     def latencies(self, removed: Collection[int]) -> tuple[float, float]:
         """Of the model and its cut, for the first batch, as they were measured first."""
         key, trials = frozenset(removed), cast(Trials, self.trials)
         if key not in self._latencies:
-            runs = [self.structure.run, *([anatomy(trials.cut(key)).run] if key else [])]
+            runs = [self.structure.run]
+            if key:
+                runs.append(self.structure.like(trials.cut(key)).run)
             times = latencies(runs, trials.batch)
             self._latencies[key] = times[0], times[-1]
         return self._latencies[key]

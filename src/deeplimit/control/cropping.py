@@ -24,7 +24,7 @@ from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.control.verdict import FEW
 from deeplimit.errors import InputError, several
-from deeplimit.network.anatomy import anatomy, check_rebuilt
+from deeplimit.network.anatomy import Anatomy, anatomy, check_rebuilt
 from deeplimit.network.checks import shown
 from deeplimit.network.modes import Inputs, device_of, evaluating, first_samples
 from deeplimit.network.targets import fitted
@@ -65,7 +65,7 @@ def check_profile(profile: object, horizon: int) -> None:
 
 
 def crop(
-    model: nn.Module,
+    model: nn.Module | Anatomy,
     depth: SupportsIndex | TurnpikeProfile | None = None,
     *,
     remove: Iterable[SupportsIndex] | None = None,
@@ -110,7 +110,7 @@ def crop(
 
 @torch.no_grad()
 def verify_crop(
-    model: nn.Module,
+    model: nn.Module | Anatomy,
     cropped: nn.Module,
     loader: Iterable[tuple[Inputs, Tensor]],
     loss: SoftCrossEntropy | None = None,
@@ -137,22 +137,23 @@ def verify_crop(
     """
     if loss is not None:
         check_loss(loss)
-    device = device_of(model)
+    structure = anatomy(model)
+    device = device_of(structure.model)
     after = cropped if device_of(cropped) == device else copy.deepcopy(cropped).to(device)
-    with evaluating(model), evaluating(after):
-        batches = aligned_batches(anatomy(model), loader, shift, NEED)
-        return _verified(model, after, batches, loss, check_tolerance(tolerance))
+    with evaluating(structure.model), evaluating(after):
+        batches = aligned_batches(structure, loader, shift, NEED)
+        tolerance = check_tolerance(tolerance)
+        return _verified(structure, structure.like(after), batches, loss, tolerance)
 
 
 def _verified(
-    model: nn.Module,
-    cropped: nn.Module,
+    structure: Anatomy,
+    cropped: Anatomy,
     loader: Iterator[tuple[Inputs, Tensor]],
     loss: SoftCrossEntropy | None,
     tolerance: float,
 ) -> CropReport:
-    structure = anatomy(model)
-    run_before, run_after = structure.run, anatomy(cropped).run
+    run_before, run_after = structure.run, cropped.run
     answers = PairedAnswers()
     losses = torch.zeros(2, dtype=torch.float64)
     same, batch = 0, 0
@@ -187,26 +188,26 @@ def _verified(
     return CropReport(
         samples=count,
         horizon_before=structure.horizon,
-        horizon_after=anatomy(cropped).horizon,
+        horizon_after=cropped.horizon,
         accuracy_before=answers.right / count,
         accuracy_after=(answers.right - answers.lost + answers.gained) / count,
         accuracy_error=(max(squares - change**2, 0) / count) ** 0.5,
         loss_before=float(losses[0]) / count,
         loss_after=float(losses[1]) / count,
         agreement=same / count,
-        parameters_before=sum(p.numel() for p in model.parameters()),
-        parameters_after=sum(p.numel() for p in cropped.parameters()),
-        multiply_adds_before=multiply_adds(model, first_samples(sample, 1)),
+        parameters_before=sum(p.numel() for p in structure.model.parameters()),
+        parameters_after=sum(p.numel() for p in cropped.model.parameters()),
+        multiply_adds_before=multiply_adds(structure, first_samples(sample, 1)),
         multiply_adds_after=multiply_adds(cropped, first_samples(sample, 1)),
         latency_before=times[0],
         latency_after=times[-1],
         latency_batch=batch,
-        device=str(device_of(model)),
+        device=str(device_of(structure.model)),
         verdict=answers.verdict(tolerance),
     )
 
 
-def multiply_adds(model: nn.Module, x: Inputs) -> int:
+def multiply_adds(model: nn.Module | Anatomy, x: Inputs) -> int:
     """Multiply-adds of a forward pass: the products of matrices and convolutions."""
     run = anatomy(model).run
     # Fused attention is not counted everywhere; written out it is two products of matrices.

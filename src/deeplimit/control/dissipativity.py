@@ -126,9 +126,9 @@ def dissipativity(
             states, _ = structure.states(x)
             if structure.tokens:
                 counted = CountedTokens(y, loss.classes)
-                above, apart = counted.measured(structure, states[:-1], None, measure)
+                above, apart = counted.measured(structure, x, states[:-1], None, measure)
             else:
-                logits = structure.logits(states[:-1]).double()
+                logits = structure.logits(states[:-1], x=x).double()
                 above, apart = measure(logits, y.expand(len(logits), *y.shape))
             blame_inputs(x, above)
             if above.shape[1] == 0:  # no token counts

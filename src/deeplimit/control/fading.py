@@ -82,6 +82,7 @@ class Fading:
 
     def __init__(self, model: nn.Module, layers: Iterable[SupportsIndex]):
         structure = anatomy(model)
+        model = structure.model
         self.layers = tuple(sorted(layer_numbers(layers)))
         structure.check_removable(self.layers)
         chains = (m for m in model.modules() if isinstance(m, ResidualChain))

@@ -58,6 +58,7 @@ def picture_trajectories(
     """
     check_loss(loss)
     structure = anatomy(model)
+    model = structure.model
     if structure.tokens:
         raise InputError(
             f"{type(model).__name__} has logits for every token; the picture is of classifiers"
@@ -68,7 +69,7 @@ def picture_trajectories(
     with evaluating(model):
         for x, y in pairs(loader, device_of(model), NEED):
             states, _ = structure.states(x)
-            logits = structure.logits(states)
+            logits = structure.logits(states, x=x)
             blame_inputs(x, logits)
             y = loss.fitted(logits[-1], y)
             plane = loss.classes == 2 and torch.equal(logits[0], states[0])

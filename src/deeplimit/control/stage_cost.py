@@ -1,6 +1,7 @@
 """Training as optimal control: the terminal cost plus a stage cost at every layer."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from deeplimit.control.alignment import aligned
 from deeplimit.control.finite import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
-from deeplimit.control.token_losses import CountedTokens, to_last_stage, widened
+from deeplimit.control.token_losses import CountedTokens, widened
 from deeplimit.control.wrapping import AroundWatch, check_bare
 from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.anatomy.anatomy import RunningCost
@@ -80,7 +81,7 @@ class StageCost(nn.Module):
         check_loss(loss)
         check_bare(model)
         self.anatomy: Anatomy = anatomy(model)
-        self.model = model
+        self.model = self.anatomy.model
         self.loss = loss
         self.shift = shift
         self._watch = AroundWatch()
@@ -121,7 +122,7 @@ class StageCost(nn.Module):
         if not self.weight:
             return self.anatomy.run(x), None
         if self.anatomy.replayed and torch.is_grad_enabled():
-            with self.anatomy.charging(self._mean_loss(y)) as costs:
+            with self.anatomy.charging(self._mean_loss(y), x) as costs:
                 logits = self.anatomy.run(x)
             return logits, torch.stack(costs).sum() if costs else None
         # Before the model runs, as under the adjoint, where the first layers' costs are computed
@@ -131,10 +132,9 @@ class StageCost(nn.Module):
         if len(states) == 1:
             return logits, None
         if self.anatomy.tokens:
-            mean_loss = self._mean_loss(y)
-            carried = (to_last_stage(self.anatomy, n, s) for n, s in enumerate(states[:-1]))
-            return logits, torch.stack([mean_loss(self.anatomy.head, s) for s in carried]).sum()
-        z = widened(self.anatomy.logits(states[:-1], statistics=statistics))
+            mean_loss, head = self._mean_loss(y), partial(self.anatomy.head, inputs=x)
+            return logits, torch.stack([mean_loss(head, s) for s in states[:-1]]).sum()
+        z = widened(self.anatomy.logits(states[:-1], statistics=statistics, x=x))
         return logits, len(z) * self.loss.mean(z, y.expand(len(z), *y.shape))
 
     def _mean_loss(self, y: Tensor) -> RunningCost:

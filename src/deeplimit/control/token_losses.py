@@ -10,6 +10,7 @@ from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy
 from deeplimit.network.anatomy.anatomy import Head
+from deeplimit.network.modes import Inputs
 from deeplimit.network.targets import IGNORED
 
 CHUNK = 2**25  # logits at a time: 128 MiB in float32
@@ -86,20 +87,25 @@ class CountedTokens:
         return torch.stack(parts).sum() / max(len(self), 1)
 
     def measured(
-        self, structure: Anatomy, states: Sequence[Tensor], logits: Tensor | None, measure: Measure
+        self,
+        structure: Anatomy,
+        inputs: Inputs,
+        states: Sequence[Tensor],
+        logits: Tensor | None,
+        measure: Measure,
     ) -> tuple[Tensor, ...]:
         """Figures of all layers and of all tokens that count, [n, T] each.
 
         Args:
             structure: of the model.
+            inputs: the batch that the states are of.
             states: the states x_0, x_1, ….
             logits: those of the last state of all, [B, L, C], to be a last row; None: no such row.
             measure: (z [t, C] in float64, targets [t]) ↦ figures [t].
         """
         rows = []
-        for n, x in enumerate(states):
-            x = to_last_stage(structure, n, x)
-            rows.append([measure(structure.head(p).double(), to) for p, to in self.chunks(x)])
+        for x in states:
+            rows.append([measure(structure.head(p, inputs).double(), to) for p, to in self.chunks(x)])
         if logits is not None:
             rows.append([measure(z.double(), targets) for z, targets in self.chunks(logits)])
         by_layer = [[torch.cat(column) for column in zip(*row, strict=True)] for row in rows]
@@ -121,13 +127,6 @@ def labelled(y: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """Of the values of samples, [B, …] each, and then their targets: where it is not −100."""
     counts = y != IGNORED
     return (*values, y) if bool(counts.all()) else tuple(v[counts] for v in (*values, y))
-
-
-def to_last_stage(structure: Anatomy, n: int, x: Tensor) -> Tensor:
-    """State n in the shape that the head reads."""
-    for stage in range(structure.state_stages[n], structure.stages - 1):
-        x = structure.carry(stage, x)
-    return x
 
 
 def widened(logits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from deeplimit.control.finite import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import Anatomy, anatomy
+from deeplimit.network.anatomy import Anatomy
 from deeplimit.network.modes import Inputs, begun, first_samples
 from deeplimit.network.targets import fitted
 
@@ -99,7 +99,7 @@ class Trials:
         if key not in self._outcomes:
             hits, losses = self._hits, self._losses
             if key:
-                hits, losses = (x[self._judging] for x in self._run(anatomy(self.cut(key))))
+                hits, losses = (x[self._judging] for x in self._run(self.structure.like(self.cut(key))))
             figures = []
             for change in (self._hits - hits, losses - self._losses):
                 error = float(change.std(correction=0)) / math.sqrt(self.samples)
@@ -109,7 +109,7 @@ class Trials:
 
     def divergence(self, removed: Collection[int]) -> float:
         """Mean KL(softmax z ‖ softmax z′) of what puts in order: z of the model, z′ of its cut."""
-        answers = anatomy(self.cut(removed)).run(self._first)
+        answers = self.structure.like(self.cut(removed)).run(self._first)
         total, count = 0.0, 0
         for z, w, y in self._parts(self._answers, answers, self._first_targets):
             own, other = z.double().log_softmax(-1), w.double().log_softmax(-1)

@@ -194,6 +194,7 @@ def turnpike_profile(
     """
     check_loss(loss)
     structure = anatomy(model)
+    model = structure.model
     sums: _Sums | None = None
     with evaluating(model):
         for x, y in aligned_batches(structure, loader, shift, NEED):
@@ -262,15 +263,15 @@ def _measure(
         y = loss.fitted(output, y)
         *states, padding, output, y = labelled(y, *states, padding, output)
     if counted is not None:
-        values, distance, hits = counted.measured(structure, states[:-1], output, measure)
+        values, distance, hits = counted.measured(structure, x, states[:-1], output, measure)
     else:
-        below = [structure.logits(states[:-1])] if states[1:] else []
+        below = [structure.logits(states[:-1], x=x)] if states[1:] else []
         logits = torch.cat([*below, output[None]]).double()
         values, distance, hits = measure(logits, y.expand(len(logits), *y.shape))
     gap, none = values - values[-1], torch.zeros(0)
     own = None if counted is not None else torch.nn.functional.one_hot(y, loss.classes).double()
     rows = counted.of if counted is not None else partial(_flat, padding)
-    changes, influences, update_count = _changes(structure, states if updates else [], rows)
+    changes, influences, update_count = _changes(structure, x, states if updates else [], rows)
     return _Sums(
         count=values.shape[1],
         loss=values.sum(1).cpu(),
@@ -306,7 +307,7 @@ def _flat(padding: Tensor, state: Tensor) -> Tensor:
 
 
 def _changes(
-    structure: Anatomy, states: list[Tensor], rows: Callable[[Tensor], Tensor]
+    structure: Anatomy, x: Inputs, states: list[Tensor], rows: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Relative update and influence, summed over samples with x_n ≠ 0, and their number, per layer.
 
@@ -316,7 +317,7 @@ def _changes(
     """
     updates, influences, counts = [], [], []
     for n in range(len(states) - 1):
-        before = rows(structure.carried(n, states[n])).double()
+        before = rows(structure.carried(n, states[n], x)).double()
         after = rows(states[n + 1]).double()
         size = torch.linalg.vector_norm(before, dim=1)
         ratio = torch.linalg.vector_norm(after - before, dim=1) / size

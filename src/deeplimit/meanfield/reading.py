@@ -19,7 +19,7 @@ from deeplimit.meanfield.neurons import (
     read,
 )
 from deeplimit.meanfield.norms import Norms
-from deeplimit.network import BlockAnatomy, ResidualChain, ResidualClassifier, anatomy
+from deeplimit.network import ResidualChain, ResidualClassifier, anatomy
 
 
 def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor], list[Norms]]:
@@ -32,10 +32,7 @@ def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor], list[Norms]]:
     _check_values(model)
     if isinstance(model, ResidualChain | ResidualClassifier):
         return _of_chains(model)
-    read_model = anatomy(model)
-    if not isinstance(read_model, BlockAnatomy):
-        raise InputError(f"{type(read_model).__name__} is not a BlockAnatomy; make it one")
-    blocks = read_model.blocks
+    blocks = anatomy(model).blocks
     found, readings = _read_all(blocks)
     names = {module: name for name, module in model.named_modules()}
     gone = [

@@ -1,6 +1,6 @@
 """What a residual network is: chains, schemes, residual functions, classifiers, anatomy."""
 
-from deeplimit.network.anatomy import Anatomy, BlockAnatomy, anatomy, register
+from deeplimit.network.anatomy import Anatomy, anatomy, register
 from deeplimit.network.blocks import ConvolutionalResidual, LinearResidual, TwoLayerResidual
 from deeplimit.network.chain import ResidualChain
 from deeplimit.network.cifar_resnet import CifarArchitecture, CifarResNet
@@ -12,7 +12,6 @@ from deeplimit.network.storage import load, save
 __all__ = [
     "Anatomy",
     "Architecture",
-    "BlockAnatomy",
     "CifarArchitecture",
     "CifarResNet",
     "ConvolutionalResidual",

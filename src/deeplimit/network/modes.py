@@ -19,14 +19,18 @@ def to_device(x: Tensor | Mapping[str, Tensor | None], device: torch.device) -> 
     """Inputs on a device; a name that stands for None is left out."""
     if isinstance(x, Tensor):
         return x.to(device)
-    return {name: value.to(device) for name, value in x.items() if value is not None}
+    moved = ((n, v.to(device) if isinstance(v, Tensor) else v) for n, v in x.items())
+    return {name: value for name, value in moved if value is not None}
 
 
 def to_precision(x: Inputs, dtype: torch.dtype) -> Inputs:
     """Inputs whose numbers with a fraction are of this dtype; whole ones stay as they are."""
     if isinstance(x, Tensor):
         return x.to(dtype) if x.is_floating_point() else x
-    return {name: v.to(dtype) if v.is_floating_point() else v for name, v in x.items()}
+    return {
+        name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for name, v in x.items()
+    }
 
 
 def begun(loader: Iterable[Any]) -> Iterator[Any]:

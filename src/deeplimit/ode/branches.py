@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.network import Anatomy, anatomy
+from deeplimit.network.anatomy.stand_ins import state_among, state_of
 from deeplimit.network.modes import evaluating
 from deeplimit.ode.stages import Stage
 
@@ -65,8 +66,7 @@ def _changes(blocks: Sequence[nn.Module]) -> Iterator[list[float]]:
     found: list[float] = []
 
     def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x: Tensor = args[0] if args else kwargs["hidden_states"]
-        y: Tensor = output[0] if isinstance(output, tuple) else output
+        x, y = cast(Tensor, state_among(args, kwargs)), cast(Tensor, state_of(output))
         if x.shape != y.shape:
             found.append(float("inf"))
             return

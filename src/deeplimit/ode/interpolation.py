@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy.block_anatomy import ReplayedBlock
+from deeplimit.network.anatomy import ReplayedBlock
 from deeplimit.ode.recording import Call
 
 INTERPOLATIONS = ("linear", "constant")

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain, anatomy
+from deeplimit.network.anatomy.stand_ins import state_among
 from deeplimit.network.modes import Inputs, device_of, to_device, to_precision
 from deeplimit.ode.stages import Stage, stages
 
@@ -34,8 +35,9 @@ class Call:
         """The state and the rest of a block's arguments."""
         if args:
             return args[0], Call(args[1:], kwargs)
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        return kwargs["hidden_states"], Call((), rest, "hidden_states")
+        x = cast(Tensor, state_among(args, kwargs))
+        name = next(name for name, value in kwargs.items() if value is x)
+        return x, Call((), {k: v for k, v in kwargs.items() if k != name}, name)
 
     def with_state(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call with this state."""

@@ -116,9 +116,10 @@ def outside(old: nn.Module, new: nn.Module, blocks: Iterable[nn.Module]) -> Orig
 
 
 def _ends(read: Anatomy, runs: Sequence[Stage]) -> list[frozenset[str]]:
-    why = read.index_matters({0})
-    if why is not None:
-        raise InputError(f"{type(read.model).__name__}: {why}; its depth cannot be changed")
+    try:
+        read.check_removable([runs[0].first])
+    except InputError as error:
+        raise InputError(f"its depth cannot be changed: {error}") from error
     return branch_ends(read, runs)
 
 

@@ -18,7 +18,7 @@ from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.verdict import unchanged
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, several
-from deeplimit.network import Anatomy, BlockAnatomy, anatomy
+from deeplimit.network import Anatomy, anatomy
 from deeplimit.training.building import evaluation_batches, loss_of, run_data
 from deeplimit.training.processes import device_type
 from deeplimit.training.recipe import Recipe
@@ -136,8 +136,11 @@ def crop_run(
 def _possible(structure: Anatomy, removed: Iterable[int]) -> list[int]:
     """Less the layers that a model cannot do without; of a model with blocks one at least stays."""
     possible = [n for n in removed if structure.layers[n].removable]
-    all_gone = isinstance(structure, BlockAnatomy) and len(possible) == structure.horizon
-    return possible[1:] if all_gone else possible
+    try:
+        structure.check_removable(possible)
+    except InputError:
+        return possible[1:]
+    return possible
 
 
 def _least(structure: Anatomy) -> int:

@@ -1,35 +1,19 @@
-"""A model read as stem, stages of layers, transitions and head; one file per family of models."""
+"""A model read as stages of layers and a head: our own by family, any other by its own forward."""
 
-from deeplimit.network.anatomy import (
-    cifar_resnet,
-    residual_classifier,
-    timm_models,
-    torchvision_models,
-    transformers_bert,
-    transformers_convnext,
-    transformers_decoders,
-    transformers_resnet,
-    transformers_vit,
-)
+from deeplimit.network.anatomy import cifar_resnet, residual_classifier
 from deeplimit.network.anatomy.anatomy import Anatomy, Layer
-from deeplimit.network.anatomy.block_anatomy import BlockAnatomy
+from deeplimit.network.anatomy.read_model import ReadModel, ReplayedBlock
 from deeplimit.network.anatomy.rebuilding import check_rebuilt
 from deeplimit.network.anatomy.registry import anatomy, register
 
 __all__ = [
     "Anatomy",
-    "BlockAnatomy",
     "Layer",
+    "ReadModel",
+    "ReplayedBlock",
     "anatomy",
     "check_rebuilt",
     "cifar_resnet",
     "register",
     "residual_classifier",
-    "timm_models",
-    "torchvision_models",
-    "transformers_bert",
-    "transformers_convnext",
-    "transformers_decoders",
-    "transformers_resnet",
-    "transformers_vit",
 ]

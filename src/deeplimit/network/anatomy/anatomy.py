@@ -43,9 +43,8 @@ class Anatomy(ABC):
     every state has logits z_n = head(carry(… carry(x_n))) without new parameters ([PHFF25]
     arXiv 2506.21453).
 
-    A family of models is one subclass, which says where these parts are; it is registered with
-    `register`. Only abstract methods are overridden; for models whose layers are modules of their
-    own `BlockAnatomy` has most of them already.
+    Our own networks have a subclass each, registered with `register`; any other model is read
+    through its own forward, by `ReadModel`.
 
     Attributes:
         model: the model.
@@ -81,16 +80,16 @@ class Anatomy(ABC):
         """Whether layers are replayed in the backward pass, so that kept states cost memory."""
         return False
 
-    def charging(self, cost: RunningCost) -> AbstractContextManager[list[Tensor]]:
+    def charging(self, cost: RunningCost, x: Inputs) -> AbstractContextManager[list[Tensor]]:
         """Collects cost(head, x_n), n < N, computed inside the layers; where they are replayed.
 
-        cost(head, x) is of a state x carried to the last stage, with z_n = head(x). As in `logits`
-        the states are carried with the running statistics of this moment.
+        x are the inputs that the model is about to run on. In cost(head, x_n) head(x_n) is z_n; as
+        in `logits` with the running statistics of this moment.
         """
         raise InputError(f"{type(self).__name__} has no layers that are replayed")
 
     @abstractmethod
-    def carry(self, stage: int, x: Tensor) -> Tensor:
+    def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """A state of `stage` in the shape of stage + 1, through the shortcut alone."""
 
     def past(self, n: int) -> Callable[[Tensor], Tensor]:
@@ -98,8 +97,12 @@ class Anatomy(ABC):
         return _itself
 
     @abstractmethod
-    def head(self, x: Tensor) -> Tensor:
+    def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """The logits [B, C] of states of the last stage; [T, C] of tokens [T, d] (`tokens`)."""
+
+    def like(self, model: nn.Module) -> "Anatomy":
+        """The anatomy of another model of this kind, such as a cut of it."""
+        return type(self)(model)
 
     @abstractmethod
     def leave_out(self, removed: set[int]) -> nn.Module:
@@ -115,7 +118,7 @@ class Anatomy(ABC):
         """
         raise InputError(
             f"{type(self).__name__} does not say how layers of {type(self.model).__name__} are "
-            "repeated, so its depth cannot be changed: override repeated, or make it a BlockAnatomy"
+            "repeated, so its depth cannot be changed: override repeated"
         )
 
     def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
@@ -134,10 +137,6 @@ class Anatomy(ABC):
             f"a subclass of it, decorated with @register({name})"
         )
 
-    def index_matters(self, removed: set[int]) -> str | None:
-        """Why layers would do something else without these before them; None if they would not."""
-        return None
-
     def example(self) -> Inputs | None:
         """A small input on which the anatomy is checked; None where there is none to be had."""
         return None
@@ -152,6 +151,11 @@ class Anatomy(ABC):
         if x is None or first is None:
             return x
         return None if first.is_meta else to_precision(to_device(x, first.device), first.dtype)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The residual blocks in order, each once."""
+        return tuple(dict.fromkeys(b for layer in self.layers for b in layer.controls))
 
     @property
     def horizon(self) -> int:
@@ -224,12 +228,14 @@ class Anatomy(ABC):
                 )
         return states, logits
 
-    def carried(self, n: int, x: Tensor) -> Tensor:
+    def carried(self, n: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """State n in the shape of state n + 1 (itself within a stage)."""
         stages = self.state_stages
+        if stages[n] == stages[n + 1]:
+            return x
         with RunningStatistics(self.model.modules()).use():
             for stage in range(stages[n], stages[n + 1]):
-                x = self.carry(stage, x)
+                x = self.carry(stage, x, inputs)
         return x
 
     def logits(
@@ -237,12 +243,13 @@ class Anatomy(ABC):
         states: Sequence[Tensor],
         first: int = 0,
         statistics: RunningStatistics | None = None,
+        x: Inputs | None = None,
     ) -> Tensor:
-        """The logits z_n [len(states), B, C] of the states first, first + 1, ….
+        """The logits z_n [len(states), B, C] of the states first, first + 1, … of inputs x.
 
         The states of a stage are stacked along the batch and meet each shortcut and the head once,
         not layer by layer. Batch norms use their running statistics, of now or of another moment,
-        and leave them alone.
+        and leave them alone. A head that reads the inputs too needs x.
         """
         if not states:
             raise InputError("no states given; expected at least one")
@@ -250,12 +257,12 @@ class Anatomy(ABC):
         mine = self.state_stages[first : first + len(states)]
         statistics = statistics or RunningStatistics(self.model.modules())
         with statistics.use():
-            x = states[0][:0]
+            s = states[0][:0]
             for stage in range(mine[0], self.stages):
                 if stage > mine[0]:
-                    x = self.carry(stage - 1, x)
-                x = torch.cat([x, *(s for s, at in zip(states, mine, strict=True) if at == stage)])
-            flat = self.head(x)
+                    s = self.carry(stage - 1, s)
+                s = torch.cat([s, *(t for t, at in zip(states, mine, strict=True) if at == stage)])
+            flat = self.head(s)
         return flat.reshape(len(states), batch, *flat.shape[1:])
 
     def without(self, removed: Iterable[SupportsIndex]) -> nn.Module:

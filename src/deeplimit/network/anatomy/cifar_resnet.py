@@ -44,7 +44,7 @@ class CifarResNetAnatomy(Anatomy):
         last = self.model.stages[-1]
         return [*handles, last.register_forward_hook(lambda _, args, y: hook(horizon, y))]
 
-    def carry(self, stage: int, x: Tensor) -> Tensor:
+    def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Option A: every second pixel, padded with zero channels."""
         return Shortcut(CHANNELS[stage], CHANNELS[stage + 1])(x)
 
@@ -53,7 +53,7 @@ class CifarResNetAnatomy(Anatomy):
         (block,) = self.layers[n].controls
         return cast(BasicBlock, block).shortcut
 
-    def head(self, x: Tensor) -> Tensor:
+    def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Pool and linear layer."""
         return self.model.head(x)
 

@@ -1,29 +1,120 @@
 """What a configuration says of single layers, brought up to date after a change of depth."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
-COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+from torch import nn
+
+COUNT = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?)|(en|de)coder_(layers|depth)|depth|layers")
 
 
-def set_layers(config: Any, kept: list[int], before: int) -> None:
+def set_depths(model: nn.Module, before: Mapping[str, int], kept: Mapping[str, list[int]]) -> None:
+    """After a change of depth: brings up to date what a model says of itself, in place.
+
+    That is the `config` nearest to the lists of blocks, and the model's own; of a model of timm
+    the arguments that build it again.
+
+    Args:
+        model: with other lists.
+        before: how many blocks there were in each list, by its name.
+        kept: per list, the old blocks that stand there now; one repeated is there several times.
+    """
+    configs: dict[int, Any] = {}
+    for name in before:
+        for config in (_nearest(model, name), getattr(model, "config", None)):
+            if hasattr(config, "__dict__"):
+                configs[id(config)] = config
+    for name, count in before.items():
+        for module in _around(model, name):
+            for key, value in list(vars(module).items()):
+                if COUNT.fullmatch(key) and type(value) is int and value == count:
+                    setattr(module, key, len(kept[name]))
+    own = id(getattr(model, "config", None))
+    for config in configs.values():
+        _set(config, before, kept, apart=id(config) == own and len(configs) > 1)
+    arguments = getattr(model, "_model_args", None)
+    if isinstance(arguments, dict):
+        told = SimpleNamespace(**arguments)
+        _set(told, before, kept, apart=False)
+        model._model_args = vars(told)  # type: ignore[assignment]
+
+
+def _nearest(model: nn.Module, name: str) -> Any:
+    """The configuration of the innermost module around a list that has one."""
+    configs = (getattr(module, "config", None) for module in _around(model, name))
+    return next((config for config in configs if hasattr(config, "__dict__")), None)
+
+
+def _around(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that hold a list, the innermost first."""
+    parts = name.split(".")
+    return [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1)]
+
+
+def _set(
+    config: Any, before: Mapping[str, int], kept: Mapping[str, list[int]], apart: bool
+) -> None:
+    """`apart`: there is another configuration, of the part alone that holds the lists."""
+    counts = list(before.values())
+    if len(counts) > 1:
+        for name, value in list(vars(config).items()):
+            if isinstance(value, list | tuple) and [n for n in value if n] == counts:
+                left = iter(before)  # a list that is empty already stays so
+                setattr(config, name, type(value)(n and len(kept[next(left)]) for n in value))
+        return
+    ((at, count),) = before.items()
+    set_layers(config, kept[at], count, at, apart)
+    if hasattr(config, "stage_names") and hasattr(config, "out_indices"):
+        _name_stages(config, kept[at])
+
+
+def _name_stages(config: Any, kept: list[int]) -> None:
+    """Where every layer is a stage: what a backbone puts out of those left, or the last stage."""
+    before = len(config.stage_names)
+    wanted = {index % before for index in config.out_indices}
+    config.stage_names = ["stem", *(f"stage{n}" for n in range(1, len(kept) + 1))]
+    # Of a layer that was repeated the last one puts out what it did.
+    ends = {old: new for new, old in enumerate([0, *(n + 1 for n in kept)])}
+    left = sorted(new for old, new in ends.items() if old in wanted)
+    config.out_indices = left or [len(kept)]  # sets out_features too
+
+
+def set_layers(
+    config: Any, kept: list[int], before: int, path: str = "", apart: bool = False
+) -> None:
     """Rewrites a configuration of one stack of layers in place.
 
     The count of layers is the new one; of lists with an entry for each layer those of the layers
-    kept remain; what tells layers apart otherwise is in the table `UNUSUAL`.
+    kept remain; what tells layers apart otherwise is in the table `UNUSUAL`. Of a model with
+    encoder and decoder the keys of the other one stay.
 
     Args:
         config: any object with attributes.
         kept: the old layers that stand there now, in order; one may be there several times.
         before: how many layers there were.
+        path: the name of their list.
+        apart: only keys with the name of the part; the rest is another part's.
     """
+    part, other = ("decoder", "encoder") if "decoder" in path else ("encoder", "decoder")
+    counts = [
+        name
+        for name, value in vars(config).items()
+        if COUNT.fullmatch(name) and type(value) is int and value == before
+    ]
+    mine = [name for name in counts if part in name]
+    free = [name for name in counts if part not in name and other not in name]
+    if part in path and (apart or part == "decoder") and mine:
+        free = []
+    for name in [*mine, *free] if part in path else free or mine:
+        setattr(config, name, len(kept))
     for name, value in list(vars(config).items()):
         if name in UNUSUAL:
             UNUSUAL[name](config, name, kept, before)
-        elif name in COUNTS and value == before:
-            setattr(config, name, len(kept))
         elif "layer" in name and isinstance(value, list | tuple) and len(value) == before:
-            setattr(config, name, type(value)(value[i] for i in kept))
+            if other not in name:
+                setattr(config, name, type(value)(value[i] for i in kept))
 
 
 def _first(config: Any, name: str, kept: list[int], before: int) -> None:

@@ -14,6 +14,8 @@ from deeplimit.network.modes import evaluating
 
 SLACK = 100  # of the logits' rounding
 SHOWN = 6
+# What evaluation does not see: a rate of stochastic depth follows from the number of layers.
+_UNTOLD = re.compile("^training$|drop")
 
 
 def check_rebuilt(structure: Anatomy, changed: nn.Module) -> None:
@@ -47,8 +49,8 @@ def check_rebuilt(structure: Anatomy, changed: nn.Module) -> None:
     raise InputError(
         f"the {name} cannot be built again from its configuration: {', '.join(shown)} "
         f"differ{'s' if len(found) == 1 else ''}; what the configuration says of layers: "
-        f"{', '.join(f'{key}={config[key]!r}' for key in keys)[:400]}. Bring it up to date in "
-        f"`shortened` of {type(structure).__name__}, or cut only the tail"
+        f"{', '.join(f'{key}={config[key]!r}' for key in keys)[:400]}. Cut only the "
+        "tail, or layers of one kind"
     )
 
 
@@ -126,7 +128,7 @@ def _unlike(model: nn.Module, rebuilt: nn.Module) -> dict[str, str]:
         its = vars(other)  # what these lack was of a kind of layer that is gone
         for key, value in vars(module).items():
             told = isinstance(value, int | float | str | None) and key[0] != "_" and key in its
-            if told and key != "training" and value != its[key]:
+            if told and not _UNTOLD.search(key) and value != its[key]:
                 label = _starred(f"{name}.{key}".lstrip("."))
                 found[label] = f"{value!r}, built {its[key]!r}"
     return found

@@ -1,26 +1,23 @@
-"""Which anatomy reads which class of models: one registry."""
+"""Which anatomy reads a model: our own networks' by class, any other model's by its own forward."""
 
-from collections import Counter
-from collections.abc import Callable
-from difflib import get_close_matches
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy.anatomy import Anatomy
+from deeplimit.network.anatomy.calling import unwrapped
+from deeplimit.network.anatomy.read_model import ReadModel
 from deeplimit.network.checks import shown
 
-FAMILIES: dict[type[nn.Module] | str, Callable[[nn.Module], Anatomy]] = {}
+FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {}
 
 Family = TypeVar("Family", bound=type[Anatomy])
 
 
-def register(*classes: type[nn.Module] | str) -> Callable[[Family], Family]:
-    """Class decorator: this anatomy reads models of these classes and their subclasses.
-
-    A class of a library that need not be there is given as text, "library.Class".
-    """
+def register(*classes: type[nn.Module]) -> Callable[[Family], Family]:
+    """Class decorator: this anatomy reads models of these classes and their subclasses."""
 
     def enter(family: Family) -> Family:
         for cls in classes:
@@ -30,37 +27,38 @@ def register(*classes: type[nn.Module] | str) -> Callable[[Family], Family]:
     return enter
 
 
-def anatomy(model: nn.Module) -> Anatomy:
-    """The anatomy of a model, by the nearest registered class among its bases.
+def anatomy(
+    model: nn.Module | Anatomy,
+    example: Any = None,
+    blocks: str | Sequence[nn.Module] | None = None,
+) -> Anatomy:
+    """Reads a model: its residual blocks, their states, and the logits of each state.
+
+    Whatever takes a model takes what this returns in its place. Wrappers of torch.compile,
+    DataParallel and DistributedDataParallel are looked through.
+
+        a = anatomy(model, example=batch, blocks="encoder.layers")
+        states, logits = a.states(batch)
+        z = a.logits(states, x=batch)       # [N + 1, B, …]
+
+    Args:
+        model: any module with a ModuleList or Sequential of blocks that take and return a state of
+            one shape; or an anatomy, which is returned.
+        example: a batch of inputs on which it is read: a tensor, tensors by name, or a tuple. By
+            default one is made: of the width, channels or tokens that its first layer takes.
+        blocks: the name of the list that is meant where there are several (an encoder's and a
+            decoder's), a pattern such as "layers.*.blocks", or the blocks; by default the list, or
+            lists whose names differ in numbers only, with the most blocks.
 
     Raises:
-        InputError: no model, no family is registered for its class, or its family does not fit.
+        InputError: no model, or as `ReadModel`.
     """
+    if isinstance(model, Anatomy):
+        return model
     if not isinstance(model, nn.Module):
         raise InputError(f"{shown(model)} given as the model; expected a torch.nn.Module")
-    tried = []
+    model = unwrapped(model)
     for cls in type(model).__mro__:
-        name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
-        family = FAMILIES.get(cls) or FAMILIES.get(name)
-        if family is not None:
-            return family(model)
-        if cls is nn.Module:
-            break
-        tried.append(name)
-    raise InputError(
-        f"no anatomy for {type(model).__name__}; tried {', '.join(tried)}; known: {_known(tried)}. "
-        "Subclass deeplimit.network.BlockAnatomy (or Anatomy) and decorate it with "
-        f"@register({type(model).__name__})"
-    )
-
-
-def _known(tried: list[str]) -> str:
-    """Classes without a library, those of names near its own, and how many others there are."""
-    names = [cls if isinstance(cls, str) else cls.__name__ for cls in FAMILIES]
-    own = [name for name in names if "." not in name]
-    foreign = [name for name in names if "." in name]
-    near = get_close_matches(tried[0], foreign, n=3, cutoff=0.5)
-    shown = sorted(dict.fromkeys([*own, *near]))
-    libraries = Counter(name.partition(".")[0] for name in foreign if name not in near)
-    rest = [f"{count} classes of {library}" for library, count in sorted(libraries.items())]
-    return ", ".join([*shown, *rest])
+        if cls in FAMILIES:
+            return FAMILIES[cls](model)
+    return ReadModel(model, example, blocks)

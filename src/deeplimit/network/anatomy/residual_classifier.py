@@ -12,7 +12,7 @@ from deeplimit.network.anatomy.anatomy import Anatomy, Layer, RunningCost, State
 from deeplimit.network.anatomy.registry import register
 from deeplimit.network.chain import ResidualChain
 from deeplimit.network.classifiers import ResidualClassifier
-from deeplimit.network.modes import RunningStatistics
+from deeplimit.network.modes import Inputs, RunningStatistics
 
 
 def _layers(chain: ResidualChain, stage: int) -> list[Layer]:
@@ -42,15 +42,15 @@ class ChainAnatomy(Anatomy):
         """Whether the chain's steps are."""
         return self.model.replayed
 
-    def charging(self, cost: RunningCost) -> AbstractContextManager[list[Tensor]]:
+    def charging(self, cost: RunningCost, x: Inputs) -> AbstractContextManager[list[Tensor]]:
         """The chain's own: z_n is x_n."""
         return self.model.charging(partial(cost, self.head))
 
-    def carry(self, stage: int, x: Tensor) -> Tensor:
+    def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """One stage only: the state itself."""
         return x
 
-    def head(self, x: Tensor) -> Tensor:
+    def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """The state itself."""
         return x
 
@@ -94,7 +94,7 @@ class ResidualClassifierAnatomy(Anatomy):
         return any(chain.replayed for chain in self._chains)
 
     @contextmanager
-    def charging(self, cost: RunningCost) -> Iterator[list[Tensor]]:
+    def charging(self, cost: RunningCost, x: Inputs) -> Iterator[list[Tensor]]:
         """The chains' running costs, together once the model has run.
 
         Inside a step only what lies between the stages and the head is used: one state at a time
@@ -104,11 +104,9 @@ class ResidualClassifierAnatomy(Anatomy):
             [*self.model.projections.modules(), *self.model.head.modules()]
         )
 
-        def charge(stage: int, x: Tensor) -> Tensor:
+        def charge(stage: int, state: Tensor) -> Tensor:
             with statistics.use():
-                for m in range(stage, self.stages - 1):
-                    x = self.carry(m, x)
-                return cost(self.head, x)
+                return cost(partial(self._head_of, stage), state)
 
         collected: list[Tensor] = []
         with ExitStack() as stack:
@@ -119,11 +117,17 @@ class ResidualClassifierAnatomy(Anatomy):
             yield collected
             collected += [c for costs in paid for c in costs]
 
-    def carry(self, stage: int, x: Tensor) -> Tensor:
+    def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Through the projection behind the stage."""
         return self.model.projections[stage](x)
 
-    def head(self, x: Tensor) -> Tensor:
+    def _head_of(self, stage: int, x: Tensor) -> Tensor:
+        """The logits of states of any stage."""
+        for m in range(stage, self.stages - 1):
+            x = self.carry(m, x)
+        return self.head(x)
+
+    def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """The classifier's head."""
         return self.model.head(x)
 

@@ -1,0 +1,61 @@
+"""What stands in for a block for a while: a function in front of its hooks and its forward."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+PLACE = "_compiled_call_impl"  # what nn.Module calls first, where it is there
+
+StandIn = Callable[..., Any]
+
+
+@contextmanager
+def standing_in(stand_ins: Mapping[nn.Module, StandIn]) -> Iterator[None]:
+    """Calls these functions for these modules: no hook of a module runs, and nothing of it else."""
+    kept = [(module, vars(module).get(PLACE)) for module in stand_ins]
+    for module, function in stand_ins.items():
+        vars(module)[PLACE] = function
+    try:
+        yield
+    finally:
+        for module, before in kept:
+            if before is None:
+                vars(module).pop(PLACE, None)
+            else:
+                vars(module)[PLACE] = before
+
+
+def state_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The state in a block's arguments: the first that is a tensor of numbers with a fraction."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    given = (v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point())
+    return next(given, None)
+
+
+def state_of(output: Any) -> Tensor | None:
+    """The state in what a block returns: the tensor, or the first of several."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, tuple | list):
+        output = output[0] if output else None
+    return output if isinstance(output, Tensor) else None
+
+
+def form_of(output: Any) -> Callable[[Tensor], Any]:
+    """What puts a state in the form of an output, everything else None.
+
+    None, so that a model which needs what else its blocks give fails, and is not answered wrongly.
+    """
+    kind = type(output)
+    if isinstance(output, Mapping):
+        first, *others = output
+        return lambda x: kind(**{first: x}, **dict.fromkeys(others))
+    if hasattr(output, "_fields"):
+        return lambda x: kind(x, *[None] * (len(output) - 1))
+    if isinstance(output, tuple | list):
+        rest = [None] * (len(output) - 1)
+        return lambda x: kind([x, *rest])
+    return lambda x: x
