@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from deeplimit import InputError, crop
 from deeplimit.network import anatomy
-from deeplimit.network.anatomy.transformers_decoders import DecoderAnatomy
 
 WALKED = ["GPT2LMHeadModel", "LlamaForCausalLM", BERT]
 
@@ -86,7 +85,6 @@ def test_a_decoders_states_are_its_own_hidden_states(name: str) -> None:
         own = model(x, use_cache=False, output_hidden_states=True)
         assert len(own.hidden_states) == structure.horizon + 1 == DEPTH + 1
         assert all(map(torch.equal, states[:-1], own.hidden_states[:-1]))
-        assert torch.equal(structure.norm(states[-1]), own.hidden_states[-1])
         assert torch.equal(logits, own.logits)
         assert close(structure.head(states[-1].flatten(0, 1)), logits.flatten(0, 1))
     assert logits.shape == (3, 7, VOCABULARY)
@@ -162,7 +160,7 @@ def test_a_block_that_depends_on_its_place_keeps_it() -> None:
     model, x = text_model("GPT2LMHeadModel", scale_attn_by_inverse_layer_idx=True), words()
     with pytest.raises(
         InputError,
-        match=r"GPT2LMHeadModel: scale_attn_by_inverse_layer_idx=True .* only layers at the end",
+        match=r"GPT2LMHeadModel .*scale_attn_by_inverse_layer_idx=True.* only layers at the end",
     ):
         crop(model, remove=[1])
     with pytest.raises(InputError, match="only layers at the end"):
@@ -174,16 +172,6 @@ def test_a_block_that_depends_on_its_place_keeps_it() -> None:
         moved = crop(model, 3)
         moved.transformer.h = nn.ModuleList(reversed(moved.transformer.h))
         assert not close(rebuilt(moved)(x).logits, moved(x).logits, 1e-6)
-
-
-class Uncapped(DecoderAnatomy):
-    """Takes a capped model for a plain one."""
-
-
-@pytest.mark.parametrize("name", ["Gemma2ForCausalLM", "CohereForCausalLM", "GraniteForCausalLM"])
-def test_a_head_that_does_not_fit_is_found_out(name: str) -> None:
-    with pytest.raises(InputError, match=rf"Uncapped does not fit this {name}: the logits"):
-        Uncapped(text_model(name))
 
 
 @pytest.mark.parametrize("name", WALKED)

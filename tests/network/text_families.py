@@ -12,8 +12,6 @@ import torch
 from model_families import shaken
 from torch import Tensor, nn
 
-from deeplimit.network.anatomy.registry import FAMILIES
-
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY, DEPTH, CLASSES = 61, 5, 4
@@ -41,11 +39,13 @@ SETTINGS = {
     "final_logit_softcapping": 2.0,
 }
 BERT = "BertForSequenceClassification"
-DECODERS = sorted(
-    name.removeprefix("transformers.")
-    for name in FAMILIES
-    if isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel"))
+NAMES = (
+    "Apertus Arcee Cohere Cohere2 Ernie4_5 Exaone4 Gemma Gemma2 "
+    "Gemma3 Glm Glm4 Granite Helium HunYuanDenseV1 Llama Ministral "
+    "Ministral3 Mistral Nemotron Olmo Olmo2 Olmo3 Phi Phi3 "
+    "Qwen2 Qwen3 SeedOss SmolLM3 StableLm Starcoder2 VaultGemma "
 )
+DECODERS = ["GPT2LMHeadModel", *(f"{name}ForCausalLM" for name in NAMES.split())]
 
 
 def text_model(name: str, **settings: object) -> nn.Module:

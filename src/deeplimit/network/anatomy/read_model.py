@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Protocol, SupportsIndex, cast, runtime_checkable
 
 import torch
@@ -121,9 +121,9 @@ class ReadModel(Anatomy):
             stages, batch, other = self.state_stages, len(states[-1]), mapped(x, _otherwise)
             by_stage = _by_stage(states, stages)
             if self.stages == 1 and self._of_tokens and own.shape[:-1] == states[-1].shape[:-1]:
-                every = torch.stack(states).flatten(0, 2)[None]
-                z = self._tried({0: every}, _first(other))
-                if _close(None if z is None else z[0, -batch * own.shape[1] :], own.flatten(0, 1)):
+                every = torch.stack(states).flatten(0, 2)[:, None]
+                z = self._tried({0: every}, _one(other))
+                if _close(None if z is None else z[-batch * own.shape[1] :, 0], own.flatten(0, 1)):
                     self.tokens = self._free = True
                     return
             self.tokens = False
@@ -256,6 +256,8 @@ class ReadModel(Anatomy):
         if not states:
             raise InputError("no states given; expected at least one")
         stages = self.state_stages[first : first + len(states)]
+        if self.tokens:
+            return self._head_of(0, torch.stack(list(states)), x, statistics)
         if not self._free:
             pairs = zip(states, stages, strict=True)
             return torch.stack([self._injected({m: s}, self._driver(x), statistics) for s, m in pairs])
@@ -264,9 +266,17 @@ class ReadModel(Anatomy):
 
     def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """The logits of states of the last stage; [T, C] of tokens [T, d] (`tokens`)."""
-        rows = self.tokens and x.dim() == 2
-        z = self._injected({self.stages - 1: x[None] if rows else x}, self._driver(inputs))
-        return z[0] if rows else z
+        return self._head_of(self.stages - 1, x, inputs)
+
+    def _head_of(
+        self, stage: int, x: Tensor, inputs: Any, statistics: RunningStatistics | None = None
+    ) -> Tensor:
+        """The logits of states of any stage, or of single tokens."""
+        if not self.tokens:
+            return self._injected({stage: x}, self._driver(inputs), statistics)
+        driver = _one(self._example if inputs is None else inputs)
+        z = self._injected({stage: x.flatten(0, -2)[:, None]}, driver, statistics)
+        return z[:, 0].unflatten(0, x.shape[:-1])
 
     def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """What stands between two stages: the shortcut of a block, or the model's own."""
@@ -362,13 +372,7 @@ class ReadModel(Anatomy):
         statistics = RunningStatistics(self.model.modules())
 
         def charge(stage: int, state: Tensor) -> Tensor:
-            def head(s: Tensor) -> Tensor:
-                rows = self.tokens and s.dim() == 2
-                at = {stage: s[None] if rows else s}
-                z = self._injected(at, self._driver(x), statistics)
-                return z[0] if rows else z
-
-            return cost(head, state)
+            return cost(lambda s: self._head_of(stage, s, x, statistics), state)
 
         collected: list[Tensor] = []
         with ExitStack() as stack:
@@ -419,7 +423,8 @@ class ReadModel(Anatomy):
             torch.manual_seed(0)
             name = type(self.model).__name__
             try:
-                own = call(smaller, self._example)
+                with evaluating(smaller):
+                    own = call(smaller, self._example)
             except FAILS as error:
                 raise InputError(
                     f"{name} does not run without layers {_listed(removed)} ({_told(error)})"
@@ -433,11 +438,6 @@ class ReadModel(Anatomy):
                 f"(its answers differ {gap}): they depend on their place; only layers at the end "
                 "can be removed"
             )
-
-    @cached_property
-    def _fixed_places(self) -> str | None:
-        """Why layers would do something else without one before them; None if they would not."""
-        return self._refusal(frozenset([next(n for n, b in enumerate(self._blocks) if not b.shortcut)]))
 
     def _refusal(self, removed: frozenset[int]) -> str | None:
         """Why these layers cannot be removed, tried on a copy that shares the parameters."""
@@ -474,15 +474,19 @@ class ReadModel(Anatomy):
             raise InputError(
                 f"{name} is quantised; cut the model it was made from, then quantise the result"
             )
-        for own in self._lists():
-            if gone.issuperset(own) and self._refusal(frozenset(own)) is not None:
+        emptied = [own for own in self._lists() if gone.issuperset(own)]
+        tail = gone == set(range(self.horizon - len(gone), self.horizon))
+        if tail and not emptied:
+            return
+        for own in emptied:
+            if self._refusal(frozenset(own)) is not None:
                 raise InputError(
                     f"all layers {own[0]} … {own[-1]} to be removed; {name} keeps at least one of "
                     "them"
                 )
-        tail = gone == set(range(self.horizon - len(gone), self.horizon))
-        if not tail and self._fixed_places is not None:
-            raise InputError(f"{name}: {self._fixed_places}")
+        why = self._refusal(frozenset(gone))
+        if why is not None:
+            raise InputError(why)
 
     def _lists(self) -> list[list[int]]:
         """Which layers each list holds that has nothing else in it."""
@@ -537,6 +541,11 @@ def _first(x: Any) -> Any:
     """The first sample of a batch."""
     count = batch_of(x)
     return mapped(x, lambda v: v[:1] if v.dim() and len(v) == count else v)
+
+
+def _one(x: Any) -> Any:
+    """The first token of the first sample, of what has tokens."""
+    return mapped(_first(x), lambda v: v if v.is_floating_point() or v.dim() < 2 else v[:, :1])
 
 
 def _otherwise(x: Tensor) -> Tensor:

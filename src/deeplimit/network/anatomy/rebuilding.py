@@ -49,8 +49,9 @@ def check_rebuilt(structure: Anatomy, changed: nn.Module) -> None:
     raise InputError(
         f"the {name} cannot be built again from its configuration: {', '.join(shown)} "
         f"differ{'s' if len(found) == 1 else ''}; what the configuration says of layers: "
-        f"{', '.join(f'{key}={config[key]!r}' for key in keys)[:400]}. Cut only the "
-        "tail, or layers of one kind"
+        f"{', '.join(f'{key}={config[key]!r}' for key in keys)[:400]}. Its "
+        "kinds of layers stand at places that follow a rule: only layers at the end can be "
+        "removed, or as many as keep the rule"
     )
 
 
