@@ -105,7 +105,9 @@ class CountedTokens:
         """
         rows = []
         for x in states:
-            rows.append([measure(structure.head(p, inputs).double(), to) for p, to in self.chunks(x)])
+            rows.append(
+                [measure(structure.head(p, inputs).double(), to) for p, to in self.chunks(x)]
+            )
         if logits is not None:
             rows.append([measure(z.double(), targets) for z, targets in self.chunks(logits)])
         by_layer = [[torch.cat(column) for column in zip(*row, strict=True)] for row in rows]

@@ -99,7 +99,9 @@ class Trials:
         if key not in self._outcomes:
             hits, losses = self._hits, self._losses
             if key:
-                hits, losses = (x[self._judging] for x in self._run(self.structure.like(self.cut(key))))
+                hits, losses = (
+                    x[self._judging] for x in self._run(self.structure.like(self.cut(key)))
+                )
             figures = []
             for change in (self._hits - hits, losses - self._losses):
                 error = float(change.std(correction=0)) / math.sqrt(self.samples)

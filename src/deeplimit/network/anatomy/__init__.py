@@ -2,7 +2,8 @@
 
 from deeplimit.network.anatomy import cifar_resnet, residual_classifier
 from deeplimit.network.anatomy.anatomy import Anatomy, Layer
-from deeplimit.network.anatomy.read_model import ReadModel, ReplayedBlock
+from deeplimit.network.anatomy.charging import ReplayedBlock
+from deeplimit.network.anatomy.read_model import ReadModel
 from deeplimit.network.anatomy.rebuilding import check_rebuilt
 from deeplimit.network.anatomy.registry import anatomy, register
 

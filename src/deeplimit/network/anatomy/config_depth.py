@@ -112,9 +112,12 @@ def set_layers(
     for name, value in list(vars(config).items()):
         if name in UNUSUAL:
             UNUSUAL[name](config, name, kept, before)
-        elif "layer" in name and isinstance(value, list | tuple) and len(value) == before:
-            if other not in name:
-                setattr(config, name, type(value)(value[i] for i in kept))
+        elif "layer" in name and other not in name and _lists_each(value, before):
+            setattr(config, name, type(value)(value[i] for i in kept))
+
+
+def _lists_each(value: Any, before: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == before
 
 
 def _first(config: Any, name: str, kept: list[int], before: int) -> None:

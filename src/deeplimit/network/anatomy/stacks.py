@@ -2,10 +2,9 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from deeplimit.errors import InputError
 from deeplimit.network.anatomy.shortcuts import shortcut_of
 from deeplimit.network.anatomy.stand_ins import form_of, state_among, state_of
 
+Form = Callable[[Tensor], Any]
 LISTS = (nn.ModuleList, nn.Sequential)
 
 
@@ -23,7 +23,7 @@ class Seen:
     entered: Tensor | None
     order: int
     left: Tensor | None = None
-    form: Callable[[Tensor], Any] | None = None
+    form: Form | None = None
     output: Any = None
     calls: int = 1
 
@@ -53,7 +53,7 @@ class Block:
     module: nn.Module
     container: nn.Module
     stage: int
-    form: Callable[[Tensor], Any]
+    form: Form
     shortcut: Callable[[Tensor], Tensor] | None = None
 
 
@@ -136,12 +136,12 @@ def _groups(
     """(list, block) of each group, by its starred name; outer lists before what is inside."""
     for least in (2, 1):  # of a model cut to one block this one is taken
         taken: dict[str, list[tuple[nn.Module, nn.Module]]] = {}
+        prefixes: list[str] = []
         by_name: dict[str, dict[str, nn.Module]] = {}
         for name, one in _lists(model).items():
             by_name.setdefault(re.sub(r"\d+", "*", name), {})[name] = one
         for starred, lists in by_name.items():
-            inside = (f"{starred}.", starred)
-            if any(inside[0].startswith(f"{other}.") for other in taken):
+            if starred.startswith(tuple(prefixes)):
                 continue
             found = [
                 (one, child)
@@ -151,6 +151,7 @@ def _groups(
             ]
             if len(found) >= least and (least == 2 or type(found[0][0]) is nn.ModuleList):
                 taken[starred if len(lists) > 1 else next(iter(lists))] = found
+                prefixes.append(f"{starred}.")
         if taken:
             return taken
     return {}
@@ -198,16 +199,15 @@ def _staged(
     """The blocks in the order of their calls; a stage ends where something comes between two."""
     chosen = sorted(chosen, key=lambda pair: seen[pair[1]].order)
     blocks, stage = [], 0
-    for (container, module), after in pairwise([*chosen, (None, None)]):
+    followers = [*(seen[module] for _, module in chosen[1:]), None]
+    for (container, module), follower in zip(chosen, followers, strict=True):
         at = seen[module]
-        changes = not at.keeps_shape
-        shortcut = shortcut_of(module) if changes else None
-        blocks.append(Block(module, container, stage, at.form, shortcut))  # type: ignore[arg-type]
-        follower = seen.get(after[1]) if after[1] is not None else None
-        stage += changes
-        if follower is not None and not _same(at.left, follower.entered):
-            _check_first(model, module, at, follower)
-            stage += not changes
+        shortcut = None if at.keeps_shape else shortcut_of(module)
+        blocks.append(Block(module, container, stage, cast(Form, at.form), shortcut))
+        apart = follower is not None and not _same(at.left, follower.entered)
+        if apart:
+            _check_first(model, module, at, cast(Seen, follower))
+        stage += apart or shortcut is not None
     return blocks
 
 
@@ -257,8 +257,3 @@ def _none(model: nn.Module, seen: dict[nn.Module, Seen]) -> str:
         f"no stack of blocks in {name}: expected a ModuleList or Sequential with two blocks or "
         f"more that return a state of the shape they take, as first argument and first output{what}"
     )
-
-
-def names_of(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Modules with their names."""
-    return ((module, name) for name, module in model.named_modules())

@@ -1,0 +1,48 @@
+"""Running costs of blocks: computed in a block's replay where it has one, else as it is entered."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.network.anatomy.stand_ins import state_among
+
+
+@runtime_checkable
+class ReplayedBlock(Protocol):
+    """What may stand in a block's attributes for its forward: it replays it in the backward pass.
+
+    Attributes:
+        running_cost: where one is put here, each run with gradients charges it for the block's
+            input, inside the replay.
+        paid: what was charged.
+    """
+
+    running_cost: Callable[[Tensor], Tensor] | None
+    paid: list[Tensor]
+
+
+@contextmanager
+def charged(block: nn.Module, cost: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Collects cost(x) for every input x of a block, inside its replay where it has one."""
+    standing = vars(block).get("forward")
+    if isinstance(standing, ReplayedBlock):
+        standing.running_cost, standing.paid = cost, []
+        try:
+            yield standing.paid
+        finally:
+            standing.running_cost, standing.paid = None, []
+        return
+    paid: list[Tensor] = []
+
+    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            paid.append(cost(cast(Tensor, state_among(args, kwargs))))
+
+    handle = block.register_forward_pre_hook(enters, with_kwargs=True)
+    try:
+        yield paid
+    finally:
+        handle.remove()

@@ -1,0 +1,112 @@
+"""Bypass and inject: a model's own forward without its blocks, and with states put in."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy.stacks import Block
+from deeplimit.network.anatomy.stand_ins import standing_in, state_among
+from deeplimit.network.modes import RunningStatistics
+
+# Of the logits' rounding, what the same head may make of the same state in another call. Sums in
+# half precision are rounded once, at their end.
+SLACK, HALF_SLACK = 100, 4
+
+
+@contextmanager
+def bypassing(blocks: Iterable[Block]) -> Iterator[None]:
+    """These blocks return their input, in the form of their output."""
+
+    def bypass(block: Block, *args: Any, **kwargs: Any) -> Any:
+        return block.form(cast(Tensor, state_among(args, kwargs)))
+
+    with standing_in({b.module: partial(bypass, b) for b in blocks}):
+        yield
+
+
+def injected(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    run: Callable[[], Tensor],
+    at: Mapping[int, Tensor],
+    statistics: RunningStatistics | None = None,
+    read: int | None = None,
+) -> Tensor:
+    """The logits of states that are put in at the end of their stages, all blocks bypassed.
+
+    What the model carries from its stem is dropped where the first states come in. The random state
+    and running statistics are afterwards what they were.
+
+    Args:
+        model: of the blocks.
+        blocks: all of them, in order.
+        run: runs the model.
+        at: the states by their stage; those of earlier stages come first in the answer.
+        statistics: of batch norms; by default those of now.
+        read: a stage; then what enters it is returned, in place of the logits.
+
+    Raises:
+        InputError: a stage does not go on from the one before.
+    """
+    last = {b.stage: b for b in blocks}
+    rows, entered = 0, -1
+    taken: list[Tensor] = []
+
+    def bypass(block: Block, *args: Any, **kwargs: Any) -> Any:
+        nonlocal rows, entered
+        h = cast(Tensor, state_among(args, kwargs))
+        if block.stage != entered:
+            entered = block.stage
+            if rows and len(h) != rows:
+                raise InputError(
+                    f"stage {entered} does not go on from the one before, so that they are no one "
+                    "stack; name one list of blocks with blocks=…"
+                )
+            if entered == read:
+                taken.append(h)
+        if block is last[block.stage]:
+            h = put(block.stage, h)
+        if block.shortcut is not None:
+            h = block.shortcut(h)
+            if block is blocks[-1]:
+                h = put(block.stage + 1, h)
+        return block.form(h)
+
+    def put(stage: int, h: Tensor) -> Tensor:
+        nonlocal rows
+        if stage in at:
+            h = torch.cat([h, at[stage]]) if rows else at[stage]
+            rows = len(h)
+        return h
+
+    stand_ins = {b.module: partial(bypass, b) for b in blocks}
+    statistics = statistics or RunningStatistics(model.modules())
+    with torch.random.fork_rng(devices_of(model)), statistics.use(), standing_in(stand_ins):
+        logits = run()
+    return logits if read is None else taken[0]
+
+
+def devices_of(model: nn.Module) -> list[int]:
+    """The devices other than the CPU whose random state a forward may change."""
+    found = {p.device for p in model.parameters()}
+    return sorted({d.index or 0 for d in found if d.type == "cuda"})
+
+
+def gap(a: Tensor | None, b: Tensor) -> str | None:
+    """How two answers differ, in words; None where they are equal but for rounding.
+
+    NaN is no agreement.
+    """
+    if a is None or a.shape != b.shape:
+        return f"in shape, {None if a is None else list(a.shape)} and {list(b.shape)}"
+    if b.numel() == 0:
+        return None
+    slack = HALF_SLACK if b.dtype.itemsize < 4 else SLACK
+    limit = slack * torch.finfo(b.dtype).eps * (1 + float(b.abs().max()))
+    apart = float((a.to(torch.promote_types(b.dtype, torch.float32)) - b).abs().max())
+    return None if apart <= limit else f"by {apart:.2g}"

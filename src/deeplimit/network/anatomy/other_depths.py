@@ -1,0 +1,67 @@
+"""A model with other lists of blocks, proven to be what it is said to be."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from deeplimit.errors import InputError
+from deeplimit.network.anatomy.anatomy import Anatomy
+from deeplimit.network.anatomy.calling import FAILS, call, told
+from deeplimit.network.anatomy.config_depth import set_depths
+from deeplimit.network.anatomy.injection import bypassing, gap
+from deeplimit.network.anatomy.lists import relisted
+from deeplimit.network.anatomy.stacks import Block
+from deeplimit.network.modes import evaluating
+
+
+def with_times(
+    model: nn.Module, blocks: Sequence[Block], times: Sequence[int], *, shared: bool = False
+) -> nn.Module:
+    """A copy with block n times[n] times in a row, and what it says of itself brought up to date.
+
+    `shared` leaves its parameters the model's own: to try something.
+    """
+    other = relisted(model, [(b.container, b.module) for b in blocks], times, shared=shared)
+    names = {module: name for name, module in model.named_modules()}
+    before: dict[str, int] = {}
+    kept: dict[str, list[int]] = {}
+    for block, count in zip(blocks, times, strict=True):
+        name = names[block.container]
+        i = before.get(name, 0)
+        before[name] = i + 1
+        kept.setdefault(name, []).extend([i] * count)
+    set_depths(other, before, kept)
+    return other
+
+
+def check_kept(
+    structure: Anatomy, blocks: Sequence[Block], smaller: nn.Module, removed: Iterable[int]
+) -> None:
+    """A smaller model is, on the example, the model with the layers removed bypassed.
+
+    Raises:
+        InputError: it does not run, or the layers kept do something else.
+    """
+    model, example = structure.model, structure.example()
+    gone = sorted(removed)
+    if not gone or any(p.is_meta for p in model.parameters()):
+        return
+    layers, name = ", ".join(map(str, gone)), type(model).__name__
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model), evaluating(smaller):
+        torch.manual_seed(0)
+        with bypassing(blocks[n] for n in gone):
+            expected = structure.run(example)  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        try:
+            own = call(smaller, example)
+        except FAILS as error:
+            raise InputError(
+                f"{name} does not run without layers {layers} ({told(error)})"
+            ) from error
+    apart = gap(own, expected)
+    if apart is not None:
+        raise InputError(
+            f"without layers {layers} the other layers of {name} do something else: its answers "
+            f"differ {apart}. They depend on their place; only layers at the end can be removed"
+        )
