@@ -183,7 +183,7 @@ def _verified(
     count = answers.samples
     change = (answers.gained - answers.lost) / count
     squares = (answers.gained + answers.lost) / count
-    alike = _forms(model) == _forms(cropped)  # each layer of one is as large as the other's
+    alike = _forms(structure.model) == _forms(cropped.model)  # each layer of one is as large as the other's
     times = latencies([run_before] if alike else [run_before, run_after], sample)
     return CropReport(
         samples=count,
