@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from statistics import NormalDist
-from typing import cast
+from typing import SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,12 @@ from deeplimit.control.cropping import check_profile, latencies, multiply_adds
 from deeplimit.control.cut_choice import Budget, CutChoice
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.tolerance import check_tolerance
-from deeplimit.control.trials import Trials
+from deeplimit.control.trials import MayGo, Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
 from deeplimit.control.verdict import CONFIDENCE, FEW
 from deeplimit.errors import InputError, several
 from deeplimit.network.anatomy import Anatomy, anatomy
+from deeplimit.network.anatomy.anatomy import layer_numbers
 from deeplimit.network.checks import check_number
 from deeplimit.network.modes import Inputs, evaluating, first_samples
 
@@ -35,6 +36,8 @@ def choose_cut(
     blocks: int | None = None,
     multiply_adds: float | None = None,
     latency: float | None = None,
+    protect: Iterable[SupportsIndex] = (),
+    contiguous: bool = False,
     shift: bool = False,
 ) -> CutChoice:
     """Chooses which layers to remove, of any stage, under one budget.
@@ -62,11 +65,14 @@ def choose_cut(
         blocks: how many layers are kept.
         multiply_adds: the fraction of the multiply-adds that is kept at most: fewest layers go.
         latency: the fraction of the latency of the first batch, likewise.
+        protect: layers that stay, counted from the end where negative: [0, -1].
+        contiguous: whether the layers that go follow one another.
         shift: targets of tokens are the inputs themselves: each predicts the next.
 
     Raises:
-        InputError: no budget or several, one out of range, or one that cannot be met by removing
-            layers; a profile of another network, or a loader that is missing or does not fit.
+        InputError: a layer to be protected that is not there; no budget or several, one out of
+            range, or one that cannot be met by removing layers; a profile of another network, or a
+            loader that is missing or does not fit.
     """
     given = (accuracy, blocks, multiply_adds, latency)
     budget, limit = _the_one(dict(zip(NAMES, given, strict=True)))
@@ -74,6 +80,7 @@ def choose_cut(
     check_profile(profile, structure.horizon)
     _check(budget, limit, structure.horizon, loader is not None)
     with evaluating(structure.model):
+        may_go = _permitted(structure.horizon, protect, contiguous)
         loss = None
         if budget == "accuracy":
             loss = SoftCrossEntropy(profile.classes, profile.softness)
@@ -83,13 +90,15 @@ def choose_cut(
         spending = _Spending(structure, trials, budget, limit, rise, len(orders))
         cuts: dict[str, tuple[int, ...]] = {}
         for score, order in orders.items():
-            removed = spending.bisected(list(islice(_possible(structure, order), spending.most)))
+            removed = spending.bisected(
+                list(islice(_possible(structure, order, may_go), spending.most))
+            )
             if removed is not None:
                 cuts[score] = removed
         if trials is not None:
             least = min(map(len, cuts.values()), default=0)
             ranked = next(iter(orders.values()))
-            removed = spending.one_by_one(trials.order(ranked), least)
+            removed = spending.one_by_one(trials.order(ranked, may_go), least)
             if removed is not None:
                 cuts["trial"] = removed
         if not cuts:
@@ -238,10 +247,34 @@ def _orders(structure: Anatomy, profile: TurnpikeProfile) -> dict[str, list[int]
     return orders
 
 
-def _possible(structure: Anatomy, order: Iterable[int]) -> Iterator[int]:
+def _permitted(horizon: int, protect: Iterable[SupportsIndex], contiguous: bool) -> MayGo:
+    """Whether a layer may go after others.
+
+    Raises:
+        InputError: a layer to be protected that is not there.
+    """
+    kept = set()
+    for n in layer_numbers(protect):
+        if not -horizon <= n < horizon:
+            raise InputError(
+                f"layer {n} to be protected; the model has layers 0 … {horizon - 1}, or "
+                f"-{horizon} … -1"
+            )
+        kept.add(n % horizon)
+
+    def may_go(gone: Collection[int], n: int) -> bool:
+        beside = not (contiguous and gone) or n in (min(gone) - 1, max(gone) + 1)
+        return n not in kept and beside
+
+    return may_go
+
+
+def _possible(structure: Anatomy, order: Iterable[int], may_go: MayGo) -> Iterator[int]:
     """The layers of an order that the model can do without beside those before them."""
     gone: list[int] = []
-    for n in order:
+    left = list(order)
+    while (n := next((n for n in left if may_go(gone, n)), None)) is not None:
+        left.remove(n)
         try:
             structure.check_removable([*gone, n])
         except InputError:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deeplimit.control.alignment import aligned_batches
 from deeplimit.control.crop_report import CropReport
+from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.fading import FadedForward
 from deeplimit.control.finite import blame_inputs
 from deeplimit.control.paired_answers import PairedAnswers
@@ -66,7 +67,7 @@ def check_profile(profile: object, horizon: int) -> None:
 
 def crop(
     model: nn.Module | Anatomy,
-    depth: SupportsIndex | TurnpikeProfile | None = None,
+    depth: SupportsIndex | TurnpikeProfile | CutChoice | None = None,
     *,
     remove: Iterable[SupportsIndex] | None = None,
 ) -> nn.Module:
@@ -74,19 +75,27 @@ def crop(
 
     `crop(model, 5)` keeps the first 5 layers: in evaluation mode its output is, to the last bit,
     the model's own intermediate output at that depth. `crop(model, profile)` takes out what
-    `removal(profile)` names. `crop(model, remove=range(5, 18))` takes out those layers, from the
-    middle if need be: the output then changes by what they did.
+    `removal(profile)` names, `crop(model, choice)` what `choose_cut` chose, and
+    `crop(model, remove=range(5, 18))` those layers, from the middle if need be: the output then
+    changes by what they did.
 
     Raises:
-        InputError: a depth outside 0 … N, a profile of another horizon, a layer that does not
-            exist or that the model cannot do without, neither or both of depth and remove, or a
-            model whose class, built from the new configuration, is another (`check_rebuilt`).
+        InputError: a depth outside 0 … N, a profile or a choice of another horizon, a layer that
+            does not exist or that the model cannot do without, neither or both of depth and remove,
+            or a model whose class, built from the new configuration, is another (`check_rebuilt`).
     """
     structure = anatomy(model)
     horizon = structure.horizon
     if (depth is None) == (remove is None):
         raise InputError("give crop a depth, a profile, or remove=…; exactly one of them")
-    if isinstance(depth, TurnpikeProfile):
+    if isinstance(depth, CutChoice):
+        if sum(depth.layers_before) != horizon:
+            raise InputError(
+                f"the choice is of a network with {several(sum(depth.layers_before), 'layer')}, "
+                f"the model has {horizon}; choose for this model"
+            )
+        remove = depth.removed
+    elif isinstance(depth, TurnpikeProfile):
         check_profile(depth, horizon)
         remove = removal(depth)
     elif depth is not None:
@@ -183,7 +192,9 @@ def _verified(
     count = answers.samples
     change = (answers.gained - answers.lost) / count
     squares = (answers.gained + answers.lost) / count
-    alike = _forms(structure.model) == _forms(cropped.model)  # each layer of one is as large as the other's
+    alike = _forms(structure.model) == _forms(
+        cropped.model
+    )  # each layer of one is as large as the other's
     times = latencies([run_before] if alike else [run_before, run_after], sample)
     return CropReport(
         samples=count,

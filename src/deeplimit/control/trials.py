@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,13 @@ from deeplimit.network.targets import fitted
 
 AGAIN = 8
 NEED = "a cut is chosen on at least one sample that counts"
+
+
+MayGo = Callable[[Collection[int], int], bool]
+
+
+def _any(gone: Collection[int], n: int) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ class Trials:
             count += len(y)
         return total / max(count, 1)
 
-    def order(self, ranked: Iterable[int]) -> Iterator[int]:
+    def order(self, ranked: Iterable[int], may_go: MayGo = _any) -> Iterator[int]:
         """The layers one by one: next the one whose removal adds the least divergence.
 
         What a layer adds is measured for all at first, then again for the eight that added least
@@ -130,6 +137,7 @@ class Trials:
 
         Args:
             ranked: the layers; those in front go first among equals.
+            may_go: whether a layer may go after others.
         """
         gone: list[int] = []
         spent = 0.0
@@ -137,8 +145,13 @@ class Trials:
         queue = [(-math.inf, rank, n, -1) for rank, n in enumerate(ranked)]
         while queue:
             due = [heapq.heappop(queue) for _ in range(min(AGAIN, len(queue)))]
+            waiting = []
             while due or (queue and queue[0][3] < len(gone)):
-                _, rank, n, _ = due.pop() if due else heapq.heappop(queue)
+                entry = due.pop() if due else heapq.heappop(queue)
+                _, rank, n, _ = entry
+                if not may_go(gone, n):
+                    waiting.append(entry)
+                    continue
                 try:
                     added = self.divergence([*gone, n]) - spent
                 except InputError:
@@ -149,6 +162,10 @@ class Trials:
                 gone.append(n)
                 spent += added
                 yield n
+            elif waiting:
+                return
+            for entry in waiting:
+                heapq.heappush(queue, entry)
 
     def _run(self, structure: Anatomy) -> tuple[Tensor, Tensor]:
         """Whether each sample is right, 0 or 1, and its loss, over the whole loader."""

@@ -50,9 +50,13 @@ class Anatomy(ABC):
         model: the model.
         tokens: whether there are logits for every token, [B, L, C], and the head reads each token
             by itself: states [T, d] → logits [T, C].
+        name: of the lists of blocks, where the model was found to have such.
+        others: names of other lists of blocks that it has.
     """
 
     tokens = False
+    name: str | None = None
+    others: Sequence[str] = ()
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -303,6 +307,8 @@ class Anatomy(ABC):
             own = [n for n, layer in enumerate(self.layers) if layer.stage == stage]
             names = dict.fromkeys(type(m).__name__ for n in own for m in self.layers[n].controls)
             lines.append(f"  stage {stage}: layers {own[0]} … {own[-1]} ({', '.join(names)})")
+        if self.others:
+            lines.append(f"  read: {self.name}; also there, for blocks=…: {', '.join(self.others)}")
         if self.fixed:
             lines.append(f"  cannot be removed: layers {', '.join(map(str, self.fixed))}")
         return "\n".join(lines)

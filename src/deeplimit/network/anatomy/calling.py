@@ -43,7 +43,8 @@ def call(model: nn.Module, x: Any) -> Tensor:
     if isinstance(x, tuple | list) and not isinstance(x, Tensor):
         return answer(model, model(*x))
     if named is None:
-        return answer(model, model(**x) if isinstance(x, Mapping) else model(x))
+        by_name = isinstance(x, Mapping) and _named(parameters_of(model), x)
+        return answer(model, model(**x) if by_name else model(x))
     given: dict[str, Any] = {named: x} if isinstance(x, Tensor) else dict(x)
     parameter = next(model.parameters())
     if not torch.is_autocast_enabled(parameter.device.type):
@@ -79,13 +80,19 @@ def answer(model: nn.Module, output: Any) -> Tensor:
     )
 
 
+def _named(takes: Mapping[str, inspect.Parameter], x: Mapping[str, Any]) -> bool:
+    """Whether a mapping is for the parameters of a forward, and not for its first one."""
+    anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    return anything or all(name in takes for name in x)
+
+
 def main_input(model: nn.Module) -> str | None:
     """The main input's name, of a model that is called by keywords as those of transformers."""
     name = getattr(model, "main_input_name", None)
     return name if isinstance(name, str) and hasattr(model, "config") else None
 
 
-def parameters_of(model: nn.Module) -> Mapping[str, Any]:
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """What a model's forward takes."""
     return inspect.signature(type(model).forward).parameters
 

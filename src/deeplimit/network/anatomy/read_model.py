@@ -66,9 +66,8 @@ class ReadModel(Anatomy):
         blocks: str | Sequence[nn.Module] | None = None,
     ):
         super().__init__(model)
-        self._asked = blocks
         watch, self._example, own = self._watched(example)
-        self._blocks, self.found = find_blocks(model, watch.seen, blocks)
+        self._blocks, self.name, self.others = find_blocks(model, watch.seen, blocks)
         state = watch.seen[self._blocks[-1].module].left
         self._of_tokens = state is not None and state.dim() == 3
         self.tokens = self._free = False
@@ -128,7 +127,7 @@ class ReadModel(Anatomy):
             raise InputError(
                 f"{type(self.model).__name__} cannot be read: {self._apart(z, own)}, so that "
                 "something but the last block's state decides them; the blocks read are those of "
-                f"{', '.join(self.found)}"
+                f"{self.name or 'the list given'}"
             )
 
     def _small(self, x: Any) -> tuple[Any, list[Tensor], Tensor]:
@@ -158,8 +157,7 @@ class ReadModel(Anatomy):
 
     def like(self, model: nn.Module) -> "ReadModel":
         """Another model of this kind, read on the same example."""
-        asked = self._asked if isinstance(self._asked, str) else None
-        return ReadModel(model, self._example, asked)
+        return ReadModel(model, self._example, self.name)
 
     def run(self, x: Inputs) -> Tensor:
         """The logits of the model's own forward."""

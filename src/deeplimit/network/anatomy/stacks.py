@@ -92,8 +92,8 @@ class Watch:
 
 def find_blocks(
     model: nn.Module, seen: dict[nn.Module, Seen], asked: str | Sequence[nn.Module] | None
-) -> tuple[list[Block], list[str]]:
-    """The blocks of one group of lists, in order, and the names of all groups that there are.
+) -> tuple[list[Block], str | None, list[str]]:
+    """The blocks of one group of lists, in order, its name, and those of the other groups.
 
     Lists whose names differ in numbers only are one group, such as a stage each. Of several groups
     the one with the most blocks is taken, the last in the forward among equals.
@@ -110,9 +110,8 @@ def find_blocks(
     if asked is None:
         if not groups:
             raise InputError(_none(model, seen))
-        name = max(groups, key=lambda n: (len(groups[n]), max(_order(groups[n], seen))))
-        chosen = groups[name]
-    elif isinstance(asked, str):
+        asked = max(groups, key=lambda n: (len(groups[n]), max(_order(groups[n], seen))))
+    if isinstance(asked, str):
         chosen = _asked(model, seen, asked, groups)
     else:
         holders = {child: one for one in _lists(model).values() for child in one.children()}
@@ -123,7 +122,8 @@ def find_blocks(
                 f"Sequential of {type(model).__name__}, or is not called in its forward"
             )
         chosen = [(holders[b], b) for b in asked]
-    return _staged(model, chosen, seen), list(groups)
+    others = [name for name in groups if name != asked]
+    return _staged(model, chosen, seen), asked if isinstance(asked, str) else None, others
 
 
 def _lists(model: nn.Module) -> dict[str, nn.Module]:
@@ -216,10 +216,14 @@ def _check_first(model: nn.Module, module: nn.Module, at: Seen, follower: Seen) 
     others = at.output[1:] if isinstance(at.output, tuple | list) else ()
     for i, other in enumerate(others, 1):
         if isinstance(other, Tensor) and _same(other, follower.entered):
-            raise InputError(
-                f"{type(module).__name__} of {type(model).__name__} returns its state as output "
-                f"{i}; expected it first: return (state, …)"
-            )
+            raise InputError(_elsewhere(model, module, i))
+
+
+def _elsewhere(model: nn.Module, module: nn.Module, i: int) -> str:
+    return (
+        f"{type(module).__name__} of {type(model).__name__} returns its state as output {i}, "
+        "counted from 0; expected it first: return state, …"
+    )
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -238,21 +242,17 @@ def _none(model: nn.Module, seen: dict[nn.Module, Seen]) -> str:
             f"no stack of blocks in {name}: one {type(repeated).__name__} is called "
             f"{seen[repeated].calls} times in a forward; give each layer a block of its own"
         )
-    shapes = next(
-        (
-            (m, at)
-            for m, at in seen.items()
-            if at.entered is not None and at.left is not None and list(m.children())
-        ),
-        None,
-    )
     what = ""
-    if shapes is not None:
-        module, at = shapes
-        what = (
-            f"; a {type(module).__name__} takes {list(at.entered.shape)} and returns "  # type: ignore[union-attr]
-            f"{list(at.left.shape)}"  # type: ignore[union-attr]
-        )
+    for module, at in seen.items():
+        if at.entered is None or at.left is None or at.keeps_shape or not list(module.children()):
+            continue
+        shape = at.entered.shape
+        parts = at.output if isinstance(at.output, tuple | list) else ()
+        for i, part in enumerate(parts):
+            if isinstance(part, Tensor) and part.shape == shape:
+                return _elsewhere(model, module, i)
+        takes = f"{list(shape)} and returns {list(at.left.shape)}"
+        what = what or f"; a {type(module).__name__} takes {takes}"
     return (
         f"no stack of blocks in {name}: expected a ModuleList or Sequential with two blocks or "
         f"more that return a state of the shape they take, as first argument and first output{what}"
