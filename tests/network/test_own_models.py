@@ -235,8 +235,6 @@ def test_a_model_without_repeated_blocks_is_refused(model: nn.Module, says: str)
         ({"y": X}, r"does not run on the example \(.*unexpected keyword argument 'y'\)"),
         ((X, X), r"does not run on the example \(.*takes 2 positional arguments but 3"),
         ((), r"does not run on the example \(.*missing 1 required"),
-        (3, "3 given as the example; expected a tensor, tensors by name or a tuple"),
-        ("text", "'text' given as the example; expected a tensor, tensors by name or a tuple"),
     ],
 )
 def test_an_example_that_does_not_fit_is_refused(example: object, says: str) -> None:
@@ -248,7 +246,6 @@ def test_an_example_that_does_not_fit_is_refused(example: object, says: str) -> 
     ("blocks", "says"),
     [
         ("nope", "blocks='nope' given; Own has no such list of blocks; found: body"),
-        (3, "blocks=3 given; expected the name of a list of blocks, a pattern, or the blocks"),
         ([], r"blocks=\[\] given; expected the name of a list of blocks, a pattern, or the blocks"),
         ([nn.Linear(2, 2)], "a Linear given among the blocks is in no ModuleList or Sequential"),
     ],
@@ -339,3 +336,22 @@ def test_a_block_that_is_there_twice_has_a_name_of_its_own(names, left) -> None:
     assert [name for name, _ in deeper.body.named_children()] == left
     for n, block in enumerate(deeper.body):
         assert torch.equal(block.linear.weight, model.body[n // 2].linear.weight)
+
+
+TYPES = """
+import torch
+from torch import nn
+from deeplimit import StageCost, SoftCrossEntropy, anatomy, crop, turnpike_profile
+
+model = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(3)))
+block = model[1]
+calls = [lambda m=m: anatomy(m) for m in ("resnet", None, [model], 3, nn.Module)]
+calls += [lambda x=x: anatomy(model, example=x) for x in (3, "text", model, 0.5, {})]
+calls += [lambda b=b: anatomy(model, blocks=b) for b in (3, block[0], "body", [3], [[block]], {})]
+calls += [lambda m=m: StageCost(m, SoftCrossEntropy(3)) for m in ("resnet", None, [model])]
+calls += [lambda m=m: turnpike_profile(m, [], SoftCrossEntropy(3)) for m in ("resnet", None)]
+"""
+
+
+def test_things_of_another_type_are_refused_in_a_line(refused_calls: Callable[[str], None]) -> None:
+    refused_calls(TYPES)

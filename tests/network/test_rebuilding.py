@@ -1,5 +1,6 @@
 """A cut model is what its configuration builds, or is refused."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,14 +76,51 @@ def test_a_cut_from_the_middle_is_loaded_as_it_is(name: str, tmp_path: Path) -> 
     assert all(p.requires_grad for p in cropped.parameters())
 
 
-UPDATING = "deeplimit.network.anatomy.read_model.set_depths"
+def test_a_cut_that_breaks_the_rule_of_the_layers_is_refused(tmp_path: Path) -> None:
+    """Jamba: every fourth layer attends, every second has experts; nothing else can be said."""
+    rule = {"attn_layer_period": 4, "attn_layer_offset": 1, "expert_layer_period": 2}
+    mamba = {"mamba_d_state": 4, "mamba_d_conv": 2, "mamba_expand": 2, "mamba_dt_rank": 4}
+    experts = {"expert_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1}
+    config = hf.JambaConfig(**SMALL | {"num_hidden_layers": 8}, **rule, **mamba, **experts)
+    torch.manual_seed(0)
+    model = hf.JambaForCausalLM(config).eval()
+    for removed in ([2], [3, 5]):
+        says = r"Jamba.* built again .* attn_layer_offset=1\. .* places that follow a rule"
+        with pytest.raises(InputError, match=says):
+            crop(model, remove=removed)
+    cropped = crop(model, remove=[2, 3, 4, 5])
+    assert [type(block) for block in cropped.model.layers] == [
+        type(model.model.layers[n]) for n in (0, 1, 6, 7)
+    ]
+    cropped.save_pretrained(tmp_path)
+    again = hf.JambaForCausalLM.from_pretrained(tmp_path).eval()
+    x = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, cropped(x).logits)
+
+
+def test_a_class_that_does_not_ask_its_configuration_is_refused() -> None:
+    class Six(hf.LlamaForCausalLM):
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            block = hf.models.llama.modeling_llama.LlamaDecoderLayer
+            self.model.layers = nn.ModuleList(block(config, n) for n in range(6))
+
+    model = Six(hf.LlamaConfig(**SMALL)).eval()
+    says = r"Six cannot be built again .*model\.layers\.\*\.input_layernorm\.weight \(not there"
+    for keep in (3, 5):
+        with pytest.raises(InputError, match=says):
+            crop(model, keep)
+
+
+PLACE = importlib.import_module("deeplimit.network.anatomy.read_model")
 Updating = Callable[[nn.Module, dict[str, int], dict[str, list[int]]], None]
 
 
 @pytest.fixture
 def updating(monkeypatch: pytest.MonkeyPatch) -> Callable[[Updating], None]:
     """Puts another function in place of what brings the configuration up to date."""
-    return lambda function: monkeypatch.setattr(UPDATING, function)
+    return lambda function: monkeypatch.setattr(PLACE, "set_depths", function)
 
 
 def test_a_configuration_that_is_not_brought_up_to_date_is_refused(updating) -> None:
