@@ -284,13 +284,16 @@ def test_blocks_that_depend_on_the_data_are_refused_where_they_do(measure: Calla
     model = Own()
     structure = anatomy(model, example=X)
     model.skip = -torch.inf
-    with pytest.raises(InputError, match="Own has 5 blocks, .* not called once each"):
+    with pytest.raises(InputError, match=r"Own has 5 blocks, and 5 states .* not called once each"):
         measure(structure)
     structure = anatomy(model, example=X)
     assert structure.horizon == 4
     measure(structure)
     model.skip = None
-    with pytest.raises(InputError, match="Own has 4 blocks, .* not called once each"):
+    with pytest.raises(
+        InputError,
+        match=r"4 blocks, and one more than in its .* not called once",
+    ):
         measure(structure)
 
 
