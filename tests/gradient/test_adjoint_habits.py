@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from deeplimit import InputError, SoftCrossEntropy, StageCost, gradient_error, use_adjoint
 from deeplimit.gradient import layout, use_backprop
 from deeplimit.gradient.node import Node
-from deeplimit.network import BlockAnatomy, register
-from deeplimit.network.anatomy.registry import FAMILIES
 
 WIDTH = 6
 
@@ -63,22 +61,6 @@ class Averaging(Plain):
     def forward(self, x: Tensor) -> object:
         self.mean = 0.5 * self.mean + 0.5 * x.detach().abs().mean()  # another tensor
         return x + 0.1 * torch.tanh(self.linear(x)) * self.mean
-
-
-class TowerAnatomy(BlockAnatomy):
-    @property
-    def containers(self):
-        return [self.model.blocks]
-
-    def head(self, x: Tensor) -> Tensor:
-        return self.model.head(x)
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    register(Tower)(TowerAnatomy)
-    yield
-    del FAMILIES[Tower]
 
 
 def inputs(samples: int = 7) -> Tensor:

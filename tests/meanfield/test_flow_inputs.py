@@ -60,7 +60,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "Heun uses two neighbouring controls",
     ),
     "empty": (lambda: ResidualChain([]), "has no layers"),
-    "unknown": (lambda: nn.Linear(3, 3), "no anatomy for Linear"),
+    "unknown": (lambda: nn.Linear(3, 3), "no stack of blocks in Linear"),
     "coupled": (lambda: ResidualChain([Coupled(3, 4)]), "two halves of its neurons"),
     "frozen": (lambda: chain(2, 3).requires_grad_(False), "no parameter of this ResidualChain"),
 }

@@ -216,11 +216,10 @@ def test_logits_of_nothing_are_refused() -> None:
         anatomy(sample("chain").model).logits([])
 
 
-def test_unknown_models_are_answered_with_the_known_families() -> None:
-    with pytest.raises(InputError, match="no anatomy for Linear") as error:
+def test_models_without_layers_are_told_what_was_looked_for() -> None:
+    says = r"no stack of blocks in Linear: expected a ModuleList or Sequential .* first output$"
+    with pytest.raises(InputError, match=says):
         anatomy(nn.Linear(2, 2))
-    for known in ("CifarResNet", "ResidualChain", "ResidualClassifier", "@register(Linear)"):
-        assert known in str(error.value)
 
 
 def test_a_subclass_is_read_by_its_nearest_family() -> None:
@@ -231,7 +230,10 @@ def test_a_subclass_is_read_by_its_nearest_family() -> None:
 
 
 class Recurrent(nn.Module):
-    """Somebody's own model: one stem, ten blocks in a list, a head."""
+    """Somebody's own model: one stem, residual functions in a list, a head.
+
+    Its blocks do not return the state, which is why its own forward does not tell the layers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -275,10 +277,12 @@ class RecurrentAnatomy(Anatomy):
 
 def test_somebodys_own_family_takes_one_small_class(monkeypatch) -> None:
     monkeypatch.delitem(FAMILIES, Recurrent, raising=False)
+    torch.manual_seed(0)
+    model = Recurrent().double()
+    with pytest.raises(InputError, match="logits of its last state differ from its own by"):
+        anatomy(model)
     assert register(Recurrent)(RecurrentAnatomy) is RecurrentAnatomy
     try:
-        torch.manual_seed(0)
-        model = Recurrent().double()
         structure, x = anatomy(model), torch.randn(5, 3).double()
         states, logits = structure.states(x)
         state, naive = model.embed(x), []

@@ -18,7 +18,6 @@ from vision_families import (
     naive_head,
     naive_logits,
     naive_walk,
-    transformers,
     vision,
 )
 

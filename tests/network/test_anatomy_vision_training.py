@@ -1,10 +1,9 @@
-"""Image classifiers of transformers: loaded without us, under the adjoint, and families added."""
+"""Image classifiers of transformers, loaded without us and under the adjoint; one of one's own."""
 
 import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from vision_families import FAMILIES, FIXED, vision
 
-from deeplimit import InputError, SoftCrossEntropy, StageCost, crop, gradient_error, use_adjoint
+from deeplimit import SoftCrossEntropy, StageCost, crop, gradient_error, use_adjoint
 from deeplimit.gradient import layout
-from deeplimit.network import BlockAnatomy, anatomy, register
-from deeplimit.network.anatomy.registry import FAMILIES as REGISTERED
+from deeplimit.network import anatomy
 
 LOAD = """
 import sys
@@ -183,48 +181,7 @@ class Block(nn.Module):
         return x + self.linear(x).tanh()
 
 
-def test_an_unknown_class_is_told_what_was_tried_and_what_to_do() -> None:
-    with pytest.raises(InputError) as error:
-        anatomy(Mine())
-    text = str(error.value)
-    assert "no anatomy for Mine; tried test_anatomy_vision_training.Mine; known: " in text
-    for known in ("CifarResNet", " classes of transformers", " classes of timm"):
-        assert known in text
-    assert "Subclass deeplimit.network.BlockAnatomy" in text
-    assert "@register(Mine)" in text
-
-
-@pytest.fixture
-def registered() -> Iterator[None]:
-    @register(Mine)
-    class MineAnatomy(BlockAnatomy):
-        @property
-        def containers(self):
-            return [self.model.blocks]
-
-        def head(self, x):
-            return self.model.readout(x.tanh())
-
-        def shortened(self, model, kept):
-            model.depth = len(model.blocks)
-
-        def example(self):
-            return torch.zeros(1, 6, dtype=self.model.stem.weight.dtype)
-
-    yield
-    del REGISTERED[Mine]
-
-
-@pytest.mark.usefixtures("registered")
-def test_a_module_that_is_two_layers_is_refused() -> None:
-    model = Mine()
-    model.blocks[3] = model.blocks[1]
-    with pytest.raises(InputError, match="one module is several of its layers"):
-        anatomy(model)
-
-
-@pytest.mark.usefixtures("registered")
-def test_a_family_of_ones_own_takes_ten_lines() -> None:
+def test_a_model_of_ones_own_is_read_without_a_word() -> None:
     torch.manual_seed(0)
     model, x, y = Mine().double(), torch.randn(7, 6).double(), torch.arange(7) % 3
     states, logits = anatomy(model).states(x)

@@ -1,7 +1,7 @@
 """Models written by somebody else, with habits of their own: read right, or refused in words."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -16,8 +16,7 @@ from deeplimit import (
     turnpike_profile,
 )
 from deeplimit.control import Fading
-from deeplimit.network import BlockAnatomy, anatomy, register
-from deeplimit.network.anatomy.registry import FAMILIES
+from deeplimit.network import anatomy
 
 
 class Step(nn.Module):
@@ -25,59 +24,39 @@ class Step(nn.Module):
         super().__init__()
         self.linear, self.habit = nn.Linear(5, 5), habit
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor | None, ...]:
         if self.habit == "in place":
             x += self.linear(torch.relu(x))
             return x
         if self.habit == "relu in place":
             return x + self.linear(nn.functional.relu(x, inplace=True))
         y = x + self.linear(torch.relu(x))
-        return (y, None) if self.habit == "tuple" else y
+        return {"tuple": (y, None), "second": (x.sin(), y)}.get(self.habit, y)
 
 
 class Own(nn.Module):
+    """A stem, blocks, a head; `skip` is the sum of a batch from which on block 2 is left out."""
+
+    skip: float | None = None
+
     def __init__(self, habit: str = "", names: Sequence[str] = "01234") -> None:
         super().__init__()
         torch.manual_seed(0)
         self.habit = habit
-        self.stem, self.end = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.stem, self.end, self.again = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(4, 3)
         self.body = nn.Sequential(OrderedDict((name, Step(habit)) for name in names))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for step in self.body:
-            x, *_ = step(x) if self.habit == "tuple" else (step(x),)
-        z = self.end(torch.tanh(x))
+        given, states = x, [self.stem(x)]
+        body = {"slice": self.body[:-1], "list": list(self.body)[1:]}.get(self.habit, self.body)
+        for n, step in enumerate(body):
+            if n != 2 or self.skip is None or float(given.detach().sum()) < self.skip:
+                y = step(states[-1])
+                states.append(y[self.habit == "second"] if isinstance(y, tuple) else y)
+        z = self.end(torch.tanh(sum(states) if self.habit == "sum" else states[-1]))
+        if self.habit == "input":
+            z = z + self.again(given)
         return z / 0 * 0 if self.habit == "nan" else z
-
-
-class OwnAnatomy(BlockAnatomy):
-    model: Own
-
-    @property
-    def containers(self) -> Sequence[nn.Module]:
-        body = self.model.body
-        return [{"slice": body[:-1], "list": list(body)}.get(self.model.habit, body)]
-
-    def head(self, x: Tensor) -> Tensor:
-        if self.model.habit == "nan":
-            return torch.full((len(x), 3), torch.nan)
-        return self.model.end(x if self.model.habit == "wrong head" else torch.tanh(x))
-
-    def example(self) -> Tensor | None:
-        return torch.linspace(-2, 2, 24).reshape(6, 4)
-
-
-class Unchecked(OwnAnatomy):
-    def example(self) -> None:
-        return None
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    register(Own)(OwnAnatomy)
-    yield
-    del FAMILIES[Own]
 
 
 X, Y = torch.linspace(-1, 1, 32).reshape(8, 4).sin(), torch.arange(8) % 3
@@ -86,47 +65,235 @@ X, Y = torch.linspace(-1, 1, 32).reshape(8, 4).sin(), torch.arange(8) % 3
 @pytest.mark.parametrize("habit", ["in place", "relu in place"])
 def test_a_state_that_is_written_over_is_not_taken_for_another(habit: str) -> None:
     says = "layer 0 of Own changes its input in place, which loses state 0; write x = x"
-    with pytest.raises(InputError, match=says):
-        anatomy(Own(habit))
-    register(Own)(Unchecked)
-    for measure in (
+    for reading in (
+        lambda: anatomy(Own(habit)),
         lambda: turnpike_profile(Own(habit), [(X, Y)], SoftCrossEntropy(3)),
         lambda: StageCost(Own(habit), SoftCrossEntropy(3))(X, Y),
     ):
         with pytest.raises(InputError, match=says):
-            measure()
+            reading()
 
 
 @pytest.mark.parametrize("habit", ["slice", "list"])
-def test_lists_of_blocks_are_the_models_own(habit: str) -> None:
-    with pytest.raises(InputError, match="no part of the model, such as a slice; give the model's"):
-        anatomy(Own(habit))
+def test_the_blocks_are_those_that_the_forward_calls(habit: str) -> None:
+    """A list made anew in every forward; what is left of it stands in the model's own."""
+    model = Own(habit).eval()
+    blocks = list(model.body)[:-1] if habit == "slice" else list(model.body)[1:]
+    structure = anatomy(model)
+    assert structure.blocks == tuple(blocks)
+    states, logits = structure.states(X)
+    walk = [model.stem(X)]
+    for block in blocks:
+        walk.append(block(walk[-1]))
+    assert all(map(torch.equal, states, walk))
+    assert torch.equal(logits, model(X))
+    cut = crop(model, remove=[1])
+    assert len(cut.body) == 4
+    expected = walk[1]
+    for block in blocks[2:]:
+        expected = block(expected)
+    assert torch.equal(cut(X), model.end(torch.tanh(expected)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_head_that_is_not_the_models_is_refused_in_every_precision(dtype: torch.dtype) -> None:
-    with pytest.raises(InputError, match="logits of its last state differ from the model's own by"):
-        anatomy(Own("wrong head").to(dtype))
+@pytest.mark.parametrize("habit", ["", "tuple"])
+def test_states_and_logits_are_those_of_a_walk_by_hand(habit: str) -> None:
+    model = Own(habit).double().eval()
+    states, logits = anatomy(model).states(X.double())
+    state = model.stem(X.double())
+    z = anatomy(model).logits(states)
+    assert len(states) == len(z) == 6
+    for n, block in enumerate([*model.body, None]):
+        assert torch.equal(states[n], state)
+        torch.testing.assert_close(z[n], model.end(torch.tanh(state)), rtol=1e-14, atol=1e-14)
+        if block is not None:
+            state = state + block.linear(torch.relu(state))
+    assert torch.equal(logits, model.end(torch.tanh(state)))
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_head_that_reads_all_states_is_refused_in_every_precision(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match=r"the logits of its last state differ from its own by \d"):
+        anatomy(Own("sum").to(dtype))
     assert anatomy(Own().to(dtype)).horizon == 5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_head_that_reads_the_inputs_again_is_given_them(dtype: torch.dtype) -> None:
+    """Those of the states, not those of the example."""
+    model, x = Own("input").to(dtype).eval(), X.to(dtype)
+    structure = anatomy(model)
+    states, logits = structure.states(x)
+    with pytest.raises(InputError, match=r"head of Own reads the inputs too; .*x=inputs"):
+        structure.logits(states)
+    z = structure.logits(states, x=x)
+    for n, state in enumerate(states):
+        assert torch.equal(z[n], model.end(torch.tanh(state)) + model.again(x))
+    assert torch.equal(z[-1], logits)
+    assert torch.equal(structure.logits(states[2:4], 2, x=x), z[2:4])
+    assert torch.equal(structure.head(states[3], x), z[3])
+    cost, _ = StageCost(model, SoftCrossEntropy(3), 0.5)(x, Y)
+    loss = SoftCrossEntropy(3)
+    costs = [loss(one, Y).mean() for one in z]
+    expected = costs[-1] + 0.5 * sum(costs[:-1])
+    assert float(cost) == pytest.approx(float(expected), rel=4 * torch.finfo(dtype).eps)
+
+
 def test_the_example_goes_where_the_model_is() -> None:
-    """As in the docs it is of single precision; a copy in double precision is what is measured."""
+    """One of single precision; a copy in double precision is what is measured."""
     model = Own().eval()
+    double = anatomy(model.double(), example=X)
     with torch.no_grad():
-        cost, logits = StageCost(model.double(), SoftCrossEntropy(3), 0.0)(X.double(), Y)
+        cost, logits = StageCost(double, SoftCrossEntropy(3), 0.0)(X.double(), Y)
     assert torch.equal(logits, model(X.double()))
     assert float(cost) == pytest.approx(float(SoftCrossEntropy(3).mean(logits, Y)), rel=1e-14)
     gap = discretization_gap(model.float(), X, bound=False)
-    assert anatomy(Own().to("meta")).horizon == 5
-    register(Own)(Unchecked)
-    assert discretization_gap(model, X, bound=False) == gap
     assert gap.gap[0] == 0 < gap.gap[1]
 
 
+@pytest.mark.parametrize("habit", ["", "tuple", "input"])
+def test_a_model_without_values_has_its_horizon_read(habit: str) -> None:
+    structure = anatomy(Own(habit).to("meta"))
+    assert structure.horizon == 5
+    assert structure.state_stages == (0,) * 6
+    assert [name for name, _ in crop(structure, 3).body.named_children()] == ["0", "1", "2"]
+
+
 def test_logits_that_are_not_numbers_agree_with_nothing() -> None:
-    with pytest.raises(InputError, match="differ from the model's own by nan"):
+    with pytest.raises(InputError, match="Own answers NaN to its example"):
         anatomy(Own("nan"))
+
+
+def test_logits_that_are_infinite_agree_with_themselves() -> None:
+    """As those of tokens that may not be said."""
+
+    class Masked(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.tensor([True, False, False]), -torch.inf)
+
+    states, logits = anatomy(Masked()).states(X)
+    assert torch.equal(anatomy(Masked()).logits(states)[-1], logits)
+
+
+def test_a_state_that_is_the_second_output_is_refused() -> None:
+    says = r"Step of Own returns its state as output 1; expected it first: return \(state, …\)"
+    with pytest.raises(InputError, match=says):
+        anatomy(Own("second"))
+
+
+@pytest.mark.parametrize("place", [4, 3, 2])
+def test_a_module_that_is_two_layers_is_refused(place: int) -> None:
+    model = Own()
+    model.body[place] = model.body[1]
+    with pytest.raises(InputError, match=r"one Step is called 2 times .* a block of its own"):
+        anatomy(model)
+
+
+def test_one_module_for_all_layers_is_refused() -> None:
+    model = Own()
+    model.body = nn.Sequential(*[model.body[0]] * 3)
+    with pytest.raises(InputError, match="one Step is called 3 times in a forward"):
+        anatomy(model)
+
+
+class Growing(nn.Module):
+    """Blocks of different shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(
+            nn.Sequential(nn.Linear(n, n + 1), nn.Tanh()) for n in range(4, 7)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.body:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (nn.Linear(2, 2), "no stack of blocks in Linear: expected a ModuleList or Sequential"),
+        (nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), "no stack of blocks in Seq"),
+        (Growing(), r"no stack .* Growing: .*; a Sequential takes \[2, 4\] and returns \[2, 5\]"),
+    ],
+)
+def test_a_model_without_repeated_blocks_is_refused(model: nn.Module, says: str) -> None:
+    for reading in (anatomy, lambda m: crop(m, 1), lambda m: StageCost(m, SoftCrossEntropy(3))):
+        with pytest.raises(InputError, match=says):
+            reading(model)
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [
+        (torch.zeros(2, 7), r"does not run on the example \(mat1 and mat2 shapes .*example=…"),
+        ({"y": X}, r"does not run on the example \(.*must be Tensor, not dict\)"),
+        ((X, X), r"does not run on the example \(.*takes 2 positional arguments but 3"),
+        ((), r"does not run on the example \(.*missing 1 required"),
+    ],
+)
+def test_an_example_that_does_not_fit_is_refused(example: object, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        anatomy(Own(), example=example)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "says"),
+    [
+        ("nope", "blocks='nope' given; Own has no such list of blocks; found: body"),
+        ([], r"blocks=\[\] given; expected the name of a list of blocks, a pattern, or the blocks"),
+        ([nn.Linear(2, 2)], "a Linear given among the blocks is in no ModuleList or Sequential"),
+    ],
+)
+def test_blocks_that_are_not_there_are_refused(blocks: object, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        anatomy(Own(), blocks=blocks)
+
+
+def test_the_blocks_may_be_given() -> None:
+    """Between two that are not neighbours stands what is the model's own."""
+    model = Own().eval()
+    for blocks in ("body", model.body, list(model.body)):
+        assert anatomy(model, blocks=blocks).blocks == tuple(model.body)
+    structure = anatomy(model, blocks=[model.body[3], model.body[1], model.body[3]])
+    assert structure.blocks == (model.body[1], model.body[3])
+    states, _ = structure.states(X)
+    x = model.stem(X)
+    walk = [x := block(x) for block in model.body]
+    assert all(map(torch.equal, states, [walk[0], walk[2], walk[3]]))
+    onward = [model.body[4](model.body[2](walk[0])), *(model.body[4](w) for w in walk[2:4])]
+    expected = torch.stack([model.end(torch.tanh(s)) for s in onward])
+    torch.testing.assert_close(structure.logits(states), expected, rtol=1e-6, atol=1e-6)
+
+
+MEASURES: list[Callable[[object], object]] = [
+    lambda a: a.states(X),
+    lambda a: StageCost(a, SoftCrossEntropy(3))(X, Y),
+    lambda a: turnpike_profile(a, [(X, Y)], SoftCrossEntropy(3)),
+]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_blocks_that_depend_on_the_data_are_refused_where_they_do(measure: Callable) -> None:
+    """Left out in the forward but not in the example, and the other way round."""
+    model = Own()
+    structure = anatomy(model, example=X)
+    model.skip = -torch.inf
+    with pytest.raises(InputError, match=r"Own has 5 blocks, and 5 states .* not called once each"):
+        measure(structure)
+    structure = anatomy(model, example=X)
+    assert structure.horizon == 4
+    measure(structure)
+    model.skip = None
+    with pytest.raises(
+        InputError,
+        match=r"4 blocks, and one more than in its .* not called once",
+    ):
+        measure(structure)
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -171,3 +338,22 @@ def test_a_block_that_is_there_twice_has_a_name_of_its_own(names, left) -> None:
     assert [name for name, _ in deeper.body.named_children()] == left
     for n, block in enumerate(deeper.body):
         assert torch.equal(block.linear.weight, model.body[n // 2].linear.weight)
+
+
+TYPES = """
+import torch
+from torch import nn
+from deeplimit import StageCost, SoftCrossEntropy, anatomy, crop, turnpike_profile
+
+model = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(3)))
+block = model[1]
+calls = [lambda m=m: anatomy(m) for m in ("resnet", None, [model], 3, nn.Module)]
+calls += [lambda x=x: anatomy(model, example=x) for x in (3, "text", model, 0.5, {})]
+calls += [lambda b=b: anatomy(model, blocks=b) for b in (3, block[0], "body", [3], [[block]], {})]
+calls += [lambda m=m: StageCost(m, SoftCrossEntropy(3)) for m in ("resnet", None, [model])]
+calls += [lambda m=m: turnpike_profile(m, [], SoftCrossEntropy(3)) for m in ("resnet", None)]
+"""
+
+
+def test_things_of_another_type_are_refused_in_a_line(refused_calls: Callable[[str], None]) -> None:
+    refused_calls(TYPES)

@@ -1,13 +1,16 @@
 """A cut model is what its configuration builds, or is refused."""
 
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from deeplimit import crop
 from deeplimit.errors import InputError
-from deeplimit.network import BlockAnatomy
-from deeplimit.network.anatomy.registry import FAMILIES
+from deeplimit.network import anatomy
 
 hf = pytest.importorskip("transformers", reason="the extra `hub` is not installed")
 
@@ -28,32 +31,6 @@ NEO = {
 }  # fmt: skip
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
 FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-class Registered(BlockAnatomy):
-    """As docs/your-own-model.md has it: nothing is said of the configuration."""
-
-    tokens = True
-
-    @property
-    def containers(self):
-        return [next(m for m in self.model.modules() if isinstance(m, nn.ModuleList))]
-
-    def head(self, x):
-        backbone = self.model.base_model
-        norm = backbone.norm if hasattr(backbone, "norm") else backbone.ln_f
-        return self.model.lm_head(norm(x))
-
-    def example(self):
-        return torch.arange(12).reshape(1, 12)
-
-    def run(self, x):
-        return self.model(x).logits
-
-
-class Unaware(Registered):
-    def shortened(self, model, kept):
-        """Leaves the configuration as it was."""
 
 
 CASES = {
@@ -77,20 +54,10 @@ def made(name: str) -> nn.Module:
     return getattr(hf, f"{name}ForCausalLM")(config).eval()
 
 
-@pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch):
-    def enter(model: nn.Module, family: type[BlockAnatomy]) -> None:
-        monkeypatch.setitem(FAMILIES, type(model), family)
-
-    return enter
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_a_cut_from_the_middle_is_loaded_as_it_is(name: str, registered, tmp_path) -> None:
+def test_a_cut_from_the_middle_is_loaded_as_it_is(name: str, tmp_path: Path) -> None:
     """By plain transformers, with the weights strictly; more tokens than a window."""
     model = made(name)
-    if name != "Qwen2":
-        registered(model, Registered)
     state = torch.get_rng_state()
     cropped = crop(model, remove=[1, 2])
     assert torch.equal(torch.get_rng_state(), state)
@@ -104,33 +71,82 @@ def test_a_cut_from_the_middle_is_loaded_as_it_is(name: str, registered, tmp_pat
     assert not found["unexpected_keys"]
     x = torch.arange(12).reshape(1, 12)
     with torch.no_grad():
+        assert torch.equal(anatomy(model).run(x), model(x).logits)
         assert torch.equal(again.eval()(x).logits, cropped(x).logits)
     assert all(p.requires_grad for p in cropped.parameters())
 
 
-def test_a_configuration_that_is_not_brought_up_to_date_is_refused(registered) -> None:
+def test_a_cut_that_breaks_the_rule_of_the_layers_is_refused(tmp_path: Path) -> None:
+    """Jamba: every fourth layer attends, every second has experts; nothing else can be said."""
+    rule = {"attn_layer_period": 4, "attn_layer_offset": 1, "expert_layer_period": 2}
+    mamba = {"mamba_d_state": 4, "mamba_d_conv": 2, "mamba_expand": 2, "mamba_dt_rank": 4}
+    experts = {"expert_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1}
+    config = hf.JambaConfig(**SMALL | {"num_hidden_layers": 8}, **rule, **mamba, **experts)
+    torch.manual_seed(0)
+    model = hf.JambaForCausalLM(config).eval()
+    for removed in ([2], [3, 5]):
+        says = r"Jamba.* built again .* attn_layer_offset=1\. .* places that follow a rule"
+        with pytest.raises(InputError, match=says):
+            crop(model, remove=removed)
+    cropped = crop(model, remove=[2, 3, 4, 5])
+    assert [type(block) for block in cropped.model.layers] == [
+        type(model.model.layers[n]) for n in (0, 1, 6, 7)
+    ]
+    cropped.save_pretrained(tmp_path)
+    again = hf.JambaForCausalLM.from_pretrained(tmp_path).eval()
+    x = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, cropped(x).logits)
+
+
+def test_a_class_that_does_not_ask_its_configuration_is_refused() -> None:
+    class Six(hf.LlamaForCausalLM):
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            block = hf.models.llama.modeling_llama.LlamaDecoderLayer
+            self.model.layers = nn.ModuleList(block(config, n) for n in range(6))
+
+    model = Six(hf.LlamaConfig(**SMALL)).eval()
+    says = r"Six cannot be built again .*model\.layers\.\*\.input_layernorm\.weight \(not there"
+    for keep in (3, 5):
+        with pytest.raises(InputError, match=says):
+            crop(model, keep)
+
+
+PLACE = importlib.import_module("deeplimit.network.anatomy.other_depths")
+Updating = Callable[[nn.Module, dict[str, int], dict[str, list[int]]], None]
+
+
+@pytest.fixture
+def updating(monkeypatch: pytest.MonkeyPatch) -> Callable[[Updating], None]:
+    """Puts another function in place of what brings the configuration up to date."""
+    return lambda function: monkeypatch.setattr(PLACE, "set_depths", function)
+
+
+def test_a_configuration_that_is_not_brought_up_to_date_is_refused(updating) -> None:
     model = made("Mixtral")
-    registered(model, Unaware)
-    with pytest.raises(InputError, match=r"cannot be built again .*num_hidden_layers=6.*shortened"):
-        crop(model, remove=[2, 3])
+    updating(lambda model, before, kept: None)
+    says = r"Mixtral.* cannot be built again .*model\.layers.*num_hidden_layers=6"
+    for removed in ([2, 3], [4, 5]):
+        with pytest.raises(InputError, match=says):
+            crop(model, remove=removed)
 
 
-def test_what_the_logits_do_not_show_is_seen_in_the_modules(registered) -> None:
+def test_what_the_logits_do_not_show_is_seen_in_the_modules(updating) -> None:
     """A window longer than the example: the layers' own words differ."""
     model = made("Qwen2")
 
-    class Counted(Registered):
-        def shortened(self, model, kept):
-            model.config.num_hidden_layers = len(kept[0])
-            model.config.layer_types = model.config.layer_types[: len(kept[0])]
+    def count(model: nn.Module, before: dict[str, int], kept: dict[str, list[int]]) -> None:
+        (layers,) = kept.values()
+        model.config.num_hidden_layers = len(layers)
+        model.config.layer_types = model.config.layer_types[: len(layers)]
 
-    registered(model, Counted)
+    updating(count)
     with pytest.raises(InputError, match=r"sliding_window \(8, built None\)"):
         crop(model, remove=[1, 2])
 
 
-def test_what_the_configuration_never_said_is_not_held_against_a_cut(registered) -> None:
+def test_what_the_configuration_never_said_is_not_held_against_a_cut() -> None:
     model = made("Mixtral")
-    registered(model, Registered)
     model.lm_head = nn.Linear(16, 7)
     assert crop(model, 3).config.num_hidden_layers == 3

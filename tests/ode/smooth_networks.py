@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from deeplimit.network import BlockAnatomy, Euler, Heun, ResidualChain, Scheme, register
+from deeplimit.network import Euler, Heun, ResidualChain, Scheme
+from deeplimit.network.anatomy import shortcuts
 
 WIDTH, HIDDEN, BATCH = 3, 5, 6
 
@@ -71,22 +72,9 @@ class Folded(nn.Module):
         return self.head(x)
 
 
-@register(Folded)
-class FoldedAnatomy(BlockAnatomy):
-    """Says where its branches end."""
-
-    ends = ("outer",)
-
-    @property
-    def containers(self) -> Sequence[nn.ModuleList]:
-        return (self.model.blocks,)
-
-    def head(self, x: Tensor) -> Tensor:
-        return self.model.head(x)
-
-    def example(self) -> Tensor:
-        weight = self.model.stem.weight
-        return torch.linspace(-1, 1, WIDTH).to(weight).repeat(2, 1)
+# A row of the table: of blocks whose branches end in `outer`.
+OUTER = (("outer",), *shortcuts.ENDS)
+shortcuts.ENDS = OUTER
 
 
 @torch.no_grad()

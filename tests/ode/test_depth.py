@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_families import FAMILIES, sample, shaken
-from smooth_networks import MAKERS, WIDTH, Folded, FoldedAnatomy, TanhBlock, batch, folded, slope
+from smooth_networks import MAKERS, OUTER, WIDTH, TanhBlock, batch, folded, slope
 from smooth_networks import smooth_chain as chain_of
 from torch import Tensor, nn
 
@@ -24,9 +24,9 @@ from deeplimit.network import (
     TwoLayerResidual,
     anatomy,
     load,
-    register,
     save,
 )
+from deeplimit.network.anatomy import shortcuts
 from deeplimit.ode import coarsen, refine
 from deeplimit.ode.blocks import check_whole
 
@@ -218,41 +218,20 @@ def test_depths_that_cannot_be_divided() -> None:
         coarsen(Architecture("convolutional", (3, 8, 8), 3, (4, 3), 2, 2).build(), 2)
 
 
-class Unnamed(FoldedAnatomy):
-    ends = ()
-
-
-class Wrong(FoldedAnatomy):
-    ends = ("inner",)
-
-
-class Missing(FoldedAnatomy):
-    ends = ("last",)
-
-
-class Without(FoldedAnatomy):
-    def example(self) -> None:
-        return None
-
-
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("rows", "words"),
     [
-        (Unnamed, r"Unnamed does not say where the residual branches of TanhBlock end.*@register"),
-        (Wrong, r"residual branches of TanhBlock end is not known: .* changes its input by 0\.\d"),
-        (Missing, r"Missing looks for the end of a residual branch where TanhBlock has none"),
-        (Without, r"Without has no example of its model's input"),
+        (OUTER[1:], "where the residual branches of TanhBlock end is not known"),
+        ((("inner",),), r"residual branches of TanhBlock end is not known: .* its input by 0\.\d"),
+        ((("last",),), "where the residual branches of TanhBlock end is not known"),
     ],
 )
-def test_branches_whose_end_is_not_known(kind: type[FoldedAnatomy], words: str) -> None:
-    class Another(Folded):
-        pass
-
-    register(Another)(kind)
-    model = folded(3)
-    model.__class__ = Another
+def test_branches_whose_end_is_not_known(
+    rows: tuple[tuple[str, ...], ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shortcuts, "ENDS", rows)
     with pytest.raises(InputError, match=words):
-        refine(model, 2)
+        refine(folded(3), 2)
 
 
 def test_models_that_are_refused() -> None:
@@ -260,7 +239,7 @@ def test_models_that_are_refused() -> None:
     for model in (unlike, chain_of(1), ResidualChain([])):
         with pytest.raises(InputError, match="no stage of two layers or more"):
             refine(model, 2)
-    with pytest.raises(InputError, match="no anatomy for Linear"):
+    with pytest.raises(InputError, match="no stack of blocks in Linear"):
         refine(nn.Linear(2, 2), 2)
     for model in (chain_of(4), folded(4)):
         for change in (refine, coarsen):

@@ -163,7 +163,7 @@ def test_what_is_refused() -> None:
         tie(tie(model, 2), 4)
     with pytest.raises(InputError, match="no stage of two layers or more"):
         tie(ResidualChain([LinearResidual(WIDTH)]), 2)
-    with pytest.raises(InputError, match="no anatomy for Linear"):
+    with pytest.raises(InputError, match="no stack of blocks in Linear"):
         untie(nn.Linear(2, 2))
     for change in (lambda m: tie(m, 2), untie):
         with pytest.raises(InputError, match="on the meta device"):

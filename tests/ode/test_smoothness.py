@@ -283,7 +283,7 @@ def unusable(what: str) -> nn.Module:
         ("one layer", "no stage of two layers or more"),
         ("unlike", "no stage of two layers or more"),
         ("no parameters", "the layers of this ResidualChain have no parameters"),
-        ("unknown", "no anatomy for Linear"),
+        ("unknown", "no stack of blocks in Linear"),
     ],
 )
 def test_what_has_no_smoothness_is_refused(what: str, message: str) -> None:

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
-from itertools import islice
+from itertools import islice, product
 from statistics import NormalDist
 from typing import SupportsIndex, cast
 
@@ -89,21 +89,22 @@ def choose_cut(
         rise = loss_tolerance(limit) * profile.loss_range
         spending = _Spending(structure, trials, budget, limit, rise, len(orders))
         cuts: dict[str, tuple[int, ...]] = {}
-        for score, order in orders.items():
-            removed = spending.bisected(
-                list(islice(_possible(structure, order, may_go), spending.most))
-            )
+        ranked = next(iter(orders.values()))
+        runs = _runs(structure, may_go) if contiguous else [range(structure.horizon)]
+        for (score, order), (i, run) in product(orders.items(), enumerate(runs)):
+            possible = _possible(structure, [n for n in order if n in run], may_go)
+            removed = spending.bisected(list(islice(possible, spending.most)))
             if removed is not None:
-                cuts[score] = removed
+                cuts[f"{score} {i}"] = removed
         if trials is not None:
             least = min(map(len, cuts.values()), default=0)
-            ranked = next(iter(orders.values()))
             removed = spending.one_by_one(trials.order(ranked, may_go), least)
             if removed is not None:
                 cuts["trial"] = removed
         if not cuts:
             raise InputError(spending.unmet())
-        return spending.choice(_best(cuts, profile, trials, budget), cuts)
+        best = _best(cuts, profile, trials, budget, ranked)
+        return spending.choice(best.split()[0], cuts[best])
 
 
 class _Spending:
@@ -174,9 +175,9 @@ class _Spending:
             self._latencies[key] = times[0], times[-1]
         return self._latencies[key]
 
-    def choice(self, score: str, cuts: dict[str, tuple[int, ...]]) -> CutChoice:
-        """All figures of one of the cuts."""
-        removed = tuple(sorted(cuts[score]))
+    def choice(self, score: str, cut: tuple[int, ...]) -> CutChoice:
+        """All figures of a cut."""
+        removed = tuple(sorted(cut))
         layers = self.structure.layers
         before, after = (
             tuple(
@@ -269,6 +270,16 @@ def _permitted(horizon: int, protect: Iterable[SupportsIndex], contiguous: bool)
     return may_go
 
 
+def _runs(structure: Anatomy, may_go: MayGo) -> list[range]:
+    """The runs of layers, one after the other, that may go and can."""
+    runs: list[range] = []
+    for n, layer in enumerate(structure.layers):
+        if layer.removable and may_go((), n):
+            first = runs.pop().start if runs and runs[-1].stop == n else n
+            runs.append(range(first, n + 1))
+    return runs
+
+
 def _possible(structure: Anatomy, order: Iterable[int], may_go: MayGo) -> Iterator[int]:
     """The layers of an order that the model can do without beside those before them."""
     gone: list[int] = []
@@ -288,12 +299,16 @@ def _best(
     profile: TurnpikeProfile,
     trials: Trials | None,
     budget: Budget,
+    ranked: list[int],
 ) -> str:
     """The name of the cut to be taken."""
     if trials is None:
-        tail = cuts.get("tail")
-        lossless = tail is not None and profile.depth_within() <= profile.horizon - len(tail)
-        return "tail" if lossless else next(iter(cuts))
+        for name, cut in cuts.items():
+            depth = profile.horizon - len(cut)
+            at_the_end = name.startswith("tail") and min(cut, default=depth) == depth
+            if at_the_end and profile.depth_within() <= depth:
+                return name
+        return min(cuts, key=lambda name: sum(map(ranked.index, cuts[name])))
 
     def worth(score: str) -> tuple[float, float, float]:
         removed = cuts[score]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain
-from deeplimit.network.anatomy import anatomy
+from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.anatomy.anatomy import layer_numbers
 from deeplimit.network.checks import check_number
 
@@ -80,7 +80,7 @@ class Fading:
             whose steps share their controls (Heun).
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[SupportsIndex]):
+    def __init__(self, model: nn.Module | Anatomy, layers: Iterable[SupportsIndex]):
         structure = anatomy(model)
         model = structure.model
         self.layers = tuple(sorted(layer_numbers(layers)))

@@ -66,7 +66,7 @@ class StageCost(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Anatomy,
         loss: SoftCrossEntropy,
         weight: float = 0.1,
         control_cost: float = 0.0,
@@ -79,7 +79,7 @@ class StageCost(nn.Module):
             for name, value in (("weight γ", weight), ("control cost r", control_cost))
         )
         check_loss(loss)
-        check_bare(model)
+        check_bare(model.model if isinstance(model, Anatomy) else model)
         self.anatomy: Anatomy = anatomy(model)
         self.model = self.anatomy.model
         self.loss = loss

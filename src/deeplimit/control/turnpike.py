@@ -166,7 +166,7 @@ class TurnpikeProfile:
 
 @torch.no_grad()
 def turnpike_profile(
-    model: nn.Module,
+    model: nn.Module | Anatomy,
     loader: Iterable[tuple[Inputs, Tensor]],
     loss: SoftCrossEntropy,
     *,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
-from deeplimit.network import Anatomy, anatomy
+from deeplimit.network import Anatomy
 from deeplimit.network.anatomy.stand_ins import state_among, state_of
 from deeplimit.network.modes import evaluating
 from deeplimit.ode.stages import Stage
@@ -27,13 +27,12 @@ def branch_ends(read: Anatomy, runs: Sequence[Stage]) -> list[frozenset[str]]:
     """
     every = [_names(read, stage) for stage in runs]
     clone = copy.deepcopy(read.model)
-    structure = anatomy(clone)
+    structure = read.like(clone)
     example = structure.fitting_example()
-    kind = type(read).__name__
     if example is None:
         raise InputError(
-            f"{kind} has no example of its model's input, on which the ends of the residual "
-            "branches are checked; override example"
+            f"{type(read).__name__} has no example of its model's input, on which the ends of the "
+            "residual branches are checked; override example"
         )
     layers = structure.layers
     blocks = [layers[n].controls[0] for stage in runs for n in stage.layers]
@@ -43,13 +42,15 @@ def branch_ends(read: Anatomy, runs: Sequence[Stage]) -> list[frozenset[str]]:
                 for name in names:
                     layers[n].controls[0].get_parameter(name).zero_()
         structure.run(example)
-    for block, change in zip(blocks, changes, strict=True):
+    named = [names for stage, names in zip(runs, every, strict=True) for _ in stage.layers]
+    for block, names, change in zip(blocks, named, changes, strict=True):
         if not change <= 10 * torch.finfo(next(block.parameters()).dtype).eps:
             raise InputError(
-                f"where the residual branches of {type(block).__name__} end is not known: with the "
-                f"parameters that {kind}.branch_ends names at 0 it still changes its input by "
-                f"{change:.2g} of it; override branch_ends in a subclass decorated with "
-                f"@register({type(read.model).__name__})"
+                f"where the residual branches of {type(block).__name__} end is not known: with "
+                f"{', '.join(sorted(names))} at 0 it still changes its input by {change:.2g} of "
+                "it, as a block with a norm behind the addition does, or one whose last norm "
+                "multiplies by 1 + weight; so its step cannot be changed, nor the depth; tie and "
+                "untie work"
             )
     return every
 

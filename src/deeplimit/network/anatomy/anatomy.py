@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Anatomy(ABC):
     def __init__(self, model: nn.Module):
         self.model = model
 
-    def run(self, x: Inputs) -> Tensor:
+    def run(self, x: Any) -> Tensor:
         """The logits of the model's own forward."""
         return self.model(x)
 
@@ -207,7 +207,7 @@ class Anatomy(ABC):
         with self.hooked(lambda _, x: states.append(x)):
             yield states
 
-    def states(self, x: Inputs) -> tuple[list[Tensor], Tensor]:
+    def states(self, x: Any) -> tuple[list[Tensor], Tensor]:
         """The states x_0 … x_N and the model's own logits for a batch of inputs.
 
         Raises:
@@ -232,7 +232,7 @@ class Anatomy(ABC):
                 )
         return states, logits
 
-    def carried(self, n: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
+    def carried(self, n: int, x: Tensor, inputs: Any = None) -> Tensor:
         """State n in the shape of state n + 1 (itself within a stage)."""
         stages = self.state_stages
         if stages[n] == stages[n + 1]:

@@ -83,7 +83,7 @@ def answer(model: nn.Module, output: Any) -> Tensor:
 def _named(takes: Mapping[str, inspect.Parameter], x: Mapping[str, Any]) -> bool:
     """Whether a mapping is for the parameters of a forward, and not for its first one."""
     anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    return anything or all(name in takes for name in x)
+    return anything or any(name in takes for name in x)
 
 
 def main_input(model: nn.Module) -> str | None:

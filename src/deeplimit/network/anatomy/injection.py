@@ -100,13 +100,15 @@ def devices_of(model: nn.Module) -> list[int]:
 def gap(a: Tensor | None, b: Tensor) -> str | None:
     """How two answers differ, in words; None where they are equal but for rounding.
 
-    NaN is no agreement.
+    NaN is no agreement; infinite logits, of tokens that may not be said, are equal to themselves.
     """
     if a is None or a.shape != b.shape:
         return f"in shape, {None if a is None else list(a.shape)} and {list(b.shape)}"
     if b.numel() == 0:
         return None
     slack = HALF_SLACK if b.dtype.itemsize < 4 else SLACK
-    limit = slack * torch.finfo(b.dtype).eps * (1 + float(b.abs().max()))
-    apart = float((a.to(torch.promote_types(b.dtype, torch.float32)) - b).abs().max())
+    largest = float(b.masked_fill(b.isinf(), 0).abs().max())
+    limit = slack * torch.finfo(b.dtype).eps * (1 + largest)
+    difference = a.to(torch.promote_types(b.dtype, torch.float32)) - b
+    apart = float(difference.masked_fill(a == b, 0).abs().max())
     return None if apart <= limit else f"by {apart:.2g}"

@@ -27,8 +27,9 @@ from deeplimit.network.anatomy.injection import devices_of, gap, injected
 from deeplimit.network.anatomy.other_depths import check_kept, with_times
 from deeplimit.network.anatomy.rebuilding import check_rebuilt
 from deeplimit.network.anatomy.shortcuts import ends_of
-from deeplimit.network.anatomy.stacks import Watch, find_blocks
+from deeplimit.network.anatomy.stacks import Watch, beside, find_blocks
 from deeplimit.network.anatomy.stand_ins import state_among, state_of
+from deeplimit.network.checks import shown
 from deeplimit.network.modes import Inputs, RunningStatistics, evaluating
 
 
@@ -63,11 +64,12 @@ class ReadModel(Anatomy):
         self,
         model: nn.Module,
         example: Any = None,
-        blocks: str | Sequence[nn.Module] | None = None,
+        blocks: str | Iterable[nn.Module] | None = None,
     ):
         super().__init__(model)
         watch, self._example, own = self._watched(example)
         self._blocks, self.name, self.others = find_blocks(model, watch.seen, blocks)
+        self._idle = [one for one in beside(self._blocks) if one not in watch.seen]
         state = watch.seen[self._blocks[-1].module].left
         self._of_tokens = state is not None and state.dim() == 3
         self.tokens = self._free = False
@@ -78,14 +80,20 @@ class ReadModel(Anatomy):
 
     def _watched(self, example: Any) -> tuple[Watch, Any, Tensor]:
         """What was seen in a run on the example, which is made where none was given."""
-        name, reason = type(self.model).__name__, "none could be made"
+        name, reason = type(self.model).__name__, ""
+        if example is not None and not isinstance(example, Tensor | Mapping | tuple | list):
+            raise InputError(
+                f"{shown(example)} given as the example; expected a batch of the model's inputs: a "
+                "tensor, tensors by name, or a tuple"
+            )
         for given in examples(self.model) if example is None else [example]:
             x, watch = placed(self.model, given), Watch(self.model)
             try:
                 with self._alike():
                     return watch, x, watch.run(partial(self.run, x))
             except FAILS as error:
-                reason = told(error)
+                reason = reason or told(error)  # of the likeliest
+        reason = reason or "none could be made"
         what = "the example" if example is not None else "an example made for it"
         raise InputError(
             f"{name} does not run on {what} ({reason}); give a batch of its inputs: "
@@ -108,6 +116,12 @@ class ReadModel(Anatomy):
         self._kinds.add(kind_of(x))
         with self._alike():
             x, states, own = self._small(x)
+            if bool(own.isnan().any()):
+                raise InputError(
+                    f"{type(self.model).__name__} answers NaN to its example, with which no "
+                    "reading agrees: its parameters are not finite, or the example does not fit; "
+                    "give a batch of its inputs: anatomy(model, example=…)"
+                )
             stages, batch, other = self.state_stages, len(states[-1]), mapped(x, otherwise)
             if self.stages == 1:  # nothing but the head to be tried
                 states, stages = [states[-1]] * 2, stages[-2:]
@@ -159,7 +173,7 @@ class ReadModel(Anatomy):
         """Another model of this kind, read on the same example."""
         return ReadModel(model, self._example, self.name)
 
-    def run(self, x: Inputs) -> Tensor:
+    def run(self, x: Any) -> Tensor:
         """The logits of the model's own forward."""
         return call(self.model, x)
 
@@ -220,9 +234,20 @@ class ReadModel(Anatomy):
         def leaves(_: nn.Module, __: tuple[Any, ...], y: Any) -> None:
             hook(len(blocks), cast(Tensor, state_of(y)))
 
+        def wakes(_: nn.Module, __: tuple[Any, ...]) -> None:
+            raise InputError(self._apart_from_example("one more than in its example runs"))
+
+        handles += [module.register_forward_pre_hook(wakes) for module in self._idle]
         return [*handles, blocks[-1].register_forward_hook(leaves)]
 
-    def states(self, x: Inputs) -> tuple[list[Tensor], Tensor]:
+    def _apart_from_example(self, what: str) -> str:
+        return (
+            f"{type(self.model).__name__} has {self.horizon} blocks, and {what} in this forward: "
+            "its blocks are not called once each (LayerDrop, an early exit, a condition); states "
+            "can be read where every block runs"
+        )
+
+    def states(self, x: Any) -> tuple[list[Tensor], Tensor]:
         """The states x_0 … x_N and the model's own logits for a batch of inputs.
 
         Raises:
@@ -232,11 +257,7 @@ class ReadModel(Anatomy):
             self._probe(x)
         states, logits = super().states(x)
         if len(states) != self.horizon + 1:
-            raise InputError(
-                f"{type(self.model).__name__} has {self.horizon} blocks, and {len(states)} states "
-                "were seen in this forward: its blocks are not called once each (LayerDrop, an "
-                "early exit, a condition); states can be read where every block runs"
-            )
+            raise InputError(self._apart_from_example(f"{len(states)} states were seen"))
         return states, logits
 
     def logits(
@@ -244,7 +265,7 @@ class ReadModel(Anatomy):
         states: Sequence[Tensor],
         first: int = 0,
         statistics: RunningStatistics | None = None,
-        x: Inputs | None = None,
+        x: Any = None,
     ) -> Tensor:
         """The logits z_n [len(states), B, …] of the states first, first + 1, ….
 
@@ -264,7 +285,7 @@ class ReadModel(Anatomy):
         z = self._injected(_by_stage(states, stages), self._driver(x), statistics)
         return z.reshape(len(states), -1, *z.shape[1:])
 
-    def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
+    def head(self, x: Tensor, inputs: Any = None) -> Tensor:
         """The logits of states of the last stage; [T, C] of tokens [T, d] (`tokens`)."""
         return self._head_of(self.stages - 1, x, inputs)
 
@@ -278,7 +299,7 @@ class ReadModel(Anatomy):
         z = self._injected({stage: x.flatten(0, -2)[:, None]}, driver, statistics)
         return z[:, 0].unflatten(0, x.shape[:-1])
 
-    def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
+    def carry(self, stage: int, x: Tensor, inputs: Any = None) -> Tensor:
         """What stands between two stages: the shortcut of a block, or the model's own."""
         last = next(b for b in reversed(self._blocks) if b.stage == stage)
         if last.shortcut is not None:

@@ -1,6 +1,6 @@
 """Which anatomy reads a model: our own networks' by class, any other model's by its own forward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -30,7 +30,7 @@ def register(*classes: type[nn.Module]) -> Callable[[Family], Family]:
 def anatomy(
     model: nn.Module | Anatomy,
     example: Any = None,
-    blocks: str | Sequence[nn.Module] | None = None,
+    blocks: str | Iterable[nn.Module] | None = None,
 ) -> Anatomy:
     """Reads a model: its residual blocks, their states, and the logits of each state.
 

@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy.shortcuts import shortcut_of
 from deeplimit.network.anatomy.stand_ins import form_of, state_among, state_of
+from deeplimit.network.checks import shown
 
 Form = Callable[[Tensor], Any]
 LISTS = (nn.ModuleList, nn.Sequential)
@@ -91,7 +92,7 @@ class Watch:
 
 
 def find_blocks(
-    model: nn.Module, seen: dict[nn.Module, Seen], asked: str | Sequence[nn.Module] | None
+    model: nn.Module, seen: dict[nn.Module, Seen], asked: str | Iterable[nn.Module] | None
 ) -> tuple[list[Block], str | None, list[str]]:
     """The blocks of one group of lists, in order, its name, and those of the other groups.
 
@@ -114,6 +115,7 @@ def find_blocks(
     if isinstance(asked, str):
         chosen = _asked(model, seen, asked, groups)
     else:
+        asked = _distinct(asked)
         holders = {child: one for one in _lists(model).values() for child in one.children()}
         strange = next((b for b in asked if b not in holders or b not in seen), None)
         if strange is not None:
@@ -124,6 +126,28 @@ def find_blocks(
         chosen = [(holders[b], b) for b in asked]
     others = [name for name in groups if name != asked]
     return _staged(model, chosen, seen), asked if isinstance(asked, str) else None, others
+
+
+def beside(blocks: Sequence[Block]) -> list[nn.Module]:
+    """What stands in the same lists and is of the same classes, and is no block."""
+    mine, kinds = {b.module for b in blocks}, {type(b.module) for b in blocks}
+    every = dict.fromkeys(child for b in blocks for child in b.container.children())
+    return [child for child in every if child not in mine and type(child) in kinds]
+
+
+def _distinct(asked: Any) -> list[nn.Module]:
+    """Blocks given, each once.
+
+    Raises:
+        InputError: something else is given.
+    """
+    given = list(asked) if isinstance(asked, Iterable) else []
+    if not given or not all(isinstance(block, nn.Module) for block in given):
+        raise InputError(
+            f"blocks={shown(asked)} given; expected the name of a list of blocks, a pattern, or "
+            "the blocks"
+        )
+    return list(dict.fromkeys(given))
 
 
 def _lists(model: nn.Module) -> dict[str, nn.Module]:
@@ -208,7 +232,17 @@ def _staged(
         if apart:
             _check_first(model, module, at, cast(Seen, follower))
         stage += apart or shortcut is not None
+    for one in beside(blocks):
+        if one in seen and seen[one].calls > 1:
+            raise InputError(f"{type(model).__name__} cannot be read: {_again(one, seen[one])}")
     return blocks
+
+
+def _again(module: nn.Module, at: Seen) -> str:
+    return (
+        f"one {type(module).__name__} is called {at.calls} times in a forward; give each layer a "
+        "block of its own"
+    )
 
 
 def _check_first(model: nn.Module, module: nn.Module, at: Seen, follower: Seen) -> None:
@@ -221,8 +255,8 @@ def _check_first(model: nn.Module, module: nn.Module, at: Seen, follower: Seen) 
 
 def _elsewhere(model: nn.Module, module: nn.Module, i: int) -> str:
     return (
-        f"{type(module).__name__} of {type(model).__name__} returns its state as output {i}, "
-        "counted from 0; expected it first: return state, …"
+        f"{type(module).__name__} of {type(model).__name__} returns its state as output {i}; "
+        "expected it first: return (state, …)"
     )
 
 
@@ -238,10 +272,7 @@ def _none(model: nn.Module, seen: dict[nn.Module, Seen]) -> str:
     name = type(model).__name__
     repeated = next((m for m, at in seen.items() if at.calls > 1), None)
     if repeated is not None:
-        return (
-            f"no stack of blocks in {name}: one {type(repeated).__name__} is called "
-            f"{seen[repeated].calls} times in a forward; give each layer a block of its own"
-        )
+        return f"no stack of blocks in {name}: {_again(repeated, seen[repeated])}"
     what = ""
     for module, at in seen.items():
         if at.entered is None or at.left is None or at.keeps_shape or not list(module.children()):
