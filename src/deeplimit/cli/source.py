@@ -33,6 +33,8 @@ class Source:
     """Of a MODEL: folder that holds the data sets' folders; else DEEPLIMIT_DATA says where."""
     weights: Annotated[Path | None, arg(metavar="FILE")] = None
     """Of a MODEL: its weights, .safetensors or a state_dict (.pt), where it brings none."""
+    stack: Annotated[str | None, arg(metavar="NAME")] = None
+    """Of a MODEL with several lists of blocks: the one that is meant; by default the longest."""
     mean: tuple[float, ...] | None = None
     """Of a MODEL: mean of each channel that it was trained with, as in deeplimit train."""
     std: tuple[float, ...] | None = None
@@ -87,6 +89,7 @@ class Source:
             epochs=0,
             data_dir=self.data_dir,
             weights=self.weights,
+            stack=self.stack,
             mean=self.mean,
             std=self.std,
         )

@@ -42,6 +42,8 @@ def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisati
             f"{spec} has random weights, in which there is nothing to find; give --weights FILE, a "
             "folder with weights, or train it: deeplimit train DATA --model"
         )
+    if recipe.stack is not None:
+        anatomy(model, blocks=recipe.stack)
     _name_classes(model, data.class_names)
     if isinstance(model, OWN):
         if recipe.mean is not None:
@@ -109,7 +111,7 @@ def check_model(model: nn.Module, x: Tensor, classes: int, spec: str, recipe: Re
     Raises:
         InputError: it has no anatomy, does not take such samples, or tells other classes apart.
     """
-    structure = anatomy(model)
+    structure = anatomy(model, x, recipe.stack)
     samples = "×".join(map(str, x.shape[1:]))
     if structure.tokens or getattr(model, "main_input_name", "") == "input_ids":
         raise InputError(

@@ -60,6 +60,9 @@ class Recipe:
     libraries start at random, but for a transformers folder with weights."""
     weights: Path | None = None
     """Weights to start from, .safetensors or a state_dict (.pt), where the model brings none."""
+    stack: str | None = None
+    """Of a model with several lists of blocks the one that is meant, such as model.decoder.layers;
+    by default the longest."""
     new_head: bool = False
     """Give a trained model of transformers a new head where it has other classes than the data."""
     mean: tuple[float, ...] | None = None
@@ -233,6 +236,11 @@ class Recipe:
                 f"weights is {self.weights}, but no model is given; a network of deeplimit's own "
                 "or published weights of a CIFAR ResNet, is a model by itself: "
                 f"model {self.weights}"
+            )
+        elif self.stack is not None:
+            raise InputError(
+                f"stack is {self.stack}, but no model is given: a {self.kind} network has one; "
+                "leave stack out"
             )
         elif self.new_head or self.mean is not None or self.std is not None:
             name = "new_head" if self.new_head else "mean or std"

@@ -15,6 +15,7 @@ from deeplimit.data import Standardisation
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
 from deeplimit.meanfield import ConvergenceCertificate
+from deeplimit.network import anatomy
 from deeplimit.ode import DepthLimit
 from deeplimit.training.files import METRICS, RunFiles, not_vouched_for
 from deeplimit.training.metrics import Row, from_csv, to_csv
@@ -218,7 +219,7 @@ class RunFolder:
             raise InputError(f"{self.path}: no {name}{SUFFIX} yet; {missing.format(self.path)}")
         if found.refused:
             raise not_vouched_for(found.path, found, self._remedy(name))
-        return load_network(found.path.with_name(name), self._untrained)
+        return self._as_said(load_network(found.path.with_name(name), self._untrained))
 
     def _remedy(self, name: str) -> str:
         return remedy(self.path, name)
@@ -231,7 +232,13 @@ class RunFolder:
         if recipe.model is None:
             raise InputError(f"{self.path / RECIPE}: no model in it, but its weights are one's")
         classes = len(self.class_names)
-        return load_named(recipe.model, seed=recipe.seed, classes=classes).model
+        return self._as_said(load_named(recipe.model, seed=recipe.seed, classes=classes).model)
+
+    def _as_said(self, model: nn.Module) -> nn.Module:
+        """The model, to be read as the recipe says."""
+        if self.recipe.stack is not None:
+            anatomy(model, blocks=self.recipe.stack)
+        return model
 
     def profiles(self) -> Profiles | None:
         """What `profile_run` measured."""

@@ -11,6 +11,7 @@ from deeplimit.network.anatomy.calling import unwrapped
 from deeplimit.network.anatomy.read_model import ReadModel
 from deeplimit.network.checks import shown
 
+READ_AS = "_deeplimit_read_as"  # on a model: the example and the blocks that were given for it
 FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {}
 
 Family = TypeVar("Family", bound=type[Anatomy])
@@ -34,8 +35,10 @@ def anatomy(
 ) -> Anatomy:
     """Reads a model: its residual blocks, their states, and the logits of each state.
 
-    Whatever takes a model takes what this returns in its place. Wrappers of torch.compile,
-    DataParallel and DistributedDataParallel are looked through.
+    The example and the blocks that were given are remembered on the model: whatever takes the model
+    later, or a copy or a crop of it, reads it likewise. What this returns may be given in its
+    place, too. Wrappers of torch.compile, DataParallel and DistributedDataParallel are looked
+    through.
 
         a = anatomy(model, example=batch, blocks="encoder.layers")
         states, logits = a.states(batch)
@@ -61,4 +64,13 @@ def anatomy(
     for cls in type(model).__mro__:
         if cls in FAMILIES:
             return FAMILIES[cls](model)
-    return ReadModel(model, example, blocks)
+    asked = example is not None or blocks is not None
+    before = vars(model).get(READ_AS, (None, None))
+    structure = ReadModel(
+        model,
+        before[0] if example is None else example,
+        before[1] if blocks is None else blocks,
+    )
+    if asked:
+        vars(model)[READ_AS] = structure.example(), structure.name
+    return structure
