@@ -142,7 +142,7 @@ def test_wrong_requests_are_refused() -> None:
         crop(model, 2, remove=[3])
     with pytest.raises(InputError, match="layer 9 to be removed"):
         crop(model, remove=[9])
-    with pytest.raises(InputError, match="no anatomy for Linear"):
+    with pytest.raises(InputError, match="no stack of blocks in Linear"):
         crop(nn.Linear(2, 2), 1)
     assert anatomy(crop(model, remove=[])).horizon == 4
 

@@ -204,7 +204,7 @@ def test_weights_that_are_no_numbers_at_least_zero_are_refused(value: float) -> 
 
 
 def test_models_without_anatomy_are_refused() -> None:
-    with pytest.raises(InputError, match="no anatomy for Linear"):
+    with pytest.raises(InputError, match="no stack of blocks in Linear"):
         stage_cost_of(nn.Linear(4, 4))
 
 

@@ -264,7 +264,7 @@ def test_an_empty_loader_and_a_foreign_loss_are_refused() -> None:
         turnpike_profile(family.model, [], LOSS)
     with pytest.raises(InputError, match=r"expected \[\.\.\., 7\]"):
         turnpike_profile(family.model, [(family.x, family.y)], SoftCrossEntropy(7))
-    with pytest.raises(InputError, match="no anatomy for Linear"):
+    with pytest.raises(InputError, match="no stack of blocks in Linear"):
         turnpike_profile(nn.Linear(2, 2), [], LOSS)
 
 

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -338,6 +339,54 @@ def test_a_block_that_is_there_twice_has_a_name_of_its_own(names, left) -> None:
     assert [name for name, _ in deeper.body.named_children()] == left
     for n, block in enumerate(deeper.body):
         assert torch.equal(block.linear.weight, model.body[n // 2].linear.weight)
+
+
+class Text(nn.Module):
+    """Pools the tokens that are no padding, or takes the first one behind which there is the end.
+
+    Token 0 is padding, token 1 the end of a text.
+    """
+
+    def __init__(self, pools: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pools = pools
+        self.embed, self.end = nn.Embedding(20, 4, padding_idx=0), nn.Linear(4, 3)
+        self.config = SimpleNamespace(vocab_size=20, eos_token_id=1)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True) for _ in range(3)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.read(x, ids)
+
+    def read(self, x: Tensor, ids: Tensor) -> Tensor:
+        weights = ids.ne(0).to(x.dtype)[..., None]
+        if not self.pools:
+            at = ids.eq(1).int().argmax(1)
+            return self.end(x[torch.arange(len(x)), at])
+        return self.end((weights * x).sum(1) / weights.sum(1))
+
+
+@pytest.mark.parametrize("pools", [True, False])
+def test_padding_that_the_example_lacks_is_no_part_of_a_text(pools: bool) -> None:
+    """What the head reads of the inputs does not show on the example."""
+    model = Text(pools).double().eval()
+    ids = torch.arange(24).reshape(3, 8) % 17 + 2
+    example = ids.clone()
+    for i, length in enumerate((6, 3, 7)):
+        ids[i, length] = 1
+        ids[i, length + 1 :] = 0
+    for given in (example, ids, None):
+        structure = anatomy(model, example=given)
+        states, logits = structure.states(ids)
+        z = structure.logits(states, x=ids)
+        assert torch.equal(logits, z[-1])
+        for n, state in enumerate(states):
+            torch.testing.assert_close(z[n], model.read(state, ids), rtol=1e-13, atol=1e-13)
 
 
 TYPES = """

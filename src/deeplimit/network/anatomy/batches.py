@@ -1,6 +1,7 @@
 """Batches of inputs as people have them: a tensor, tensors by name, or a tuple."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,8 +62,32 @@ def first_token(x: Any) -> Any:
     )
 
 
-def otherwise(x: Tensor) -> Tensor:
-    """Other inputs of the same kind: what a head that reads them would answer otherwise to."""
+def others(model: nn.Module, x: Any) -> list[Any]:
+    """Other inputs of the same kind: what a head that reads them would answer otherwise to.
+
+    The latter half of some is padding, or tokens of a meaning: where a text ends, a head may look.
+    """
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    said = vars(config) if hasattr(config, "__dict__") else {}
+    marks = {value for name, value in said.items() if name.endswith("_token_id")}
+    words = getattr(config, "vocab_size", None) or 0
+    tokens = {0, *(m for m in marks if isinstance(m, int) and 0 <= m < words)}
+    tokens |= {m.padding_idx or 0 for m in model.modules() if isinstance(m, nn.Embedding)}
+    changes: list[Callable[[Tensor], Tensor]] = [partial(_ending, t) for t in sorted(tokens)]
+    return [mapped(x, change) for change in (_otherwise, *changes)]
+
+
+def _ending(token: int, x: Tensor) -> Tensor:
+    """Ends in zeros; whole numbers other than those of a mask in this token."""
+    other = x.clone()
+    if other.dim() > 1:
+        counts = other.dtype != torch.bool and not other.is_floating_point() and other.max() > 1
+        other[:, other.shape[1] // 2 :] = token if counts else 0
+    return other
+
+
+def _otherwise(x: Tensor) -> Tensor:
     other = x.flip(0).clone()
     if other.is_floating_point():
         return other * -0.7 + 0.1
