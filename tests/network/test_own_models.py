@@ -192,11 +192,16 @@ def test_a_module_that_is_two_layers_is_refused(place: int) -> None:
         anatomy(model)
 
 
-def test_one_module_for_all_layers_is_refused() -> None:
+def test_one_module_for_all_layers_is_read_and_not_cut() -> None:
     model = Own()
     model.body = nn.Sequential(*[model.body[0]] * 3)
-    with pytest.raises(InputError, match="one Step is called 3 times in a forward"):
-        anatomy(model)
+    structure = anatomy(model)
+    states, _ = structure.states(X)
+    assert structure.horizon == 3
+    for n in range(3):
+        assert torch.equal(states[n + 1], model.body[0](states[n]))
+    with pytest.raises(InputError, match="calls of one Step"):
+        crop(model, 2)
 
 
 class Growing(nn.Module):

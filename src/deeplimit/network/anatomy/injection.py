@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy.stacks import Block
-from deeplimit.network.anatomy.stand_ins import standing_in, state_among
+from deeplimit.network.anatomy.stand_ins import StandIn, in_turn, standing_in, state_among
 from deeplimit.network.modes import RunningStatistics
 
 # Of the logits' rounding, what the same head may make of the same state in another call. Sums in
@@ -19,14 +19,26 @@ SLACK, HALF_SLACK = 100, 4
 
 
 @contextmanager
-def bypassing(blocks: Iterable[Block]) -> Iterator[None]:
-    """These blocks return their input, in the form of their output."""
+def bypassing(blocks: Sequence[Block], gone: Iterable[int]) -> Iterator[None]:
+    """Those of the blocks that are gone return their input, in the form of their output."""
 
     def bypass(block: Block, *args: Any, **kwargs: Any) -> Any:
         return block.form(cast(Tensor, state_among(args, kwargs)))
 
-    with standing_in({b.module: partial(bypass, b) for b in blocks}):
+    gone = set(gone)
+    functions = [partial(bypass, b) if n in gone else None for n, b in enumerate(blocks)]
+    with standing_in(_by_module(blocks, functions)):
         yield
+
+
+def _by_module(
+    blocks: Sequence[Block], functions: Sequence[StandIn | None]
+) -> dict[nn.Module, StandIn]:
+    """What stands in for each module, which may be several blocks; nothing where all are None."""
+    turns: dict[nn.Module, list[StandIn | None]] = {}
+    for block, function in zip(blocks, functions, strict=True):
+        turns.setdefault(block.module, []).append(function)
+    return {module: in_turn(module, own) for module, own in turns.items() if any(own)}
 
 
 def injected(
@@ -84,7 +96,7 @@ def injected(
             rows = len(h)
         return h
 
-    stand_ins = {b.module: partial(bypass, b) for b in blocks}
+    stand_ins = _by_module(blocks, [partial(bypass, b) for b in blocks])
     statistics = statistics or RunningStatistics(model.modules())
     with torch.random.fork_rng(devices_of(model)), statistics.use(), standing_in(stand_ins):
         logits = run()

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,13 +29,14 @@ def relisted(
         times: how often each is to stand there.
         shared: parameters and buffers are not copied.
     """
-    count = {block: n for (_, block), n in zip(places, times, strict=True)}
+    once = Counter(block for _, block in places)  # one called again and again stays as it is
+    count = {b: n for (_, b), n in zip(places, times, strict=True) if once[b] == 1}
     memo: dict[int, Any] = {id(block): None for block, n in count.items() if not n}
     if shared:
         memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
     other = copy.deepcopy(model, memo)
     names = {id(module): name for name, module in model.named_modules()}
-    for container in dict.fromkeys(container for container, _ in places):
+    for container in dict.fromkeys(one for one, block in places if block in count):
         mine = other.get_submodule(names[id(container)])
         wanted = {name: count.get(child, 1) for name, child in container.named_children()}
         if any(n != 1 for n in wanted.values()):

@@ -50,7 +50,7 @@ def check_kept(
     layers, name = ", ".join(map(str, gone)), type(model).__name__
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model), evaluating(smaller):
         torch.manual_seed(0)
-        with bypassing(blocks[n] for n in gone):
+        with bypassing(blocks, gone):
             expected = structure.run(example)
         torch.manual_seed(0)
         try:
@@ -60,6 +60,13 @@ def check_kept(
                 f"{name} does not run without layers {layers} ({told(error)})"
             ) from error
     apart = gap(own, expected)
+    several = len({b.module for b in blocks}) < len(blocks)
+    if apart is not None and several:
+        raise InputError(
+            f"the layers of {name} are calls of one {type(blocks[0].module).__name__}, and nothing "
+            "that it says of itself is their number, so that none can be removed; read it from a "
+            "configuration, or from an attribute such as num_layers"
+        )
     if apart is not None:
         raise InputError(
             f"without layers {layers} the other layers of {name} do something else: its answers "

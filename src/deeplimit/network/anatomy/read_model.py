@@ -1,5 +1,6 @@
 """Any model with a stack of blocks, read through its own forward: bypass and inject."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -69,7 +70,7 @@ class ReadModel(Anatomy):
         watch, self._example, own = self._watched(example)
         self._blocks, self.name, self.others = find_blocks(model, watch.seen, blocks)
         self._idle = [one for one in beside(self._blocks) if one not in watch.seen]
-        state = watch.seen[self._blocks[-1].module].left
+        state = watch.seen[self._blocks[-1].module][-1].left
         self._of_tokens = state is not None and state.dim() == 3
         self.tokens = self._free = False
         self._kinds: set[Any] = set()
@@ -231,27 +232,28 @@ class ReadModel(Anatomy):
 
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
         """The inputs of the blocks, and what comes out at the end."""
+        numbers: dict[nn.Module, list[int]] = {}
+        for n, block in enumerate(self.blocks):
+            numbers.setdefault(block, []).append(n)
+        calls: Counter[nn.Module] = Counter()
 
-        def enters(n: int) -> Callable[..., None]:
-            def seen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hook(n, cast(Tensor, state_among(args, kwargs)))
+        def enters(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            own = numbers[block]
+            n = own[calls[block] % len(own)]
+            calls[block] += 1
+            hook(n, cast(Tensor, state_among(args, kwargs)))
 
-            return seen
+        def leaves(block: nn.Module, _: tuple[Any, ...], y: Any) -> None:
+            if calls[block] % len(numbers[block]) == 0:
+                hook(self.horizon, cast(Tensor, state_of(y)))
 
-        blocks = self.blocks
-        handles = [
-            block.register_forward_pre_hook(enters(n), with_kwargs=True)
-            for n, block in enumerate(blocks)
-        ]
-
-        def leaves(_: nn.Module, __: tuple[Any, ...], y: Any) -> None:
-            hook(len(blocks), cast(Tensor, state_of(y)))
+        handles = [b.register_forward_pre_hook(enters, with_kwargs=True) for b in numbers]
 
         def wakes(_: nn.Module, __: tuple[Any, ...]) -> None:
             raise InputError(self._apart_from_example("one more than in its example runs"))
 
         handles += [module.register_forward_pre_hook(wakes) for module in self._idle]
-        return [*handles, blocks[-1].register_forward_hook(leaves)]
+        return [*handles, self.blocks[-1].register_forward_hook(leaves)]
 
     def _apart_from_example(self, what: str) -> str:
         return (
@@ -353,8 +355,8 @@ class ReadModel(Anatomy):
         collected: list[Tensor] = []
         with ExitStack() as stack:
             paid = [
-                stack.enter_context(charged(b.module, partial(charge, b.stage)))
-                for b in self._blocks
+                stack.enter_context(charged(block, partial(charge, stage)))
+                for block, stage in {b.module: b.stage for b in self._blocks}.items()
             ]
             yield collected
             collected += [c for costs in paid for c in costs]

@@ -15,18 +15,19 @@ from deeplimit.network.checks import shown
 
 Form = Callable[[Tensor], Any]
 LISTS = (nn.ModuleList, nn.Sequential)
+Calls = dict[nn.Module, list["Seen"]]
+Place = tuple[nn.Module, nn.Module, "Seen"]  # a list, a block in it, a call of the block
 
 
 @dataclass
 class Seen:
-    """What a module was called with and what it returned; of the first call, and how many."""
+    """What a module was called with and what it returned, in one call."""
 
     entered: Tensor | None
     order: int
     left: Tensor | None = None
     form: Form | None = None
     output: Any = None
-    calls: int = 1
 
     @property
     def keeps_shape(self) -> bool:
@@ -44,8 +45,8 @@ class Block:
     """A block of a stack.
 
     Attributes:
-        module: the block.
-        container: the list it stands in.
+        module: the block; one that is called several times in a forward is as many blocks.
+        container: the list it stands in; the module itself, where it stands in none.
         stage: of the state that enters it.
         form: puts a state in the form of what the block returns.
         shortcut: of a block that changes the shape, what it does with its branch at zero.
@@ -60,17 +61,17 @@ class Block:
 
 @dataclass
 class Watch:
-    """Sees the modules in a model's lists while it runs."""
+    """Sees the calls of a model's modules while it runs."""
 
     model: nn.Module
-    seen: dict[nn.Module, Seen] = field(default_factory=dict)
+    seen: dict[nn.Module, list[Seen]] = field(default_factory=dict)
 
     def run(self, forward: Callable[[], Tensor]) -> Tensor:
         """The forward's output."""
-        lists = [m for m in self.model.modules() if isinstance(m, LISTS)]
-        watched = {child for one in lists for child in one.children()}
         handles = []
-        for module in watched:
+        for module in self.model.modules():
+            if module is self.model or _plain(module):
+                continue
             handles.append(module.register_forward_pre_hook(self._enters, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leaves))
         try:
@@ -80,19 +81,16 @@ class Watch:
                 handle.remove()
 
     def _enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module in self.seen:
-            self.seen[module].calls += 1
-        else:
-            self.seen[module] = Seen(state_among(args, kwargs), len(self.seen))
+        order = sum(map(len, self.seen.values()))
+        self.seen.setdefault(module, []).append(Seen(state_among(args, kwargs), order))
 
     def _leaves(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen = self.seen[module]
-        if seen.calls == 1:
-            seen.left, seen.form, seen.output = state_of(output), form_of(output), output
+        seen = self.seen[module][-1]
+        seen.left, seen.form, seen.output = state_of(output), form_of(output), output
 
 
 def find_blocks(
-    model: nn.Module, seen: dict[nn.Module, Seen], asked: str | Iterable[nn.Module] | None
+    model: nn.Module, seen: Calls, asked: str | Iterable[nn.Module] | None
 ) -> tuple[list[Block], str | None, list[str]]:
     """The blocks of one group of lists, in order, its name, and those of the other groups.
 
@@ -111,7 +109,7 @@ def find_blocks(
     if asked is None:
         if not groups:
             raise InputError(_none(model, seen))
-        asked = max(groups, key=lambda n: (len(groups[n]), max(_order(groups[n], seen))))
+        asked = max(groups, key=lambda n: (len(groups[n]), max(at.order for *_, at in groups[n])))
     if isinstance(asked, str):
         chosen = _asked(model, seen, asked, groups)
     else:
@@ -123,7 +121,7 @@ def find_blocks(
                 f"a {type(strange).__name__} given among the blocks is in no ModuleList or "
                 f"Sequential of {type(model).__name__}, or is not called in its forward"
             )
-        chosen = [(holders[b], b) for b in asked]
+        chosen = [(holders[b], b, at) for b in asked for at in seen[b]]
     others = [name for name in groups if name != asked]
     return _staged(model, chosen, seen), asked if isinstance(asked, str) else None, others
 
@@ -154,56 +152,72 @@ def _lists(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LISTS)}
 
 
-def _groups(
-    model: nn.Module, seen: dict[nn.Module, Seen]
-) -> dict[str, list[tuple[nn.Module, nn.Module]]]:
-    """(list, block) of each group, by its starred name; outer lists before what is inside."""
-    for least in (2, 1):  # of a model cut to one block this one is taken
-        taken: dict[str, list[tuple[nn.Module, nn.Module]]] = {}
-        prefixes: list[str] = []
-        by_name: dict[str, dict[str, nn.Module]] = {}
-        for name, one in _lists(model).items():
-            by_name.setdefault(re.sub(r"\d+", "*", name), {})[name] = one
-        for starred, lists in by_name.items():
-            if starred.startswith(tuple(prefixes)):
-                continue
-            found = [
-                (one, child)
-                for one in lists.values()
-                for child in one.children()
-                if _is_block(child, seen)
-            ]
-            if len(found) >= least and (least == 2 or type(found[0][0]) is nn.ModuleList):
-                taken[starred if len(lists) > 1 else next(iter(lists))] = found
-                prefixes.append(f"{starred}.")
-        if taken:
-            return taken
-    return {}
+def _groups(model: nn.Module, seen: Calls) -> dict[str, list[Place]]:
+    """The blocks of each group, by its starred name; outer lists before what is inside.
+
+    Of a model without such lists a module that is called again and again; else a list of one block,
+    as a model has that was cut to it.
+    """
+    by_name: dict[str, dict[str, nn.Module]] = {}
+    for name, one in _lists(model).items():
+        by_name.setdefault(re.sub(r"\d+", "*", name), {})[name] = one
+    taken: dict[str, list[Place]] = {}
+    single: dict[str, list[Place]] = {}
+    prefixes: list[str] = []
+    for starred, lists in by_name.items():
+        found = _within(lists.values(), seen)
+        if starred.startswith(tuple(prefixes)) or not found:
+            continue
+        name = starred if len(lists) > 1 else next(iter(lists))
+        if len(found) > 1:
+            taken[name] = found
+            prefixes.append(f"{starred}.")
+        elif type(found[0][0]) is nn.ModuleList:
+            single[name] = found
+    if taken:
+        return taken
+    for name, module in model.named_modules():
+        calls = seen.get(module, ())
+        if len(calls) > 1 and _is_block(module, seen):
+            return {name: [(module, module, at) for at in calls]}
+    return dict(list(single.items())[:1])
 
 
-def _is_block(module: nn.Module, seen: dict[nn.Module, Seen]) -> bool:
+def _within(lists: Iterable[nn.Module], seen: Calls) -> list[Place]:
+    """The blocks of lists; those that are called again and again, if none is called once."""
+    found = [(one, b) for one in lists for b in one.children() if _is_block(b, seen)]
+    once = [(one, b) for one, b in found if len(seen[b]) == 1]
+    return [(one, b, at) for one, b in once or found for at in seen[b]]
+
+
+def _is_block(module: nn.Module, seen: Calls) -> bool:
     """Whether it is made of parts, has parameters, and keeps the shape or has a shortcut."""
-    at = seen.get(module)
-    if at is None or at.calls != 1 or at.entered is None or at.left is None:
+    calls = seen.get(module)
+    if not calls or next(module.parameters(), None) is None:
         return False
-    plain = type(module).__module__.startswith("torch.nn.modules.") and not len(
-        list(module.children())
-    )
-    if plain or next(module.parameters(), None) is None or not at.entered.is_floating_point():
+    if any(a.entered is None or a.left is None or not a.entered.is_floating_point() for a in calls):
         return False
-    return at.keeps_shape or shortcut_of(module) is not None
+    if all(at.keeps_shape for at in calls):
+        return True
+    return len(calls) == 1 and shortcut_of(module) is not None
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether it is one of torch's own layers, without parts."""
+    ours = type(module).__module__.startswith("torch.nn.modules.")
+    return ours and next(module.children(), None) is None
 
 
 def _asked(
-    model: nn.Module,
-    seen: dict[nn.Module, Seen],
-    asked: str,
-    groups: dict[str, list[tuple[nn.Module, nn.Module]]],
-) -> list[tuple[nn.Module, nn.Module]]:
+    model: nn.Module, seen: Calls, asked: str, groups: dict[str, list[Place]]
+) -> list[Place]:
     if asked in groups:
         return groups[asked]
     lists = {name: m for name, m in _lists(model).items() if fnmatch.fnmatchcase(name, asked)}
-    chosen = [(m, c) for m in lists.values() for c in m.children() if _is_block(c, seen)]
+    chosen = _within(lists.values(), seen)
+    alone = dict(model.named_modules()).get(asked)
+    if not chosen and alone is not None and _is_block(alone, seen):
+        chosen = [(alone, alone, at) for at in seen[alone]]
     if not chosen:
         known = ", ".join(groups) or "none"
         raise InputError(
@@ -213,19 +227,12 @@ def _asked(
     return chosen
 
 
-def _order(chosen: list[tuple[nn.Module, nn.Module]], seen: dict[nn.Module, Seen]) -> list[int]:
-    return [seen[block].order for _, block in chosen]
-
-
-def _staged(
-    model: nn.Module, chosen: list[tuple[nn.Module, nn.Module]], seen: dict[nn.Module, Seen]
-) -> list[Block]:
+def _staged(model: nn.Module, chosen: list[Place], seen: Calls) -> list[Block]:
     """The blocks in the order of their calls; a stage ends where something comes between two."""
-    chosen = sorted(chosen, key=lambda pair: seen[pair[1]].order)
+    chosen = sorted(chosen, key=lambda place: place[2].order)
     blocks, stage = [], 0
-    followers = [*(seen[module] for _, module in chosen[1:]), None]
-    for (container, module), follower in zip(chosen, followers, strict=True):
-        at = seen[module]
+    followers = [*(at for *_, at in chosen[1:]), None]
+    for (container, module, at), follower in zip(chosen, followers, strict=True):
         shortcut = None if at.keeps_shape else shortcut_of(module)
         blocks.append(Block(module, container, stage, cast(Form, at.form), shortcut))
         apart = follower is not None and not _same(at.left, follower.entered)
@@ -233,16 +240,13 @@ def _staged(
             _check_first(model, module, at, cast(Seen, follower))
         stage += apart or shortcut is not None
     for one in beside(blocks):
-        if one in seen and seen[one].calls > 1:
-            raise InputError(f"{type(model).__name__} cannot be read: {_again(one, seen[one])}")
+        if len(seen.get(one, ())) > 1:
+            raise InputError(
+                f"{type(model).__name__} cannot be read: one {type(one).__name__} is called "
+                f"{len(seen[one])} times in a forward, others once; give each layer a block of its "
+                "own"
+            )
     return blocks
-
-
-def _again(module: nn.Module, at: Seen) -> str:
-    return (
-        f"one {type(module).__name__} is called {at.calls} times in a forward; give each layer a "
-        "block of its own"
-    )
 
 
 def _check_first(model: nn.Module, module: nn.Module, at: Seen, follower: Seen) -> None:
@@ -267,14 +271,11 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (not a.is_meta and a.data_ptr() == b.data_ptr() and a.numel() > 0)
 
 
-def _none(model: nn.Module, seen: dict[nn.Module, Seen]) -> str:
+def _none(model: nn.Module, seen: Calls) -> str:
     """Why there is no stack."""
     name = type(model).__name__
-    repeated = next((m for m, at in seen.items() if at.calls > 1), None)
-    if repeated is not None:
-        return f"no stack of blocks in {name}: {_again(repeated, seen[repeated])}"
     what = ""
-    for module, at in seen.items():
+    for module, at in ((module, at) for module, calls in seen.items() for at in calls):
         if at.entered is None or at.left is None or at.keeps_shape or not list(module.children()):
             continue
         shape = at.entered.shape

@@ -1,6 +1,6 @@
 """What stands in for a block for a while: a function in front of its hooks and its forward."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,23 @@ def standing_in(stand_ins: Mapping[nn.Module, StandIn]) -> Iterator[None]:
                 vars(module).pop(PLACE, None)
             else:
                 vars(module)[PLACE] = before
+
+
+def in_turn(module: nn.Module, functions: Sequence[StandIn | None]) -> StandIn:
+    """A stand-in for a module that is called several times: one function a call, again and again.
+
+    None leaves a call to the module.
+    """
+    calls = 0
+    own = vars(module).get(PLACE) or module._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        function = functions[calls % len(functions)] or own
+        calls += 1
+        return function(*args, **kwargs)
+
+    return call
 
 
 def state_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
