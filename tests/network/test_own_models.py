@@ -346,6 +346,56 @@ def test_a_block_that_is_there_twice_has_a_name_of_its_own(names, left) -> None:
         assert torch.equal(block.linear.weight, model.body[n // 2].linear.weight)
 
 
+@pytest.mark.parametrize("habit", ["centred", "compared"])
+def test_a_head_that_reads_the_whole_batch_is_given_it(habit: str) -> None:
+    """Of states of several layers at once it would be another batch."""
+
+    def read(x: Tensor) -> Tensor:
+        return x - x.mean(0) if habit == "centred" else x @ x.T
+
+    class Batch(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for step in self.body:
+                x = step(x)
+            return read(x)
+
+    structure = anatomy(Batch().double())
+    states, logits = structure.states(X.double())
+    z = structure.logits(states, x=X.double())
+    assert torch.equal(logits, z[-1])
+    for n, state in enumerate(states):
+        torch.testing.assert_close(z[n], read(state), rtol=1e-13, atol=1e-13)
+
+
+def test_inputs_may_be_a_tuple() -> None:
+    """Given one after the other; a model of another depth is proven on them too."""
+
+    class Scaled(Own):
+        def __init__(self, config: SimpleNamespace) -> None:
+            super().__init__("input", [str(n) for n in range(config.depth)])
+            self.config = config
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return scale * super().forward(x)
+
+    model, batch = Scaled(SimpleNamespace(depth=5)).eval(), (X, torch.tensor(2.0))
+    structure = anatomy(model, example=batch)
+    states, logits = structure.states(batch)
+    assert torch.equal(logits, model(*batch))
+    z = structure.logits(states, x=batch)
+    for n, state in enumerate(states):
+        assert torch.equal(z[n], 2 * (model.end(torch.tanh(state)) + model.again(X)))
+    with pytest.raises(InputError, match="reads the inputs too; give them with the states"):
+        structure.head(states[2])
+    cut = crop(structure, remove=[1, 2])
+    assert (cut.config.depth, model.config.depth) == (3, 5)
+    expected = states[1]
+    for block in model.body[3:]:
+        expected = block(expected)
+    assert torch.equal(cut(*batch), 2 * (model.end(torch.tanh(expected)) + model.again(X)))
+
+
 class Text(nn.Module):
     """Pools the tokens that are no padding, or takes the first one behind which there is the end.
 

@@ -124,7 +124,7 @@ class ReadModel(Anatomy):
                 )
             stages = self.state_stages
             if self.stages == 1:  # nothing but the head to be tried
-                states, stages = [states[-1]] * 2, stages[-2:]
+                states, stages = [states[0], states[-1]], stages[-2:]
             if self.stages == 1 and self._of_tokens and own.shape[:-1] == states[-1].shape[:-1]:
                 each, expected = states[-1].flatten(0, 1)[:, None], own.flatten(0, 1)[:, None]
                 drivers = [first_token(other) for other in others(self.model, x)]
@@ -191,9 +191,15 @@ class ReadModel(Anatomy):
         """The logits of the model's own forward."""
         return call(self.model, x)
 
-    def example(self) -> Inputs | None:
+    def example(self) -> Any:
         """The batch on which the model was read."""
-        return cast(Inputs, self._example)
+        return self._example
+
+    def fitting_example(self) -> Any:
+        """The same where the model is now; None of one on the meta device."""
+        if any(p.is_meta for p in self.model.parameters()):
+            return None
+        return placed(self.model, self._example)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
