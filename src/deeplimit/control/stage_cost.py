@@ -50,10 +50,9 @@ class StageCost(nn.Module):
         loss: ℓ; called with (logits [..., C], targets [...]) it returns values [...].
         weight: γ ≥ 0, the weight of the loss at every layer.
         control_cost: r ≥ 0, the weight of the controls. θ_n is all parameters of block n; where it
-            has a norm those from its last norm on, which undoes the scale of the others. Of ViT,
-            DINOv2, BERT and the decoders of transformers it is all parameters of layer n, whose
-            attention and MLP each add to the state.
-
+            has a norm those from its last norm on, which undoes the scale of the others. Of blocks
+            whose states are of tokens, [B, L, d], it is all parameters: attention and MLP each add
+            to the state.
         shift: targets [B, L] are the inputs themselves: each predicts the next (`aligned`).
 
     Raises:
