@@ -167,6 +167,16 @@ def test_logits_that_are_not_numbers_agree_with_nothing() -> None:
         anatomy(Own("nan"))
 
 
+@pytest.mark.parametrize("answer", [lambda z: z.argmax(1), lambda z: z.mean()])
+def test_answers_that_are_no_logits_are_refused(answer: Callable[[Tensor], Tensor]) -> None:
+    class Answers(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            return answer(super().forward(x))
+
+    with pytest.raises(InputError, match=r"Answers answers .*; expected logits"):
+        anatomy(Answers())
+
+
 def test_logits_that_are_infinite_agree_with_themselves() -> None:
     """As those of tokens that may not be said."""
 
@@ -182,6 +192,55 @@ def test_a_state_that_is_the_second_output_is_refused() -> None:
     says = r"Step of Own returns its state as output 1; expected it first: return \(state, …\)"
     with pytest.raises(InputError, match=says):
         anatomy(Own("second"))
+
+
+class Keywords(nn.Module):
+    """Blocks that are called by keywords, and answer with tensors by name."""
+
+    def __init__(self, first: str, answer: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.answer = first, answer
+        self.body, self.end = nn.ModuleList(Keyed(answer) for _ in range(4)), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.linspace(0.5, 1.5, len(x))[:, None].expand_as(x)
+        for block in self.body:
+            given = {"scale": scale, "state": x}
+            x = block(**{name: given[name] for name in sorted(given, key=self.first.__ne__)})
+            x = x["state"]
+        return self.end(x)
+
+
+class Keyed(Step):
+    def __init__(self, answer: str) -> None:
+        super().__init__(answer)
+
+    def forward(self, *, state: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        y = state + scale * self.linear(state)
+        return {"scale": scale, "state": y} if self.habit == "scale" else {"state": y}
+
+
+@pytest.mark.parametrize(
+    ("first", "answer", "says"),
+    [
+        ("scale", "state", r"takes the state of Keyed as another argument than its first"),
+        ("state", "scale", r"Keyed of Keywords returns its state as output 1; expected it first"),
+    ],
+)
+def test_a_state_that_is_not_the_first_argument_is_refused(
+    first: str, answer: str, says: str
+) -> None:
+    """Though what is first has its shape."""
+    x = torch.linspace(-1, 1, 30).reshape(6, 5).sin()
+    with pytest.raises(InputError, match=says):
+        anatomy(Keywords(first, answer))
+    model = Keywords("state", "state").eval()
+    structure = anatomy(model)
+    states, logits = structure.states(x)
+    assert torch.equal(states[0], x)
+    assert torch.equal(logits, model(x))
+    torch.testing.assert_close(structure.logits(states), model.end(torch.stack(states)))
 
 
 @pytest.mark.parametrize("place", [4, 3, 2])
