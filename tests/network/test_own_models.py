@@ -1,11 +1,10 @@
 """Models written by somebody else, with habits of their own: read right, or refused in words."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import pytest
 import torch
+from own_models import Own, Step, X, Y
 from torch import Tensor, nn
 
 from deeplimit import (
@@ -18,49 +17,6 @@ from deeplimit import (
 )
 from deeplimit.control import Fading
 from deeplimit.network import anatomy
-
-
-class Step(nn.Module):
-    def __init__(self, habit: str) -> None:
-        super().__init__()
-        self.linear, self.habit = nn.Linear(5, 5), habit
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor | None, ...]:
-        if self.habit == "in place":
-            x += self.linear(torch.relu(x))
-            return x
-        if self.habit == "relu in place":
-            return x + self.linear(nn.functional.relu(x, inplace=True))
-        y = x + self.linear(torch.relu(x))
-        return {"tuple": (y, None), "second": (x.sin(), y)}.get(self.habit, y)
-
-
-class Own(nn.Module):
-    """A stem, blocks, a head; `skip` is the sum of a batch from which on block 2 is left out."""
-
-    skip: float | None = None
-
-    def __init__(self, habit: str = "", names: Sequence[str] = "01234") -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.habit = habit
-        self.stem, self.end, self.again = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(4, 3)
-        self.body = nn.Sequential(OrderedDict((name, Step(habit)) for name in names))
-
-    def forward(self, x: Tensor) -> Tensor:
-        given, states = x, [self.stem(x)]
-        body = {"slice": self.body[:-1], "list": list(self.body)[1:]}.get(self.habit, self.body)
-        for n, step in enumerate(body):
-            if n != 2 or self.skip is None or float(given.detach().sum()) < self.skip:
-                y = step(states[-1])
-                states.append(y[self.habit == "second"] if isinstance(y, tuple) else y)
-        z = self.end(torch.tanh(sum(states) if self.habit == "sum" else states[-1]))
-        if self.habit == "input":
-            z = z + self.again(given)
-        return z / 0 * 0 if self.habit == "nan" else z
-
-
-X, Y = torch.linspace(-1, 1, 32).reshape(8, 4).sin(), torch.arange(8) % 3
 
 
 @pytest.mark.parametrize("habit", ["in place", "relu in place"])
@@ -111,37 +67,6 @@ def test_states_and_logits_are_those_of_a_walk_by_hand(habit: str) -> None:
     assert torch.equal(logits, model.end(torch.tanh(state)))
 
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_head_that_reads_all_states_is_refused_in_every_precision(dtype: torch.dtype) -> None:
-    with pytest.raises(InputError, match=r"the logits of its last state differ from its own by \d"):
-        anatomy(Own("sum").to(dtype))
-    assert anatomy(Own().to(dtype)).horizon == 5
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_head_that_reads_the_inputs_again_is_given_them(dtype: torch.dtype) -> None:
-    """Those of the states, not those of the example."""
-    model, x = Own("input").to(dtype).eval(), X.to(dtype)
-    structure = anatomy(model)
-    states, logits = structure.states(x)
-    with pytest.raises(InputError, match=r"head of Own reads the inputs too; .*x=inputs"):
-        structure.logits(states)
-    z = structure.logits(states, x=x)
-    for n, state in enumerate(states):
-        assert torch.equal(z[n], model.end(torch.tanh(state)) + model.again(x))
-    assert torch.equal(z[-1], logits)
-    assert torch.equal(structure.logits(states[2:4], 2, x=x), z[2:4])
-    assert torch.equal(structure.head(states[3], x), z[3])
-    cost, _ = StageCost(model, SoftCrossEntropy(3), 0.5)(x, Y)
-    loss = SoftCrossEntropy(3)
-    costs = [loss(one, Y).mean() for one in z]
-    expected = costs[-1] + 0.5 * sum(costs[:-1])
-    assert float(cost) == pytest.approx(float(expected), rel=4 * torch.finfo(dtype).eps)
-
-
 def test_the_example_goes_where_the_model_is() -> None:
     """One of single precision; a copy in double precision is what is measured."""
     model = Own().eval()
@@ -162,26 +87,59 @@ def test_a_model_without_values_has_its_horizon_read(habit: str) -> None:
     assert [name for name, _ in crop(structure, 3).body.named_children()] == ["0", "1", "2"]
 
 
-def test_logits_that_are_not_numbers_agree_with_nothing() -> None:
-    with pytest.raises(InputError, match="Own answers NaN to its example"):
-        anatomy(Own("nan"))
-
-
-def test_logits_that_are_infinite_agree_with_themselves() -> None:
-    """As those of tokens that may not be said."""
-
-    class Masked(Own):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).masked_fill(torch.tensor([True, False, False]), -torch.inf)
-
-    states, logits = anatomy(Masked()).states(X)
-    assert torch.equal(anatomy(Masked()).logits(states)[-1], logits)
-
-
 def test_a_state_that_is_the_second_output_is_refused() -> None:
     says = r"Step of Own returns its state as output 1; expected it first: return \(state, …\)"
     with pytest.raises(InputError, match=says):
         anatomy(Own("second"))
+
+
+class Keywords(nn.Module):
+    """Blocks that are called by keywords, and answer with tensors by name."""
+
+    def __init__(self, first: str, answer: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.answer = first, answer
+        self.body, self.end = nn.ModuleList(Keyed(answer) for _ in range(4)), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.linspace(0.5, 1.5, len(x))[:, None].expand_as(x)
+        for block in self.body:
+            given = {"scale": scale, "state": x}
+            x = block(**{name: given[name] for name in sorted(given, key=self.first.__ne__)})
+            x = x["state"]
+        return self.end(x)
+
+
+class Keyed(Step):
+    def __init__(self, answer: str) -> None:
+        super().__init__(answer)
+
+    def forward(self, *, state: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        y = state + scale * self.linear(state)
+        return {"scale": scale, "state": y} if self.habit == "scale" else {"state": y}
+
+
+@pytest.mark.parametrize(
+    ("first", "answer", "says"),
+    [
+        ("scale", "state", r"takes the state of Keyed as another argument than its first"),
+        ("state", "scale", r"Keyed of Keywords returns its state as output 1; expected it first"),
+    ],
+)
+def test_a_state_that_is_not_the_first_argument_is_refused(
+    first: str, answer: str, says: str
+) -> None:
+    """Though what is first has its shape."""
+    x = torch.linspace(-1, 1, 30).reshape(6, 5).sin()
+    with pytest.raises(InputError, match=says):
+        anatomy(Keywords(first, answer))
+    model = Keywords("state", "state").eval()
+    structure = anatomy(model)
+    states, logits = structure.states(x)
+    assert torch.equal(states[0], x)
+    assert torch.equal(logits, model(x))
+    torch.testing.assert_close(structure.logits(states), model.end(torch.stack(states)))
 
 
 @pytest.mark.parametrize("place", [4, 3, 2])
@@ -344,104 +302,6 @@ def test_a_block_that_is_there_twice_has_a_name_of_its_own(names, left) -> None:
     assert [name for name, _ in deeper.body.named_children()] == left
     for n, block in enumerate(deeper.body):
         assert torch.equal(block.linear.weight, model.body[n // 2].linear.weight)
-
-
-@pytest.mark.parametrize("habit", ["centred", "compared"])
-def test_a_head_that_reads_the_whole_batch_is_given_it(habit: str) -> None:
-    """Of states of several layers at once it would be another batch."""
-
-    def read(x: Tensor) -> Tensor:
-        return x - x.mean(0) if habit == "centred" else x @ x.T
-
-    class Batch(Own):
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.stem(x)
-            for step in self.body:
-                x = step(x)
-            return read(x)
-
-    structure = anatomy(Batch().double())
-    states, logits = structure.states(X.double())
-    z = structure.logits(states, x=X.double())
-    assert torch.equal(logits, z[-1])
-    for n, state in enumerate(states):
-        torch.testing.assert_close(z[n], read(state), rtol=1e-13, atol=1e-13)
-
-
-def test_inputs_may_be_a_tuple() -> None:
-    """Given one after the other; a model of another depth is proven on them too."""
-
-    class Scaled(Own):
-        def __init__(self, config: SimpleNamespace) -> None:
-            super().__init__("input", [str(n) for n in range(config.depth)])
-            self.config = config
-
-        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-            return scale * super().forward(x)
-
-    model, batch = Scaled(SimpleNamespace(depth=5)).eval(), (X, torch.tensor(2.0))
-    structure = anatomy(model, example=batch)
-    states, logits = structure.states(batch)
-    assert torch.equal(logits, model(*batch))
-    z = structure.logits(states, x=batch)
-    for n, state in enumerate(states):
-        assert torch.equal(z[n], 2 * (model.end(torch.tanh(state)) + model.again(X)))
-    with pytest.raises(InputError, match="reads the inputs too; give them with the states"):
-        structure.head(states[2])
-    cut = crop(structure, remove=[1, 2])
-    assert (cut.config.depth, model.config.depth) == (3, 5)
-    expected = states[1]
-    for block in model.body[3:]:
-        expected = block(expected)
-    assert torch.equal(cut(*batch), 2 * (model.end(torch.tanh(expected)) + model.again(X)))
-
-
-class Text(nn.Module):
-    """Pools the tokens that are no padding, or takes the first one behind which there is the end.
-
-    Token 0 is padding, token 1 the end of a text.
-    """
-
-    def __init__(self, pools: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.pools = pools
-        self.embed, self.end = nn.Embedding(20, 4, padding_idx=0), nn.Linear(4, 3)
-        self.config = SimpleNamespace(vocab_size=20, eos_token_id=1)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True) for _ in range(3)
-        )
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.read(x, ids)
-
-    def read(self, x: Tensor, ids: Tensor) -> Tensor:
-        weights = ids.ne(0).to(x.dtype)[..., None]
-        if not self.pools:
-            at = ids.eq(1).int().argmax(1)
-            return self.end(x[torch.arange(len(x)), at])
-        return self.end((weights * x).sum(1) / weights.sum(1))
-
-
-@pytest.mark.parametrize("pools", [True, False])
-def test_padding_that_the_example_lacks_is_no_part_of_a_text(pools: bool) -> None:
-    """What the head reads of the inputs does not show on the example."""
-    model = Text(pools).double().eval()
-    ids = torch.arange(24).reshape(3, 8) % 17 + 2
-    example = ids.clone()
-    for i, length in enumerate((6, 3, 7)):
-        ids[i, length] = 1
-        ids[i, length + 1 :] = 0
-    for given in (example, ids, None):
-        structure = anatomy(model, example=given)
-        states, logits = structure.states(ids)
-        z = structure.logits(states, x=ids)
-        assert torch.equal(logits, z[-1])
-        for n, state in enumerate(states):
-            torch.testing.assert_close(z[n], model.read(state, ids), rtol=1e-13, atol=1e-13)
 
 
 TYPES = """

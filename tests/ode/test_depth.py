@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_families import FAMILIES, sample, shaken
-from smooth_networks import MAKERS, OUTER, WIDTH, TanhBlock, batch, folded, slope
+from smooth_networks import MAKERS, OUTER, WIDTH, Folded, TanhBlock, batch, folded, slope
 from smooth_networks import smooth_chain as chain_of
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from deeplimit.network import (
     save,
 )
 from deeplimit.network.anatomy import shortcuts
-from deeplimit.ode import coarsen, refine
+from deeplimit.ode import coarsen, discretization_gap, refine, tie
 from deeplimit.ode.blocks import check_whole
 
 CHANGEABLE = [name for name in FAMILIES if name != "CIFAR ResNet, cut"]
@@ -280,3 +280,28 @@ def test_a_users_own_blocks_are_read_after_the_change() -> None:
     assert anatomy(fine).horizon == 9
     assert all(isinstance(block, TanhBlock) for block in fine.blocks)
     assert [name for name, _ in fine.blocks.named_children()] == [str(i) for i in range(9)]
+
+
+class Scaled(Folded):
+    """Takes what no example can be made of."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return scale * super().forward(x)
+
+
+@pytest.mark.parametrize("given", ["names", "tuple"])
+def test_a_model_is_changed_on_the_example_that_it_was_read_on(given: str) -> None:
+    model, plain, x, scale = folded(4), folded(4), batch(), torch.tensor(3.0).double()
+    model.__class__ = Scaled
+    for change in (refine, coarsen, tie):
+        with pytest.raises(InputError, match=r"does not run on an example made for it.*example=…"):
+            change(model, 2)
+    anatomy(model, example={"x": x, "scale": scale} if given == "names" else (x, scale))
+    for change in (refine, coarsen, tie, lambda m, k: refine(refine(m, k), k)):
+        mine, expected = change(model, 2), change(plain, 2)
+        assert type(mine) is Scaled
+        theirs = expected.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.state_dict().items())
+        assert torch.equal(mine(x, scale), 3 * expected(x))
+    gap = discretization_gap(model, {"x": x, "scale": scale})
+    assert gap == discretization_gap(plain, x)

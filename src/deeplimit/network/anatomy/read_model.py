@@ -116,6 +116,11 @@ class ReadModel(Anatomy):
         self._kinds.add(kind_of(x))
         with self._alike():
             x, states, own = self._small(x)
+            if not own.is_floating_point() or not own.dim():
+                raise InputError(
+                    f"{type(self.model).__name__} answers {shown(own)}; expected logits: numbers "
+                    "with a fraction, of each sample"
+                )
             if bool(own.isnan().any()):
                 raise InputError(
                     f"{type(self.model).__name__} answers NaN to its example, with which no "

@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ class Seen:
 
     entered: Tensor | None
     order: int
+    given: tuple[Any, ...] = ()
     left: Tensor | None = None
     form: Form | None = None
     output: Any = None
@@ -82,7 +83,9 @@ class Watch:
 
     def _enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         order = sum(map(len, self.seen.values()))
-        self.seen.setdefault(module, []).append(Seen(state_among(args, kwargs), order))
+        self.seen.setdefault(module, []).append(
+            Seen(state_among(args, kwargs), order, (*args, *kwargs.values()))
+        )
 
     def _leaves(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen = self.seen[module][-1]
@@ -250,11 +253,17 @@ def _staged(model: nn.Module, chosen: list[Place], seen: Calls) -> list[Block]:
 
 
 def _check_first(model: nn.Module, module: nn.Module, at: Seen, follower: Seen) -> None:
-    """Raises InputError where the next block goes on from another output than the first."""
-    others = at.output[1:] if isinstance(at.output, tuple | list) else ()
+    """Raises InputError where the state is not the first output, or the next's first argument."""
+    output = list(at.output.values()) if isinstance(at.output, Mapping) else at.output
+    others = output[1:] if isinstance(output, tuple | list) else ()
     for i, other in enumerate(others, 1):
         if isinstance(other, Tensor) and _same(other, follower.entered):
             raise InputError(_elsewhere(model, module, i))
+    if any(isinstance(other, Tensor) and _same(at.left, other) for other in follower.given):
+        raise InputError(
+            f"a block of {type(model).__name__} takes the state of {type(module).__name__} as "
+            "another argument than its first; expected it first: forward(state, …)"
+        )
 
 
 def _elsewhere(model: nn.Module, module: nn.Module, i: int) -> str:

@@ -1,0 +1,166 @@
+"""Heads of models written by somebody else: what they read beside the last state."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from own_models import Own, X, Y
+from torch import Tensor, nn
+
+from deeplimit import InputError, SoftCrossEntropy, StageCost, crop
+from deeplimit.network import anatomy
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_head_that_reads_all_states_is_refused_in_every_precision(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match=r"the logits of its last state differ from its own by \d"):
+        anatomy(Own("sum").to(dtype))
+    assert anatomy(Own().to(dtype)).horizon == 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_head_that_reads_the_inputs_again_is_given_them(dtype: torch.dtype) -> None:
+    """Those of the states, not those of the example."""
+    model, x = Own("input").to(dtype).eval(), X.to(dtype)
+    structure = anatomy(model)
+    states, logits = structure.states(x)
+    with pytest.raises(InputError, match=r"head of Own reads the inputs too; .*x=inputs"):
+        structure.logits(states)
+    z = structure.logits(states, x=x)
+    for n, state in enumerate(states):
+        assert torch.equal(z[n], model.end(torch.tanh(state)) + model.again(x))
+    assert torch.equal(z[-1], logits)
+    assert torch.equal(structure.logits(states[2:4], 2, x=x), z[2:4])
+    assert torch.equal(structure.head(states[3], x), z[3])
+    cost, _ = StageCost(model, SoftCrossEntropy(3), 0.5)(x, Y)
+    loss = SoftCrossEntropy(3)
+    costs = [loss(one, Y).mean() for one in z]
+    expected = costs[-1] + 0.5 * sum(costs[:-1])
+    assert float(cost) == pytest.approx(float(expected), rel=4 * torch.finfo(dtype).eps)
+
+
+def test_logits_that_are_not_numbers_agree_with_nothing() -> None:
+    with pytest.raises(InputError, match="Own answers NaN to its example"):
+        anatomy(Own("nan"))
+
+
+@pytest.mark.parametrize("answer", [lambda z: z.argmax(1), lambda z: z.mean()])
+def test_answers_that_are_no_logits_are_refused(answer: Callable[[Tensor], Tensor]) -> None:
+    class Answers(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            return answer(super().forward(x))
+
+    with pytest.raises(InputError, match=r"Answers answers .*; expected logits"):
+        anatomy(Answers())
+
+
+def test_logits_that_are_infinite_agree_with_themselves() -> None:
+    """As those of tokens that may not be said."""
+
+    class Masked(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.tensor([True, False, False]), -torch.inf)
+
+    states, logits = anatomy(Masked()).states(X)
+    assert torch.equal(anatomy(Masked()).logits(states)[-1], logits)
+
+
+@pytest.mark.parametrize("habit", ["centred", "compared"])
+def test_a_head_that_reads_the_whole_batch_is_given_it(habit: str) -> None:
+    """Of states of several layers at once it would be another batch."""
+
+    def read(x: Tensor) -> Tensor:
+        return x - x.mean(0) if habit == "centred" else x @ x.T
+
+    class Batch(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for step in self.body:
+                x = step(x)
+            return read(x)
+
+    structure = anatomy(Batch().double())
+    states, logits = structure.states(X.double())
+    z = structure.logits(states, x=X.double())
+    assert torch.equal(logits, z[-1])
+    for n, state in enumerate(states):
+        torch.testing.assert_close(z[n], read(state), rtol=1e-13, atol=1e-13)
+
+
+def test_inputs_may_be_a_tuple() -> None:
+    """Given one after the other; a model of another depth is proven on them too."""
+
+    class Scaled(Own):
+        def __init__(self, config: SimpleNamespace) -> None:
+            super().__init__("input", [str(n) for n in range(config.depth)])
+            self.config = config
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return scale * super().forward(x)
+
+    model, batch = Scaled(SimpleNamespace(depth=5)).eval(), (X, torch.tensor(2.0))
+    structure = anatomy(model, example=batch)
+    states, logits = structure.states(batch)
+    assert torch.equal(logits, model(*batch))
+    z = structure.logits(states, x=batch)
+    for n, state in enumerate(states):
+        assert torch.equal(z[n], 2 * (model.end(torch.tanh(state)) + model.again(X)))
+    with pytest.raises(InputError, match="reads the inputs too; give them with the states"):
+        structure.head(states[2])
+    cut = crop(structure, remove=[1, 2])
+    assert (cut.config.depth, model.config.depth) == (3, 5)
+    expected = states[1]
+    for block in model.body[3:]:
+        expected = block(expected)
+    assert torch.equal(cut(*batch), 2 * (model.end(torch.tanh(expected)) + model.again(X)))
+
+
+class Text(nn.Module):
+    """Pools the tokens that are no padding, or takes the first one behind which there is the end.
+
+    Token 0 is padding, token 1 the end of a text.
+    """
+
+    def __init__(self, pools: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pools = pools
+        self.embed, self.end = nn.Embedding(20, 4, padding_idx=0), nn.Linear(4, 3)
+        self.config = SimpleNamespace(vocab_size=20, eos_token_id=1)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True) for _ in range(3)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.read(x, ids)
+
+    def read(self, x: Tensor, ids: Tensor) -> Tensor:
+        weights = ids.ne(0).to(x.dtype)[..., None]
+        if not self.pools:
+            at = ids.eq(1).int().argmax(1)
+            return self.end(x[torch.arange(len(x)), at])
+        return self.end((weights * x).sum(1) / weights.sum(1))
+
+
+@pytest.mark.parametrize("pools", [True, False])
+def test_padding_that_the_example_lacks_is_no_part_of_a_text(pools: bool) -> None:
+    """What the head reads of the inputs does not show on the example."""
+    model = Text(pools).double().eval()
+    ids = torch.arange(24).reshape(3, 8) % 17 + 2
+    example = ids.clone()
+    for i, length in enumerate((6, 3, 7)):
+        ids[i, length] = 1
+        ids[i, length + 1 :] = 0
+    for given in (example, ids, None):
+        structure = anatomy(model, example=given)
+        states, logits = structure.states(ids)
+        z = structure.logits(states, x=ids)
+        assert torch.equal(logits, z[-1])
+        for n, state in enumerate(states):
+            torch.testing.assert_close(z[n], model.read(state, ids), rtol=1e-13, atol=1e-13)
