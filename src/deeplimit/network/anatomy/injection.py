@@ -119,8 +119,8 @@ def gap(a: Tensor | None, b: Tensor) -> str | None:
     if b.numel() == 0:
         return None
     slack = HALF_SLACK if b.dtype.itemsize < 4 else SLACK
-    largest = float(b.masked_fill(b.isinf(), 0).abs().max())
+    largest = float(b.abs().masked_fill_(b.isinf(), 0).max())
     limit = slack * torch.finfo(b.dtype).eps * (1 + largest)
     difference = a.to(torch.promote_types(b.dtype, torch.float32)) - b
-    apart = float(difference.masked_fill(a == b, 0).abs().max())
+    apart = float(difference.masked_fill_(a == b, 0).abs_().max())
     return None if apart <= limit else f"by {apart:.2g}"
