@@ -125,7 +125,8 @@ class ReadModel(Anatomy):
             stages = self.state_stages
             if self.stages == 1:  # nothing but the head to be tried
                 states, stages = [states[0], states[-1]], stages[-2:]
-            if self.stages == 1 and self._of_tokens and own.shape[:-1] == states[-1].shape[:-1]:
+            several = self._of_tokens and states[-1].shape[1] > 1  # one tells nothing of others
+            if self.stages == 1 and several and own.shape[:-1] == states[-1].shape[:-1]:
                 each, expected = states[-1].flatten(0, 1)[:, None], own.flatten(0, 1)[:, None]
                 drivers = [first_token(other) for other in others(self.model, x)]
                 if self._whatever({0: each}, drivers, expected):
