@@ -22,7 +22,7 @@ from training_runs import (
     same_but_for_seconds,
 )
 
-from deeplimit.control import StageCost, turnpike_profile
+from deeplimit.control import SoftCrossEntropy, StageCost, turnpike_profile
 from deeplimit.data import batches
 from deeplimit.errors import InputError, RunError
 from deeplimit.training import (
@@ -36,6 +36,7 @@ from deeplimit.training import (
     train,
 )
 from deeplimit.training.building import prepare
+from deeplimit.training.determinism import seed_draws
 from deeplimit.training.fit import fit
 from deeplimit.training.loop import Training
 from deeplimit.training.processes import launch
@@ -357,6 +358,25 @@ def test_stopped_after_some_epochs_it_goes_on_to_the_same(
     there, here = checkpoint_of(unbroken.path), checkpoint_of(tmp_path)
     assert largest_difference(there, here) == 0
     assert same_but_for_seconds(there, here)
+
+
+def test_the_layers_of_the_stage_cost_are_drawn_alike_by_a_run_that_goes_on(
+    tmp_path: Path,
+) -> None:
+    recipe = replace(SMALL, stage_cost_layers=1)
+    data = load_data(recipe, tmp_path)
+    for name, ends in (("unbroken", [None]), ("stopped", [1, None])):
+        (tmp_path / name).mkdir()
+        for until in ends:
+            fit(launch(recipe), prepare(recipe, data), tmp_path / name, until=until, quiet=True)
+    there, here = checkpoint_of(tmp_path / "unbroken"), checkpoint_of(tmp_path / "stopped")
+    assert largest_difference(there, here) == 0
+    objective = StageCost(prepare(recipe, data).model, SoftCrossEntropy(2), 0.1, layers=1)
+    epochs = []
+    for epoch in range(3):
+        seed_draws(objective.draws, recipe.seed, epoch)
+        epochs.append([objective._drawn() for _ in range(20)])
+    assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_what_is_drawn_in_an_epoch_is_of_the_recipes_seed_and_the_epoch(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ IMAGES = Recipe(
     reduction=2,
     scheme="heun",
     stage_cost=0.25,
+    stage_cost_layers=2,
     control_cost=0.1,
     crop=1,
     flip=True,

@@ -56,6 +56,14 @@ WRONG = {
     "softness 1": ({"softness": 1.0}, "softness is 1"),
     "negative stage cost": ({"stage_cost": -0.1}, "stage_cost is -0.1; expected a number ≥ 0"),
     "infinite stage cost": ({"stage_cost": math.inf}, "stage_cost is inf"),
+    "no layers with a cost": (
+        {"stage_cost_layers": 0},
+        "stage_cost_layers is 0; expected at least",
+    ),
+    "layers without a cost": (
+        {"stage_cost_layers": 2, "stage_cost": 0.0},
+        "stage_cost_layers is 2, but stage_cost is 0: no layer has a loss; leave it out",
+    ),
     "negative control cost": ({"control_cost": -1.0}, "control_cost is -1"),
     "negative decay": ({"weight_decay": -1.0}, "weight_decay is -1"),
     "learning rate": ({"learning_rate": 0.0}, "learning_rate is 0"),

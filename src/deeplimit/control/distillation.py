@@ -39,7 +39,8 @@ class Distillation(StageCost):
         temperature: τ > 0.
         weight: γ of the stage cost, here 0 by default.
         control_cost: r of the stage cost.
-        shift: as of `StageCost`.
+        layers: as of `StageCost`.
+        shift: likewise.
 
     Raises:
         InputError: as `StageCost`; w or τ out of range, or a teacher without anatomy.
@@ -56,9 +57,10 @@ class Distillation(StageCost):
         temperature: float = 2.0,
         weight: float = 0.0,
         control_cost: float = 0.0,
+        layers: int | None = None,
         shift: bool = False,
     ):
-        super().__init__(model, loss, weight, control_cost, shift=shift)
+        super().__init__(model, loss, weight, control_cost, layers=layers, shift=shift)
         check_teaching(teacher_weight, temperature)
         self.learns = learns
         self.teacher = copy.deepcopy(teacher)

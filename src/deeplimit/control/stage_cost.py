@@ -1,6 +1,7 @@
 """Training as optimal control: the terminal cost plus a stage cost at every layer."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,9 +13,10 @@ from deeplimit.control.finite import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, widened
 from deeplimit.control.wrapping import AroundWatch, check_bare
+from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.anatomy.anatomy import RunningCost
-from deeplimit.network.checks import check_number
+from deeplimit.network.checks import check_count, check_number
 from deeplimit.network.modes import Inputs, RunningStatistics
 
 
@@ -41,6 +43,18 @@ class StageCost(nn.Module):
     own logits and what their loss takes, a few arrays of one chunk (`token_losses.CHUNK` numbers)
     are in memory at a time, whatever N.
 
+    With `layers=k` a step takes the loss of k of the N layers n < N alone. They are drawn anew in
+    each pass with gradients, every set of k as likely as any other, and their sum is weighted by
+    N/k, so that cost and gradient have the means of those of all layers. With g_n the gradient of
+    mean_i ℓ(z_n^i, y^i), the draw adds to that of the step the variance
+
+        γ² (N²/k) (1 − k/N) Σ_n ‖g_n − ḡ‖² / (N − 1),    ḡ = mean_n g_n,
+
+    which is small where the layers' gradients are alike (W. G. Cochran, Sampling Techniques, 1977,
+    theorem 2.2). Under the adjoint the other layers charge nothing, and of tokens the states of the
+    drawn layers alone meet the head. Without gradients all layers count. All processes draw the
+    same layers, as one process would: none waits for another whose layers are others.
+
     This module is what goes into Fabric, DistributedDataParallel or `fully_shard`; save
     `stage_cost.model.state_dict()`. `torch.compile` leaves it as it is; to have the blocks
     compiled: block.forward = torch.compile(block.forward) for each of them.
@@ -53,14 +67,21 @@ class StageCost(nn.Module):
             has a norm those from its last norm on, which undoes the scale of the others. Of blocks
             whose states are of tokens, [B, L, d], it is all parameters: attention and MLP each add
             to the state.
+        layers: k ≥ 1: how many layers a step takes; None, or k ≥ N: all.
         shift: targets [B, L] are the inputs themselves: each predicts the next (`aligned`).
 
+    Attributes:
+        draws: the generator of the layers that are drawn, the same seed to begin with in every
+            process. It is not in the state_dict: who goes on with a training puts
+            `draws.get_state()` into the checkpoint, or seeds it anew at every epoch.
+
     Raises:
-        InputError: a negative or non-finite weight, another loss, a model without anatomy, or one
-            that is wrapped already (gradients of the intermediate states would silently not be
-            synchronised). In a step: targets that are no classes, or of tokens not aligned; a cost
-            that is not finite since the inputs are not (on the CPU; elsewhere it would wait for the
-            device); gradients that no DistributedDataParallel would average though one is there.
+        InputError: a negative or non-finite weight, no layers, another loss, a model without
+            anatomy, or one that is wrapped already (gradients of the intermediate states would
+            silently not be synchronised). In a step: targets that are no classes, or of tokens not
+            aligned; a cost that is not finite since the inputs are not (on the CPU; elsewhere it
+            would wait for the device); gradients that no DistributedDataParallel would average
+            though one is there; with `layers`, a pass inside a backward pass.
     """
 
     def __init__(
@@ -70,6 +91,7 @@ class StageCost(nn.Module):
         weight: float = 0.1,
         control_cost: float = 0.0,
         *,
+        layers: int | None = None,
         shift: bool = False,
     ):
         super().__init__()
@@ -82,6 +104,9 @@ class StageCost(nn.Module):
         self.anatomy: Anatomy = anatomy(model)
         self.model = self.anatomy.model
         self.loss = loss
+        self.layers = None if layers is None else check_count("layers", layers, 1)
+        self.draws = torch.Generator()
+        self.draws.manual_seed(0)
         self.shift = shift
         self._watch = AroundWatch()
         self._looked = False
@@ -120,21 +145,41 @@ class StageCost(nn.Module):
         """The model's logits, and Σ_{n<N} mean_i ℓ(z_n^i, y^i) where it has a weight."""
         if not self.weight:
             return self.anatomy.run(x), None
+        layers = self._drawn()
         if self.anatomy.replayed and torch.is_grad_enabled():
-            with self.anatomy.charging(self._mean_loss(y), x) as costs:
+            with self.anatomy.charging(self._mean_loss(y), x, layers) as costs:
                 logits = self.anatomy.run(x)
-            return logits, torch.stack(costs).sum() if costs else None
+            return logits, self._estimate(torch.stack(costs).sum()) if costs else None
         # Before the model runs, as under the adjoint, where the first layers' costs are computed
         # before the later projections' statistics move.
         statistics = RunningStatistics(self.model.modules())
         states, logits = self.anatomy.states(x)
         if len(states) == 1:
             return logits, None
+        states = [states[n] for n in layers]
         if self.anatomy.tokens:
             mean_loss, head = self._mean_loss(y), partial(self.anatomy.head, inputs=x)
-            return logits, torch.stack([mean_loss(head, s) for s in states[:-1]]).sum()
-        z = widened(self.anatomy.logits(states[:-1], statistics=statistics, x=x))
-        return logits, len(z) * self.loss.mean(z, y.expand(len(z), *y.shape))
+            return logits, self._estimate(torch.stack([mean_loss(head, s) for s in states]).sum())
+        z = widened(self.anatomy.logits(states, layers, statistics, x))
+        return logits, self._estimate(len(z) * self.loss.mean(z, y.expand(len(z), *y.shape)))
+
+    def _drawn(self) -> Sequence[int]:
+        """The layers n < N whose loss this pass takes."""
+        every = self.anatomy.horizon
+        if self.layers is None or not torch.is_grad_enabled():
+            return range(every)
+        if torch._C._current_graph_task_id() != -1:
+            raise InputError(
+                "a StageCost with layers runs again in a backward pass, as in a checkpoint, where "
+                "it would draw other layers; put the checkpoints into the model"
+            )
+        return torch.randperm(every, generator=self.draws)[: self.layers].sort().values.tolist()
+
+    def _estimate(self, drawn: Tensor) -> Tensor:
+        """Of all layers, from the sum over the drawn ones."""
+        if self.layers is None or not torch.is_grad_enabled():
+            return drawn
+        return drawn * max(1.0, self.anatomy.horizon / self.layers)
 
     def _mean_loss(self, y: Tensor) -> RunningCost:
         """mean_i ℓ(z^i, y^i) of a state, through the head."""
@@ -144,8 +189,9 @@ class StageCost(nn.Module):
         return lambda head, x: counted.mean_loss(self.loss, head, x)
 
     def extra_repr(self) -> str:
-        """γ and r."""
-        return f"weight={self.weight:g}, control_cost={self.control_cost:g}"
+        """γ, r, and k where there is one."""
+        some = "" if self.layers is None else f", layers={self.layers}"
+        return f"weight={self.weight:g}, control_cost={self.control_cost:g}{some}"
 
 
 def _squared_norm(controls: list[nn.Parameter]) -> Tensor:

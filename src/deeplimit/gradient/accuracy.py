@@ -130,13 +130,15 @@ class Measurement:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """The same random numbers each time; buffers as before at the end."""
+        """The same random numbers each time; buffers and generators as before at the end."""
         buffers = [  # a block may put another tensor in the place of one
             (module, name, b, b.clone())
             for module in self.model.modules()
             for name, b in module._buffers.items()
             if b is not None
         ]
+        values = (v for module in self.model.modules() for v in vars(module).values())
+        generators = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
         with torch.random.fork_rng(), torch.enable_grad():
             torch.set_rng_state(self._random)
             if torch.cuda.is_available():
@@ -144,6 +146,8 @@ class Measurement:
             try:
                 yield
             finally:
+                for generator, state in generators:
+                    generator.set_state(state)
                 with torch.no_grad():
                     for module, name, buffer, copy in buffers:
                         module._buffers[name] = buffer

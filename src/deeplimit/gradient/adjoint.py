@@ -22,7 +22,8 @@ class AdjointForward:
     """Stands in a block's own attributes for its forward; the class's forward is untouched.
 
     Attributes:
-        running_cost: charged for the block's input inside each run with gradients.
+        running_costs: of the calls that come; charged for the block's input inside each with
+            gradients.
         paid: what was charged.
     """
 
@@ -30,13 +31,13 @@ class AdjointForward:
         self.engine, self.step, self.block = engine, step, block
         self.steps = [step]
         self.original = block.__dict__.get("forward")
-        self.running_cost: RunningCost | None = None
+        self.running_costs: Iterator[RunningCost | None] = iter(())
         self.paid: list[Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward pass."""
         function = self.original or partial(type(self.block).forward, self.block)
-        cost = self.running_cost
+        cost = next(self.running_costs, None)
         if cost is None or not torch.is_grad_enabled():
             return self.engine.run(self.step, function, None, args, kwargs)
         several = False  # whether the block returns more than the state, or that in a tuple

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,7 @@ class ResidualChain(nn.Sequential):
         self.scheme: Scheme = Euler() if scheme is None else scheme
         self._state_hooks: dict[int, StateHook] = OrderedDict()
         self._running_cost: RunningCost | None = None
+        self._charged: Container[int] = ()
         self._costs: list[Tensor] = []
 
     @property
@@ -79,12 +80,15 @@ class ResidualChain(nn.Sequential):
         return "run_step" in self.__dict__
 
     @contextmanager
-    def charging(self, cost: RunningCost) -> Iterator[list[Tensor]]:
-        """Collects the running costs cost(x_n), n = 0 … N−1, computed inside the steps.
+    def charging(
+        self, cost: RunningCost, steps: Container[int] | None = None
+    ) -> Iterator[list[Tensor]]:
+        """Collects the running costs cost(x_n) of these steps n, computed inside them.
 
-        With gradients only; nothing is collected without.
+        By default of all steps. With gradients only; nothing is collected without.
         """
         self._running_cost, self._costs = cost, []
+        self._charged = range(self.horizon) if steps is None else steps
         try:
             yield self._costs
         finally:
@@ -95,7 +99,7 @@ class ResidualChain(nn.Sequential):
         x = input
         self._show(0, x)
         for n in range(self.horizon):
-            after = self.run_step(n, x, self._running_cost)
+            after = self.run_step(n, x, self._running_cost if n in self._charged else None)
             if isinstance(after, tuple):
                 after, paid = after
                 self._costs.append(paid)

@@ -244,7 +244,8 @@ def build_objective(
     freeze_frame(recipe, model)
     loss = loss_of(recipe, data)
     if teaching is None:
-        return StageCost(model, loss, recipe.stage_cost, recipe.control_cost)
+        costs = recipe.stage_cost, recipe.control_cost
+        return StageCost(model, loss, *costs, layers=recipe.stage_cost_layers)
     return Distillation(
         model,
         loss,
@@ -254,6 +255,7 @@ def build_objective(
         learns=teaching.learns,
         weight=recipe.stage_cost,
         control_cost=recipe.control_cost,
+        layers=recipe.stage_cost_layers,
     )
 
 

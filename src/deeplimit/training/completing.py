@@ -87,7 +87,7 @@ def _train_control(fabric: Fabric, folder: RunFolder, data: DataSet, quiet: bool
     if not removed:
         _tell(say, "Control: no layer was removed, so there is nothing to compare")
         return
-    plain = replace(folder.recipe, stage_cost=0.0, control="none")
+    plain = replace(folder.recipe, stage_cost=0.0, stage_cost_layers=None, control="none")
     own = folder.path if folder.path.name not in ("", "..") else folder.path.resolve()
     full = _trained(
         plain,

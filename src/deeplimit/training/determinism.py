@@ -44,3 +44,9 @@ def seed_epoch(seed: int, epoch: int, process: int) -> None:
     So a checkpoint needs no random state, and a resumed run draws what an unbroken one does.
     """
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch, process]).generate_state(1)[0]))
+
+
+def seed_draws(draws: torch.Generator, seed: int, epoch: int) -> None:
+    """The same for what all processes draw alike."""
+    sequence = np.random.SeedSequence([seed, epoch], spawn_key=(1,))
+    draws.manual_seed(int(sequence.generate_state(1)[0]))

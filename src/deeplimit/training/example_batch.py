@@ -118,8 +118,14 @@ def _of_run(run: RunFolder, model: nn.Module, wish: Wish) -> Example:
                 f"batch is {wish.samples}; the run's own is {len(y)}: give at most that"
             )
         x, y = x[: wish.samples], y[: wish.samples]
-    objective = StageCost(model, loss_of(recipe, data), recipe.stage_cost, recipe.control_cost)
-    return Example((x, y), lambda _, batch: objective(*batch)[0])
+    costs = recipe.stage_cost, recipe.control_cost
+    objective = StageCost(model, loss_of(recipe, data), *costs, layers=recipe.stage_cost_layers)
+
+    def loss(_: nn.Module, batch: Any) -> Tensor:
+        objective.draws.manual_seed(recipe.seed)  # the same layers in every pass
+        return objective(*batch)[0]
+
+    return Example((x, y), loss)
 
 
 def _inputs(loaded: LoadedModel, wish: Wish) -> Any:

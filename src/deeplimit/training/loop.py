@@ -23,7 +23,7 @@ from deeplimit.training.building import (
     training_batches,
 )
 from deeplimit.training.checkpoint import Checkpoint, capture, restore, save_checkpoint
-from deeplimit.training.determinism import seed_epoch
+from deeplimit.training.determinism import seed_draws, seed_epoch
 from deeplimit.training.divergence import check_validation, loss_not_finite
 from deeplimit.training.drift import DriftWatch
 from deeplimit.training.metrics import Row
@@ -119,6 +119,7 @@ class Training:
         began = time.perf_counter()
         epoch = len(self.rows)
         seed_epoch(self.recipe.seed, epoch, self.fabric.global_rank)
+        seed_draws(self.objective.draws, self.recipe.seed, epoch)
         self.module.train()
         sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
         if self.drift is not None:

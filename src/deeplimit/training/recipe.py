@@ -111,6 +111,10 @@ class Recipe:
     """Softness ε of the cross-entropy: what the target leaves for the other classes together."""
     stage_cost: float = 0.1
     """Weight γ of the loss at every layer; 0 trains an ordinary residual network."""
+    stage_cost_layers: int | None = None
+    """Layers K whose loss a step takes, drawn anew for each; without it, and where the network has
+    no more, all. The gradient's mean is that of all layers; a step costs less where the head is
+    large."""
     control_cost: float = 0.0
     """Weight r of the squared norm of every layer's control."""
     points: float = 0.5
@@ -323,6 +327,13 @@ class Recipe:
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} is {value:g}; expected a number ≥ 0")
             _at_most(name, value)
+        if self.stage_cost_layers is not None:
+            _at_least("stage_cost_layers", self.stage_cost_layers, 1)
+            if self.stage_cost == 0:
+                raise InputError(
+                    f"stage_cost_layers is {self.stage_cost_layers}, but stage_cost is 0: no layer "
+                    "has a loss; leave it out, or give a stage_cost above 0"
+                )
         if not 0 <= self.points < 50:
             raise InputError(
                 f"points is {self.points:g}; expected from 0 to less than 50 points of accuracy, "

@@ -2,7 +2,7 @@
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -84,11 +84,13 @@ class Anatomy(ABC):
         """Whether layers are replayed in the backward pass, so that kept states cost memory."""
         return False
 
-    def charging(self, cost: RunningCost, x: Inputs) -> AbstractContextManager[list[Tensor]]:
-        """Collects cost(head, x_n), n < N, computed inside the layers; where they are replayed.
+    def charging(
+        self, cost: RunningCost, x: Inputs, layers: Collection[int] | None = None
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Collects cost(head, x_n) of these layers n < N, inside them; where they are replayed.
 
-        x are the inputs that the model is about to run on. In cost(head, x_n) head(x_n) is z_n; as
-        in `logits` with the running statistics of this moment.
+        By default of all layers. x are the inputs that the model is about to run on. In
+        cost(head, x_n) head(x_n) is z_n; as in `logits` with the running statistics of this moment.
         """
         raise InputError(f"{type(self).__name__} has no layers that are replayed")
 
@@ -171,6 +173,12 @@ class Anatomy(ABC):
         """The stage of each state x_0 … x_N."""
         return (*(layer.stage for layer in self.layers), self.stages - 1)
 
+    def _stages_of(self, first: int | Sequence[int], count: int) -> list[int]:
+        """The stages of some states."""
+        of = range(first, first + count) if isinstance(first, int) else first
+        stages = self.state_stages
+        return [stages[n] for n in of]
+
     @property
     def fixed(self) -> tuple[int, ...]:
         """The layers that the model cannot do without."""
@@ -245,20 +253,21 @@ class Anatomy(ABC):
     def logits(
         self,
         states: Sequence[Tensor],
-        first: int = 0,
+        first: int | Sequence[int] = 0,
         statistics: RunningStatistics | None = None,
         x: Inputs | None = None,
     ) -> Tensor:
         """The logits z_n [len(states), B, C] of the states first, first + 1, … of inputs x.
 
-        The states of a stage are stacked along the batch and meet each shortcut and the head once,
-        not layer by layer. Batch norms use their running statistics, of now or of another moment,
-        and leave them alone. A head that reads the inputs too needs x.
+        Of states that do not follow one another `first` is which they are, in order. The states of
+        a stage are stacked along the batch and meet each shortcut and the head once, not layer by
+        layer. Batch norms use their running statistics, of now or of another moment, and leave them
+        alone. A head that reads the inputs too needs x.
         """
         if not states:
             raise InputError("no states given; expected at least one")
         batch = states[0].shape[0]
-        mine = self.state_stages[first : first + len(states)]
+        mine = self._stages_of(first, len(states))
         statistics = statistics or RunningStatistics(self.model.modules())
         with statistics.use():
             s = states[0][:0]

@@ -70,7 +70,8 @@ def others(model: nn.Module, x: Any) -> list[Any]:
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     said = vars(config) if hasattr(config, "__dict__") else {}
-    marks = {value for name, value in said.items() if name.endswith("_token_id")}
+    told = [value for name, value in said.items() if name.endswith("_token_id")]
+    marks = [m for value in told for m in (value if isinstance(value, list) else [value])]
     words = getattr(config, "vocab_size", None) or 0
     tokens = {0, *(m for m in marks if isinstance(m, int) and 0 <= m < words)}
     tokens |= {m.padding_idx or 0 for m in model.modules() if isinstance(m, nn.Embedding)}

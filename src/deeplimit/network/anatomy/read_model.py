@@ -1,7 +1,7 @@
 """Any model with a stack of blocks, read through its own forward: bypass and inject."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, SupportsIndex, cast
@@ -130,7 +130,8 @@ class ReadModel(Anatomy):
             stages = self.state_stages
             if self.stages == 1:  # nothing but the head to be tried
                 states, stages = [states[0], states[-1]], stages[-2:]
-            if self.stages == 1 and self._of_tokens and own.shape[:-1] == states[-1].shape[:-1]:
+            several = self._of_tokens and states[-1].shape[1] > 1  # one tells nothing of others
+            if self.stages == 1 and several and own.shape[:-1] == states[-1].shape[:-1]:
                 each, expected = states[-1].flatten(0, 1)[:, None], own.flatten(0, 1)[:, None]
                 drivers = [first_token(other) for other in others(self.model, x)]
                 if self._whatever({0: each}, drivers, expected):
@@ -289,18 +290,18 @@ class ReadModel(Anatomy):
     def logits(
         self,
         states: Sequence[Tensor],
-        first: int = 0,
+        first: int | Sequence[int] = 0,
         statistics: RunningStatistics | None = None,
         x: Any = None,
     ) -> Tensor:
-        """The logits z_n [len(states), B, …] of the states first, first + 1, ….
+        """The logits z_n [len(states), B, …] of the states first, first + 1, …, or of those named.
 
         Raises:
             InputError: no states; the head reads the inputs too, and x is not given.
         """
         if not states:
             raise InputError("no states given; expected at least one")
-        stages = self.state_stages[first : first + len(states)]
+        stages = self._stages_of(first, len(states))
         if self.tokens:
             return self._head_of(0, torch.stack(list(states)), x, statistics)
         if not self._free:
@@ -353,7 +354,9 @@ class ReadModel(Anatomy):
         return any(isinstance(vars(block).get("forward"), ReplayedBlock) for block in self.blocks)
 
     @contextmanager
-    def charging(self, cost: RunningCost, x: Inputs) -> Iterator[list[Tensor]]:
+    def charging(
+        self, cost: RunningCost, x: Inputs, layers: Collection[int] | None = None
+    ) -> Iterator[list[Tensor]]:
         """The blocks' running costs, together once the model has run.
 
         Those of blocks that are not replayed are computed as the state enters them.
@@ -363,12 +366,13 @@ class ReadModel(Anatomy):
         def charge(stage: int, state: Tensor) -> Tensor:
             return cost(lambda s: self._head_of(stage, s, x, statistics), state)
 
+        costs: dict[nn.Module, list[Callable[[Tensor], Tensor] | None]] = {}
+        for n, b in enumerate(self._blocks):
+            taken = layers is None or n in layers
+            costs.setdefault(b.module, []).append(partial(charge, b.stage) if taken else None)
         collected: list[Tensor] = []
         with ExitStack() as stack:
-            paid = [
-                stack.enter_context(charged(block, partial(charge, stage)))
-                for block, stage in {b.module: b.stage for b in self._blocks}.items()
-            ]
+            paid = [stack.enter_context(charged(m, own)) for m, own in costs.items() if any(own)]
             yield collected
             collected += [c for costs in paid for c in costs]
 

@@ -1,7 +1,7 @@
 """Anatomy of our own classifiers, and of a bare chain."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
@@ -42,9 +42,11 @@ class ChainAnatomy(Anatomy):
         """Whether the chain's steps are."""
         return self.model.replayed
 
-    def charging(self, cost: RunningCost, x: Inputs) -> AbstractContextManager[list[Tensor]]:
+    def charging(
+        self, cost: RunningCost, x: Inputs, layers: Collection[int] | None = None
+    ) -> AbstractContextManager[list[Tensor]]:
         """The chain's own: z_n is x_n."""
-        return self.model.charging(partial(cost, self.head))
+        return self.model.charging(partial(cost, self.head), layers)
 
     def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """One stage only: the state itself."""
@@ -94,7 +96,9 @@ class ResidualClassifierAnatomy(Anatomy):
         return any(chain.replayed for chain in self._chains)
 
     @contextmanager
-    def charging(self, cost: RunningCost, x: Inputs) -> Iterator[list[Tensor]]:
+    def charging(
+        self, cost: RunningCost, x: Inputs, layers: Collection[int] | None = None
+    ) -> Iterator[list[Tensor]]:
         """The chains' running costs, together once the model has run.
 
         Inside a step only what lies between the stages and the head is used: one state at a time
@@ -110,10 +114,11 @@ class ResidualClassifierAnatomy(Anatomy):
 
         collected: list[Tensor] = []
         with ExitStack() as stack:
-            paid = [
-                stack.enter_context(chain.charging(partial(charge, m)))
-                for m, chain in enumerate(self._chains)
-            ]
+            paid, first = [], 0
+            for m, chain in enumerate(self._chains):
+                steps = None if layers is None else {n - first for n in layers}
+                paid.append(stack.enter_context(chain.charging(partial(charge, m), steps)))
+                first += chain.horizon
             yield collected
             collected += [c for costs in paid for c in costs]
 

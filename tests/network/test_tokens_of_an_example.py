@@ -1,0 +1,58 @@
+"""What an example's tokens cannot tell is not concluded from them."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.network import anatomy
+from deeplimit.network.blocks import TwoLayerResidual
+
+WIDTH, WORDS = 6, 20
+
+
+class Smoothed(nn.Module):
+    """A head that looks at three neighbouring tokens, or at the first one that is an end."""
+
+    def __init__(self, **config: object) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(vocab_size=WORDS, **config)
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList(TwoLayerResidual(WIDTH, 2 * WIDTH, "tanh") for _ in range(4))
+        self.end = nn.Conv1d(WIDTH, 3, 3, padding=1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.read(x, ids)
+
+    def read(self, x: Tensor, ids: Tensor) -> Tensor:
+        y = self.end(x.mT).mT
+        ends = getattr(self.config, "eos_token_id", None)
+        if ends is None:
+            return y
+        return y[torch.arange(len(y)), torch.isin(ids, torch.tensor(ends)).int().argmax(1)]
+
+
+def _agrees(model: Smoothed, example: Tensor, ids: Tensor) -> None:
+    structure = anatomy(model, example=example)
+    states, logits = structure.states(ids)
+    z = structure.logits(states, x=ids)
+    assert torch.equal(logits, z[-1])
+    for n, state in enumerate(states):
+        torch.testing.assert_close(z[n], model.read(state, ids), rtol=1e-13, atol=1e-13)
+    assert not torch.allclose(z[0], z[-1], rtol=0.01)
+
+
+def test_one_token_does_not_tell_whether_tokens_are_read_by_themselves() -> None:
+    ids = torch.arange(21).reshape(3, 7) % WORDS
+    _agrees(Smoothed().double().eval(), ids[:, :1], ids)
+
+
+def test_a_configuration_may_list_several_tokens_that_end_a_text() -> None:
+    ids = torch.arange(21).reshape(3, 7) % 15
+    example = ids.clone()
+    ids[0, 2], ids[1, 5], ids[2, 3] = 17, 18, 17
+    _agrees(Smoothed(eos_token_id=[17, 18]).double().eval(), example, ids)
