@@ -35,7 +35,7 @@ calls = [
     *(lambda wrong=wrong: turnpike_profile(model, [wrong], loss) for wrong in batches),
     *(lambda wrong=wrong: verify_crop(model, crop(model, 2), [wrong]) for wrong in batches),
     *(lambda wrong=wrong: choose_cut(model, profile, [wrong], blocks=2) for wrong in batches[:-1]),
-    *(lambda wrong=wrong: StageCost(model, wrong) for wrong in (*losses, None)),
+    *(lambda wrong=wrong: StageCost(model, wrong) for wrong in (*losses[2:], None)),
     *(lambda wrong=wrong: Distillation(model, wrong, model) for wrong in (*losses, None)),
     *(lambda wrong=wrong: turnpike_profile(model, [(x, y)], wrong) for wrong in (*losses, None)),
     *(lambda wrong=wrong: picture_trajectories(model, [(x, y)], wrong) for wrong in losses),

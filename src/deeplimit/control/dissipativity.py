@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deeplimit.control.alignment import aligned_batches
 from deeplimit.control.finite import blame_inputs
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.stage_cost import StageCost
 from deeplimit.control.token_losses import CountedTokens
 from deeplimit.errors import InputError
@@ -110,7 +110,7 @@ def dissipativity(
         raise InputError(
             f"{shown(stage_cost)} given as the objective; expected a StageCost(model, loss, weight)"
         )
-    loss, structure = stage_cost.loss, stage_cost.anatomy
+    loss, structure = check_loss(stage_cost.loss), stage_cost.anatomy
     gamma = stage_cost.weight
     r = stage_cost.control_cost if control_cost is None else control_cost
     misstated = 0.0 if minimum is None else minimum - loss.minimum

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.stage_cost import StageCost
 from deeplimit.control.token_losses import widened
 from deeplimit.errors import InputError
@@ -60,6 +60,7 @@ class Distillation(StageCost):
         layers: int | None = None,
         shift: bool = False,
     ):
+        check_loss(loss)
         super().__init__(model, loss, weight, control_cost, layers=layers, shift=shift)
         check_teaching(teacher_weight, temperature)
         self.learns = learns

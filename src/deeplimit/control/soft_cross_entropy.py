@@ -133,10 +133,11 @@ class SoftCrossEntropy(nn.Module):
         return f"classes={self.classes}, softness={self.softness:g}"
 
 
-def check_loss(loss: object) -> None:
-    """Raises InputError unless it is a loss whose minimisers are known."""
+def check_loss(loss: object) -> SoftCrossEntropy:
+    """The loss; raises InputError unless it is one whose minimisers are known."""
     if not isinstance(loss, SoftCrossEntropy):
         raise InputError(
             f"{shown(loss)} given as the loss; expected a SoftCrossEntropy, which has minimisers: "
             "deeplimit.SoftCrossEntropy(classes, softness=0.05)"
         )
+    return loss

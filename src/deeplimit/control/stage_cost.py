@@ -3,19 +3,22 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from deeplimit.control.alignment import aligned
+from deeplimit.control.any_loss import Loss, as_loss
 from deeplimit.control.finite import blame_inputs
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.token_losses import CountedTokens, widened
 from deeplimit.control.wrapping import AroundWatch, check_bare
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.anatomy.anatomy import RunningCost
+from deeplimit.network.anatomy.anatomy import Head, RunningCost
 from deeplimit.network.checks import check_count, check_number
 from deeplimit.network.modes import Inputs, RunningStatistics
 
@@ -60,8 +63,11 @@ class StageCost(nn.Module):
     compiled: block.forward = torch.compile(block.forward) for each of them.
 
     Args:
-        model: a classifier that `anatomy` can read.
-        loss: ℓ; called with (logits [..., C], targets [...]) it returns values [...].
+        model: one that `anatomy` can read, or its anatomy.
+        loss: ℓ, a `SoftCrossEntropy`; or a function or module ℓ(outputs, targets) that returns the
+            mean over the batch: the outputs are z_n, of the form of the model's own answer
+            (logits, embeddings, start and end logits side by side), the targets whatever is given
+            for y. It is called once a layer, and nothing is assumed of its minimisers.
         weight: γ ≥ 0, the weight of the loss at every layer.
         control_cost: r ≥ 0, the weight of the controls. θ_n is all parameters of block n; where it
             has a norm those from its last norm on, which undoes the scale of the others. Of blocks
@@ -76,7 +82,7 @@ class StageCost(nn.Module):
             `draws.get_state()` into the checkpoint, or seeds it anew at every epoch.
 
     Raises:
-        InputError: a negative or non-finite weight, no layers, another loss, a model without
+        InputError: a negative or non-finite weight, no layers, no loss, a model without
             anatomy, or one that is wrapped already (gradients of the intermediate states would
             silently not be synchronised). In a step: targets that are no classes, or of tokens not
             aligned; a cost that is not finite since the inputs are not (on the CPU; elsewhere it
@@ -87,7 +93,7 @@ class StageCost(nn.Module):
     def __init__(
         self,
         model: nn.Module | Anatomy,
-        loss: SoftCrossEntropy,
+        loss: Loss,
         weight: float = 0.1,
         control_cost: float = 0.0,
         *,
@@ -99,11 +105,10 @@ class StageCost(nn.Module):
             check_number(name, value, "a number ≥ 0", lambda v: 0 <= v < math.inf)
             for name, value in (("weight γ", weight), ("control cost r", control_cost))
         )
-        check_loss(loss)
+        self.loss = as_loss(loss)
         check_bare(model.model if isinstance(model, Anatomy) else model)
         self.anatomy: Anatomy = anatomy(model)
         self.model = self.anatomy.model
-        self.loss = loss
         self.layers = None if layers is None else check_count("layers", layers, 1)
         self.draws = torch.Generator()
         self.draws.manual_seed(0)
@@ -111,22 +116,26 @@ class StageCost(nn.Module):
         self._watch = AroundWatch()
         self._looked = False
 
-    def forward(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(cost, logits) of a batch of inputs x [B, …] and targets y [B], or [B, L] of tokens."""
+    def forward(self, x: Inputs, y: Any) -> tuple[Tensor, Tensor]:
+        """(cost, logits) of a batch of inputs x [B, …] and targets y [B], or [B, L] of tokens.
+
+        Of another loss than the soft cross-entropy y is whatever it takes.
+        """
         if torch.compiler.is_compiling():
             from deeplimit.control.uncompiled import uncompiled
 
             return uncompiled(self.forward, x, y)
         self._watch.look(self)
         at_no_cost = isinstance(y, Tensor) and y.device.type == "cpu"
-        y = aligned(self.anatomy, x, y, self.shift, look=at_no_cost or not self._looked)
-        self._looked = True
+        if isinstance(self.loss, SoftCrossEntropy):
+            y = aligned(self.anatomy, x, y, self.shift, look=at_no_cost or not self._looked)
+            self._looked = True
         cost, logits = self._cost(x, y)
         if at_no_cost:
             blame_inputs(x, cost)
         return cost, logits
 
-    def _cost(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _cost(self, x: Inputs, y: Any) -> tuple[Tensor, Tensor]:
         """(cost, logits) of a batch whose targets are aligned."""
         # Looked up before the model runs: under FSDP2 the parameters are then still the sharded
         # ones, whose gradients are the optimiser's.
@@ -141,7 +150,7 @@ class StageCost(nn.Module):
             cost = cost + self.control_cost / 2 * _squared_norm(controls)
         return cost, logits
 
-    def _run(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _run(self, x: Inputs, y: Any) -> tuple[Tensor, Tensor | None]:
         """The model's logits, and Σ_{n<N} mean_i ℓ(z_n^i, y^i) where it has a weight."""
         if not self.weight:
             return self.anatomy.run(x), None
@@ -161,7 +170,11 @@ class StageCost(nn.Module):
             mean_loss, head = self._mean_loss(y), partial(self.anatomy.head, inputs=x)
             return logits, self._estimate(torch.stack([mean_loss(head, s) for s in states]).sum())
         z = widened(self.anatomy.logits(states, layers, statistics, x))
-        return logits, self._estimate(len(z) * self.loss.mean(z, y.expand(len(z), *y.shape)))
+        if isinstance(self.loss, SoftCrossEntropy):
+            total = len(z) * self.loss.mean(z, y.expand(len(z), *y.shape))
+        else:
+            total = torch.stack([self.loss.mean(own, y) for own in z]).sum()
+        return logits, self._estimate(total)
 
     def _drawn(self) -> Sequence[int]:
         """The layers n < N whose loss this pass takes."""
@@ -181,12 +194,21 @@ class StageCost(nn.Module):
             return drawn
         return drawn * max(1.0, self.anatomy.horizon / self.layers)
 
-    def _mean_loss(self, y: Tensor) -> RunningCost:
+    def _mean_loss(self, y: Any) -> RunningCost:
         """mean_i ℓ(z^i, y^i) of a state, through the head."""
+        loss = self.loss
         if not self.anatomy.tokens:
-            return lambda head, x: self.loss.mean(widened(head(x)), y)
-        counted = CountedTokens(y, self.loss.classes)
-        return lambda head, x: counted.mean_loss(self.loss, head, x)
+            return lambda head, x: loss.mean(widened(head(x)), y)
+        if isinstance(loss, SoftCrossEntropy):
+            counted = CountedTokens(y, loss.classes)
+            return lambda head, x: counted.mean_loss(loss, head, x)
+
+        def cost(head: Head, x: Tensor) -> Tensor:
+            # Its logits are made again in the backward pass: those of all layers do not fit.
+            made = checkpoint(lambda s: loss.mean(widened(head(s)), y), x, use_reentrant=False)
+            return cast(Tensor, made)
+
+        return cost
 
     def extra_repr(self) -> str:
         """γ, r, and k where there is one."""

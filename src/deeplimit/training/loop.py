@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from deeplimit.control import Fading, turnpike_profile
+from deeplimit.control.soft_cross_entropy import check_loss
 from deeplimit.errors import InputError
 from deeplimit.training.building import (
     Fade,
@@ -188,7 +189,9 @@ class Training:
     def _validate(self) -> Row:
         """The metrics of the whole network on validation data."""
         loader = evaluation_batches(self.data.validation)
-        profile = turnpike_profile(self.network, loader, self.objective.loss, updates=False)
+        profile = turnpike_profile(
+            self.network, loader, check_loss(self.objective.loss), updates=False
+        )
         check_validation(profile, len(self.rows))
         entry = profile.entry()
         return {
