@@ -226,13 +226,14 @@ def table(with_versions: str, rows: list[Row]) -> str:
 def _kind(row: Row) -> str:
     if row["library"] != "transformers":
         return row["library"]
-    head = re.search(r"For\w+$|LMHead|DoubleHeads", row["model"])
+    head = re.search(r"For[A-Z]\w*$|LMHead|DoubleHeads", row["model"])
     return f"transformers, {head[0]}" if head else "transformers, without a head"
 
 
 def _reason(row: Row) -> str:
     """A reason without the names and numbers of its model."""
-    text = row["reason"].replace(row["model"], "…")
+    text = row["reason"].replace(row["model"], "…").partition("again from its configuration")
+    text = text[0] + text[1]
     text = re.sub(r"\b[A-Z]\w*[a-z]\w*[A-Z]\w*\b", "…", text)
     return re.sub(r"\(.*|:? ?\[.*|\d.*", "", text.replace("\n", " "))[:90].strip()
 

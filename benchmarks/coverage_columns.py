@@ -210,7 +210,8 @@ def stage_cost(a: Anatomy, batch: Any) -> Found:
         raise NotApplicable("—")
     if len(_depths(a)) == 0 or not all(layer.removable for layer in a.layers):
         raise NotApplicable("no layer goes" if not _depths(a) else "not every layer goes")
-    whole = answer(a.model, batch)
+    with torch.no_grad():  # a model may keep a state, with its graph
+        whole = answer(a.model, batch)
     if whole.dim() not in (2, 3) or whole.shape[-1] < 2:
         raise NotApplicable("—")
     model, x = _doubled(a.model, batch)
