@@ -53,7 +53,8 @@ def cut_by_hand(model: nn.Module, blocks: tuple[nn.Module, ...], depth: int) -> 
     lists = [m for m in model.modules() if gone & set(m.children())]
     before = [(one, one._modules) for one in lists]
     told = []
-    parts = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
+    around = [m for m in model.modules() if m not in blocks and blocks[0] in set(m.modules())]
+    parts = {id(c): c for m in around if (c := getattr(m, "config", None))}
     for config in parts.values() if len(lists) < 2 else ():
         for key in COUNTED:
             if vars(config).get(key) == len(blocks):

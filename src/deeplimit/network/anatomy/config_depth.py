@@ -60,7 +60,8 @@ def _set(
     counts = list(before.values())
     if len(counts) > 1:
         for name, value in list(vars(config).items()):
-            if isinstance(value, list | tuple) and [n for n in value if n] == counts:
+            told = isinstance(value, list | tuple) and re.search("depth|layer|block", name)
+            if told and [n for n in value if n] == counts:
                 left = iter(before)  # a list that is empty already stays so
                 setattr(config, name, type(value)(n and len(kept[next(left)]) for n in value))
         return
@@ -114,6 +115,13 @@ def set_layers(
             UNUSUAL[name](config, name, kept, before)
         elif "layer" in name and other not in name and _lists_each(value, before):
             setattr(config, name, type(value)(value[i] for i in kept))
+        elif "layer" in name and isinstance(value, dict) and _numbered(value, before):
+            setattr(config, name, {j: value[i] for j, i in enumerate(kept) if i in value})
+
+
+def _numbered(value: dict[Any, Any], before: int) -> bool:
+    """Whether the keys are layers' numbers."""
+    return all(isinstance(i, int) and 0 <= i < before for i in value)
 
 
 def _lists_each(value: Any, before: int) -> bool:
@@ -153,11 +161,27 @@ def _attention_types(config: Any, name: str, kept: list[int], before: int) -> No
         setattr(config, name, [[[kinds[i] for i in kept], 1]])
 
 
+def _each(config: Any, name: str, kept: list[int], before: int) -> None:
+    """A list with an entry for each layer, whatever its name."""
+    value = getattr(config, name)
+    if _lists_each(value, before):
+        setattr(config, name, type(value)(value[i] for i in kept))
+
+
+def _by_root(config: Any, name: str, kept: list[int], before: int) -> None:
+    """A number that the model divides by the root of its depth: the quotient stays."""
+    value = getattr(config, name)
+    if isinstance(value, int | float):
+        setattr(config, name, value * (len(kept) / before) ** 0.5)
+
+
 UNUSUAL: dict[str, Callable[[Any, str, list[int], int], None]] = {
     "max_window_layers": _first,
     "first_k_dense_replace": _first,
     "mlp_only_layers": _dense,
     "attention_types": _attention_types,
     "moe_layers": _indices,
+    "attention_window": _each,
+    "scale_depth": _by_root,
     "cross_attention_layers": _indices,
 }

@@ -24,13 +24,18 @@ def with_times(
     """
     other = relisted(model, [(b.container, b.module) for b in blocks], times, shared=shared)
     names = {module: name for name, module in model.named_modules()}
+    lists: dict[nn.Module, list[int]] = {}
+    for n, block in enumerate(blocks):
+        lists.setdefault(block.container, []).append(n)
     before: dict[str, int] = {}
     kept: dict[str, list[int]] = {}
-    for block, count in zip(blocks, times, strict=True):
-        name = names[block.container]
-        i = before.get(name, 0)
-        before[name] = i + 1
-        kept.setdefault(name, []).extend([i] * count)
+    for container, own in lists.items():
+        counts = [times[n] for n in own]
+        if len({blocks[n].module for n in own}) == len(own):  # else calls of one, which are counted
+            by_block = {blocks[n].module: times[n] for n in own}
+            counts = [by_block.get(child, 1) for child in container.children()]
+        before[names[container]] = len(counts)
+        kept[names[container]] = [i for i, count in enumerate(counts) for _ in range(count)]
     set_depths(other, before, kept)
     return other
 

@@ -62,17 +62,26 @@ def state_of(output: Any) -> Tensor | None:
 
 
 def form_of(output: Any) -> Callable[[Tensor], Any]:
-    """What puts a state in the form of an output, everything else None.
+    """What puts a state in the form of an output; what else is in it stays if it says no numbers.
 
-    None, so that a model which needs what else its blocks give fails, and is not answered wrongly.
+    Tensors become None: a model that needs what else its blocks give fails, and is not answered
+    wrongly. Sizes stay.
     """
     kind = type(output)
     if isinstance(output, Mapping):
         first, *others = output
-        return lambda x: kind(**{first: x}, **dict.fromkeys(others))
-    if hasattr(output, "_fields"):
-        return lambda x: kind(x, *[None] * (len(output) - 1))
+        more = {name: _said(output[name]) for name in others}
+        return lambda x: kind(**{first: x}, **more)
     if isinstance(output, tuple | list):
-        rest = [None] * (len(output) - 1)
-        return lambda x: kind([x, *rest])
+        rest = [_said(value) for value in output[1:]]
+        make = kind._make if hasattr(kind, "_make") else kind
+        return lambda x: make([x, *rest])
     return lambda x: x
+
+
+def _said(value: Any) -> Any:
+    """A value without tensors, such as height and width; else None."""
+    if isinstance(value, tuple | list):
+        parts = [_said(part) for part in value]
+        return type(value)(parts) if None not in parts else None
+    return value if isinstance(value, int | float | str) else None
