@@ -211,3 +211,129 @@ def test_a_right_arrow_is_left_alone(path: str, tmp_path: Path):
     (package / path).parent.mkdir(parents=True, exist_ok=True)
     (package / path).write_text(ALLOWED[path])
     assert back_arrows(package) == []
+
+
+# Where a model's class may decide, and why. Everything else looks at a model through its anatomy.
+READING = {
+    "network/anatomy/",  # the reading itself
+    "network/chain.py",  # chains_in: the chains that a model holds
+    "network/cifar_resnet.py",  # which of its own parts is a block, which a shortcut alone
+    "network/classifiers.py",  # which part of its own stem standardises
+    "network/storage.py",  # which networks have an architecture that is stored beside the weights
+}
+
+
+def model_classes(package: Path) -> set[str]:
+    """The names of our own modules: classes in `network` with a base in nn or among them."""
+    found: set[str] = set()
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in (package / "network").rglob("*.py")]
+    classes = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+    while True:
+        new = {
+            c.name
+            for c in classes
+            for base in map(ast.unparse, c.bases)
+            if base.startswith(("nn.", "torch.nn.")) or base in found
+        }
+        if new <= found:
+            return found
+        found |= new
+
+
+def _named(node: ast.AST) -> set[str]:
+    """Every name and text in an expression; of dotted names the last part."""
+    return {
+        n.id
+        if isinstance(n, ast.Name)
+        else n.attr
+        if isinstance(n, ast.Attribute)
+        else str(getattr(n, "value", ""))
+        for n in ast.walk(node)
+        if isinstance(n, ast.Name | ast.Attribute | ast.Constant)
+    }
+
+
+def _asks_for_class(node: ast.AST) -> bool:
+    """type(x), type(x).__name__, x.__class__ …, anywhere in an expression."""
+    return any(
+        (isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "type")
+        or (isinstance(n, ast.Attribute) and n.attr == "__class__")
+        for n in ast.walk(node)
+    )
+
+
+def type_forks(package: Path, classes: set[str]) -> list[str]:
+    """Places outside the reading where the class of a model decides."""
+    forks = []
+    for file in sorted(package.rglob("*.py")):
+        if file.relative_to(package).as_posix().startswith(tuple(READING)):
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = set(classes)
+        for node in ast.walk(tree):
+            match node:  # other names for them
+                case ast.Assign(targets=[ast.Name(id=name)], value=value) if not isinstance(
+                    value, ast.Call
+                ):
+                    names |= {name} if _named(value) & classes else set()
+                case ast.ImportFrom(names=aliases):
+                    names |= {a.asname for a in aliases if a.asname and a.name in classes}
+        for node in ast.walk(tree):
+            match node:
+                case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, kind]):
+                    decides = bool(_named(kind) & names)
+                case ast.Compare(left=left, comparators=others):
+                    every = [left, *others]
+                    decides = any(map(_asks_for_class, every)) and any(
+                        _named(one) & names for one in every
+                    )
+                case (
+                    ast.Subscript(value=_, slice=key)
+                    | ast.Call(func=ast.Attribute(attr="get"), args=[key, *_])
+                ):  # a table by class
+                    decides = _asks_for_class(key) and bool(names & _named(tree))
+                case ast.MatchClass(cls=kind):
+                    decides = bool(_named(kind) & names)
+                case ast.Match(subject=subject, cases=cases):
+                    patterns = set().union(*(_named(case.pattern) for case in cases))
+                    decides = _asks_for_class(subject) and bool(patterns & names)
+                case _:
+                    decides = False
+            if decides:
+                forks.append(f"{file}:{node.lineno}: {ast.unparse(node).splitlines()[0]}")
+    return forks
+
+
+def test_a_models_class_decides_in_the_reading_only():
+    classes = model_classes(PACKAGE)
+    assert {"ResidualChain", "ResidualClassifier", "CifarResNet", "BasicBlock"} <= classes
+    assert not type_forks(PACKAGE, classes), "\n".join(type_forks(PACKAGE, classes))
+
+
+@pytest.mark.parametrize(
+    "fork",
+    [
+        "isinstance(model, CifarResNet)",
+        "isinstance(model, nn.Linear | network.CifarResNet)",
+        "issubclass(type(model), (CifarResNet, nn.Linear))",
+        "isinstance(model, OURS)",
+        "isinstance(model, Net)",
+        "type(model) is CifarResNet",
+        "type(model) in (nn.Linear, CifarResNet)",
+        "type(model).__name__ == 'CifarResNet'",
+        "model.__class__ == CifarResNet",
+        "{CifarResNet: 1}[type(model)]",
+        "{CifarResNet: 1}.get(type(model))",
+        "match model:\n    case CifarResNet():\n        pass",
+        "match type(model).__name__:\n    case 'CifarResNet':\n        pass",
+    ],
+)
+def test_a_planted_type_fork_is_found(fork: str, tmp_path: Path):
+    package = tmp_path / "deeplimit"
+    (package / "network").mkdir(parents=True)
+    (package / "network" / "cifar_resnet.py").write_text("class CifarResNet(nn.Module):\n    ...\n")
+    header = "from deeplimit.network import CifarResNet as Net\nOURS = (nn.Linear, CifarResNet)\n"
+    plain = "isinstance(model, nn.Linear)\nmade = CifarResNet()\ntype(model) is type(made)\n"
+    (package / "x.py").write_text(header + plain + fork)
+    (found,) = type_forks(package, model_classes(package))
+    assert found.startswith(tuple(f"{package / 'x.py'}:{line}:" for line in (6, 7)))

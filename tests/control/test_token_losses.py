@@ -371,3 +371,50 @@ def test_a_picture_of_texts() -> None:
     model, (x, y) = text_model(BERT), batch_for(BERT)
     picture = picture_trajectories(model, [(x, y)], loss_for(BERT))
     assert (len(picture.points), picture.labels) == (DEPTH + 1, tuple(y.tolist()))
+
+
+class NormedTokens(nn.Module):
+    """Logits for every token, through a batch norm behind the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, 6)
+        self.blocks = nn.ModuleList(Added() for _ in range(3))
+        self.norm, self.out = nn.BatchNorm1d(6), nn.Linear(6, VOCABULARY)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        for block in self.blocks:
+            h = block(h)
+        return self.out(self.norm(h.transpose(1, 2)).transpose(1, 2))
+
+
+class Added(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x).tanh()
+
+
+def test_a_batch_norm_behind_the_tokens_keeps_to_the_statistics_from_before() -> None:
+    """In the backward pass too, in which the forward pass has moved them."""
+    torch.manual_seed(0)
+    model, (x, y) = NormedTokens().double().train(), batch()
+    x = x["input_ids"]
+    with torch.no_grad():
+        model(x.flip(0))  # statistics that are not those of the start
+    other = copy.deepcopy(model)
+    objective = StageCost(model, LOSS, GAMMA)
+    assert objective.anatomy.tokens
+    cost, _ = objective(x, y)
+    still = copy.deepcopy(other.norm).eval()
+    still.weight, still.bias = other.norm.weight, other.norm.bias
+    below = [h := other.table(x)]
+    for block in other.blocks:
+        below.append(h := block(h))
+    last = other.out(other.norm(h.transpose(1, 2)).transpose(1, 2))
+    zs = (other.out(still(h.transpose(1, 2)).transpose(1, 2)) for h in below[:-1])
+    naive = by_hand(last, y).mean() + GAMMA * sum(by_hand(z, y).mean() for z in zs)
+    assert float(cost.detach()) == pytest.approx(float(naive.detach()), rel=1e-12)
+    assert worst(gradients(cost, model), gradients(naive, other)) < 1e-12

@@ -97,7 +97,7 @@ class Ode:
 
     def _of_run(self, folder: "RunFolder", model: "Module") -> dict[str, Any]:
         """Test data for the distance and for the solvers."""
-        from deeplimit.network import ResidualClassifier
+        from deeplimit.network.chain import chains_in
         from deeplimit.training import run_data
         from deeplimit.training.building import evaluation_batches
 
@@ -109,10 +109,11 @@ class Ode:
                 )
         test = run_data(folder).test
         x, _ = next(iter(evaluation_batches(test.take(min(self.batch or SAMPLES, len(test))))))
-        if not isinstance(model, ResidualClassifier):
+        chains = [chain for _, chain in chains_in(model)]
+        if not chains:
             self._no_solver("its layers are not a chain of residual functions")
             return {"x": x}
-        depth = max(len(stage) for stage in model.stages)  # type: ignore[arg-type]
+        depth = max(map(len, chains))
         return {"x": x, "loader": evaluation_batches(test), "solvers": self._solvers(depth)}
 
     def _of_model(self, loaded: "LoadedModel") -> dict[str, Any]:

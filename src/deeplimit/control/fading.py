@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
-from deeplimit.network import ResidualChain
 from deeplimit.network.anatomy import Anatomy, anatomy
 from deeplimit.network.anatomy.anatomy import layer_numbers
 from deeplimit.network.checks import check_number
@@ -82,11 +81,9 @@ class Fading:
 
     def __init__(self, model: nn.Module | Anatomy, layers: Iterable[SupportsIndex]):
         structure = anatomy(model)
-        model = structure.model
         self.layers = tuple(sorted(layer_numbers(layers)))
         structure.check_removable(self.layers)
-        chains = (m for m in model.modules() if isinstance(m, ResidualChain))
-        residual = {function for chain in chains for function in chain}
+        adding = {n for stack in structure.stacks if stack.adds for n in stack.layers}
         self._faded: list[FadedForward] = []
         for n in self.layers:
             block, *others = structure.layers[n].controls
@@ -94,7 +91,7 @@ class Fading:
                 raise InputError(f"layer {n} fades already; end that first")
             if others:
                 raise InputError(f"layer {n} shares its controls with another: it cannot be faded")
-            past = None if block in residual else structure.past(n)
+            past = structure.past(n) if n in adding else None
             self._faded.append(FadedForward(block, past))
         for stand_in in self._faded:
             stand_in.block.forward = stand_in

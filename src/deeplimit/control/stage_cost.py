@@ -41,10 +41,10 @@ class StageCost(nn.Module):
 
     Of a model with logits for every token, [B, L, C], the samples i are the tokens whose target is
     not −100; targets are aligned with the logits: for the next token the caller shifts them, or
-    says `shift=True` where y are the inputs themselves. States then meet the head layer by layer
-    and in chunks of tokens, whose logits are made again in the backward pass: besides the model's
-    own logits and what their loss takes, a few arrays of one chunk (`token_losses.CHUNK` numbers)
-    are in memory at a time, whatever N.
+    says `shift=True` where y are the inputs themselves. States then meet the head in chunks of
+    tokens, of one layer or of several small ones, whose logits are made again in the backward pass
+    unless there is one chunk in all: besides the model's own logits and what their loss takes, a
+    few arrays of one chunk (`token_losses.CHUNK` numbers) are in memory at a time, whatever N.
 
     With `layers=k` a step takes the loss of k of the N layers n < N alone. They are drawn anew in
     each pass with gradients, every set of k as likely as any other, and their sum is weighted by
@@ -167,14 +167,24 @@ class StageCost(nn.Module):
             return logits, None
         states = [states[n] for n in layers]
         if self.anatomy.tokens:
-            mean_loss, head = self._mean_loss(y), partial(self.anatomy.head, inputs=x)
-            return logits, self._estimate(torch.stack([mean_loss(head, s) for s in states]).sum())
+            head = partial(self._head, x, statistics)
+            if isinstance(self.loss, SoftCrossEntropy):
+                counted = CountedTokens(y, self.loss.classes)
+                total = counted.mean_loss(self.loss, head, *states, kept=True)
+            else:
+                mean_loss = self._mean_loss(y)
+                total = torch.stack([mean_loss(head, s) for s in states]).sum()
+            return logits, self._estimate(total)
         z = widened(self.anatomy.logits(states, layers, statistics, x))
         if isinstance(self.loss, SoftCrossEntropy):
             total = len(z) * self.loss.mean(z, y.expand(len(z), *y.shape))
         else:
             total = torch.stack([self.loss.mean(own, y) for own in z]).sum()
         return logits, self._estimate(total)
+
+    def _head(self, x: Any, statistics: RunningStatistics, tokens: Tensor) -> Tensor:
+        """The logits of tokens, in the backward pass too with the statistics from before."""
+        return self.anatomy.logits([tokens], 0, statistics, x)[0]
 
     def _drawn(self) -> Sequence[int]:
         """The layers n < N whose loss this pass takes."""

@@ -1,6 +1,7 @@
 """Losses of models with logits for every token: layer by layer, in chunks of tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,22 +69,32 @@ class CountedTokens:
         for index, targets in self._split(self._measured_size):
             yield (*(value.flatten(0, 1)[index] for value in values), targets)
 
-    def mean_loss(self, loss: SoftCrossEntropy, head: Head, x: Tensor) -> Tensor:
-        """mean_t ℓ(head(x_t), y_t) of states x [B, L, d]; 0 where no token counts.
+    def mean_loss(
+        self, loss: SoftCrossEntropy, head: Head, *states: Tensor, kept: bool = False
+    ) -> Tensor:
+        """mean_t ℓ(head(x_t), y_t), summed over states x [B, L, d]; 0 where no token counts.
 
-        Every chunk is a checkpoint: its logits are made again in the backward pass. Besides the
-        state itself, which is kept, a few arrays of one chunk's logits are in memory at a time
-        (the logits, their log-softmax, their gradients), whatever the numbers of layers and tokens.
+        As many states as fit into a chunk meet the head together. Every chunk is a checkpoint: its
+        logits are made again in the backward pass. Besides the states themselves, which are kept, a
+        few arrays of one chunk's logits are in memory at a time (the logits, their log-softmax,
+        their gradients), whatever the numbers of layers and tokens. Where there is one chunk in all
+        its logits may be `kept` instead, which takes no more at a time.
         """
-        self._check(x)
+        for x in states:
+            self._check(x)
+        together = max(1, self._size // max(1, len(self)))
 
-        def part(x: Tensor, index: Tensor, targets: Tensor) -> Tensor:
-            return loss(widened(head(x.flatten(0, 1)[index])), targets).sum()
+        def part(index: Tensor, targets: Tensor, *some: Tensor) -> Tensor:
+            rows = torch.cat([x.flatten(0, 1)[index] for x in some])
+            return loss(widened(head(rows)), targets.repeat(len(some))).sum()
 
-        parts = [
-            checkpoint(part, x, index, targets, use_reentrant=False)
+        work = [
+            (index, targets, *states[n : n + together])
+            for n in range(0, len(states), together)
             for index, targets in self._split(self._size)
         ]
+        run = part if kept and len(work) == 1 else partial(checkpoint, part, use_reentrant=False)
+        parts = [run(*given) for given in work]
         return torch.stack(parts).sum() / max(len(self), 1)
 
     def measured(

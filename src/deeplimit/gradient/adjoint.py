@@ -13,7 +13,7 @@ from deeplimit.errors import InputError
 from deeplimit.gradient.engine import Engine, OnDrift, checked
 from deeplimit.gradient.refusals import refuse_checkpoints
 from deeplimit.gradient.step import Step
-from deeplimit.network.chain import ResidualChain, RunningCost
+from deeplimit.network.chain import ResidualChain, RunningCost, chains_in
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -146,7 +146,7 @@ def use_adjoint(
     names = None if blocks is None else _names(blocks, "blocks")
     engine.anchors = _names(anchors, "anchors")
     refuse_checkpoints(type(model).__name__, model.modules())
-    found = list(_chains(model)) if names is None else []
+    found = _chains(model) if names is None else []
     candidates = _candidates(model) if names is None else _named(model, names)
     if not found and not candidates:
         raise InputError(
@@ -263,10 +263,10 @@ def _names(names: Iterable[str], what: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def _chains(model: nn.Module) -> Iterator[tuple[str, ResidualChain]]:
-    for name, module in model.named_modules():
-        if isinstance(module, ResidualChain):
-            yield name, module
+def _chains(model: nn.Module) -> list[tuple[str, ResidualChain]]:
+    """The chains in it, each once."""
+    first = {chain: name for name, chain in reversed(chains_in(model, nested=True))}
+    return [(name, chain) for chain, name in reversed(first.items())]
 
 
 def _place(name: str, n: int) -> str:

@@ -12,7 +12,7 @@ from deeplimit.errors import InputError
 from deeplimit.meanfield.checks import check_batch
 from deeplimit.meanfield.frame import ChainFrame
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
-from deeplimit.network import ResidualClassifier, anatomy
+from deeplimit.network import anatomy
 from deeplimit.network.modes import Inputs, evaluating
 
 
@@ -53,12 +53,8 @@ def aligned(a: LayerwiseMeasure, b: LayerwiseMeasure, batch: Inputs) -> Layerwis
 
 def _turnable(measure: LayerwiseMeasure) -> ChainFrame:
     frame = measure.frame
-    model = frame.template if isinstance(frame, ChainFrame) else None
-    if isinstance(model, ResidualClassifier):
-        a = model.architecture
-        plain = a.kind == "vector" or (a.norm == "none" and len(a.depths) == 1)
-        if a.kind != "logit" and plain and _last_linear(model) is not None:
-            return cast(ChainFrame, frame)
+    if isinstance(frame, ChainFrame) and _around(frame.template) is not None:
+        return frame
     raise InputError(
         "the basis of this network's residual stream is fixed (its states are logits or data, or "
         "norms and activations act on their coordinates), so that no rotation of it is another "
@@ -67,20 +63,35 @@ def _turnable(measure: LayerwiseMeasure) -> ChainFrame:
     )
 
 
-def _last_linear(model: ResidualClassifier) -> nn.Module | None:
-    """The layer that makes the state, where nothing but identities follow it."""
-    layers = [m for m in model.stem if not isinstance(m, nn.Identity)]
-    return layers[-1] if isinstance(layers[-1], nn.Linear | nn.Conv2d) else None
+def _around(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
+    """The layer that makes the state and the one that reads it, of a network of one stage.
+
+    Where nothing else does, or stands between: no norm and no activation.
+    """
+    read = anatomy(model)
+    if len(read.stacks) > 1 or read.stem_and_head is None:
+        return None
+    stem, head = map(_acting, read.stem_and_head)
+    if not (stem and isinstance(stem[-1], nn.Linear | nn.Conv2d)):
+        return None
+    return (stem[-1], head[0]) if len(head) == 1 and isinstance(head[0], nn.Linear) else None
+
+
+def _acting(module: nn.Module) -> list[nn.Module]:
+    """Its layers, less those that act on all coordinates of the state alike."""
+    layers = module if isinstance(module, nn.Sequential) else [module]
+    return [m for m in layers if not isinstance(m, nn.Identity | nn.AdaptiveAvgPool2d | nn.Flatten)]
 
 
 @torch.no_grad()
 def _states(measure: LayerwiseMeasure, batch: Inputs) -> list[Tensor]:
     """x_0 … x_N as rows: [K, d], of images every pixel one."""
     with evaluating(measure.network()) as network:
-        if isinstance(network, ResidualClassifier):
-            a = network.architecture
-            check_batch(network, batch, a.shape if a.kind == "vector" else ())
-        states, _ = anatomy(network).states(batch)
+        read = anatomy(network)
+        stem, _ = _around(network) or (None, None)
+        shape = cast(Tensor, read.example()).shape[1:] if isinstance(stem, nn.Linear) else ()
+        check_batch(read, batch, shape)
+        states, _ = read.states(batch)
     return [x.movedim(1, -1).flatten(0, -2).cpu().double() for x in states]
 
 
@@ -96,15 +107,11 @@ def _turned(b: LayerwiseMeasure, frame: ChainFrame, rotation: Tensor) -> Layerwi
     for particles, form in zip(b.layers, frame.forms, strict=True):
         parts = form.split(particles)
         layers.append(form.join(parts | {name: turn(parts[name], 1) for name in ("u", "w")}))
-    template = cast(ResidualClassifier, copy.deepcopy(frame.template))
-    stem, head = _last_linear(template), _last_of(template.head)
-    for parameter in cast(nn.Module, stem).parameters():
+    template = copy.deepcopy(frame.template)
+    stem, head = cast(tuple[nn.Module, nn.Linear], _around(template))
+    for parameter in stem.parameters():
         parameter.copy_(turn(parameter, 0))
     head.weight.copy_(turn(head.weight, 1))
     offsets = tuple(None if c is None else turn(c, 0) for c in frame.offsets)
     other = replace(frame, template=template, offsets=offsets)
     return LayerwiseMeasure(layers, b.masses, b.breakpoints, frame=other)
-
-
-def _last_of(head: nn.Module) -> nn.Linear:
-    return cast(nn.Linear, head[-1] if isinstance(head, nn.Sequential) else head)

@@ -9,9 +9,8 @@ from torch import nn
 
 from deeplimit.errors import InputError
 from deeplimit.meanfield.additivity import check_additive
-from deeplimit.meanfield.checks import check_model
+from deeplimit.meanfield.checks import check_model, particle_stacks
 from deeplimit.meanfield.neurons import find_neurons, read
-from deeplimit.network import ResidualChain, anatomy
 from deeplimit.network.checks import check_number
 from deeplimit.network.parameter_groups import check_values
 
@@ -118,31 +117,16 @@ def particle_layers(model: nn.Module) -> list[ParticleLayer]:
     Raises:
         InputError: it has none, or one that is not.
     """
-    chains = [module for module in model.modules() if isinstance(module, ResidualChain)]
-    layers = list(_of_chains(chains) if chains else _of_blocks(model))
+    checked: set[object] = set()
+    stacks = particle_stacks(model)
+    layers = [
+        _of_block(block, 1 / (len(stacks) * len(stack.blocks)), stack.step, checked)
+        for stack in stacks
+        for block in stack.blocks
+    ]
     if not layers:
         raise InputError(f"{type(model).__name__} has no layers, so no particles")
     return layers
-
-
-def _of_chains(chains: list[ResidualChain]) -> Iterator[ParticleLayer]:
-    checked: set[object] = set()
-    stages = sum(len(chain) > 0 for chain in chains)
-    for chain in chains:
-        if chain.scheme.nodes != 1:
-            raise InputError(
-                f"a step of {type(chain.scheme).__name__} uses two neighbouring controls, so that "
-                "a layer is not a mean of particles; expected Euler()"
-            )
-        for block in chain:
-            yield _of_block(block, 1 / (stages * len(chain)), chain.step, checked)
-
-
-def _of_blocks(model: nn.Module) -> Iterator[ParticleLayer]:
-    checked: set[object] = set()
-    blocks = [layer.controls[0] for layer in anatomy(model).layers]
-    for block in blocks:
-        yield _of_block(block, 1 / len(blocks), 1.0, checked)
 
 
 def _of_block(block: nn.Module, length: float, step: float, checked: set[object]) -> ParticleLayer:

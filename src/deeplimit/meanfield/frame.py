@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from deeplimit.meanfield.neurons import (
     write,
 )
 from deeplimit.meanfield.norms import Norms
-from deeplimit.network import ResidualChain, ResidualClassifier
+from deeplimit.network import anatomy
 
 NAMED = 3  # names listed in an error
 ROUNDING = 64  # in units of the precision
@@ -170,25 +170,18 @@ class ChainFrame(Frame):
 
     def build(self, layers: Sequence[Reading]) -> nn.Module:
         """Copies of the template and the prototypes."""
-        model = copy.deepcopy(self.template)
-        chains = chains_of(model)
+        read = anatomy(self.template)
+        blocks: list[list[nn.Module]] = [[] for _ in read.stacks]
         for m, reading in zip(self._stage_of_layers, layers, strict=True):
             prototype, neurons = self.prototypes[reading.form]
             block = copy.deepcopy(prototype)
             write(block, neurons, reading)
-            chains[m].append(block)
-        for chain in chains:
-            chain.step = self.h
-        if isinstance(model, ResidualClassifier):
-            a = model.architecture
-            hidden = len(layers[0].particles) // 2 ** self.stages[0]
-            model.architecture = replace(
-                a,
-                depths=tuple(len(chain) for chain in chains),
-                hidden=a.hidden if hidden == (a.hidden or a.width) else hidden,
-                step=self.h,
-            )
-        return model
+            blocks[m].append(block)
+        stacks = [
+            replace(stack, blocks=tuple(own), step=self.h)
+            for stack, own in zip(read.stacks, blocks, strict=True)
+        ]
+        return read.with_stacks(stacks, len(layers[0].particles) // 2 ** self.stages[0])
 
     @property
     def _stage_of_layers(self) -> list[int]:
@@ -245,13 +238,6 @@ class BlockFrame(Frame):
             return list(least)
         unit = config.hidden_size if hasattr(config, "mlp_ratio") else 1
         return [-(-max(least) // unit) * unit] * len(least)
-
-
-def chains_of(model: nn.Module) -> list[ResidualChain]:
-    """The chains of a network of deeplimit's own."""
-    if isinstance(model, ResidualChain):
-        return [model]
-    return cast(list[ResidualChain], list(cast(ResidualClassifier, model).stages))
 
 
 def _configure(model: nn.Module, width: int) -> None:

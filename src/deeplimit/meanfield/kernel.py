@@ -12,7 +12,8 @@ from deeplimit.errors import InputError
 from deeplimit.meanfield.checks import check_batch, check_model
 from deeplimit.meanfield.coordinates import particle_layers
 from deeplimit.meanfield.neurons import find_neurons
-from deeplimit.network import ResidualChain, ResidualClassifier, anatomy
+from deeplimit.network import Anatomy
+from deeplimit.network.anatomy import Stack, chain_stacks, of_family
 from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
 from deeplimit.network.parameter_groups import check_values
 
@@ -86,22 +87,21 @@ def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
     """
     check_model(model)
     check_values(model.named_parameters())
+    read, chain = _chain(model)
     layers = particle_layers(model)
-    chain = _chain(model)
     if len({layer.outer for layer in layers}) < len(layers):
         raise InputError(
             "layers share their output weights, so that their gradients may cancel and the kernels "
             "bound nothing; expected layers with weights of their own"
         )
-    head = _head_factor(model)
-    check_batch(model, x, _sample_shape(model, chain))
+    head = _head_factor(read)
+    check_batch(read, x, _sample_shape(read, chain))
     with evaluating(model), torch.no_grad():
-        states, _ = anatomy(model).states(to_device(x, device_of(model)))
+        states, _ = read.states(to_device(x, device_of(model)))
         samples = _samples(states)
-        found = [
-            _smallest(_features(block, state)) for block, state in zip(chain, states, strict=False)
-        ]
-        slopes = [_slopes(b, state, chain.step) for b, state in zip(chain, states, strict=False)]
+        pairs = list(zip(chain.blocks, states, strict=False))
+        found = [_smallest(_features(block, state)) for block, state in pairs]
+        slopes = [_slopes(block, state, chain.step) for block, state in pairs]
     lipschitz = sum(chain.step * steepest for steepest, _ in slopes)
     factors = _attenuation([least for _, least in slopes])
     eigenvalues = torch.tensor(found, dtype=factors.dtype, device=factors.device)
@@ -112,38 +112,38 @@ def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
     return FeatureKernel(tuple(found), widths, samples, lipschitz, attenuation, head, m, verdict)
 
 
-def _chain(model: nn.Module) -> ResidualChain:
-    """The one chain, of residuals with one linear first layer.
+def _chain(model: nn.Module) -> tuple[Anatomy, Stack]:
+    """The one chain of a network of our own, of residuals with one linear first layer.
 
     Raises:
         InputError: there is not just one, or it is of other blocks.
     """
-    chains = [module for module in model.modules() if isinstance(module, ResidualChain)]
-    if len(chains) != 1 or not isinstance(model, ResidualChain | ResidualClassifier):
+    read, chains = of_family(model), chain_stacks(model)
+    if len(chains) != 1 or read is None:
         raise InputError(
             f"the kernel of {type(model).__name__} is not known here; expected a ResidualChain, or "
             "a ResidualClassifier of one stage"
         )
-    for block in chains[0]:
+    for block in chains[0].blocks:
         rows = find_neurons(block).rows
         if len(rows) > 1 or not isinstance(block.get_submodule(rows[0]), nn.Linear):
             raise InputError(
                 f"the kernel of a {type(block).__name__} is not known here; expected residuals "
                 "V σ(W x + b), such as TwoLayerResidual"
             )
-    return chains[0]
+    return read, chains[0]
 
 
-def _sample_shape(model: nn.Module, chain: ResidualChain) -> tuple[int, ...]:
-    if isinstance(model, ResidualClassifier):
-        return model.architecture.shape
-    block = chain[0]
+def _sample_shape(read: Anatomy, chain: Stack) -> tuple[int, ...]:
+    example, block = read.example(), chain.blocks[0]
+    if isinstance(example, Tensor):
+        return tuple(example.shape[1:])
     return (cast(nn.Linear, block.get_submodule(find_neurons(block).rows[0])).in_features,)
 
 
-def _head_factor(model: nn.Module) -> float:
+def _head_factor(read: Anatomy) -> float:
     """The least ‖∂z/∂xᵀ p‖² for ‖p‖ = 1."""
-    head = model.head if isinstance(model, ResidualClassifier) else nn.Identity()
+    _, head = read.stem_and_head or (None, None)
     if isinstance(head, nn.Identity):
         return 1.0
     if not isinstance(head, nn.Linear):

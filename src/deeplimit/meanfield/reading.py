@@ -2,16 +2,18 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.meanfield.additivity import check_additive
-from deeplimit.meanfield.checks import check_model
-from deeplimit.meanfield.frame import BlockFrame, ChainFrame, Frame, chains_of, listed
+from deeplimit.meanfield.checks import check_model, particle_stacks
+from deeplimit.meanfield.frame import BlockFrame, ChainFrame, Frame, listed
 from deeplimit.meanfield.grid import Breakpoints, lengths, uniform_grid
 from deeplimit.meanfield.neurons import (
+    Form,
     Neurons,
     Reading,
     find_neurons,
@@ -19,7 +21,7 @@ from deeplimit.meanfield.neurons import (
     read,
 )
 from deeplimit.meanfield.norms import Norms
-from deeplimit.network import ResidualChain, ResidualClassifier, anatomy
+from deeplimit.network import anatomy
 
 
 def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor], list[Norms]]:
@@ -30,44 +32,40 @@ def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor], list[Norms]]:
     """
     check_model(model)
     _check_values(model)
-    if isinstance(model, ResidualChain | ResidualClassifier):
-        return _of_chains(model)
-    blocks = anatomy(model).blocks
-    found, readings = _read_all(blocks)
-    names = {module: name for name, module in model.named_modules()}
-    gone = [
-        p
-        for block, at in zip(blocks, found, strict=True)
-        for _, p in particle_parameters(block, at)
-    ]
-    grid = uniform_grid([len(blocks)])
-    frame = BlockFrame(
-        copy.deepcopy(model, _emptied(gone)),
-        tuple(reading.form for reading in readings),
-        _densities(readings, grid, 1.0),
-        grid,
-        tuple((names[block], at) for block, at in zip(blocks, found, strict=True)),
-    )
-    return frame, *_scaled(readings, grid, 1.0)
-
-
-def _of_chains(
-    model: ResidualChain | ResidualClassifier,
-) -> tuple[Frame, list[Tensor], list[Norms]]:
-    chains = chains_of(model)
-    steps = {chain.step for chain in chains if len(chain)}
-    if any(chain.scheme.nodes != 1 for chain in chains):
-        raise InputError(
-            f"a step of {type(chains[0].scheme).__name__} uses two neighbouring controls: a "
-            "layer is not a mean of particles; expected Euler()"
-        )
+    stacks = particle_stacks(model)
+    steps = {stack.step for stack in stacks}
     if not steps:
         raise InputError(f"{type(model).__name__} has no layers, so that there are no particles")
     if len(steps) > 1:
         raise InputError(f"the chains have step sizes {sorted(steps)}; expected layers of one step")
     (h,) = steps
-    blocks = [block for chain in chains for block in chain]
+    blocks = [block for stack in stacks for block in stack.blocks]
+    adds = stacks[0].adds
+    if adds:
+        blocks = list(dict.fromkeys(blocks))
     found, readings = _read_all(blocks)
+    grid = uniform_grid([len(blocks)] if adds else [len(stack.blocks) for stack in stacks])
+    parts = tuple(reading.form for reading in readings), _densities(readings, grid, h), grid
+    frame: Frame
+    if adds:
+        names = {module: name for name, module in model.named_modules()}
+        pairs = list(zip(blocks, found, strict=True))
+        gone = [p for block, at in pairs for _, p in particle_parameters(block, at)]
+        template = copy.deepcopy(model, _emptied(gone))
+        places = tuple((names[block], at) for block, at in pairs)
+        frame = BlockFrame(template, *parts, places)
+    else:
+        own = anatomy(model)
+        template = own.with_stacks([replace(stack, blocks=()) for stack in own.stacks])
+        indices = tuple(stack.index for stack in stacks)
+        frame = ChainFrame(template, *parts, h, _prototypes(blocks, found, readings), indices)
+    return frame, *_scaled(readings, grid, h)
+
+
+def _prototypes(
+    blocks: Sequence[nn.Module], found: Sequence[Neurons], readings: Sequence[Reading]
+) -> dict[Form, tuple[nn.Module, Neurons]]:
+    """For each form a block without its particles, which must be all that it has."""
     prototypes = {}
     for block, at, reading in zip(blocks, found, readings, strict=True):
         own = [p for _, p in particle_parameters(block, at)]
@@ -79,20 +77,7 @@ def _of_chains(
             )
         if reading.form not in prototypes:
             prototypes[reading.form] = (copy.deepcopy(block, _emptied(own)), at)
-    template = copy.deepcopy(model, dict.fromkeys(map(id, blocks)))
-    for chain in chains_of(template):
-        chain._modules.clear()
-    grid = uniform_grid([len(chain) for chain in chains])
-    frame = ChainFrame(
-        template,
-        tuple(reading.form for reading in readings),
-        _densities(readings, grid, h),
-        grid,
-        h,
-        prototypes,
-        tuple(m for m, chain in enumerate(chains) if len(chain)),
-    )
-    return frame, *_scaled(readings, grid, h)
+    return prototypes
 
 
 def _read_all(blocks: Sequence[nn.Module]) -> tuple[list[Neurons], list[Reading]]:

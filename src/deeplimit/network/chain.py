@@ -161,3 +161,14 @@ class ResidualChain(nn.Sequential):
     def extra_repr(self) -> str:
         """Step size, scheme and horizon."""
         return f"horizon={self.horizon}, step={self.step:g}, scheme={type(self.scheme).__name__}"
+
+
+def chains_in(
+    model: nn.Module, name: str = "", *, nested: bool = False
+) -> list[tuple[str, ResidualChain]]:
+    """The chains that a model holds or is, by their names; with `nested` those in blocks too."""
+    own = [(name, model)] if isinstance(model, ResidualChain) else []
+    if own and not nested:
+        return own
+    inside = [(f"{name}.{n}" if name else n, m) for n, m in model._modules.items() if m is not None]
+    return own + [found for n, m in inside for found in chains_in(m, n, nested=nested)]

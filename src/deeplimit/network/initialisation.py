@@ -5,7 +5,7 @@ O(1/N), which such a start never has ([SAP22] arXiv 2205.14612, [MWSB23] arXiv 2
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.memory import require
-from deeplimit.network.chain import ResidualChain
-from deeplimit.network.cifar_resnet import BasicBlock, CifarResNet
+from deeplimit.network.anatomy import anatomy
+from deeplimit.network.cifar_resnet import CifarResNet
 from deeplimit.network.classifiers import ResidualClassifier
 from deeplimit.network.parameter_groups import parameter_groups
 
@@ -37,7 +37,8 @@ def initialise(
     Raises:
         InputError: ℓ is not a positive number.
     """
-    for blocks in _alike_blocks(model):
+    for stack in anatomy(model).stacks:
+        blocks = getattr(stack.alike(), "blocks", ())
         if initialisation == "smooth":
             smooth_start(blocks, length_scale)
         elif initialisation == "identical":
@@ -114,15 +115,3 @@ def _root_of_kernel(count: int, length_scale: float) -> Tensor:
     kernel = torch.exp(-((s[:, None] - s) ** 2) / (2 * length_scale**2))
     values, vectors = torch.linalg.eigh(kernel)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def _alike_blocks(model: ResidualClassifier | CifarResNet) -> Iterator[list[nn.Module]]:
-    for stage in model.stages:
-        if isinstance(stage, ResidualChain):
-            yield list(stage)
-        else:  # of a CifarResNet: without what changes the shape
-            yield [
-                block
-                for block in stage  # type: ignore[attr-defined]
-                if isinstance(block, BasicBlock) and isinstance(block.shortcut, nn.Identity)
-            ]

@@ -30,6 +30,13 @@ ARCHITECTURES: dict[str, type[Architecture] | type[CifarArchitecture]] = {
 }
 
 
+def architecture_of(model: nn.Module) -> Architecture | CifarArchitecture | None:
+    """What a network of our own is built from; None of any other model, a subclass too."""
+    if not isinstance(model, ResidualClassifier | CifarResNet):
+        return None
+    return model.architecture if type(model).__name__ in ARCHITECTURES else None
+
+
 def save(model: nn.Module, path: str | Path) -> Path:
     """Writes a network; the file is whole or not there, the same network gives the same bytes.
 
@@ -37,8 +44,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
         InputError: a model that does not carry an architecture of ours; use torch's own means.
         RunError: the disk is full or cannot be written to.
     """
-    kind = type(model).__name__
-    if not isinstance(model, ResidualClassifier | CifarResNet) or kind not in ARCHITECTURES:
+    kind, architecture = type(model).__name__, architecture_of(model)
+    if architecture is None:
         raise InputError(
             f"{kind} has no architecture to store; expected {' or '.join(ARCHITECTURES)}: "
             "save its state_dict() with safetensors instead"
@@ -46,7 +53,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     metadata = {
         "deeplimit.format": FORMAT,
         "deeplimit.kind": kind,
-        "deeplimit.architecture": json.dumps(model.architecture.to_dict()),
+        "deeplimit.architecture": json.dumps(architecture.to_dict()),
     }
     write_weights(model, Path(path), metadata)
     return Path(path)

@@ -1,38 +1,20 @@
 """The residual blocks of a model, and whether their parameters can be averaged."""
 
 from collections.abc import Iterable
-from typing import cast
 
 from torch import nn
 
 from deeplimit.errors import InputError
-from deeplimit.network import Anatomy, ResidualChain, ResidualClassifier, anatomy
+from deeplimit.network import Anatomy, anatomy
 
 
-def chains_of(model: nn.Module) -> list[ResidualChain] | None:
-    """The chains of a network of deeplimit's own; None for any other model."""
-    if isinstance(model, ResidualChain):
-        return [model]
-    if isinstance(model, ResidualClassifier):
-        return cast(list[ResidualChain], list(model.stages))
-    return None
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def blocks_of(model: nn.Module | Anatomy) -> list[nn.Module]:
     """All residual blocks in order; of a chain by Heun's method one more than its steps.
 
     Raises:
         InputError: a model that `anatomy` cannot read.
     """
-    chains = chains_of(model)
-    if chains is not None:
-        return [block for chain in chains for block in chain]
-    return blocks_in(anatomy(model))
-
-
-def blocks_in(read: Anatomy) -> list[nn.Module]:
-    """The same of a model that is not our own, and has been read."""
-    return [layer.controls[0] for layer in read.layers]
+    return [block for stack in anatomy(model).stacks for block in stack.blocks]
 
 
 def check_whole(name: str, number: object) -> None:

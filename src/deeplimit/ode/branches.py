@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.network import Anatomy
+from deeplimit.network.anatomy import Stack
 from deeplimit.network.anatomy.stand_ins import state_among, state_of
 from deeplimit.network.modes import evaluating
-from deeplimit.ode.stages import Stage
 
 
-def branch_ends(read: Anatomy, runs: Sequence[Stage]) -> list[frozenset[str]]:
+def branch_ends(read: Anatomy, runs: Sequence[Stack]) -> list[frozenset[str]]:
     """The names, in a block of each stage, of the parameters in which its branches end.
 
     On a copy of the model they are set to 0: every block must then return its input, on the states
@@ -55,7 +55,7 @@ def branch_ends(read: Anatomy, runs: Sequence[Stage]) -> list[frozenset[str]]:
     return every
 
 
-def _names(read: Anatomy, stage: Stage) -> frozenset[str]:
+def _names(read: Anatomy, stage: Stack) -> frozenset[str]:
     first = stage.blocks[0]
     ends = set(read.branch_ends(first))
     return frozenset(name for name, p in first.named_parameters() if p in ends)

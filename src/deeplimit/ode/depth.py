@@ -9,9 +9,10 @@ from torch.optim import Optimizer
 
 from deeplimit.errors import InputError
 from deeplimit.memory import OBJECTS, require
+from deeplimit.network import anatomy
+from deeplimit.network.anatomy import Stack
 from deeplimit.ode.blocks import check_values, check_whole
 from deeplimit.ode.resampling import Node, changing, resampled
-from deeplimit.ode.stages import Stage
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,7 +78,7 @@ def coarsen(model: Model, factor: int, *, optimizer: Optimizer | None = None) ->
     """
     check_whole("factor", factor)
     check_values(model)
-    depths = [stage.horizon for stage in changing(model)]
+    depths = [stage.horizon for stage in changing(anatomy(model))]
     common = math.gcd(*depths)
     if common % factor:
         possible = [str(m) for m in range(2, common + 1) if common % m == 0]
@@ -93,7 +94,7 @@ def coarsen(model: Model, factor: int, *, optimizer: Optimizer | None = None) ->
     )
 
 
-def _finer(stage: Stage, m: int) -> list[Node]:
+def _finer(stage: Stack, m: int) -> list[Node]:
     parameters = [p for block in stage.blocks for p in block.parameters() if p.is_cpu]
     size = m * (sum(p.nbytes for p in parameters) + OBJECTS * len(stage.blocks))
     what = f"a stage of {m * stage.horizon} layers does not fit into memory"

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deeplimit.errors import InputError, RunError
+from deeplimit.network.anatomy import Stack
 from deeplimit.network.modes import Inputs
 from deeplimit.network.schemes import Euler
 from deeplimit.ode.derivatives import Derivatives
 from deeplimit.ode.interpolation import INTERPOLATIONS, Controls, VectorField
 from deeplimit.ode.recording import Recorded, record
 from deeplimit.ode.solving import ADVICE, solve
-from deeplimit.ode.stages import Stage, longest_stage, stages
+from deeplimit.ode.stages import longest_stage, stages
 
 TOLERANCE, FINEST = 1e-3, 1e-10  # of dopri5's steps: where N of them start, where it gives up
 FINER = 1e-2  # times it is dopri8's
@@ -166,7 +167,7 @@ def discretization_gap(
     )
 
 
-def _chosen(model: nn.Module, index: int | None) -> Stage:
+def _chosen(model: nn.Module, index: int | None) -> Stack:
     if index is None:
         return longest_stage(model)
     every = {stage.index: stage for stage in stages(model)}
@@ -245,7 +246,7 @@ class _Bounds:
 
 def _bounds(
     field: VectorField,
-    own: Stage,
+    own: Stack,
     states: Tensor,
     solution: _Solution,
     seed: int,

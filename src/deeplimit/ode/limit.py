@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from deeplimit.network.anatomy import Stack
 from deeplimit.network.modes import Inputs
 from deeplimit.ode.discretization import DiscretizationGap, discretization_gap
 from deeplimit.ode.smoothness import Smoothness, smoothness
 from deeplimit.ode.solved import SolverAccuracy, solver_accuracies
-from deeplimit.ode.stages import Stage, stages
+from deeplimit.ode.stages import stages
 
 CURVES = 6  # numbers of a parameter that are drawn
 DRAWN_GROUPS = 8  # parameters of a block that are drawn, the largest ones
@@ -100,7 +101,7 @@ def depth_limit(
     return DepthLimit(smooth, tuple(gaps), tuple(_curves(s) for s in found), accuracies)
 
 
-def _curves(stage: Stage) -> ControlCurves:
+def _curves(stage: Stack) -> ControlCurves:
     """Numbers at equal distances in the largest parameters, all zero ones left out."""
     drawn: dict[str, tuple[tuple[float, ...], ...]] = {}
     controls = sorted(stage.controls().items(), key=lambda item: -item[1].numel())

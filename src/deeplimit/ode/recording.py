@@ -1,7 +1,6 @@
 """The states that a network itself passes through in one of its stages, in float64."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,9 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain, anatomy
-from deeplimit.network.anatomy.stand_ins import state_among
+from deeplimit.network.anatomy import Stack
+from deeplimit.network.anatomy.stand_ins import state_among, state_of
 from deeplimit.network.modes import Inputs, device_of, to_device, to_precision
-from deeplimit.ode.stages import Stage, stages
+from deeplimit.ode.stages import stages
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Recorded:
         call: what its first block was called with.
     """
 
-    stage: Stage
+    stage: Stack
     states: list[Tensor]
     call: Call
 
 
 @torch.no_grad()
-def record(model: nn.Module, x: Inputs, stage: Stage) -> Recorded:
+def record(model: nn.Module, x: Inputs, stage: Stack) -> Recorded:
     """Runs a copy of the model on x; keys and values are not cached.
 
     Raises:
@@ -72,14 +72,16 @@ def record(model: nn.Module, x: Inputs, stage: Stage) -> Recorded:
     """
     _check_mode(model)
     other = copy.deepcopy(model).double().eval()
-    own = next(s for s in stages(other) if s.index == stage.index)
     structure = anatomy(other)  # which runs the model on an example: before the hooks
-    entered: dict[int, tuple[Tensor, Call]] = {}
+    own = next(s for s in stages(structure) if s.index == stage.index)
+    entered: list[tuple[Tensor, Call]] = []
     left: list[Any] = []
-    hooks = [
-        block.register_forward_pre_hook(_entering(entered, n), with_kwargs=True)
-        for n, block in enumerate(own.blocks)
-    ]
+
+    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(Call.of(args, kwargs))
+
+    every = dict.fromkeys(own.blocks)  # one that is called several times, once
+    hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in every]
     hooks.append(own.blocks[-1].register_forward_hook(lambda _, args, y: left.append(y)))
     try:
         structure.run(to_precision(to_device(x, device_of(other)), torch.float64))
@@ -93,24 +95,14 @@ def record(model: nn.Module, x: Inputs, stage: Stage) -> Recorded:
             hook.remove()
     first, call = entered[0]
     if own.adds:
-        end = left[0][0] if isinstance(left[0], tuple) else left[0]
-        states = [*(entered[n][0] for n in range(own.horizon)), end]
+        states = [*(x for x, _ in entered), cast(Tensor, state_of(left[-1]))]
     else:
         states = ResidualChain(own.blocks, step=own.step, scheme=own.scheme).trajectory(first)
     _check_states(states, own)
     return Recorded(own, states, call)
 
 
-def _entering(entered: dict[int, tuple[Tensor, Call]], n: int) -> Callable[..., None]:
-    """Keeps the first call only: Heun calls a block twice, first with the state of its step."""
-
-    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.setdefault(n, Call.of(args, kwargs))
-
-    return enters
-
-
-def _check_states(states: list[Tensor], stage: Stage) -> None:
+def _check_states(states: list[Tensor], stage: Stack) -> None:
     shape = list(states[0].shape)
     if len(shape) < 2 or shape[0] == 0:
         raise InputError(

@@ -12,13 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from deeplimit.errors import InputError
-from deeplimit.network import Anatomy, ResidualChain, ResidualClassifier, anatomy
-from deeplimit.network.anatomy import check_rebuilt
-from deeplimit.ode.blocks import blocks_in, blocks_of, chains_of, check_untied, check_values
+from deeplimit.network import Anatomy, anatomy
+from deeplimit.network.anatomy import Stack, check_rebuilt
+from deeplimit.ode.blocks import blocks_of, check_untied, check_values
 from deeplimit.ode.branches import branch_ends
 from deeplimit.ode.optimiser_state import carry_over, checked_optimiser
 from deeplimit.ode.origins import ONE, Origin, Origins, mixed, scaled
-from deeplimit.ode.stages import Stage, stages
+from deeplimit.ode.stages import stages
 
 Model = TypeVar("Model", bound=nn.Module)
 ZERO = Fraction(0)
@@ -53,54 +53,49 @@ class Place:
         return {node.n: 1 - node.t, node.n + 1: node.t} if node.t else {node.n: ONE}
 
 
-def changing(model: nn.Module) -> tuple[Stage, ...]:
-    """The stages whose depth can change; of a network of our own all, since they have one step.
+def changing(read: Anatomy) -> tuple[Stack, ...]:
+    """The stages whose depth can change; all of those whose step is a number, since it is one.
 
     Raises:
         InputError: as `stages`, or a chain whose blocks are not alike.
     """
-    long = {stage.index: stage for stage in stages(model)}
-    chains = chains_of(model)
-    if chains is None:
-        return tuple(long.values())
-    found, first = [], 0
-    for m, chain in enumerate(chains):
-        if m not in long and chain.horizon > 1:
+    long = {stage.index: stage for stage in stages(read)}
+    chains = [stack for stack in read.stacks if not stack.adds]
+    for stack in chains:
+        if stack.index not in long and stack.horizon > 1:
             raise InputError(
-                f"the blocks of stage {m} differ in class or shape; its depth is fixed"
+                f"the blocks of stage {stack.index} differ in class or shape; its depth is fixed"
             )
-        short = Stage(m, first, tuple(chain), chain.step, chain.scheme, adds=False)
-        found.append(long.get(m, short))
-        first += chain.horizon
-    return tuple(found)
+    return tuple((long | {stack.index: stack for stack in chains}).values())
 
 
 @torch.no_grad()
 def resampled(
     model: Model,
-    nodes_of: Callable[[Stage], Sequence[Node]],
+    nodes_of: Callable[[Stack], Sequence[Node]],
     step: Fraction,
     optimizer: Optimizer | None,
 ) -> Model:
     """The model with these nodes in its stages and its step multiplied; `refine` says the rest."""
     check_values(model)
     inner = None if optimizer is None else checked_optimiser(optimizer, model)
-    runs = changing(model)
-    read = anatomy(model) if chains_of(model) is None else None
-    blocks = blocks_of(model) if read is None else blocks_in(read)
+    read = anatomy(model)
+    runs = changing(read)
+    blocks = blocks_of(read)
     check_untied(model, blocks)
     _check_forward(model)
-    ends = [frozenset[str]()] * len(runs) if read is None else _ends(read, runs)
+    adding = all(run.adds for run in runs)
+    ends = _ends(read, runs) if adding else [frozenset[str]()] * len(runs)
     places = _places(blocks, runs, ends, nodes_of, step)
     counts = Counter(place.node.n for place in places)
     times = [counts[n] for n in range(len(blocks))]
-    new = _with_chains(model, times, step) if read is None else read.repeated(times)
+    new = read.repeated(times) if adding else _stepped(read, times, step)
     others = blocks_of(new)
     origins: Origins = {}
     for place, block in zip(places, others, strict=True):
         weights = place.weights
         origins |= _fill(block, [blocks[n] for n in weights], tuple(weights.values()), place)
-    if read is not None:
+    if adding:
         check_rebuilt(read, new)
     if inner is not None:
         carry_over(inner, model, new, outside(model, new, [*blocks, *others]) | origins)
@@ -115,7 +110,7 @@ def outside(old: nn.Module, new: nn.Module, blocks: Iterable[nn.Module]) -> Orig
     return {p: Origin(((before[name], ONE),)) for name, p in after.items()}
 
 
-def _ends(read: Anatomy, runs: Sequence[Stage]) -> list[frozenset[str]]:
+def _ends(read: Anatomy, runs: Sequence[Stack]) -> list[frozenset[str]]:
     try:
         read.check_removable([runs[0].first])
     except InputError as error:
@@ -125,9 +120,9 @@ def _ends(read: Anatomy, runs: Sequence[Stage]) -> list[frozenset[str]]:
 
 def _places(
     blocks: Sequence[nn.Module],
-    runs: Sequence[Stage],
+    runs: Sequence[Stack],
     ends: Sequence[frozenset[str]],
-    nodes_of: Callable[[Stage], Sequence[Node]],
+    nodes_of: Callable[[Stack], Sequence[Node]],
     step: Fraction,
 ) -> list[Place]:
     """All places of the new model; blocks that belong to no stage keep theirs."""
@@ -156,25 +151,15 @@ def _check_forward(model: nn.Module) -> None:
             )
 
 
-def _with_chains(model: nn.Module, times: Sequence[int], step: Fraction) -> nn.Module:
-    """A network of our own, block n times[n] times in a row."""
-    blocks = blocks_of(model)
-    new = copy.deepcopy(model, dict.fromkeys(map(id, blocks)))
-    counts = iter(zip(blocks, times, strict=True))
-    chains = chains_of(new) or []
-    for chain in chains:
-        mine = [next(counts) for _ in chain._modules]
-        copies = [copy.deepcopy(block) for block, count in mine for _ in range(count)]
-        chain._modules.clear()
-        ResidualChain.extend(chain, copies)
-        chain.step = chain.step * step.numerator / step.denominator
-    if isinstance(new, ResidualClassifier):
-        new.architecture = replace(
-            new.architecture,
-            depths=tuple(chain.horizon for chain in chains),
-            step=chains[0].step,
-        )
-    return new
+def _stepped(read: Anatomy, times: Sequence[int], step: Fraction) -> nn.Module:
+    """The model with block n times[n] times in a row, and its step multiplied."""
+    counts, made = iter(times), []
+    for stack in read.stacks:
+        pairs = zip(stack.blocks, counts, strict=False)
+        blocks = tuple(copy.deepcopy(block) for block, count in pairs for _ in range(count))
+        h = stack.step * step.numerator / step.denominator
+        made.append(replace(stack, blocks=blocks, step=h))
+    return read.with_stacks(made)
 
 
 def _fill(

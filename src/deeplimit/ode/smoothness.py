@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+from deeplimit.network.anatomy import Stack
 from deeplimit.network.parameter_groups import check_values, parameter_groups
 from deeplimit.ode.blocks import check_module
-from deeplimit.ode.stages import Stage, stages
+from deeplimit.ode.stages import stages
 
 Kind = Literal["smooth", "between", "rough"]
 
@@ -133,12 +134,12 @@ def smoothness(model: nn.Module) -> Smoothness:
     return Smoothness(tuple(measured), _verdict(measured))
 
 
-def _has_parameters(stage: Stage) -> bool:
+def _has_parameters(stage: Stack) -> bool:
     return next(stage.blocks[0].parameters(), None) is not None
 
 
 @torch.no_grad()
-def _of_stage(stage: Stage) -> StageSmoothness:
+def _of_stage(stage: Stack) -> StageSmoothness:
     horizon = stage.horizon
     groups: dict[str, tuple[float, ...]] = {}
     squares, numbers = [0.0] * (len(stage.blocks) - 1), 0

@@ -4,14 +4,14 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
 from deeplimit.errors import InputError, RunError
-from deeplimit.network import ResidualChain, ResidualClassifier, anatomy
+from deeplimit.network import ResidualChain
+from deeplimit.network.chain import chains_in
 from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
 from deeplimit.network.targets import fitted
 from deeplimit.ode.interpolation import Controls, VectorField
@@ -146,7 +146,7 @@ def check_solver(solver: str, steps: int | None, tolerance: float = TOLERANCE) -
 def solved(
     model: nn.Module, solver: str, steps: int | None = None, tolerance: float = TOLERANCE
 ) -> nn.Module:
-    """A copy of a chain or of one of our classifiers whose chains a solver runs.
+    """A copy of a chain, or of a network that holds some, whose chains a solver runs.
 
     It is there to be evaluated: gradients reach its input, but none of its parameters, which are
     copies, asks for one.
@@ -160,12 +160,13 @@ def solved(
     Raises:
         InputError: another kind of model, an unknown solver, or steps that do not go with it.
     """
-    _check_chains(model)
+    _chains(model)
     model = copy.deepcopy(model).requires_grad_(False)
-    if isinstance(model, ResidualChain):
-        return SolvedChain(model, solver, steps, tolerance)
-    stages: Any = model.stages
-    model.stages = nn.ModuleList(SolvedChain(chain, solver, steps, tolerance) for chain in stages)
+    for name, chain in chains_in(model):
+        own = SolvedChain(chain, solver, steps, tolerance)
+        if not name:
+            return own
+        model.set_submodule(name, own)
     return model
 
 
@@ -188,7 +189,7 @@ def solver_accuracies(
         InputError: as `solved`, or a loader that gives no batch.
         RunError: an adaptive solver does not get to the end.
     """
-    _check_chains(model)
+    chains = _chains(model)
     for pair in solvers:
         if isinstance(pair, str):
             raise InputError(f"{pair!r} given among the solvers; expected (solver, steps) each")
@@ -200,9 +201,8 @@ def solver_accuracies(
         )
     with evaluating(model):
         own, targets, batches = _predictions(model, loader)
-        horizon = anatomy(model).horizon
-        nodes = [chain.scheme.nodes for chain in _chains(model)]
-        cost = float(sum(n * c.horizon for n, c in zip(nodes, _chains(model), strict=True)))
+        horizon = sum(chain.horizon for chain in chains)
+        cost = float(sum(chain.scheme.nodes * chain.horizon for chain in chains))
         found = [_compared("network", horizon, cost, own, own, targets)]
         for solver, steps in solvers:
             other = solved(model, solver, steps, tolerance)
@@ -212,16 +212,14 @@ def solver_accuracies(
     return tuple(found)
 
 
-def _check_chains(model: object) -> None:
-    if not isinstance(model, ResidualChain | ResidualClassifier):
+def _chains(model: nn.Module) -> list[ResidualChain]:
+    chains = [chain for _, chain in chains_in(model)] if isinstance(model, nn.Module) else []
+    if not chains:
         raise InputError(
             f"{type(model).__name__} has no chain of residual functions that a solver could run; "
             "expected a ResidualChain or one of deeplimit's classifiers"
         )
-
-
-def _chains(model: nn.Module) -> list[ResidualChain]:
-    return [module for module in model.modules() if isinstance(module, ResidualChain)]
+    return chains
 
 
 def _predictions(

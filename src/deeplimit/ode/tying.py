@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain
-from deeplimit.ode.blocks import blocks_of, chains_of, check_untied, check_values, check_whole
+from deeplimit.network.chain import chains_in
+from deeplimit.ode.blocks import blocks_of, check_untied, check_values, check_whole
 from deeplimit.ode.optimiser_state import carry_over, checked_optimiser
 from deeplimit.ode.origins import ONE, Origin, Origins, mixed
 from deeplimit.ode.resampling import outside
@@ -75,15 +77,20 @@ def untie(model: Model, *, optimizer: Optimizer | None = None) -> Model:
 
     Raises:
         InputError: a model that `anatomy` does not read, without values or quantised; an optimiser
-            of another class or of another model.
+            of another class or of another model; layers that are calls of one module.
     """
     check_values(model)
     inner = None if optimizer is None else checked_optimiser(optimizer, model)
     blocks = blocks_of(model)
     new = copy.deepcopy(model)
-    for chain in chains_of(new) or []:
+    for _, chain in chains_in(new):
         _separate(chain)
     others = blocks_of(new)
+    if len(set(others)) < len(others):
+        raise InputError(
+            f"the layers of this {type(model).__name__} are calls of one module, which cannot have "
+            "a control for each"
+        )
     holders = Counter(p for block in blocks for p in set(block.parameters()))
     origins: Origins = {}
     for block, other in zip(blocks, others, strict=True):

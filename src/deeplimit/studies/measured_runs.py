@@ -13,10 +13,12 @@ from deeplimit.control import SoftCrossEntropy
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure
-from deeplimit.network import ResidualClassifier, anatomy
+from deeplimit.network import anatomy
+from deeplimit.network.anatomy import chain_stacks
 from deeplimit.network.modes import device_of, evaluating, to_device
+from deeplimit.network.storage import architecture_of
 from deeplimit.training import RunFolder, load_model, resume, run_data
-from deeplimit.training.building import evaluation_batches, outside
+from deeplimit.training.building import evaluation_batches, outside, reshaped
 from deeplimit.training.results import Score
 from deeplimit.training.saved_models import of_transformers
 
@@ -154,7 +156,7 @@ def averaged(models: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module
     for state in states[1:]:
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in states[0].items()}:
             raise InputError("the networks differ in width or depth")
-    steps = {_step(model) for model in models}
+    steps = {stack.step for model in models for stack in chain_stacks(model)}
     if len(steps) > 1:
         raise InputError("the networks differ in their step size")
     made = copy.deepcopy(models[0])
@@ -168,13 +170,10 @@ def averaged(models: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module
     return made.eval()
 
 
-def _step(model: nn.Module) -> float:
-    return model.architecture.step if isinstance(model, ResidualClassifier) else 1.0
-
-
 def check_storable(model: nn.Module) -> None:
     """Raises InputError unless a run folder can hold the model in another width and depth."""
-    if not (isinstance(model, ResidualClassifier) or of_transformers(model)):
+    said = {} if (own := architecture_of(model)) is None else own.to_dict()
+    if "hidden" not in said and not of_transformers(model):
         raise InputError(
             f"a run folder cannot store another width or depth of a {type(model).__name__}; work "
             "on it in Python: deeplimit.cot_geodesic, deeplimit.meanfield.merge"
@@ -213,9 +212,7 @@ def run_of(
     epochs = max(recipe.epochs, 1)  # until there is a start
     frame = _frame_of(model, like)
     recipe = replace(recipe, start=None, frame=frame, epochs=epochs, devices=1, strategy="auto")
-    if isinstance(model, ResidualClassifier) and recipe.model is None:
-        a = model.architecture
-        recipe = replace(recipe, depth=a.depths, hidden=a.hidden, step=a.step)
+    recipe = reshaped(recipe, model)
     runs, names = like.path.parent, like.class_names
     made = RunFolder.create_from(runs, name, recipe, model, 0, names, fill)
     return resume(made.path, quiet=True)

@@ -20,6 +20,7 @@ from deeplimit.network import (
     initialise,
 )
 from deeplimit.network.initialisation import check_kernel
+from deeplimit.network.storage import architecture_of
 from deeplimit.network.storage import load as load_own
 from deeplimit.training.given_model import check_model, given_model
 from deeplimit.training.recipe import OWN_STARTS, Recipe
@@ -312,3 +313,13 @@ def _architecture(recipe: Recipe, data: DataSet) -> Architecture | CifarArchitec
         scheme=recipe.scheme,
         reduction=recipe.reduction,
     )
+
+
+def reshaped(recipe: Recipe, model: nn.Module) -> Recipe:
+    """The recipe with the depth, width and step of another network, where it says them."""
+    architecture = None if recipe.model is not None else architecture_of(model)
+    if architecture is None:
+        return recipe
+    said = architecture.to_dict()
+    own = {name: said[name] for name in ("hidden", "step") if name in said}
+    return replace(recipe, depth=architecture.depths, **own)

@@ -17,7 +17,6 @@ from deeplimit.training.library_models import UNTRAINED
 from deeplimit.training.loaded_model import told
 from deeplimit.training.model_spec import load_named
 from deeplimit.training.recipe import Recipe
-from deeplimit.training.saved_models import OWN
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
 PARALLEL = "module."  # before every name in those of DataParallel
@@ -45,7 +44,7 @@ def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisati
     if recipe.stack is not None:
         anatomy(model, blocks=recipe.stack)
     _name_classes(model, data.class_names)
-    if isinstance(model, OWN):
+    if hasattr(model, "standardise"):
         if recipe.mean is not None:
             raise InputError(f"mean given, but {spec} standardises its own inputs; leave it out")
         return model, None
@@ -118,7 +117,7 @@ def check_model(model: nn.Module, x: Tensor, classes: int, spec: str, recipe: Re
             f"{spec} reads tokens; deeplimit train, profile, crop and heal are for classifiers of "
             "images. From Python: deeplimit.StageCost, turnpike_profile and crop"
         )
-    if recipe.gradient == "adjoint" and type(model).__name__ == "CifarResNet":
+    if recipe.gradient == "adjoint" and not structure.rebuildable:
         raise InputError(
             "gradient is adjoint: the states of a CIFAR ResNet cannot be rebuilt, because of the "
             "ReLU after every addition; give the gradient backprop"

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -13,12 +12,13 @@ from deeplimit.control import verify_crop
 from deeplimit.control.crop_report import CropReport
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
-from deeplimit.network import CifarResNet, ResidualClassifier
+from deeplimit.network.storage import architecture_of
 from deeplimit.ode import refine
 from deeplimit.training.building import (
     evaluation_batches,
     freeze_frame,
     loss_of,
+    reshaped,
     run_data,
     training_batches,
 )
@@ -76,7 +76,7 @@ def refine_run(
         raise InputError("deeplimit refine works in one process; start it without torchrun")
     check_beside(folder.path)
     model = folder.model()
-    if not (isinstance(model, ResidualClassifier | CifarResNet) or of_transformers(model)):
+    if architecture_of(model) is None and not of_transformers(model):
         raise InputError(
             f"a run folder cannot store another depth of a {type(model).__name__}; refine it in "
             "Python: deeplimit.refine"
@@ -95,7 +95,7 @@ def refine_run(
         learning_rate=recipe.learning_rate,
         carried=optimizer is not None,
     )
-    shaped = _shaped(recipe, deeper)
+    shaped = reshaped(recipe, deeper)
     rate = folder.recipe.learning_rate
 
     def fill(made: RunFolder, _: Path) -> None:
@@ -126,16 +126,6 @@ def _recipe(recipe: Recipe, epochs: int, learning_rate: float | None) -> Recipe:
     epochs = max(epochs, 1)
     changed = replace(recipe, epochs=epochs, learning_rate=rate, start=None)
     return place(replace(changed, devices=1, strategy="auto"))
-
-
-def _shaped(recipe: Recipe, model: nn.Module) -> Recipe:
-    """The recipe of the deeper network, where it is built from kind, depth, …."""
-    if recipe.model is not None:
-        return recipe
-    if isinstance(model, ResidualClassifier):
-        recipe = replace(recipe, step=model.architecture.step)
-    depth = cast(ResidualClassifier | CifarResNet, model).architecture.depths
-    return replace(recipe, depth=depth)
 
 
 def _optimiser_of(folder: RunFolder, model: nn.Module) -> Optimizer | None:

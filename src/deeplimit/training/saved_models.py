@@ -16,8 +16,8 @@ from torch import nn
 from deeplimit.data import Standardisation
 from deeplimit.errors import InputError
 from deeplimit.files import whole
-from deeplimit.network import CifarResNet, ResidualClassifier, anatomy
-from deeplimit.network.storage import file_errors, load, save, write_weights
+from deeplimit.network import anatomy
+from deeplimit.network.storage import architecture_of, file_errors, load, save, write_weights
 from deeplimit.network.weights import read_safetensors
 from deeplimit.ode import untie
 from deeplimit.reading import parse_json
@@ -26,7 +26,6 @@ from deeplimit.training.loaded_model import told
 from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor
 from deeplimit.training.typed_values import conform
 
-OWN = (ResidualClassifier, CifarResNet)
 REMOVED = "deeplimit.removed"
 SUFFIX = ".safetensors"
 
@@ -57,7 +56,7 @@ def save_network(
     Raises:
         RunError: the disk is full or cannot be written to.
     """
-    if isinstance(model, OWN):
+    if architecture_of(model) is not None:
         save(model, _file(place))
     elif of_transformers(model):
         _save_folder(model, place, standardisation)

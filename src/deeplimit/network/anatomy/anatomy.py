@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, SupportsIndex
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit.errors import InputError, several
+from deeplimit.network.anatomy.stack import Stack, chain_stacks
 from deeplimit.network.blocks import control
 from deeplimit.network.modes import Inputs, RunningStatistics, to_device, to_precision
 
@@ -48,12 +50,14 @@ class Anatomy(ABC):
 
     Attributes:
         model: the model.
+        rebuildable: whether a layer's input can be found again from what it returns.
         tokens: whether there are logits for every token, [B, L, C], and the head reads each token
             by itself: states [T, d] → logits [T, C].
         name: of the lists of blocks, where the model was found to have such.
         others: names of other lists of blocks that it has.
     """
 
+    rebuildable = True
     tokens = False
     name: str | None = None
     others: Sequence[str] = ()
@@ -162,6 +166,38 @@ class Anatomy(ABC):
     def blocks(self) -> tuple[nn.Module, ...]:
         """The residual blocks in order, each once."""
         return tuple(dict.fromkeys(b for layer in self.layers for b in layer.controls))
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The blocks of each stage, their step and scheme, and whether a block adds its input.
+
+        The model's chains; where it has none blocks add their input, and the step is 1.
+        """
+        every = groupby(enumerate(self.layers), lambda numbered: numbered[1].stage)
+        own = [(stage, list(layers)) for stage, layers in every]
+        return chain_stacks(self.model) or tuple(
+            Stack(stage, layers[0][0], tuple(layer.controls[0] for _, layer in layers))
+            for stage, layers in own
+        )
+
+    @property
+    def stem_and_head(self) -> tuple[nn.Module, nn.Module] | None:
+        """What makes the first state and what reads the last, where each is one module."""
+        return None
+
+    def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
+        """The model with other blocks in its stages, and another step; else independent of it.
+
+        What the model says of itself is brought up to date.
+
+        Args:
+            stacks: one for each of `stacks`.
+            neurons: how many a block of the first stage has, where that changes.
+
+        Raises:
+            InputError: its step is no number.
+        """
+        raise InputError(f"the layers of {type(self.model).__name__} have no step that is a number")
 
     @property
     def horizon(self) -> int:

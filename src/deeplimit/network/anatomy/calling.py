@@ -1,7 +1,8 @@
 """How a model is called with what people have, and which of its outputs is read."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -94,7 +95,12 @@ def main_input(model: nn.Module) -> str | None:
 
 def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """What a model's forward takes."""
-    return inspect.signature(type(model).forward).parameters
+    return _parameters(type(model).forward)
+
+
+@lru_cache
+def _parameters(forward: Callable[..., Any]) -> Mapping[str, Any]:
+    return inspect.signature(forward).parameters
 
 
 def told(error: BaseException) -> str:

@@ -23,6 +23,7 @@ class CifarResNetAnatomy(Anatomy):
 
     model: CifarResNet
     stages = len(CHANNELS)
+    rebuildable = False  # for the ReLU after every addition
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -28,6 +28,11 @@ def register(*classes: type[nn.Module]) -> Callable[[Family], Family]:
     return enter
 
 
+def of_family(model: nn.Module) -> Anatomy | None:
+    """The anatomy of a network of our own, or of a class that was registered."""
+    return next((FAMILIES[cls](model) for cls in type(model).__mro__ if cls in FAMILIES), None)
+
+
 def anatomy(
     model: nn.Module | Anatomy,
     example: Any = None,
@@ -61,9 +66,9 @@ def anatomy(
     if not isinstance(model, nn.Module):
         raise InputError(f"{shown(model)} given as the model; expected a torch.nn.Module")
     model = unwrapped(model)
-    for cls in type(model).__mro__:
-        if cls in FAMILIES:
-            return FAMILIES[cls](model)
+    own = of_family(model)
+    if own is not None:
+        return own
     asked = example is not None or blocks is not None
     before = vars(model).get(READ_AS, (None, None))
     structure = ReadModel(

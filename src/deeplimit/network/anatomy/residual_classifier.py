@@ -1,24 +1,36 @@
 """Anatomy of our own classifiers, and of a bare chain."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit.network.anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
 from deeplimit.network.anatomy.registry import register
+from deeplimit.network.anatomy.stack import Stack, chain_stacks
 from deeplimit.network.chain import ResidualChain
 from deeplimit.network.classifiers import ResidualClassifier
 from deeplimit.network.modes import Inputs, RunningStatistics
 
 
-def _layers(chain: ResidualChain, stage: int) -> list[Layer]:
-    controls = list(chain)
-    nodes = chain.scheme.nodes
-    return [Layer(stage, tuple(controls[n : n + nodes])) for n in range(chain.horizon)]
+def _layers(stacks: Sequence[Stack]) -> tuple[Layer, ...]:
+    return tuple(
+        Layer(s.index, s.blocks[n : n + s.scheme.nodes]) for s in stacks for n in range(s.horizon)
+    )
+
+
+def _with_stacks(chain: ResidualChain, stack: Stack) -> ResidualChain:
+    """A copy of a chain with the blocks and the step of a stack."""
+    other = copy.deepcopy(chain, dict.fromkeys(map(id, chain)))
+    other._modules.clear()
+    other.extend(stack.blocks)
+    other.step = stack.step
+    return other
 
 
 @register(ResidualChain)
@@ -31,7 +43,7 @@ class ChainAnatomy(Anatomy):
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The chain's steps."""
-        return tuple(_layers(self.model, 0))
+        return _layers(chain_stacks(self.model))
 
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
         """The chain's own state hook."""
@@ -56,6 +68,15 @@ class ChainAnatomy(Anatomy):
         """The state itself."""
         return x
 
+    @property
+    def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
+        """Neither does anything."""
+        return nn.Identity(), nn.Identity()
+
+    def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
+        """The chain over other blocks, with another step."""
+        return _with_stacks(self.model, stacks[0])
+
     def leave_out(self, removed: set[int]) -> nn.Module:
         """A shorter chain."""
         return copy.deepcopy(self.model.without(removed))
@@ -79,7 +100,7 @@ class ResidualClassifierAnatomy(Anatomy):
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The steps of all chains."""
-        return tuple(layer for m, chain in enumerate(self._chains) for layer in _layers(chain, m))
+        return _layers(chain_stacks(self.model))
 
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
         """The chains' state hooks, counted through; the end of a chain is the next one's start."""
@@ -135,6 +156,30 @@ class ResidualClassifierAnatomy(Anatomy):
     def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """The classifier's head."""
         return self.model.head(x)
+
+    @property
+    def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
+        """The classifier's own."""
+        return self.model.stem, self.model.head
+
+    def example(self) -> Inputs | None:
+        """A sample of zeros."""
+        return torch.zeros(1, *self.model.architecture.shape)
+
+    def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
+        """A classifier with chains over other blocks; its architecture says their depths."""
+        chains = zip(self._chains, stacks, strict=True)
+        made = nn.ModuleList(_with_stacks(chain, stack) for chain, stack in chains)
+        made.training = self.model.stages.training
+        other = copy.deepcopy(self.model, {id(self.model.stages): made})
+        a = other.architecture
+        other.architecture = replace(
+            a,
+            depths=tuple(stack.horizon for stack in stacks),
+            hidden=a.hidden if neurons in (None, a.hidden or a.width) else neurons,
+            step=stacks[0].step,
+        )
+        return other
 
     def leave_out(self, removed: set[int]) -> nn.Module:
         """A classifier with shorter chains."""
