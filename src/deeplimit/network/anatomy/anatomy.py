@@ -173,12 +173,13 @@ class Anatomy(ABC):
 
         The model's chains; where it has none blocks add their input, and the step is 1.
         """
-        every = groupby(enumerate(self.layers), lambda numbered: numbered[1].stage)
-        own = [(stage, list(layers)) for stage, layers in every]
-        return chain_stacks(self.model) or tuple(
-            Stack(stage, layers[0][0], tuple(layer.controls[0] for _, layer in layers))
-            for stage, layers in own
-        )
+        if chains := chain_stacks(self.model):
+            return chains
+        found = []
+        for stage, own in groupby(enumerate(self.layers), lambda numbered: numbered[1].stage):
+            numbers, layers = zip(*own, strict=True)
+            found.append(Stack(stage, numbers[0], tuple(layer.controls[0] for layer in layers)))
+        return tuple(found)
 
     @property
     def stem_and_head(self) -> tuple[nn.Module, nn.Module] | None:
