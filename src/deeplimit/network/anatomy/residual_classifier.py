@@ -1,7 +1,7 @@
 """Anatomy of our own classifiers, and of a bare chain."""
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -70,6 +70,17 @@ class ChainAnatomy(Anatomy):
             handles.append(chain.register_state_hook(_shifted(hook, first, end)))
             first += chain.horizon
         return handles
+
+    def register_leaving_hook(self, n: int, hook: Callable[[Tensor], None]) -> RemovableHandle:
+        """The next state of the layer's chain."""
+        stage = self.layers[n].stage
+        last = n + 1 - sum(chain.horizon for chain in self._chains[:stage])
+
+        def leaves(i: int, x: Tensor) -> None:
+            if i == last:
+                hook(x)
+
+        return self._chains[stage].register_state_hook(leaves)
 
     @property
     def replayed(self) -> bool:
