@@ -102,7 +102,11 @@ def resnet(options: argparse.Namespace) -> Case:
     data = load("cifar10", data_dir=options.data_dir)
     model = CifarResNet.from_weights(options.data_dir / "weights/cifar10-resnet56.safetensors")
     fitting = list(batches(data.train.take(options.images), 64))
-    test = list(batches(Split(data.test.x[-options.test_images :], data.test.y[-options.test_images :]), 250))
+    test = list(
+        batches(
+            Split(data.test.x[-options.test_images :], data.test.y[-options.test_images :]), 250
+        )
+    )
     return Case(model.eval(), fitting, accuracy(test), "accuracy, %", (3, 7, 10), 1e-3, 10)
 
 

@@ -285,9 +285,7 @@ def test_resnets_and_gaps_that_cannot_be_bridged_beside_others() -> None:
     assert second.after < second.before
     assert third.place == "layer2.1.bn2"
     assert type(bridged) is type(model)
-    with pytest.raises(
-        InputError, match=r"no gap can be bridged: layer 0: .*nothing stands"
-    ):
+    with pytest.raises(InputError, match=r"no gap can be bridged: layer 0: .*nothing stands"):
         crop(model, remove=[0], bridge=images)
     with pytest.raises(InputError, match="layer 3 changes the shape"):
         crop(model, remove=[3], bridge=images)

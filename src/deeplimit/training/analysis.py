@@ -122,7 +122,9 @@ def crop_run(
         removed = list(range(to, layers))
     with fitting_threads(folder.recipe):
         fitted = (
-            evaluation_batches(data.train.take(min(BRIDGED, len(data.train)))) if bridge and removed else None
+            evaluation_batches(data.train.take(min(BRIDGED, len(data.train))))
+            if bridge and removed
+            else None
         )
         cropped = crop(model, remove=removed, bridge=fitted)
         report = verify_crop(
