@@ -94,6 +94,20 @@ def test_it_is_the_naive_loop(taught: bool, run: RunFolder, data: DataSet) -> No
         assert equal_weights(healed, by_hand)
 
 
+def test_a_bridged_cut_does_better_and_is_healed_from_there(run: RunFolder, tmp_path: Path) -> None:
+    folder = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
+    plain = folder.cut()
+    cut = crop_run(folder, 2, bridge=True)
+    assert (plain.bridge, folder.cut()) == (None, cut)
+    (gap,) = cut.bridge.gaps
+    assert (gap.start, gap.stop, gap.kind, cut.bridge.samples) == (2, 6, "linear", 1024)
+    assert cut.report.accuracy_after > plain.report.accuracy_after + 0.02
+    assert cut.report.loss_after < plain.report.loss_after
+    healing = heal_run(folder, quiet=True)
+    assert healing.fade == 0
+    assert healing.from_cropped.accuracy_before == cut.report.accuracy_after
+
+
 def test_what_it_writes_is_what_it_says(run: RunFolder, data: DataSet, tmp_path: Path) -> None:
     folder = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
     healing = heal_run(folder, epochs=2, learning_rate=2e-3, quiet=True)

@@ -21,6 +21,7 @@ class Crop(Source):
       deeplimit crop runs/digits --to auto
       deeplimit crop runs/mnist --to auto --points 0.1
       deeplimit crop runs/cifar10 --multiply-adds 0.5
+      deeplimit crop runs/cifar10 --blocks 20 --bridge
       deeplimit crop transformers:my-vit --data cifar10         a model trained elsewhere
 
     Of a transformers model the smaller one is the folder RUN/cropped, which plain transformers
@@ -61,6 +62,9 @@ class Crop(Source):
         float | None,
         arg(metavar="F", help="The same for the latency, measured on this machine."),
     ] = None
+    bridge: bool = False
+    """Fit what the removed layers did on training data, by least squares, and fold it into the
+    weights before them; heal then starts from there."""
     json: Json = False
 
     def __call__(self) -> None:
@@ -84,6 +88,6 @@ class Crop(Source):
             )
         accuracy = {} if self.points is None else {"accuracy": self.points / 100}
         with self.opened() as folder, folder.commit() as new:
-            cut = crop_run(new, self.to, **accuracy, **budgets)  # type: ignore[arg-type]
+            cut = crop_run(new, self.to, bridge=self.bridge, **accuracy, **budgets)  # type: ignore[arg-type]
             shown, page = crop_summary(cut, new.reference(), new.profiles()), renew_page(new)
         emit(cut, shown, page, json=self.json)

@@ -15,7 +15,8 @@ from deeplimit.errors import InputError
 class Heal(Source):
     """Train a cut network a little more, and measure on test data what that recovers.
 
-    The layers cut are not gone at once: they fade out in the first part of the training. The full
+    The layers cut are not gone at once: they fade out in the first part of the training; a cut that
+    was bridged (crop --bridge) is trained as it is. The full
     network teaches the cut one: beside the labels it learns the full one's answers (soft targets).
     Everything else is the run's own recipe. Writes RUN/healed.safetensors (of a transformers model
     the folder RUN/healed), the figures to RUN/heal.json and into the page. For

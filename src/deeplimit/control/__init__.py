@@ -1,5 +1,6 @@
 """Training as optimal control: stage cost, dissipativity, turnpike, crop."""
 
+from deeplimit.control.bridge import Bridge, bridge_of
 from deeplimit.control.choosing import choose_cut
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cropping import crop, removal, verify_crop
@@ -14,6 +15,7 @@ from deeplimit.control.turnpike import TurnpikeProfile, turnpike_profile
 from deeplimit.control.verdict import Verdict
 
 __all__ = [
+    "Bridge",
     "CropReport",
     "CutChoice",
     "DissipativityReport",
@@ -24,6 +26,7 @@ __all__ = [
     "TrajectoryPicture",
     "TurnpikeProfile",
     "Verdict",
+    "bridge_of",
     "choose_cut",
     "crop",
     "dissipativity",

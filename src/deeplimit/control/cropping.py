@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
 from statistics import median
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeplimit.control.alignment import aligned_batches
+from deeplimit.control.bridge import bridge as build_bridge
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.fading import FadedForward
@@ -26,6 +27,7 @@ from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.control.verdict import FEW
 from deeplimit.errors import InputError, several
 from deeplimit.network.anatomy import Anatomy, anatomy, check_rebuilt
+from deeplimit.network.anatomy.anatomy import layer_numbers
 from deeplimit.network.checks import shown
 from deeplimit.network.modes import Inputs, device_of, evaluating, first_samples
 from deeplimit.network.targets import fitted
@@ -70,6 +72,7 @@ def crop(
     depth: SupportsIndex | TurnpikeProfile | CutChoice | None = None,
     *,
     remove: Iterable[SupportsIndex] | None = None,
+    bridge: Iterable[Any] | None = None,
 ) -> nn.Module:
     """A smaller model of the same kind, independent of the first.
 
@@ -77,12 +80,16 @@ def crop(
     the model's own intermediate output at that depth. `crop(model, profile)` takes out what
     `removal(profile)` names, `crop(model, choice)` what `choose_cut` chose, and
     `crop(model, remove=range(5, 18))` those layers, from the middle if need be: the output then
-    changes by what they did.
+    changes by what they did. With `bridge`, batches (x, y) or x of calibration data, what each run
+    of removed layers did is fitted by least squares and folded into the weights before it, as far
+    as that helps on samples held out (`control.bridge.bridge`); `bridge_of(cropped)` tells what was
+    fitted. Class and configuration stay.
 
     Raises:
         InputError: a depth outside 0 … N, a profile or a choice of another horizon, a layer that
             does not exist or that the model cannot do without, neither or both of depth and remove,
-            or a model whose class, built from the new configuration, is another (`check_rebuilt`).
+            or a model whose class, built from the new configuration, is another (`check_rebuilt`);
+            `bridge` where nothing can be bridged, or of data that are not finite.
     """
     structure = anatomy(model)
     horizon = structure.horizon
@@ -108,11 +115,14 @@ def crop(
                 f"depth {depth} given; the model has {several(horizon, 'layer')}: 0 … {horizon}"
             )
         remove = range(kept, horizon)
-    smaller = structure.without(() if remove is None else remove)
+    gone = layer_numbers(() if remove is None else remove)
+    smaller = structure.without(gone)
     for module in smaller.modules():  # of a model that is fading: the crop does not
         standing = vars(module).get("forward")
         if isinstance(standing, FadedForward):
             standing.remove()
+    if bridge is not None:
+        build_bridge(structure, smaller, gone, bridge)
     check_rebuilt(structure, smaller)
     return smaller
 

@@ -11,15 +11,6 @@ from deeplimit.network.anatomy import Stack, chain_stacks
 from deeplimit.network.checks import shown
 
 
-def check_model(model: object) -> None:
-    """Raises InputError unless it is a network."""
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"{shown(model)} given as the network; expected a torch.nn.Module, such as "
-            "deeplimit.network.load(path) or the .network() of a LayerwiseMeasure"
-        )
-
-
 def particle_stacks(model: nn.Module) -> tuple[Stack, ...]:
     """The stages that divide a network's depth evenly; of blocks that add their input one for all.
 

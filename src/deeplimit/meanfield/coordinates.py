@@ -9,9 +9,9 @@ from torch import nn
 
 from deeplimit.errors import InputError
 from deeplimit.meanfield.additivity import check_additive
-from deeplimit.meanfield.checks import check_model, particle_stacks
+from deeplimit.meanfield.checks import particle_stacks
 from deeplimit.meanfield.neurons import find_neurons, read
-from deeplimit.network.checks import check_number
+from deeplimit.network.checks import check_module, check_number
 from deeplimit.network.parameter_groups import check_values
 
 Role = Literal["particle", "offset", "other"]
@@ -90,7 +90,7 @@ def coordinates(model: nn.Module, others: float = 1.0) -> tuple[Coordinate, ...]
         InputError: a network that is not a mean of particles, or has parameters without values or
             not finite, or `others` is negative.
     """
-    check_model(model)
+    check_module(model)
     expected = "a number ≥ 0, 0 to leave them as they are"
     others = check_number("others", others, expected, lambda v: math.isfinite(v) and v >= 0)
     check_values(model.named_parameters())

@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
-from deeplimit.meanfield.checks import check_batch, check_model
+from deeplimit.meanfield.checks import check_batch
 from deeplimit.meanfield.coordinates import particle_layers
 from deeplimit.meanfield.neurons import find_neurons
 from deeplimit.network import Anatomy
 from deeplimit.network.anatomy import Stack, chain_stacks, of_family
+from deeplimit.network.checks import check_module
 from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
 from deeplimit.network.parameter_groups import check_values
 
@@ -85,7 +86,7 @@ def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
     Source: [BPV24] arXiv 2403.12887; layer by layer, with the attenuation of finitely many layers
     in place of e^{−2L_x}.
     """
-    check_model(model)
+    check_module(model)
     check_values(model.named_parameters())
     read, chain = _chain(model)
     layers = particle_layers(model)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.meanfield.additivity import check_additive
-from deeplimit.meanfield.checks import check_model, particle_stacks
+from deeplimit.meanfield.checks import particle_stacks
 from deeplimit.meanfield.frame import BlockFrame, ChainFrame, Frame, listed
 from deeplimit.meanfield.grid import Breakpoints, lengths, uniform_grid
 from deeplimit.meanfield.neurons import (
@@ -22,6 +22,7 @@ from deeplimit.meanfield.neurons import (
 )
 from deeplimit.meanfield.norms import Norms
 from deeplimit.network import anatomy
+from deeplimit.network.checks import check_module
 
 
 def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor], list[Norms]]:
@@ -30,7 +31,7 @@ def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor], list[Norms]]:
     Raises:
         InputError: as `LayerwiseMeasure.of`.
     """
-    check_model(model)
+    check_module(model)
     _check_values(model)
     stacks = particle_stacks(model)
     steps = {stack.step for stack in stacks}

@@ -6,9 +6,18 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deeplimit.errors import InputError
+
+
+def check_module(model: object) -> None:
+    """Raises InputError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{shown(model)} given as the model; expected a torch.nn.Module, such as "
+            "deeplimit.network.load(path) or the .network() of a LayerwiseMeasure"
+        )
 
 
 def check_number(

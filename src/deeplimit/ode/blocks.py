@@ -6,6 +6,7 @@ from torch import nn
 
 from deeplimit.errors import InputError
 from deeplimit.network import Anatomy, anatomy
+from deeplimit.network.checks import check_module
 
 
 def blocks_of(model: nn.Module | Anatomy) -> list[nn.Module]:
@@ -21,12 +22,6 @@ def check_whole(name: str, number: object) -> None:
     """Raises InputError unless it is a whole number ≥ 1."""
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise InputError(f"{name} is {number!r}; expected a whole number ≥ 1, such as 2")
-
-
-def check_module(model: object) -> None:
-    """Raises InputError unless it is a module."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
 
 
 def check_values(model: nn.Module) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import Stack
+from deeplimit.network.checks import check_module
 from deeplimit.network.parameter_groups import check_values, parameter_groups
-from deeplimit.ode.blocks import check_module
 from deeplimit.ode.stages import stages
 
 Kind = Literal["smooth", "between", "rough"]

@@ -7,7 +7,6 @@ from torch import nn
 from deeplimit.errors import InputError
 from deeplimit.network import Anatomy, anatomy
 from deeplimit.network.anatomy import Stack
-from deeplimit.ode.blocks import check_module
 
 
 def stages(model: nn.Module | Anatomy) -> tuple[Stack, ...]:
@@ -20,8 +19,6 @@ def stages(model: nn.Module | Anatomy) -> tuple[Stack, ...]:
     Raises:
         InputError: a model that `anatomy` cannot read, or that has no such stage.
     """
-    if not isinstance(model, Anatomy):
-        check_module(model)
     read = anatomy(model)
     fixed = set(read.fixed)
     found = [run for stack in read.stacks if (run := stack.alike(fixed)) is not None]

@@ -102,6 +102,8 @@ def crop_summary(
         lines.append(Text(about, style="dim"))
     if cut.choice is not None:
         lines.append(Text(f"On validation data: {cut.choice}.", style="dim"))
+    if cut.bridge is not None:
+        lines.append(Text(f"On training data: {cut.bridge}.", style="dim"))
     if apart := entry_apart(cut, profiles):
         lines.append(Text(apart, style="dim"))
     lines += map(Text, control_sentences(cut, reference))

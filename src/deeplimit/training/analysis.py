@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from deeplimit.control import (
+    bridge_of,
     choose_cut,
     crop,
     picture_trajectories,
@@ -25,6 +26,8 @@ from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Cut, Parts, Profiles
 from deeplimit.training.run_folder import RunFolder
 from deeplimit.training.threads import fitting_threads
+
+BRIDGED = 1024  # training samples, which a bridge is fitted on
 
 
 def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
@@ -60,6 +63,7 @@ def crop_run(
     blocks: int | None = None,
     multiply_adds: float | None = None,
     latency: float | None = None,
+    bridge: bool = False,
     data: DataSet | None = None,
 ) -> Cut:
     """Cuts a run's network; writes cropped.safetensors (or cropped/) and crop.json.
@@ -78,6 +82,8 @@ def crop_run(
         blocks: with "auto", how many layers to keep, of any place.
         multiply_adds: with "auto", the fraction of the multiply-adds that is kept at most.
         latency: with "auto", the fraction of the latency that is kept at most.
+        bridge: whether what the removed layers did is fitted on training data and folded into what
+            stands before them (`crop`).
         data: the run's data where it is loaded already.
 
     Raises:
@@ -114,8 +120,13 @@ def crop_run(
         removed = _possible(structure, removal(profiles.validation, accuracy))
     else:
         removed = list(range(to, layers))
-    cropped = crop(model, remove=removed)
     with fitting_threads(folder.recipe):
+        fitted = (
+            evaluation_batches(data.train.take(min(BRIDGED, len(data.train))))
+            if bridge and removed
+            else None
+        )
+        cropped = crop(model, remove=removed, bridge=fitted)
         report = verify_crop(
             model,
             cropped,
@@ -126,7 +137,7 @@ def crop_run(
     if not removed and report.verdict is not None:
         report = replace(report, verdict=unchanged(report.verdict))
     tolerance = accuracy if to == "auto" and not budget else None
-    cut = Cut(tuple(removed), tolerance, report, choice, Parts.of(data))
+    cut = Cut(tuple(removed), tolerance, report, choice, Parts.of(data), bridge_of(cropped))
     with folder.commit() as new:
         new.write_cropped(cropped, cut.removed)
         new.write_cut(cut)

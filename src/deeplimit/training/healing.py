@@ -173,7 +173,7 @@ def heal_run(
         teacher_weight: w.
         temperature: τ.
         fade: the part of the training in which the full network's layers fade out; 0: the cut one
-            is trained.
+            is trained, as a bridged one always is.
         quiet: no progress on stderr.
 
     Raises:
@@ -188,6 +188,7 @@ def heal_run(
             f"{folder.path}: its cut removed no layer, so there is nothing to heal; cut to fewer "
             f"layers: deeplimit crop {folder.path} --to K"
         )
+    fade = 0.0 if cut.bridge is not None else fade  # its layers stand in other weights already
     rate = folder.recipe.learning_rate / GENTLER if learning_rate is None else learning_rate
     weight = 0.0 if teacher == "none" else teacher_weight
     plan = Plan(cut.removed, teacher, weight, temperature, epochs, rate, fade)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from deeplimit.control.bridge import Bridge
 from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.projection import TrajectoryPicture
@@ -48,6 +49,7 @@ class Cut:
         choice: how layers of any place were chosen; None where the first so many were kept, or what
             the profile of a network of one stage says.
         parts: of the data; None in a cut saved before they were.
+        bridge: what was fitted in place of the layers; None where that was not asked for.
     """
 
     removed: tuple[int, ...]
@@ -55,6 +57,7 @@ class Cut:
     report: CropReport
     choice: CutChoice | None = None
     parts: Parts | None = None
+    bridge: Bridge | None = None
 
     @property
     def loss_tolerance(self) -> float:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit.errors import InputError, several
 from deeplimit.network.anatomy.stack import Stack, chain_stacks
+from deeplimit.network.anatomy.stand_ins import state_of
 from deeplimit.network.blocks import control
 from deeplimit.network.modes import Inputs, RunningStatistics, to_device, to_precision
 
@@ -82,6 +83,15 @@ class Anatomy(ABC):
     @abstractmethod
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
         """Calls hook(n, x_n), n = 0 … N, while the model's own forward runs."""
+
+    def register_leaving_hook(self, n: int, hook: Callable[[Tensor], None]) -> RemovableHandle:
+        """Calls hook(x) with the state as it leaves layer n, before what follows the layer."""
+
+        def leaves(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            if (x := state_of(output)) is not None:
+                hook(x)
+
+        return self.layers[n].controls[-1].register_forward_hook(leaves)
 
     @property
     def replayed(self) -> bool:
@@ -173,12 +183,13 @@ class Anatomy(ABC):
 
         The model's chains; where it has none blocks add their input, and the step is 1.
         """
-        every = groupby(enumerate(self.layers), lambda numbered: numbered[1].stage)
-        own = [(stage, list(layers)) for stage, layers in every]
-        return chain_stacks(self.model) or tuple(
-            Stack(stage, layers[0][0], tuple(layer.controls[0] for _, layer in layers))
-            for stage, layers in own
-        )
+        if chains := chain_stacks(self.model):
+            return chains
+        found = []
+        for stage, own in groupby(enumerate(self.layers), lambda numbered: numbered[1].stage):
+            numbers, layers = zip(*own, strict=True)
+            found.append(Stack(stage, numbers[0], tuple(layer.controls[0] for layer in layers)))
+        return tuple(found)
 
     @property
     def stem_and_head(self) -> tuple[nn.Module, nn.Module] | None:

@@ -5,11 +5,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from deeplimit.errors import InputError
 from deeplimit.network.anatomy.anatomy import Anatomy
 from deeplimit.network.anatomy.calling import unwrapped
 from deeplimit.network.anatomy.read_model import ReadModel
-from deeplimit.network.checks import shown
+from deeplimit.network.checks import check_module
 
 READ_AS = "_deeplimit_read_as"  # on a model: the example and the blocks that were given for it
 FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {}
@@ -63,8 +62,7 @@ def anatomy(
     """
     if isinstance(model, Anatomy):
         return model
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{shown(model)} given as the model; expected a torch.nn.Module")
+    check_module(model)
     model = unwrapped(model)
     own = of_family(model)
     if own is not None:

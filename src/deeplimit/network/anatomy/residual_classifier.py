@@ -1,10 +1,11 @@
 """Anatomy of our own classifiers, and of a bare chain."""
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit.network.anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
 from deeplimit.network.anatomy.registry import register
-from deeplimit.network.anatomy.stack import Stack, chain_stacks
+from deeplimit.network.anatomy.stack import Stack
 from deeplimit.network.chain import ResidualChain
 from deeplimit.network.classifiers import ResidualClassifier
 from deeplimit.network.modes import Inputs, RunningStatistics
-
-
-def _layers(stacks: Sequence[Stack]) -> tuple[Layer, ...]:
-    return tuple(
-        Layer(s.index, s.blocks[n : n + s.scheme.nodes]) for s in stacks for n in range(s.horizon)
-    )
 
 
 def _with_stacks(chain: ResidualChain, stack: Stack) -> ResidualChain:
@@ -35,72 +30,37 @@ def _with_stacks(chain: ResidualChain, stack: Stack) -> ResidualChain:
 
 @register(ResidualChain)
 class ChainAnatomy(Anatomy):
-    """A `ResidualChain` by itself: the state is the logits (constant width C)."""
+    """Stages are chains; of a bare `ResidualChain` one, whose state is the logits (width C)."""
 
-    model: ResidualChain
-    stages = 1
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The chain's steps."""
-        return _layers(chain_stacks(self.model))
-
-    def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
-        """The chain's own state hook."""
-        return [self.model.register_state_hook(hook)]
+    model: Any
 
     @property
-    def replayed(self) -> bool:
-        """Whether the chain's steps are."""
-        return self.model.replayed
+    def _chains(self) -> list[ResidualChain]:
+        return [self.model]
 
-    def charging(
-        self, cost: RunningCost, x: Inputs, layers: Collection[int] | None = None
-    ) -> AbstractContextManager[list[Tensor]]:
-        """The chain's own: z_n is x_n."""
-        return self.model.charging(partial(cost, self.head), layers)
-
-    def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
-        """One stage only: the state itself."""
-        return x
-
-    def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
-        """The state itself."""
-        return x
+    @property
+    def _projections(self) -> Sequence[nn.Module]:
+        """What alone stands between two stages."""
+        return ()
 
     @property
     def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
-        """Neither does anything."""
+        """Of a chain neither does anything."""
         return nn.Identity(), nn.Identity()
-
-    def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
-        """The chain over other blocks, with another step."""
-        return _with_stacks(self.model, stacks[0])
-
-    def leave_out(self, removed: set[int]) -> nn.Module:
-        """A shorter chain."""
-        return copy.deepcopy(self.model.without(removed))
-
-
-@register(ResidualClassifier)
-class ResidualClassifierAnatomy(Anatomy):
-    """Stages are chains; a projection alone stands between two of them."""
-
-    model: ResidualClassifier
 
     @property
     def stages(self) -> int:
         """One per chain."""
-        return len(self.model.stages)
-
-    @property
-    def _chains(self) -> list[ResidualChain]:
-        return list(self.model.stages)  # type: ignore[arg-type]
+        return len(self._chains)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The steps of all chains."""
-        return _layers(chain_stacks(self.model))
+        return tuple(
+            Layer(s.index, s.blocks[n : n + s.scheme.nodes])
+            for s in self.stacks
+            for n in range(s.horizon)
+        )
 
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
         """The chains' state hooks, counted through; the end of a chain is the next one's start."""
@@ -110,6 +70,17 @@ class ResidualClassifierAnatomy(Anatomy):
             handles.append(chain.register_state_hook(_shifted(hook, first, end)))
             first += chain.horizon
         return handles
+
+    def register_leaving_hook(self, n: int, hook: Callable[[Tensor], None]) -> RemovableHandle:
+        """The next state of the layer's chain."""
+        stage = self.layers[n].stage
+        last = n + 1 - sum(chain.horizon for chain in self._chains[:stage])
+
+        def leaves(i: int, x: Tensor) -> None:
+            if i == last:
+                hook(x)
+
+        return self._chains[stage].register_state_hook(leaves)
 
     @property
     def replayed(self) -> bool:
@@ -125,9 +96,8 @@ class ResidualClassifierAnatomy(Anatomy):
         Inside a step only what lies between the stages and the head is used: one state at a time
         meets them, and no other module need be looked at.
         """
-        statistics = RunningStatistics(
-            [*self.model.projections.modules(), *self.model.head.modules()]
-        )
+        used = [*self._projections, self.stem_and_head[1]]
+        statistics = RunningStatistics(m for module in used for m in module.modules())
 
         def charge(stage: int, state: Tensor) -> Tensor:
             with statistics.use():
@@ -145,7 +115,7 @@ class ResidualClassifierAnatomy(Anatomy):
 
     def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Through the projection behind the stage."""
-        return self.model.projections[stage](x)
+        return self._projections[stage](x)
 
     def _head_of(self, stage: int, x: Tensor) -> Tensor:
         """The logits of states of any stage."""
@@ -154,8 +124,31 @@ class ResidualClassifierAnatomy(Anatomy):
         return self.head(x)
 
     def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
-        """The classifier's head."""
-        return self.model.head(x)
+        """The classifier's head; of a chain the state itself."""
+        return self.stem_and_head[1](x)
+
+    def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
+        """The chain over other blocks, with another step."""
+        return _with_stacks(self.model, stacks[0])
+
+    def leave_out(self, removed: set[int]) -> nn.Module:
+        """The same with shorter chains."""
+        return copy.deepcopy(self.model.without(removed))
+
+
+@register(ResidualClassifier)
+class ResidualClassifierAnatomy(ChainAnatomy):
+    """Several chains between a stem and a head."""
+
+    model: ResidualClassifier
+
+    @property
+    def _chains(self) -> list[ResidualChain]:
+        return list(self.model.stages)  # type: ignore[arg-type]
+
+    @property
+    def _projections(self) -> Sequence[nn.Module]:
+        return list(self.model.projections)
 
     @property
     def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
@@ -180,10 +173,6 @@ class ResidualClassifierAnatomy(Anatomy):
             step=stacks[0].step,
         )
         return other
-
-    def leave_out(self, removed: set[int]) -> nn.Module:
-        """A classifier with shorter chains."""
-        return copy.deepcopy(self.model.without(removed))
 
 
 def _shifted(hook: StateHook, first: int, end: int | None) -> StateHook:

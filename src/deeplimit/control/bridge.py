@@ -1,0 +1,335 @@
+"""Bridging a cut: what the removed layers did, fitted and folded into what stands before them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit.control.branch_end import HALF_SLACK, SLACK, End, find_end, fold, left
+from deeplimit.control.finite import blame_inputs
+from deeplimit.control.least_squares import Fit, Moments, fits
+from deeplimit.errors import InputError, several
+from deeplimit.network.anatomy import Anatomy
+from deeplimit.network.anatomy.batches import batch_of, first_sample, mapped, placed
+from deeplimit.network.checks import shown
+from deeplimit.network.modes import begun, evaluating
+
+Kind = Literal["nothing", "scale", "channels", "linear"]
+HELD = 4  # every so many-th sample is held out
+MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What stands for one run of removed layers.
+
+    Attributes:
+        start, stop: the layers start … stop − 1 are gone.
+        kind: "nothing"; "scale", one number; "channels", one number and constant per channel;
+            "linear", a map of all channels. What had the least residual on the samples held out.
+        place: the module that took it, by its name in the cut model.
+        ridge: λ of the linear map, relative to the mean square of a channel.
+        before, after: the relative residual ‖x_b − x‖ / ‖x_b‖ of the state that goes on, without
+            and with what was fitted, on the samples held out.
+        reason: why nothing could be fitted; else empty.
+    """
+
+    start: int
+    stop: int
+    kind: Kind
+    place: str = ""
+    ridge: float = 0.0
+    before: float | None = None
+    after: float | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """One line."""
+        gone = f"{self.start}" if self.stop == self.start + 1 else f"{self.start} … {self.stop - 1}"
+        name = f"layer{'s' * (self.stop > self.start + 1)} {gone}"
+        if self.reason:
+            return f"{name}: not bridged, {self.reason}"
+        if self.kind == "nothing":
+            return f"{name}: nothing is better, residual {self.before:.3g}"
+        return f"{name}: {self.kind} in {self.place}, residual {self.before:.3g} → {self.after:.3g}"
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """What was fitted for each run of removed layers.
+
+    Attributes:
+        gaps: in order.
+        samples: how many were used; every fourth of them was held out.
+        rows: how many states, such as tokens that are no padding.
+    """
+
+    gaps: tuple[Gap, ...]
+    samples: int
+    rows: int
+
+    def __str__(self) -> str:
+        """A line for each gap."""
+        used = f"bridged with {several(self.samples, 'sample')}, {several(self.rows, 'state')}"
+        return "\n".join([used, *map(str, self.gaps)])
+
+
+_BRIDGES: WeakKeyDictionary[nn.Module, Bridge] = WeakKeyDictionary()
+
+
+def bridge_of(cropped: nn.Module) -> Bridge | None:
+    """What was fitted for a model that `crop` returned; None where nothing was asked for."""
+    return _BRIDGES.get(cropped)
+
+
+@torch.no_grad()
+def bridge(
+    structure: Anatomy, smaller: nn.Module, removed: Iterable[int], loader: Iterable[Any]
+) -> Bridge:
+    """Folds what the removed layers did into the smaller model, in place.
+
+    For each run of removed layers a … b − 1, with the state x_b that leaves it in the model and
+    x_a = y + m that stands in its place in the smaller one, m what the block before adds last: the
+    map T and constant c that minimise
+
+        Σ ‖x_b − (y + T m + c)‖² + λ ‖T − 1‖²
+
+    over the samples; T a number, diagonal, or any, whichever of these and of nothing leaves the
+    least residual on every fourth sample, which is held out meanwhile. T and c go into the weights
+    whose output m is: class and configuration stay. Where x = ReLU(y + m), x_b counts where it is
+    positive; elsewhere it is enough that y + T m + c is not. Gaps are fitted in order, each in the
+    model that is bridged so far. ReplaceMe, arXiv 2505.02819; Prune&Comp, arXiv 2507.18212.
+
+    Args:
+        structure: of the model before the cut.
+        smaller: its cut.
+        removed: the layers that are gone.
+        loader: batches (x, y) or x, of which the inputs are used; gone through once per gap.
+
+    Raises:
+        InputError: no gap, none that can be bridged, fewer than two samples, batches of another
+            form, inputs or states that are not finite.
+    """
+    gone = sorted(removed)
+    if not gone:
+        raise InputError("bridge given, and no layer is removed; there is no gap: leave it out")
+    if begun(loader) is loader:
+        raise InputError(
+            "the loader can be gone through only once; give a DataLoader or a list for bridge"
+        )
+    student = structure.like(smaller)
+    gaps, samples, rows = [], 0, 0
+    with evaluating(structure.model), evaluating(student.model):
+        for start, stop in _runs(gone):
+            place = start - 1 - sum(n < start for n in gone)
+            work = _Gap(structure, student, start, stop, place, loader)
+            gaps.append(work.bridged())
+            samples, rows = max(samples, work.samples), max(rows, work.rows)
+    if all(gap.reason for gap in gaps):
+        raise InputError(f"no gap can be bridged: {'; '.join(map(str, gaps))}")
+    _BRIDGES[smaller] = made = Bridge(tuple(gaps), samples, rows)
+    return made
+
+
+def _runs(gone: Sequence[int]) -> list[tuple[int, int]]:
+    """The maximal runs, each from … to, exclusively."""
+    cuts = [i + 1 for i, (n, m) in enumerate(pairwise(gone)) if m != n + 1]
+    ends = [0, *cuts, len(gone)]
+    return [(gone[i], gone[j - 1] + 1) for i, j in pairwise(ends)]
+
+
+def _inputs(structure: Anatomy, loader: Iterable[Any]) -> Iterator[Any]:
+    """The inputs of batches (x, y) or x that hold samples, where the model is."""
+    for batch in begun(loader):
+        match batch:
+            case Tensor() | Mapping():
+                x: Any = batch
+            case (Tensor() | Mapping() | tuple() as x,) | (Tensor() | Mapping() | tuple() as x, _):
+                pass
+            case _:
+                raise InputError(
+                    f"the loader for bridge gives {shown(batch)}; expected batches (x, y) or x, x "
+                    "a tensor, tensors by name, or a tuple"
+                )
+        if batch_of(x):
+            parts = x if isinstance(x, Mapping) else enumerate(x if isinstance(x, tuple) else [x])
+            for name, value in dict(parts).items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    blame_inputs({f"input {name}": value}, value.abs())
+            yield placed(structure.model, x)
+
+
+class _Gap:
+    """One run of removed layers start … stop − 1; `place` is the layer before, in the student."""
+
+    def __init__(
+        self,
+        structure: Anatomy,
+        student: Anatomy,
+        start: int,
+        stop: int,
+        place: int,
+        loader: Iterable[Any],
+    ):
+        self.structure, self.student, self.loader = structure, student, loader
+        self.start, self.stop, self.place = start, stop, place
+        self.samples = self.rows = 0
+
+    def bridged(self) -> Gap:
+        """The gap, and the student changed."""
+        first = next(_inputs(self.structure, self.loader), None)
+        if first is None:
+            raise InputError("the loader for bridge gave no sample; a bridge is fitted on some")
+        end: End | str
+        end = self._refusal(first) or find_end(self.student, self.place, _few(first))
+        if isinstance(end, str):
+            return Gap(self.start, self.stop, "nothing", reason=end)
+        seen, held = self._moments(end)
+        chosen, before, after = _choice(seen, held, end)
+        if not before:
+            chosen = None
+        if chosen is not None:
+            fit = next(f for f in fits(seen.plus(held), end) if f.named == chosen.named)
+            if not self._fold(end, fit, seen.plus(held), _few(first)):
+                reason = f"{end.name} does not do what its weight says"
+                return Gap(self.start, self.stop, "nothing", reason=reason)
+            return Gap(
+                self.start, self.stop, cast(Kind, fit.kind), end.name, fit.ridge, before, after
+            )
+        return Gap(self.start, self.stop, "nothing", end.name, 0.0, before, before)
+
+    def _refusal(self, x: Any) -> str | None:
+        """Why there is nothing that could be fitted: what stands before the gap, or in it."""
+        if self.start == 0:
+            return "nothing stands before it"
+        entered: dict[int, Tensor] = {}
+        away: dict[int, Tensor] = {}
+        with ExitStack() as stack, self.structure.hooked(entered.__setitem__):
+            for n in range(self.start - 1, self.stop):
+                hook = partial(away.__setitem__, n)
+                stack.callback(self.structure.register_leaving_hook(n, hook).remove)
+            self.structure.run(_few(x))
+        for n in range(self.start, self.stop):
+            if not {n - 1, n} <= away.keys() or n not in entered:
+                return f"no state is seen around layer {n}"
+            if away[n - 1].shape != entered[n].shape or not away[n - 1].equal(entered[n]):
+                return f"something stands between layers {n - 1} and {n}"
+            if away[n].shape != away[n - 1].shape:
+                return f"layer {n} changes the shape of the state"
+        if len(away[self.stop - 1]) != batch_of(_few(x)):
+            return "its states do not begin with the samples"
+        return None
+
+    def _moments(self, end: End) -> tuple[Moments, Moments]:
+        """Of the samples that are fitted, and of those held out."""
+        parts: tuple[Moments, Moments] | None = None
+        for x in _inputs(self.structure, self.loader):
+            m, y, here = self._student_parts(end, x)
+            there = left(self.structure, self.stop - 1, partial(self.structure.run, x))
+            assert there is not None
+            count = len(there)
+            target, own, state = end.state_rows(there), end.rows(m), end.state_rows(here)
+            if y is None:
+                change = target - state
+            else:
+                sum_ = end.rows(y) + own
+                change = torch.where(target > 0, target - sum_, -sum_.relu())
+            if not bool(change.isfinite().all()):
+                raise InputError(
+                    f"states around layers {self.start} … {self.stop - 1} are not finite, to which "
+                    "nothing can be fitted; the model diverges on the data for bridge"
+                )
+            per = len(own) // count
+            sample = torch.arange(len(own), device=own.device) // per
+            counts = _counting(x, there, self.structure.name)
+            counts = counts.to(own.device) if counts is not None else torch.ones_like(sample) > 0
+            held = (self.samples + sample) % HELD == 1
+            if parts is None:
+                d = own.shape[1]
+                parts = Moments.none(d, own.device), Moments.none(d, own.device)
+            for part, chosen in zip(parts, (counts & ~held, counts & held), strict=True):
+                part.add(own[chosen], change[chosen], target[chosen])
+            self.samples += count
+            self.rows += int(counts.sum())
+        assert parts is not None
+        if self.samples < 2 or not (parts[0].count and parts[1].count):
+            raise InputError(
+                f"{several(self.samples, 'sample')}, {several(self.rows, 'state')} given for "
+                "bridge; expected at least two samples that count: every fourth is held out"
+            )
+        return parts
+
+    def _student_parts(self, end: End, x: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What the block before the gap adds, what it adds it to where a ReLU follows, the sum."""
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+
+            def added(_: nn.Module, __: Any, output: Tensor) -> None:
+                found["m"] = output.clone()
+
+            def rest(_: nn.Module, args: Any, output: Tensor) -> None:
+                found["y"] = (args[0] if alone else output).clone()
+
+            stack.callback(end.module.register_forward_hook(added).remove)
+            alone = end.rest is self.student.layers[self.place].controls[0]
+            if end.rest is not None:
+                stack.callback(end.rest.register_forward_hook(rest).remove)
+            here = left(self.student, self.place, partial(self.student.run, x))
+        assert here is not None
+        return found["m"], found.get("y"), here
+
+    def _fold(self, end: End, fit: Fit, moments: Moments, x: Any) -> bool:
+        """Whether the end gives then, on some samples, what it should; it is as it was if not."""
+        modules = [end.module, *([end.convolution] if end.convolution is not None else [])]
+        kept = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
+        m, _, _ = self._student_parts(end, x)
+        rows = end.rows(m)
+        expected = rows + (rows @ fit.a.T + fit.c) / end.gain
+        slack = HALF_SLACK if m.dtype.itemsize < 4 else SLACK
+        # Of what is added up in the weights, which may be more than what comes of it.
+        size = 1 + float(fit.a.abs().sum(1).max()) if fit.kind == "linear" else 1.0
+        limit = slack * torch.finfo(m.dtype).eps * size
+        limit *= float(expected.abs().max() + rows.abs().max())
+        offsets = (0.0,) if end.mixes else (0.0, 1.0)
+        for offset in offsets:
+            fold(end, fit.a, fit.c, moments.covariance(), offset)
+            after = end.rows(self._student_parts(end, x)[0])
+            if bool((after - expected).abs().max() <= limit):
+                return True
+            for module, state in zip(modules, kept, strict=True):
+                module.load_state_dict(state)
+        return False
+
+
+def _choice(seen: Moments, held: Moments, end: End) -> tuple[Fit | None, float, float]:
+    """The fit of the samples seen that is best on those held out, and the residuals there."""
+    before = held.residual(None)
+    tried = [(held.residual(fit), fit) for fit in fits(seen, end)]
+    least, best = min(tried, key=lambda pair: pair[0])
+    return (best if least < before else None), before, min(least, before)
+
+
+def _few(x: Any) -> Any:
+    """The first two samples."""
+    count = batch_of(x)
+    if count < 2:
+        return first_sample(x)
+    return mapped(x, lambda v: v[:2] if v.dim() and len(v) == count else v)
+
+
+def _counting(x: Any, state: Tensor, name: str | None) -> Tensor | None:
+    """Which states are of no padding, in a row; None where none is known to be."""
+    if not isinstance(x, Mapping) or state.dim() != 3:
+        return None
+    masks = MASKS if "decoder" not in (name or "") else MASKS[::-1]
+    for key in masks:
+        mask = x.get(key)
+        if isinstance(mask, Tensor) and mask.shape == state.shape[:2]:
+            return mask.flatten() != 0
+    return None

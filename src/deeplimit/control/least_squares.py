@@ -1,0 +1,113 @@
+"""Least squares of changes u ≈ A m + c from moments, which batches add up to."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deeplimit.control.branch_end import End
+
+RIDGES = (0.0, 1e-6, 1e-4, 1e-2, 1.0)
+TINY = 1e-13  # of the largest eigenvalue: directions that the data do not have
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A map u = a m + c of one kind."""
+
+    kind: str
+    a: Tensor
+    c: Tensor
+    ridge: float = 0.0
+
+    @property
+    def named(self) -> tuple[str, float]:
+        """What tells it from other fits of the same data."""
+        return self.kind, self.ridge
+
+
+@dataclass
+class Moments:
+    """Sums over rows, in float64: z zᵀ and z uᵀ with z = (m, 1), ‖u‖² and ‖x‖².
+
+    Attributes:
+        count: of rows.
+        gram: [d + 1, d + 1].
+        cross: [d + 1, d].
+        squares: Σ ‖u‖².
+        size: Σ ‖x‖² of the targets.
+    """
+
+    count: int
+    gram: Tensor
+    cross: Tensor
+    squares: float
+    size: float
+
+    @classmethod
+    def none(cls, d: int, device: torch.device) -> "Moments":
+        """Of no row."""
+        gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
+        return cls(0, gram, gram[:, :d].clone(), 0.0, 0.0)
+
+    def add(self, m: Tensor, u: Tensor, x: Tensor) -> None:
+        """Rows [n, d] more."""
+        z = torch.cat([m, m.new_ones(len(m), 1)], 1)
+        self.gram += z.T @ z
+        self.cross += z.T @ u
+        self.squares += float(u.square().sum())
+        self.size += float(x.square().sum())
+        self.count += len(m)
+
+    def plus(self, other: "Moments") -> "Moments":
+        """Of both."""
+        return Moments(
+            self.count + other.count,
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.squares + other.squares,
+            self.size + other.size,
+        )
+
+    def covariance(self) -> Tensor:
+        """Of m, [d, d]."""
+        mean = self.gram[-1, :-1] / self.count
+        return self.gram[:-1, :-1] / self.count - mean[:, None] * mean
+
+    def residual(self, fit: Fit | None) -> float:
+        """‖u − a m − c‖ / ‖x‖ over the rows; of None ‖u‖ / ‖x‖."""
+        left = self.squares
+        if fit is not None:
+            w = torch.cat([fit.a, fit.c[:, None]], 1)
+            left += float(((w @ self.gram) * w).sum() - 2 * (w * self.cross.T).sum())
+        return (max(left, 0.0) / self.size) ** 0.5 if self.size else 0.0
+
+
+def fits(moments: Moments, end: End) -> Iterator[Fit]:
+    """The least-squares fits that an end can take: a scale, channels, and linear maps."""
+    gram, cross, n, gain = moments.gram, moments.cross, moments.count, end.gain
+    d = len(gain)
+    none = gain.new_zeros(d)
+    squares, products = gram.diagonal()[:-1], cross[:-1].diagonal()
+    divisor = (gain.square() * squares).sum()
+    scale = (gain * products).sum() / divisor if divisor > 0 else divisor
+    yield Fit("scale", torch.diag(scale * gain), none)
+    mean, means = (gram[-1, :-1] / n, cross[-1] / n) if end.biased else (none, none)
+    variances, covariances = squares - n * mean.square(), products - n * mean * means
+    there = variances > TINY * squares
+    a = torch.where(there, covariances / torch.where(there, variances, 1.0), 0.0)
+    yield Fit("channels", torch.diag(a), means - a * mean)
+    if not end.mixes:
+        return
+    centred = gram[:-1, :-1] - n * mean[:, None] * mean
+    values, vectors = torch.linalg.eigh(centred)
+    turned = vectors.T @ (cross[:-1] - n * mean[:, None] * means)
+    for ridge in RIDGES:
+        if not ridge and n <= d:
+            continue
+        damped = values + ridge * centred.diagonal().mean()
+        known = damped > TINY * values[-1].abs()
+        inverse = torch.where(known, 1 / torch.where(known, damped, 1.0), 0.0)
+        full = (vectors @ (inverse[:, None] * turned)).T
+        yield Fit("linear", full, means - full @ mean, ridge)
