@@ -29,7 +29,7 @@ def five():
     return transformers.ViTForImageClassification(config)
 
 def linear():
-    return torch.nn.Linear(3, 4)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
 """
 FAST = ["--epochs", "3", "--batch-size", "20", "--learning-rate", "0.2", "--device", "cpu"]
 
@@ -163,7 +163,7 @@ WRONG = {
     "words": (["transformers:gpt2.json"], "classifies no images"),
     "another size": (["transformers:wide.json"], "Input image size (8*8) doesn't match model"),
     "other classes": (["own_nets:five"], "tells 5 classes apart, npz:greys.npz has 4"),
-    "no anatomy": (["own_nets:linear"], "no stack of blocks in Linear"),
+    "no anatomy": (["own_nets:linear"], "no stack of blocks in Sequential"),
     "no such function": (["own_nets:fiv"], "own_nets has no function 'fiv', did you mean five?"),
     "no such file": (["net.safetensors"], "net.safetensors: no such file"),
     "no such run": (["runs/nothing"], "runs/nothing: no such folder"),

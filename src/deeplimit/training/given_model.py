@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deeplimit.data import DataSet, Standardisation
 from deeplimit.errors import InputError
 from deeplimit.network.anatomy import anatomy
+from deeplimit.network.anatomy.calling import call
 from deeplimit.network.modes import evaluating
 from deeplimit.network.weights import read_pickled, read_safetensors
 from deeplimit.training.library_models import UNTRAINED
@@ -110,27 +111,30 @@ def check_model(model: nn.Module, x: Tensor, classes: int, spec: str, recipe: Re
     Raises:
         InputError: it has no anatomy, does not take such samples, or tells other classes apart.
     """
-    structure = anatomy(model, x, recipe.stack)
     samples = "×".join(map(str, x.shape[1:]))
-    if structure.tokens or getattr(model, "main_input_name", "") == "input_ids":
-        raise InputError(
-            f"{spec} reads tokens; deeplimit train, profile, crop and heal are for classifiers of "
-            "images. From Python: deeplimit.StageCost, turnpike_profile and crop"
-        )
-    if recipe.gradient == "adjoint" and not structure.rebuildable:
-        raise InputError(
-            "gradient is adjoint: the states of a CIFAR ResNet cannot be rebuilt, because of the "
-            "ReLU after every addition; give the gradient backprop"
-        )
+    reads_tokens = (
+        f"{spec} reads tokens; deeplimit train, profile, crop and heal are for classifiers of "
+        "images. From Python: deeplimit.StageCost, turnpike_profile and crop"
+    )
+    if getattr(model, "main_input_name", "") == "input_ids":
+        raise InputError(reads_tokens)
     with evaluating(model), torch.no_grad():
         try:
-            logits = structure.run(x)
+            logits = call(model, x)
         except Exception as error:  # whatever the user's model raises
             raise InputError(
                 f"{spec} does not take the samples of {recipe.data}, {samples}: {told(error)}; "
                 "give a model for such images, such as a config.json with their image_size and "
                 "num_channels, or a module:function that resizes them"
             ) from error
+    structure = anatomy(model, x, recipe.stack)
+    if structure.tokens:
+        raise InputError(reads_tokens)
+    if recipe.gradient == "adjoint" and not structure.rebuildable:
+        raise InputError(
+            "gradient is adjoint: the states of a CIFAR ResNet cannot be rebuilt, because of the "
+            "ReLU after every addition; give the gradient backprop"
+        )
     if logits.shape != (1, classes):
         heads = logits.shape[-1] if logits.dim() else 0
         raise InputError(
