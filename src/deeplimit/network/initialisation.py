@@ -38,7 +38,8 @@ def initialise(
         InputError: ℓ is not a positive number.
     """
     for stack in anatomy(model).stacks:
-        blocks = getattr(stack.alike(), "blocks", ())
+        alike = stack.alike()
+        blocks = () if alike is None else alike.blocks
         if initialisation == "smooth":
             smooth_start(blocks, length_scale)
         elif initialisation == "identical":
