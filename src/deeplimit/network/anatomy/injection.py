@@ -126,3 +126,9 @@ def gap(a: Tensor | None, b: Tensor) -> str | None:
     difference = a.to(torch.promote_types(b.dtype, torch.float32)) - b
     apart = float(difference.masked_fill_(a == b, 0).abs_().max())
     return None if apart <= limit else f"by {apart:.2g}"
+
+
+def by_stage(states: Sequence[Tensor], stages: Sequence[int]) -> dict[int, Tensor]:
+    """The states of each stage, one after the other."""
+    pairs = list(zip(states, stages, strict=True))
+    return {m: torch.cat([s for s, at in pairs if at == m]) for m in sorted(set(stages))}

@@ -16,21 +16,18 @@ from deeplimit.network.anatomy.batches import (
     first_sample,
     first_token,
     kind_of,
-    others,
     placed,
-    small,
 )
-from deeplimit.network.anatomy.calling import FAILS, call, told
+from deeplimit.network.anatomy.calling import call
 from deeplimit.network.anatomy.charging import ReplayedBlock, charged
-from deeplimit.network.anatomy.examples import examples
-from deeplimit.network.anatomy.injection import devices_of, gap, injected
+from deeplimit.network.anatomy.injection import by_stage, injected
 from deeplimit.network.anatomy.other_depths import check_kept, with_times
+from deeplimit.network.anatomy.probing import HeadProbe, alike, check_answer, small_part, watched
 from deeplimit.network.anatomy.rebuilding import check_rebuilt
 from deeplimit.network.anatomy.shortcuts import ends_of
-from deeplimit.network.anatomy.stacks import Watch, beside, find_blocks
+from deeplimit.network.anatomy.stacks import beside, find_blocks
 from deeplimit.network.anatomy.stand_ins import state_among, state_of
-from deeplimit.network.checks import shown
-from deeplimit.network.modes import Inputs, RunningStatistics, evaluating
+from deeplimit.network.modes import Inputs, RunningStatistics
 
 
 class ReadModel(Anatomy):
@@ -67,7 +64,7 @@ class ReadModel(Anatomy):
         blocks: str | Iterable[nn.Module] | None = None,
     ):
         super().__init__(model)
-        watch, self._example, own = self._watched(example)
+        watch, self._example, own = watched(model, example)
         self._blocks, self.name, self.others = find_blocks(model, watch.seen, blocks)
         self._idle = [one for one in beside(self._blocks) if one not in watch.seen]
         state = watch.seen[self._blocks[-1].module][-1].left
@@ -78,116 +75,16 @@ class ReadModel(Anatomy):
         if not own.is_meta:
             self._probe(self._example)
 
-    def _watched(self, example: Any) -> tuple[Watch, Any, Tensor]:
-        """What was seen in a run on the example, which is made where none was given."""
-        name, reason = type(self.model).__name__, ""
-        if example is not None and not isinstance(example, Tensor | Mapping | tuple | list):
-            raise InputError(
-                f"{shown(example)} given as the example; expected a batch of the model's inputs: a "
-                "tensor, tensors by name, or a tuple"
-            )
-        for given in examples(self.model) if example is None else [example]:
-            x, watch = placed(self.model, given), Watch(self.model)
-            try:
-                with self._alike():
-                    return watch, x, watch.run(partial(self.run, x))
-            except FAILS as error:
-                reason = reason or told(error)  # of the likeliest
-        reason = reason or "none could be made"
-        what = "the example" if example is not None else "an example made for it"
-        raise InputError(
-            f"{name} does not run on {what} ({reason}); give a batch of its inputs: "
-            "anatomy(model, example=…), and that in place of the model"
-        )
-
-    @contextmanager
-    def _alike(self) -> Iterator[None]:
-        """Evaluation mode without gradients, and one random state for every run."""
-        with torch.random.fork_rng(devices_of(self.model)), evaluating(self.model), torch.no_grad():
-            torch.manual_seed(0)
-            yield
-
     def _probe(self, x: Any) -> None:
-        """What the head reads besides states, on inputs x; that the last one has its logits.
-
-        Raises:
-            InputError: it has not.
-        """
         self._kinds.add(kind_of(x))
-        with self._alike():
-            x, states, own = self._small(x)
-            if not own.is_floating_point() or not own.dim():
-                raise InputError(
-                    f"{type(self.model).__name__} answers {shown(own)}; expected logits: numbers "
-                    "with a fraction, of each sample"
-                )
-            if bool(own.isnan().any()):
-                raise InputError(
-                    f"{type(self.model).__name__} answers NaN to its example, with which no "
-                    "reading agrees: its parameters are not finite, or the example does not fit; "
-                    "give a batch of its inputs: anatomy(model, example=…)"
-                )
-            stages = self.state_stages
-            if self.stages == 1:  # nothing but the head to be tried
-                states, stages = [states[0], states[-1]], stages[-2:]
-            several = self._of_tokens and states[-1].shape[1] > 1  # one tells nothing of others
-            if self.stages == 1 and several and own.shape[:-1] == states[-1].shape[:-1]:
-                each, expected = states[-1].flatten(0, 1)[:, None], own.flatten(0, 1)[:, None]
-                drivers = [first_token(other) for other in others(self.model, x)]
-                if self._whatever({0: each}, drivers, expected):
-                    self.tokens = self._free = True
-                    return
-            self.tokens = False
-            drivers = [first_sample(other) for other in others(self.model, x)]
-            self._free = self._whatever(_by_stage(states, stages), drivers, own)
-            if self._free:
-                return
-            z = self._tried({stages[-1]: states[-1]}, x)
-        if gap(z, own) is not None:
-            raise InputError(
-                f"{type(self.model).__name__} cannot be read: {self._apart(z, own)}, so that "
-                "something but the last block's state decides them; the blocks read are those of "
-                f"{self.name or 'the list given'}"
-            )
-
-    def _small(self, x: Any) -> tuple[Any, list[Tensor], Tensor]:
-        """A small part of a batch, or all of one that cannot be cut; its states and its logits."""
-        part = small(x)
-        try:
-            return part, *self.states(part)
-        except FAILS:
-            return x, *self.states(x)
-
-    _why = ""
-
-    def _whatever(self, at: dict[int, Tensor], drivers: Sequence[Any], own: Tensor) -> bool:
-        """Whether the logits of the last states are `own`, whatever inputs the model is run with.
-
-        The first inputs must do; the others may be such as it does not take.
-        """
-        rows = sum(map(len, at.values()))
-        for n, driver in enumerate(drivers):
-            z = self._tried(at, driver)
-            if z is None and n:
-                continue
-            if z is None or len(z) != rows or gap(z[-len(own) :], own) is not None:
-                return False
-        return True
-
-    def _tried(self, at: dict[int, Tensor], x: Any) -> Tensor | None:
-        try:
-            return self._injected(at, x)
-        except (InputError, *FAILS) as error:
-            self._why = told(error)
-            return None
-
-    def _apart(self, z: Tensor | None, own: Tensor) -> str:
-        if z is None:
-            return f"with its blocks bypassed it does not run ({self._why})"
-        return (
-            "with its blocks bypassed, the logits of its last state differ from its own "
-            f"{gap(z, own)}"
-        )
+        with alike(self.model):
+            small, states, own = small_part(x, self.states)
+            check_answer(self.model, own)
+            head = HeadProbe(self.model, self._injected, small, own)
+            self.tokens = self.stages == 1 and self._of_tokens and head.reads_tokens(states[-1])
+            self._free = self.tokens or head.reads_states(states, self.state_stages)
+            if not self._free:
+                head.check({self.stages - 1: states[-1]}, self.name)
 
     def like(self, model: nn.Module) -> "ReadModel":
         """Another model of this kind, read on the same example."""
@@ -309,7 +206,7 @@ class ReadModel(Anatomy):
             return torch.stack(
                 [self._injected({m: s}, self._driver(x), statistics) for s, m in pairs]
             )
-        z = self._injected(_by_stage(states, stages), self._driver(x), statistics)
+        z = self._injected(by_stage(states, stages), self._driver(x), statistics)
         return z.reshape(len(states), -1, *z.shape[1:])
 
     def head(self, x: Tensor, inputs: Any = None) -> Tensor:
@@ -445,9 +342,3 @@ class ReadModel(Anatomy):
         for n, block in enumerate(self._blocks):
             lists.setdefault(block.container, []).append(n)
         return [own for one, own in lists.items() if len(own) == len(list(one.children()))]
-
-
-def _by_stage(states: Sequence[Tensor], stages: Sequence[int]) -> dict[int, Tensor]:
-    """The states of each stage, one after the other."""
-    pairs = list(zip(states, stages, strict=True))
-    return {m: torch.cat([s for s, at in pairs if at == m]) for m in sorted(set(stages))}
