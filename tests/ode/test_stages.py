@@ -51,6 +51,9 @@ def test_a_chain_and_a_classifier_tell_their_blocks_and_steps(scheme: Scheme) ->
     assert [s.blocks for s in stacks] == [tuple(chain) for chain in model.stages]
     assert [s.layers for s in stacks] == [range(2), range(2, 2), range(2, 5)]
     assert {(s.step, s.scheme, s.adds) for s in stacks} == {(0.5, scheme, False)}
+    model.head.append(ResidualChain([nn.Linear(3, 3)]))  # one that is no stage
+    assert [s.layers for s in anatomy(model).stacks] == [s.layers for s in stacks]
+    assert anatomy(model).horizon == 5
 
 
 def test_blocks_that_add_their_input_have_step_one() -> None:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit.network.anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
 from deeplimit.network.anatomy.registry import register
-from deeplimit.network.anatomy.stack import Stack
+from deeplimit.network.anatomy.stack import Stack, chain_stacks
 from deeplimit.network.chain import ResidualChain
 from deeplimit.network.classifiers import ResidualClassifier
 from deeplimit.network.modes import Inputs, RunningStatistics
@@ -64,17 +64,18 @@ class ChainAnatomy(Anatomy):
 
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
         """The chains' state hooks, counted through; the end of a chain is the next one's start."""
-        handles, first = [], 0
-        for m, chain in enumerate(self._chains):
-            end = None if m == self.stages - 1 else chain.horizon
-            handles.append(chain.register_state_hook(_shifted(hook, first, end)))
-            first += chain.horizon
-        return handles
+        every, last = zip(self.stacks, self._chains, strict=True), self.stages - 1
+        return [
+            chain.register_state_hook(
+                _shifted(hook, stack.first, None if stack.index == last else stack.horizon)
+            )
+            for stack, chain in every
+        ]
 
     def register_leaving_hook(self, n: int, hook: Callable[[Tensor], None]) -> RemovableHandle:
         """The next state of the layer's chain."""
         stage = self.layers[n].stage
-        last = n + 1 - sum(chain.horizon for chain in self._chains[:stage])
+        last = n + 1 - self.stacks[stage].first
 
         def leaves(i: int, x: Tensor) -> None:
             if i == last:
@@ -104,12 +105,12 @@ class ChainAnatomy(Anatomy):
                 return cost(partial(self._head_of, stage), state)
 
         collected: list[Tensor] = []
-        with ExitStack() as stack:
-            paid, first = [], 0
-            for m, chain in enumerate(self._chains):
-                steps = None if layers is None else {n - first for n in layers}
-                paid.append(stack.enter_context(chain.charging(partial(charge, m), steps)))
-                first += chain.horizon
+        with ExitStack() as exits:
+            paid = []
+            for stack, chain in zip(self.stacks, self._chains, strict=True):
+                steps = None if layers is None else {n - stack.first for n in layers}
+                charged = chain.charging(partial(charge, stack.index), steps)
+                paid.append(exits.enter_context(charged))
             yield collected
             collected += [c for costs in paid for c in costs]
 
@@ -145,6 +146,11 @@ class ResidualClassifierAnatomy(ChainAnatomy):
     @property
     def _chains(self) -> list[ResidualChain]:
         return list(self.model.stages)  # type: ignore[arg-type]
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stages', whatever stem and head hold."""
+        return chain_stacks(self.model.stages)
 
     @property
     def _projections(self) -> Sequence[nn.Module]:
