@@ -175,12 +175,20 @@ def _by_root(config: Any, name: str, kept: list[int], before: int) -> None:
         setattr(config, name, value * (len(kept) / before) ** 0.5)
 
 
+def _overrides(config: Any, name: str, kept: list[int], before: int) -> None:
+    """What transformers' `per_layer_config` says of single layers, by their numbers."""
+    said = getattr(vars(config)[name], "per_layer_overrides", None)
+    if isinstance(said, dict):
+        config.per_layer_config = {j: dict(said[i]) for j, i in enumerate(kept) if i in said}
+
+
 UNUSUAL: dict[str, Callable[[Any, str, list[int], int], None]] = {
     "max_window_layers": _first,
     "first_k_dense_replace": _first,
     "mlp_only_layers": _dense,
     "attention_types": _attention_types,
     "moe_layers": _indices,
+    "_heterogeneity_spec": _overrides,
     "attention_window": _each,
     "scale_depth": _by_root,
     "cross_attention_layers": _indices,
