@@ -164,3 +164,30 @@ def test_padding_that_the_example_lacks_is_no_part_of_a_text(pools: bool) -> Non
         assert torch.equal(logits, z[-1])
         for n, state in enumerate(states):
             torch.testing.assert_close(z[n], model.read(state, ids), rtol=1e-13, atol=1e-13)
+
+
+class Between(nn.Module):
+    """Something is done to the state between its blocks, in the loop."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head, self.scale = nn.Linear(4, 5), nn.Linear(5, 3), scale
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = self.scale * torch.relu(block(x))
+        return self.head(x)
+
+
+def test_what_stands_between_blocks_must_not_tell_a_bypass_from_a_cut() -> None:
+    """A ReLU twice is a ReLU; a scale twice is another."""
+    with pytest.raises(InputError, match="something stands between its blocks, which stays"):
+        anatomy(Between(0.5))
+    model = Between(1.0).eval()
+    states, _ = anatomy(model).states(torch.ones(2, 4))
+    for depth in (1, 2, 3):
+        expected = crop(model, depth)(torch.ones(2, 4))
+        assert torch.allclose(anatomy(model).logits(states)[depth], expected)

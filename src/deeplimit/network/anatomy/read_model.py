@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, SupportsIndex, cast
 
 import torch
@@ -74,6 +75,7 @@ class ReadModel(Anatomy):
         self._refusals: dict[frozenset[int], str | None] = {}
         if not own.is_meta:
             self._probe(self._example)
+            self._check_between()
 
     def _probe(self, x: Any) -> None:
         self._kinds.add(kind_of(x))
@@ -85,6 +87,28 @@ class ReadModel(Anatomy):
             self._free = self.tokens or head.reads_states(states, self.state_stages)
             if not self._free:
                 head.check({self.stages - 1: states[-1]}, self.name)
+
+    def _check_between(self) -> None:
+        """What stands between two blocks of one list must not tell a bypass from a cut.
+
+        Raises:
+            InputError: it does: it stays where blocks are bypassed, and goes where they are cut.
+        """
+        pairs = pairwise(self._blocks)
+        if not any(a.container is b.container and a.stage < b.stage for a, b in pairs):
+            return
+        for depth in {1, self.horizon // 2, self.horizon - 1} - {0}:
+            gone = [n for n in range(depth, self.horizon) if self._blocks[n].shortcut is None]
+            times = [0 if n in gone else 1 for n in range(self.horizon)]
+            smaller = with_times(self.model, self._blocks, times, shared=True)
+            try:
+                check_kept(self, self._blocks, smaller, gone)
+            except InputError as error:
+                raise InputError(
+                    f"{type(self.model).__name__} cannot be read: something stands between its "
+                    f"blocks, which stays where they are bypassed and goes where they are cut "
+                    f"({error})"
+                ) from error
 
     def like(self, model: nn.Module) -> "ReadModel":
         """Another model of this kind, read on the same example."""
