@@ -39,6 +39,17 @@ def set_depths(model: nn.Module, before: Mapping[str, int], kept: Mapping[str, l
         told = SimpleNamespace(**arguments)
         _set(told, before, kept, apart=False)
         model._model_args = vars(told)  # type: ignore[assignment]
+        _describe(model, before, kept)
+
+
+def _describe(model: nn.Module, before: Mapping[str, int], kept: Mapping[str, list[int]]) -> None:
+    """What timm says of each block's output, where it does of every one."""
+    entries: Any = getattr(model, "feature_info", None)
+    ((name, count), *more) = before.items()
+    if isinstance(entries, list) and not more and len(entries) == count:
+        left = [dict(entries[i]) for i in kept[name]]
+        told = [entry | {"module": f"{name}.{i}"} for i, entry in enumerate(left)]
+        model.feature_info = told  # type: ignore[assignment]
 
 
 def _nearest(model: nn.Module, name: str) -> Any:

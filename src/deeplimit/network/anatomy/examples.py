@@ -20,8 +20,10 @@ def examples(model: nn.Module) -> Iterator[Inputs]:
     if main_input(model) is not None:
         yield from _configured(cast(Any, model), generator)
         return
-    first = next((m for m in model.modules() if list(m.parameters(recurse=False))), None)
-    weight = getattr(first, "weight", None)
+    weights = ((m, getattr(m, "weight", None)) for m in model.modules())
+    first, weight = next(
+        ((m, w) for m, w in weights if isinstance(w, Tensor) and w.dim() > 1), (None, None)
+    )
     if isinstance(first, nn.Embedding):
         yield torch.randint(first.num_embeddings, (BATCH, TOKENS), generator=generator)
     elif isinstance(weight, Tensor) and weight.dim() >= 3:  # of a convolution

@@ -175,7 +175,7 @@ def _groups(model: nn.Module, seen: Calls) -> dict[str, list[Place]]:
         if len(found) > 1:
             taken[name] = found
             prefixes.append(f"{starred}.")
-        elif type(found[0][0]) is nn.ModuleList:
+        elif len(list(found[0][0].children())) == 1:
             single[name] = found
     if taken:
         return taken
@@ -198,6 +198,8 @@ def _is_block(module: nn.Module, seen: Calls) -> bool:
     calls = seen.get(module)
     if not calls or next(module.parameters(), None) is None:
         return False
+    if isinstance(module, LISTS) and any(_is_block(child, seen) for child in module.children()):
+        return False  # a stage of blocks
     if any(a.entered is None or a.left is None or not a.entered.is_floating_point() for a in calls):
         return False
     if all(at.keeps_shape for at in calls):
@@ -206,9 +208,10 @@ def _is_block(module: nn.Module, seen: Calls) -> bool:
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether it is one of torch's own layers, without parts."""
-    ours = type(module).__module__.startswith("torch.nn.modules.")
-    return ours and next(module.children(), None) is None
+    """Whether it is one of torch's own layers, or a kind of them, without parts."""
+    kinds = (cls.__module__ for cls in type(module).__mro__ if cls is not nn.Module)
+    own = any(name.startswith("torch.nn.modules.") for name in kinds)
+    return own and next(module.children(), None) is None
 
 
 def _asked(
