@@ -12,7 +12,16 @@ from deeplimit.errors import InputError
 from deeplimit.network.checks import shown
 from deeplimit.network.modes import to_precision
 
-FAILS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError)
+FAILS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 ANSWERS = ("logits", "prediction_logits", "seq_relationship_logits", "last_hidden_state")
 
 
