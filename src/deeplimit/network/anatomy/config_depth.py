@@ -121,22 +121,11 @@ def set_layers(
         free = []
     for name in [*mine, *free] if part in path else free or mine:
         setattr(config, name, len(kept))
-    for name, value in list(vars(config).items()):
+    for name in list(vars(config)):
         if name in UNUSUAL:
             UNUSUAL[name](config, name, kept, before)
-        elif "layer" in name and other not in name and _lists_each(value, before):
-            setattr(config, name, type(value)(value[i] for i in kept))
-        elif "layer" in name and isinstance(value, dict) and _numbered(value, before):
-            setattr(config, name, {j: value[i] for j, i in enumerate(kept) if i in value})
-
-
-def _numbered(value: dict[Any, Any], before: int) -> bool:
-    """Whether the keys are layers' numbers."""
-    return all(isinstance(i, int) and 0 <= i < before for i in value)
-
-
-def _lists_each(value: Any, before: int) -> bool:
-    return isinstance(value, list | tuple) and len(value) == before
+        elif "layer" in name and other not in name:
+            _each(config, name, kept, before)
 
 
 def _first(config: Any, name: str, kept: list[int], before: int) -> None:
@@ -173,9 +162,9 @@ def _attention_types(config: Any, name: str, kept: list[int], before: int) -> No
 
 
 def _each(config: Any, name: str, kept: list[int], before: int) -> None:
-    """A list with an entry for each layer, whatever its name."""
-    value = getattr(config, name)
-    if _lists_each(value, before):
+    """A list with an entry for each layer."""
+    value = vars(config)[name]
+    if isinstance(value, list | tuple) and len(value) == before:
         setattr(config, name, type(value)(value[i] for i in kept))
 
 

@@ -15,7 +15,8 @@ from deeplimit.network.checks import shown
 
 Form = Callable[[Tensor], Any]
 LISTS = (nn.ModuleList, nn.Sequential)
-NORMS = {"normalization", "batchnorm", "instancenorm", "dropout", "activation"}  # of torch.nn
+TORCHS = "torch.nn.modules."
+NORMS = {TORCHS + kind for kind in ("normalization", "batchnorm", "instancenorm", "dropout")}
 Calls = dict[nn.Module, list["Seen"]]
 Place = tuple[nn.Module, nn.Module, "Seen"]  # a list, a block in it, a call of the block
 
@@ -210,9 +211,9 @@ def _is_block(module: nn.Module, seen: Calls) -> bool:
 
 def _plain(module: nn.Module) -> bool:
     """Whether it is one of torch's own layers, or somebody's kind of norm, without parts."""
-    own = type(module).__module__.startswith("torch.nn.modules.")
-    kinds = {cls.__module__.rpartition(".")[2] for cls in type(module).__mro__}
-    return (own or bool(kinds & NORMS)) and next(module.children(), None) is None
+    kinds = {cls.__module__ for cls in type(module).__mro__}
+    own = type(module).__module__.startswith(TORCHS) or bool(kinds & NORMS)
+    return own and next(module.children(), None) is None
 
 
 def _asked(
