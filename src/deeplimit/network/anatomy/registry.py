@@ -41,8 +41,8 @@ def anatomy(
 
     The example and the blocks that were given are remembered on the model: whatever takes the model
     later, or a copy or a crop of it, reads it likewise. `StageCost`, `crop`, `verify_crop`,
-    `turnpike_profile`, `choose_cut` and `Fading` take what this returns in its place, too. Wrappers of torch.compile, DataParallel and DistributedDataParallel are looked
-    through.
+    `turnpike_profile`, `choose_cut` and `Fading` take what this returns in its place, too. Wrappers
+    of torch.compile, DataParallel and DistributedDataParallel are looked through.
 
         a = anatomy(model, example=batch, blocks="encoder.layers")
         states, logits = a.states(batch)
