@@ -30,11 +30,6 @@ REMOVED = "deeplimit.removed"
 SUFFIX = ".safetensors"
 
 
-def is_saved(place: Path) -> bool:
-    """Whether there is a network at `place`, a path without suffix."""
-    return place.is_dir() or _file(place).exists()
-
-
 def save_network(
     model: nn.Module,
     place: Path,
