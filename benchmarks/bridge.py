@@ -25,10 +25,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from deeplimit import SoftCrossEntropy, anatomy, crop, turnpike_profile
+from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control import bridge_of
 from deeplimit.data import Split, batches, load
 from deeplimit.network import Architecture, CifarResNet
-from deeplimit.network.modes import evaluating
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "bridge.json"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit import InputError, SoftCrossEntropy, StageCost, anatomy, crop, use_adjoint
-from deeplimit.network.anatomy import Anatomy
+from deeplimit._anatomy import Anatomy
 from zoo import one_line
 
 LIMIT, SEED, WEIGHT = 1e-5, 0, 0.1

@@ -41,10 +41,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deeplimit import SoftCrossEntropy, StageCost, anatomy, choose_cut, crop, turnpike_profile
+from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control import Fading
 from deeplimit.data import Augmentation, Split, batches, load
 from deeplimit.network import CifarResNet
-from deeplimit.network.modes import evaluating
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "pretrained_budget.json"

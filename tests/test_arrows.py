@@ -21,15 +21,16 @@ ARROWS: dict[str, set[str]] = {
     "rank": set(),
     "reading": {"memory"},
     "terminal": set(),
-    "network": set(),
+    "_anatomy": set(),
+    "network": {"_anatomy"},
     "data": set(),
-    "gradient": {"network"},
-    "control": {"network"},
-    "ode": {"network"},
-    "meanfield": {"network"},
-    "training": {"data", "gradient", "control", "ode", "meanfield", "network"},
-    "studies": {"training", "control", "ode", "meanfield", "gradient", "network", "data"},
+    "gradient": {"_anatomy"},
+    "control": {"_anatomy"},
+    "ode": {"_anatomy", "network"},
+    "meanfield": {"_anatomy", "network"},
+    "training": {"data", "gradient", "control", "ode", "meanfield", "network", "_anatomy"},
 }
+ARROWS["studies"] = {"training", *ARROWS["training"]}
 ARROWS["report"] = set(ARROWS) - OPEN
 ARROWS["cli"] = set(ARROWS) | {""}  # "" is the package itself: its version
 ARROWS["__main__"] = {"cli"}
@@ -49,7 +50,7 @@ class Import(NamedTuple):
 
 
 def room_of(module: str) -> str:
-    """`deeplimit.network.chain` → network; the package itself → ''."""
+    """`deeplimit._anatomy.chain` → network; the package itself → ''."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -165,11 +166,11 @@ def test_the_package_only_re_exports():
 
 
 PLANTED = {
-    "network/chain.py": "def f():\n    from ..control import crop\n",
+    "_anatomy/chain.py": "def f():\n    from ..control import crop\n",
     "network/blocks.py": "def f():\n    from deeplimit.training.loop import train\n",
-    "network/anatomy/deep.py": "def f():\n    from ...control.turnpike import TurnpikeProfile\n",
+    "network/deeper/x.py": "def f():\n    from ...control.turnpike import TurnpikeProfile\n",
     "control/turnpike.py": "from deeplimit import training\n",
-    "data/idx.py": "class A:\n    def f(self):\n        import deeplimit.network.chain\n",
+    "data/idx.py": "class A:\n    def f(self):\n        import deeplimit._anatomy.chain\n",
     "training/loop.py": "from deeplimit import StageCost\n",
     "studies/horizon.py": "import importlib\nimportlib.import_module('deeplimit.report')\n",
     "gradient/adjoint.py": "from .. import control\n",
@@ -194,7 +195,7 @@ def test_a_planted_back_arrow_is_found(path: str, tmp_path: Path):
 
 
 ALLOWED = {
-    "network/anatomy/registry.py": "from . import anatomy\nfrom ..chain import ResidualChain\n",
+    "network/deeper/x.py": "from . import y\nfrom .. import chain\nfrom ..._anatomy import z\n",
     "control/turnpike.py": "from ..errors import InputError\nfrom deeplimit import network\n",
     "cli/train.py": "def f():\n    from .. import __version__\n    import deeplimit.report\n",
     "__main__.py": "from .cli import main\n",
@@ -215,8 +216,9 @@ def test_a_right_arrow_is_left_alone(path: str, tmp_path: Path):
 
 # Where a model's class may decide, and why. Everything else looks at a model through its anatomy.
 READING = {
-    "network/anatomy/",  # the reading itself
-    "network/chain.py",  # chains_in: the chains that a model holds
+    "_anatomy/",  # the reading itself
+    "network/cifar_anatomy.py",  # how our own families are read
+    "network/classifier_anatomy.py",
     "network/cifar_resnet.py",  # which of its own parts is a block, which a shortcut alone
     "network/classifiers.py",  # which part of its own stem standardises
     "network/storage.py",  # which networks have an architecture that is stored beside the weights
@@ -224,9 +226,10 @@ READING = {
 
 
 def model_classes(package: Path) -> set[str]:
-    """The names of our own modules: classes in `network` with a base in nn or among them."""
+    """The names of our own modules: classes of networks with a base in nn or among them."""
     found: set[str] = set()
-    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in (package / "network").rglob("*.py")]
+    files = [p for room in ("network", "_anatomy") for p in (package / room).rglob("*.py")]
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in files]
     classes = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
     while True:
         new = {

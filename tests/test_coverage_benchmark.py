@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deeplimit.network.anatomy import ReadModel
+from deeplimit._anatomy import ReadModel
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 THREE = r"^(by hand head reads|gpt2 GPT2LMHeadModel$|bert BertForSequence)"

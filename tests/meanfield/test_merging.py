@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from deeplimit import InputError
+from deeplimit._anatomy.checks import check_count
 from deeplimit.meanfield import (
     LayerwiseMeasure,
     cot_distance,
@@ -20,7 +21,6 @@ from deeplimit.meanfield import (
     narrow,
     widen,
 )
-from deeplimit.network.checks import check_count
 
 
 @pytest.mark.parametrize("share", [0.5, 0.2])

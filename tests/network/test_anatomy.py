@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit import Heun, InputError, ResidualChain
+from deeplimit._anatomy import Layer
+from deeplimit._anatomy.registry import FAMILIES
 from deeplimit.network import Anatomy, CifarResNet, anatomy, register
-from deeplimit.network.anatomy import Layer
-from deeplimit.network.anatomy.registry import FAMILIES
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:

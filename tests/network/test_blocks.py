@@ -7,8 +7,9 @@ from model_families import shaken
 from torch import Tensor, nn
 
 from deeplimit import InputError
+from deeplimit._anatomy.control import control
 from deeplimit.network import ConvolutionalResidual, LinearResidual, TwoLayerResidual
-from deeplimit.network.blocks import ACTIVATIONS, NORMS, control, rescale_last_layer
+from deeplimit.network.blocks import ACTIVATIONS, NORMS, rescale_last_layer
 
 BLOCKS = {
     "linear": lambda: (LinearResidual(5), (8, 5)),

@@ -10,8 +10,8 @@ from model_families import shaken
 from torch import Tensor, nn
 
 from deeplimit import Heun, InputError
+from deeplimit._anatomy import anatomy
 from deeplimit.network import Architecture, LinearResidual, ResidualClassifier, TwoLayerResidual
-from deeplimit.network.anatomy import anatomy
 
 VECTOR = Architecture("vector", (6,), 4, (3,), width=5, hidden=7)
 LOGIT = Architecture("logit", (4,), 4, (3,), width=4, hidden=7)

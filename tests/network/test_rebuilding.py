@@ -113,7 +113,7 @@ def test_a_class_that_does_not_ask_its_configuration_is_refused() -> None:
             crop(model, keep)
 
 
-PLACE = importlib.import_module("deeplimit.network.anatomy.other_depths")
+PLACE = importlib.import_module("deeplimit._anatomy.other_depths")
 Updating = Callable[[nn.Module, dict[str, int], dict[str, list[int]]], None]
 
 

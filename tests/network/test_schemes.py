@@ -9,8 +9,8 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from deeplimit import Euler, Heun, ResidualChain
+from deeplimit._anatomy.schemes import SCHEMES
 from deeplimit.network import LinearResidual, TwoLayerResidual
-from deeplimit.network.schemes import SCHEMES
 
 WIDTH, HIDDEN = 3, 6
 DEPTHS = (16, 32, 64, 128)

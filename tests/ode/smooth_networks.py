@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import shortcuts
 from deeplimit.network import Euler, Heun, ResidualChain, Scheme
-from deeplimit.network.anatomy import shortcuts
 
 WIDTH, HIDDEN, BATCH = 3, 5, 6
 

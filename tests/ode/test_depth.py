@@ -14,6 +14,7 @@ from smooth_networks import smooth_chain as chain_of
 from torch import Tensor, nn
 
 from deeplimit import InputError, use_adjoint
+from deeplimit._anatomy import shortcuts
 from deeplimit.network import (
     Architecture,
     CifarArchitecture,
@@ -26,7 +27,6 @@ from deeplimit.network import (
     load,
     save,
 )
-from deeplimit.network.anatomy import shortcuts
 from deeplimit.ode import coarsen, discretization_gap, refine, tie
 from deeplimit.ode.blocks import check_whole
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vision_families import vision
 
 from deeplimit import use_adjoint
+from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.network import Architecture, CifarArchitecture, CifarResNet
-from deeplimit.network.modes import Inputs
 from deeplimit.ode import discretization_gap
 from deeplimit.ode.stages import longest_stage, stages
 

@@ -97,7 +97,7 @@ class Ode:
 
     def _of_run(self, folder: "RunFolder", model: "Module") -> dict[str, Any]:
         """Test data for the distance and for the solvers."""
-        from deeplimit.network.chain import chains_in
+        from deeplimit._anatomy.chain import chains_in
         from deeplimit.training import run_data
         from deeplimit.training.building import evaluation_batches
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from deeplimit._anatomy import Anatomy
+from deeplimit._anatomy.evaluation import Inputs, device_of, pairs
+from deeplimit._anatomy.targets import IGNORED, classes_of
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import Anatomy
-from deeplimit.network.modes import Inputs, device_of, pairs
-from deeplimit.network.targets import IGNORED, classes_of
 
 SURE = 8  # tokens: so many do not agree with their neighbours, or themselves, by chance
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deeplimit._anatomy.checks import shown
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.errors import InputError
-from deeplimit.network.checks import shown
 
 Loss = SoftCrossEntropy | Callable[[Tensor, Any], Tensor]
 

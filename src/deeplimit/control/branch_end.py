@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deeplimit.network.anatomy import Anatomy
+from deeplimit._anatomy import Anatomy
 
 # Of the rounding of the largest number, what a sum in another order may be off by; in half
 # precision less, else everything would agree.

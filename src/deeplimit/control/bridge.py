@@ -11,14 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Anatomy
+from deeplimit._anatomy.batches import batch_of, first_sample, mapped, placed
+from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.evaluation import begun, evaluating
 from deeplimit.control.branch_end import HALF_SLACK, SLACK, End, find_end, fold, left
 from deeplimit.control.finite import blame_inputs
 from deeplimit.control.least_squares import Fit, Moments, fits
 from deeplimit.errors import InputError, several
-from deeplimit.network.anatomy import Anatomy
-from deeplimit.network.anatomy.batches import batch_of, first_sample, mapped, placed
-from deeplimit.network.checks import shown
-from deeplimit.network.modes import begun, evaluating
 
 Kind = Literal["nothing", "scale", "channels", "linear"]
 HELD = 4  # every so many-th sample is held out

@@ -10,6 +10,10 @@ from typing import SupportsIndex, cast
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Anatomy, anatomy
+from deeplimit._anatomy.anatomy import layer_numbers
+from deeplimit._anatomy.checks import check_number
+from deeplimit._anatomy.evaluation import Inputs, evaluating, first_samples
 from deeplimit.control.cropping import check_profile, latencies, multiply_adds
 from deeplimit.control.cut_choice import Budget, CutChoice
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
@@ -18,10 +22,6 @@ from deeplimit.control.trials import MayGo, Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
 from deeplimit.control.verdict import CONFIDENCE, FEW
 from deeplimit.errors import InputError, several
-from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.anatomy.anatomy import layer_numbers
-from deeplimit.network.checks import check_number
-from deeplimit.network.modes import Inputs, evaluating, first_samples
 
 NAMES: tuple[Budget, ...] = ("accuracy", "blocks", "multiply_adds", "latency")
 

@@ -13,6 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from deeplimit._anatomy import Anatomy, anatomy, check_rebuilt
+from deeplimit._anatomy.anatomy import layer_numbers
+from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, first_samples
+from deeplimit._anatomy.targets import fitted
 from deeplimit.control.alignment import aligned_batches
 from deeplimit.control.bridge import bridge as build_bridge
 from deeplimit.control.crop_report import CropReport
@@ -26,11 +31,6 @@ from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.control.verdict import FEW
 from deeplimit.errors import InputError, several
-from deeplimit.network.anatomy import Anatomy, anatomy, check_rebuilt
-from deeplimit.network.anatomy.anatomy import layer_numbers
-from deeplimit.network.checks import shown
-from deeplimit.network.modes import Inputs, device_of, evaluating, first_samples
-from deeplimit.network.targets import fitted
 
 LATENCY_ROUNDS = 7
 NEED = "a crop is verified on at least one sample that counts"

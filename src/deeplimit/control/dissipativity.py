@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deeplimit._anatomy import Anatomy
+from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating
 from deeplimit.control.alignment import aligned_batches
 from deeplimit.control.finite import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.stage_cost import StageCost
 from deeplimit.control.token_losses import CountedTokens
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import Anatomy
-from deeplimit.network.checks import shown
-from deeplimit.network.modes import Inputs, device_of, evaluating
 
 ROUNDING = 1e-12
 

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deeplimit._anatomy import anatomy
+from deeplimit._anatomy.checks import check_number
+from deeplimit._anatomy.evaluation import Inputs
+from deeplimit._anatomy.targets import IGNORED
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.stage_cost import StageCost
 from deeplimit.control.token_losses import widened
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import anatomy
-from deeplimit.network.checks import check_number
-from deeplimit.network.modes import Inputs
-from deeplimit.network.targets import IGNORED
 
 
 class Distillation(StageCost):

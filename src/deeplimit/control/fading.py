@@ -8,10 +8,10 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Anatomy, anatomy
+from deeplimit._anatomy.anatomy import layer_numbers
+from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.anatomy.anatomy import layer_numbers
-from deeplimit.network.checks import check_number
 
 
 class FadedForward:

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.errors import InputError
-from deeplimit.network.modes import Inputs
 
 
 def blame_inputs(x: Inputs, figures: Tensor) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import anatomy
+from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, pairs
 from deeplimit.control.finite import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import anatomy
-from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
 
 Point = tuple[float, float]
 NEED = "a picture needs at least one sample"

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from deeplimit._anatomy.checks import check_count, check_number, shown
+from deeplimit._anatomy.targets import IGNORED, classes_of, fitted
 from deeplimit.errors import InputError
-from deeplimit.network.checks import check_count, check_number, shown
-from deeplimit.network.targets import IGNORED, classes_of, fitted
 
 
 class SoftCrossEntropy(nn.Module):

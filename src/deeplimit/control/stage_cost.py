@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from deeplimit._anatomy import Anatomy, anatomy
+from deeplimit._anatomy.anatomy import Head, RunningCost
+from deeplimit._anatomy.checks import check_count, check_number
+from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
 from deeplimit.control.alignment import aligned
 from deeplimit.control.any_loss import Loss, as_loss
 from deeplimit.control.finite import blame_inputs
@@ -17,10 +21,6 @@ from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.token_losses import CountedTokens, widened
 from deeplimit.control.wrapping import AroundWatch, check_bare
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.anatomy.anatomy import Head, RunningCost
-from deeplimit.network.checks import check_count, check_number
-from deeplimit.network.modes import Inputs, RunningStatistics
 
 
 class StageCost(nn.Module):

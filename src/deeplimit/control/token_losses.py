@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from deeplimit._anatomy import Anatomy
+from deeplimit._anatomy.anatomy import Head
+from deeplimit._anatomy.evaluation import Inputs
+from deeplimit._anatomy.targets import IGNORED
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import Anatomy
-from deeplimit.network.anatomy.anatomy import Head
-from deeplimit.network.modes import Inputs
-from deeplimit.network.targets import IGNORED
 
 CHUNK = 2**25  # logits at a time: 128 MiB in float32
 

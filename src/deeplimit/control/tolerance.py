@@ -1,7 +1,7 @@
 """How much accuracy may be lost: a fraction of all samples."""
 
+from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError, several
-from deeplimit.network.checks import check_number
 
 TOO_MUCH = 0.5  # of all samples: nobody means that, half a point was meant
 

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Anatomy
+from deeplimit._anatomy.evaluation import Inputs, begun, first_samples
+from deeplimit._anatomy.targets import fitted
 from deeplimit.control.alignment import aligned_batches
 from deeplimit.control.finite import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import Anatomy
-from deeplimit.network.modes import Inputs, begun, first_samples
-from deeplimit.network.targets import fitted
 
 AGAIN = 8
 NEED = "a cut is chosen on at least one sample that counts"

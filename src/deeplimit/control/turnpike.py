@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Anatomy, anatomy
+from deeplimit._anatomy.checks import check_number
+from deeplimit._anatomy.evaluation import Inputs, evaluating
 from deeplimit.control.alignment import aligned_batches
 from deeplimit.control.finite import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, labelled
 from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.verdict import FEW, Z
-from deeplimit.network.anatomy import Anatomy, anatomy
-from deeplimit.network.checks import check_number
-from deeplimit.network.modes import Inputs, evaluating
 
 ACCURACY_TOLERANCE = 0.005
 LOSS_TOLERANCE = 0.01

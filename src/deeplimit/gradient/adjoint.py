@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from deeplimit._anatomy.chain import ResidualChain, RunningCost, chains_in
 from deeplimit.errors import InputError
 from deeplimit.gradient.engine import Engine, OnDrift, checked
 from deeplimit.gradient.refusals import refuse_checkpoints
 from deeplimit.gradient.step import Step
-from deeplimit.network.chain import ResidualChain, RunningCost, chains_in
 
 Model = TypeVar("Model", bound=nn.Module)
 

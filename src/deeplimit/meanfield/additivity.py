@@ -6,10 +6,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.errors import InputError
 from deeplimit.meanfield.neuron_layer import is_wide
 from deeplimit.meanfield.neurons import Neurons, Reading, numbers_in, write
-from deeplimit.network.modes import evaluating
 
 
 def check_additive(block: nn.Module, neurons: Neurons, reading: Reading, done: set[object]) -> None:

@@ -8,12 +8,12 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor, nn
 
+from deeplimit._anatomy import anatomy
+from deeplimit._anatomy.evaluation import Inputs, evaluating
 from deeplimit.errors import InputError
 from deeplimit.meanfield.checks import check_batch
 from deeplimit.meanfield.frame import ChainFrame
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
-from deeplimit.network import anatomy
-from deeplimit.network.modes import Inputs, evaluating
 
 
 def align_streams(a: Network, b: Network, batch: Inputs) -> LayerwiseMeasure:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Stack, chain_stacks
+from deeplimit._anatomy.checks import shown
 from deeplimit.errors import InputError
 from deeplimit.network import Anatomy, anatomy
-from deeplimit.network.anatomy import Stack, chain_stacks
-from deeplimit.network.checks import shown
 
 
 def particle_stacks(model: nn.Module) -> tuple[Stack, ...]:

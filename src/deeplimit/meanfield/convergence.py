@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError
 from deeplimit.meanfield.coordinates import Coordinate, coordinates
 from deeplimit.meanfield.measure import LayerwiseMeasure
 from deeplimit.meanfield.slope import length, slope_of
 from deeplimit.meanfield.transport import cot_distance
-from deeplimit.network.checks import check_number
 from deeplimit.network.parameter_groups import check_values
 
 ABOVE = 1e-9  # the guaranteed curve, relative: rounding

@@ -7,11 +7,11 @@ from typing import Literal, cast
 
 from torch import nn
 
+from deeplimit._anatomy.checks import check_module, check_number
 from deeplimit.errors import InputError
 from deeplimit.meanfield.additivity import check_additive
 from deeplimit.meanfield.checks import particle_stacks
 from deeplimit.meanfield.neurons import find_neurons, read
-from deeplimit.network.checks import check_module, check_number
 from deeplimit.network.parameter_groups import check_values
 
 Role = Literal["particle", "offset", "other"]

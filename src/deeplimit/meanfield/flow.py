@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from deeplimit._anatomy.checks import check_number, shown
 from deeplimit.errors import InputError
 from deeplimit.meanfield.coordinates import Coordinate, coordinates
-from deeplimit.network.checks import check_number, shown
 
 
 class ParticleFlow(Optimizer):

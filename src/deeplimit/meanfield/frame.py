@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import anatomy
 from deeplimit.errors import InputError
 from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, same_grid
 from deeplimit.meanfield.neurons import (
@@ -21,7 +22,6 @@ from deeplimit.meanfield.neurons import (
     write,
 )
 from deeplimit.meanfield.norms import Norms
-from deeplimit.network import anatomy
 
 NAMED = 3  # names listed in an error
 ROUNDING = 64  # in units of the precision

@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deeplimit._anatomy.checks import check_number
+from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.errors import InputError
 from deeplimit.meanfield.alignment import aligned
 from deeplimit.meanfield.frame import Frame, listed
@@ -13,8 +15,6 @@ from deeplimit.meanfield.grid import merged_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 from deeplimit.meanfield.norms import moved_norms
 from deeplimit.meanfield.transport import CotDistance, Plan, belongs, cot_distance
-from deeplimit.network.checks import check_number
-from deeplimit.network.modes import Inputs
 
 FRAMES = ("equal", "interpolate")
 

@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Stack, chain_stacks, of_family
+from deeplimit._anatomy.checks import check_module
+from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, to_device
 from deeplimit.errors import InputError
 from deeplimit.meanfield.checks import check_batch
 from deeplimit.meanfield.coordinates import particle_layers
 from deeplimit.meanfield.neurons import find_neurons
 from deeplimit.network import Anatomy
-from deeplimit.network.anatomy import Stack, chain_stacks, of_family
-from deeplimit.network.checks import check_module
-from deeplimit.network.modes import Inputs, device_of, evaluating, to_device
 from deeplimit.network.parameter_groups import check_values
 
 

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy.checks import shown
 from deeplimit.errors import InputError, several
 from deeplimit.meanfield.frame import Frame
 from deeplimit.meanfield.grid import checked_grid, lengths, same_grid, uniform_grid
 from deeplimit.meanfield.norms import Norms
 from deeplimit.meanfield.reading import frame_of
-from deeplimit.network.checks import shown
 
 ROUNDING = 1e-5  # of the sum of a layer's weights, in float32
 

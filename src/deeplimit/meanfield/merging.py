@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deeplimit._anatomy.checks import check_count, check_number, shown
 from deeplimit.errors import InputError
 from deeplimit.meanfield.frame import Frame
 from deeplimit.meanfield.geodesic import FRAMES, mixed_frame
@@ -15,7 +16,6 @@ from deeplimit.meanfield.grid import Breakpoints, layers_at, merged_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 from deeplimit.meanfield.norms import moved_norms
 from deeplimit.meanfield.transport import CotDistance, Plan, cot_distance
-from deeplimit.network.checks import check_count, check_number, shown
 
 
 @dataclass(frozen=True, eq=False)

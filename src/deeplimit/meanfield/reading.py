@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deeplimit._anatomy import anatomy
+from deeplimit._anatomy.checks import check_module
 from deeplimit.errors import InputError
 from deeplimit.meanfield.additivity import check_additive
 from deeplimit.meanfield.checks import particle_stacks
@@ -21,8 +23,6 @@ from deeplimit.meanfield.neurons import (
     read,
 )
 from deeplimit.meanfield.norms import Norms
-from deeplimit.network import anatomy
-from deeplimit.network.checks import check_module
 
 
 def frame_of(model: nn.Module) -> tuple[Frame, list[Tensor], list[Norms]]:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError
 from deeplimit.meanfield.costs import squared_distances, squared_distances_of
 from deeplimit.meanfield.exact import exact_plan
 from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, merged_grid, same_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 from deeplimit.meanfield.sinkhorn import sinkhorn_plan
-from deeplimit.network.checks import check_number
 
 Array = np.ndarray[Any, np.dtype[Any]]
 MARGINALS, COSTS = 1e-8, 1e-6  # how exactly a plan of ours has its marginals, and its cost

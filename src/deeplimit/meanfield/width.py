@@ -9,10 +9,10 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
+from deeplimit._anatomy.checks import check_count
 from deeplimit.meanfield.costs import squared_distances
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 from deeplimit.meanfield.norms import moved_norms
-from deeplimit.network.checks import check_count
 
 
 @dataclass(frozen=True, eq=False)

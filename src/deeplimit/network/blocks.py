@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deeplimit._anatomy.control import layers_of
 from deeplimit.errors import InputError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -100,30 +101,8 @@ class ConvolutionalResidual(nn.Module):
         return self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
 
 
-NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-
-
-def _layers(block: nn.Module) -> list[nn.Module]:
-    """The modules that have parameters of their own, in order of registration, taken for use."""
-    return [m for m in block.modules() if next(m.parameters(recurse=False), None) is not None]
-
-
-def control(block: nn.Module) -> list[nn.Parameter]:
-    """The control θ_n of a block, on which a control cost acts.
-
-    All its parameters; where the block has a norm, those from its last norm on, which is the norm's
-    scale and bias if the block ends in it. A penalty on the weights before a norm is no control
-    cost, since the norm undoes their scale. θ_n = 0 gives φ = 0.
-    """
-    layers = _layers(block)
-    norms = [i for i, layer in enumerate(layers) if isinstance(layer, NORM_LAYERS)]
-    deciding = layers[norms[-1] :] if norms else layers
-    every = (p for layer in deciding for p in layer.parameters(recurse=False))
-    return list({id(p): p for p in every}.values())
-
-
 @torch.no_grad()
 def rescale_last_layer(block: nn.Module, factor: float) -> None:
     """Multiplies φ by a factor: the parameters of the block's last layer, a norm or not."""
-    for parameter in _layers(block)[-1].parameters(recurse=False):
+    for parameter in layers_of(block)[-1].parameters(recurse=False):
         parameter.mul_(factor)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy.chain import ResidualChain
+from deeplimit._anatomy.schemes import SCHEMES
 from deeplimit.errors import InputError
 from deeplimit.network.blocks import (
     ACTIVATIONS,
@@ -17,8 +19,6 @@ from deeplimit.network.blocks import (
     choose,
     rescale_last_layer,
 )
-from deeplimit.network.chain import ResidualChain
-from deeplimit.network.schemes import SCHEMES
 
 ROUNDING = 2.0**-16  # of the standard deviation; what a stored mean may be off by
 

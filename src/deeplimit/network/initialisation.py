@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import anatomy
 from deeplimit.errors import InputError
 from deeplimit.memory import require
-from deeplimit.network.anatomy import anatomy
 from deeplimit.network.cifar_resnet import CifarResNet
 from deeplimit.network.classifiers import ResidualClassifier
 from deeplimit.network.parameter_groups import parameter_groups

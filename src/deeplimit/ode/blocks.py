@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from deeplimit._anatomy.checks import check_module
 from deeplimit.errors import InputError
 from deeplimit.network import Anatomy, anatomy
-from deeplimit.network.checks import check_module
 
 
 def blocks_of(model: nn.Module | Anatomy) -> list[nn.Module]:

@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Stack
+from deeplimit._anatomy.evaluation import evaluating
+from deeplimit._anatomy.stand_ins import state_among, state_of
 from deeplimit.errors import InputError
 from deeplimit.network import Anatomy
-from deeplimit.network.anatomy import Stack
-from deeplimit.network.anatomy.stand_ins import state_among, state_of
-from deeplimit.network.modes import evaluating
 
 
 def branch_ends(read: Anatomy, runs: Sequence[Stack]) -> list[frozenset[str]]:

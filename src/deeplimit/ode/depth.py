@@ -7,10 +7,9 @@ from typing import TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
+from deeplimit._anatomy import Stack, anatomy
 from deeplimit.errors import InputError
 from deeplimit.memory import OBJECTS, require
-from deeplimit.network import anatomy
-from deeplimit.network.anatomy import Stack
 from deeplimit.ode.blocks import check_values, check_whole
 from deeplimit.ode.resampling import Node, changing, resampled
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from deeplimit._anatomy import Stack
+from deeplimit._anatomy.evaluation import Inputs
+from deeplimit._anatomy.schemes import Euler
 from deeplimit.errors import InputError, RunError
-from deeplimit.network.anatomy import Stack
-from deeplimit.network.modes import Inputs
-from deeplimit.network.schemes import Euler
 from deeplimit.ode.derivatives import Derivatives
 from deeplimit.ode.interpolation import INTERPOLATIONS, Controls, VectorField
 from deeplimit.ode.recording import Recorded, record

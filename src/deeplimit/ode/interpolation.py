@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from deeplimit._anatomy import ReplayedBlock
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import ReplayedBlock
 from deeplimit.ode.recording import Call
 
 INTERPOLATIONS = ("linear", "constant")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deeplimit.network.anatomy import Stack
-from deeplimit.network.modes import Inputs
+from deeplimit._anatomy import Stack
+from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.ode.discretization import DiscretizationGap, discretization_gap
 from deeplimit.ode.smoothness import Smoothness, smoothness
 from deeplimit.ode.solved import SolverAccuracy, solver_accuracies

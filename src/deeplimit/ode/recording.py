@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from deeplimit._anatomy import Stack
+from deeplimit._anatomy.evaluation import Inputs, device_of, to_device, to_precision
+from deeplimit._anatomy.stand_ins import state_among, state_of
 from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain, anatomy
-from deeplimit.network.anatomy import Stack
-from deeplimit.network.anatomy.stand_ins import state_among, state_of
-from deeplimit.network.modes import Inputs, device_of, to_device, to_precision
 from deeplimit.ode.stages import stages
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from deeplimit._anatomy import Stack, check_rebuilt
 from deeplimit.errors import InputError
 from deeplimit.network import Anatomy, anatomy
-from deeplimit.network.anatomy import Stack, check_rebuilt
 from deeplimit.ode.blocks import blocks_of, check_untied, check_values
 from deeplimit.ode.branches import branch_ends
 from deeplimit.ode.optimiser_state import carry_over, checked_optimiser

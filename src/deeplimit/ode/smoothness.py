@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Stack
+from deeplimit._anatomy.checks import check_module
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import Stack
-from deeplimit.network.checks import check_module
 from deeplimit.network.parameter_groups import check_values, parameter_groups
 from deeplimit.ode.stages import stages
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
+from deeplimit._anatomy.chain import chains_in
+from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, pairs
+from deeplimit._anatomy.targets import fitted
 from deeplimit.errors import InputError, RunError
 from deeplimit.network import ResidualChain
-from deeplimit.network.chain import chains_in
-from deeplimit.network.modes import Inputs, device_of, evaluating, pairs
-from deeplimit.network.targets import fitted
 from deeplimit.ode.interpolation import Controls, VectorField
 from deeplimit.ode.recording import Call
 from deeplimit.ode.solving import stopped

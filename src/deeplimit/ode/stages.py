@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from deeplimit._anatomy import Stack
 from deeplimit.errors import InputError
 from deeplimit.network import Anatomy, anatomy
-from deeplimit.network.anatomy import Stack
 
 
 def stages(model: nn.Module | Anatomy) -> tuple[Stack, ...]:

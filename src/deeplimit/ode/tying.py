@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from deeplimit._anatomy.chain import chains_in
 from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain
-from deeplimit.network.chain import chains_in
 from deeplimit.ode.blocks import blocks_of, check_untied, check_values, check_whole
 from deeplimit.ode.optimiser_state import carry_over, checked_optimiser
 from deeplimit.ode.origins import ONE, Origin, Origins, mixed

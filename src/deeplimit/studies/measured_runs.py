@@ -9,13 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import anatomy, chain_stacks
+from deeplimit._anatomy.evaluation import device_of, evaluating, to_device
 from deeplimit.control import SoftCrossEntropy
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure
-from deeplimit.network import anatomy
-from deeplimit.network.anatomy import chain_stacks
-from deeplimit.network.modes import device_of, evaluating, to_device
 from deeplimit.network.storage import architecture_of
 from deeplimit.training import RunFolder, load_model, resume, run_data
 from deeplimit.training.building import evaluation_batches, outside, reshaped

@@ -6,9 +6,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Anatomy
 from deeplimit.control import TurnpikeProfile
 from deeplimit.errors import RunError
-from deeplimit.network.anatomy import Anatomy
 from deeplimit.training.processes import over_processes
 
 

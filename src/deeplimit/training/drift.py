@@ -6,9 +6,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from deeplimit._anatomy import anatomy
 from deeplimit.gradient import drift
 from deeplimit.gradient.adjoint import engines, switches
-from deeplimit.network.anatomy import anatomy
 from deeplimit.training.processes import over_processes
 from deeplimit.training.progress import Observer
 

@@ -10,10 +10,10 @@ from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control import StageCost
 from deeplimit.errors import InputError
 from deeplimit.gradient.accuracy import LossOf
-from deeplimit.network.modes import Inputs
 from deeplimit.training.building import loss_of, run_data, training_batches
 from deeplimit.training.loaded_model import LoadedModel, told
 from deeplimit.training.recipe import check_seed

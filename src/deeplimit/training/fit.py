@@ -8,10 +8,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control import StageCost
 from deeplimit.errors import RunError, several
 from deeplimit.interruption import interruptible
-from deeplimit.network.modes import evaluating
 from deeplimit.training.building import Start, evaluation_batches, load_data, loss_of, prepare
 from deeplimit.training.checkpoint import load_checkpoint
 from deeplimit.training.companions import together

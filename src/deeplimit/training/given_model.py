@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import anatomy
+from deeplimit._anatomy.calling import call
+from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.data import DataSet, Standardisation
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy import anatomy
-from deeplimit.network.anatomy.calling import call
-from deeplimit.network.modes import evaluating
 from deeplimit.network.weights import read_pickled, read_safetensors
 from deeplimit.training.library_models import UNTRAINED
 from deeplimit.training.loaded_model import told

@@ -11,14 +11,14 @@ from typing import Literal
 import torch
 from torch import nn
 
+from deeplimit._anatomy import anatomy
+from deeplimit._anatomy.anatomy import layer_numbers
+from deeplimit._anatomy.evaluation import device_of
 from deeplimit.control import crop, verify_crop
 from deeplimit.control.distillation import check_teaching
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, several
 from deeplimit.files import write_text
-from deeplimit.network import anatomy
-from deeplimit.network.anatomy.anatomy import layer_numbers
-from deeplimit.network.modes import device_of
 from deeplimit.training.building import (
     Fade,
     Start,

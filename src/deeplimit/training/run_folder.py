@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from deeplimit._anatomy import anatomy
 from deeplimit.control import TrajectoryPicture
 from deeplimit.data import Standardisation
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
 from deeplimit.meanfield import ConvergenceCertificate
-from deeplimit.network import anatomy
 from deeplimit.ode import DepthLimit
 from deeplimit.training.files import METRICS, RunFiles, not_vouched_for
 from deeplimit.training.metrics import Row, from_csv, to_csv

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from deeplimit._anatomy import anatomy
 from deeplimit.data import Standardisation
 from deeplimit.errors import InputError
 from deeplimit.files import whole
-from deeplimit.network import anatomy
 from deeplimit.network.storage import architecture_of, file_errors, load, save, write_weights
 from deeplimit.network.weights import read_safetensors
 from deeplimit.ode import untie

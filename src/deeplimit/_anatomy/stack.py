@@ -7,8 +7,8 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from deeplimit.network.chain import chains_in
-from deeplimit.network.schemes import SCHEMES, Scheme
+from deeplimit._anatomy.chain import chains_in
+from deeplimit._anatomy.schemes import SCHEMES, Scheme
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeplimit.network.modes import to_device, to_precision
+from deeplimit._anatomy.evaluation import to_device, to_precision
 
 TOKENS = 4
 

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from deeplimit._anatomy.anatomy import Anatomy
+from deeplimit._anatomy.calling import FAILS, call, told
+from deeplimit._anatomy.config_depth import set_depths
+from deeplimit._anatomy.evaluation import evaluating
+from deeplimit._anatomy.injection import bypassing, gap
+from deeplimit._anatomy.lists import relisted
+from deeplimit._anatomy.stacks import Block
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy.anatomy import Anatomy
-from deeplimit.network.anatomy.calling import FAILS, call, told
-from deeplimit.network.anatomy.config_depth import set_depths
-from deeplimit.network.anatomy.injection import bypassing, gap
-from deeplimit.network.anatomy.lists import relisted
-from deeplimit.network.anatomy.stacks import Block
-from deeplimit.network.modes import evaluating
 
 
 def with_times(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from deeplimit._anatomy.schemes import Euler, Scheme
 from deeplimit.errors import InputError
-from deeplimit.network.schemes import Euler, Scheme
 
 StateHook = Callable[[int, Tensor], None]
 RunningCost = Callable[[Tensor], Tensor]

@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from deeplimit.network.anatomy.stand_ins import state_among
+from deeplimit._anatomy.stand_ins import state_among
 
 
 @runtime_checkable

@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from deeplimit.network.anatomy.batches import TOKENS
-from deeplimit.network.anatomy.calling import main_input, parameters_of
-from deeplimit.network.modes import Inputs
+from deeplimit._anatomy.batches import TOKENS
+from deeplimit._anatomy.calling import main_input, parameters_of
+from deeplimit._anatomy.evaluation import Inputs
 
 BATCH, SIZES = 2, (64, 32, 224, 28)
 

@@ -11,24 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deeplimit.errors import InputError
-from deeplimit.network.anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook, layer_numbers
-from deeplimit.network.anatomy.batches import (
+from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook, layer_numbers
+from deeplimit._anatomy.batches import (
     first_sample,
     first_token,
     kind_of,
     placed,
 )
-from deeplimit.network.anatomy.calling import call
-from deeplimit.network.anatomy.charging import ReplayedBlock, charged
-from deeplimit.network.anatomy.injection import by_stage, injected
-from deeplimit.network.anatomy.other_depths import check_kept, with_times
-from deeplimit.network.anatomy.probing import HeadProbe, alike, check_answer, small_part, watched
-from deeplimit.network.anatomy.rebuilding import check_rebuilt
-from deeplimit.network.anatomy.shortcuts import ends_of
-from deeplimit.network.anatomy.stacks import beside, find_blocks
-from deeplimit.network.anatomy.stand_ins import state_among, state_of
-from deeplimit.network.modes import Inputs, RunningStatistics
+from deeplimit._anatomy.calling import call
+from deeplimit._anatomy.charging import ReplayedBlock, charged
+from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
+from deeplimit._anatomy.injection import by_stage, injected
+from deeplimit._anatomy.other_depths import check_kept, with_times
+from deeplimit._anatomy.probing import HeadProbe, alike, check_answer, small_part, watched
+from deeplimit._anatomy.rebuilding import check_rebuilt
+from deeplimit._anatomy.shortcuts import ends_of
+from deeplimit._anatomy.stacks import beside, find_blocks
+from deeplimit._anatomy.stand_ins import state_among, state_of
+from deeplimit.errors import InputError
 
 
 class ReadModel(Anatomy):

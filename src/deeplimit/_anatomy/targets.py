@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from deeplimit._anatomy.checks import shown
 from deeplimit.errors import InputError
-from deeplimit.network.checks import shown
 
 IGNORED = -100  # as a target: what PyTorch's cross-entropy and transformers take for “none”
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.targets import classes_of
 from deeplimit.errors import InputError
-from deeplimit.network.checks import shown
-from deeplimit.network.targets import classes_of
 
 # What a model takes: one tensor, or tensors by name as transformers' models do.
 Inputs = Tensor | Mapping[str, Tensor]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deeplimit.network.anatomy.anatomy import Anatomy, Layer, StateHook
-from deeplimit.network.anatomy.registry import register
+from deeplimit._anatomy.anatomy import Anatomy, Layer, StateHook
+from deeplimit._anatomy.evaluation import Inputs
+from deeplimit._anatomy.registry import register
 from deeplimit.network.cifar_resnet import CHANNELS, BasicBlock, CifarResNet, Shortcut
-from deeplimit.network.modes import Inputs
 
 EXAMPLE_SIZE = (8, 8)
 

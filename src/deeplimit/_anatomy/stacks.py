@@ -8,10 +8,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.shortcuts import shortcut_of
+from deeplimit._anatomy.stand_ins import form_of, state_among, state_of
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy.shortcuts import shortcut_of
-from deeplimit.network.anatomy.stand_ins import form_of, state_among, state_of
-from deeplimit.network.checks import shown
 
 Form = Callable[[Tensor], Any]
 LISTS = (nn.ModuleList, nn.Sequential)

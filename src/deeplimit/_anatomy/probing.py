@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy.batches import first_sample, first_token, others, placed, small
+from deeplimit._anatomy.calling import FAILS, call, told
+from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.evaluation import evaluating
+from deeplimit._anatomy.examples import examples
+from deeplimit._anatomy.injection import by_stage, devices_of, gap
+from deeplimit._anatomy.stacks import Watch
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy.batches import first_sample, first_token, others, placed, small
-from deeplimit.network.anatomy.calling import FAILS, call, told
-from deeplimit.network.anatomy.examples import examples
-from deeplimit.network.anatomy.injection import by_stage, devices_of, gap
-from deeplimit.network.anatomy.stacks import Watch
-from deeplimit.network.checks import shown
-from deeplimit.network.modes import evaluating
 
 
 @contextmanager

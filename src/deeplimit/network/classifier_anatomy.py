@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deeplimit.network.anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
-from deeplimit.network.anatomy.registry import register
-from deeplimit.network.anatomy.stack import Stack, chain_stacks
-from deeplimit.network.chain import ResidualChain
+from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
+from deeplimit._anatomy.chain import ResidualChain
+from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
+from deeplimit._anatomy.registry import register
+from deeplimit._anatomy.stack import Stack, chain_stacks
 from deeplimit.network.classifiers import ResidualClassifier
-from deeplimit.network.modes import Inputs, RunningStatistics
 
 
 def _with_stacks(chain: ResidualChain, stack: Stack) -> ResidualChain:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy.anatomy import Anatomy
+from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy.anatomy import Anatomy
-from deeplimit.network.modes import evaluating
 
 SLACK = 100  # of the logits' rounding
 SHOWN = 6

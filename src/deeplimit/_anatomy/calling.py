@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.evaluation import to_precision
 from deeplimit.errors import InputError
-from deeplimit.network.checks import shown
-from deeplimit.network.modes import to_precision
 
 FAILS = (
     ArithmeticError,

@@ -5,10 +5,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from deeplimit.network.anatomy.anatomy import Anatomy
-from deeplimit.network.anatomy.calling import unwrapped
-from deeplimit.network.anatomy.read_model import ReadModel
-from deeplimit.network.checks import check_module
+from deeplimit._anatomy.anatomy import Anatomy
+from deeplimit._anatomy.calling import unwrapped
+from deeplimit._anatomy.checks import check_module
+from deeplimit._anatomy.read_model import ReadModel
 
 READ_AS = "_deeplimit_read_as"  # on a model: the example and the blocks that were given for it
 FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {}

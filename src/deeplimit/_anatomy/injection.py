@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy.evaluation import RunningStatistics
+from deeplimit._anatomy.stacks import Block
+from deeplimit._anatomy.stand_ins import StandIn, in_turn, standing_in, state_among
 from deeplimit.errors import InputError
-from deeplimit.network.anatomy.stacks import Block
-from deeplimit.network.anatomy.stand_ins import StandIn, in_turn, standing_in, state_among
-from deeplimit.network.modes import RunningStatistics
 
 # Of the logits' rounding, what the same head may make of the same state in another call. Sums in
 # half precision are rounded once, at their end.
