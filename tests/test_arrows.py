@@ -196,7 +196,7 @@ def test_a_planted_back_arrow_is_found(path: str, tmp_path: Path):
 
 ALLOWED = {
     "network/deeper/x.py": "from . import y\nfrom .. import chain\nfrom ..._anatomy import z\n",
-    "control/turnpike.py": "from ..errors import InputError\nfrom deeplimit import network\n",
+    "control/turnpike.py": "from ..errors import InputError\nfrom deeplimit import _anatomy\n",
     "cli/train.py": "def f():\n    from .. import __version__\n    import deeplimit.report\n",
     "__main__.py": "from .cli import main\n",
     "__init__.py": "from .control import crop\n",
@@ -208,7 +208,7 @@ ALLOWED = {
 @pytest.mark.parametrize("path", ALLOWED)
 def test_a_right_arrow_is_left_alone(path: str, tmp_path: Path):
     package = tmp_path / "deeplimit"
-    (package / "network").mkdir(parents=True)
+    (package / "_anatomy").mkdir(parents=True)
     (package / path).parent.mkdir(parents=True, exist_ok=True)
     (package / path).write_text(ALLOWED[path])
     assert back_arrows(package) == []
