@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_adjoint_modules import EXACT, MANY, Block, assert_equal, inputs, sequence
+from adjoint_models import EXACT, MANY, Block, assert_equal, inputs, sequence
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 

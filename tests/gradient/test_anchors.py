@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_adjoint_modules import inputs, sequence
+from adjoint_models import inputs, sequence
 from torch import Tensor, nn
 
 from deeplimit import InputError, ResidualChain, gradient_error, plan_anchors, use_adjoint

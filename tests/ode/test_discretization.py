@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gap_models import assert_bounds_hold, rough_chain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_families import sample
@@ -12,8 +13,8 @@ from naive_ode import NaiveODE
 from smooth_networks import batch, slope, smooth_chain
 from torch import Tensor, nn
 
-from deeplimit.network import Heun, LinearResidual, ResidualChain, TwoLayerResidual
-from deeplimit.ode import DiscretizationGap, discretization_gap
+from deeplimit.network import Heun, LinearResidual, ResidualChain
+from deeplimit.ode import discretization_gap
 from deeplimit.ode.discretization import FRACTIONS, SEGMENT, WEIGHTS
 from deeplimit.ode.interpolation import Controls, VectorField
 from deeplimit.ode.recording import Call
@@ -26,19 +27,6 @@ def linear_chain(weights: list[Tensor], step: float) -> ResidualChain:
     for block, weight in zip(chain, weights, strict=True):
         block.weight.copy_(weight)
     return chain
-
-
-def rough_chain(horizon: int = 5, scheme: Heun | None = None) -> ResidualChain:
-    """Independent controls of order one, h = 1: hard for a solver, far from its limit."""
-    torch.manual_seed(3)
-    blocks = [
-        TwoLayerResidual(3, 6, "tanh").double() for _ in range(horizon + (scheme is not None))
-    ]
-    with torch.no_grad():
-        for block in blocks:
-            for p in block.parameters():
-                p.normal_()
-    return ResidualChain(blocks, step=1.0, scheme=scheme)
 
 
 def test_exponential_growth_attains_the_integral_form():
@@ -212,15 +200,6 @@ def test_bounds_hold(name: str, interpolation: str):
     chain = {"rough": rough_chain, "smooth": lambda: smooth_chain(20)}.get(name)
     model, x = (chain(), batch()) if chain else (sample(name).model, sample(name).x)
     assert_bounds_hold(discretization_gap(model, x, interpolation=interpolation))
-
-
-def assert_bounds_hold(found: DiscretizationGap) -> None:
-    rounding = found.solver_error + 1e-12 * max(found.state_norm)
-    for gap, integral, bound in zip(found.gap, found.integral_bound, found.bound, strict=True):
-        assert gap <= integral + rounding
-        assert integral <= bound * (1 + 1e-9)
-    assert found.gap[0] == found.integral_bound[0] == found.bound[0] == 0
-    assert max(found.gap) > 0
 
 
 @settings(max_examples=12, deadline=None)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gap_models import cifar, classifier, images
 from smooth_networks import batch, smooth_chain
-from test_discretization_models import cifar, classifier, images
 from text_families import padded, text_model
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm

@@ -5,37 +5,16 @@ from functools import partial
 
 import pytest
 import torch
-from model_families import shaken
+from gap_models import assert_bounds_hold, cifar, classifier, images, rough_chain
 from naive_ode import NaiveODE, Phi, added, plain
-from test_discretization import assert_bounds_hold, rough_chain
 from text_families import padded, text_model
 from torch import Tensor, nn
 from vision_families import vision
 
 from deeplimit import use_adjoint
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit.network import Architecture, CifarArchitecture, CifarResNet
 from deeplimit.ode import discretization_gap
 from deeplimit.ode.stages import longest_stage, stages
-
-IMAGE = (3, 8, 8)
-
-
-def images(count: int = 2, side: int = 8) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(count, 3, side, side, generator=generator, dtype=torch.float64)
-
-
-def classifier(norm: str = "batch", scheme: str = "euler") -> nn.Module:
-    """Three stages of 1, 4 and 2 steps; figures in the norms that differ from layer to layer."""
-    architecture = Architecture(
-        "convolutional", IMAGE, 3, (1, 4, 2), 4, 5, "gelu", norm, 0.25, scheme, reduction=1
-    )
-    return shaken(architecture.build()).eval()
-
-
-def cifar() -> nn.Module:
-    return shaken(CifarResNet(CifarArchitecture((3, 1, 1), classes=3))).eval()
 
 
 def text_phi(model: nn.Module, inputs: dict[str, Tensor]) -> Phi:
