@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from deeplimit import SoftCrossEntropy, anatomy, crop, turnpike_profile
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control import bridge_of
-from deeplimit.data import Split, batches, load
+from deeplimit.data import Split, iter_batches, load_dataset
 from deeplimit.network import Architecture, CifarResNet
 from machine import machine
 
@@ -86,24 +86,24 @@ def accuracy(test: Iterable[Batch]) -> Callable[[nn.Module], float]:
 
 def digits(options: argparse.Namespace) -> Case:
     """Our classifier of constant width, six layers, trained here."""
-    data = load("digits")
+    data = load_dataset("digits")
     torch.manual_seed(0)
     model = Architecture("vector", data.shape, 10, (6,), width=32, hidden=16).build()
-    fitting = list(batches(data.train, 64, seed=0, epoch=0))
+    fitting = list(iter_batches(data.train, 64, seed=0, epoch=0))
     every = torch.cat([x for x, _ in fitting])
     model.standardise(every.mean(0), every.std(0) + 0.1 * every.std())
     model = steps(model, fitting, 600, 3e-3)
-    test = list(batches(data.test, 500))
+    test = list(iter_batches(data.test, 500))
     return Case(model, fitting, accuracy(test), "accuracy, %", (1, 2, 3, 4), 1e-3, 10)
 
 
 def resnet(options: argparse.Namespace) -> Case:
     """ResNet-56: 27 blocks."""
-    data = load("cifar10", data_dir=options.data_dir)
+    data = load_dataset("cifar10", data_dir=options.data_dir)
     model = CifarResNet.from_weights(options.data_dir / "weights/cifar10-resnet56.safetensors")
-    fitting = list(batches(data.train.take(options.images), 64))
+    fitting = list(iter_batches(data.train.take(options.images), 64))
     test = list(
-        batches(
+        iter_batches(
             Split(data.test.x[-options.test_images :], data.test.y[-options.test_images :]), 250
         )
     )

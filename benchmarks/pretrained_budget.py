@@ -43,7 +43,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from deeplimit import SoftCrossEntropy, StageCost, anatomy, choose_cut, crop, turnpike_profile
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control import Fading
-from deeplimit.data import Augmentation, Split, batches, load
+from deeplimit.data import Augmentation, Split, iter_batches, load_dataset
 from deeplimit.network import CifarResNet
 from machine import machine
 
@@ -71,7 +71,7 @@ class Training:
 
     def _endless(self) -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in range(int(self.epochs) + 2):
-            loader = batches(
+            loader = iter_batches(
                 self.train, BATCH, seed=self.options.seed, epoch=epoch,
                 augmentation=AUGMENTATION,
             )  # fmt: skip
@@ -150,7 +150,7 @@ def accuracy(model: nn.Module, split: Split, options: argparse.Namespace) -> flo
     """On a split, in per cent."""
     hits = 0
     with evaluating(model), autocast(options):
-        for x, y in batches(split, 500):
+        for x, y in iter_batches(split, 500):
             hits += int((model(x.to(memory_format=torch.channels_last)).argmax(1) == y).sum())
     return 100 * hits / len(split)
 
@@ -167,7 +167,7 @@ def settle(model: nn.Module, train: Split, options: argparse.Namespace) -> nn.Mo
         norm.momentum = None
     model.train()
     with autocast(options):
-        loader = batches(train, 250, seed=1, augmentation=AUGMENTATION)
+        loader = iter_batches(train, 250, seed=1, augmentation=AUGMENTATION)
         for _, (x, _) in zip(range(20), loader, strict=False):
             model(x.to(memory_format=torch.channels_last))
     for norm in norms:
@@ -183,7 +183,7 @@ def least_influence(
     A first block of a stage stays: its shortcut alone would lose half of the pixels' neighbours.
     """
     settled = settle(deepcopy(model), train, options)
-    few = batches(train.take(GREEDY_SAMPLES), 250)
+    few = iter_batches(train.take(GREEDY_SAMPLES), 250)
     profile = turnpike_profile(settled, few, SoftCrossEntropy(10, 0.05))
     if chosen:
         return list(choose_cut(settled, profile, few, blocks=KEPT).removed)
@@ -224,7 +224,7 @@ def run(arm: str, options: argparse.Namespace) -> dict[str, object]:
     """One arm: what it reached on the half of the test images that chose nothing."""
     began = time.perf_counter()
     torch.manual_seed(options.seed)
-    data = load("cifar10", data_dir=options.data_dir)
+    data = load_dataset("cifar10", data_dir=options.data_dir)
     everything = Split(
         torch.cat([data.train.x, data.validation.x]), torch.cat([data.train.y, data.validation.y])
     )

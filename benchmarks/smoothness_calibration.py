@@ -28,7 +28,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from deeplimit.data import load
+from deeplimit.data import load_dataset
 from deeplimit.network import (
     CifarResNet,
     ConvolutionalResidual,
@@ -231,7 +231,7 @@ def depths(model: ResidualClassifier, x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def digits_rows(runs: Path) -> Iterator[dict[str, Any]]:
-    data = load("digits")
+    data = load_dataset("digits")
     x, y = data.test.batch(torch.arange(len(data.test)))
     for name, recipe in RECIPES.items():
         for start in ("independent", "smooth", "identical"):

@@ -10,13 +10,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "deeplimit"
 
 # Files outside the rooms, open to every one of them.
-OPEN = {"errors", "files", "interruption", "memory", "rank", "reading", "terminal"}
+OPEN = {"errors", "files", "interruption", "lazy", "memory", "rank", "reading", "terminal"}
 
 # room: what it may import besides itself and what is outside.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "interruption": set(),
+    "lazy": set(),
     "memory": set(),
     "rank": set(),
     "reading": {"memory"},

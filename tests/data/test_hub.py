@@ -10,7 +10,7 @@ import torch
 from data_layouts import make_images
 from PIL import Image
 
-from deeplimit.data import load
+from deeplimit.data import load_dataset
 from deeplimit.errors import InputError
 
 datasets = pytest.importorskip("datasets", reason="the extra `hub` is not installed")
@@ -22,10 +22,10 @@ def own_download_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_local_folder_equals_the_parquet_source(parquet_folder: Path, tmp_path: Path) -> None:
-    ours = load("tiny", data_dir=parquet_folder.parent)
+    ours = load_dataset("tiny", data_dir=parquet_folder.parent)
     name = f"hub:{parquet_folder}"
     for _ in range(2):  # decoded, then from the cache
-        data = load(name, cache_dir=tmp_path / "cache")
+        data = load_dataset(name, cache_dir=tmp_path / "cache")
         assert (data.name, data.class_names) == (name, ("ant", "bee", "cat"))
         for part in ("train", "validation", "test"):
             assert torch.equal(getattr(data, part).x, getattr(ours, part).x)
@@ -39,7 +39,7 @@ def test_a_folder_of_image_files(tmp_path: Path) -> None:
         folder = tmp_path / "set" / ("train" if row < 30 else "test") / "ab"[row % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{row:02}.png")
-    data = load(f"hub:{tmp_path / 'set'}")
+    data = load_dataset(f"hub:{tmp_path / 'set'}")
     assert data.class_names == ("a", "b")
     assert (len(data.train), len(data.validation), len(data.test)) == (27, 3, 10)
     originals = {image.transpose(2, 0, 1).tobytes(): row for row, image in enumerate(images)}
@@ -52,26 +52,26 @@ def test_a_folder_without_training_part(parquet_folder: Path) -> None:
     for path in parquet_folder.glob("train-*"):
         path.unlink()
     with pytest.raises(InputError, match="has the parts test, expected `train`"):
-        load(f"hub:{parquet_folder}")
+        load_dataset(f"hub:{parquet_folder}")
 
 
 def test_an_empty_folder_and_a_cut_file(parquet_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"cannot be read .*give its folder as hub:PATH"):
-        load(f"hub:{tmp_path / 'empty'}")
+        load_dataset(f"hub:{tmp_path / 'empty'}")
     path = parquet_folder / "test-00000-of-00001.parquet"
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(InputError, match="cannot be read") as raised:
-        load(f"hub:{parquet_folder}")
+        load_dataset(f"hub:{parquet_folder}")
     assert "\n" not in str(raised.value)
 
 
 def ask(code: str, **environment: str) -> str:
     program = (
-        "from deeplimit.data import load\n"
+        "from deeplimit.data import load_dataset\n"
         "from deeplimit.errors import InputError\n"
         f"{code}"
-        "try: load('hub:nobody/nothing')\n"
+        "try: load_dataset('hub:nobody/nothing')\n"
         "except InputError as error: print(error)\n"
     )
     done = subprocess.run(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from data_layouts import idx_bytes
 
-from deeplimit.data import DataSet, load
+from deeplimit.data import DataSet, load_dataset
 from deeplimit.errors import InputError
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
@@ -23,7 +23,7 @@ TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.
 
 @pytest.fixture(scope="module")
 def mnist(data_dir: Path) -> DataSet:
-    return load("mnist", data_dir=data_dir)
+    return load_dataset("mnist", data_dir=data_dir)
 
 
 def raw(data_dir: Path, name: str, header: int) -> np.ndarray:
@@ -72,13 +72,13 @@ def test_mnist_standardisation_is_the_known_one(mnist: DataSet) -> None:
 
 
 def test_unzipped_and_zipped_files_are_the_same_set(idx_folder: Path) -> None:
-    zipped = load("tiny", data_dir=idx_folder.parent)
+    zipped = load_dataset("tiny", data_dir=idx_folder.parent)
     assert (len(zipped.train), len(zipped.validation), len(zipped.test)) == (54, 6, 20)
     assert zipped.shape == (1, 4, 5)
     for path in sorted(idx_folder.glob("*.gz")):
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
-    plain = load("tiny", data_dir=idx_folder.parent)
+    plain = load_dataset("tiny", data_dir=idx_folder.parent)
     for part in ("train", "validation", "test"):
         assert torch.equal(getattr(plain, part).x, getattr(zipped, part).x)
         assert torch.equal(getattr(plain, part).y, getattr(zipped, part).y)
@@ -87,7 +87,7 @@ def test_unzipped_and_zipped_files_are_the_same_set(idx_folder: Path) -> None:
 def test_gaps_between_labels_are_closed_and_names_keep_the_numbers(idx_folder: Path) -> None:
     for name in (TRAIN_LABELS, TEST_LABELS):
         change(idx_folder / name, lambda labels: labels * 3 + 1)
-    data = load("tiny", data_dir=idx_folder.parent)
+    data = load_dataset("tiny", data_dir=idx_folder.parent)
     assert data.class_names == ("1", "4", "7")
     assert data.test.y.tolist() == [row % 3 for row in range(20)]
 
@@ -193,7 +193,7 @@ def test_broken_files(case: str, idx_folder: Path) -> None:
     name, damage, message = BROKEN[case]
     damage(idx_folder / name)
     with pytest.raises(InputError, match=message) as raised:
-        load("tiny", data_dir=idx_folder.parent)
+        load_dataset("tiny", data_dir=idx_folder.parent)
     assert "tiny" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -205,7 +205,7 @@ def test_a_file_that_unpacks_to_4_gib_is_refused_at_once(idx_folder: Path) -> No
     path.write_bytes(packer.compress(head) + packer.compress(bytes(2**24)) + packer.flush())
     began = time.perf_counter()
     with pytest.raises(InputError, match=r"4194304 × 32 × 32: 4\.3 GB unpacked from 16 kB"):
-        load("tiny", data_dir=idx_folder.parent)
+        load_dataset("tiny", data_dir=idx_folder.parent)
     assert time.perf_counter() - began < 1
 
 
@@ -215,7 +215,7 @@ def test_no_more_is_unpacked_than_the_header_announces(idx_folder: Path) -> None
     rezip(path, lambda content: content + bytes(2**26))
     tracemalloc.reset_peak()
     with pytest.raises(InputError, match="at least 1217 bytes, its header announces 1216"):
-        load("tiny", data_dir=idx_folder.parent)
+        load_dataset("tiny", data_dir=idx_folder.parent)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**22

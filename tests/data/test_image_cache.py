@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deeplimit.data import DataSet, decoding, imagetable, load
+from deeplimit.data import DataSet, decoding, imagetable, load_dataset
 
 
 @pytest.fixture
@@ -51,11 +51,11 @@ def test_the_second_load_maps_the_files(
     parquet_folder: Path, tmp_path: Path, decoded: list[int]
 ) -> None:
     cache_dir = tmp_path / "cache"
-    plain = load("tiny", data_dir=parquet_folder.parent)
+    plain = load_dataset("tiny", data_dir=parquet_folder.parent)
     assert decoded == [60, 20]
-    first = load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
+    first = load_dataset("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
     assert decoded == [60, 20] * 2
-    second = load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
+    second = load_dataset("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
     assert decoded == [60, 20] * 2
     assert equal(plain, first)
     assert equal(plain, second)
@@ -79,12 +79,12 @@ def test_a_cut_cache_is_built_again(
     parquet_folder: Path, tmp_path: Path, decoded: list[int], keep: int
 ) -> None:
     cache_dir = tmp_path / "cache"
-    first = load("tiny", data_dir=parquet_folder.parent)
-    load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
+    first = load_dataset("tiny", data_dir=parquet_folder.parent)
+    load_dataset("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
     train_file = files(cache_dir)[1]
     whole = train_file.read_bytes()
     train_file.write_bytes(whole[:keep])
-    again = load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
+    again = load_dataset("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
     assert equal(first, again)
     assert decoded[-1] == 60  # only the damaged array
     assert train_file.read_bytes() == whole
@@ -92,11 +92,13 @@ def test_a_cut_cache_is_built_again(
 
 def test_an_array_of_another_kind_is_built_again(parquet_folder: Path, tmp_path: Path) -> None:
     cache_dir = tmp_path / "cache"
-    first = load("tiny", data_dir=parquet_folder.parent)
-    load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
+    first = load_dataset("tiny", data_dir=parquet_folder.parent)
+    load_dataset("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
     for wrong in (np.zeros((60, 3, 6, 5)), np.zeros((59, 3, 6, 5), np.uint8), np.zeros(60)):
         np.save(files(cache_dir)[1], wrong)
-        assert equal(first, load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir))
+        assert equal(
+            first, load_dataset("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
+        )
 
 
 @pytest.mark.parametrize(
@@ -112,13 +114,13 @@ def test_a_damaged_header_of_the_same_size_is_built_again(
     there: bytes, instead: bytes, parquet_folder: Path, tmp_path: Path
 ) -> None:
     cache_dir = tmp_path / "cache"
-    first = load("tiny", data_dir=parquet_folder.parent)
-    load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
+    first = load_dataset("tiny", data_dir=parquet_folder.parent)
+    load_dataset("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
     train_file = files(cache_dir)[1]
     whole = train_file.read_bytes()
     assert whole.count(there) == 1
     train_file.write_bytes(whole.replace(there, instead))
-    assert equal(first, load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir))
+    assert equal(first, load_dataset("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir))
     assert train_file.read_bytes() == whole
 
 
@@ -126,12 +128,12 @@ def test_changed_files_make_it_stale_and_the_old_arrays_go(
     parquet_folder: Path, tmp_path: Path, decoded: list[int]
 ) -> None:
     cache_dir = tmp_path / "cache"
-    load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
+    load_dataset("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
     old = files(cache_dir)
     path = parquet_folder / "test-00000-of-00001.parquet"
     stat = path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    load("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
+    load_dataset("tiny", data_dir=parquet_folder.parent, cache_dir=cache_dir)
     assert decoded == [60, 20] * 2
     assert len(files(cache_dir)) == 2
     assert not set(files(cache_dir)) & set(old)
@@ -141,5 +143,5 @@ def test_a_cache_that_cannot_be_written_only_warns(parquet_folder: Path, tmp_pat
     blocked = tmp_path / "cache"
     blocked.write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="decoded images are not kept"):
-        data = load("tiny", data_dir=parquet_folder.parent, cache_dir=blocked)
-    assert equal(data, load("tiny", data_dir=parquet_folder.parent))
+        data = load_dataset("tiny", data_dir=parquet_folder.parent, cache_dir=blocked)
+    assert equal(data, load_dataset("tiny", data_dir=parquet_folder.parent))

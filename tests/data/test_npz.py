@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deeplimit import memory
-from deeplimit.data import load, npz
+from deeplimit.data import load_dataset, npz
 from deeplimit.errors import InputError
 
 Y = np.arange(30) % 3
@@ -27,7 +27,7 @@ def save(tmp_path: Path, **arrays: Any) -> str:
 @pytest.mark.parametrize("x", [VECTORS, VECTORS.astype(np.float16), np.arange(120).reshape(30, 4)])
 def test_vectors(tmp_path: Path, x: np.ndarray) -> None:
     name = save(tmp_path, x=x, y=Y.astype(np.uint8))
-    data = load(name)
+    data = load_dataset(name)
     assert (data.name, data.shape, data.is_image) == (name, (4,), False)
     assert (len(data.train), len(data.validation), len(data.test)) == (18, 6, 6)
     together = torch.cat([data.train.x, data.validation.x, data.test.x]).numpy()
@@ -40,8 +40,8 @@ def test_vectors(tmp_path: Path, x: np.ndarray) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_channel_first_and_last_are_the_same(tmp_path: Path, channels: int) -> None:
-    first = load(save(tmp_path, x=IMAGES[:, :channels], y=Y))
-    last = load(save(tmp_path, x=np.moveaxis(IMAGES[:, :channels], 1, 3), y=Y))
+    first = load_dataset(save(tmp_path, x=IMAGES[:, :channels], y=Y))
+    last = load_dataset(save(tmp_path, x=np.moveaxis(IMAGES[:, :channels], 1, 3), y=Y))
     assert first.is_image
     assert first.shape == last.shape == (channels, 6, 5)
     assert torch.equal(first.train.x, last.train.x)
@@ -50,7 +50,7 @@ def test_images_channel_first_and_last_are_the_same(tmp_path: Path, channels: in
 
 
 def test_labels_with_gaps_keep_their_numbers_as_names(tmp_path: Path) -> None:
-    data = load(save(tmp_path, x=VECTORS, y=Y * 5 + 1))
+    data = load_dataset(save(tmp_path, x=VECTORS, y=Y * 5 + 1))
     assert data.class_names == ("1", "6", "11")
     assert torch.cat([data.train.y, data.test.y]).unique().tolist() == [0, 1, 2]
 
@@ -94,7 +94,7 @@ def test_broken_archives(case: str, tmp_path: Path) -> None:
     arrays, message = BROKEN[case]
     name = save(tmp_path, **arrays)
     with pytest.raises(InputError, match=message) as raised:
-        load(name)
+        load_dataset(name)
     assert "set.npz" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -102,27 +102,27 @@ def test_broken_archives(case: str, tmp_path: Path) -> None:
 def test_files_that_are_no_archives(tmp_path: Path) -> None:
     path = tmp_path / "set.npz"
     with pytest.raises(InputError, match=r"cannot be read \(No such file"):
-        load(f"npz:{path}")
+        load_dataset(f"npz:{path}")
     with pytest.raises(InputError, match="Is a directory"):
-        load(f"npz:{tmp_path}")
+        load_dataset(f"npz:{tmp_path}")
     for content in (b"", b"x,y\n1,2\n", b"PK\3\4 cut"):
         path.write_bytes(content)
         with pytest.raises(InputError, match="not a readable npz archive"):
-            load(f"npz:{path}")
+            load_dataset(f"npz:{path}")
     with path.open("wb") as file:
         np.save(file, VECTORS)
     with pytest.raises(InputError, match="a single array"):
-        load(f"npz:{path}")
+        load_dataset(f"npz:{path}")
     for save_archive in (np.savez, np.savez_compressed):
         save_archive(path, x=VECTORS, y=Y)
         content = bytearray(path.read_bytes())
         path.write_bytes(content[: len(content) // 2])
         with pytest.raises(InputError, match="not a readable npz archive"):
-            load(f"npz:{path}")
+            load_dataset(f"npz:{path}")
         content[len(content) // 3] ^= 0xFF
         path.write_bytes(content)
         with pytest.raises(InputError, match="not a readable npz archive"):
-            load(f"npz:{path}")
+            load_dataset(f"npz:{path}")
 
 
 def with_header(shape: tuple[int, ...], kind: str, values: bytes = b"") -> bytes:
@@ -146,7 +146,7 @@ def test_a_shape_without_its_values_is_refused_at_once(tmp_path: Path) -> None:
         name = zipped(tmp_path / "set.npz", with_header(shape, "<f8", bytes(240)))
         began = time.perf_counter()
         with pytest.raises(InputError, match=r"not a readable npz .* bytes announced by the shape"):
-            load(name)
+            load_dataset(name)
         assert time.perf_counter() - began < 1
 
 
@@ -157,13 +157,13 @@ def test_what_would_unpack_to_more_than_there_is_is_refused_before_it_is_unpacke
     name = zipped(tmp_path / "set.npz", with_header(pixels.shape, "|u1", pixels.tobytes()))
     monkeypatch.setattr(memory, "available", lambda: 1.5 * pixels.nbytes)
     with pytest.raises(InputError, match=r"x, 30 × 1 × 512 × 512: 16 MB of memory needed"):
-        load(name)
+        load_dataset(name)
     monkeypatch.undo()
-    assert load(name).shape == (1, 512, 512)
+    assert load_dataset(name).shape == (1, 512, 512)
     monkeypatch.setattr(memory, "FLOOR", pixels.nbytes - 1)  # stands for 1 GiB
     monkeypatch.setattr(npz.npy, "read_array", None)
     with pytest.raises(InputError, match=r"7\.9 MB unpacked from .* kB; expected at most"):
-        load(name)
+        load_dataset(name)
 
 
 def test_an_encrypted_archive_and_a_header_that_is_no_dictionary(tmp_path: Path) -> None:
@@ -174,10 +174,10 @@ def test_an_encrypted_archive_and_a_header_that_is_no_dictionary(tmp_path: Path)
         content[local] |= 1  # the bit of the flags that says encrypted
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"not a readable npz archive .*encrypted"):
-        load(f"npz:{path}")
+        load_dataset(f"npz:{path}")
     for damage in (b"{" * 100, b"(" * 100, b"__import__('os')", b"\0" * 9):
         np.savez(path, x=VECTORS, y=Y)
         header = with_header((30, 4), "<f8", VECTORS.tobytes())
         zipped(path, header[:10] + damage + header[10 + len(damage) :])
         with pytest.raises(InputError, match="not a readable npz archive"):
-            load(f"npz:{path}")
+            load_dataset(f"npz:{path}")

@@ -17,7 +17,7 @@ from data_layouts import image_table, make_images, png
 from PIL import Image
 
 from deeplimit import memory
-from deeplimit.data import DataSet, load
+from deeplimit.data import DataSet, load_dataset
 from deeplimit.errors import InputError
 
 WriteParts = Callable[..., Path]
@@ -33,7 +33,7 @@ def table(
 
 @pytest.fixture(scope="module")
 def cifar(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    return load("cifar10", data_dir=data_dir, cache_dir=tmp_path_factory.mktemp("cache"))
+    return load_dataset("cifar10", data_dir=data_dir, cache_dir=tmp_path_factory.mktemp("cache"))
 
 
 def test_cifar_sizes_and_class_counts(cifar: DataSet) -> None:
@@ -65,7 +65,7 @@ def test_cifar_pixels_belong_to_their_labels(cifar: DataSet, data_dir: Path) -> 
 
 
 def test_shards_become_one_set_each_image_once(parquet_folder: Path) -> None:
-    data = load("tiny", data_dir=parquet_folder.parent)
+    data = load_dataset("tiny", data_dir=parquet_folder.parent)
     assert data.class_names == ("ant", "bee", "cat")
     assert (len(data.train), len(data.validation), len(data.test)) == (54, 6, 20)
     assert np.array_equal(data.test.x.permute(0, 2, 3, 1), make_images(20, seed=1))
@@ -81,7 +81,7 @@ def test_a_validation_file_is_used(write_parts: WriteParts) -> None:
     data_dir = write_parts(
         train=table(), validation=table(images=make_images(30, seed=5)), test=table()
     )
-    data = load("tiny", data_dir=data_dir)
+    data = load_dataset("tiny", data_dir=data_dir)
     assert (len(data.train), len(data.validation), len(data.test)) == (30, 30, 30)
     assert np.array_equal(data.validation.x.permute(0, 2, 3, 1), make_images(30, seed=5))
     originals = {image.tobytes(): row for row, image in enumerate(make_images(30))}
@@ -96,18 +96,18 @@ def test_shards_that_are_missing_or_of_two_versions(hashed: str, parquet_folder:
     first, second = sorted(parquet_folder.glob("train-*"))
     for n, shard in enumerate((first, second)):
         shard.rename(parquet_folder / f"train-0000{n}-of-00002{hashed}.parquet")
-    assert len(load("tiny", data_dir=parquet_folder.parent).train) == 54
+    assert len(load_dataset("tiny", data_dir=parquet_folder.parent).train) == 54
     first, second = sorted(parquet_folder.glob("train-*"))
     second.rename(parquet_folder / "train-00000-of-00002-1234abcd.parquet")
     with pytest.raises(InputError, match=r"2 files like .*, expected 2, each number once: fetch"):
-        load("tiny", data_dir=parquet_folder.parent)
+        load_dataset("tiny", data_dir=parquet_folder.parent)
     (parquet_folder / "train-00000-of-00002-1234abcd.parquet").unlink()
     with pytest.raises(InputError, match="1 files like"):
-        load("tiny", data_dir=parquet_folder.parent)
+        load_dataset("tiny", data_dir=parquet_folder.parent)
 
 
 def test_missing_parts_are_held_out_of_train(write_parts: WriteParts) -> None:
-    data = load("tiny", data_dir=write_parts(train=table()))
+    data = load_dataset("tiny", data_dir=write_parts(train=table()))
     assert (len(data.train), len(data.validation), len(data.test)) == (24, 3, 3)
     images = torch.cat([data.train.x, data.validation.x, data.test.x])
     labels = torch.cat([data.train.y, data.validation.y, data.test.y]).tolist()
@@ -123,21 +123,21 @@ def test_label_column_and_names(write_parts: WriteParts) -> None:
     both = {"coarse_label": coarse, "fine_label": fine}
     # `id` has the most values, but the declared ClassLabels go before it.
     parts = table({"id": list(range(30)), **both}, names=names, image_column="image")
-    data = load("tiny", data_dir=write_parts(train=parts, test=parts))
+    data = load_dataset("tiny", data_dir=write_parts(train=parts, test=parts))
     assert data.class_names == tuple("abcdef")
     assert data.test.y.tolist() == fine
     parts = table(both)
-    data = load("tiny", data_dir=write_parts(train=parts, test=parts))
+    data = load_dataset("tiny", data_dir=write_parts(train=parts, test=parts))
     assert data.class_names == tuple("012345")
     parts = table({"label": coarse, "fine_label": fine}, names={"fine_label": list("abcdef")})
-    data = load("tiny", data_dir=write_parts(train=parts, test=parts))
+    data = load_dataset("tiny", data_dir=write_parts(train=parts, test=parts))
     assert data.test.y.tolist() == coarse
 
 
 def test_declared_names_fix_the_numbering_also_of_absent_classes(write_parts: WriteParts) -> None:
     labels = [1 + 2 * (row % 2) for row in range(30)]
     parts = table({"label": labels}, names={"label": list("abcde")})
-    data = load("tiny", data_dir=write_parts(train=parts, test=parts))
+    data = load_dataset("tiny", data_dir=write_parts(train=parts, test=parts))
     assert data.class_names == tuple("abcde")
     assert data.test.y.tolist() == labels
 
@@ -147,10 +147,10 @@ def test_grey_images_have_one_channel_and_grey_in_colour_sets_three(
 ) -> None:
     grey = make_images(30, shape=(6, 5))
     parts = table(images=grey)
-    data = load("tiny", data_dir=write_parts(train=parts, test=parts))
+    data = load_dataset("tiny", data_dir=write_parts(train=parts, test=parts))
     assert np.array_equal(data.test.x[:, 0], grey)
     mixed = image_table([png(make_images(1)[0]), *map(png, grey[1:])], {"label": LABELS})
-    data = load("tiny", data_dir=write_parts(train=mixed, test=mixed))
+    data = load_dataset("tiny", data_dir=write_parts(train=mixed, test=mixed))
     assert data.shape == (3, 6, 5)
     assert np.array_equal(data.test.x[1:].permute(0, 2, 3, 1), np.stack([grey[1:]] * 3, axis=-1))
 
@@ -159,7 +159,7 @@ def test_palette_and_transparent_images_become_rgb(write_parts: WriteParts) -> N
     generator = np.random.default_rng(0)
     alpha = generator.integers(0, 256, (30, 6, 5, 4), dtype=np.uint8)
     parts = table(images=alpha)
-    data = load("tiny", data_dir=write_parts(train=parts, test=parts))
+    data = load_dataset("tiny", data_dir=write_parts(train=parts, test=parts))
     assert np.array_equal(data.test.x.permute(0, 2, 3, 1), alpha[..., :3])
 
 
@@ -217,7 +217,7 @@ BROKEN: dict[str, tuple[Callable[[], pa.Table], str]] = {
 def test_broken_tables(case: str, write_parts: WriteParts) -> None:
     make, message = BROKEN[case]
     with pytest.raises(InputError, match=message) as raised:
-        load("tiny", data_dir=write_parts(train=make(), test=make()))
+        load_dataset("tiny", data_dir=write_parts(train=make(), test=make()))
     assert "train-00000-of-00001.parquet" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -226,17 +226,17 @@ def test_colour_in_a_grey_set(write_parts: WriteParts) -> None:
     grey = [png(image) for image in make_images(29, shape=(6, 5))]
     parts = image_table([*grey, png(make_images(1)[0])], {"label": LABELS})
     with pytest.raises(InputError, match="image 29 is 5×6 in colour, the first image 5×6 in grey"):
-        load("tiny", data_dir=write_parts(train=parts, test=parts))
+        load_dataset("tiny", data_dir=write_parts(train=parts, test=parts))
 
 
 def test_parts_that_do_not_fit_together(write_parts: WriteParts) -> None:
     with pytest.raises(InputError, match="test label 3 is out of range"):
-        load("tiny", data_dir=write_parts(train=table(), test=labelled(3)))
+        load_dataset("tiny", data_dir=write_parts(train=table(), test=labelled(3)))
     with pytest.raises(InputError, match=r"test-00000.*: no column label"):
-        load("tiny", data_dir=write_parts(train=table(), test=table({"fine": LABELS})))
+        load_dataset("tiny", data_dir=write_parts(train=table(), test=table({"fine": LABELS})))
     small = table(images=make_images(30, shape=(4, 4, 3)))
     with pytest.raises(InputError, match="test samples are images of shape 3×4×4"):
-        load("tiny", data_dir=write_parts(train=table(), test=small))
+        load_dataset("tiny", data_dir=write_parts(train=table(), test=small))
 
 
 def test_files_that_are_cut_or_missing(parquet_folder: Path) -> None:
@@ -247,17 +247,17 @@ def test_files_that_are_cut_or_missing(parquet_folder: Path) -> None:
     with pytest.raises(
         InputError, match=r"train-00001-of-00002\.parquet: not a whole Parquet file"
     ):
-        load("tiny", data_dir=data_dir)
+        load_dataset("tiny", data_dir=data_dir)
     # A hole in the middle, with the footer intact.
     second.write_bytes(content[:200] + bytes(1000) + content[1200:])
     with pytest.raises(InputError, match=r"train-00001-of-00002\.parquet"):
-        load("tiny", data_dir=data_dir)
+        load_dataset("tiny", data_dir=data_dir)
     second.unlink()
     with pytest.raises(InputError, match=r"1 files like train-00000-of-00002.parquet, expected 2"):
-        load("tiny", data_dir=data_dir)
+        load_dataset("tiny", data_dir=data_dir)
     (parquet_folder / "train-00000-of-00002.parquet").unlink()
     with pytest.raises(InputError, match=r"no train-\*.parquet there"):
-        load("tiny", data_dir=data_dir)
+        load_dataset("tiny", data_dir=data_dir)
 
 
 def claimed_png(width: int, height: int) -> bytes:
@@ -289,7 +289,7 @@ def test_images_too_large_are_refused_before_they_are_decoded(
         warnings.simplefilter("error")
         began = time.perf_counter()
         with pytest.raises(InputError, match=says):
-            load("tiny", data_dir=data_dir)
+            load_dataset("tiny", data_dir=data_dir)
     assert time.perf_counter() - began < 1
 
 
@@ -299,7 +299,7 @@ def test_labels_that_unpack_to_more_than_there_is(
     data_dir = write_parts(train=pa.table({"label": np.zeros(2**21, np.int64)}))
     monkeypatch.setattr(memory, "available", lambda: 2.0**26)
     with pytest.raises(InputError, match=r"train-00000.*parquet: 67 MB of memory needed"):
-        load("tiny", data_dir=data_dir)
+        load_dataset("tiny", data_dir=data_dir)
 
 
 def test_an_image_format_for_which_another_program_would_be_run(write_parts: WriteParts) -> None:
@@ -307,4 +307,4 @@ def test_an_image_format_for_which_another_program_would_be_run(write_parts: Wri
     Image.fromarray(make_images(1)[0]).save(file, "EPS")
     parts = image_table([file.getvalue()] * 30, {"label": LABELS})
     with pytest.raises(InputError, match=r"image 0 cannot be decoded \(cannot identify"):
-        load("tiny", data_dir=write_parts(train=parts))
+        load_dataset("tiny", data_dir=write_parts(train=parts))

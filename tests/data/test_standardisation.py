@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from deeplimit.data import Augmentation, DataSet, Split, Standardisation, batches
+from deeplimit.data import Augmentation, DataSet, Split, Standardisation, iter_batches
 from deeplimit.errors import InputError
 
 IMAGES = Split(
@@ -20,7 +20,7 @@ def data(split: Split) -> DataSet:
 
 
 def test_each_channel_by_its_own_figures() -> None:
-    (plain, _), (x, y) = (next(iter(batches(d.test, 6))) for d in (data(IMAGES), scaled()))
+    (plain, _), (x, y) = (next(iter(iter_batches(d.test, 6))) for d in (data(IMAGES), scaled()))
     for c in range(3):
         torch.testing.assert_close(x[:, c], (plain[:, c] - SCALE.mean[c]) / SCALE.std[c])
     assert torch.equal(y, IMAGES.y)
@@ -31,21 +31,23 @@ def scaled() -> DataSet:
 
 
 def test_the_training_splits_own_figures_by_default() -> None:
-    x = torch.cat([x for x, _ in batches(data(IMAGES).standardised().train, 2)])
+    x = torch.cat([x for x, _ in iter_batches(data(IMAGES).standardised().train, 2)])
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-6, rtol=0)
     torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3))
 
 
 def test_features_of_vectors() -> None:
     vectors = Split(torch.tensor([[1.0, 10.0], [3.0, 10.0]]), torch.tensor([0, 1]))
-    (x, _) = next(iter(batches(data(vectors).standardised().train, 2)))
+    (x, _) = next(iter(iter_batches(data(vectors).standardised().train, 2)))
     assert x.tolist() == [[-1.0, 0.0], [1.0, 0.0]]
 
 
 def test_the_padding_of_a_crop_is_black_as_a_model_sees_black() -> None:
     """Standardised last: as if the model itself did it."""
     same = {"seed": 3, "augmentation": Augmentation(crop=2, flip=True)}
-    (plain, _), (x, _) = (next(iter(batches(d.train, 6, **same))) for d in (data(IMAGES), scaled()))
+    (plain, _), (x, _) = (
+        next(iter(iter_batches(d.train, 6, **same))) for d in (data(IMAGES), scaled())
+    )
     assert (plain == 0).all(dim=1).any()  # some padding is seen
     torch.testing.assert_close(x, SCALE.apply(plain), rtol=0, atol=0)
 

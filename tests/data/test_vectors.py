@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from deeplimit.data import DataSet, load
+from deeplimit.data import DataSet, load_dataset
 from deeplimit.data.vectors import checked_vectors
 from deeplimit.errors import InputError
 from deeplimit.network import Architecture
@@ -22,7 +22,7 @@ X = np.round(np.random.default_rng(0).normal(size=(90, 3)) * 2**20) / 2**20
 
 def loaded(tmp_path: Path, x: np.ndarray) -> DataSet:
     np.savez(tmp_path / "set.npz", x=x, y=Y)
-    return load(f"npz:{tmp_path / 'set.npz'}")
+    return load_dataset(f"npz:{tmp_path / 'set.npz'}")
 
 
 @pytest.mark.parametrize("offset", [1e9, -1e6, [1e9, 0, 0]])

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import load as naive_safetensors
 
 from deeplimit.control import TrajectoryPicture
-from deeplimit.data import Standardisation, load
+from deeplimit.data import Standardisation, load_dataset
 from deeplimit.data.cache import ImageCache
 from deeplimit.data.idx import read_idx
 from deeplimit.meanfield import ConvergenceCertificate
@@ -349,7 +349,7 @@ READERS = [
     Reader(
         "set.npz",
         lambda folder: np.savez(folder / "set.npz", x=VECTORS, y=LABELS),
-        lambda folder: load(f"npz:{folder / 'set.npz'}"),
+        lambda folder: load_dataset(f"npz:{folder / 'set.npz'}"),
         lambda _, data: _npz_right(data, VECTORS),
     ),
     Reader(
@@ -358,13 +358,13 @@ READERS = [
             (folder / "packed").mkdir(),
             np.savez_compressed(folder / "packed" / "set.npz", x=PIXELS[:, None], y=LABELS),
         )[1],
-        lambda folder: load(f"npz:{folder / 'packed' / 'set.npz'}"),
+        lambda folder: load_dataset(f"npz:{folder / 'packed' / 'set.npz'}"),
         lambda _, data: _npz_right(data, PIXELS[:, None]),
     ),
     Reader(
         "tiny/train.parquet",
         _make_parquet,
-        lambda folder: load("tiny", data_dir=folder),
+        lambda folder: load_dataset("tiny", data_dir=folder),
         _parquet_right,
     ),
     Reader(CACHE, lambda folder: np.save(folder / CACHE, PIXELS[:, None]), _cached, _cache_right),

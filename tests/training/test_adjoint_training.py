@@ -21,7 +21,7 @@ from training_runs import (
 
 from deeplimit import drift, use_adjoint
 from deeplimit.control import StageCost
-from deeplimit.data import batches
+from deeplimit.data import iter_batches
 from deeplimit.errors import RunError
 from deeplimit.gradient import DriftWarning
 from deeplimit.gradient.adjoint import switches
@@ -57,7 +57,7 @@ def naive(recipe: Recipe, runs: Path) -> tuple[torch.nn.Module, list[float]]:
     drifts = []
     for epoch in range(recipe.epochs):
         largest = 0.0
-        for x, y in batches(data.train, recipe.batch_size, seed=recipe.seed, epoch=epoch):
+        for x, y in iter_batches(data.train, recipe.batch_size, seed=recipe.seed, epoch=epoch):
             optimizer.zero_grad()
             objective(x, y)[0].backward()
             largest = max(largest, drift(model))

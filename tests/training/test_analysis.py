@@ -15,7 +15,7 @@ from deeplimit.control import (
     turnpike_profile,
     verify_crop,
 )
-from deeplimit.data import batches
+from deeplimit.data import iter_batches
 from deeplimit.errors import InputError
 from deeplimit.report.answer import rule
 from deeplimit.training import (
@@ -44,13 +44,13 @@ def test_profiles_are_of_the_three_splits(run: RunFolder) -> None:
     profiles = profile_run(run)
     for name in ("train", "validation", "test"):
         split, measured = getattr(data, name), getattr(profiles, name)
-        by_hand = turnpike_profile(model, batches(split, 100), loss)
+        by_hand = turnpike_profile(model, iter_batches(split, 100), loss)
         assert measured.samples == len(split)
         assert measured.loss == pytest.approx(by_hand.loss, rel=1e-5)
         assert measured.accuracy == by_hand.accuracy
     stored = RunFolder.open(run.path)
     assert stored.profiles() == profiles
-    assert stored.picture() == picture_trajectories(model, batches(data.test, 256), loss)
+    assert stored.picture() == picture_trajectories(model, iter_batches(data.test, 256), loss)
     last = run.metrics()[-1]
     assert profiles.validation.loss[-1] == pytest.approx(last["validation_loss"], rel=1e-6)
     assert profiles.validation.accuracy[-1] == last["validation_accuracy"]
@@ -67,7 +67,7 @@ def test_the_automatic_cut_is_chosen_on_validation_and_measured_on_test(run: Run
     assert cut.removed == tuple(removal(profiles.validation))
     by_hand = crop(model, remove=cut.removed)
     assert equal_weights(run.cropped(), by_hand)
-    report = verify_crop(model, by_hand, batches(data.test, 256), loss)
+    report = verify_crop(model, by_hand, iter_batches(data.test, 256), loss)
     assert cut.report.samples == len(data.test)
     for name in ("accuracy_before", "accuracy_after", "agreement", "loss_before", "loss_after"):
         assert getattr(cut.report, name) == pytest.approx(getattr(report, name), rel=1e-6)
@@ -93,7 +93,7 @@ def test_a_cut_to_a_depth_keeps_that_many_layers(run: RunFolder) -> None:
     cut = crop_run(run, 3, data=data)
     assert (cut.removed, cut.tolerance) == ((3, 4, 5, 6, 7), None)
     assert (cut.report.horizon_before, cut.report.horizon_after) == (8, 3)
-    x, _ = next(iter(batches(data.test, 50)))
+    x, _ = next(iter(iter_batches(data.test, 50)))
     states = model.stages[0].trajectory(model.stem(x))
     assert torch.equal(run.cropped()(x), model.head(states[3]))
     assert run.cut() == cut
@@ -146,7 +146,7 @@ def test_layers_of_any_stage_are_chosen_on_validation(stages: RunFolder, budget:
         by_hand = choose_cut(
             model,
             profiles.validation,
-            batches(data.validation, 256),
+            iter_batches(data.validation, 256),
             **(budget or {"accuracy": 0.005}),
         )
         assert cut.choice == by_hand

@@ -13,7 +13,7 @@ import torch
 from training_runs import checkpoint_of, same_but_for_seconds
 
 from deeplimit.control import cropping
-from deeplimit.data import batches
+from deeplimit.data import iter_batches
 from deeplimit.errors import InputError, RunError, several
 from deeplimit.training import Recipe, RunFolder, complete, crop_run, resume, run_data, train
 from deeplimit.training.loop import Training
@@ -65,7 +65,7 @@ def test_the_cut_is_compared_with_a_network_of_its_depth_sample_by_sample(
     reference, test = whole.reference(), run_data(whole).test
     assert reference is not None
     assert reference.small is not None
-    x, y = next(iter(batches(test, len(test))))
+    x, y = next(iter(iter_batches(test, len(test))))
     with torch.no_grad():
         cut, small = (m(x).argmax(1) == y for m in (whole.cropped(), small_run(whole).model()))
     difference = cut.double() - small.double()

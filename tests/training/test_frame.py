@@ -12,7 +12,7 @@ from training_runs import equal_weights
 
 from deeplimit import cot_geodesic
 from deeplimit.control import SoftCrossEntropy, StageCost
-from deeplimit.data import batches, load
+from deeplimit.data import iter_batches, load_dataset
 from deeplimit.errors import InputError
 from deeplimit.ode import refine
 from deeplimit.studies import merge_runs
@@ -55,7 +55,7 @@ def second(first: RunFolder) -> RunFolder:
 def test_training_is_a_naive_loop_over_the_layers_alone(
     first: RunFolder, second: RunFolder
 ) -> None:
-    data = load("digits")
+    data = load_dataset("digits")
     model: Any = build_model(replace(second.recipe, frame=None), data)
     theirs: Any = first.model()
     model.stem, model.head = copy.deepcopy(theirs.stem), copy.deepcopy(theirs.head)
@@ -65,7 +65,7 @@ def test_training_is_a_naive_loop_over_the_layers_alone(
     steps = 2 * (len(data.train) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for epoch in range(2):
-        for x, y in batches(data.train, 64, seed=1, epoch=epoch):
+        for x, y in iter_batches(data.train, 64, seed=1, epoch=epoch):
             optimizer.zero_grad()
             objective(x, y)[0].backward()
             optimizer.step()

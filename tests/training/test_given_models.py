@@ -12,7 +12,7 @@ from greys import MODULE, dino, greys, vit
 from safetensors.torch import save_file
 from training_runs import checkpoint_of, equal_weights, largest_difference, one_thread
 
-from deeplimit.data import batches
+from deeplimit.data import iter_batches
 from deeplimit.errors import InputError
 from deeplimit.network import CifarArchitecture, CifarResNet, save
 from deeplimit.training import (
@@ -248,7 +248,7 @@ def test_a_class_of_the_users_with_weights_from_a_file(run: RunFolder, here: Pat
     assert equal_weights(model, run.model())
     crop_run(own, 2)
     cropped = RunFolder.open(own.path, trust=True).cropped()
-    x, _ = next(iter(batches(run_data(own).test, 9)))
+    x, _ = next(iter(iter_batches(run_data(own).test, 9)))
     with torch.no_grad():
         states = model.vit(x, output_hidden_states=True).hidden_states
         by_hand = model.classifier(model.vit.layernorm(states[2])[:, 0])

@@ -13,7 +13,7 @@ from training_runs import equal_weights
 
 from deeplimit import crop, heal, verify_crop
 from deeplimit.control import SoftCrossEntropy, StageCost
-from deeplimit.data import DataSet, batches
+from deeplimit.data import DataSet, iter_batches
 from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain
 from deeplimit.training import (
@@ -59,7 +59,7 @@ def naive(student: torch.nn.Module, teacher: torch.nn.Module | None, data: DataS
     steps = 2 * (len(data.train) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for epoch in range(2):
-        for x, y in batches(data.train, 64, seed=0, epoch=epoch):
+        for x, y in iter_batches(data.train, 64, seed=0, epoch=epoch):
             optimizer.zero_grad()
             cost, logits = objective(x, y)
             if teacher is not None:
@@ -88,7 +88,7 @@ def test_it_is_the_naive_loop(taught: bool, run: RunFolder, data: DataSet) -> No
     assert equal_weights(cropped, before)  # the one given is left as it was
     assert healed.training == cropped.training
     loss = loss_of(SHORT, data)
-    report = verify_crop(cropped, healed, batches(data.test, 256), loss)
+    report = verify_crop(cropped, healed, iter_batches(data.test, 256), loss)
     assert report.accuracy_after > report.accuracy_before + 0.02
     if not taught:
         assert equal_weights(healed, by_hand)
@@ -116,10 +116,10 @@ def test_what_it_writes_is_what_it_says(run: RunFolder, data: DataSet, tmp_path:
     assert not (folder.path / "heal").exists()
     full, cropped, healed = folder.model(), folder.cropped(), folder.healed()
     loss = loss_of(RECIPE, data)
-    by_hand = verify_crop(full, healed, batches(data.test, 256), loss)
+    by_hand = verify_crop(full, healed, iter_batches(data.test, 256), loss)
     for name in ("accuracy_before", "accuracy_after", "agreement", "loss_after", "samples"):
         assert getattr(healing.from_full, name) == pytest.approx(getattr(by_hand, name), rel=1e-6)
-    against = verify_crop(cropped, healed, batches(data.test, 256), loss)
+    against = verify_crop(cropped, healed, iter_batches(data.test, 256), loss)
     assert healing.from_cropped.accuracy_before == against.accuracy_before
     assert healing.from_cropped.accuracy_before == folder.cut().report.accuracy_after
     assert against.accuracy_after > against.accuracy_before
@@ -152,12 +152,12 @@ def test_a_teacher_that_learns_beside(
     objective = StageCost(student, loss_of(SHORT, data), SHORT.stage_cost)
     both = [*student.parameters(), *teacher.parameters()]
     optimizer = torch.optim.AdamW(both, lr=2e-3, weight_decay=0.0, fused=True)
-    steps = len(batches(data.train, 64, seed=0))
+    steps = len(iter_batches(data.train, 64, seed=0))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, SHORT.learning_rate, total_steps=SHORT.epochs * steps
     )
     for epoch in range(SHORT.epochs):
-        for x, y in batches(data.train, 64, seed=0, epoch=epoch):
+        for x, y in iter_batches(data.train, 64, seed=0, epoch=epoch):
             optimizer.zero_grad()
             (cost, logits), soft = objective(x, y), teacher(x)
             kl = F.kl_div(
@@ -211,7 +211,7 @@ def test_layers_fade_out_as_a_naive_loop_has_it(run: RunFolder, data: DataSet) -
     for n in gone:
         chain[n].register_forward_hook(lambda _, args, y: step[0] * y)
     for epoch in range(2):
-        for x, y in batches(data.train, 64, seed=0, epoch=epoch):
+        for x, y in iter_batches(data.train, 64, seed=0, epoch=epoch):
             step[0] = max(0.0, 1 - done / steps / part)
             optimizer.zero_grad()
             objective(x, y)[0].backward()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from deeplimit.data import DataSet, Split, load
+from deeplimit.data import DataSet, Split, load_dataset
 from deeplimit.network import Architecture, CifarArchitecture, smooth_start
 from deeplimit.ode import smoothness
 from deeplimit.training import Recipe, RunFolder, build_model, train
@@ -73,7 +73,7 @@ def test_training_keeps_a_smooth_start_smooth_and_an_independent_one_rough(tmp_p
         folder = train(own, runs=tmp_path, name=start, quiet=True)
         assert RunFolder.open(folder.path).recipe == own
         trained: Any = folder.model()
-        built: Any = build_model(own, load("digits"))
+        built: Any = build_model(own, load_dataset("digits"))
         moved = (trained.stages[0][0].outer.weight - built.stages[0][0].outer.weight).norm()
         assert moved > 0.1  # from zero: it has trained
         found[start] = smoothness(trained)

@@ -23,7 +23,7 @@ from training_runs import (
 )
 
 from deeplimit.control import SoftCrossEntropy, StageCost, turnpike_profile
-from deeplimit.data import batches
+from deeplimit.data import iter_batches
 from deeplimit.errors import InputError, RunError
 from deeplimit.training import (
     Recipe,
@@ -66,7 +66,7 @@ def naive(recipe: Recipe, runs: Path) -> tuple[torch.nn.Module, list[list[float]
     figures = []
     for epoch in range(recipe.epochs):
         losses, hits = [], []
-        for x, y in batches(data.train, recipe.batch_size, seed=recipe.seed, epoch=epoch):
+        for x, y in iter_batches(data.train, recipe.batch_size, seed=recipe.seed, epoch=epoch):
             optimizer.zero_grad()
             cost, logits = objective(x, y)
             cost.backward()
@@ -74,7 +74,7 @@ def naive(recipe: Recipe, runs: Path) -> tuple[torch.nn.Module, list[list[float]
             schedule.step()
             losses += loss(logits, y).tolist()
             hits += (logits.argmax(-1) == y).tolist()
-        profile = turnpike_profile(model, batches(data.validation, 256), loss)
+        profile = turnpike_profile(model, iter_batches(data.validation, 256), loss)
         figures.append(
             [
                 sum(losses) / len(losses),
@@ -293,7 +293,7 @@ def diverges_at(recipe: Recipe, runs: Path) -> tuple[int, int]:
     )
     step = 0
     for epoch in range(recipe.epochs):
-        for x, y in batches(data.train, recipe.batch_size, seed=recipe.seed, epoch=epoch):
+        for x, y in iter_batches(data.train, recipe.batch_size, seed=recipe.seed, epoch=epoch):
             step += 1
             cost, _ = objective(x, y)
             if not math.isfinite(cost.item()):

@@ -1,6 +1,8 @@
 """Recipes: what is accepted, what is refused, and the way to disk and back."""
 
 import math
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -260,3 +262,17 @@ def test_toml_names_versions_and_classes() -> None:
     assert 'torch = "' in text
     assert 'deeplimit = "' in text
     assert 'python = "' in text
+
+
+def test_names_paths_and_recipes_are_checked_without_torch(tmp_path: Path):
+    script = (
+        "import sys\n"
+        "from deeplimit.data.registry import find_source\n"
+        "from deeplimit.training import Recipe, RunFolder, recipe_for\n"
+        "from deeplimit.training.new_folder import check_place\n"
+        "from deeplimit.training.trust import Named\n"
+        "find_source('digits'); recipe_for('mnist')\n"
+        f"RunFolder.open(RunFolder.create({str(tmp_path)!r}, None, Recipe()).path)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

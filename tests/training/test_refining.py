@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from training_runs import checkpoint_of, equal_weights, files_at_most
 
 from deeplimit.control import SoftCrossEntropy, StageCost
-from deeplimit.data import batches
+from deeplimit.data import iter_batches
 from deeplimit.errors import InputError, RunError
 from deeplimit.network import ResidualClassifier
 from deeplimit.ode import refine
@@ -52,7 +52,7 @@ def naive(run: RunFolder, epochs: int) -> torch.nn.Module:
     schedule = OneCycleLR(optimizer, rates, total_steps=epochs * steps)
     objective = StageCost(model, SoftCrossEntropy(10, recipe.softness), recipe.stage_cost)
     for epoch in range(epochs):
-        for x, y in batches(data.train, recipe.batch_size, seed=0, epoch=epoch):
+        for x, y in iter_batches(data.train, recipe.batch_size, seed=0, epoch=epoch):
             optimizer.zero_grad()
             objective(x, y)[0].backward()
             optimizer.step()

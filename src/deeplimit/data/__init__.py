@@ -1,9 +1,26 @@
 """Named data sets, their splits and the loaders that batch them."""
 
-from deeplimit.data.augmentation import Augmentation
-from deeplimit.data.batches import batches
-from deeplimit.data.dataset import DataSet, Split
-from deeplimit.data.registry import load
-from deeplimit.data.standardisation import Standardisation
+from typing import TYPE_CHECKING
 
-__all__ = ["Augmentation", "DataSet", "Split", "Standardisation", "batches", "load"]
+from deeplimit.lazy import lazy
+
+if TYPE_CHECKING:
+    from deeplimit.data.augmentation import Augmentation
+    from deeplimit.data.dataset import DataSet, Split
+    from deeplimit.data.iteration import iter_batches
+    from deeplimit.data.registry import load_dataset
+    from deeplimit.data.standardisation import Standardisation
+
+__all__ = ["Augmentation", "DataSet", "Split", "Standardisation", "iter_batches", "load_dataset"]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "augmentation": "Augmentation",
+        "dataset": "DataSet Split",
+        "iteration": "iter_batches",
+        "registry": "load_dataset",
+        "standardisation": "Standardisation",
+    },
+    {"batches": "iter_batches", "load": "load_dataset"},
+)

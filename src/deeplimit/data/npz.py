@@ -11,6 +11,7 @@ from numpy.lib import format as npy
 
 from deeplimit.data.dataset import DataSet
 from deeplimit.data.labels import integer_labels, number_classes
+from deeplimit.data.registry import NPZ
 from deeplimit.data.request import Request
 from deeplimit.data.splitting import split_whole
 from deeplimit.data.vectors import checked_vectors
@@ -19,9 +20,6 @@ from deeplimit.memory import require, require_unpacked
 from deeplimit.reading import reading
 
 _CHANNELS = (1, 3)
-REMEDY = (
-    "check the path, or write it with numpy.savez(FILE, x=samples, y=labels), without object arrays"
-)
 
 
 def load_npz(request: Request) -> DataSet:
@@ -45,10 +43,10 @@ def load_npz(request: Request) -> DataSet:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    with reading(path, "not a readable npz archive of plain numbers", REMEDY):
+    with reading(path, "not a readable npz archive of plain numbers", NPZ):
         with path.open("rb") as file:
             if file.read(6) == npy.MAGIC_PREFIX:
-                raise InputError(f"{path}: a single array, expected an archive: {REMEDY}")
+                raise InputError(f"{path}: a single array, expected an archive: {NPZ}")
         with zipfile.ZipFile(path) as archive:
             files = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             missing = [name for name in ("x", "y") if name not in files]

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+import pkgutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from deeplimit.data.dataset import DataSet
-from deeplimit.data.digits import load_digits
-from deeplimit.data.hub import load_hub
-from deeplimit.data.idx import load_idx
-from deeplimit.data.npz import load_npz
-from deeplimit.data.parquet import load_parquet
 from deeplimit.data.request import Request
-from deeplimit.data.spirals import load_spirals
 from deeplimit.errors import InputError
+from deeplimit.reading import reading
 
-Source = Callable[[Request], DataSet]
+if TYPE_CHECKING:
+    from deeplimit.data.dataset import DataSet
+else:
+    DataSet = Any  # names are checked without torch
 
-# A new source is one file, with a function Request → DataSet, and one entry here.
-BY_NAME: dict[str, Source] = {"digits": load_digits, "spirals": load_spirals}
-BY_PREFIX: dict[str, Source] = {"hub": load_hub, "npz": load_npz}
-BY_LAYOUT: dict[str, Source] = {"*-ubyte*": load_idx, "*.parquet": load_parquet}  # files in folder
+# A new source is one file with a function Request → DataSet, and one entry here, FILE:FUNCTION.
+BY_NAME = {"digits": "digits:load_digits", "spirals": "spirals:load_spirals"}
+BY_PREFIX = {"hub": "hub:load_hub", "npz": "npz:load_npz"}
+BY_LAYOUT = {"*-ubyte*": "idx:load_idx", "*.parquet": "parquet:load_parquet"}  # files in a folder
 FOLDERS = ("mnist", "cifar10")  # well-known names of folders, for error messages only
+NPZ = (
+    "check the path, or write it with numpy.savez(FILE, x=samples, y=labels), without object arrays"
+)
 
 ENVIRONMENT = "DEEPLIMIT_DATA"
 
 
-def load(
+def load_dataset(
     name: str, *, data_dir: Path | None = None, cache_dir: Path | None = None, seed: int = 0
 ) -> DataSet:
     """The data set called `name`, with its training, validation and test split.
@@ -59,17 +60,31 @@ def load(
     """
     if seed < 0:
         raise InputError(f"seed {seed}: give an integer of at least 0")
+    source, target = find_source(name, data_dir)
+    load: Any = pkgutil.resolve_name(f"deeplimit.data.{source}")
+    return load(Request(name, target, cache_dir, seed))
+
+
+def find_source(name: str, data_dir: Path | None = None) -> tuple[str, str]:
+    """Which file and function reads a data set, and what it is to read; nothing is loaded.
+
+    Raises:
+        InputError: for an unknown name, or a folder that is not there.
+    """
     prefix, colon, rest = name.partition(":")
     if colon and prefix in BY_PREFIX:
         if not rest:
             raise InputError(f"data set {name!r}: nothing after the colon: see {prefix}:… in help")
-        return BY_PREFIX[prefix](Request(name, rest, cache_dir, seed))
+        if prefix == "npz":
+            with reading(Path(rest).expanduser(), "cannot be read", NPZ):
+                pass
+        return BY_PREFIX[prefix], rest
     if name in BY_NAME:
-        return BY_NAME[name](Request(name, name, cache_dir, seed))
+        return BY_NAME[name], name
     folder = _folder(name, data_dir)
     for pattern, source in BY_LAYOUT.items():
         if any(folder.glob(pattern)):
-            return source(Request(name, str(folder), cache_dir, seed))
+            return source, str(folder)
     raise InputError(
         f"{folder}: neither train-images-idx3-ubyte[.gz] and its kin nor train-*.parquet in this "
         "folder: put the data set's files there"

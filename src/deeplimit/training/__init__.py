@@ -1,18 +1,30 @@
 """Training: typed recipes, the loop, processes, checkpoints, the run folder."""
 
-from deeplimit.training.analysis import crop_run, profile_run
-from deeplimit.training.building import build_model, load_data, loss_of, run_data
-from deeplimit.training.completing import complete
-from deeplimit.training.defaults import recipe_for
-from deeplimit.training.example_batch import Example, Wish, example
-from deeplimit.training.fit import resume, train
-from deeplimit.training.healing import heal, heal_run, resume_heal
-from deeplimit.training.loaded_model import LoadedModel
-from deeplimit.training.model_spec import load_model
-from deeplimit.training.recipe import Recipe
-from deeplimit.training.refining import refine_run
-from deeplimit.training.results import Cut, Healing, Profiles, Reference, Refinement, RunResults
-from deeplimit.training.run_folder import RunFolder
+from typing import TYPE_CHECKING
+
+from deeplimit.lazy import lazy
+
+if TYPE_CHECKING:
+    from deeplimit.training.analysis import crop_run, profile_run
+    from deeplimit.training.building import build_model, load_data, loss_of, run_data
+    from deeplimit.training.completing import complete
+    from deeplimit.training.defaults import recipe_for
+    from deeplimit.training.example_batch import Example, Wish, example
+    from deeplimit.training.fit import resume, train
+    from deeplimit.training.healing import heal, heal_run, resume_heal
+    from deeplimit.training.loaded_model import LoadedModel
+    from deeplimit.training.model_spec import load_model
+    from deeplimit.training.recipe import Recipe
+    from deeplimit.training.refining import refine_run
+    from deeplimit.training.results import (
+        Cut,
+        Healing,
+        Profiles,
+        Reference,
+        Refinement,
+        RunResults,
+    )
+    from deeplimit.training.run_folder import RunFolder
 
 __all__ = [
     "Cut",
@@ -43,3 +55,22 @@ __all__ = [
     "run_data",
     "train",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "analysis": "crop_run profile_run",
+        "building": "build_model load_data loss_of run_data",
+        "completing": "complete",
+        "defaults": "recipe_for",
+        "example_batch": "Example Wish example",
+        "fit": "resume train",
+        "healing": "heal heal_run resume_heal",
+        "loaded_model": "LoadedModel",
+        "model_spec": "load_model",
+        "recipe": "Recipe",
+        "refining": "refine_run",
+        "results": "Cut Healing Profiles Reference Refinement RunResults",
+        "run_folder": "RunFolder",
+    },
+)

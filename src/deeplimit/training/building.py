@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from deeplimit.control import Distillation, SoftCrossEntropy, StageCost
-from deeplimit.data import Augmentation, DataSet, Split, batches, load
+from deeplimit.data import Augmentation, DataSet, Split, iter_batches, load_dataset
 from deeplimit.errors import InputError
 from deeplimit.gradient import use_adjoint
 from deeplimit.memory import OBJECTS, require
@@ -87,7 +87,9 @@ class Start:
 
 def load_data(recipe: Recipe, runs: Path) -> DataSet:
     """The recipe's data as they are; decoded images are kept next to the runs."""
-    return load(recipe.data, data_dir=recipe.data_dir, cache_dir=runs / CACHE, seed=recipe.seed)
+    return load_dataset(
+        recipe.data, data_dir=recipe.data_dir, cache_dir=runs / CACHE, seed=recipe.seed
+    )
 
 
 def run_data(folder: RunFolder) -> DataSet:
@@ -270,7 +272,7 @@ def training_batches(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """One epoch's batches for one of `world` processes: a function of (seed, epoch) alone."""
     changes = Augmentation(recipe.crop, recipe.flip) if recipe.crop or recipe.flip else None
-    return batches(
+    return iter_batches(
         data.train,
         recipe.batch_size,
         seed=recipe.seed,
@@ -283,7 +285,7 @@ def training_batches(
 
 def evaluation_batches(split: Split) -> DataLoader[tuple[Tensor, Tensor]]:
     """All samples of a split, in order."""
-    return batches(split, EVALUATION_BATCH)
+    return iter_batches(split, EVALUATION_BATCH)
 
 
 def _architecture(recipe: Recipe, data: DataSet) -> Architecture | CifarArchitecture:

@@ -114,8 +114,8 @@ def heal(
     name = type(model).__name__
     if not isinstance(data, DataSet):
         raise InputError(
-            f"data is {type(data).__name__}; expected a DataSet: deeplimit.data.load('cifar10') or "
-            "one made of your own splits"
+            f"data is {type(data).__name__}; expected a DataSet, by "
+            "deeplimit.data.load_dataset('cifar10') or made of your own splits"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(

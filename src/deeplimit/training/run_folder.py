@@ -2,40 +2,44 @@
 
 import csv
 import json
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from deeplimit._anatomy import anatomy
-from deeplimit.control import TrajectoryPicture
-from deeplimit.data import Standardisation
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
-from deeplimit.meanfield import ConvergenceCertificate
-from deeplimit.ode import DepthLimit
 from deeplimit.training.files import METRICS, RunFiles, not_vouched_for
 from deeplimit.training.metrics import Row, from_csv, to_csv
 from deeplimit.training.new_folder import name_of, new_folder
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.recipe_file import read_recipe_file
 from deeplimit.training.remedies import remedy
-from deeplimit.training.results import (
-    Cut,
-    Healing,
-    MergedRuns,
-    Profiles,
-    Reference,
-    Refinement,
-    RunResults,
-)
-from deeplimit.training.saved_models import SUFFIX, load_network, save_network
 from deeplimit.training.typed_values import conform, read_record, to_plain
 
-Result = TypeVar("Result")
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from deeplimit.control import TrajectoryPicture
+    from deeplimit.data import Standardisation
+    from deeplimit.meanfield import ConvergenceCertificate
+    from deeplimit.ode import DepthLimit
+    from deeplimit.training.results import (
+        Cut,
+        Healing,
+        MergedRuns,
+        Profiles,
+        Reference,
+        Refinement,
+        RunResults,
+    )
+else:  # a folder is opened, and refused, without torch
+    Module = Standardisation = TrajectoryPicture = ConvergenceCertificate = DepthLimit = Any
+    Cut = Healing = MergedRuns = Profiles = Reference = Refinement = RunResults = Any
+
+SUFFIX = ".safetensors"
 
 RECIPE = "recipe.toml"
 MODEL, CROPPED, HEALED = "model", "cropped", "healed"  # a folder or a .safetensors file
@@ -93,7 +97,7 @@ class RunFolder:
         runs: str | Path,
         name: str,
         recipe: Recipe,
-        model: nn.Module,
+        model: Module,
         epochs: int,
         class_names: Sequence[str] = (),
         fill: Callable[["RunFolder", Path], None] = lambda folder, path: None,
@@ -112,6 +116,8 @@ class RunFolder:
             class_names: as in `create`.
             fill: writes what else belongs into the folder, before it appears at the path given.
         """
+        from deeplimit.training.saved_models import save_network
+
         recipe = replace(recipe.rooted(), control="none")  # which starts from scratch
 
         def begin(path: Path, to: Path) -> None:
@@ -182,38 +188,46 @@ class RunFolder:
     def standardisation(self) -> Standardisation | None:
         """What the run does to the samples before its network sees them; None for nothing."""
         mean, std = self.recipe.mean, self.recipe.std
-        return None if mean is None or std is None else Standardisation(mean, std)
+        if mean is None or std is None:
+            return None
+        from deeplimit.data import Standardisation
 
-    def model(self) -> nn.Module:
+        return Standardisation(mean, std)
+
+    def model(self) -> Module:
         """The trained network, on the CPU and in evaluation mode."""
         return self._network(MODEL, "finish the run: deeplimit train --resume {}")
 
-    def cropped(self) -> nn.Module:
+    def cropped(self) -> Module:
         """The network after the last cut."""
         return self._network(CROPPED, "make a cut: deeplimit crop {} --to auto")
 
-    def healed(self) -> nn.Module:
+    def healed(self) -> Module:
         """The network after the last cut that was healed."""
         return self._network(HEALED, "heal its cut: deeplimit heal {}")
 
-    def write_model(self, model: nn.Module) -> None:
+    def write_model(self, model: Module) -> None:
         """Writes the network: model.safetensors, of transformers model/."""
         self._write_network(MODEL, model)
 
-    def write_cropped(self, model: nn.Module, removed: Sequence[int] = ()) -> None:
+    def write_cropped(self, model: Module, removed: Sequence[int] = ()) -> None:
         """Writes the network less the layers removed: cropped.safetensors or cropped/."""
         self._write_network(CROPPED, model, removed)
 
-    def write_healed(self, model: nn.Module, removed: Sequence[int] = ()) -> None:
+    def write_healed(self, model: Module, removed: Sequence[int] = ()) -> None:
         """Writes the healed network: healed.safetensors or healed/."""
         self._write_network(HEALED, model, removed)
 
-    def _write_network(self, name: str, model: nn.Module, removed: Sequence[int] = ()) -> None:
+    def _write_network(self, name: str, model: Module, removed: Sequence[int] = ()) -> None:
+        from deeplimit.training.saved_models import save_network
+
         scale = self.standardisation
         with self.files.commit() as files:
             save_network(model, files.place(name), removed=removed, standardisation=scale)
 
-    def _network(self, name: str, missing: str) -> nn.Module:
+    def _network(self, name: str, missing: str) -> Module:
+        from deeplimit.training.saved_models import load_network
+
         found = self.files.find(name, name + SUFFIX)
         if found is None:
             raise InputError(f"{self.path}: no {name}{SUFFIX} yet; {missing.format(self.path)}")
@@ -224,7 +238,7 @@ class RunFolder:
     def _remedy(self, name: str) -> str:
         return remedy(self.path, name)
 
-    def _untrained(self) -> nn.Module:
+    def _untrained(self) -> Module:
         """The recipe's model, whatever its weights."""
         from deeplimit.training.model_spec import load_named  # which reads run folders itself
 
@@ -234,15 +248,17 @@ class RunFolder:
         classes = len(self.class_names)
         return self._as_said(load_named(recipe.model, seed=recipe.seed, classes=classes).model)
 
-    def _as_said(self, model: nn.Module) -> nn.Module:
+    def _as_said(self, model: Module) -> Module:
         """The model, to be read as the recipe says."""
         if self.recipe.stack is not None:
+            from deeplimit._anatomy import anatomy
+
             anatomy(model, blocks=self.recipe.stack)
         return model
 
     def profiles(self) -> Profiles | None:
         """What `profile_run` measured."""
-        return self._read(PROFILE, Profiles)
+        return self._read(PROFILE, "Profiles")
 
     def write_profiles(self, profiles: Profiles) -> None:
         """Writes profile.json."""
@@ -250,7 +266,7 @@ class RunFolder:
 
     def picture(self) -> TrajectoryPicture | None:
         """The trajectories that `profile_run` projected."""
-        return self._read(TRAJECTORIES, TrajectoryPicture)
+        return self._read(TRAJECTORIES, "TrajectoryPicture")
 
     def write_picture(self, picture: TrajectoryPicture) -> None:
         """Writes trajectories.json."""
@@ -258,7 +274,7 @@ class RunFolder:
 
     def cut(self) -> Cut | None:
         """The last cut."""
-        return self._read(CROP, Cut)
+        return self._read(CROP, "Cut")
 
     def write_cut(self, cut: Cut) -> None:
         """Writes crop.json."""
@@ -266,7 +282,7 @@ class RunFolder:
 
     def healing(self) -> Healing | None:
         """How the last cut was healed; None where it was not, or another cut was."""
-        found = self._read(HEAL, Healing)
+        found = self._read(HEAL, "Healing")
         cut = self.cut()
         return found if found and cut and found.removed == cut.removed else None
 
@@ -276,7 +292,7 @@ class RunFolder:
 
     def depth_limit(self) -> DepthLimit | None:
         """What `deeplimit ode` measured."""
-        return self._read(DEPTH_LIMIT, DepthLimit)
+        return self._read(DEPTH_LIMIT, "DepthLimit")
 
     def write_depth_limit(self, limit: DepthLimit) -> None:
         """Writes ode.json."""
@@ -284,7 +300,7 @@ class RunFolder:
 
     def certificate(self) -> ConvergenceCertificate | None:
         """What `convergence_certificate` said of a training of this network."""
-        return self._read(CERTIFICATE, ConvergenceCertificate)
+        return self._read(CERTIFICATE, "ConvergenceCertificate")
 
     def write_certificate(self, certificate: ConvergenceCertificate) -> None:
         """Writes certificate.json; the page has a section on it from then on."""
@@ -292,7 +308,7 @@ class RunFolder:
 
     def refinement(self) -> Refinement | None:
         """How this run's network was made from another one's."""
-        return self._read(REFINE, Refinement)
+        return self._read(REFINE, "Refinement")
 
     def write_refinement(self, refinement: Refinement) -> None:
         """Writes refine.json."""
@@ -300,7 +316,7 @@ class RunFolder:
 
     def merging(self) -> MergedRuns | None:
         """Of which networks this run's was made."""
-        return self._read(MERGE, MergedRuns)
+        return self._read(MERGE, "MergedRuns")
 
     def write_merging(self, merging: MergedRuns) -> None:
         """Writes merge.json."""
@@ -308,7 +324,7 @@ class RunFolder:
 
     def reference(self) -> Reference | None:
         """What the control of a cut reached: networks trained without stage cost."""
-        return self._read(REFERENCE, Reference)
+        return self._read(REFERENCE, "Reference")
 
     def write_reference(self, reference: Reference) -> None:
         """Writes reference.json."""
@@ -335,6 +351,8 @@ class RunFolder:
 
     def results(self) -> RunResults:
         """All results that there are."""
+        from deeplimit.training.results import RunResults
+
         return RunResults(
             name=self.path.resolve().name,
             recipe=self.recipe.settings(),
@@ -351,11 +369,12 @@ class RunFolder:
             certificate=self.certificate(),
         )
 
-    def _read(self, name: str, kind: type[Result]) -> Result | None:
+    def _read(self, name: str, kind: str) -> Any:
         found = self.files.find(name)
         if found is None:
             return None
-        result = read_record(kind, found.path, self._remedy(name))
+        record = pkgutil.resolve_name(f"deeplimit.training.results:{kind}")
+        result: Any = read_record(record, found.path, self._remedy(name))
         if found.refused:
             raise not_vouched_for(self.path / name, found, self._remedy(name))
         return result

@@ -24,10 +24,10 @@ from deeplimit.reading import parse_json
 from deeplimit.training.library_models import quiet, transformers_model
 from deeplimit.training.loaded_model import told
 from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor
+from deeplimit.training.run_folder import SUFFIX
 from deeplimit.training.typed_values import conform
 
 REMOVED = "deeplimit.removed"
-SUFFIX = ".safetensors"
 
 
 def save_network(

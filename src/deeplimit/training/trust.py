@@ -16,9 +16,9 @@ from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-from lightning_fabric.utilities.rank_zero import rank_zero_only
-
 from deeplimit.errors import InputError
+from deeplimit.rank import is_first_process
+from deeplimit.terminal import tell
 
 
 class Named(str):
@@ -122,6 +122,6 @@ def _inside(name: str, places: list[str]) -> ModuleSpec | None:
 
 
 @cache
-@rank_zero_only
 def _tell(message: str) -> None:
-    print(f"deeplimit: {message}", file=sys.stderr, flush=True)
+    if is_first_process():
+        tell(f"deeplimit: {message}")

@@ -19,7 +19,7 @@ _ORDER, _AUGMENTATION = 0, 1  # independent random streams of one (seed, epoch)
 Batch = tuple[Tensor, Tensor]
 
 
-def batches(
+def iter_batches(
     split: Split,
     batch_size: int,
     *,
