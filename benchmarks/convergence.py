@@ -7,9 +7,9 @@ and .svg. Of every certificate the file has m, the budget and what became of it.
 from typing import Any
 
 from deeplimit.meanfield import ConvergenceCertificate
+from deeplimit.records import to_plain
 from deeplimit.report.convergence import convergence_figures, convergence_summary
 from deeplimit.studies import ConvergenceStudy, study_convergence
-from deeplimit.training.typed_values import to_plain
 from study_kept import keep_study
 
 

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from deeplimit.records import to_plain
 from deeplimit.report import rates_figure
 from deeplimit.studies import LinearStudy, SmoothStudy
-from deeplimit.training.typed_values import to_plain
 from drawing import write
 from machine import machine
 

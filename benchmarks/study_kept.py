@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import torch
 from rich.console import Console
 
-from deeplimit.training.typed_values import to_plain
+from deeplimit.records import to_plain
 from drawing import write
 from machine import machine
 from rates import RESULTS, line

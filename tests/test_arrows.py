@@ -10,7 +10,17 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "deeplimit"
 
 # Files outside the rooms, open to every one of them.
-OPEN = {"errors", "files", "interruption", "lazy", "memory", "rank", "reading", "terminal"}
+OPEN = {
+    "errors",
+    "files",
+    "interruption",
+    "lazy",
+    "memory",
+    "rank",
+    "reading",
+    "records",
+    "terminal",
+}
 
 # room: what it may import besides itself and what is outside.
 ARROWS: dict[str, set[str]] = {
@@ -21,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "memory": set(),
     "rank": set(),
     "reading": {"memory"},
+    "records": {"reading"},
     "terminal": set(),
     "_anatomy": set(),
     "network": {"_anatomy"},

@@ -8,8 +8,8 @@ import pytest
 
 from deeplimit.errors import InputError
 from deeplimit.reading import read_json, read_toml, reading
+from deeplimit.records import coerce
 from deeplimit.training import Recipe
-from deeplimit.training.typed_values import conform
 
 DEEP = 100_000
 JSON: dict[str, tuple[bytes, str]] = {
@@ -82,7 +82,7 @@ def test_what_the_system_says_is_passed_on(tmp_path: Path) -> None:
 )
 def test_values_that_nothing_can_be_done_with(hint: Any, value: Any) -> None:
     with pytest.raises(InputError, match=r"^field(\[0\])? is .*; expected "):
-        conform(hint, value, "field")
+        coerce(hint, value, "field")
 
 
 def test_a_network_to_start_from_with_a_name_that_no_file_can_have(tmp_path: Path) -> None:

@@ -1,4 +1,9 @@
-"""The errors that deeplimit raises on purpose, and how their lines count."""
+"""The errors that deeplimit raises on purpose, and the words in which errors are told."""
+
+import difflib
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -25,3 +30,19 @@ def several(number: int | float, noun: str, plural: str | None = None) -> str:
     """A number and its noun: `1 seed`, `1,203 samples`, `0.5 points`, `2 batches`."""
     shown = f"{number:g}" if isinstance(number, float) else f"{number:,}"
     return f"{shown} {noun if shown == '1' else plural or f'{noun}s'}"
+
+
+def did_you_mean(name: object, names: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """`, did you mean a, b?`, or nothing where no name is near."""
+    close = difflib.get_close_matches(str(name), list(names), n=3, cutoff=cutoff)
+    return f", did you mean {', '.join(close)}?" if close else ""
+
+
+def describe_error(error: BaseException) -> str:
+    """An error in a line: its type, the first line of what it says, and where it was raised."""
+    lines = str(error).strip().splitlines()
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    if isinstance(error, SyntaxError) or (frames and frames[-1].filename.startswith("<")):
+        at = ""  # the first says it itself; the others are in no file
+    return f"{type(error).__name__}{f': {lines[0]}' if lines else ''}{at}"

@@ -9,9 +9,9 @@ import torch
 from cli_commands import command, contents, process
 
 from deeplimit import gradient_error, use_adjoint
+from deeplimit.records import from_plain
 from deeplimit.studies import GradientCost
-from deeplimit.training import Wish, example, load_model
-from deeplimit.training.typed_values import from_plain
+from deeplimit.training import BatchRequest, example, load_model
 
 NET = """
 import torch
@@ -55,7 +55,7 @@ def test_json_holds_what_gradient_error_says_and_nothing_is_written() -> None:
     assert done.err == ""
     cost = from_plain(GradientCost, json.loads(done.out))
     loaded = load_model("gradient_nets:build")
-    made = example(loaded, Wish(samples=16, shape=(8,)))
+    made = example(loaded, BatchRequest(samples=16, shape=(8,)))
     for row in cost.methods[2:5]:
         use_adjoint(loaded.model, evaluations=row.evaluations or 0, on_drift="ignore")
         error = gradient_error(loaded.model, made.loss_of, made.batch).error

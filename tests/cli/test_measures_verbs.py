@@ -14,11 +14,11 @@ from torch import nn
 from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, align_streams, cot_distance, cot_geodesic, merge
 from deeplimit.network.storage import load
+from deeplimit.records import from_plain
 from deeplimit.report.numbers import percent
 from deeplimit.studies import Comparison, Interpolation, MergedRuns, compare_runs
 from deeplimit.training import RunFolder, loss_of, run_data
 from deeplimit.training.building import evaluation_batches
-from deeplimit.training.typed_values import from_plain
 
 OTHERS = {
     "seed": ["--seed", "1"],

@@ -8,9 +8,9 @@ import pytest
 from cli_commands import command, contents
 
 from deeplimit.ode import DepthLimit, discretization_gap, smoothness, solver_accuracies
+from deeplimit.records import from_plain
 from deeplimit.training import RunFolder, run_data
 from deeplimit.training.building import evaluation_batches
-from deeplimit.training.typed_values import from_plain
 
 NET = """
 import torch

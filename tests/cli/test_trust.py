@@ -15,11 +15,11 @@ import tomli_w
 from cli_commands import Done, command, contents, npz
 
 from deeplimit.errors import InputError
+from deeplimit.records import to_plain
 from deeplimit.training import Recipe, RunFolder, load_model, resume, train
 from deeplimit.training.healing import Plan
 from deeplimit.training.model_spec import load_named
 from deeplimit.training.trust import Named, sources
-from deeplimit.training.typed_values import to_plain
 
 MODULE = """
 import sys
@@ -215,20 +215,20 @@ def test_files_are_found_without_being_run(theirs: Path) -> None:
 def test_the_mark_goes_with_a_recipe_wherever_it_goes(theirs: Path, tmp_path: Path) -> None:
     recipe = Recipe.from_toml(theirs / "recipe.toml")
     again = tmp_path / "again.toml"
-    again.write_text(recipe.rooted().to_toml())
+    again.write_text(recipe.with_absolute_paths().to_toml())
     ways = {
         "copied": copy.deepcopy(copy.copy(recipe)),
         "pickled": pickle.loads(pickle.dumps(recipe)),
         "changed": replace(recipe, seed=3),
-        "rooted": recipe.rooted(),
+        "with_absolute_paths": recipe.with_absolute_paths(),
         "written": Recipe.from_toml(again),
-        "a run of a run": Recipe.from_toml("runs/others/recipe.toml").rooted(),
+        "a run of a run": Recipe.from_toml("runs/others/recipe.toml").with_absolute_paths(),
     }
     for way, other in ways.items():
         assert isinstance(other.model, Named), way
         with pytest.raises(InputError, match=r"names code, .* which is not run unasked"):
             load_named(other.model)
-    assert Recipe.from_toml("runs/others/recipe.toml").rooted().model.file is not None
+    assert Recipe.from_toml("runs/others/recipe.toml").with_absolute_paths().model.file is not None
     assert marks() == []
 
 

@@ -16,9 +16,9 @@ from deeplimit.control.verdict import judge, loss_bounds
 from deeplimit.errors import several
 from deeplimit.network import Architecture, anatomy
 from deeplimit.ode import solver_accuracies
+from deeplimit.records import to_plain
 from deeplimit.report.answer import data_sentence
 from deeplimit.training.results import Parts
-from deeplimit.training.typed_values import to_plain
 
 LOSS = SoftCrossEntropy(CLASSES, 0.05)
 FEW = 11  # samples: of fewer no cut is chosen

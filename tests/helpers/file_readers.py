@@ -27,6 +27,7 @@ from deeplimit.meanfield import ConvergenceCertificate
 from deeplimit.network import Architecture, save
 from deeplimit.network import load as load_network
 from deeplimit.ode import DepthLimit
+from deeplimit.records import read_record, to_plain
 from deeplimit.training import Recipe
 from deeplimit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from deeplimit.training.files import Manifest
@@ -45,7 +46,6 @@ from deeplimit.training.results import (
     Refinement,
 )
 from deeplimit.training.run_folder import RunFolder
-from deeplimit.training.typed_values import read_record, to_plain
 
 ROWS = 30
 LABELS = np.arange(ROWS) % 3

@@ -8,7 +8,7 @@ import torch
 from deeplimit import InputError
 from deeplimit.network import Architecture, ResidualChain
 from deeplimit.ode import depth_limit, discretization_gap, smoothness, solver_accuracies
-from deeplimit.training.typed_values import from_plain, to_plain
+from deeplimit.records import from_plain, to_plain
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from torch import Tensor
 from deeplimit.cli import main
 from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance
+from deeplimit.records import from_plain
 from deeplimit.report.consistency import consistency_figures
 from deeplimit.report.figures.marks import logarithmic_panels
 from deeplimit.studies import ConsistencyStudy, study_consistency
 from deeplimit.studies.consistency import SPREAD, STATE, Problem
 from deeplimit.studies.flowing import flow, network_of
-from deeplimit.training.typed_values import from_plain
 
 TINY = {"depths": (2, 4, 8), "widths": (8, 16, 32), "atoms": 4, "draws": 2, "time": 0.3}
 

@@ -14,10 +14,10 @@ from deeplimit import ResidualChain, drift, gradient_error, use_adjoint
 from deeplimit.errors import InputError
 from deeplimit.gradient.adjoint import switches
 from deeplimit.network.blocks import ConvolutionalResidual, TwoLayerResidual
+from deeplimit.records import from_plain, to_plain
 from deeplimit.report import gradient_answer, gradient_cost_figure, gradient_summary
 from deeplimit.studies import GradientCost, measure_gradient_cost
 from deeplimit.studies.step_cost import peak_memory
-from deeplimit.training.typed_values import from_plain, to_plain
 
 WIDTH, BATCH, DEPTH = 16, 64, 16
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ import torch
 from deeplimit.cli import main
 from deeplimit.cli.horizon_table import horizon_table
 from deeplimit.errors import InputError
+from deeplimit.records import from_plain
 from deeplimit.studies import HorizonRuns, HorizonStudy, horizon_recipe, study_horizon
 from deeplimit.studies.horizon import judged
 from deeplimit.training import Recipe, RunFolder, recipe_for
-from deeplimit.training.typed_values import from_plain
 
 SMALL = replace(
     recipe_for("digits"),

@@ -19,6 +19,7 @@ from deeplimit.cli.rates_table import rates_table
 from deeplimit.errors import InputError, RunError
 from deeplimit.network import LinearResidual, ResidualChain
 from deeplimit.ode.discretization import discretization_gap
+from deeplimit.records import from_plain
 from deeplimit.report import rates_figure
 from deeplimit.studies import LinearStudy, study_linear
 from deeplimit.studies.linear import (
@@ -30,7 +31,6 @@ from deeplimit.studies.linear import (
     scaled_gradient,
     states,
 )
-from deeplimit.training.typed_values import from_plain
 
 DEPTHS, STEPS = (8, 16, 32, 64), 40
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from deeplimit.cli import main
 from deeplimit.errors import InputError, RunError
 from deeplimit.ode.discretization import discretization_gap
+from deeplimit.records import from_plain
 from deeplimit.studies import SmoothStudy, study_smooth
 from deeplimit.studies.smooth import (
     first_chain,
@@ -23,7 +24,6 @@ from deeplimit.studies.smooth import (
     regression,
     watch_training,
 )
-from deeplimit.training.typed_values import from_plain
 
 DEPTHS, STEPS = (4, 8, 16), 24
 

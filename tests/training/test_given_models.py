@@ -143,9 +143,9 @@ def test_paths_in_a_recipe_are_found_from_anywhere(
     assert equal_weights(again.model(), run.model())
     assert crop_run(RunFolder.open(made.path), 2).report.horizon_after == 2
     library = recipe_of("torchvision:resnet18", "cifar10")
-    assert library.rooted() == library
+    assert library.with_absolute_paths() == library
     mine = recipe_of("own_vits:build", "digits", data_dir=Path("there"))
-    assert mine.rooted() == replace(mine, data_dir=tmp_path / "there")
+    assert mine.with_absolute_paths() == replace(mine, data_dir=tmp_path / "there")
 
 
 PLAIN = """

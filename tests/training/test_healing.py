@@ -16,6 +16,7 @@ from deeplimit.control import SoftCrossEntropy, StageCost
 from deeplimit.data import DataSet, iter_batches
 from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain
+from deeplimit.records import to_plain
 from deeplimit.training import (
     Recipe,
     RunFolder,
@@ -30,7 +31,6 @@ from deeplimit.training import (
 from deeplimit.training.building import Fade
 from deeplimit.training.healing import Plan
 from deeplimit.training.loop import Training
-from deeplimit.training.typed_values import to_plain
 
 RECIPE = Recipe(
     data="digits", depth=(6,), width=32, hidden=16, epochs=8, stage_cost=0.0, device="cpu"

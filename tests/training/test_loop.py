@@ -311,7 +311,7 @@ REFUSED = {
     "images": (replace(SMALL, kind="convolutional", width=4), "needs images"),
     "colours": (replace(DIGITS, kind="cifar-resnet", depth=(1, 1, 1)), "needs images of three"),
     "augmentation": (replace(SMALL, crop=1), "augmentation is for images"),
-    "data": (replace(SMALL, data="spiral"), "did you mean 'spirals'"),
+    "data": (replace(SMALL, data="spiral"), "did you mean spirals"),
     "batch": (replace(SMALL, batch_size=700, devices=7), "cannot be shared by 7"),
 }
 

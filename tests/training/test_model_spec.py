@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from deeplimit import ResidualChain, StageCost
 from deeplimit.errors import InputError
 from deeplimit.training import (
+    BatchRequest,
     Recipe,
     RunFolder,
-    Wish,
     build_model,
     example,
     load_data,
@@ -97,29 +97,29 @@ def test_what_a_function_returns() -> None:
     assert not torch.equal(loaded.model.weight, load_model("my_nets:plain", seed=1).model.weight)
     assert isinstance(load_model("my_nets:instance").model[0], nn.Linear)
 
-    made = example(load_model("my_nets:with_batch"), Wish())
+    made = example(load_model("my_nets:with_batch"), BatchRequest())
     inputs, classes = made.batch
     assert torch.equal(inputs, torch.ones(2, 3))
     model = load_model("my_nets:with_batch").model
     assert made.loss_of(model, made.batch) == F.cross_entropy(model(inputs), classes)
 
-    made = example(load_model("my_nets:with_targets"), Wish())
+    made = example(load_model("my_nets:with_targets"), BatchRequest())
     assert made.loss_of(model, made.batch) == F.cross_entropy(
         model(torch.ones(2, 3)), torch.tensor([1, 3])
     )
-    made = example(load_model("my_nets:with_loss"), Wish())
+    made = example(load_model("my_nets:with_loss"), BatchRequest())
     assert made.loss_of(model, made.batch) == model(torch.ones(2, 3)).sum() * 7
 
 
 @pytest.mark.usefixtures("here")
 def test_random_inputs_of_a_shape_or_a_length() -> None:
     loaded = load_model("my_nets:plain")
-    inputs, classes = example(loaded, Wish(samples=7, shape=(3,))).batch
+    inputs, classes = example(loaded, BatchRequest(samples=7, shape=(3,))).batch
     assert inputs.shape == (7, 3)
-    assert torch.equal(inputs, example(loaded, Wish(samples=7, shape=(3,))).batch[0])
+    assert torch.equal(inputs, example(loaded, BatchRequest(samples=7, shape=(3,))).batch[0])
     assert set(classes.tolist()) <= {0, 1, 2, 3}
     loaded = load_model("my_nets:embedded")
-    made = example(loaded, Wish(length=6))
+    made = example(loaded, BatchRequest(length=6))
     assert made.batch.shape == (4, 6)
     assert made.batch.max() < 11
     output = loaded.model(made.batch)  # [B, L, C]: neither classes nor labels
@@ -159,15 +159,15 @@ def test_what_is_no_model(spec: str, says: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("spec", "wish", "says"),
     [
-        ("my_nets:plain", Wish(), "give a shape"),
-        ("my_nets:plain", Wish(length=3), "has no embedding"),
-        ("my_nets:plain", Wish(shape=(5,)), "does not run on its batch: RuntimeError"),
-        ("my_nets:with_batch", Wish(samples=3), "batch given, but .* its own batch"),
-        ("my_nets:with_loss", Wish(shape=(3,)), "shape given"),
-        ("my_nets:three_parts", Wish(), "a batch of 3 parts"),
+        ("my_nets:plain", BatchRequest(), "give a shape"),
+        ("my_nets:plain", BatchRequest(length=3), "has no embedding"),
+        ("my_nets:plain", BatchRequest(shape=(5,)), "does not run on its batch: RuntimeError"),
+        ("my_nets:with_batch", BatchRequest(samples=3), "batch given, but .* its own batch"),
+        ("my_nets:with_loss", BatchRequest(shape=(3,)), "shape given"),
+        ("my_nets:three_parts", BatchRequest(), "a batch of 3 parts"),
     ],
 )
-def test_a_batch_that_does_not_go_with_the_model(spec: str, wish: Wish, says: str) -> None:
+def test_a_batch_that_does_not_go_with_the_model(spec: str, wish: BatchRequest, says: str) -> None:
     with pytest.raises(InputError, match=says):
         example(load_model(spec), wish)
 
@@ -184,7 +184,7 @@ def test_a_batch_that_does_not_go_with_the_model(spec: str, wish: Wish, says: st
 )
 def test_a_wish_that_cannot_be(fields: dict[str, int], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        Wish(**fields)  # type: ignore[arg-type]
+        BatchRequest(**fields)  # type: ignore[arg-type]
 
 
 def test_a_run_brings_its_data_and_its_objective(tmp_path: Path) -> None:
@@ -193,16 +193,16 @@ def test_a_run_brings_its_data_and_its_objective(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "run", recipe)
     run.write_model(build_model(recipe, data))
     loaded = load_model(str(run.path))
-    made = example(loaded, Wish(samples=8))
+    made = example(loaded, BatchRequest(samples=8))
     x, y = next(iter(training_batches(recipe, data, 0)))
     assert torch.equal(made.batch[0], x[:8])
     objective = StageCost(loaded.model, loss_of(recipe, data), 0.3)
     assert made.loss_of(loaded.model, made.batch) == objective(x[:8], y[:8])[0]
     assert loaded.model.training
     with pytest.raises(InputError, match="the run's own is 32"):
-        example(loaded, Wish(samples=33))
+        example(loaded, BatchRequest(samples=33))
     with pytest.raises(InputError, match="shape given, but the run"):
-        example(loaded, Wish(shape=(8, 8)))
+        example(loaded, BatchRequest(shape=(8, 8)))
 
 
 class TestTransformers:
@@ -210,7 +210,7 @@ class TestTransformers:
         loaded = load_model(f"transformers:{config_in(here, VIT)}")
         assert type(loaded.model).__name__ == "ViTForImageClassification"
         assert loaded.weights == "random, untrained"
-        made = example(loaded, Wish(samples=3))
+        made = example(loaded, BatchRequest(samples=3))
         assert made.batch["pixel_values"].shape == (3, 3, 16, 16)
         logits = loaded.model.eval()(made.batch["pixel_values"]).logits
         expected = F.cross_entropy(logits, made.batch["labels"])
@@ -219,7 +219,7 @@ class TestTransformers:
     def test_tokens_and_the_folder_of_a_config(self, here: Path) -> None:
         config_in(here, GPT)
         loaded = load_model(f"transformers:{here}")
-        made = example(loaded, Wish())
+        made = example(loaded, BatchRequest())
         assert made.batch["input_ids"].shape == (4, 16)  # as many as it takes
         assert made.batch["use_cache"] is False
         output = loaded.model.eval()(
@@ -227,7 +227,7 @@ class TestTransformers:
         )
         assert torch.equal(made.loss_of(loaded.model, made.batch), output.loss)
         assert output.past_key_values is None
-        assert example(loaded, Wish(samples=1, length=5)).batch["input_ids"].shape == (1, 5)
+        assert example(loaded, BatchRequest(samples=1, length=5)).batch["input_ids"].shape == (1, 5)
 
     def test_a_folder_with_weights_is_loaded(self, here: Path) -> None:
         first = load_model(f"transformers:{config_in(here, VIT)}", seed=3).model
@@ -259,13 +259,13 @@ class TestTransformers:
     @pytest.mark.parametrize(
         ("config", "wish", "says"),
         [
-            (GPT, Wish(shape=(3, 8, 8)), "takes tokens"),
-            (VIT, Wish(length=8), "takes images"),
-            (VIT, Wish(shape=(3, 7, 7)), "does not run on its batch"),
+            (GPT, BatchRequest(shape=(3, 8, 8)), "takes tokens"),
+            (VIT, BatchRequest(length=8), "takes images"),
+            (VIT, BatchRequest(shape=(3, 7, 7)), "does not run on its batch"),
         ],
     )
     def test_inputs_that_do_not_go_with_it(
-        self, config: dict[str, object], wish: Wish, says: str, here: Path
+        self, config: dict[str, object], wish: BatchRequest, says: str, here: Path
     ) -> None:
         with pytest.raises(InputError, match=says):
             example(load_model(f"transformers:{config_in(here, config)}"), wish)
@@ -286,7 +286,7 @@ def test_a_library_that_is_not_installed(library: str) -> None:
 def test_models_of_other_libraries(library: str, name: str, near: str) -> None:
     pytest.importorskip(library)
     loaded = load_model(f"{library}:{name}")
-    made = example(loaded, Wish(samples=2, shape=(3, 32, 32)))
+    made = example(loaded, BatchRequest(samples=2, shape=(3, 32, 32)))
     inputs, classes = made.batch
     assert inputs.shape == (2, 3, 32, 32)
     assert made.loss_of(loaded.model, made.batch).isfinite()
@@ -304,7 +304,7 @@ def test_a_chain_of_ours_needs_a_shape(tmp_path: Path, monkeypatch: pytest.Monke
     )
     loaded = load_model("my_chain:build")
     assert isinstance(loaded.model, ResidualChain)
-    assert example(loaded, Wish(shape=(4,))).batch[0].dtype == torch.float64
+    assert example(loaded, BatchRequest(shape=(4,))).batch[0].dtype == torch.float64
 
 
 def test_a_model_that_returns_no_tensor_for_inputs_and_targets_is_refused() -> None:
@@ -314,6 +314,6 @@ def test_a_model_that_returns_no_tensor_for_inputs_and_targets_is_refused() -> N
 
     batch = (torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
     loaded = LoadedModel("net:mute", Mute(), "as given", None, batch)
-    made = example(loaded, Wish())
+    made = example(loaded, BatchRequest())
     with pytest.raises(InputError, match="the model returned str without a tensor"):
         made.loss_of(loaded.model, made.batch)

@@ -67,6 +67,6 @@ def write_figures(
 def write_result(path: Path, result: Any) -> None:
     """Writes a result as JSON, as --json prints it."""
     from deeplimit.files import write_text
-    from deeplimit.training.typed_values import to_plain
+    from deeplimit.records import to_plain
 
     write_text(path, json.dumps(to_plain(result), allow_nan=False, ensure_ascii=False) + "\n")

@@ -69,10 +69,10 @@ class Gradient:
         from deeplimit.cli.figure_page import check_place
         from deeplimit.report import gradient_summary
         from deeplimit.studies import measure_gradient_cost
-        from deeplimit.training import Wish, example, load_model
+        from deeplimit.training import BatchRequest, example, load_model
         from deeplimit.training.files import RunFiles
 
-        wish = Wish(self.batch, sizes(self.shape), self.length, self.seed)
+        wish = BatchRequest(self.batch, sizes(self.shape), self.length, self.seed)
         device = _device(self.device)
         check_place(self.figure)
         loaded = load_model(self.model, seed=self.seed, trust=self.trust)

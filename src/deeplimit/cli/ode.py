@@ -119,12 +119,12 @@ class Ode:
     def _of_model(self, loaded: "LoadedModel") -> dict[str, Any]:
         """One batch, the user's own or random."""
         from deeplimit.cli.figure_page import check_place
-        from deeplimit.training import Wish, example
+        from deeplimit.training import BatchRequest, example
         from deeplimit.training.example_batch import inputs_of
 
         self._no_solver("accuracy needs a run, with its test data")
         check_place(self.figure)
-        wish = Wish(self.batch, sizes(self.shape), self.length, self.seed)
+        wish = BatchRequest(self.batch, sizes(self.shape), self.length, self.seed)
         return {"x": inputs_of(example(loaded, wish, "cpu").batch)}
 
     def _no_solver(self, why: str) -> None:

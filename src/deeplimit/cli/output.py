@@ -18,8 +18,8 @@ def emit(result: Any, *shown: Any, json: bool) -> None:
 
     JSON is that of the run folder's files: tuples are lists, NaN is null.
     """
+    from deeplimit.records import to_plain
     from deeplimit.terminal import Terminal, visible_json
-    from deeplimit.training.typed_values import to_plain
 
     try:
         if json:

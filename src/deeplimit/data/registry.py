@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deeplimit.data.request import Request
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, did_you_mean
 from deeplimit.reading import reading
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def _unknown(name: str, data_dir: Path | None) -> InputError:
             and any(any(folder.glob(pattern)) for pattern in BY_LAYOUT)
         )
     prefixes = [f"{prefix}:" for prefix in BY_PREFIX]
-    nearest = difflib.get_close_matches(name.lower(), known + prefixes, n=1)
-    guess = f"did you mean {nearest[0]!r}? Expected" if nearest else "expected"
+    near = did_you_mean(name.lower(), known + prefixes)
+    guess = f"{near} Expected" if near else ": expected"
     listed = ", ".join(known + [f"{prefix}…" for prefix in prefixes])
-    return InputError(f"unknown data set {name!r}: {guess} one of {listed}, or {there}")
+    return InputError(f"unknown data set {name!r}{guess} one of {listed}, or {there}")

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, describe_error
 from deeplimit.gradient import drift, layout, plan_anchors, use_adjoint, use_backprop
 from deeplimit.gradient.accuracy import LossOf, Measurement
 from deeplimit.gradient.adjoint import AdjointForward, Switch, engines, switches
 from deeplimit.network import ResidualChain
 from deeplimit.studies.step_cost import median_times, peak_memory
-from deeplimit.training.loaded_model import told
 
 METHODS = ("forward", "run_step")
 
@@ -151,7 +150,9 @@ class Methods:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"the model does not run on its batch: {told(error)}") from error
+            raise InputError(
+                f"the model does not run on its batch: {describe_error(error)}"
+            ) from error
 
     def _step(self) -> None:
         self.loss_of(self.model, self.batch).backward()

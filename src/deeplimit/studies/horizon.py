@@ -24,9 +24,9 @@ from deeplimit.control import TurnpikeProfile
 from deeplimit.control.verdict import CONFIDENCE, Word, Z
 from deeplimit.errors import InputError
 from deeplimit.files import write_text
+from deeplimit.records import to_plain
 from deeplimit.studies.seeds import check_seeds
 from deeplimit.training import Recipe, profile_run, recipe_for, run_data, train
-from deeplimit.training.typed_values import to_plain
 
 STUDY = "study.json"
 MULTIPLES = (1, 2, 4)

@@ -16,9 +16,9 @@ from torch import Tensor
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
 from deeplimit.memory import OBJECTS, require
+from deeplimit.records import to_plain
 from deeplimit.studies.horizon import STUDY
 from deeplimit.training.new_folder import new_folder
-from deeplimit.training.typed_values import to_plain
 
 Quantity = Literal["gap", "difference"]
 Moment = Literal["initial", "final", "worst"]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from deeplimit.training.building import build_model, load_data, loss_of, run_data
     from deeplimit.training.completing import complete
     from deeplimit.training.defaults import recipe_for
-    from deeplimit.training.example_batch import Example, Wish, example
+    from deeplimit.training.example_batch import BatchRequest, Example, example
     from deeplimit.training.fit import resume, train
     from deeplimit.training.healing import heal, heal_run, resume_heal
     from deeplimit.training.loaded_model import LoadedModel
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from deeplimit.training.run_folder import RunFolder
 
 __all__ = [
+    "BatchRequest",
     "Cut",
     "Example",
     "Healing",
@@ -37,7 +38,6 @@ __all__ = [
     "Refinement",
     "RunFolder",
     "RunResults",
-    "Wish",
     "build_model",
     "complete",
     "crop_run",
@@ -63,7 +63,7 @@ __getattr__, __dir__ = lazy(
         "building": "build_model load_data loss_of run_data",
         "completing": "complete",
         "defaults": "recipe_for",
-        "example_batch": "Example Wish example",
+        "example_batch": "Example BatchRequest example",
         "fit": "resume train",
         "healing": "heal heal_run resume_heal",
         "loaded_model": "LoadedModel",
@@ -73,4 +73,5 @@ __getattr__, __dir__ = lazy(
         "results": "Cut Healing Profiles Reference Refinement RunResults",
         "run_folder": "RunFolder",
     },
+    {"Wish": "BatchRequest"},
 )

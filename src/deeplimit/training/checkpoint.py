@@ -29,8 +29,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from deeplimit.errors import InputError
 from deeplimit.files import write_text, write_whole
 from deeplimit.network.weights import read_pickled
+from deeplimit.records import coerce
 from deeplimit.training.metrics import Row
-from deeplimit.training.typed_values import conform
 
 FORMAT = 1
 FOLDER, LATEST = "checkpoint", "latest"
@@ -174,8 +174,8 @@ def _load(path: Path) -> Checkpoint:
         raise InputError("it is of another version of deeplimit")
     checkpoint = Checkpoint(**content)
     for name, kind in (("model", dict), ("optimizer", dict), ("scheduler", dict), ("step", int)):
-        conform(kind, getattr(checkpoint, name), name)
-    rows = conform(tuple[dict[str, float | None], ...], checkpoint.rows, "rows")
+        coerce(kind, getattr(checkpoint, name), name)
+    rows = coerce(tuple[dict[str, float | None], ...], checkpoint.rows, "rows")
     return replace(checkpoint, rows=list(rows))
 
 

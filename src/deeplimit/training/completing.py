@@ -147,7 +147,7 @@ def _begun(recipe: Recipe, place: Path, of: RunFolder) -> RunFolder | None:
         except InputError:
             continue
         younger = (path / RECIPE).stat().st_mtime_ns >= born
-        if younger and folder.recipe.rooted() == recipe.rooted():
+        if younger and folder.recipe.with_absolute_paths() == recipe.with_absolute_paths():
             found = folder
     return found
 

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control import StageCost
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, describe_error
 from deeplimit.gradient.accuracy import LossOf
 from deeplimit.training.building import loss_of, run_data, training_batches
-from deeplimit.training.loaded_model import LoadedModel, told
+from deeplimit.training.loaded_model import LoadedModel
 from deeplimit.training.recipe import check_seed
 from deeplimit.training.run_folder import RunFolder
 
@@ -32,7 +32,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Wish:
+class BatchRequest:
     """What the user asks of a batch; None is left to the model.
 
     Attributes:
@@ -61,7 +61,9 @@ class Wish:
         check_seed(self.seed)
 
 
-def example(loaded: LoadedModel, wish: Wish, device: torch.device | str = "cpu") -> Example:
+def example(
+    loaded: LoadedModel, asked: BatchRequest, device: torch.device | str = "cpu"
+) -> Example:
     """A batch for the model, and its loss; the model is moved to the device.
 
     A run brings its data and its objective, stage cost included. A user's function may bring a
@@ -71,18 +73,18 @@ def example(loaded: LoadedModel, wish: Wish, device: torch.device | str = "cpu")
     cross-entropy against random classes of an output [B, C], or the mean square of any other.
 
     Raises:
-        InputError: the wish does not go with the model, or the model does not run on the batch.
+        InputError: the asked does not go with the model, or the model does not run on the batch.
     """
     loaded.model.to(device)
     with torch.random.fork_rng():
-        torch.manual_seed(wish.seed)
+        torch.manual_seed(asked.seed)
         if loaded.run is not None:
-            _refuse(wish, "the run has its own data", but="batch")
-            made = _of_run(RunFolder.open(loaded.run), loaded.model, wish)
+            _refuse(asked, "the run has its own data", but="batch")
+            made = _of_run(RunFolder.open(loaded.run), loaded.model, asked)
             return Example(move_data_to_device(made.batch, device), made.loss_of)
         if loaded.batch is not None:
-            _refuse(wish, f"{loaded.spec} returned its own batch")
-        inputs = _inputs(loaded, wish) if loaded.batch is None else loaded.batch
+            _refuse(asked, f"{loaded.spec} returned its own batch")
+        inputs = _inputs(loaded, asked) if loaded.batch is None else loaded.batch
         inputs = move_data_to_device(inputs, device)
         if loaded.loss_of is not None:
             return Example(inputs, loaded.loss_of)
@@ -99,25 +101,25 @@ def inputs_of(batch: Any) -> Inputs:
     return cast(Tensor, batch)
 
 
-def _refuse(wish: Wish, why: str, but: str = "") -> None:
+def _refuse(asked: BatchRequest, why: str, but: str = "") -> None:
     """What would silently be ignored."""
-    given = {"batch": wish.samples, "shape": wish.shape, "length": wish.length}
+    given = {"batch": asked.samples, "shape": asked.shape, "length": asked.length}
     for name, value in given.items():
         if value is not None and name != but:
             raise InputError(f"{name} given, but {why}; leave it out")
 
 
-def _of_run(run: RunFolder, model: nn.Module, wish: Wish) -> Example:
+def _of_run(run: RunFolder, model: nn.Module, asked: BatchRequest) -> Example:
     """The first batch of the run's own training, and what it minimises."""
     recipe = run.recipe
     data = run_data(run)
     x, y = next(iter(training_batches(recipe, data, 0)))
-    if wish.samples is not None:
-        if wish.samples > len(y):
+    if asked.samples is not None:
+        if asked.samples > len(y):
             raise InputError(
-                f"batch is {wish.samples}; the run's own is {len(y)}: give at most that"
+                f"batch is {asked.samples}; the run's own is {len(y)}: give at most that"
             )
-        x, y = x[: wish.samples], y[: wish.samples]
+        x, y = x[: asked.samples], y[: asked.samples]
     costs = recipe.stage_cost, recipe.control_cost
     objective = StageCost(model, loss_of(recipe, data), *costs, layers=recipe.stage_cost_layers)
 
@@ -128,20 +130,20 @@ def _of_run(run: RunFolder, model: nn.Module, wish: Wish) -> Example:
     return Example((x, y), loss)
 
 
-def _inputs(loaded: LoadedModel, wish: Wish) -> Any:
+def _inputs(loaded: LoadedModel, asked: BatchRequest) -> Any:
     """Random inputs."""
-    model, count = loaded.model, wish.samples or SAMPLES
+    model, count = loaded.model, asked.samples or SAMPLES
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", None)
     if config is not None and isinstance(name, str):
-        return _named_inputs(model, config, name, count, wish)
-    if wish.length is not None:
+        return _named_inputs(model, config, name, count, asked)
+    if asked.length is not None:
         tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
         table = next(tables, None)
         if table is None:
             raise InputError(f"length given, but {loaded.spec} has no embedding; give a shape")
-        return torch.randint(table.num_embeddings, (count, wish.length))
-    shape = wish.shape or loaded.input_shape
+        return torch.randint(table.num_embeddings, (count, asked.length))
+    shape = asked.shape or loaded.input_shape
     if shape is None:
         raise InputError(
             f"{loaded.spec}: what goes into it is not known; give a shape such as 3,224,224, a "
@@ -151,24 +153,24 @@ def _inputs(loaded: LoadedModel, wish: Wish) -> Any:
 
 
 def _named_inputs(
-    model: nn.Module, config: Any, name: str, count: int, wish: Wish
+    model: nn.Module, config: Any, name: str, count: int, asked: BatchRequest
 ) -> dict[str, Any]:
     """What a transformers model calls its main input: tokens, images or something continuous."""
     inputs: dict[str, Any] = {}
     if name == "input_ids":
-        if wish.shape is not None:
+        if asked.shape is not None:
             raise InputError("shape given, but the model takes tokens; give a length")
         longest = getattr(config, "max_position_embeddings", None) or LENGTH
-        length = wish.length or min(LENGTH, longest)
+        length = asked.length or min(LENGTH, longest)
         inputs[name] = torch.randint(config.get_text_config().vocab_size, (count, length))
         if config.is_encoder_decoder:
             inputs["labels"] = inputs[name].clone()
-    elif wish.length is not None and wish.shape is None:
+    elif asked.length is not None and asked.shape is None:
         if name == "pixel_values":
             raise InputError("length given, but the model takes images; give a shape: 3,224,224")
-        inputs[name] = torch.randn(count, wish.length, dtype=_dtype(model))
+        inputs[name] = torch.randn(count, asked.length, dtype=_dtype(model))
     else:
-        shape = wish.shape or _image(config)
+        shape = asked.shape or _image(config)
         inputs[name] = torch.randn(count, *shape, dtype=_dtype(model))
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False  # in training nothing is generated
@@ -201,7 +203,8 @@ def _completed(loaded: LoadedModel, inputs: Any) -> Example:
             output = _run(model, inputs)
     except Exception as error:
         raise InputError(
-            f"{loaded.spec} does not run on its batch: {told(error)}; see shape and length, or "
+            f"{loaded.spec} does not run on its batch: {describe_error(error)}; see shape and "
+            f"length, or "
             f"{FUNCTION}"
         ) from error
     if _loss(output) is not None:

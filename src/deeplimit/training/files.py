@@ -26,8 +26,8 @@ from deeplimit.files import (
     remove,
     write_text,
 )
+from deeplimit.records import read_record
 from deeplimit.training.lock import alone
-from deeplimit.training.typed_values import read_record
 
 MANIFEST, STAGING, COMMITTED = "run.json", ".staging", ".committed"
 FORMAT = 1

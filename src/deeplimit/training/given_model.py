@@ -12,10 +12,9 @@ from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.calling import call
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.data import DataSet, Standardisation
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, describe_error
 from deeplimit.network.weights import read_pickled, read_safetensors
 from deeplimit.training.library_models import UNTRAINED
-from deeplimit.training.loaded_model import told
 from deeplimit.training.model_spec import load_named
 from deeplimit.training.recipe import Recipe
 
@@ -123,7 +122,8 @@ def check_model(model: nn.Module, x: Tensor, classes: int, spec: str, recipe: Re
             logits = call(model, x)
         except Exception as error:  # whatever the user's model raises
             raise InputError(
-                f"{spec} does not take the samples of {recipe.data}, {samples}: {told(error)}; "
+                f"{spec} does not take the samples of {recipe.data}, {samples}: "
+                f"{describe_error(error)}; "
                 "give a model for such images, such as a config.json with their image_size and "
                 "num_channels, or a module:function that resizes them"
             ) from error

@@ -19,6 +19,7 @@ from deeplimit.control.distillation import check_teaching
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, several
 from deeplimit.files import write_text
+from deeplimit.records import read_record, to_plain
 from deeplimit.training.building import (
     Fade,
     Start,
@@ -35,7 +36,6 @@ from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Healing, Parts
 from deeplimit.training.run_folder import RunFolder
 from deeplimit.training.threads import fitting_threads
-from deeplimit.training.typed_values import read_record, to_plain
 
 Teacher = Literal["full", "beside", "none"]
 

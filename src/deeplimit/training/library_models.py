@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, describe_error, did_you_mean
 from deeplimit.memory import require
 from deeplimit.reading import reading
-from deeplimit.training.loaded_model import LoadedModel, meant, told
+from deeplimit.records import coerce
+from deeplimit.training.loaded_model import LoadedModel
 from deeplimit.training.preprocessor import standardisation_beside
-from deeplimit.training.typed_values import conform
 
 CONFIG = "config.json"
 REMEDY = "expected a config.json with a model_type, or a folder that has one"
@@ -78,7 +78,9 @@ def torchvision_model(
     """
     models = _library("torchvision.models", "install the one that goes with your torch")
     if name not in models.list_models():
-        raise InputError(f"torchvision has no model {name!r}{meant(name, models.list_models())}")
+        raise InputError(
+            f"torchvision has no model {name!r}{did_you_mean(name, models.list_models())}"
+        )
     head = {} if classes is None else {"num_classes": classes}
     spec, build = f"torchvision:{name}", partial(models.get_model, name, weights=None, **head)
     return LoadedModel(spec, _built(spec, build, build), UNTRAINED, input_shape=(3, 224, 224))
@@ -92,7 +94,7 @@ def timm_model(name: str, classes: int | None = None, *, new_head: bool = False)
     """
     timm = _library("timm", "install the one that goes with your torch")
     if not timm.is_model(name):
-        raise InputError(f"timm has no model {name!r}{meant(name, timm.list_models())}")
+        raise InputError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     head = {} if classes is None else {"num_classes": classes}
     spec, build = f"timm:{name}", partial(timm.create_model, name, pretrained=False, **head)
     model = _built(spec, build, build)
@@ -114,7 +116,9 @@ def _library(name: str, remedy: str) -> Any:
         return pkgutil.resolve_name(f"{name}:")
     except (ImportError, RuntimeError, OSError) as error:  # a build for another torch: the latter
         package = name.partition(".")[0]
-        raise InputError(f"{package} cannot be imported ({told(error)}); {remedy}") from error
+        raise InputError(
+            f"{package} cannot be imported ({describe_error(error)}); {remedy}"
+        ) from error
 
 
 @contextmanager
@@ -143,7 +147,8 @@ def _config(hf: Any, name: str) -> tuple[Any, Path | None]:
         except (OSError, ValueError) as error:
             raise InputError(
                 f"transformers:{name}: no file or folder of that name, no model type"
-                f"{meant(name, hf.CONFIG_MAPPING)}, and nothing in the hub's cache; fetch it first "
+                f"{did_you_mean(name, hf.CONFIG_MAPPING)}, and nothing in the hub's cache; fetch "
+                f"it first "
                 f"(hf download {name}), or give a config.json"
             ) from error
     file = path / CONFIG if path.is_dir() else path
@@ -179,7 +184,7 @@ def _fields(said: Any) -> Iterator[tuple[str, Any]]:
 
 def _check_config(path: Path, config: Any) -> None:
     """Before it is built: names that can be looked up, and no more layers than can be."""
-    conform(tuple[str, ...] | None, config.architectures, f"{path}: architectures")
+    coerce(tuple[str, ...] | None, config.architectures, f"{path}: architectures")
     for name, value in config.to_dict().items():
         counts = value if isinstance(value, list | tuple) else [value]
         if "layer" in name or "depth" in name:
@@ -290,6 +295,7 @@ def _built(spec: str, build: Callable[[], nn.Module], outline: Callable[[], nn.M
         raise
     except Exception as error:
         raise InputError(
-            f"{spec} cannot be built: {told(error)}; a function of yours that returns the model "
+            f"{spec} cannot be built: {describe_error(error)}; a function of yours that returns "
+            f"the model "
             "can be given as module:function"
         ) from error

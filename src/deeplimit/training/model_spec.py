@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, describe_error, did_you_mean
 from deeplimit.network import CifarResNet, load
 from deeplimit.training.library_models import LIBRARIES
-from deeplimit.training.loaded_model import LoadedModel, meant, told
+from deeplimit.training.loaded_model import LoadedModel
 from deeplimit.training.recipe import check_seed
 from deeplimit.training.run_folder import RunFolder, as_vouched
 from deeplimit.training.trust import Named, check_code
@@ -121,11 +121,11 @@ def _of_function(spec: str, module: Any, name: str) -> LoadedModel:
         if found is not None:
             raise InputError(f"{spec} is of type {type(found).__name__}; expected a function")
         source = module.__name__
-        raise InputError(f"{source} has no function {name!r}{meant(name, vars(module))}")
+        raise InputError(f"{source} has no function {name!r}{did_you_mean(name, vars(module))}")
     try:
         made = found() if not isinstance(found, nn.Module) else found
     except Exception as error:
-        raise InputError(f"{spec} raised {told(error)}") from error
+        raise InputError(f"{spec} raised {describe_error(error)}") from error
     parts: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
     model, batch, loss_of = (*parts, None, None, None)[:3]
     if (
@@ -154,8 +154,8 @@ def _imported(spec: str, name: str, function: str) -> Any:
     except Exception as error:
         missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
         if missing is None or not f"{name}.".startswith(f"{missing}."):
-            raise InputError(f"{name} cannot be imported: {told(error)}") from error
-        remedy = meant(name, LIBRARIES) or f"; expected {FORMS}"
+            raise InputError(f"{name} cannot be imported: {describe_error(error)}") from error
+        remedy = did_you_mean(name, LIBRARIES) or f"; expected {FORMS}"
         if name.endswith(".py"):
             remedy = f"; leave out .py: {name.removesuffix('.py')}:{function}"
         raise InputError(

@@ -1,13 +1,12 @@
 """preprocessor_config.json beside a model's weights: how its images were standardised."""
 
-import difflib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from deeplimit.data import Standardisation
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, did_you_mean
 from deeplimit.reading import read_json
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -56,9 +55,9 @@ def standardisation_beside(folder: Path, channels: int) -> Standardisation | Non
     if not isinstance(said, dict):
         raise InputError(f"{path} holds {_shown(said)}; expected an object of fields; {REMEDY}")
     for name in said:
-        near = difflib.get_close_matches(name, READ, n=1, cutoff=ALIKE)
+        near = did_you_mean(name, READ, cutoff=ALIKE)
         if name not in READ and near:
-            raise InputError(f"{path}: unknown field {name}, did you mean {near[0]}? {REMEDY}")
+            raise InputError(f"{path}: unknown field {name}{near} {REMEDY}")
     if _flag(path, said, "rescale_offset", False):
         raise InputError(f"{path}: rescale_offset is true, which is not known here; {REMEDY}")
     factor = 1.0

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from deeplimit.errors import InputError
+from deeplimit.records import coerce, from_plain, to_plain
 from deeplimit.training.recipe_file import read_recipe_file, recipe_text
 from deeplimit.training.trust import Named
-from deeplimit.training.typed_values import conform, from_plain, to_plain
 
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
 LARGEST = 1e18  # optimisers square gradients, and so what multiplies them, in 32 bits: up to 3e38
@@ -154,7 +154,7 @@ class Recipe:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
-            value = conform(hints[field.name], getattr(self, field.name), field.name)
+            value = coerce(hints[field.name], getattr(self, field.name), field.name)
             object.__setattr__(self, field.name, value)
         if self.model is not None:
             object.__setattr__(self, "model", Named.typed(self.model))
@@ -206,7 +206,7 @@ class Recipe:
         shape = {name: getattr(Recipe, name) for name in NETWORK}
         return replace(self, model=model, control="none", **shape)
 
-    def rooted(self) -> "Recipe":
+    def with_absolute_paths(self) -> "Recipe":
         """The same recipe, to be read in any folder: the paths of what is there are absolute."""
         paths = {name: getattr(self, name) for name in ("data_dir", "weights", "start")}
         changed: dict[str, Any] = {name: p.absolute() for name, p in paths.items() if p is not None}

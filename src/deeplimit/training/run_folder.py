@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
+from deeplimit.records import coerce, read_record, to_plain
 from deeplimit.training.files import METRICS, RunFiles, not_vouched_for
 from deeplimit.training.metrics import Row, from_csv, to_csv
 from deeplimit.training.new_folder import name_of, new_folder
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.recipe_file import read_recipe_file
 from deeplimit.training.remedies import remedy
-from deeplimit.training.typed_values import conform, read_record, to_plain
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -79,7 +79,7 @@ class RunFolder:
         Raises:
             InputError: the name is no folder's name, or the folder cannot be made or written to.
         """
-        text = recipe.rooted().to_toml(class_names)
+        text = recipe.with_absolute_paths().to_toml(class_names)
 
         def fill(path: Path, _: Path) -> None:
             with RunFiles(path).commit() as files:
@@ -118,7 +118,7 @@ class RunFolder:
         """
         from deeplimit.training.saved_models import save_network
 
-        recipe = replace(recipe.rooted(), control="none")  # which starts from scratch
+        recipe = replace(recipe.with_absolute_paths(), control="none")  # which starts from scratch
 
         def begin(path: Path, to: Path) -> None:
             with RunFiles(path).commit() as files:
@@ -180,9 +180,9 @@ class RunFolder:
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, as recorded when the run was made."""
         path = self.path / RECIPE
-        table = conform(dict, read_recipe_file(path).get("data", {}), f"{path}: data")
+        table = coerce(dict, read_recipe_file(path).get("data", {}), f"{path}: data")
         names = table.get("class_names", [])
-        return conform(tuple[str, ...], names, f"{path}: data.class_names")
+        return coerce(tuple[str, ...], names, f"{path}: data.class_names")
 
     @property
     def standardisation(self) -> Standardisation | None:

@@ -15,17 +15,16 @@ from torch import nn
 
 from deeplimit._anatomy import anatomy
 from deeplimit.data import Standardisation
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, describe_error
 from deeplimit.files import whole
 from deeplimit.network.storage import architecture_of, file_errors, load, save, write_weights
 from deeplimit.network.weights import read_safetensors
 from deeplimit.ode import untie
 from deeplimit.reading import parse_json
+from deeplimit.records import coerce
 from deeplimit.training.library_models import quiet, transformers_model
-from deeplimit.training.loaded_model import told
 from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor
 from deeplimit.training.run_folder import SUFFIX
-from deeplimit.training.typed_values import conform
 
 REMOVED = "deeplimit.removed"
 
@@ -78,13 +77,14 @@ def load_network(place: Path, rebuild: Callable[[], nn.Module]) -> nn.Module:
         return load(path)
     model = rebuild()
     try:
-        removed = conform(tuple[int, ...], parse_json(metadata[REMOVED]), REMOVED)
+        removed = coerce(tuple[int, ...], parse_json(metadata[REMOVED]), REMOVED)
         if removed:
             model = anatomy(model).without(set(removed))
         model.load_state_dict(weights)
     except Exception as error:  # a layer that is not there, another shape, damaged metadata
         raise InputError(
-            f"{path}: not the weights of the model in recipe.toml ({told(error)}); give the "
+            f"{path}: not the weights of the model in recipe.toml ({describe_error(error)}); give "
+            f"the "
             "run its own model back, or train again"
         ) from error
     return model.eval()

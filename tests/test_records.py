@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deeplimit.errors import InputError
-from deeplimit.training.typed_values import conform, from_plain, to_plain
+from deeplimit.records import coerce, from_plain, to_plain
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def test_json_gives_every_record_back_exactly(value: Outer) -> None:
 GOOD = to_plain(Outer(((1.0,),), Inner((0.0, 1.0), "x"), 3, "a", True))
 WRONG = {
     "missing": ({"count": ...}, "the field count is missing"),
-    "unknown": ({"cuont": 1}, "unknown field cuont, did you mean 'count'?"),
+    "unknown": ({"cuont": 1}, "unknown field cuont, did you mean count?"),
     "nested": ({"inner": {"pair": [0.0], "name": "x"}}, "inner.pair has 1 entries; expected 2"),
     "not a record": ({"inner": [1]}, "inner is [1]; expected the fields of one"),
     "not a list": ({"rows": 3.0}, "rows is 3.0; expected a list"),
@@ -86,13 +86,13 @@ def test_what_does_not_fit_is_refused_by_name(case: str) -> None:
 
 
 def test_only_lossless_conversions() -> None:
-    assert conform(float, 3, "x") == 3.0
-    assert isinstance(conform(float, 3, "x"), float)
-    assert conform(tuple[int, ...], [1, 2], "x") == (1, 2)
-    assert conform(Path, "a/b", "x") == Path("a/b")
+    assert coerce(float, 3, "x") == 3.0
+    assert isinstance(coerce(float, 3, "x"), float)
+    assert coerce(tuple[int, ...], [1, 2], "x") == (1, 2)
+    assert coerce(Path, "a/b", "x") == Path("a/b")
     for hint, value in ((float, True), (int, True), (int, "3"), (float, "3"), (Path, 3)):
         with pytest.raises(InputError):
-            conform(hint, value, "x")
+            coerce(hint, value, "x")
 
 
 def test_numbers_in_a_table_are_written_as_others_are() -> None:
