@@ -229,8 +229,6 @@ def test_a_right_arrow_is_left_alone(path: str, tmp_path: Path):
 # Where a model's class may decide, and why. Everything else looks at a model through its anatomy.
 READING = {
     "_anatomy/",  # the reading itself
-    "network/cifar_anatomy.py",  # how our own families are read
-    "network/classifier_anatomy.py",
     "network/cifar_resnet.py",  # which of its own parts is a block, which a shortcut alone
     "network/classifiers.py",  # which part of its own stem standardises
     "network/storage.py",  # which networks have an architecture that is stored beside the weights

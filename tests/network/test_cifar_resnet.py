@@ -131,8 +131,8 @@ def test_standardisation_is_published_or_set() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"depths": (1, 1)}, "expected three numbers ≥ 0"),
-        ({"depths": (1, -1, 1)}, "expected three numbers ≥ 0"),
+        ({"depths": (1, 1)}, "give three numbers"),
+        ({"depths": (1, -1, 1)}, "depths is 1 -1 1; expected at least 0"),
         ({"depths": (1, 0, 1)}, "cannot begin with one"),
     ],
 )

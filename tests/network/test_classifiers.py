@@ -142,10 +142,10 @@ def test_an_architecture_round_trips_through_plain_values() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "conv"}, r"kind of network is 'conv'; expected logit, vector or convolutional"),
+        ({"kind": "conv"}, r"kind of network is 'conv'; expected logit, vector, convolutional"),
         ({"classes": 1}, "1 classes given"),
-        ({"depths": ()}, "one number ≥ 0 per stage"),
-        ({"depths": (-1,)}, "one number ≥ 0 per stage"),
+        ({"depths": ()}, "depths is empty; expected at least 0"),
+        ({"depths": (-1,)}, "depths is -1; expected at least 0"),
         ({"depths": (2, 2)}, "a vector network has one stage, 2 given"),
         ({"kind": "convolutional"}, r"needs images .* use the kind 'vector'"),
         ({"kind": "logit"}, "width 5 must be the number of classes, 4"),
@@ -167,7 +167,7 @@ def test_impossible_architectures_are_refused(change: dict, message: str) -> Non
     [
         ({"activation": "relo"}, "activation is 'relo'; expected one of relu"),
         ({"scheme": "rk4"}, "scheme is 'rk4'; expected one of euler, heun"),
-        ({"step": 0.0}, "step size is 0.0"),
+        ({"step": 0.0}, "step is 0; expected a number above 0"),
     ],
 )
 def test_names_and_numbers_of_the_parts_are_checked_when_built(change: dict, message: str) -> None:

@@ -22,7 +22,7 @@ from deeplimit.network import (
     initialise,
     smooth_start,
 )
-from deeplimit.network.parameter_groups import parameter_groups
+from deeplimit.network.blocks import parameter_groups
 
 IMAGE = (3, 8, 8)
 NETWORKS: dict[str, Callable[[], ResidualClassifier | CifarResNet]] = {

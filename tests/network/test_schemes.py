@@ -9,7 +9,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from deeplimit import Euler, Heun, ResidualChain
-from deeplimit._anatomy.schemes import SCHEMES
+from deeplimit._anatomy.chain import SCHEMES
 from deeplimit.network import LinearResidual, TwoLayerResidual
 
 WIDTH, HIDDEN = 3, 6

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deeplimit._anatomy.control import control
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics, to_device, to_precision
-from deeplimit._anatomy.stack import Stack, chain_stacks
+from deeplimit._anatomy.stack import Stack, chain_stacks, control
 from deeplimit._anatomy.stand_ins import state_of
 from deeplimit.errors import InputError, several
 

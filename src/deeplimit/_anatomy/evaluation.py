@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy.checks import shown
-from deeplimit._anatomy.targets import classes_of
+from deeplimit._anatomy.checks import classes_of, shown
 from deeplimit.errors import InputError
 
 # What a model takes: one tensor, or tensors by name as transformers' models do.

@@ -12,22 +12,21 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook, layer_numbers
-from deeplimit._anatomy.batches import (
+from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
+from deeplimit._anatomy.injection import by_stage, injected
+from deeplimit._anatomy.inputs import (
+    call,
     first_sample,
     first_token,
     kind_of,
     placed,
 )
-from deeplimit._anatomy.calling import call
-from deeplimit._anatomy.charging import ReplayedBlock, charged
-from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
-from deeplimit._anatomy.injection import by_stage, injected
 from deeplimit._anatomy.other_depths import check_kept, with_times
 from deeplimit._anatomy.probing import HeadProbe, alike, check_answer, small_part, watched
 from deeplimit._anatomy.rebuilding import check_rebuilt
 from deeplimit._anatomy.shortcuts import ends_of
 from deeplimit._anatomy.stacks import beside, find_blocks
-from deeplimit._anatomy.stand_ins import state_among, state_of
+from deeplimit._anatomy.stand_ins import ReplayedBlock, charged, state_among, state_of
 from deeplimit.errors import InputError
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from deeplimit._anatomy import Anatomy
+from deeplimit._anatomy.checks import IGNORED, classes_of
 from deeplimit._anatomy.evaluation import Inputs, device_of, pairs
-from deeplimit._anatomy.targets import IGNORED, classes_of
 from deeplimit.errors import InputError
 
 SURE = 8  # tokens: so many do not agree with their neighbours, or themselves, by chance

@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deeplimit._anatomy import Anatomy, anatomy, check_rebuilt
 from deeplimit._anatomy.anatomy import layer_numbers
-from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.checks import fitted, shown
 from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, first_samples
-from deeplimit._anatomy.targets import fitted
 from deeplimit.control.alignment import aligned_batches
 from deeplimit.control.bridge import bridge as build_bridge
 from deeplimit.control.crop_report import CropReport

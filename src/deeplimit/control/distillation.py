@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplimit._anatomy import anatomy
-from deeplimit._anatomy.checks import check_number
+from deeplimit._anatomy.checks import IGNORED, check_number
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit._anatomy.targets import IGNORED
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.stage_cost import StageCost
 from deeplimit.control.token_losses import widened

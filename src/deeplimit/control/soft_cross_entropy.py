@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deeplimit._anatomy.checks import check_count, check_number, shown
-from deeplimit._anatomy.targets import IGNORED, classes_of, fitted
+from deeplimit._anatomy.checks import IGNORED, check_count, check_number, classes_of, fitted, shown
 from deeplimit.errors import InputError
 
 

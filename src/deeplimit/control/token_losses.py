@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.anatomy import Head
+from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit._anatomy.targets import IGNORED
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.errors import InputError
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy
+from deeplimit._anatomy.checks import fitted
 from deeplimit._anatomy.evaluation import Inputs, begun, first_samples
-from deeplimit._anatomy.targets import fitted
 from deeplimit.control.alignment import aligned_batches
 from deeplimit.control.finite import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy

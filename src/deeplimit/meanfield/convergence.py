@@ -12,7 +12,7 @@ from deeplimit.meanfield.coordinates import Coordinate, coordinates
 from deeplimit.meanfield.measure import LayerwiseMeasure
 from deeplimit.meanfield.slope import length, slope_of
 from deeplimit.meanfield.transport import cot_distance
-from deeplimit.network.parameter_groups import check_values
+from deeplimit.network.blocks import check_values
 
 ABOVE = 1e-9  # the guaranteed curve, relative: rounding
 ROUNDING = 100  # a mean of losses is good to so many units of the last place

@@ -12,7 +12,7 @@ from deeplimit.errors import InputError
 from deeplimit.meanfield.additivity import check_additive
 from deeplimit.meanfield.checks import particle_stacks
 from deeplimit.meanfield.neurons import find_neurons, read
-from deeplimit.network.parameter_groups import check_values
+from deeplimit.network.blocks import check_values
 
 Role = Literal["particle", "offset", "other"]
 

@@ -16,7 +16,7 @@ from deeplimit.meanfield.checks import check_batch
 from deeplimit.meanfield.coordinates import particle_layers
 from deeplimit.meanfield.neurons import find_neurons
 from deeplimit.network import Anatomy
-from deeplimit.network.parameter_groups import check_values
+from deeplimit.network.blocks import check_values
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,19 @@
 """Whole models for the built-in recipes: stem → chains joined by projection shortcuts → head."""
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy.chain import ResidualChain
-from deeplimit._anatomy.schemes import SCHEMES
+from deeplimit._anatomy.chain import SCHEMES, ResidualChain
+from deeplimit._anatomy.chain_anatomy import ChainAnatomy, chain_with
+from deeplimit._anatomy.evaluation import Inputs
+from deeplimit._anatomy.registry import register
+from deeplimit._anatomy.stack import Stack, chain_stacks
 from deeplimit.errors import InputError
 from deeplimit.network.blocks import (
     ACTIVATIONS,
@@ -19,6 +24,7 @@ from deeplimit.network.blocks import (
     choose,
     rescale_last_layer,
 )
+from deeplimit.network.shape import Kind, check_shape
 
 ROUNDING = 2.0**-16  # of the standard deviation; what a stored mean may be off by
 
@@ -58,14 +64,12 @@ class Architecture:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
         object.__setattr__(self, "depths", tuple(self.depths))
-        if self.kind not in ("logit", "vector", "convolutional"):
+        if self.kind not in get_args(Kind):
             raise InputError(
-                f"the kind of network is {self.kind!r}; expected logit, vector or convolutional"
+                f"the kind of network is {self.kind!r}; expected {', '.join(get_args(Kind))}"
             )
         if self.classes < 2:
             raise InputError(f"{self.classes} classes given; a classifier needs at least 2")
-        if not self.depths or min(self.depths) < 0:
-            raise InputError(f"depths {self.depths} given; expected one number ≥ 0 per stage")
         if len(self.shape) not in (1, 3):
             raise InputError(
                 f"samples of shape {self.shape} given; expected (features,) or "
@@ -76,18 +80,19 @@ class Architecture:
                 f"a convolutional network needs images (channels, height, width), the data has "
                 f"samples of shape {self.shape}; use the kind 'vector'"
             )
-        if self.kind != "convolutional" and len(self.depths) != 1:
-            raise InputError(f"a {self.kind} network has one stage, {len(self.depths)} given")
         if self.kind == "logit" and self.width != self.classes:
             raise InputError(
                 f"the state of a logit network is its logits: width {self.width} must be the "
                 f"number of classes, {self.classes}"
             )
-        for name, least in (("width", 1), ("hidden", 0), ("reduction", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.reduction & (self.reduction - 1):
-            raise InputError(f"reduction is {self.reduction}; it must be a power of 2")
+        check_shape(
+            self.kind,
+            self.depths,
+            width=self.width,
+            hidden=self.hidden,
+            reduction=self.reduction,
+            step=self.step,
+        )
 
     def build(self) -> "ResidualClassifier":
         """A new network, initialised from torch's global random state."""
@@ -257,3 +262,47 @@ def _head(a: Architecture) -> nn.Module:
         return nn.Linear(a.width, a.classes)
     channels = a.width * 2 ** (len(a.depths) - 1)
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, a.classes))
+
+
+@register(ResidualClassifier)
+class ResidualClassifierAnatomy(ChainAnatomy):
+    """Several chains between a stem and a head."""
+
+    model: ResidualClassifier
+
+    @property
+    def _chains(self) -> list[ResidualChain]:
+        return list(self.model.stages)  # type: ignore[arg-type]
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stages', whatever stem and head hold."""
+        return chain_stacks(self.model.stages)
+
+    @property
+    def _projections(self) -> Sequence[nn.Module]:
+        return list(self.model.projections)
+
+    @property
+    def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
+        """The classifier's own."""
+        return self.model.stem, self.model.head
+
+    def example(self) -> Inputs | None:
+        """A sample of zeros."""
+        return torch.zeros(1, *self.model.architecture.shape)
+
+    def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
+        """A classifier with chains over other blocks; its architecture says their depths."""
+        chains = zip(self._chains, stacks, strict=True)
+        made = nn.ModuleList(chain_with(chain, stack) for chain, stack in chains)
+        made.training = self.model.stages.training
+        other = copy.deepcopy(self.model, {id(self.model.stages): made})
+        a = other.architecture
+        other.architecture = replace(
+            a,
+            depths=tuple(stack.horizon for stack in stacks),
+            hidden=a.hidden if neurons in (None, a.hidden or a.width) else neurons,
+            step=stacks[0].step,
+        )
+        return other

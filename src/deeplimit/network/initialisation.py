@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from deeplimit._anatomy import anatomy
 from deeplimit.errors import InputError
 from deeplimit.memory import require
+from deeplimit.network.blocks import parameter_groups
 from deeplimit.network.cifar_resnet import CifarResNet
 from deeplimit.network.classifiers import ResidualClassifier
-from deeplimit.network.parameter_groups import parameter_groups
 
 Initialisation = Literal["independent", "smooth", "identical"]
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deeplimit._anatomy import Stack
+from deeplimit._anatomy.chain import Euler
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit._anatomy.schemes import Euler
 from deeplimit.errors import InputError, RunError
 from deeplimit.ode.derivatives import Derivatives
 from deeplimit.ode.interpolation import INTERPOLATIONS, Controls, VectorField

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Stack
 from deeplimit._anatomy.checks import check_module
 from deeplimit.errors import InputError
-from deeplimit.network.parameter_groups import check_values, parameter_groups
+from deeplimit.network.blocks import check_values, parameter_groups
 from deeplimit.ode.stages import stages
 
 Kind = Literal["smooth", "between", "rough"]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchdiffeq import odeint
 
 from deeplimit._anatomy.chain import chains_in
+from deeplimit._anatomy.checks import fitted
 from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, pairs
-from deeplimit._anatomy.targets import fitted
 from deeplimit.errors import InputError, RunError
 from deeplimit.network import ResidualChain
 from deeplimit.ode.interpolation import Controls, VectorField

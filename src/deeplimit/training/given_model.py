@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy import anatomy
-from deeplimit._anatomy.calling import call
 from deeplimit._anatomy.evaluation import evaluating
+from deeplimit._anatomy.inputs import call
 from deeplimit.data import DataSet, Standardisation
 from deeplimit.errors import InputError, describe_error
 from deeplimit.network.weights import read_pickled, read_safetensors

@@ -1,25 +1,21 @@
-"""Anatomy of our own classifiers, and of a bare chain."""
+"""How chains are read: a bare one, and several between a stem and a head."""
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
 from deeplimit._anatomy.chain import ResidualChain
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
-from deeplimit._anatomy.registry import register
-from deeplimit._anatomy.stack import Stack, chain_stacks
-from deeplimit.network.classifiers import ResidualClassifier
+from deeplimit._anatomy.stack import Stack
 
 
-def _with_stacks(chain: ResidualChain, stack: Stack) -> ResidualChain:
+def chain_with(chain: ResidualChain, stack: Stack) -> ResidualChain:
     """A copy of a chain with the blocks and the step of a stack."""
     other = copy.deepcopy(chain, dict.fromkeys(map(id, chain)))
     other._modules.clear()
@@ -28,7 +24,6 @@ def _with_stacks(chain: ResidualChain, stack: Stack) -> ResidualChain:
     return other
 
 
-@register(ResidualChain)
 class ChainAnatomy(Anatomy):
     """Stages are chains; of a bare `ResidualChain` one, whose state is the logits (width C)."""
 
@@ -130,55 +125,11 @@ class ChainAnatomy(Anatomy):
 
     def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
         """The chain over other blocks, with another step."""
-        return _with_stacks(self.model, stacks[0])
+        return chain_with(self.model, stacks[0])
 
     def leave_out(self, removed: set[int]) -> nn.Module:
         """The same with shorter chains."""
         return copy.deepcopy(self.model.without(removed))
-
-
-@register(ResidualClassifier)
-class ResidualClassifierAnatomy(ChainAnatomy):
-    """Several chains between a stem and a head."""
-
-    model: ResidualClassifier
-
-    @property
-    def _chains(self) -> list[ResidualChain]:
-        return list(self.model.stages)  # type: ignore[arg-type]
-
-    @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """The stages', whatever stem and head hold."""
-        return chain_stacks(self.model.stages)
-
-    @property
-    def _projections(self) -> Sequence[nn.Module]:
-        return list(self.model.projections)
-
-    @property
-    def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
-        """The classifier's own."""
-        return self.model.stem, self.model.head
-
-    def example(self) -> Inputs | None:
-        """A sample of zeros."""
-        return torch.zeros(1, *self.model.architecture.shape)
-
-    def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
-        """A classifier with chains over other blocks; its architecture says their depths."""
-        chains = zip(self._chains, stacks, strict=True)
-        made = nn.ModuleList(_with_stacks(chain, stack) for chain, stack in chains)
-        made.training = self.model.stages.training
-        other = copy.deepcopy(self.model, {id(self.model.stages): made})
-        a = other.architecture
-        other.architecture = replace(
-            a,
-            depths=tuple(stack.horizon for stack in stacks),
-            hidden=a.hidden if neurons in (None, a.hidden or a.width) else neurons,
-            step=stacks[0].step,
-        )
-        return other
 
 
 def _shifted(hook: StateHook, first: int, end: int | None) -> StateHook:
