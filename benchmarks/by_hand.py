@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from deeplimit.control.cropping import multiply_adds
+from deeplimit.control.verifying import multiply_adds
 from deeplimit.data import DataSet, Split
 from deeplimit.training import Recipe
 from deeplimit.training.building import evaluation_batches, loss_of, training_batches

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deeplimit.control import CropReport
+from deeplimit.control import CropResult
 from deeplimit.studies import demo_recipe, run_demo
 from deeplimit.training import RunFolder, crop_run, profile_run, recipe_for, resume, train
 from machine import machine
@@ -27,7 +27,7 @@ MAY_LOSE = {"mnist": 0.001}  # accuracy on validation data; the recipe's points 
 
 
 def figures(
-    folder: RunFolder, seed: int, seconds: float, given: CropReport | None
+    folder: RunFolder, seed: int, seconds: float, given: CropResult | None
 ) -> dict[str, Any]:
     """What one run reached, on test data; the depth was chosen on validation data."""
     results = folder.results()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from deeplimit import InputError, SoftCrossEntropy, choose_cut, crop, turnpike_profile
 from deeplimit.control import CutChoice, TurnpikeProfile
-from deeplimit.control.cropping import multiply_adds
 from deeplimit.control.trials import Trials
+from deeplimit.control.verifying import multiply_adds
 from deeplimit.network import Architecture, CifarArchitecture, anatomy
 
 LOSS = SoftCrossEntropy(CLASSES, 0.05)

@@ -21,8 +21,8 @@ from deeplimit import (
     turnpike_profile,
     verify_crop,
 )
-from deeplimit.control import removal
-from deeplimit.control.cropping import multiply_adds
+from deeplimit.control import layers_to_remove
+from deeplimit.control.verifying import multiply_adds
 from deeplimit.network import Architecture, CifarArchitecture, anatomy, load, save
 
 
@@ -86,7 +86,7 @@ def test_the_middle_is_taken_out_of_a_leaving_arc(name: str) -> None:
     else:
         made = arc_profile()
     assert (made.entry(), made.exit()) == (1, 3)
-    assert removal(made) == range(1, 3)
+    assert layers_to_remove(made) == range(1, 3)
     model = family.model.eval()
     cropped = crop(model, made)
     # By hand: which blocks are left (a Heun step takes its second control with it).
@@ -112,14 +112,14 @@ def test_the_middle_is_taken_out_of_a_leaving_arc(name: str) -> None:
 
 def test_what_a_profile_says_can_go() -> None:
     tail = profile([9.0, 0.5, 0.4, 0.3, 0.2], accuracy=[0.1, 0.5, 0.98, 0.98, 0.98])
-    assert removal(tail) == range(2, 4)  # the depth is chosen by what the output achieves
+    assert layers_to_remove(tail) == range(2, 4)  # the depth is chosen by what the output achieves
     none = profile([9.0, 9.0, 9.0], accuracy=[0.1, 0.5, 0.98])
-    assert list(removal(none)) == []
+    assert list(layers_to_remove(none)) == []
     never = profile([9.0, 0.5, 9.0], accuracy=[0.1, 0.5, 0.98])
-    assert list(removal(never)) == []  # entry = exit: nothing lies between
+    assert list(layers_to_remove(never)) == []  # entry = exit: nothing lies between
     # A depth that does as well as the full one makes the leaving arc harmless: cut the tail.
     harmless = profile([9.0, 0.5, 0.5, 9.0], accuracy=[0.1, 0.98, 0.98, 0.98])
-    assert removal(harmless) == range(1, 3)
+    assert layers_to_remove(harmless) == range(1, 3)
 
 
 def test_crop_to_a_profile() -> None:

@@ -10,8 +10,8 @@ from profiles import profile
 from torch import nn
 
 from deeplimit import InputError, SoftCrossEntropy, choose_cut, crop, turnpike_profile, verify_crop
-from deeplimit.control import cropping, picture_trajectories, removal
-from deeplimit.control.alignment import aligned
+from deeplimit.control import layers_to_remove, picture_trajectories, verifying
+from deeplimit.control.batches import aligned
 from deeplimit.control.verdict import judge, loss_bounds
 from deeplimit.errors import several
 from deeplimit.network import Architecture, anatomy
@@ -77,10 +77,10 @@ def test_a_profile_of_too_few_samples_recommends_the_full_depth(idle: nn.Module)
     for count, depth in ((FEW - 1, 4), (FEW, 0)):
         made = turnpike_profile(idle, improving(idle, count), LOSS)
         assert made.recommended_depth == depth
-        assert len(removal(made)) == 4 - depth
+        assert len(layers_to_remove(made)) == 4 - depth
     arc = profile([9.0, 0.5, 0.4, 8.0], accuracy=[0.1, 0.8, 0.8, 0.99])
-    assert removal(arc) == range(1, 2)
-    assert len(removal(replace(arc, samples=FEW - 1))) == 0
+    assert layers_to_remove(arc) == range(1, 2)
+    assert len(layers_to_remove(replace(arc, samples=FEW - 1))) == 0
 
 
 def test_batches_without_a_sample_are_not_told_as_targets_that_count_nowhere(
@@ -134,13 +134,13 @@ def test_networks_that_are_alike_take_the_same_time(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[int] = []
-    measure = cropping.latencies
+    measure = verifying.latencies
 
     def counted(runs, x):
         timed.append(len(runs))
         return measure(runs, x)
 
-    monkeypatch.setattr(cropping, "latencies", counted)
+    monkeypatch.setattr(verifying, "latencies", counted)
     data = improving(model, 12)
     same = verify_crop(model, crop(model, 4), data)
     smaller = verify_crop(model, crop(model, 2), data)

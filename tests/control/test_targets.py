@@ -16,7 +16,7 @@ from deeplimit import (
     use_adjoint,
     verify_crop,
 )
-from deeplimit.control import Distillation, cropping, picture_trajectories
+from deeplimit.control import Distillation, picture_trajectories, verifying
 from deeplimit.network import anatomy
 
 pytest.importorskip("transformers")
@@ -32,7 +32,7 @@ def decoder() -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cropping, "LATENCY_ROUNDS", 1)
+    monkeypatch.setattr(verifying, "LATENCY_ROUNDS", 1)
 
 
 def answers(model: nn.Module, batch: Batch, loss: SoftCrossEntropy, **shift: bool) -> str:

@@ -32,7 +32,7 @@ from deeplimit import (
     verify_crop,
 )
 from deeplimit.control import dissipativity, picture_trajectories, token_losses
-from deeplimit.control.dissipativity import class_k_bound
+from deeplimit.control._dissipativity import class_k_bound
 from deeplimit.control.token_losses import CountedTokens
 from deeplimit.gradient import layout
 from deeplimit.network import anatomy

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from deeplimit.control.crop_report import CropReport
 from deeplimit.control.projection import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.control.verdict import Verdict, judge
+from deeplimit.control.verifying import CropResult
 from deeplimit.training.results import Cut, Parts, Profiles, Reference, RunResults
 
 SOFTNESS = 0.05
@@ -123,9 +123,9 @@ def nested(points: np.ndarray) -> tuple[tuple[tuple[float, float], ...], ...]:
     return tuple(tuple((float(x), float(y)) for x, y in layer) for layer in points)
 
 
-def crop_report(test: TurnpikeProfile, depth: int) -> CropReport:
+def crop_report(test: TurnpikeProfile, depth: int) -> CropResult:
     horizon = test.horizon
-    return CropReport(
+    return CropResult(
         samples=test.samples,
         horizon_before=horizon,
         horizon_after=depth,

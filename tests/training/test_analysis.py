@@ -10,8 +10,8 @@ from training_runs import equal_weights
 from deeplimit.control import (
     choose_cut,
     crop,
+    layers_to_remove,
     picture_trajectories,
-    removal,
     turnpike_profile,
     verify_crop,
 )
@@ -64,7 +64,7 @@ def test_the_automatic_cut_is_chosen_on_validation_and_measured_on_test(run: Run
     profiles = run.profiles()  # an unprofiled run is profiled first
     assert profiles is not None
     assert cut.tolerance == 0.005
-    assert cut.removed == tuple(removal(profiles.validation))
+    assert cut.removed == tuple(layers_to_remove(profiles.validation))
     by_hand = crop(model, remove=cut.removed)
     assert equal_weights(run.cropped(), by_hand)
     report = verify_crop(model, by_hand, iter_batches(data.test, 256), loss)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from training_runs import checkpoint_of, same_but_for_seconds
 
-from deeplimit.control import cropping
+from deeplimit.control import verifying
 from deeplimit.data import iter_batches
 from deeplimit.errors import InputError, RunError, several
 from deeplimit.training import Recipe, RunFolder, complete, crop_run, resume, run_data, train
@@ -35,7 +35,7 @@ PLAIN = "runs-without-stage-cost"
 def untimed() -> Iterator[None]:
     """Latencies depend on the machine, and take longer than these trainings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cropping, "latencies", lambda *_: (1.0, 1.0))
+        patch.setattr(verifying, "latencies", lambda *_: (1.0, 1.0))
         yield
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from training_runs import SMALL
 
-from deeplimit.control import CropReport
+from deeplimit.control import CropResult
 from deeplimit.errors import InputError
 from deeplimit.files import whole, write_text
 from deeplimit.network import Architecture
@@ -58,8 +58,8 @@ def depth_of(model: nn.Module) -> int:
     return sum(model.architecture.depths)  # type: ignore[union-attr,arg-type]
 
 
-def report(before: int, after: int) -> CropReport:
-    return CropReport(
+def report(before: int, after: int) -> CropResult:
+    return CropResult(
         3, before, after, 1.0, 1.0, 0.0, 0.4, 0.5, 1.0, 20, 10, 200, 100, 2e-3, 1e-3, 3, "cpu"
     )
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deeplimit.control import CropReport, CutChoice, TrajectoryPicture, TurnpikeProfile
+from deeplimit.control import CropResult, CutChoice, TrajectoryPicture, TurnpikeProfile
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text, write_whole
 from deeplimit.training import Cut, Profiles, Recipe, Reference, RunFolder, recipe_for
@@ -29,7 +29,7 @@ PROFILE = TurnpikeProfile(
     loss_error=(0.1, 0.0),
     accuracy_error=(1e-17, 0.0),
 )
-REPORT = CropReport(3, 2, 1, 1.0, 1.0, 0.0, 0.4, 0.5, 1.0, 20, 10, 200, 100, 2e-3, 1e-3, 3, "cpu")
+REPORT = CropResult(3, 2, 1, 1.0, 1.0, 0.0, 0.4, 0.5, 1.0, 20, 10, 200, 100, 2e-3, 1e-3, 3, "cpu")
 PICTURE = TrajectoryPicture(
     points=(((0.0, 1.5), (2.0, 3.0)),),
     labels=(0, 1),

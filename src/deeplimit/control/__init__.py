@@ -1,22 +1,27 @@
 """Training as optimal control: stage cost, dissipativity, turnpike, crop."""
 
-from deeplimit.control.bridge import Bridge, bridge_of
-from deeplimit.control.choosing import choose_cut
-from deeplimit.control.crop_report import CropReport
-from deeplimit.control.cropping import crop, removal, verify_crop
-from deeplimit.control.cut_choice import CutChoice
-from deeplimit.control.dissipativity import DissipativityReport, dissipativity
-from deeplimit.control.distillation import Distillation
-from deeplimit.control.fading import Fading
-from deeplimit.control.projection import TrajectoryPicture, picture_trajectories
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.stage_cost import StageCost
-from deeplimit.control.turnpike import TurnpikeProfile, turnpike_profile
-from deeplimit.control.verdict import Verdict
+from typing import TYPE_CHECKING
+
+from deeplimit.lazy import lazy
+
+if TYPE_CHECKING:
+    from deeplimit.control._dissipativity import DissipativityReport, dissipativity
+    from deeplimit.control.bridge import Bridge, bridge_of
+    from deeplimit.control.choosing import choose_cut
+    from deeplimit.control.cropping import crop, layers_to_remove
+    from deeplimit.control.cut_choice import CutChoice
+    from deeplimit.control.distillation import Distillation
+    from deeplimit.control.fading import Fading
+    from deeplimit.control.projection import TrajectoryPicture, picture_trajectories
+    from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+    from deeplimit.control.stage_cost import StageCost
+    from deeplimit.control.turnpike import TurnpikeProfile, turnpike_profile
+    from deeplimit.control.verdict import Verdict
+    from deeplimit.control.verifying import CropResult, verify_crop
 
 __all__ = [
     "Bridge",
-    "CropReport",
+    "CropResult",
     "CutChoice",
     "DissipativityReport",
     "Distillation",
@@ -30,8 +35,28 @@ __all__ = [
     "choose_cut",
     "crop",
     "dissipativity",
+    "layers_to_remove",
     "picture_trajectories",
-    "removal",
     "turnpike_profile",
     "verify_crop",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "_dissipativity": "DissipativityReport dissipativity",
+        "bridge": "Bridge bridge_of",
+        "choosing": "choose_cut",
+        "cropping": "crop layers_to_remove",
+        "cut_choice": "CutChoice",
+        "distillation": "Distillation",
+        "fading": "Fading",
+        "projection": "TrajectoryPicture picture_trajectories",
+        "soft_cross_entropy": "SoftCrossEntropy",
+        "stage_cost": "StageCost",
+        "turnpike": "TurnpikeProfile turnpike_profile",
+        "verdict": "Verdict",
+        "verifying": "CropResult verify_crop",
+    },
+    {"CropReport": "CropResult", "removal": "layers_to_remove"},
+)

@@ -15,8 +15,8 @@ from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import shown
 from deeplimit._anatomy.evaluation import begun, evaluating
 from deeplimit._anatomy.inputs import batch_of, first_sample, mapped, placed
+from deeplimit.control.batches import blame_inputs
 from deeplimit.control.branch_end import HALF_SLACK, SLACK, End, find_end, fold, left
-from deeplimit.control.finite import blame_inputs
 from deeplimit.control.least_squares import Fit, Moments, fits
 from deeplimit.errors import InputError, several
 

@@ -14,13 +14,13 @@ from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.anatomy import layer_numbers
 from deeplimit._anatomy.checks import check_number
 from deeplimit._anatomy.evaluation import Inputs, evaluating, first_samples
-from deeplimit.control.cropping import check_profile, latencies, multiply_adds
+from deeplimit.control.cropping import check_profile
 from deeplimit.control.cut_choice import Budget, CutChoice
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.tolerance import check_tolerance
 from deeplimit.control.trials import MayGo, Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
-from deeplimit.control.verdict import CONFIDENCE, FEW
+from deeplimit.control.verdict import CONFIDENCE, FEW, check_tolerance
+from deeplimit.control.verifying import latencies, multiply_adds
 from deeplimit.errors import InputError, several
 
 NAMES: tuple[Budget, ...] = ("accuracy", "blocks", "multiply_adds", "latency")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, pairs
-from deeplimit.control.finite import blame_inputs
+from deeplimit.control.batches import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.errors import InputError
 

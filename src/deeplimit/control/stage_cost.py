@@ -14,9 +14,8 @@ from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.anatomy import Head, RunningCost
 from deeplimit._anatomy.checks import check_count, check_number
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
-from deeplimit.control.alignment import aligned
 from deeplimit.control.any_loss import Loss, as_loss
-from deeplimit.control.finite import blame_inputs
+from deeplimit.control.batches import aligned, blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.token_losses import CountedTokens, widened
 from deeplimit.control.wrapping import AroundWatch, check_bare

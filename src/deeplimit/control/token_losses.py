@@ -136,7 +136,7 @@ class CountedTokens:
             )
 
 
-def labelled(y: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+def drop_ignored(y: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """Of the values of samples, [B, …] each, and then their targets: where it is not −100."""
     counts = y != IGNORED
     return (*values, y) if bool(counts.all()) else tuple(v[counts] for v in (*values, y))

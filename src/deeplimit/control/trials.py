@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import fitted
 from deeplimit._anatomy.evaluation import Inputs, begun, first_samples
-from deeplimit.control.alignment import aligned_batches
-from deeplimit.control.finite import blame_inputs
+from deeplimit.control.batches import aligned_batches, blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.token_losses import CountedTokens, labelled
+from deeplimit.control.token_losses import CountedTokens, drop_ignored
 from deeplimit.errors import InputError
 
 AGAIN = 8
@@ -196,5 +195,5 @@ class Trials:
         """Logits and targets as they are; of tokens, chunks of those that count."""
         *logits, y = values
         if not self.structure.tokens:
-            return [labelled(y, *logits)]
+            return [drop_ignored(y, *logits)]
         return CountedTokens(y, logits[0].shape[-1]).chunks(*logits)

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.checks import check_number
 from deeplimit._anatomy.evaluation import Inputs, evaluating
-from deeplimit.control.alignment import aligned_batches
-from deeplimit.control.finite import blame_inputs
+from deeplimit.control.batches import aligned_batches, blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
-from deeplimit.control.token_losses import CountedTokens, labelled
-from deeplimit.control.tolerance import check_tolerance
-from deeplimit.control.verdict import FEW, Z
+from deeplimit.control.token_losses import CountedTokens, drop_ignored
+from deeplimit.control.verdict import FEW, Z, check_tolerance
 
 ACCURACY_TOLERANCE = 0.005
 LOSS_TOLERANCE = 0.01
@@ -261,7 +259,7 @@ def _measure(
     padding = _padding(x, states)
     if counted is None:
         y = loss.fitted(output, y)
-        *states, padding, output, y = labelled(y, *states, padding, output)
+        *states, padding, output, y = drop_ignored(y, *states, padding, output)
     if counted is not None:
         values, distance, hits = counted.measured(structure, x, states[:-1], output, measure)
     else:

@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal
 
-from deeplimit.errors import several
+from deeplimit._anatomy.checks import check_number
+from deeplimit.errors import InputError, several
 
 CONFIDENCE = 0.95
 Z = NormalDist().inv_cdf(CONFIDENCE)  # one-sided: 1.645
 MANY = 10**9  # samples that nobody has
 FEW = 11  # of fewer not even a loss of a fifth can be excluded: their standard errors mean nothing
+
+TOO_MUCH = 0.5  # of all samples: nobody means that, half a point was meant
 
 Word = Literal["kept", "unresolved", "lost", "nothing learnt"]
 
@@ -201,3 +204,19 @@ def _needed(tolerance: float, n: float, b: float, c: float, effect: float) -> in
 def _points(fraction: float) -> str:
     """A fraction in points, with two digits behind the point at most: 1 point, 0.75 points."""
     return several(round(100 * fraction, 2), "point")
+
+
+def check_tolerance(accuracy: float) -> float:
+    """The fraction of accuracy that may be lost.
+
+    Raises:
+        InputError: it is none, or given in percentage points.
+    """
+    accuracy = check_number("accuracy", accuracy, "a fraction, such as 0.005", lambda _: True)
+    if not 0 <= accuracy < TOO_MUCH:
+        raise InputError(
+            f"{several(100 * accuracy, 'point')} of accuracy may be lost; expected from 0 to less "
+            "than "
+            f"{100 * TOO_MUCH:g} points: in Python a fraction, 0.005 for half a point"
+        )
+    return accuracy

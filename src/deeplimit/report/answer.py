@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.verdict import FEW, Z
+from deeplimit.control.verifying import CropResult
 from deeplimit.errors import several
 from deeplimit.report.numbers import (
     SPACE,
@@ -49,7 +49,7 @@ class Comparison:
     change: str
 
 
-def comparisons(report: CropReport) -> tuple[Comparison, ...]:
+def comparisons(report: CropResult) -> tuple[Comparison, ...]:
     """Accuracy, loss, agreement and the three costs, each before and after."""
     n = report.samples
     batch = f"{several(report.latency_batch, 'sample')}, {report.device}"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deeplimit.control.crop_report import CropReport
+from deeplimit.control.verifying import CropResult
 from deeplimit.errors import several
 from deeplimit.report.numbers import layers, percent, points
 from deeplimit.training.results import Cut, Reference
@@ -59,7 +59,7 @@ def control_rows(cut: Cut | None, reference: Reference | None) -> tuple[ControlR
     return tuple(rows)
 
 
-def _plain_cut(report: CropReport) -> str:
+def _plain_cut(report: CropResult) -> str:
     n = report.samples
     lost = report.accuracy_before - report.accuracy_after
     verb = "loses" if lost >= 0 else "gains"
@@ -70,7 +70,7 @@ def _plain_cut(report: CropReport) -> str:
     )
 
 
-def _small(report: CropReport) -> str:
+def _small(report: CropResult) -> str:
     """`report` is of the small network, before, and of the cut, after."""
     n = report.samples
     difference, error = report.accuracy_after - report.accuracy_before, report.accuracy_error
@@ -86,7 +86,7 @@ def _small(report: CropReport) -> str:
     )
 
 
-def _bar(report: CropReport, before: bool) -> ControlBar:
+def _bar(report: CropResult, before: bool) -> ControlBar:
     depth = report.horizon_before if before else report.horizon_after
     accuracy = report.accuracy_before if before else report.accuracy_after
     return ControlBar(depth, percent(accuracy, report.samples), round(100 * accuracy, 2))

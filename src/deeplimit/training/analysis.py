@@ -10,13 +10,12 @@ from deeplimit.control import (
     bridge_of,
     choose_cut,
     crop,
+    layers_to_remove,
     picture_trajectories,
-    removal,
     turnpike_profile,
     verify_crop,
 )
-from deeplimit.control.tolerance import check_tolerance
-from deeplimit.control.verdict import unchanged
+from deeplimit.control.verdict import check_tolerance, unchanged
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, several
 from deeplimit.network import Anatomy, anatomy
@@ -117,7 +116,7 @@ def crop_run(
             choice = choose_cut(model, profiles.validation, validation, **limit)
         removed = list(choice.removed)
     elif to == "auto":
-        removed = _possible(structure, removal(profiles.validation, accuracy))
+        removed = _possible(structure, layers_to_remove(profiles.validation, accuracy))
     else:
         removed = list(range(to, layers))
     with fitting_threads(folder.recipe):

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from deeplimit.control import verify_crop
-from deeplimit.control.crop_report import CropReport
+from deeplimit.control.verifying import CropResult
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
 from deeplimit.network.storage import architecture_of
@@ -151,6 +151,6 @@ def _beginning(
     return Checkpoint(weights, state, schedule.state_dict(), 0, [])
 
 
-def _compared(recipe: Recipe, data: DataSet, before: nn.Module, after: nn.Module) -> CropReport:
+def _compared(recipe: Recipe, data: DataSet, before: nn.Module, after: nn.Module) -> CropResult:
     with fitting_threads(recipe), torch.no_grad():
         return verify_crop(before, after, evaluation_batches(data.test), loss_of(recipe, data))

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deeplimit.control.bridge import Bridge
-from deeplimit.control.crop_report import CropReport
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.projection import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
 from deeplimit.control.verdict import Verdict, samples_needed
+from deeplimit.control.verifying import CropResult
 from deeplimit.data import DataSet
 from deeplimit.meanfield.convergence import ConvergenceCertificate
 from deeplimit.ode.limit import DepthLimit
@@ -54,7 +54,7 @@ class Cut:
 
     removed: tuple[int, ...]
     tolerance: float | None
-    report: CropReport
+    report: CropResult
     choice: CutChoice | None = None
     parts: Parts | None = None
     bridge: Bridge | None = None
@@ -97,8 +97,8 @@ class Healing:
     temperature: float
     epochs: int
     learning_rate: float
-    from_full: CropReport
-    from_cropped: CropReport
+    from_full: CropResult
+    from_cropped: CropResult
     fade: float = 0.0
     parts: Parts | None = None
 
@@ -119,11 +119,11 @@ class Refinement:
 
     source: str
     factor: int
-    report: CropReport
+    report: CropResult
     epochs: int
     learning_rate: float
     carried: bool
-    trained: CropReport | None = None
+    trained: CropResult | None = None
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ class Reference:
     """
 
     test: TurnpikeProfile
-    report: CropReport
-    small: CropReport | None = None
+    report: CropResult
+    small: CropResult | None = None
     removed: tuple[int, ...] | None = None
 
     def is_of(self, cut: Cut) -> bool:

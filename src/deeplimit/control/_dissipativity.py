@@ -10,8 +10,7 @@ from torch import Tensor
 from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import shown
 from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating
-from deeplimit.control.alignment import aligned_batches
-from deeplimit.control.finite import blame_inputs
+from deeplimit.control.batches import aligned_batches, blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.stage_cost import StageCost
 from deeplimit.control.token_losses import CountedTokens
