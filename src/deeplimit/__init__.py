@@ -1,9 +1,9 @@
 """Residual networks seen through their infinite-depth, infinite-width limit."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deeplimit.errors import InputError, RunError
+from deeplimit.lazy import lazy
 
 if TYPE_CHECKING:
     from deeplimit.control import (
@@ -68,24 +68,16 @@ __all__ = [
     "verify_crop",
 ]
 
-_ROOMS = {
-    "training": {"heal"},
-    "meanfield": {
-        "LayerwiseMeasure",
-        "convergence_certificate",
-        "cot_distance",
-        "cot_geodesic",
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "control": "SoftCrossEntropy StageCost choose_cut crop dissipativity turnpike_profile "
+        "verify_crop",
+        "gradient": "drift gradient_error plan_anchors use_adjoint use_backprop",
+        "meanfield": "LayerwiseMeasure convergence_certificate cot_distance cot_geodesic "
         "particle_flow",
+        "network": "Euler Heun ResidualChain anatomy",
+        "ode": "coarsen discretization_gap refine smoothness tie untie",
+        "training": "heal",
     },
-    "ode": {"coarsen", "discretization_gap", "refine", "smoothness", "tie", "untie"},
-    "network": {"Euler", "Heun", "ResidualChain", "anatomy"},
-    "gradient": {"drift", "gradient_error", "plan_anchors", "use_adjoint", "use_backprop"},
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name on first use: `deeplimit --help` need not wait for torch."""
-    if name not in __all__:
-        raise AttributeError(f"module 'deeplimit' has no attribute {name!r}")
-    room = next((room for room, names in _ROOMS.items() if name in names), "control")
-    return getattr(import_module(f"deeplimit.{room}"), name)
+)

@@ -1,9 +1,12 @@
 """Rooms import a public name when it is asked for: nothing waits for what it does not use."""
 
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from deeplimit.extras import missing
 
 
 def lazy(
@@ -15,6 +18,9 @@ def lazy(
         room: its `__name__`.
         files: the names that each of its files brings, separated by blanks.
         old: names that were public once, and what they are called now.
+
+    Raises:
+        InputError: `__getattr__`, where a name needs a library of an extra that is not installed.
     """
     places = {name: file for file, names in files.items() for name in names.split()}
     old = old or {}
@@ -29,6 +35,12 @@ def lazy(
                 DeprecationWarning,
                 stacklevel=2,
             )
-        return pkgutil.resolve_name(f"{room}.{places[new]}:{new}")
+        try:
+            return pkgutil.resolve_name(f"{room}.{places[new]}:{new}")
+        except ModuleNotFoundError as error:
+            refusal = missing(error)
+            if refusal is None:
+                raise
+            raise refusal from error
 
-    return get, lambda: sorted(places)
+    return get, lambda: sorted({*places, *getattr(sys.modules[room], "__all__", ())})

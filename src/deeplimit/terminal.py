@@ -3,9 +3,10 @@
 import re
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.segment import Segment
+if TYPE_CHECKING:
+    from rich.console import Console as Terminal  # noqa: F401
 
 # Control characters but tab and line feed, marks that turn the direction of writing round, line
 # separators, halves of characters.
@@ -29,10 +30,20 @@ def tell(message: str) -> None:
     print(visible(message), file=sys.stderr, flush=True)
 
 
-class Terminal(Console):
-    """Rich's console, which by itself lets control characters of what it shows through."""
+def __getattr__(name: str) -> Any:
+    """Makes `Terminal` on first use: most who say something need no rich."""
+    if name != "Terminal":
+        raise AttributeError(name)
+    from rich.console import Console
+    from rich.segment import Segment
 
-    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
-        """What rich sends; by now only its own control codes are marked as such."""
-        shown = (Segment(t if control else visible(t), s, control) for t, s, control in buffer)
-        return super()._render_buffer(shown)
+    class Terminal(Console):
+        """Rich's console, which by itself lets control characters of what it shows through."""
+
+        def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+            """What rich sends; by now only its own control codes are marked as such."""
+            shown = (Segment(t if control else visible(t), s, control) for t, s, control in buffer)
+            return super()._render_buffer(shown)
+
+    globals()[name] = Terminal
+    return Terminal
