@@ -40,7 +40,7 @@ from deeplimit.network import (
     smooth_start,
 )
 from deeplimit.ode import coarsen, refine, smoothness
-from deeplimit.ode.smoothness import ROUGH, SMOOTH
+from deeplimit.ode._smoothness import ROUGH, SMOOTH
 from deeplimit.training import Recipe, build_model, recipe_for, train
 from machine import machine
 

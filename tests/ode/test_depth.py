@@ -1,7 +1,6 @@
 """refine and coarsen: controls by hand, orders in N, there and back again, what is refused."""
 
 import copy
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ from deeplimit.network import (
     save,
 )
 from deeplimit.ode import coarsen, discretization_gap, refine, tie
-from deeplimit.ode.blocks import check_whole
 
 CHANGEABLE = [name for name in FAMILIES if name != "CIFAR ResNet, cut"]
 
@@ -197,15 +195,11 @@ def test_what_does_not_fit_is_refused_before_it_is_made(factor: int, size: str) 
         refine(chain_of(4), factor)
 
 
-@pytest.mark.parametrize("factor", [0, -2, 1.5, True, "2", Fraction(2)])
-def test_a_factor_that_is_none(factor: object) -> None:
-    words = r"factor is .*; expected a whole number ≥ 1"
-    if isinstance(factor, int):
-        for change in (refine, coarsen):
-            with pytest.raises(InputError, match=words):
-                change(chain_of(4), factor)
-    with pytest.raises(InputError, match=words):  # the suite's own check of types comes first above
-        check_whole("factor", factor)
+@pytest.mark.parametrize("factor", [0, -2])
+def test_a_factor_that_is_none(factor: int) -> None:
+    for change in (refine, coarsen, tie):
+        with pytest.raises(InputError, match=r"(factor|every) is .*; expected a whole number ≥ 1"):
+            change(chain_of(4), factor)
 
 
 def test_depths_that_cannot_be_divided() -> None:
@@ -243,7 +237,7 @@ def test_models_that_are_refused() -> None:
         refine(nn.Linear(2, 2), 2)
     for model in (chain_of(4), folded(4)):
         for change in (refine, coarsen):
-            with pytest.raises(InputError, match="on the meta device, without values"):
+            with pytest.raises(InputError, match="on the meta device"):
                 change(model.to("meta"), 2)
     quantised = folded(4)
     quantised.is_quantized = True
@@ -256,7 +250,7 @@ def test_models_that_are_refused() -> None:
     diverged = chain_of(4)
     diverged[2].outer.weight.data[0, 0] = torch.nan
     for change in (refine, coarsen):
-        with pytest.raises(InputError, match=r"2\.outer\.weight of ResidualChain is not finite"):
+        with pytest.raises(InputError, match=r"2\.outer\.weight has numbers that are not finite"):
             change(diverged, 2)
     shared = chain_of(4)
     shared[1].inner.weight = shared[0].inner.weight

@@ -17,8 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from deeplimit import InputError
 from deeplimit.ode import coarsen, refine, tie, untie
-from deeplimit.ode.optimiser_state import RULES, carry_over
-from deeplimit.ode.origins import Origin
+from deeplimit.ode.optimiser_state import RULES, Origin, carry_over
 
 # With betas as small as these one step's gradient counts as much as the moments do.
 OPTIMISERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {

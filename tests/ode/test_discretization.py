@@ -13,12 +13,11 @@ from naive_ode import NaiveODE
 from smooth_networks import batch, slope, smooth_chain
 from torch import Tensor, nn
 
-from deeplimit.network import Heun, LinearResidual, ResidualChain
+from deeplimit.network import Heun, LinearResidual, ResidualChain, anatomy
 from deeplimit.ode import discretization_gap
 from deeplimit.ode.discretization import FRACTIONS, SEGMENT, WEIGHTS
-from deeplimit.ode.interpolation import Controls, VectorField
-from deeplimit.ode.recording import Call
-from deeplimit.ode.solving import solve
+from deeplimit.ode.field import VectorField
+from deeplimit.ode.solvers import solve_by_layer
 
 
 @torch.no_grad()
@@ -234,8 +233,8 @@ def test_a_step_that_ends_on_a_node_loses_no_node(exponent: int):
     tolerance = 10 ** (-exponent / 4)
     weights = [0.5 * (-1) ** n * torch.eye(1, dtype=torch.float64) for n in range(8)]
     chain = linear_chain(weights, 1.0)
-    field = VectorField(chain[0], Controls(list(chain), linear=False), Call(), adds=False)
+    field = VectorField(anatomy(chain).stacks[0], linear=False)
     x = torch.ones(1, 1, dtype=torch.float64)
-    found = solve(field, x, 8, 1.0, method="dopri5", tolerance=tolerance, scale=1.0)[:, -1, 0, 0]
+    found = solve_by_layer(field, x, solver="dopri5", tolerance=tolerance)[:, -1, 0, 0]
     exact = torch.tensor([math.exp(0.5), 1.0] * 4, dtype=torch.float64)
     assert (found - exact).abs().max() < 20 * tolerance

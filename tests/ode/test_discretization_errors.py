@@ -122,12 +122,6 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], object, dict, str]] = {
     ),
     "NaN in the input": (lambda: smooth_chain(3), X * torch.nan, {}, "state 0 of stage 0 is not"),
     "infinite weights": (infinite, X, {}, "state 2 of stage 0 is not finite"),
-    "interpolation": (
-        lambda: smooth_chain(3),
-        X,
-        {"interpolation": "cubic"},
-        "the interpolation is 'cubic'; expected one of linear, constant",
-    ),
     "stage": (
         classifier,
         images(),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from deeplimit import InputError, RunError
 from deeplimit.network import Architecture, Euler, Heun, LinearResidual, ResidualChain
-from deeplimit.ode import solved, solver_accuracies
-from deeplimit.ode.solved import ADAPTIVE, FIXED
+from deeplimit.ode import solver_accuracies, with_solver
+from deeplimit.ode.solvers import ADAPTIVE, FIXED, check_solver
 
 
 def exact(chain: ResidualChain, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def test_the_networks_own_scheme_and_steps_are_the_network(
 ) -> None:
     model = classifier(scheme, depths)
     x = torch.randn(5, *model.architecture.shape, dtype=torch.float64)  # type: ignore[union-attr]
-    again = solved(model, solver, depths[0])(x)
+    again = with_solver(model, solver, depths[0])(x)
     assert torch.allclose(again, model(x), rtol=0, atol=1e-12)
     assert not again.requires_grad  # no parameter is left out of a training without a word
     assert all(p.requires_grad for p in model.parameters())
@@ -51,11 +51,11 @@ def test_every_solver_tends_to_the_neural_ode(solver: str) -> None:
     end = exact(chain, x)
     if solver in ADAPTIVE:
         errors = [
-            (solved(chain, solver, tolerance=tolerance)(x) - end).abs().max()
+            (with_solver(chain, solver, tolerance=tolerance)(x) - end).abs().max()
             for tolerance in (1e-2, 1e-6)
         ]
     else:
-        errors = [(solved(chain, solver, steps)(x) - end).abs().max() for steps in (6, 96)]
+        errors = [(with_solver(chain, solver, steps)(x) - end).abs().max() for steps in (6, 96)]
     assert errors[1] < 1e-2 * errors[0].clamp(min=1e-4) + 0.1 * errors[0]
     assert errors[1] < 0.02 * end.abs().max()
 
@@ -65,7 +65,9 @@ def test_orders_with_steps_that_meet_the_nodes() -> None:
     chain, x = smooth_chain(4, Heun()), torch.ones(1, 3, dtype=torch.float64)
     end = exact(chain, x)
     for solver, order in (("euler", 1), ("midpoint", 2), ("rk4", 4)):
-        coarse, fine = (float((solved(chain, solver, steps)(x) - end).norm()) for steps in (16, 64))
+        coarse, fine = (
+            float((with_solver(chain, solver, steps)(x) - end).norm()) for steps in (16, 64)
+        )
         assert math.log(coarse / fine, 4) == pytest.approx(order, abs=0.2), solver
 
 
@@ -84,7 +86,7 @@ def test_accuracy_and_cost_are_counted() -> None:
     assert network.agreement == 1
     assert (euler.accuracy, euler.agreement, euler.evaluations) == (0.75, 1, 6)
     assert (rough.evaluations, rk4.evaluations) == (2, 12)
-    said = solved(model, "euler", 2)(x).argmax(-1)
+    said = with_solver(model, "euler", 2)(x).argmax(-1)
     assert rough.accuracy == pytest.approx(float((said == y).double().mean()))
     assert rough.agreement == pytest.approx(float((said == own).double().mean()))
     assert rough.agreement < 1
@@ -97,7 +99,7 @@ def test_the_model_is_left_alone() -> None:
     model = classifier().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    solved(model, "rk4", 2)(x).sum().backward()
+    with_solver(model, "rk4", 2)(x).sum().backward()
     assert x.grad is not None
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -106,7 +108,7 @@ def test_the_model_is_left_alone() -> None:
 
 def test_an_empty_chain_is_the_identity() -> None:
     x = torch.randn(2, 3)
-    assert torch.equal(solved(ResidualChain([]), "euler", 3)(x), x)
+    assert torch.equal(with_solver(ResidualChain([]), "euler", 3)(x), x)
 
 
 WRONG = [
@@ -120,13 +122,13 @@ WRONG = [
 @pytest.mark.parametrize(("solver", "steps", "said"), WRONG)
 def test_a_wrong_solver(solver: str, steps: int | None, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        solved(classifier(), solver, steps)
+        check_solver(solver, steps)
 
 
 @pytest.mark.parametrize("tolerance", [0.0, -1e-3, math.nan, math.inf])
 def test_a_tolerance_is_above_zero(tolerance: float) -> None:
     for call in (
-        lambda: solved(classifier(), "dopri5", tolerance=tolerance),
+        lambda: with_solver(classifier(), "dopri5", tolerance=tolerance),
         lambda: solver_accuracies(classifier(), [], [("dopri5", None)], tolerance),
     ):
         with pytest.raises(InputError, match=r"tolerance is .*expected a number above 0"):
@@ -137,13 +139,13 @@ def test_a_tolerance_is_above_zero(tolerance: float) -> None:
 def test_no_solver_gets_through_what_is_not_a_number(
     solver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[solved.__module__], "MAX_STEPS", 100)  # not 10,000 of them
+    monkeypatch.setattr(sys.modules[with_solver.__module__], "MAX_STEPS", 100)  # not 10,000 of them
     chain = classifier().stages[0]
     x = torch.randn(3, 8, dtype=torch.float64)
     with pytest.raises(RunError, match=f"{solver} stopped at tolerance 1e-03"):
-        solved(chain, solver)(x * math.nan)
+        with_solver(chain, solver)(x * math.nan)
     with pytest.raises(RunError, match=f"{solver} stopped at tolerance 1e-30"):
-        solved(chain, solver, tolerance=1e-30)(x)
+        with_solver(chain, solver, tolerance=1e-30)(x)
 
 
 def test_a_loader_that_ends_is_refused_before_it_is_used_up() -> None:
@@ -155,7 +157,7 @@ def test_a_loader_that_ends_is_refused_before_it_is_used_up() -> None:
 
 def test_another_kind_of_model_and_no_data() -> None:
     with pytest.raises(InputError, match="Linear has no chain of residual functions"):
-        solved(torch.nn.Linear(2, 2), "euler", 1)
+        with_solver(torch.nn.Linear(2, 2), "euler", 1)
     with pytest.raises(InputError, match="gave no batch"):
         solver_accuracies(classifier(), [], [])
 
@@ -167,4 +169,4 @@ def test_an_ode_that_leaves_every_bound() -> None:
 
     chain = ResidualChain([Square(1), Square(1)], step=1.0)
     with pytest.raises(RunError, match="dopri5 stopped"):
-        solved(chain, "dopri5")(torch.tensor([[2.0]]))
+        with_solver(chain, "dopri5")(torch.tensor([[2.0]]))

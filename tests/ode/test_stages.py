@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deeplimit import InputError, anatomy
 from deeplimit.network import Architecture, CifarArchitecture, Euler, Heun, ResidualChain, Scheme
-from deeplimit.ode import discretization_gap, solved, untie
+from deeplimit.ode import discretization_gap, untie, with_solver
 
 
 class Step(nn.Module):
@@ -90,8 +90,8 @@ def test_a_chain_inside_somebodys_network_is_solved_too() -> None:
     torch.manual_seed(0)
     chain, x = smooth_chain(4), batch()
     model = nn.Sequential(nn.Linear(3, 3), chain, nn.Linear(3, 2)).double()
-    assert torch.allclose(solved(model, "euler", 4)(x), model(x), rtol=0, atol=1e-12)
-    fine = model[2](solved(chain, "rk4", 40)(model[0](x)))
-    assert torch.equal(solved(model, "rk4", 40)(x), fine)
+    assert torch.allclose(with_solver(model, "euler", 4)(x), model(x), rtol=0, atol=1e-12)
+    fine = model[2](with_solver(chain, "rk4", 40)(model[0](x)))
+    assert torch.equal(with_solver(model, "rk4", 40)(x), fine)
     nested = ResidualChain([ResidualChain([nn.Linear(3, 3).double()])], step=0.5)
-    assert torch.allclose(solved(nested, "euler", 1)(x), nested(x), rtol=0, atol=1e-12)
+    assert torch.allclose(with_solver(nested, "euler", 1)(x), nested(x), rtol=0, atol=1e-12)

@@ -7,7 +7,7 @@ import torch
 from deeplimit import ResidualChain, coarsen, discretization_gap, refine, smoothness, tie, untie
 from deeplimit.network import smooth_start
 from deeplimit.network.blocks import TwoLayerResidual
-from deeplimit.ode import solved, solver_accuracies
+from deeplimit.ode import solver_accuracies, with_solver
 
 chain = ResidualChain([TwoLayerResidual(3, 4) for _ in range(4)], step=0.25)
 x = torch.randn(5, 3)
@@ -16,9 +16,11 @@ calls += [lambda f=f, m=m: f(m, 2) for f in (refine, coarsen, tie) for m in (Non
 calls += [lambda k=k: refine(chain, k) for k in (1.5, "2", True, None)]
 calls += [lambda m=m: discretization_gap(m, x) for m in (None, "runs/a")]
 calls += [lambda x=x: discretization_gap(chain, x) for x in ([1, 2], None, "x")]
-calls += [lambda k=k: solved(chain, "rk4", k) for k in ("3", 2.5, True)]
-calls += [lambda t=t: solved(chain, "dopri5", tolerance=t) for t in ("x", None, 0, -1.0)]
-calls += [lambda: solved(None, "rk4", 2), lambda: solved(chain, 4, 2)]
+calls += [lambda k=k: with_solver(chain, "rk4", k) for k in ("3", 2.5, True)]
+calls += [lambda t=t: with_solver(chain, "dopri5", tolerance=t) for t in ("x", None, 0, -1.0)]
+calls += [lambda: discretization_gap(chain, x, interpolation="cubic")]
+calls += [lambda: with_solver(chain, "rk5", 3), lambda: with_solver(None, "rk4", 2)]
+calls += [lambda: with_solver(chain, 4, 2)]
 calls += [lambda: solver_accuracies(torch.nn.Linear(3, 2), [(x, x[:, 0].long())], [])]
 calls += [lambda: solver_accuracies(chain, [(x, x[:, 0].long())], ["rk4"])]
 calls += [lambda: solver_accuracies(chain, iter([(x, x[:, 0].long())]), [("rk4", 2)])]

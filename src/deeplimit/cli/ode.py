@@ -66,7 +66,7 @@ class Ode:
         from deeplimit.cli.figure_page import write_figures
         from deeplimit.cli.finish import renew_page
         from deeplimit.ode import depth_limit
-        from deeplimit.ode.solved import TOLERANCE
+        from deeplimit.ode.solvers import TOLERANCE
         from deeplimit.report.depth_limit import depth_limit_figures, depth_limit_summary
         from deeplimit.training import RunFolder, load_model
 
@@ -135,7 +135,7 @@ class Ode:
 
     def _solvers(self, depth: int) -> list[tuple[str, int | None]]:
         """What is asked for; by default fewer and more steps than the network's."""
-        from deeplimit.ode.solved import FIXED, TOLERANCE, check_solver
+        from deeplimit.ode.solvers import FIXED, TOLERANCE, check_solver
 
         tolerance = TOLERANCE if self.tolerance is None else self.tolerance
         if self.solver is not None:

@@ -1,11 +1,16 @@
 """The limit of infinite depth: distance to the Neural ODE, smoothness, changes of depth."""
 
-from deeplimit.ode.depth import coarsen, refine
-from deeplimit.ode.discretization import DiscretizationGap, discretization_gap
-from deeplimit.ode.limit import ControlCurves, DepthLimit, depth_limit
-from deeplimit.ode.smoothness import Smoothness, StageSmoothness, smoothness
-from deeplimit.ode.solved import SolverAccuracy, solved, solver_accuracies
-from deeplimit.ode.tying import tie, untie
+from typing import TYPE_CHECKING
+
+from deeplimit.lazy import lazy
+
+if TYPE_CHECKING:
+    from deeplimit.ode._smoothness import Smoothness, StageSmoothness, smoothness
+    from deeplimit.ode.depth import coarsen, refine
+    from deeplimit.ode.discretization import DiscretizationGap, discretization_gap
+    from deeplimit.ode.limit import ControlCurves, DepthLimit, depth_limit
+    from deeplimit.ode.solvers import SolverAccuracy, solver_accuracies, with_solver
+    from deeplimit.ode.tying import tie, untie
 
 __all__ = [
     "ControlCurves",
@@ -19,8 +24,21 @@ __all__ = [
     "discretization_gap",
     "refine",
     "smoothness",
-    "solved",
     "solver_accuracies",
     "tie",
     "untie",
+    "with_solver",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "_smoothness": "Smoothness StageSmoothness smoothness",
+        "depth": "coarsen refine",
+        "discretization": "DiscretizationGap discretization_gap",
+        "limit": "ControlCurves DepthLimit depth_limit",
+        "solvers": "SolverAccuracy solver_accuracies with_solver",
+        "tying": "tie untie",
+    },
+    {"solved": "with_solver"},
+)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from deeplimit.ode.interpolation import Control, PlainBatchNorm, VectorField
+from deeplimit.ode.field import Control, PlainBatchNorm, VectorField
 
 RESIDUAL = 1e-4
 KRYLOV = 64  # products with JᵀJ at most
@@ -22,12 +22,11 @@ class Derivatives:
 
     Args:
         field: φ and θ.
-        step: h.
         example: a state [samples, …].
     """
 
-    def __init__(self, field: VectorField, step: float, example: Tensor):
-        self._field, self._step = field, step
+    def __init__(self, field: VectorField, example: Tensor):
+        self._field = field
         self._together = self._maps(example)
 
     def accelerations(self, places: Sequence[Place], states: Tensor) -> Tensor:
@@ -35,12 +34,11 @@ class Derivatives:
 
         By a Jacobian-vector product in (θ, x). At a node ∂_sφ is the one inside interval n.
         """
-        controls = self._field.controls
-        found = []
+        field, found = self._field, []
         for some in self._chunks(places, states[0].numel()):
-            theta = _stacked([controls.at(*place) for place in places[some]])
-            change = _stacked([controls.change(n) for n, _ in places[some]])
-            slope = {name: value / self._step for name, value in change.items()}
+            theta = _stacked([field.control(*place) for place in places[some]])
+            change = _stacked([field.change(n) for n, _ in places[some]])
+            slope = {name: value / field.step for name, value in change.items()}
             x = states[some]
             phi = self._each(len(x))
             with PlainBatchNorm():
@@ -61,7 +59,7 @@ class Derivatives:
         norms, residuals = [], []
         for some in self._chunks(places, states[0].numel() * KRYLOV):
             tell(some.start)
-            theta = _stacked([self._field.controls.at(*place) for place in places[some]])
+            theta = _stacked([self._field.control(*place) for place in places[some]])
             x = states[some]
             start = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
             value, residual = _largest_eigenvalue(_normal(self._each(len(x)), theta, x), start)
@@ -77,13 +75,13 @@ class Derivatives:
 
     def _chunks(self, places: Sequence[Place], numbers: int) -> Iterator[slice]:
         """Parts of the places, as many at a time as there is room for."""
-        room = NUMBERS // (self._field.controls.size + numbers) if self._together else 1
+        room = NUMBERS // (self._field.size + numbers) if self._together else 1
         size = max(1, room)
         return (slice(i, i + size) for i in range(0, len(places), size))
 
     def _maps(self, x: Tensor) -> bool:
-        """Whether layers can be put together; foreign code may branch on what it computes."""
-        controls = [self._field.controls.at(n, 0.0) for n in (0, 1)]
+        """True where layers can be put together; foreign code may branch on what it computes."""
+        controls = [self._field.control(n) for n in (0, 1)]
         try:
             both = torch.vmap(self._field)(_stacked(controls), torch.stack([x, x]))
         except (RuntimeError, TypeError, ValueError):

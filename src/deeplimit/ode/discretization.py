@@ -1,21 +1,21 @@
 """How far a network is from its Neural ODE, and how far it could be ([SAP22], arXiv 2205.14612)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deeplimit._anatomy import Stack
+from deeplimit._anatomy import Anatomy, Stack, anatomy
 from deeplimit._anatomy.chain import Euler
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.errors import InputError, RunError
 from deeplimit.ode.derivatives import Derivatives
-from deeplimit.ode.interpolation import INTERPOLATIONS, Controls, VectorField
-from deeplimit.ode.recording import Recorded, record
-from deeplimit.ode.solving import ADVICE, solve
+from deeplimit.ode.field import Interpolation, Recorded, VectorField, record
+from deeplimit.ode.solvers import ADVICE, solve_by_layer
 from deeplimit.ode.stages import longest_stage, stages
 
 TOLERANCE, FINEST = 1e-3, 1e-10  # of dopri5's steps: where N of them start, where it gives up
@@ -26,6 +26,7 @@ SEGMENT = (0.0, 0.5, 1.0)
 # Gauss-Lobatto on [0, 1]: both ends and two points between; exact up to degree 5.
 FRACTIONS = (0.0, (1 - 5**-0.5) / 2, (1 + 5**-0.5) / 2, 1.0)
 WEIGHTS = (1 / 12, 5 / 12, 5 / 12, 1 / 12)
+BOUNDS = ("bound", "integral_bound", "lipschitz", "lipschitz_residual", "acceleration")
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,30 @@ class DiscretizationGap:
     solver: str
     solver_error: float
 
+    def __str__(self) -> str:
+        """The gap and the bounds at the last layer, and what they are of."""
+        bounds = zip(("bound", "integral form"), (self.bound, self.integral_bound), strict=True)
+        figures = [f"gap {max(self.gap):.3g} of states of {max(self.state_norm):.3g}"]
+        figures += [f"{name} {values[-1]:.3g}" for name, values in bounds if values]
+        return (
+            f"stage {self.stage}, {self.horizon} layers, h = {self.step:.3g}, {self.scheme}, "
+            f"{self.interpolation} controls: {', '.join(figures)} (solved to "
+            f"{self.solver_error:.1g})"
+        )
+
 
 @torch.no_grad()
 def discretization_gap(
-    model: nn.Module,
+    model: nn.Module | Anatomy,
     x: Inputs,
     *,
-    interpolation: str = "linear",
+    interpolation: Interpolation = "linear",
     stage: int | None = None,
     bound: bool = True,
     seed: int = 0,
-    tell: Callable[[str], None] = lambda message: None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> DiscretizationGap:
-    """The distance of a stage's states from the Neural ODE through its controls, and bounds on it.
+    """Measures how far a stage's states are from the Neural ODE through its controls, and bounds.
 
     θ(s) is piecewise linear through θ_n at s_n = n h, constant on Euler's last interval, which has
     one node only; or piecewise constant, θ_n on [s_n, s_{n+1}). A batch norm's running statistics
@@ -101,6 +113,8 @@ def discretization_gap(
     φ = λx, λ > 0, for every N. For one L and h → 0 it is (h/2) ∫_0^{s_n} e^{L(s_n − s)} ‖x″(s)‖ ds;
     at h > 0 the latter is no bound where ‖x″‖ falls within an interval.
 
+        print(discretization_gap(model, x))
+
     L and the suprema are the largest values at finitely many points (`segment_points`, four of each
     interval): what is called a bound is one as far as these are representative, and no proof.
 
@@ -109,7 +123,7 @@ def discretization_gap(
     of its tolerance, until the two differ by less than 1 % of the largest gap, or by rounding.
 
     Args:
-        model: a chain, one of our classifiers, or any model that `anatomy` reads.
+        model: a chain, one of our classifiers, or any model that `anatomy` reads; its anatomy.
         x: a batch of its inputs; for a chain initial states.
         interpolation: "linear" or "constant".
         stage: which stage; the longest if None.
@@ -124,22 +138,21 @@ def discretization_gap(
             torch has no forward-mode derivative.
         RunError: the solver does not get to the end, or not to the accuracy.
     """
-    if interpolation not in INTERPOLATIONS:
-        raise InputError(
-            f"the interpolation is {interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
-        )
+    if interpolation not in get_args(Interpolation):
+        expected = ", ".join(get_args(Interpolation))
+        raise InputError(f"the interpolation is {interpolation!r}; expected one of {expected}")
+    read = anatomy(model)
     with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
-        found = record(model, x, _chosen(model, stage))
+        found = record(read, x, _chosen(read, stage))
         own, states = found.stage, torch.stack(found.states)
-        controls = Controls(own.blocks, interpolation == "linear")
-        field = VectorField(own.blocks[0], controls, found.call, own.adds)
+        field = VectorField(own, linear=interpolation == "linear", call=found.call)
         _check_field(field, found)
         solution = _solve(field, found, states, tell)
         gaps = _norms(states - solution.nodes)
-        bounds = _Bounds()
+        bounds: dict[str, Any] = dict.fromkeys(BOUNDS)
         if bound and isinstance(own.scheme, Euler):
             try:
-                bounds = _bounds(field, own, states, solution, seed, tell)
+                bounds = _bounds(field, states, solution, seed, tell)
             except NotImplementedError as error:
                 reason = str(error).partition("\n")[0]
                 raise InputError(
@@ -156,39 +169,31 @@ def discretization_gap(
         gap=_numbers(gaps.amax(1)),
         mean_gap=_numbers(gaps.mean(1)),
         state_norm=_numbers(_norms(solution.nodes).mean(1)),
-        bound=bounds.bound,
-        integral_bound=bounds.integral,
-        lipschitz=bounds.lipschitz,
-        lipschitz_residual=bounds.residual,
         segment_points=len(SEGMENT),
-        acceleration=bounds.acceleration,
         solver=solution.solver,
         solver_error=solution.error,
+        **bounds,
     )
 
 
-def _chosen(model: nn.Module, index: int | None) -> Stack:
+def _chosen(read: Anatomy, index: int | None) -> Stack:
     if index is None:
-        return longest_stage(model)
-    every = {stage.index: stage for stage in stages(model)}
+        return longest_stage(read)
+    every = {stage.index: stage for stage in stages(read)}
     if index not in every:
         raise InputError(
-            f"stage {index!r} given; the stages of {type(model).__name__} with two alike layers or "
-            f"more are {', '.join(map(str, every))}"
+            f"stage {index!r} given; the stages of {type(read.model).__name__} with two alike "
+            f"layers or more are {', '.join(map(str, every))}"
         )
     return every[index]
 
 
 def _check_field(field: VectorField, found: Recorded) -> None:
-    """Whether the first block with another's parameters does what that one did."""
+    """Raises InputError unless the first block with another's parameters does what that one did."""
     own, states = found.stage, found.states
     for n in range(own.horizon):
-        thetas = [field.controls.node(m) for m in range(n, n + own.scheme.nodes)]
-        after = own.scheme.step(
-            [lambda y, theta=theta: field(theta, y) for theta in thetas],  # type: ignore[misc]
-            states[n],
-            own.step,
-        )
+        controls = [field.control(m) for m in range(n, n + own.scheme.nodes)]
+        after = own.scheme.step([partial(field, theta) for theta in controls], states[n], own.step)
         if not torch.allclose(after, states[n + 1], rtol=1e-6, atol=1e-6 * _size(states[n + 1])):
             raise InputError(
                 f"layer {own.first + n} is not what the first of stage {own.index} is with its "
@@ -211,12 +216,12 @@ def _solve(
     field: VectorField, found: Recorded, states: Tensor, tell: Callable[[str], None]
 ) -> _Solution:
     own, x = found.stage, states[0]
-    run = partial(solve, field, x, own.horizon, own.step, scale=_size(states) or 1.0)
+    run = partial(solve_by_layer, field, x, scale=_size(states) or 1.0)
     tolerance = TOLERANCE / own.horizon
     while True:
         tell(f"the Neural ODE through {own.horizon} layers at tolerance {tolerance:.0e}")
-        path = run(fractions=FRACTIONS, method="dopri5", tolerance=tolerance)
-        fine = run(method="dopri8", tolerance=FINER * tolerance)
+        path = run(fractions=FRACTIONS, solver="dopri5", tolerance=tolerance)
+        fine = run(solver="dopri8", tolerance=FINER * tolerance)
         nodes = torch.cat([x[None], fine[:, -1]])
         error = float(_norms(path[:, -1] - nodes[1:]).max())
         gap = float(_norms(states - nodes).max())
@@ -233,29 +238,17 @@ def _solve(
         tolerance = max(FINEST, tolerance * min(max(allowed / (3 * error), 1e-3), 0.1))
 
 
-@dataclass(frozen=True)
-class _Bounds:
-    """None throughout where they are not asked for."""
-
-    bound: tuple[float, ...] | None = None
-    integral: tuple[float, ...] | None = None
-    lipschitz: tuple[float, ...] | None = None
-    residual: float | None = None
-    acceleration: tuple[float, ...] | None = None
-
-
 def _bounds(
     field: VectorField,
-    own: Stack,
     states: Tensor,
     solution: _Solution,
     seed: int,
     tell: Callable[[str], None],
-) -> _Bounds:
-    h, horizon = own.step, own.horizon
+) -> dict[str, Any]:
+    """The figures of a `DiscretizationGap` that are None where no bounds are asked for."""
+    h, horizon = field.step, field.horizon
     tell("the bounds: second derivatives of the states")
-    derivatives = Derivatives(field, h, states[0])
-
+    derivatives = Derivatives(field, states[0])
     places = [(n, c) for n in range(horizon) for c in FRACTIONS]
     bend = derivatives.accelerations(places, solution.path.flatten(0, 1))
     bend = bend.unflatten(0, (horizon, len(FRACTIONS)))
@@ -263,30 +256,27 @@ def _bounds(
     segments = torch.stack([torch.lerp(states, solution.nodes, c)[:-1] for c in SEGMENT], 1)
     places = [(n, 0.0) for n in range(horizon) for _ in SEGMENT]
 
-    def lipschitz_told(done: int) -> None:
+    def told(done: int) -> None:
         tell(f"the bounds: Lipschitz constants, layer {done // len(SEGMENT) + 1} of {horizon}")
 
-    norms, residuals = derivatives.jacobian_norms(
-        places, segments.flatten(0, 1), seed, lipschitz_told
-    )
+    norms, residuals = derivatives.jacobian_norms(places, segments.flatten(0, 1), seed, told)
     norms = norms.unflatten(0, (horizon, len(SEGMENT)))
 
     lipschitz, worst = float(norms.max()), float(bend.max())
-    weights = torch.tensor(WEIGHTS, dtype=bend.dtype, device=bend.device)
-    left = 1 - torch.tensor(FRACTIONS, dtype=bend.dtype, device=bend.device)
+    weights, left = bend.new_tensor(WEIGHTS), 1 - bend.new_tensor(FRACTIONS)
     local = h**2 * torch.einsum("c,ncb->nb", weights * left, bend)
     total = [torch.zeros_like(local[0])]
     for rate, error in zip(norms.amax(1), local, strict=True):
         total.append((1 + h * rate) * total[-1] + error)
     times = h * torch.arange(horizon + 1, dtype=bend.dtype)
     growth = (lipschitz * times).expm1() / lipschitz if lipschitz else times
-    return _Bounds(
-        bound=_numbers(h / 2 * growth * worst),
-        integral=_numbers(torch.stack(total).amax(1)),
-        lipschitz=_numbers(norms.amax((1, 2))),
-        residual=float(residuals.max()),
-        acceleration=_numbers(bend.amax((1, 2))),
-    )
+    return {
+        "bound": _numbers(h / 2 * growth * worst),
+        "integral_bound": _numbers(torch.stack(total).amax(1)),
+        "lipschitz": _numbers(norms.amax((1, 2))),
+        "lipschitz_residual": float(residuals.max()),
+        "acceleration": _numbers(bend.amax((1, 2))),
+    }
 
 
 def _norms(states: Tensor) -> Tensor:
@@ -299,5 +289,5 @@ def _size(states: Tensor) -> float:
     return float(states.square().mean().sqrt())
 
 
-def _numbers(values: Sequence[float] | Tensor) -> tuple[float, ...]:
-    return tuple(torch.as_tensor(values).tolist())
+def _numbers(values: Tensor) -> tuple[float, ...]:
+    return tuple(values.tolist())

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy import Stack
+from deeplimit._anatomy import Anatomy, Stack, anatomy
 from deeplimit._anatomy.evaluation import Inputs
+from deeplimit.ode._smoothness import Smoothness, smoothness
 from deeplimit.ode.discretization import DiscretizationGap, discretization_gap
-from deeplimit.ode.smoothness import Smoothness, smoothness
-from deeplimit.ode.solved import SolverAccuracy, solver_accuracies
+from deeplimit.ode.field import Interpolation
+from deeplimit.ode.solvers import TOLERANCE, Solver, SolverAccuracy, solver_accuracies
 from deeplimit.ode.stages import stages
 
 CURVES = 6  # numbers of a parameter that are drawn
@@ -46,20 +48,31 @@ class DepthLimit:
     curves: tuple[ControlCurves, ...]
     solvers: tuple[SolverAccuracy, ...] = ()
 
+    def __str__(self) -> str:
+        """The smoothness, and a line for each gap and each solver."""
+        accuracies = (
+            f"{s.solver}{'' if s.steps is None else f', {s.steps} steps'}: accuracy "
+            f"{s.accuracy:.2%}, {s.evaluations:.0f} evaluations"
+            for s in self.solvers
+        )
+        return "\n".join([str(self.smoothness), *map(str, self.gaps), *accuracies])
+
 
 def depth_limit(
-    model: nn.Module,
+    model: nn.Module | Anatomy,
     x: Inputs,
     *,
-    interpolation: str = "linear",
+    interpolation: Interpolation = "linear",
     bound: bool = True,
     loader: Iterable[tuple[Inputs, Tensor]] | None = None,
-    solvers: Sequence[tuple[str, int | None]] = (),
-    tolerance: float = 1e-3,
+    solvers: Sequence[tuple[Solver, int | None]] = (),
+    tolerance: float = TOLERANCE,
     seed: int = 0,
-    tell: Callable[[str], None] = lambda message: None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> DepthLimit:
-    """Smoothness, gap, bounds and curves of all stages of a model.
+    """Measures smoothness, gap, bounds and curves of all stages of a model.
+
+        print(depth_limit(model, x))
 
     Args:
         model: as for `discretization_gap`.
@@ -76,29 +89,22 @@ def depth_limit(
         InputError, RunError: as `smoothness`, `discretization_gap` and `solver_accuracies`.
     """
     tell("smoothness in depth")
-    smooth, found = smoothness(model), stages(model)
+    smooth = smoothness(model)
+    read = anatomy(model)
+    found = stages(read)
+    options: dict[str, Any] = {"interpolation": interpolation, "bound": bound, "seed": seed}
     gaps = []
     for stage in found:
 
         def of_stage(message: str, index: int = stage.index) -> None:
             tell(f"stage {index}, {message}")
 
-        gaps.append(
-            discretization_gap(
-                model,
-                x,
-                interpolation=interpolation,
-                stage=stage.index,
-                bound=bound,
-                seed=seed,
-                tell=of_stage,
-            )
-        )
+        gaps.append(discretization_gap(read, x, stage=stage.index, tell=of_stage, **options))
     accuracies: tuple[SolverAccuracy, ...] = ()
     if loader is not None and solvers:
         tell("accuracy with other solvers")
-        accuracies = solver_accuracies(model, loader, solvers, tolerance)
-    return DepthLimit(smooth, tuple(gaps), tuple(_curves(s) for s in found), accuracies)
+        accuracies = solver_accuracies(read, loader, solvers, tolerance)
+    return DepthLimit(smooth, tuple(gaps), tuple(map(_curves, found)), accuracies)
 
 
 def _curves(stage: Stack) -> ControlCurves:

@@ -17,19 +17,63 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from deeplimit.errors import InputError
-from deeplimit.ode.origins import ONE, Origin, Origins, mixed, scaled
 
+ONE = Fraction(1)
 # Schedulers keep what they start from in the groups; the next one starts from it.
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+DECOUPLED = "decoupled_weight_decay"  # Adam can be told to decay as AdamW does
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A parameter's value is ρ Σ w_i θ_i; its gradient is, to first order, γ Σ w_i ∂L/∂θ_i.
+
+    Attributes:
+        sources: the θ_i with their weights w_i, which add up to 1; the first says in which of an
+            optimiser's groups the parameter belongs.
+        gradient: γ.
+        size: ρ, so that an update of ρ Σ w_i δθ_i does what the δθ_i did.
+    """
+
+    sources: tuple[tuple[nn.Parameter, Fraction], ...]
+    gradient: Fraction = ONE
+    size: Fraction = ONE
+
+    @property
+    def weights(self) -> tuple[Fraction, ...]:
+        """The w_i."""
+        return tuple(weight for _, weight in self.sources)
+
+
+Origins = dict[nn.Parameter, Origin]
+
+
+def mixed(tensors: Sequence[Tensor], weights: Sequence[Fraction]) -> Tensor:
+    """Σ w_i t_i, a new tensor; to the last bit the first where all are equal."""
+    first = tensors[0].detach()
+    if all(torch.equal(first, tensor) for tensor in tensors[1:]):
+        return first.clone()
+    if len(tensors) == 2:
+        return torch.lerp(first, tensors[1].detach(), float(weights[1]))
+    terms = (scaled(t.detach(), w) for t, w in zip(tensors, weights, strict=True))
+    return torch.stack(list(terms)).sum(0)
+
+
+def scaled(tensor: Tensor, by: Fraction) -> Tensor:
+    """Tensor times `by`, rounded once where that is m or 1/m."""
+    if by == 1:
+        return tensor
+    return tensor / by.denominator if by.numerator == 1 else tensor * by.numerator / by.denominator
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How an optimiser's figures go with γ and ρ.
+    """The powers of γ and ρ with which an optimiser's figures go.
 
     Attributes:
         moments: the power of γ of each entry of a parameter's state.
@@ -40,7 +84,7 @@ class Rule:
     settings: Mapping[str, tuple[int, int]]
 
     def factors(self, group: Mapping[str, Any], origin: Origin) -> dict[str, Fraction]:
-        """What a group's settings are multiplied by for a parameter of this origin."""
+        """The factors on a group's settings for a parameter of this origin."""
         powers = {name: power for name, power in self.settings.items() if group.get(name)}
         every = {n: origin.gradient**gamma * origin.size**rho for n, (gamma, rho) in powers.items()}
         return {name: factor for name, factor in every.items() if factor != 1}
@@ -57,26 +101,23 @@ class Rule:
         return made
 
 
-def _rates(gamma: int, rho: int) -> dict[str, tuple[int, int]]:
-    return dict.fromkeys(RATES, (gamma, rho))
-
-
-MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 RULES: dict[type[Optimizer], Rule] = {
-    SGD: Rule({"momentum_buffer": 1}, _rates(-1, 1) | {"weight_decay": (1, -1)}),
-    Adam: Rule(MOMENTS, _rates(0, 1) | {"weight_decay": (1, -1), "eps": (1, 0)}),
-    AdamW: Rule(MOMENTS, _rates(0, 1) | {"weight_decay": (0, -1), "eps": (1, 0)}),
+    SGD: Rule({"momentum_buffer": 1}, dict.fromkeys(RATES, (-1, 1)) | {"weight_decay": (1, -1)}),
+    Adam: Rule(ADAM, dict.fromkeys(RATES, (0, 1)) | {"weight_decay": (1, -1), "eps": (1, 0)}),
+    AdamW: Rule(ADAM, dict.fromkeys(RATES, (0, 1)) | {"weight_decay": (0, -1), "eps": (1, 0)}),
 }
-DECOUPLED = "decoupled_weight_decay"  # Adam can be told to decay as AdamW does
 
 
-def checked_optimiser(optimizer: Optimizer, model: nn.Module) -> Optimizer:
+def checked_optimiser(optimizer: Optimizer | None, model: nn.Module) -> Optimizer | None:
     """The optimiser itself, out of Fabric's wrapper, if it can be carried over.
 
     Raises:
         InputError: of another class, or it holds nothing of the model.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    if optimizer is None:
+        return None
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     if type(inner) not in RULES:
         raise InputError(
             f"the optimizer is {type(inner).__name__}, whose state goes with depth in a way not "
@@ -101,11 +142,12 @@ def carry_over(optimizer: Optimizer, old: nn.Module, new: nn.Module, origins: Or
         optimizer: as `checked_optimiser` returns it.
         old: the model that it trains.
         new: the model that it will train.
-        origins: of every parameter of the new one.
+        origins: of parameters of the new one; any other is the old one of its name.
     """
-    rule = RULES[type(optimizer)]
-    mine = set(old.parameters())
+    rule, mine = RULES[type(optimizer)], set(old.parameters())
     names = {p: name for name, p in new.named_parameters()}
+    rest = {p: name for p, name in names.items() if p not in origins}
+    origins = {p: Origin(((old.get_parameter(n), ONE),)) for p, n in rest.items()} | origins
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         held = set(group["params"])
@@ -116,10 +158,14 @@ def carry_over(optimizer: Optimizer, old: nn.Module, new: nn.Module, origins: Or
             if "param_names" in group:
                 made["param_names"] = [called[p] for p in made["params"]]
             groups.append(made)
-    states = {p: _state(rule, optimizer, origin) for p, origin in origins.items()}
+    states: dict[Tensor, dict[str, Any]] = {}
+    for parameter, origin in origins.items():
+        found = [optimizer.state.get(source) for source, _ in origin.sources]
+        if all(found):  # none of them is still to take its first step
+            states[parameter] = rule.state([state for state in found if state], origin)
     for parameter in mine:
         optimizer.state.pop(parameter, None)
-    optimizer.state.update({p: state for p, state in states.items() if state})
+    optimizer.state.update(states)
     optimizer.param_groups[:] = groups
 
 
@@ -132,11 +178,3 @@ def _divided(rule: Rule, group: Mapping[str, Any], origins: Origins) -> list[dic
         {**group, "params": parameters, **{n: group[n] * float(by) for n, by in factors}}
         for factors, parameters in (parts or {(): []}).items()
     ]
-
-
-def _state(rule: Rule, optimizer: Optimizer, origin: Origin) -> dict[str, Any]:
-    """Nothing where a source has not been stepped yet."""
-    sources = [parameter for parameter, _ in origin.sources]
-    if not all(optimizer.state.get(source) for source in sources):
-        return {}
-    return rule.state([optimizer.state[source] for source in sources], origin)

@@ -9,10 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.errors import several
-from deeplimit.ode.discretization import DiscretizationGap
-from deeplimit.ode.limit import DepthLimit
-from deeplimit.ode.smoothness import StageSmoothness
-from deeplimit.ode.solved import SolverAccuracy
+from deeplimit.ode import DepthLimit, DiscretizationGap, SolverAccuracy, StageSmoothness
 from deeplimit.report.figures.depth_limit import controls_figure, gap_figure, smoothness_figure
 from deeplimit.report.numbers import layers, percent, significant
 

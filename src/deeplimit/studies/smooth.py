@@ -21,14 +21,13 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
-from torchdiffeq import odeint
 
 from deeplimit.errors import InputError
-from deeplimit.network import ResidualChain, TwoLayerResidual
+from deeplimit.network import ResidualChain, TwoLayerResidual, anatomy
 from deeplimit.network.blocks import ACTIVATIONS, choose
 from deeplimit.network.initialisation import check_kernel, smooth_start
-from deeplimit.ode.interpolation import Controls
+from deeplimit.ode.field import VectorField
+from deeplimit.ode.solvers import solve
 from deeplimit.ode.stages import longest_stage
 from deeplimit.studies.rates import (
     ANY,
@@ -245,16 +244,8 @@ def neural_ode_gap(chain: ResidualChain, x: Float[Tensor, "samples d"]) -> float
 
 def _neural_ode(chain: ResidualChain, x: Tensor, steps: int) -> Tensor:
     """x(s_0) … x(s_N), with that many steps of the solver in each interval."""
-    controls = Controls(list(chain), linear=True)
-    block, horizon = chain[0], chain.horizon
-
-    def velocity(s: Tensor, y: Tensor) -> Tensor:
-        n = min(int(s), horizon - 1)
-        return functional_call(block, controls.at(n, float(s) - n), y) * chain.step
-
-    grid = torch.arange(horizon * steps + 1, dtype=x.dtype) / steps  # in layers
-    path: Tensor = odeint(velocity, x, grid, method="rk4")
-    return path[::steps]
+    field = VectorField(anatomy(chain).stacks[0])
+    return solve(field, x, solver="rk4", steps=chain.horizon * steps)[::steps]
 
 
 def largest_difference(chain: ResidualChain) -> float:

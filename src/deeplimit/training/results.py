@@ -11,7 +11,7 @@ from deeplimit.control.verdict import Verdict, samples_needed
 from deeplimit.control.verifying import CropResult
 from deeplimit.data import DataSet
 from deeplimit.meanfield.convergence import ConvergenceCertificate
-from deeplimit.ode.limit import DepthLimit
+from deeplimit.ode import DepthLimit
 
 
 @dataclass(frozen=True)

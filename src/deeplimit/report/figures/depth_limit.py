@@ -4,9 +4,7 @@ import math
 
 import plotly.graph_objects as go
 
-from deeplimit.ode.discretization import DiscretizationGap
-from deeplimit.ode.limit import ControlCurves
-from deeplimit.ode.smoothness import StageSmoothness
+from deeplimit.ode import ControlCurves, DiscretizationGap, StageSmoothness
 from deeplimit.report.figures.marks import layer_figure, logarithmic
 from deeplimit.report.figures.style import (
     CLASSES,

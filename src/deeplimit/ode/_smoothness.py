@@ -9,11 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy import Stack
-from deeplimit._anatomy.checks import check_module
+from deeplimit._anatomy import Anatomy, Stack
 from deeplimit.errors import InputError
-from deeplimit.network.blocks import check_values, parameter_groups
-from deeplimit.ode.stages import stages
+from deeplimit.network.blocks import parameter_groups
+from deeplimit.ode.stages import stages, with_values
 
 Kind = Literal["smooth", "between", "rough"]
 
@@ -38,7 +37,7 @@ MEANING: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class StageSmoothness:
-    """Smoothness of one stage of N layers; what is measured says `smoothness`.
+    """Smoothness of one stage of N layers; `smoothness` has the formulas.
 
     Attributes:
         stage: the stage's number in the model.
@@ -77,9 +76,14 @@ class Smoothness:
         """That of the roughest stage."""
         return _kind(max(stage.roughness for stage in self.stages))
 
+    def __str__(self) -> str:
+        """The verdict, and a line for each stage."""
+        rows = [f"{s.stage:>5}{s.horizon:>8}{s.roughness:>11.3f}  {s.kind}" for s in self.stages]
+        return "\n".join([self.verdict, "stage  layers  roughness", *rows])
 
-def smoothness(model: nn.Module) -> Smoothness:
-    """Whether the controls of a model's layers are points of one curve in depth.
+
+def smoothness(model: nn.Module | Anatomy) -> Smoothness:
+    """Measures whether the controls of a model's layers are points of one curve in depth.
 
     For each stage of N layers and each parameter group g, a parameter's name within a block,
 
@@ -100,12 +104,14 @@ def smoothness(model: nn.Module) -> Smoothness:
     1/(√2 roughness) layers.
 
     The verdict is that of the roughest stage: smooth up to 0.25 (a length scale of at least 2.8
-    layers), rough from 0.7 on, in between neither. Chains of linear, two-layer and convolutional
-    residuals (N = 8 … 128, h = 4/N) are all told right, with roughness at most 0.22 for a GP with
-    Nℓ ≥ 3 and for identical layers, 0.97 … 1.01 for PyTorch's start. Every second layer taken with
-    step 2h moved their last state, relative to ‖x_N − x_0‖, by at most 0.25 (0.15 from N = 16 on)
-    for verdicts "smooth", at least 0.34 and about 1 for "rough" (benchmarks/results/
-    smoothness_calibration.json). Published CIFAR ResNets and a ViT's random start: 0.99 … 1.00.
+    layers), rough from 0.7 on (of at most 0.86 layers), in between neither; `SMOOTH` says why.
+    Every second layer taken with step 2h moved the last state of chains of linear, two-layer and
+    convolutional residuals (N = 8 … 128, h = 4/N), relative to ‖x_N − x_0‖, by at most 0.25 (0.15
+    from N = 16 on) for verdicts "smooth", at least 0.34 and about 1 for "rough"
+    (benchmarks/results/smoothness_calibration.json). Published CIFAR ResNets and a ViT's random
+    start: 0.99 … 1.00.
+
+        print(smoothness(model))
 
     What it does not see: the size of the steps (`discretization_gap` does), and functions that are
     alike with unlike θ. Neurons permuted in every layer by itself make a smooth network rough
@@ -123,19 +129,18 @@ def smoothness(model: nn.Module) -> Smoothness:
         InputError: a model without a stage of two alike layers or more, parameters on the meta
             device, or parameters that are not finite.
     """
-    check_module(model)
-    check_values(model.named_parameters())
-    measured = [_of_stage(stage) for stage in stages(model) if _has_parameters(stage)]
+    module = with_values(model)
+    with_parameters = (s for s in stages(model) if any(True for _ in s.blocks[0].parameters()))
+    measured = tuple(map(_of_stage, with_parameters))
     if not measured:
         raise InputError(
-            f"the layers of this {type(model).__name__} have no parameters; their controls have no "
-            "smoothness"
+            f"the layers of this {type(module).__name__} have no parameters; their controls have "
+            "no smoothness"
         )
-    return Smoothness(tuple(measured), _verdict(measured))
-
-
-def _has_parameters(stage: Stack) -> bool:
-    return next(stage.blocks[0].parameters(), None) is not None
+    worst = max(measured, key=lambda stage: stage.roughness)
+    where = f" in stage {worst.stage}, the roughest" if len(measured) > 1 else ""
+    figures = f"roughness {worst.roughness:.2f}{where}"
+    return Smoothness(measured, MEANING[worst.kind].format(figures=figures))
 
 
 @torch.no_grad()
@@ -174,9 +179,3 @@ def _kind(roughness: float) -> Kind:
     if roughness <= SMOOTH:
         return "smooth"
     return "rough" if roughness >= ROUGH else "between"
-
-
-def _verdict(measured: Sequence[StageSmoothness]) -> str:
-    worst = max(measured, key=lambda stage: stage.roughness)
-    where = f" in stage {worst.stage}, the roughest" if len(measured) > 1 else ""
-    return MEANING[worst.kind].format(figures=f"roughness {worst.roughness:.2f}{where}")

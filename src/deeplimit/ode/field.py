@@ -1,0 +1,274 @@
+"""The vector field φ(x, θ(s)) of a stage, and the stage as the network itself runs through it."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from deeplimit._anatomy import Anatomy, ReplayedBlock, Stack, anatomy
+from deeplimit._anatomy.chain import ResidualChain
+from deeplimit._anatomy.evaluation import Inputs, device_of, to_device, to_precision
+from deeplimit._anatomy.stand_ins import state_among, state_of
+from deeplimit.errors import InputError
+from deeplimit.ode.stages import stages
+
+Interpolation = Literal["linear", "constant"]
+Control = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with besides its state: masks, positions; nothing in our chains.
+
+    Attributes:
+        args: what stands behind the state.
+        kwargs: what is given by name.
+        name: the state's name where it is given by name.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+    name: str | None = None
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, "Call"]:
+        """The state and the rest of a block's arguments."""
+        if args:
+            return args[0], Call(args[1:], kwargs)
+        x = cast(Tensor, state_among(args, kwargs))
+        name = next(name for name, value in kwargs.items() if value is x)
+        return x, Call((), {k: v for k, v in kwargs.items() if k != name}, name)
+
+    def with_state(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with this state."""
+        kwargs = dict(self.kwargs or {})
+        return (
+            ((x, *self.args), kwargs)
+            if self.name is None
+            else (self.args, {**kwargs, self.name: x})
+        )
+
+
+class VectorField:
+    """φ(x, θ) of a stage: its first block's function, with a control put in place of its own.
+
+    θ(s) on [s_n, s_{n+1}], s_n = n h, goes from θ_n to θ_{n+1} on a straight line, or is θ_n all
+    along. A control is parameters and, since they are part of a function in evaluation mode,
+    floating-point buffers such as a batch norm's running statistics. Euler's N steps have the nodes
+    θ_0 … θ_{N−1} only: θ is θ_{N−1} on the last interval. Heun's have θ_0 … θ_N. At a node θ is the
+    limit from the side of the interval it is asked of.
+
+    Args:
+        stage: blocks of one class and of the same shapes, in evaluation mode.
+        linear: piecewise linear; piecewise constant otherwise.
+        call: what else the blocks are called with.
+
+    Attributes:
+        horizon: N.
+        step: h.
+        evaluations: how often φ was evaluated so far.
+
+    Raises:
+        InputError: buffers that cannot be interpolated differ.
+    """
+
+    def __init__(self, stage: Stack, *, linear: bool = True, call: Call | None = None):
+        every = [_tensors(block) for block in stage.blocks]
+        first = every[0]
+        names = [n for n in first if any(_differs(t[n], first[n]) for t in every)]
+        for name in names:
+            if not first[name].is_floating_point():
+                raise InputError(
+                    f"the buffer {name!r} holds {first[name].dtype} that differ from block to "
+                    "block; there is nothing between them"
+                )
+        self.horizon, self.step, self.evaluations = stage.horizon, stage.step, 0
+        self._fixed = {name: t for name, t in first.items() if name not in names}
+        self._nodes = [{name: t[name] for name in names} for t in every]
+        self._linear, self._adds, self._call = linear, stage.adds, call or Call()
+        self._block = stage.blocks[0]
+        if isinstance(vars(self._block).get("forward"), ReplayedBlock):
+            del self._block.forward  # no forward-mode derivative, and here nothing is replayed
+
+    def control(self, n: int, fraction: float = 0.0) -> Control:
+        """θ(s_n + fraction·h)."""
+        left, right = self._ends(n)
+        if left is right or fraction == 0:
+            return left
+        return {name: torch.lerp(a, right[name], fraction) for name, a in left.items()}
+
+    def change(self, n: int) -> Control:
+        """The change h θ′ inside the interval n: θ_{n+1} − θ_n, or 0."""
+        left, right = self._ends(n)
+        return {name: right[name] - a for name, a in left.items()}
+
+    @property
+    def size(self) -> int:
+        """The numbers in one θ_n."""
+        return sum(t.numel() for t in self._nodes[0].values())
+
+    def __call__(self, control: Control, x: Tensor) -> Tensor:
+        """φ(x, θ)."""
+        self.evaluations += 1
+        args, kwargs = self._call.with_state(x)
+        y = functional_call(
+            self._block, {**self._fixed, **control}, args, kwargs, tie_weights=False
+        )
+        y = y[0] if isinstance(y, tuple) else y
+        return y - x if self._adds else y
+
+    def _ends(self, n: int) -> tuple[Control, Control]:
+        left = self._nodes[n]
+        return left, self._nodes[n + 1] if self._linear and n + 1 < len(self._nodes) else left
+
+
+def _tensors(block: nn.Module) -> Control:
+    """Parameters and buffers, one that has several names under each of them.
+
+    How many batches a norm has seen is no part of the function.
+    """
+    parameters = block.named_parameters(remove_duplicate=False)
+    every = chain(parameters, block.named_buffers(remove_duplicate=False))
+    return {n: t.detach() for n, t in every if not n.endswith("num_batches_tracked")}
+
+
+def _differs(a: Tensor, b: Tensor) -> bool:
+    return a is not b and not torch.equal(a, b)
+
+
+class PlainBatchNorm(TorchFunctionMode):
+    """Batch norms by their formula: torch's have no derivative in their running statistics."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        del types
+        own = _batch_norm if func is F.batch_norm else func
+        return own(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As `torch.nn.functional.batch_norm` in evaluation mode."""
+    del training, momentum
+    shape = (1, -1, *(1,) * (input.dim() - 2))
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    y = (input - running_mean.view(shape)) * scale.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A stage of a copy of the model, in float64 and evaluation mode, and what it did.
+
+    Attributes:
+        stage: the copy's.
+        states: x_0 … x_N.
+        call: what its first block was called with.
+    """
+
+    stage: Stack
+    states: list[Tensor]
+    call: Call
+
+
+@torch.no_grad()
+def record(read: Anatomy, x: Inputs, stage: Stack) -> Recorded:
+    """Runs a copy of the model on x; keys and values are not cached.
+
+    Raises:
+        InputError: training mode where it makes a difference, the model does not run on x, or a
+            state is not finite.
+    """
+    _check_mode(read.model)
+    other = copy.deepcopy(read.model).double().eval()
+    structure = anatomy(other)  # which runs the model on an example: before the hooks
+    own = next(s for s in stages(structure) if s.index == stage.index)
+    entered: list[tuple[Tensor, Call]] = []
+    left: list[Any] = []
+
+    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(Call.of(args, kwargs))
+
+    every = dict.fromkeys(own.blocks)  # one that is called several times, once
+    hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in every]
+    hooks.append(own.blocks[-1].register_forward_hook(lambda _, __, y: left.append(y)))
+    try:
+        structure.run(to_precision(to_device(x, device_of(other)), torch.float64))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{type(other).__name__} does not run on x, {_described(x)}: {reason}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first, call = entered[0]
+    if own.adds:
+        states = [*(x for x, _ in entered), cast(Tensor, state_of(left[-1]))]
+    else:
+        states = ResidualChain(own.blocks, step=own.step, scheme=own.scheme).trajectory(first)
+    shape = list(first.shape)
+    if len(shape) < 2 or shape[0] == 0:
+        raise InputError(
+            f"the states have shape {shape}; expected [samples, …] with at least one sample: give "
+            "a batch"
+        )
+    for n, state in enumerate(states):
+        if not state.isfinite().all():
+            raise InputError(
+                f"state {n} of stage {own.index} is not finite (NaN or infinite); its distance "
+                "to the Neural ODE is not defined: give an x and a model without"
+            )
+    return Recorded(own, states, call)
+
+
+def _check_mode(model: nn.Module) -> None:
+    """Raises InputError where the model's function is another in evaluation mode, as examined."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            what = "is in training mode" if module.training else "keeps no running statistics"
+            do = "call model.eval() first" if module.training else "give it some"
+            raise InputError(
+                f"the batch norm {name!r} {what}: it normalises by the batch; the gap is defined "
+                f"for the function in evaluation mode: {do}"
+            )
+        if module.training and _drops(module):
+            raise InputError(
+                f"{name!r} ({type(module).__name__}) drops at random in training mode; the gap is "
+                "defined for the function in evaluation mode: call model.eval() first"
+            )
+
+
+def _drops(module: nn.Module) -> bool:
+    """Dropout, dropped paths, attention's own dropout: by the names that all libraries use."""
+    own = type(module).__name__.lower()
+    names = [k for k in vars(module) if "drop" in k]
+    names += ["p"] if "drop" in own or "stochasticdepth" in own else []
+    rates = [vars(module).get(name) for name in names]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _described(x: Inputs) -> str:
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {list(x.shape)}"
+    if not isinstance(x, dict):
+        return f"a {type(x).__name__}; expected a tensor, or a dict of the model's arguments"
+    return ", ".join(f"{name} of shape {list(value.shape)}" for name, value in x.items())
