@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from deeplimit.cli import main
 from deeplimit.cli.horizon_table import horizon_table
 from deeplimit.errors import InputError
 from deeplimit.records import from_plain
-from deeplimit.studies import HorizonRuns, HorizonStudy, horizon_recipe, study_horizon
+from deeplimit.studies import HorizonRuns, HorizonStudy, horizon, horizon_recipe, study_horizon
 from deeplimit.studies.horizon import judged
-from deeplimit.training import Recipe, RunFolder, recipe_for
+from deeplimit.training import Recipe, RunFolder, profile_run, recipe_for, train
 
 SMALL = replace(
     recipe_for("digits"),
@@ -185,3 +186,28 @@ def test_the_study_carries_its_verdict(study: HorizonStudy) -> None:
     first, last = study.depths[0], study.depths[-1]
     more = last.horizon - first.horizon
     assert study.added == pytest.approx((last.mean_outside - first.mean_outside) / more)
+
+
+def test_an_interrupted_study_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stopped between a training and its profile: nothing is trained again, and all is the same."""
+    recipe = replace(SMALL, depth=(1,), epochs=1)
+    whole = study_horizon(recipe, seeds=(5,), runs=tmp_path / "whole", quiet=True)
+    profiled, trained = [], []
+
+    def stopped(run: RunFolder) -> object:
+        profiled.append(run)
+        if len(profiled) == 2:
+            raise KeyboardInterrupt
+        return profile_run(run)
+
+    def counted(recipe: Recipe, **options: Any) -> RunFolder:
+        trained.append(recipe.horizon)
+        return train(recipe, **options)
+
+    monkeypatch.setattr(horizon, "profile_run", stopped)
+    monkeypatch.setattr(horizon, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        study_horizon(recipe, seeds=(5,), runs=tmp_path, quiet=True)
+    again = study_horizon(recipe, seeds=(5,), runs=tmp_path, quiet=True)
+    assert trained == [4, 2, 1]
+    assert replace(again, folder=whole.folder) == whole

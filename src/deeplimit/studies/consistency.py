@@ -14,11 +14,10 @@ however the networks are trained. Source: [BPV24] arXiv 2403.12887.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from jaxtyping import Float
@@ -26,22 +25,33 @@ from torch import Tensor, nn
 
 from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance
-from deeplimit.studies.flowing import (
-    check_time,
-    depths_of,
-    flow,
-    generator_of,
-    network_of,
-    normal,
-)
-from deeplimit.studies.rates import Tell, check_depths, check_fits, fitted_slope, keep
-from deeplimit.studies.seeds import check_seeds
-from deeplimit.training.new_folder import check_place
+from deeplimit.records import Record
+from deeplimit.studies import harness
+from deeplimit.studies.flowing import check_time, depths_of, flow, generator_of, network_of, normal
+from deeplimit.studies.harness import At, Point, Study
+from deeplimit.studies.machine import Machine
+from deeplimit.studies.rates import fitted
 
 STATE = 4  # numbers in the state; a particle has 2 · 4 + 1
 SAMPLES, SEEN = 16, 64  # trained on; looked at
 SPREAD = 0.3  # of particles around their atom, where samples are drawn
 SIZE = 2.0  # of u
+
+# start, quantity, what it is fitted against, its size for (N, M), and the theory of the slope.
+THEORY = (
+    ("atoms", "distance", "N", lambda n, _: float(n), (-1.2, -0.8)),
+    (
+        "independent",
+        "output",
+        "1/N + 1/√(NM)",
+        lambda n, m: 1 / n + 1 / math.sqrt(n * m),
+        (0.75, 1.25),
+    ),
+    ("tied", "output", "M", lambda _, m: float(m), (-0.7, -0.3)),  # 1/√M is above 1/N from here on
+    ("independent", "travelled", "NM", lambda n, m: float(n * m), (-0.1, 0.1)),
+    ("independent", "unscaled", "NM", lambda n, m: float(n * m), (-1.1, -0.9)),
+)
+Values = dict[str, tuple[float, ...]]  # of a seed: by quantity and start, one for each size or pair
 
 
 @dataclass(frozen=True)
@@ -73,13 +83,13 @@ class ConsistencyRate:
 
     @property
     def within(self) -> bool:
-        """Whether the slope is as the theory says."""
+        """True if the slope is as the theory says."""
         return self.low <= self.slope <= self.high
 
 
 @dataclass(frozen=True)
-class ConsistencyStudy:
-    """What `study_consistency` finds.
+class ConsistencyStudy(Record):
+    """Holds what `study_consistency` finds.
 
     Attributes:
         folder: where study.json is.
@@ -90,6 +100,7 @@ class ConsistencyStudy:
         learning_rate, steps: of the flow.
         state, samples: d and D.
         rates: what was measured.
+        machine: that the study was run on.
     """
 
     folder: str
@@ -103,15 +114,16 @@ class ConsistencyStudy:
     state: int
     samples: int
     rates: tuple[ConsistencyRate, ...]
+    machine: Machine | None = None
 
     def rate(self, quantity: str, start: str) -> ConsistencyRate:
-        """The one of that quantity and start."""
+        """Returns the one of that quantity and start."""
         return next(r for r in self.rates if (r.quantity, r.start) == (quantity, start))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a seed draws: the atoms' curves in depth, and a regression.
+    """Holds what a seed draws: the atoms' curves in depth, and a regression.
 
     Attributes:
         seed: of all of it.
@@ -129,7 +141,7 @@ class Problem:
 
     @classmethod
     def of(cls, seed: int, atoms: int) -> "Problem":
-        """That of a seed."""
+        """Draws that of a seed."""
         generator = generator_of(seed)
         curves = normal(generator, 2, atoms, 2 * STATE + 1)
         curves[:, :, :STATE] *= SIZE
@@ -164,11 +176,11 @@ def study_consistency(
     learning_rate: float = 0.1,
     time: float = 2.0,
     runs: Path = Path("runs"),
-    tell: Tell = lambda message, done: None,
+    tell: harness.Progress = harness.silent,
 ) -> ConsistencyStudy:
     """Trains networks of every size for one flow time, in float64, and compares them.
 
-    study.json is left in a new folder, `consistency`.
+    study.json is left in a folder of its own, `consistency`; one that was interrupted goes on.
 
     Args:
         depths: N, from the smallest to the largest.
@@ -179,69 +191,61 @@ def study_consistency(
         learning_rate: the step of the flow.
         time: of the flow.
         runs: folder for the study's folder.
-        tell: told what is done now, and the fraction done.
+        tell: is told what is done now, and the fraction done.
 
     Raises:
         InputError: sizes that do not rise or do not go together, no seed or one twice, settings not
             above 0.
         RunError: a risk that is not finite.
     """
-    check_depths(depths)
-    check_seeds(seeds)
-    _check_widths(depths, widths, atoms, draws)
+    harness.check_depths(depths)
+    harness.check_seeds(seeds)
+    expected = "at least three sizes, a width for each depth, from the smallest to the largest"
+    if not len(depths) == len(widths) >= 3:
+        raise InputError(
+            f"{len(depths)} depths and {len(widths)} widths given; expected {expected}"
+        )
+    harness.check_rising("widths", widths, expected, least=1.0)
+    if atoms < 1 or any(width % atoms for width in widths):
+        raise InputError(f"atoms is {atoms}; expected a number that divides every width")
+    if draws < 1:
+        raise InputError(f"draws is {draws}; expected at least 1")
     steps = check_time(learning_rate, time)
     for depth, width in zip(depths, widths, strict=True):
-        check_fits(depth, draws * width * (2 * STATE + 1))
-    check_place(runs)
+        harness.check_fits(depth, draws * width * (2 * STATE + 1))
     sizes = list(zip(depths, widths, strict=True))
-    weights = [n * m for n, m in sizes]
-    found = []
-    for k, seed in enumerate(seeds):
 
-        def said(message: str, done: float, k: int = k, seed: int = seed) -> None:
-            tell(f"seed {seed}, {message}", (k + done) / len(seeds))
+    def rates(found: Mapping[Point, Values], _: Path) -> dict[str, object]:
+        made = []
+        for start, quantity, against, size, theory in THEORY:
+            rows = [found[(seed,)][f"{quantity} {start}"] for seed in seeds]
+            columns = tuple(size(n, m) for n, m in sizes)[: len(rows[0])]
+            names = start, quantity, against, columns
+            made.append(fitted(ConsistencyRate, columns, rows, theory, *names))
+        return {"rates": tuple(made)}
 
-        found.append(_of_seed(Problem.of(seed, atoms), sizes, draws, learning_rate, steps, said))
-    inverse = [float(n) for n, _ in sizes[:-1]]
-    independent = [1 / n + 1 / math.sqrt(n * m) for n, m in sizes[:-1]]
-    narrow = [float(m) for _, m in sizes[:-1]]  # M, since 1/√M is above 1/N from here on
-    every = [float(w) for w in weights]
-    rates = (
-        _rate("atoms", "distance", "N", inverse, [f.distance for f in found], (-1.2, -0.8)),
-        _rate(
-            "independent",
-            "output",
-            "1/N + 1/√(NM)",
-            independent,
-            [f.output["independent"] for f in found],
-            (0.75, 1.25),
-        ),
-        _rate("tied", "output", "M", narrow, [f.output["tied"] for f in found], (-0.7, -0.3)),
-        _rate("independent", "travelled", "NM", every, [f.travelled for f in found], (-0.1, 0.1)),
-        _rate("independent", "unscaled", "NM", every, [f.unscaled for f in found], (-1.1, -0.9)),
+    study = Study(
+        name="consistency",
+        record=ConsistencyStudy,
+        axes={"seeds": seeds},
+        settings={
+            "depths": tuple(depths),
+            "widths": tuple(widths),
+            "draws": draws,
+            "atoms": atoms,
+            "learning_rate": learning_rate,
+            "steps": steps,
+            "state": STATE,
+            "samples": SAMPLES,
+        },
+        value=Values,
+        measure=lambda points, at: [
+            _of_seed(Problem.of(seed, atoms), sizes, draws, learning_rate, steps, at)
+            for (seed,) in points
+        ],
+        result=rates,
     )
-    study = ConsistencyStudy(
-        folder="",
-        depths=tuple(depths),
-        widths=tuple(widths),
-        seeds=tuple(seeds),
-        draws=draws,
-        atoms=atoms,
-        learning_rate=learning_rate,
-        steps=steps,
-        state=STATE,
-        samples=SAMPLES,
-        rates=rates,
-    )
-    return keep(study, runs, "consistency")
-
-
-@dataclass(frozen=True)
-class _OfSeed:
-    distance: list[float]
-    output: dict[str, list[float]]
-    travelled: list[float]
-    unscaled: list[float]
+    return harness.run_study(study, runs, tell)
 
 
 def _of_seed(
@@ -250,16 +254,16 @@ def _of_seed(
     draws: int,
     learning_rate: float,
     steps: int,
-    tell: Tell,
-) -> _OfSeed:
-    """All networks of one seed."""
+    at: At,
+) -> Values:
+    """Trains all networks of one seed and compares them."""
     total = sum(n * m for n, m in sizes)
     done = 0
     measures: list[LayerwiseMeasure] = []
     outputs: dict[str, list[Tensor]] = {"independent": [], "tied": []}
     travelled, unscaled = [], []
     for n, m in sizes:
-        tell(f"N = {n}, M = {m}", done / total)
+        at.tell(f"seed {problem.seed}, N = {n}, M = {m}", done / total)
 
         def trained(start: str, draw: int, rate: float, n: int = n, m: int = m) -> nn.Module:
             model = network_of(problem.particles(start, n, m, draw))
@@ -277,12 +281,12 @@ def _of_seed(
                 travelled.append(_from(before, models[0]))
                 unscaled.append(_from(before, slow))
         done += n * m
-    return _OfSeed(
-        [cot_distance(a, b).distance for a, b in pairwise(measures)],
-        {start: [_apart(a, b) for a, b in pairwise(rows)] for start, rows in outputs.items()},
-        travelled,
-        unscaled,
-    )
+    return {
+        "distance atoms": tuple(cot_distance(a, b).distance for a, b in pairwise(measures)),
+        **{f"output {name}": tuple(map(_apart, rows, rows[1:])) for name, rows in outputs.items()},
+        "travelled independent": tuple(travelled),
+        "unscaled independent": tuple(unscaled),
+    }
 
 
 def _from(before: Tensor, model: nn.Module) -> float:
@@ -290,34 +294,5 @@ def _from(before: Tensor, model: nn.Module) -> float:
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
-    """Root mean square over draws and samples of the distance of two outputs."""
+    """Computes the root mean square over draws and samples of the distance of two outputs."""
     return float((a - b).square().sum(-1).mean().sqrt())
-
-
-def _rate(
-    start: str,
-    quantity: str,
-    against: str,
-    sizes: Sequence[float],
-    values: Sequence[Sequence[float]],
-    theory: tuple[float, float],
-) -> ConsistencyRate:
-    slopes = tuple(fitted_slope(sizes, row) for row in values)
-    rows = tuple(tuple(row) for row in values)
-    return ConsistencyRate(
-        start, quantity, against, tuple(sizes), rows, slopes, fmean(slopes), *theory
-    )
-
-
-def _check_widths(depths: Sequence[int], widths: Sequence[int], atoms: int, draws: int) -> None:
-    rising = all(a < b for a, b in pairwise(widths))
-    if len(depths) < 3 or len(widths) != len(depths) or not rising:
-        raise InputError(
-            f"depths {' '.join(map(str, depths))} and widths {' '.join(map(str, widths))} given; "
-            "expected at least three sizes, a width for each depth, from the smallest to the "
-            "largest"
-        )
-    if atoms < 1 or any(width % atoms for width in widths):
-        raise InputError(f"atoms is {atoms}; expected a number that divides every width")
-    if draws < 1:
-        raise InputError(f"draws is {draws}; expected at least 1")

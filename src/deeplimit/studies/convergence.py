@@ -11,7 +11,7 @@ arXiv 2403.12887.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
 from statistics import linear_regression
 from typing import Literal
@@ -25,16 +25,12 @@ from deeplimit.meanfield import (
     convergence_certificate,
     feature_kernel,
 )
-from deeplimit.studies.flowing import (
-    check_time,
-    flow,
-    generator_of,
-    network_of,
-    normal,
-)
-from deeplimit.studies.rates import Tell, check_fits, keep, looked_at
-from deeplimit.studies.seeds import check_seeds
-from deeplimit.training.new_folder import check_place
+from deeplimit.records import Record
+from deeplimit.studies import harness
+from deeplimit.studies.flowing import check_time, flow, generator_of, network_of, normal
+from deeplimit.studies.harness import At, Point, Study
+from deeplimit.studies.machine import Machine
+from deeplimit.studies.rates import looked_at
 
 Source = Literal["kernel", "slope"]
 
@@ -46,7 +42,7 @@ ENOUGH = 1e-18  # of the first risk; below, what falls is rounding
 
 @dataclass(frozen=True)
 class ConvergenceTraining:
-    """One training, and what its certificates say.
+    """Holds one training, and what its certificates say.
 
     Attributes:
         width: M.
@@ -75,13 +71,13 @@ class ConvergenceTraining:
         return self.by_slope.risks[0]
 
     def certificate(self, source: Source) -> ConvergenceCertificate | None:
-        """The one whose m is from there."""
+        """Returns the one whose m is from there."""
         return self.by_kernel if source == "kernel" else self.by_slope
 
 
 @dataclass(frozen=True)
-class ConvergenceStudy:
-    """What `study_convergence` finds.
+class ConvergenceStudy(Record):
+    """Holds what `study_convergence` finds.
 
     Attributes:
         folder: where study.json is.
@@ -92,6 +88,7 @@ class ConvergenceStudy:
         state, samples: d and D.
         learning_rate, steps: of the flow.
         trainings: one for every width, distance and seed.
+        machine: that the study was run on.
     """
 
     folder: str
@@ -104,13 +101,14 @@ class ConvergenceStudy:
     learning_rate: float
     steps: int
     trainings: tuple[ConvergenceTraining, ...]
+    machine: Machine | None = None
 
     def cell(self, width: int, distance: float) -> tuple[ConvergenceTraining, ...]:
-        """The trainings of one width and distance, one for each seed."""
+        """Returns the trainings of one width and distance, one for each seed."""
         return tuple(t for t in self.trainings if (t.width, t.distance) == (width, distance))
 
     def held(self, width: int, distance: float, source: Source) -> float:
-        """The fraction of a cell's certificates that hold; one that there is not does not."""
+        """Counts the certificates of a cell that hold, as a part of all; a missing one does not."""
         found = [t.certificate(source) for t in self.cell(width, distance)]
         return sum(c is not None and c.holds for c in found) / len(found)
 
@@ -125,11 +123,11 @@ def study_convergence(
     learning_rate: float = 0.1,
     time: float = 30.0,
     runs: Path = Path("runs"),
-    tell: Tell = lambda message, done: None,
+    tell: harness.Progress = harness.silent,
 ) -> ConvergenceStudy:
     """Trains networks of every width from every initial risk, in float64, with certificates.
 
-    study.json is left in a new folder, `convergence`.
+    study.json is left in a folder of its own, `convergence`; one that was interrupted goes on.
 
     Args:
         widths: M, from the smallest to the largest; below and above the number of samples.
@@ -140,43 +138,55 @@ def study_convergence(
         learning_rate: the step of the flow.
         time: of the flow.
         runs: folder for the study's folder.
-        tell: told what is done now, and the fraction done.
+        tell: is told what is done now, and the fraction done.
 
     Raises:
         InputError: widths or distances that do not rise, settings not above 0, fewer than two
             samples, no seed or one twice.
         RunError: a risk that is not finite.
     """
-    check_seeds(seeds)
+    harness.check_seeds(seeds)
     steps = check_time(learning_rate, time)
-    _check(widths, distances, depth, samples)
-    check_fits(depth, 2 * widths[-1] * (2 * STATE + 1))  # with their gradients
-    check_place(runs)
-    every = [(m, r, seed) for m in widths for r in distances for seed in seeds]
-    trainings = []
-    for k, (width, distance, seed) in enumerate(every):
-        tell(f"M = {width}, ρ = {distance:g}, seed {seed}", k / len(every))
+    rising = "from the smallest to the largest"
+    harness.check_rising("widths", widths, f"whole numbers ≥ 1, {rising}", least=1.0)
+    harness.check_rising("distances", distances, f"numbers above 0, {rising}", least=math.ulp(0.0))
+    if depth < 1 or not 2 <= samples <= STATE:
+        raise InputError(
+            f"depth {depth} and {samples} samples given; expected at least 1 layer and 2 … {STATE} "
+            "samples, which are orthogonal"
+        )
+    harness.check_fits(depth, 2 * widths[-1] * (2 * STATE + 1))  # with their gradients
+
+    def measure(points: Sequence[Point], at: At) -> list[ConvergenceTraining]:
+        ((width, distance, seed),) = points
+        at.tell(f"M = {width}, ρ = {distance:g}, seed {seed}")
         problem = drawn(depth, width, distance, samples, seed)
-        trainings.append(_trained(*problem, width, distance, seed, learning_rate, steps))
-    study = ConvergenceStudy(
-        folder="",
-        depth=depth,
-        widths=tuple(widths),
-        distances=tuple(distances),
-        seeds=tuple(seeds),
-        state=STATE,
-        samples=samples,
-        learning_rate=learning_rate,
-        steps=steps,
-        trainings=tuple(trainings),
+        return [_trained(*problem, (width, distance, seed), learning_rate, steps)]
+
+    study = Study(
+        name="convergence",
+        record=ConvergenceStudy,
+        axes={"widths": widths, "distances": distances, "seeds": seeds},
+        settings={
+            "depth": depth,
+            "state": STATE,
+            "samples": samples,
+            "learning_rate": learning_rate,
+            "steps": steps,
+        },
+        value=ConvergenceTraining,
+        measure=measure,
+        result=lambda found, _: {
+            "trainings": tuple(found[p] for p in product(widths, distances, seeds))
+        },
     )
-    return keep(study, runs, "convergence")
+    return harness.run_study(study, runs, tell)
 
 
 def drawn(
     depth: int, width: int, distance: float, samples: int, seed: int
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network, and a regression whose targets are ρ from its outputs.
+    """Draws a network, and a regression whose targets are ρ from its outputs.
 
     Inputs are orthogonal, of length √d, as far apart as they can be; these and the directions of
     the targets are the seed's, whatever the width and ρ.
@@ -197,12 +207,11 @@ def _trained(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    width: int,
-    distance: float,
-    seed: int,
+    cell: tuple[int, float, int],
     learning_rate: float,
     steps: int,
 ) -> ConvergenceTraining:
+    """Follows the flow of a (width, distance, seed), with both certificates."""
     kernel = feature_kernel(model, x)
     recorders = [convergence_certificate(model)]
     if kernel.m > 0:
@@ -222,9 +231,7 @@ def _trained(
     flow(model, x, y, learning_rate, steps, look)
     found = [recorder.certificate() for recorder in recorders]
     return ConvergenceTraining(
-        width=width,
-        distance=distance,
-        seed=seed,
+        *cell,
         kernel=min(kernel.smallest),
         kernel_m=kernel.m,
         fitted=fitted_rate(found[0].times, found[0].risks),
@@ -234,29 +241,9 @@ def _trained(
 
 
 def fitted_rate(times: Sequence[float], risks: Sequence[float]) -> float | None:
-    """The rate r of L(t) ~ e^{−2rt}, by least squares of log L over the later half of records."""
+    """Fits the rate r of L(t) ~ e^{−2rt}, by least squares of log L over the later half."""
     pairs = [(t, math.log(risk)) for t, risk in zip(times, risks, strict=True) if risk > 0]
     late = pairs[len(pairs) // 2 :]
     if len(late) < 2:
         return None
-    ts, logs = zip(*late, strict=True)
-    return -float(linear_regression(ts, logs).slope) / 2
-
-
-def _check(widths: Sequence[int], distances: Sequence[float], depth: int, samples: int) -> None:
-    if not widths or widths[0] < 1 or not all(a < b for a, b in pairwise(widths)):
-        raise InputError(
-            f"widths {' '.join(map(str, widths)) or '(none)'} given; expected whole numbers ≥ 1, "
-            "from the smallest to the largest"
-        )
-    positive = all(math.isfinite(r) and r > 0 for r in distances)
-    if not distances or not positive or not all(a < b for a, b in pairwise(distances)):
-        raise InputError(
-            f"distances {' '.join(map(str, distances)) or '(none)'} given; expected numbers above "
-            "0, from the smallest to the largest"
-        )
-    if depth < 1 or not 2 <= samples <= STATE:
-        raise InputError(
-            f"depth {depth} and {samples} samples given; expected at least 1 layer and 2 … {STATE} "
-            "samples, which are orthogonal"
-        )
+    return -float(linear_regression(*zip(*late, strict=True)).slope) / 2

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from deeplimit.errors import InputError, RunError
 from deeplimit.meanfield import LayerwiseMeasure, particle_flow
 from deeplimit.network import ResidualChain, TwoLayerResidual
+from deeplimit.studies.harness import check_positive
 
 ACTIVATION = "tanh"
 
 
 def generator_of(*seeds: int) -> torch.Generator:
-    """One for these seeds together."""
+    """Makes one for these seeds together."""
     mixed = 0
     for seed in seeds:
         mixed = (mixed * 1_000_003 + seed + 1) % (2**62)
@@ -23,24 +24,24 @@ def generator_of(*seeds: int) -> torch.Generator:
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
-    """Standard normal numbers in float64."""
+    """Draws standard normal numbers in float64."""
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def network_of(particles: Float[Tensor, "N M p"]) -> nn.Module:
-    """N layers x + (1/N) (1/M) Σ_i u_i tanh(w_i·x + b_i) of these particles (u, w, b)."""
+    """Makes N layers x + (1/N) (1/M) Σ_i u_i tanh(w_i·x + b_i) of these particles (u, w, b)."""
     state = (particles.shape[2] - 1) // 2
     template = ResidualChain([TwoLayerResidual(state, 1, ACTIVATION).double()], step=1.0)
     return LayerwiseMeasure(particles, frame=template).network()
 
 
 def depths_of(horizon: int) -> Float[Tensor, "N 1 1"]:
-    """s_n = n/N."""
+    """Returns s_n = n/N."""
     return torch.arange(horizon, dtype=torch.float64)[:, None, None] / horizon
 
 
 def risk_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """1/(2D) Σ ‖z − y‖²."""
+    """Computes 1/(2D) Σ ‖z − y‖²."""
     found: Tensor = (model(x) - y).square().sum() / (2 * len(x))
     return found
 
@@ -51,9 +52,9 @@ def flow(
     y: Tensor,
     learning_rate: float,
     steps: int,
-    look: Callable[[int, Tensor], None] = lambda step, risk: None,
+    look: Callable[[int, Tensor], object] = lambda *_: None,
 ) -> float:
-    """Explicit Euler steps of the gradient flow; the risk before the last one.
+    """Takes explicit Euler steps of the gradient flow; returns the risk after the last one.
 
     Args:
         model: trained in place.
@@ -61,7 +62,8 @@ def flow(
         y: what their outputs shall be.
         learning_rate: the step of the flow's time.
         steps: how many.
-        look: told the step and the risk, with the gradients there, before each step and at the end.
+        look: is told the step and the risk, with the gradients there, before each step and at the
+            end.
 
     Raises:
         RunError: a risk that is not finite.
@@ -83,14 +85,12 @@ def flow(
 
 
 def check_time(learning_rate: float, time: float) -> int:
-    """How many steps the time takes.
+    """Counts the steps that the time takes.
 
     Raises:
         InputError: a learning rate or a time that is not above 0, or less than one step.
     """
-    for name, value in (("learning rate", learning_rate), ("time", time)):
-        if not (math.isfinite(value) and value > 0):
-            raise InputError(f"the {name} is {value}; it must be a number above 0")
+    check_positive(learning_rate=learning_rate, time=time)
     steps = round(time / learning_rate)
     if steps < 1:
         raise InputError(f"the time is {time}, less than one step of {learning_rate}")

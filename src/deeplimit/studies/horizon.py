@@ -10,25 +10,31 @@ they are while N grows. The bound is on what training reaches: undertrained netw
 Source: [PF24] arXiv 2405.19013.
 """
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-from scipy.stats import t
 from torch import Tensor
 
 from deeplimit.control import TurnpikeProfile
 from deeplimit.control.verdict import CONFIDENCE, Word, Z
 from deeplimit.errors import InputError
-from deeplimit.files import write_text
-from deeplimit.records import to_plain
-from deeplimit.studies.seeds import check_seeds
-from deeplimit.training import Recipe, profile_run, recipe_for, run_data, train
+from deeplimit.records import Record
+from deeplimit.studies import harness
+from deeplimit.studies.harness import At, Point, Study
+from deeplimit.studies.machine import Machine
+from deeplimit.training import (
+    Recipe,
+    RunFolder,
+    profile_run,
+    recipe_for,
+    resume,
+    run_data,
+    train,
+)
 
-STUDY = "study.json"
 MULTIPLES = (1, 2, 4)
 ADDED = 0.05  # of the layers added may lie outside the tube where the count is said to stay
 
@@ -58,7 +64,7 @@ class HorizonRuns:
 
 
 @dataclass(frozen=True)
-class HorizonStudy:
+class HorizonStudy(Record):
     """Layers outside the tube at N, 2N and 4N.
 
     Attributes:
@@ -75,6 +81,7 @@ class HorizonStudy:
             these seeds tell neither; "nothing learnt": some network is not shown to be better on
             test data than always answering the largest class. None in older files.
         added: the part of the layers added that lies outside, mean over the seeds.
+        machine: that the study was run on.
     """
 
     folder: str
@@ -89,6 +96,7 @@ class HorizonStudy:
     depths: tuple[HorizonRuns, ...]
     verdict: Word | None = None
     added: float | None = None
+    machine: Machine | None = None
 
     @property
     def growth(self) -> float:
@@ -97,7 +105,7 @@ class HorizonStudy:
 
 
 def horizon_recipe(data: str) -> Recipe:
-    """The data set's recipe; for digits trained to convergence, in a state of 32 numbers."""
+    """Returns the data set's recipe; for digits to convergence, in a state of 32 numbers."""
     recipe = recipe_for(data)
     return replace(recipe, width=32, epochs=300) if data == "digits" else recipe
 
@@ -113,7 +121,8 @@ def study_horizon(
     """Trains `recipe` at one, two and four times its depth, once for each seed.
 
     Everything else, step size and costs per layer included, stays as the recipe says. The counts
-    are of test data. The runs and study.json are left in a new folder, horizon-DATA.
+    are of test data. The runs and study.json are left in a folder of their own,
+    horizon-DATA; a study that was interrupted goes on.
 
     Args:
         recipe: of the smallest network; its own seed is not used.
@@ -125,52 +134,61 @@ def study_horizon(
     Raises:
         InputError: no seed, a seed twice, or a negative radius.
     """
-    check_seeds(seeds)
+    harness.check_seeds(seeds)
     if radius is not None and not radius >= 0:
         raise InputError(f"the tube radius is {radius}; it must be a number ≥ 0")
-    folder = _free(runs / f"horizon-{Path(recipe.data.rpartition(':')[2]).stem}")
-    depths: list[HorizonRuns] = []
-    tests: list[TurnpikeProfile] = []  # of the deepest
-    for multiple in reversed(MULTIPLES):  # what does not fit is refused before anything is trained
-        deeper = replace(recipe, depth=tuple(multiple * steps for steps in recipe.depth))
-        trained = [
-            train(
-                replace(deeper, seed=seed),
-                runs=folder,
-                name=f"{deeper.horizon}-layers-seed-{seed}",
-                quiet=quiet,
+
+    def measure(points: Sequence[Point], at: At) -> list[TurnpikeProfile]:
+        ((multiple, seed),) = points
+        deeper = _deeper(recipe, multiple)
+        name = _name(deeper, seed)
+        if (at.folder / name).exists():  # it was interrupted
+            run = resume(at.folder / name, quiet=quiet)
+        else:
+            run = train(replace(deeper, seed=seed), runs=at.folder, name=name, quiet=quiet)
+        return [profile_run(run).test]
+
+    def counted(found: Mapping[Point, TurnpikeProfile], folder: Path) -> dict[str, object]:
+        depths = []
+        for multiple in MULTIPLES:
+            deeper = _deeper(recipe, multiple)
+            tests = [found[multiple, seed] for seed in seeds]
+            depths.append(
+                HorizonRuns(
+                    horizon=deeper.horizon,
+                    runs=tuple(_name(deeper, seed) for seed in seeds),
+                    outside=tuple(test.outside(radius) for test in tests),
+                    entry=tuple(test.entry(radius) for test in tests),
+                    accuracy=tuple(test.accuracy[-1] for test in tests),
+                )
             )
-            for seed in seeds
-        ]
-        found = [profile_run(run).test for run in trained]
-        tests = tests or found
-        names = tuple(run.path.name for run in trained)
-        depths.insert(0, _counted(deeper.horizon, names, found, radius))
-    study = HorizonStudy(
-        folder=str(folder),
-        data=recipe.data,
-        step=recipe.step,
-        stage_cost=recipe.stage_cost,
-        control_cost=recipe.control_cost,
-        softness=recipe.softness,
-        radius=tests[0].radius if radius is None else radius,
-        epochs=recipe.epochs,
-        seeds=tuple(seeds),
-        depths=tuple(depths),
-        verdict=judged(depths, run_data(trained[0]).test.y),
-        added=fmean(_added(depths)),
+        targets = run_data(RunFolder.open(folder / depths[0].runs[0])).test.y
+        return {
+            "radius": tests[0].radius if radius is None else radius,
+            "depths": tuple(depths),
+            "verdict": judged(depths, targets),
+            "added": fmean(_added(depths)),
+        }
+
+    study = Study(
+        name=f"horizon-{Path(recipe.data.rpartition(':')[2]).stem}",
+        record=HorizonStudy,
+        # What does not fit is refused before anything is trained.
+        axes={"multiples": MULTIPLES[::-1], "seeds": seeds},
+        settings=asdict(replace(recipe, seed=0)),
+        value=TurnpikeProfile,
+        measure=measure,
+        result=counted,
     )
-    write_text(folder / STUDY, json.dumps(to_plain(study), allow_nan=False) + "\n")
-    return study
+    return harness.run_study(study, runs)
 
 
-def _free(path: Path) -> Path:
-    """The path itself, or the first of path-2, path-3, … that does not exist."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+def _deeper(recipe: Recipe, multiple: int) -> Recipe:
+    return replace(recipe, depth=tuple(multiple * steps for steps in recipe.depth))
+
+
+def _name(recipe: Recipe, seed: int) -> str:
+    return f"{recipe.horizon}-layers-seed-{seed}"
 
 
 def judged(depths: Sequence[HorizonRuns], targets: Tensor) -> Word:
@@ -183,6 +201,8 @@ def judged(depths: Sequence[HorizonRuns], targets: Tensor) -> Word:
     parts = _added(depths)
     if len(parts) < 2:
         return "unresolved"
+    from scipy.stats import t
+
     reach = float(t.ppf(CONFIDENCE, len(parts) - 1)) * stdev(parts) / math.sqrt(len(parts))
     if fmean(parts) + reach <= ADDED:
         return "kept"
@@ -194,15 +214,3 @@ def _added(depths: Sequence[HorizonRuns]) -> list[float]:
     first, last = depths[0], depths[-1]
     more = last.horizon - first.horizon
     return [(b - a) / more for a, b in zip(first.outside, last.outside, strict=True)]
-
-
-def _counted(
-    horizon: int, runs: tuple[str, ...], tests: Sequence[TurnpikeProfile], radius: float | None
-) -> HorizonRuns:
-    return HorizonRuns(
-        horizon=horizon,
-        runs=runs,
-        outside=tuple(test.outside(radius) for test in tests),
-        entry=tuple(test.entry(radius) for test in tests),
-        accuracy=tuple(test.accuracy[-1] for test in tests),
-    )

@@ -13,35 +13,20 @@ Source: [SAP22] arXiv 2205.14612, section 3 and figure 2.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchdiffeq import odeint
 
-from deeplimit.studies.rates import (
-    ANY,
-    Family,
-    Moment,
-    Quantity,
-    Range,
-    Tell,
-    Watched,
-    check_depths,
-    check_finite,
-    check_fits,
-    check_flow,
-    converged,
-    family,
-    keep,
-    looked_at,
-    whole_range,
-)
-from deeplimit.studies.seeds import check_seeds
-from deeplimit.training.new_folder import check_place
+from deeplimit.extras import need
+from deeplimit.records import Record
+from deeplimit.studies import harness, rates
+from deeplimit.studies.harness import At, Point, Study
+from deeplimit.studies.machine import Machine
+from deeplimit.studies.rates import Family, Range, Theory, Watched, looked_at, whole_range
 
 WIDTH = 4
 SPREAD = 0.5  # of the controls and of B − I: small, so that the initial loss is
@@ -57,21 +42,15 @@ FALLS: Range = (None, -0.5)
 # [SAP22], and for the last two starts what is seen before training. The gap of the alternating
 # start grows to its limit while it trains: at N = 8 … 512 with a slope of +0.14,
 # outside the range, and of +0.04 from N = 64 on (benchmarks/results/linear.json).
-THEORY: dict[str, dict[tuple[Quantity, Moment], Range]] = {
-    "smooth": whole_range(MINUS_ONE),
-    "independent": {
-        (quantity, moment): FALLS if quantity == "gap" else NO_FALL
-        for quantity, moment in whole_range(ANY)
-    },
-    "alternating": {
-        (quantity, moment): FLAT if quantity == "gap" else NO_FALL
-        for quantity, moment in whole_range(ANY)
-    },
+THEORY: dict[str, Theory] = {
+    "smooth": whole_range(gap=MINUS_ONE, difference=MINUS_ONE),
+    "independent": whole_range(gap=FALLS, difference=NO_FALL),
+    "alternating": whole_range(gap=FLAT, difference=NO_FALL),
 }
 
 
 @dataclass(frozen=True)
-class LinearStudy:
+class LinearStudy(Record):
     """Gap and smoothness of linear residual networks against N.
 
     Attributes:
@@ -83,6 +62,7 @@ class LinearStudy:
         depths: N of each network.
         seeds: of the controls and of B.
         families: one for each start: smooth, independent, alternating.
+        machine: that the study was run on.
     """
 
     folder: str
@@ -93,6 +73,7 @@ class LinearStudy:
     depths: tuple[int, ...]
     seeds: tuple[int, ...]
     families: tuple[Family, ...]
+    machine: Machine | None = None
 
 
 def study_linear(
@@ -102,11 +83,11 @@ def study_linear(
     learning_rate: float = 0.05,
     steps: int = 400,
     runs: Path = Path("runs"),
-    tell: Tell = lambda message, done: None,
+    tell: harness.Progress = harness.silent,
 ) -> LinearStudy:
     """Trains linear residual networks of every depth from three starts, in float64.
 
-    study.json is left in a new folder, `linear`.
+    study.json is left in a folder of its own, `linear`; a study that was interrupted goes on.
 
     Args:
         depths: N, from the smallest to the largest.
@@ -114,47 +95,46 @@ def study_linear(
         learning_rate: η.
         steps: of the gradient flow.
         runs: folder for the study's folder.
-        tell: told what is done now, and the fraction done.
+        tell: is told what is done now, and the fraction done.
 
     Raises:
         InputError: depths that do not rise, no seed or one twice, η or steps not above 0.
         RunError: a loss that is not finite.
     """
-    check_depths(depths)
-    check_seeds(seeds)
-    check_flow(learning_rate, steps)
+    harness.check_depths(depths)
+    harness.check_seeds(seeds)
+    rates.check_flow(learning_rate, steps)
     # Controls, states, gradient and what becomes of the controls.
-    check_fits(depths[-1], 4 * len(THEORY) * len(seeds) * WIDTH**2, modules=False)
-    check_place(runs)
-    targets = torch.stack([drawn(seed)[2] for seed in seeds])
-    found: dict[str, list[list[Watched]]] = {start: [[] for _ in seeds] for start in THEORY}
-    for i, horizon in enumerate(depths):
+    numbers = 4 * len(THEORY) * len(seeds) * WIDTH**2
+    harness.check_fits(depths[-1], numbers, modules=False)
+
+    def families(found: Mapping[Point, Watched], _: Path) -> dict[str, object]:
+        rows = {start: [[found[n, start, s] for n in depths] for s in seeds] for start in THEORY}
+        made = (Family.of(start, "", depths, rows[start], own) for start, own in THEORY.items())
+        return {"families": tuple(made)}
+
+    study = Study(
+        name="linear",
+        record=LinearStudy,
+        axes={"depths": depths, "starts": tuple(THEORY), "seeds": seeds},
         # All starts and seeds at once: the matrices are small, and the time is in the calls.
-        controls = torch.stack(
-            [torch.stack([first_controls(start, horizon, s) for s in seeds]) for start in THEORY]
-        )
-        share = sum(depths[:i]) / sum(depths), horizon / sum(depths)
-        watched = _watched(controls, targets, learning_rate, steps, tell, share)
-        for start, row in zip(found, watched, strict=True):
-            for column, one in zip(found[start], row, strict=True):
-                column.append(check_finite(one, f"{start} start, N = {horizon}"))
-    study = LinearStudy(
-        folder="",
-        width=WIDTH,
-        learning_rate=learning_rate,
-        steps=steps,
-        looked_at=looked_at(steps, LOOKS),
-        depths=tuple(depths),
-        seeds=tuple(seeds),
-        families=tuple(
-            family(start, "", depths, found[start], theory) for start, theory in THEORY.items()
-        ),
+        together=("starts", "seeds"),
+        settings={
+            "width": WIDTH,
+            "learning_rate": learning_rate,
+            "steps": steps,
+            "looked_at": looked_at(steps, LOOKS),
+        },
+        value=Watched,
+        measure=lambda points, at: _watched(points, learning_rate, steps, at),
+        result=families,
+        cost=lambda point: point[0],
     )
-    return keep(study, runs, "linear")
+    return harness.run_study(study, runs, tell)
 
 
 def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
-    """A and C of the smooth start, B, and the generator for what else is to be drawn."""
+    """Draws A and C of the smooth start and B; returns the generator for what else is drawn."""
     generator = torch.Generator().manual_seed(seed)
     scale = SPREAD / math.sqrt(WIDTH)
     a, c, b = scale * torch.randn(3, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
@@ -224,7 +204,7 @@ def linear_gap(
             largest = torch.maximum(largest, columns.amax(dim=-1))
         return largest
 
-    return converged(gap, PRECISION)
+    return rates.converged(gap, PRECISION)
 
 
 def _propagators(controls: Float[Tensor, "... N d d"], steps: int) -> Float[Tensor, "... N d d"]:
@@ -236,9 +216,8 @@ def _propagators(controls: Float[Tensor, "... N d d"], steps: int) -> Float[Tens
         return torch.lerp(controls, after, s) @ p / horizon
 
     unit = torch.eye(controls.shape[-1], dtype=controls.dtype).expand_as(controls).contiguous()
-    found: Tensor = odeint(
-        velocity, unit, torch.linspace(0, 1, steps + 1, dtype=controls.dtype), method="rk4"
-    )
+    times = torch.linspace(0, 1, steps + 1, dtype=controls.dtype)
+    found: Tensor = need("torchdiffeq", "ode").odeint(velocity, unit, times, method="rk4")
     return found[-1]
 
 
@@ -247,26 +226,23 @@ def largest_difference(controls: Float[Tensor, "... N d d"]) -> Float[Tensor, ".
     return torch.linalg.matrix_norm(controls.diff(dim=-3)).amax(dim=-1)
 
 
-def _watched(
-    controls: Float[Tensor, "starts seeds N d d"],
-    targets: Float[Tensor, "seeds d d"],
-    learning_rate: float,
-    steps: int,
-    tell: Tell,
-    share: tuple[float, float],
-) -> list[list[Watched]]:
-    """Trains all networks of one depth; what was seen of each, [starts][seeds]."""
-    horizon = controls.shape[-3]
-    seen = []
-    looks = looked_at(steps, LOOKS)
+def _watched(points: Sequence[Point], learning_rate: float, steps: int, at: At) -> list[Watched]:
+    """Trains all networks (N, start, seed) of one depth."""
+    horizon = points[0][0]
+    controls = torch.stack([first_controls(start, horizon, seed) for _, start, seed in points])
+    targets = torch.stack([drawn(seed)[2] for _, _, seed in points])
+    seen, looks = [], looked_at(steps, LOOKS)
     for step in range(steps + 1):
         x = states(controls)
         if step in looks:
-            tell(f"N = {horizon}", share[0] + share[1] * step / steps)
-            loss = (x[..., -1, :, :] - targets).square().sum(dim=(-2, -1)) / 2
+            at.tell(f"N = {horizon}", step / steps)
+            loss = (x[:, -1] - targets).square().sum(dim=(-2, -1)) / 2
             figures = loss, linear_gap(controls, x), largest_difference(controls)
             seen.append(torch.stack(figures))
         if step < steps:
             controls = controls - learning_rate * scaled_gradient(controls, x, targets)
-    every = torch.stack(seen, dim=-1).movedim(0, 2)  # [starts, seeds, 3, looks]
-    return [[Watched(*(tuple(row) for row in one)) for one in of] for of in every.tolist()]
+    every = torch.stack(seen, dim=-1).movedim(0, 1)  # [networks, 3, looks]
+    return [
+        Watched(*map(tuple, one)).checked(f"{start} start, N = {horizon}")
+        for one, (_, start, _) in zip(every.tolist(), points, strict=True)
+    ]

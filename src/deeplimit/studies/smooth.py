@@ -12,7 +12,7 @@ the gap hardly falls with N after training. Sources: [MWSB23] arXiv 2309.01213, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -29,26 +29,11 @@ from deeplimit.network.initialisation import check_kernel, smooth_start
 from deeplimit.ode.field import VectorField
 from deeplimit.ode.solvers import solve
 from deeplimit.ode.stages import longest_stage
-from deeplimit.studies.rates import (
-    ANY,
-    Family,
-    Moment,
-    Quantity,
-    Range,
-    Tell,
-    Watched,
-    check_depths,
-    check_finite,
-    check_fits,
-    check_flow,
-    converged,
-    family,
-    keep,
-    looked_at,
-    whole_range,
-)
-from deeplimit.studies.seeds import check_seeds
-from deeplimit.training.new_folder import check_place
+from deeplimit.records import Record
+from deeplimit.studies import harness, rates
+from deeplimit.studies.harness import At, Point, Study
+from deeplimit.studies.machine import Machine
+from deeplimit.studies.rates import ANY, Family, Range, Theory, Watched, looked_at, whole_range
 
 WIDTH, HIDDEN, SAMPLES = 8, 16, 32
 # Of V, small as the initial loss should be. With 1 a seed's curve after training is so bent that
@@ -66,8 +51,16 @@ HARDLY_FALLS: Range = (-0.3, None)
 NO_FALL: Range = (-0.1, None)
 
 
+def theory(activation: str, start: str) -> Theory:
+    """Says what [MWSB23] does of smooth activations; of independent starts what was seen before."""
+    if start == "smooth":
+        limits = ANY if activation == "relu" else MINUS_ONE
+        return whole_range(gap=limits, difference=limits)
+    return {**whole_range(gap=ANY, difference=NO_FALL), ("gap", "final"): HARDLY_FALLS}
+
+
 @dataclass(frozen=True)
-class SmoothStudy:
+class SmoothStudy(Record):
     """Gap and smoothness of two-layer residual networks against N, before and after training.
 
     Attributes:
@@ -81,6 +74,7 @@ class SmoothStudy:
         depths: N of each network.
         seeds: of the controls and of the regression.
         families: one for each activation and start.
+        machine: that the study was run on.
     """
 
     folder: str
@@ -94,6 +88,7 @@ class SmoothStudy:
     depths: tuple[int, ...]
     seeds: tuple[int, ...]
     families: tuple[Family, ...]
+    machine: Machine | None = None
 
 
 def study_smooth(
@@ -105,11 +100,11 @@ def study_smooth(
     learning_rate: float = 0.1,
     steps: int = 200,
     runs: Path = Path("runs"),
-    tell: Tell = lambda message, done: None,
+    tell: harness.Progress = harness.silent,
 ) -> SmoothStudy:
     """Trains networks of every depth from a smooth and from an independent start, in float64.
 
-    study.json is left in a new folder, `smooth`.
+    study.json is left in a folder of its own, `smooth`; a study that was interrupted goes on.
 
     Args:
         activations: σ, names in `network.blocks.ACTIVATIONS`.
@@ -119,7 +114,7 @@ def study_smooth(
         learning_rate: η.
         steps: of gradient descent.
         runs: folder for the study's folder.
-        tell: told what is done now, and the fraction done.
+        tell: is told what is done now, and the fraction done.
 
     Raises:
         InputError: no activation, one twice or an unknown one, depths that do not rise or do not
@@ -133,51 +128,59 @@ def study_smooth(
             f"activations {' '.join(activations) or '(none)'} given; expected at least one, each "
             "once"
         )
-    check_depths(depths)
-    _check_division(depths)
-    check_seeds(seeds)
-    check_flow(learning_rate, steps)
-    check_fits(depths[-1], 2 * HIDDEN * (2 * WIDTH + 1))  # with their gradients
-    check_kernel(depths[-1])
+    harness.check_depths(depths)
+    deepest = depths[-1]
+    if any(deepest % depth for depth in depths):
+        raise InputError(
+            f"depths {' '.join(map(str, depths))} given; expected numbers that divide the largest, "
+            "such as 16 32 64"
+        )
+    harness.check_seeds(seeds)
+    rates.check_flow(learning_rate, steps)
+    harness.check_fits(deepest, 2 * HIDDEN * (2 * WIDTH + 1))  # with their gradients
+    check_kernel(deepest)
     first_chain(activations[0], "smooth", 1, 1, 0, length_scale)  # is ℓ a length?
-    check_place(runs)
-    plan = list(product(activations, STARTS, seeds, depths))
-    seen: dict[tuple[str, str, int, int], Watched] = {}
-    for activation, start, seed, horizon in plan:
-        told = f"{activation}, {start} start, seed {seed}, N = {horizon}"
-        tell(told, sum(key[-1] for key in seen) / sum(key[-1] for key in plan))
-        chain = first_chain(activation, start, horizon, depths[-1], seed, length_scale)
-        watched = watch_training(chain, *regression(seed), learning_rate, steps)
-        seen[activation, start, seed, horizon] = check_finite(watched, told)
-    study = SmoothStudy(
-        folder="",
-        width=WIDTH,
-        hidden=HIDDEN,
-        samples=SAMPLES,
-        length_scale=length_scale,
-        learning_rate=learning_rate,
-        steps=steps,
-        looked_at=looked_at(steps, LOOKS),
-        depths=tuple(depths),
-        seeds=tuple(seeds),
-        families=tuple(
-            family(
-                start,
-                activation,
-                depths,
-                [[seen[activation, start, seed, horizon] for horizon in depths] for seed in seeds],
-                _theory(activation, start),
-            )
-            for activation, start in product(activations, STARTS)
-        ),
+
+    def measure(points: Sequence[Point], at: At) -> list[Watched]:
+        ((activation, start, seed, depth),) = points
+        name = f"{activation}, {start} start, seed {seed}, N = {depth}"
+        at.tell(name)
+        chain = first_chain(activation, start, depth, deepest, seed, length_scale)
+        return [watch_training(chain, *regression(seed), learning_rate, steps).checked(name)]
+
+    def families(found: Mapping[Point, Watched], _: Path) -> dict[str, object]:
+        made = []
+        for activation, start in product(activations, STARTS):
+            rows = [[found[activation, start, seed, n] for n in depths] for seed in seeds]
+            made.append(Family.of(start, activation, depths, rows, theory(activation, start)))
+        return {"families": tuple(made)}
+
+    study = Study(
+        name="smooth",
+        record=SmoothStudy,
+        axes={"activations": activations, "starts": STARTS, "seeds": seeds, "depths": depths},
+        settings={
+            "width": WIDTH,
+            "hidden": HIDDEN,
+            "samples": SAMPLES,
+            "deepest": deepest,  # all networks' controls are some of its
+            "length_scale": length_scale,
+            "learning_rate": learning_rate,
+            "steps": steps,
+            "looked_at": looked_at(steps, LOOKS),
+        },
+        value=Watched,
+        measure=measure,
+        result=families,
+        cost=lambda point: point[-1],
     )
-    return keep(study, runs, "smooth")
+    return harness.run_study(study, runs, tell)
 
 
 def first_chain(
     activation: str, start: Start, horizon: int, deepest: int, seed: int, length_scale: float
 ) -> ResidualChain:
-    """The network before training, h = 1/N, in float64.
+    """Makes the network before training, h = 1/N, in float64.
 
     Of the deepest network every deepest/N-th block: networks of all depths have their controls on
     one curve θ(s), s_n = n/N. The numbers of W, b and V are normal with mean 0 and standard
@@ -197,7 +200,7 @@ def first_chain(
 
 
 def regression(seed: int) -> tuple[Float[Tensor, "samples d"], Float[Tensor, "samples d"]]:
-    """Inputs x, normal, and y = x + tanh(A x) with A normal of variance 1/d."""
+    """Draws inputs x, normal, and y = x + tanh(A x) with A normal of variance 1/d."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(SAMPLES, WIDTH, generator=generator, dtype=torch.float64)
     a = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
@@ -226,46 +229,25 @@ def watch_training(
 
 @torch.no_grad()
 def neural_ode_gap(chain: ResidualChain, x: Float[Tensor, "samples d"]) -> float:
-    """Largest ‖x_n − x(s_n)‖ over n and the samples, for θ(s) linear between the controls.
+    """Computes the largest ‖x_n − x(s_n)‖ over n and the samples, θ(s) linear between the controls.
 
-    On the last interval θ(s) = θ_{N−1}. A Runge–Kutta method of fourth order, with
-    steps halved until the gap changes by less than a thousandth; NaN if it never does.
-    (`deeplimit.ode.discretization_gap` controls its error within every interval: that
-    takes seconds for 128 layers, with ReLU minutes, and here hundreds of gaps are needed.)
+    On the last interval θ(s) = θ_{N−1}. A Runge–Kutta method of fourth order, with steps halved
+    until the gap changes by less than a thousandth; NaN if it never does.
+    (`deeplimit.ode.discretization_gap` controls its error within every interval: that takes seconds
+    for 128 layers, with ReLU minutes, and here hundreds of gaps are needed.)
     """
     states = torch.stack(chain.trajectory(x))
+    field = VectorField(anatomy(chain).stacks[0])
 
     def gap(steps: int) -> Tensor:
-        distances = states - _neural_ode(chain, x, steps)
-        return torch.linalg.vector_norm(distances, dim=-1).max()
+        nodes = solve(field, x, solver="rk4", steps=chain.horizon * steps)[::steps]
+        return (states - nodes).norm(dim=-1).max()
 
-    return float(converged(gap, PRECISION))
-
-
-def _neural_ode(chain: ResidualChain, x: Tensor, steps: int) -> Tensor:
-    """x(s_0) … x(s_N), with that many steps of the solver in each interval."""
-    field = VectorField(anatomy(chain).stacks[0])
-    return solve(field, x, solver="rk4", steps=chain.horizon * steps)[::steps]
+    return float(rates.converged(gap, PRECISION))
 
 
 def largest_difference(chain: ResidualChain) -> float:
-    """max_n ‖θ_{n+1} − θ_n‖ over all numbers of a control together."""
+    """Computes max_n ‖θ_{n+1} − θ_n‖ over all numbers of a control together."""
     controls = longest_stage(chain).controls().values()
     squares = [theta.diff(dim=0).square().flatten(1).sum(dim=1) for theta in controls]
     return float(sum(squares[1:], squares[0]).max().sqrt())
-
-
-def _theory(activation: str, start: str) -> dict[tuple[Quantity, Moment], Range]:
-    """What [MWSB23] says of smooth activations; for independent starts, what was seen before."""
-    if start == "smooth":
-        return whole_range(ANY if activation == "relu" else MINUS_ONE)
-    rough = {key: NO_FALL for key in whole_range(ANY) if key[0] == "difference"}
-    return {**rough, ("gap", "final"): HARDLY_FALLS}
-
-
-def _check_division(depths: Sequence[int]) -> None:
-    if any(depths[-1] % depth for depth in depths):
-        raise InputError(
-            f"depths {' '.join(map(str, depths))} given; expected numbers that divide the largest, "
-            "such as 16 32 64"
-        )

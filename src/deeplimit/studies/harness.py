@@ -1,0 +1,228 @@
+"""One harness for all studies: axes, what is measured at a point, resumption, the record.
+
+A study is data. The harness visits the points of its axes one after the other, keeps what was
+measured at each in points.json, and makes the record of all, study.json, in a new folder. A study
+that was interrupted goes on where it was: a point that is in points.json with the same settings is
+not run again. A finished study is never touched.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from glob import escape
+from importlib.metadata import version
+from itertools import groupby, pairwise, product
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar, cast
+
+import torch
+
+from deeplimit.errors import InputError, RunError
+from deeplimit.files import remove, write_text
+from deeplimit.memory import OBJECTS, require
+from deeplimit.reading import read_json
+from deeplimit.records import Record, coerce, to_plain
+from deeplimit.studies.machine import Machine
+from deeplimit.training.lock import alone
+from deeplimit.training.new_folder import new_folder
+
+STUDY, POINTS = "study.json", "points.json"
+
+Value = TypeVar("Value")
+Found = TypeVar("Found", bound=Record)
+Point = tuple[Any, ...]  # a value of each axis, in their order
+Progress = Callable[[str, float], None]  # is told what is done now, and the fraction of all done
+
+
+def silent(message: str, done: float) -> None:
+    """Shows no progress."""
+
+
+class At(NamedTuple):
+    """The place that a point is measured at.
+
+    Attributes:
+        folder: of the study.
+        tell: shows what is done now, and the fraction of this measurement that is done.
+    """
+
+    folder: Path
+    tell: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Study(Generic[Value, Found]):
+    """An experiment over axes.
+
+    Attributes:
+        name: of its folder.
+        record: the class of its record, a dataclass.
+        axes: their values, by their names, from the slowest to the fastest.
+        settings: all else that decides what is measured at a point, by name. Axes and settings that
+            are fields of the record go into it.
+        value: the annotation of what is measured at a point, as `records` reads it.
+        measure: measures one point, or the points that differ in the axes of `together` alone.
+        result: makes the record's other fields of all points; theory's ranges and the verdict come
+            in here.
+        together: the axes whose points are measured in one call.
+        cost: of a point, relative to that of the others.
+    """
+
+    name: str
+    record: Callable[..., Found]
+    axes: Mapping[str, Sequence[Any]]
+    settings: Mapping[str, Any]
+    value: Any
+    measure: Callable[[Sequence[Point], At], Sequence[Value]]
+    result: Callable[[Mapping[Point, Value], Path], Mapping[str, Any]]
+    together: tuple[str, ...] = ()
+    cost: Callable[[Point], float] = lambda _: 1.0
+
+    def groups(self) -> list[list[Point]]:
+        """Returns the points of each call."""
+        alone = [name not in self.together for name in self.axes]
+        every = product(*self.axes.values())
+
+        def own(point: Point) -> Point:
+            return tuple(x for x, single in zip(point, alone, strict=True) if single)
+
+        return [list(points) for _, points in groupby(every, own)]
+
+
+def run_study(study: Study[Value, Found], runs: Path, progress: Progress = silent) -> Found:
+    """Measures all points, keeps each, and leaves study.json in the study's folder.
+
+    Args:
+        study: to run; one that was interrupted in `runs` goes on.
+        runs: folder for the study's folder.
+        progress: is told what is done now, and the fraction done.
+
+    Raises:
+        InputError: nothing can be written there.
+        RunError: as the study's own measurement.
+    """
+    groups = study.groups()
+    total = sum(study.cost(point) for group in groups for point in group)
+    with _folder(study, runs, progress) as (folder, known):
+        done = 0.0
+        for group in groups:
+            share = sum(map(study.cost, group)) / total
+            missing = [point for point in group if point not in known]
+            if missing:
+
+                def tell(
+                    message: str, part: float = 0.0, at: float = done, to: float = share
+                ) -> None:
+                    progress(message, at + to * part)
+
+                known |= zip(missing, study.measure(missing, At(folder, tell)), strict=True)
+                _write(folder, study, known)
+            done += share
+        names = {field.name for field in fields(cast(Any, study.record))}
+        axes = {name: tuple(values) for name, values in study.axes.items()}
+        own = {name: value for name, value in {**study.settings, **axes}.items() if name in names}
+        made = {**own, **study.result(known, folder)}
+        record = study.record(folder=str(folder), machine=Machine.here(), **made)
+        write_text(folder / STUDY, record.to_json() + "\n")
+    return record
+
+
+@contextmanager
+def _folder(
+    study: Study[Value, Found], runs: Path, progress: Progress
+) -> Iterator[tuple[Path, dict[Point, Value]]]:
+    """The study's folder, held for writing, and what is known; gone if nothing was found in it."""
+    with ExitStack() as held:
+        folder, known = _unfinished(study, runs, held)
+        if folder is None:
+            folder = new_folder(runs, study.name, lambda aside, _: _write(aside, study, {}))
+            held.enter_context(alone(folder))
+        else:
+            progress(f"{folder} goes on: {len(known)} points are there", 0.0)
+        try:
+            yield folder, known
+        except BaseException:
+            if not known and {path.name for path in folder.iterdir()} <= {POINTS, ".lock"}:
+                remove(folder)
+            raise
+
+
+def _unfinished(
+    study: Study[Value, Found], runs: Path, held: ExitStack
+) -> tuple[Path | None, dict[Point, Value]]:
+    """The folder of the same study, interrupted, that nobody is working on; held from now on."""
+    for path in sorted(runs.glob(f"{escape(study.name)}*/{POINTS}")):
+        if (path.parent / STUDY).exists():
+            continue
+        there = read_json(path, f"remove {path.parent}, then run the study again")
+        if there.get("settings") == _settings(study):
+            try:
+                held.enter_context(alone(path.parent))
+            except RunError:
+                continue
+            return path.parent, {
+                tuple(point): coerce(study.value, value, str(path))
+                for point, value in there["points"]
+            }
+    return None, {}
+
+
+def _settings(study: Study[Any, Any]) -> dict[str, Any]:
+    """All that a point's value depends on, as JSON holds it."""
+    versions = {"torch": torch.__version__, "deeplimit": version("deeplimit")}
+    plain: dict[str, Any] = json.loads(json.dumps(to_plain({**study.settings, **versions})))
+    return plain
+
+
+def _write(folder: Path, study: Study[Any, Any], known: Mapping[Point, Any]) -> None:
+    points = [[list(point), to_plain(value)] for point, value in known.items()]
+    kept = {"settings": _settings(study), "points": points}
+    write_text(folder / POINTS, json.dumps(kept, allow_nan=False) + "\n")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises InputError unless there is at least one seed, each once."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds {_listed(seeds)} given; expected at least one, each once")
+
+
+def check_rising(
+    name: str,
+    values: Sequence[float] | Sequence[int],
+    expected: str,
+    *,
+    least: float = 0.0,
+    count: int = 1,
+) -> None:
+    """Raises InputError unless finite values rise from `least` on, `count` of them or more."""
+    rising = all(a < b for a, b in pairwise(values))
+    if len(values) < count or not rising or not all(least <= v < math.inf for v in values):
+        raise InputError(f"{name} {_listed(values)} given; expected {expected}")
+
+
+def check_depths(depths: Sequence[int]) -> None:
+    """Raises InputError unless two depths or more rise, each of two layers or more."""
+    expected = (
+        "at least two, from the smallest to the largest, each of 2 layers or more, such as 16 32 64"
+    )
+    check_rising("depths", depths, expected, least=2.0, count=2)
+
+
+def check_positive(**numbers: float) -> None:
+    """Raises InputError unless all are numbers above 0."""
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value > 0):
+            said = name.replace("_", " ")
+            raise InputError(f"the {said} is {value}; it must be a number above 0")
+
+
+def check_fits(depth: int, numbers: int, *, modules: bool = True) -> None:
+    """Raises InputError unless `depth` layers of so many float64 each fit into memory at once."""
+    size = depth * (8 * numbers + modules * OBJECTS)
+    require(size, f"networks of {depth} layers do not fit into memory", "give smaller numbers")
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return " ".join(map(str, values)) or "(none)"
