@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit import InputError, ResidualChain, anatomy, crop
+from deeplimit._anatomy.block_call import End
+from deeplimit._anatomy.branches import find_end
 from deeplimit.control import bridge_of
-from deeplimit.control.branch_end import End, find_end, fold
+from deeplimit.control.branch_end import fold
 from deeplimit.control.least_squares import Moments, fits
 from deeplimit.network import CifarArchitecture
 

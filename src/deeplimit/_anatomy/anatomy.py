@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deeplimit._anatomy.evaluation import Inputs, RunningStatistics, to_device, to_precision
+from deeplimit._anatomy.block_call import BlockCall
+from deeplimit._anatomy.branches import parameter_ends
+from deeplimit._anatomy.evaluation import (
+    Inputs,
+    RunningStatistics,
+    evaluating,
+    to_device,
+    to_precision,
+)
 from deeplimit._anatomy.stack import Stack, chain_stacks, control
 from deeplimit._anatomy.stand_ins import state_of
 from deeplimit.errors import InputError, several
@@ -141,20 +149,37 @@ class Anatomy(ABC):
         )
 
     def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
-        """The parameters in which the residual branches of a block end, and are linear.
+        """The parameters in which the residual branches of a block end, found by trial.
 
         Times c they turn x + φ(x) into x + c φ(x), up to O(c²) where branches of one block follow
         one another; at 0 the block returns its input.
 
         Raises:
-            InputError: the family does not say it, or they cannot be scaled.
+            InputError: there is no example to try on, or no module's output is added to the state.
         """
-        name = type(self.model).__name__
-        raise InputError(
-            f"{type(self).__name__} does not say where the residual branches of "
-            f"{type(block).__name__} end, so their step cannot be changed: override branch_ends in "
-            f"a subclass of it, decorated with @register({name})"
-        )
+        n = next(n for n, layer in enumerate(self.layers) if block in layer.controls)
+        with evaluating(self.model), torch.no_grad():
+            ends = parameter_ends(BlockCall(self, n, self._to_try()))
+        if not ends:
+            raise InputError(
+                f"where the residual branches of {type(block).__name__} end is not known, so the "
+                "step of its layers cannot be changed, nor the depth; tie and untie work"
+            )
+        return ends
+
+    def _to_try(self) -> Any:
+        """The example where the model is.
+
+        Raises:
+            InputError: there is none.
+        """
+        x = self.fitting_example()
+        if x is None:
+            raise InputError(
+                f"{type(self).__name__} has no example of its model's input, on which the ends of "
+                "the residual branches are found; override example"
+            )
+        return x
 
     def example(self) -> Inputs | None:
         """A small input on which the anatomy is checked; None where there is none to be had."""

@@ -111,6 +111,11 @@ def devices_of(model: nn.Module) -> list[int]:
     return sorted({d.index or 0 for d in found if d.type == "cuda"})
 
 
+def slack_of(dtype: torch.dtype) -> float:
+    """How far two sums of the same numbers may differ, relative to the largest."""
+    return (HALF_SLACK if dtype.itemsize < 4 else SLACK) * torch.finfo(dtype).eps
+
+
 def gap(a: Tensor | None, b: Tensor) -> str | None:
     """How two answers differ, in words; None where they are equal but for rounding.
 
@@ -120,9 +125,8 @@ def gap(a: Tensor | None, b: Tensor) -> str | None:
         return f"in shape, {None if a is None else list(a.shape)} and {list(b.shape)}"
     if b.numel() == 0:
         return None
-    slack = HALF_SLACK if b.dtype.itemsize < 4 else SLACK
     largest = float(b.abs().masked_fill_(b.isinf(), 0).max())
-    limit = slack * torch.finfo(b.dtype).eps * (1 + largest)
+    limit = slack_of(b.dtype) * (1 + largest)
     difference = a.to(torch.promote_types(b.dtype, torch.float32)) - b
     apart = float(difference.masked_fill_(a == b, 0).abs_().max())
     return None if apart <= limit else f"by {apart:.2g}"

@@ -24,7 +24,6 @@ from deeplimit._anatomy.inputs import (
 from deeplimit._anatomy.other_depths import check_kept, with_times
 from deeplimit._anatomy.probing import HeadProbe, alike, check_answer, small_part, watched
 from deeplimit._anatomy.rebuilding import check_rebuilt
-from deeplimit._anatomy.shortcuts import ends_of
 from deeplimit._anatomy.stacks import beside, find_blocks
 from deeplimit._anatomy.stand_ins import ReplayedBlock, charged, state_among, state_of
 from deeplimit.errors import InputError
@@ -151,16 +150,6 @@ class ReadModel(Anatomy):
         Of another layer those from its last norm on, where it has one.
         """
         return list(self.blocks[n].parameters()) if self._of_tokens else super().control(n)
-
-    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
-        """Those of the first row of the table `ENDS` that fits the block."""
-        found = ends_of(block)
-        if found is None:
-            raise InputError(
-                f"where the residual branches of {type(block).__name__} end is not known, so the "
-                "step of its layers cannot be changed, nor the depth; tie and untie work"
-            )
-        return found
 
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
         """The inputs of the blocks, and what comes out at the end."""

@@ -9,12 +9,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from deeplimit._anatomy.checks import shown
-from deeplimit._anatomy.shortcuts import shortcut_of
 from deeplimit._anatomy.stand_ins import form_of, state_among, state_of
 from deeplimit.errors import InputError
 
 Form = Callable[[Tensor], Any]
 LISTS = (nn.ModuleList, nn.Sequential)
+ACTIVATIONS = ("act3", "act2", "act", "relu", "activation")  # a block's last one, whatever its name
 TORCHS = "torch.nn.modules."
 NORMS = {TORCHS + kind for kind in ("normalization", "batchnorm", "instancenorm", "dropout")}
 Calls = dict[nn.Module, list["Seen"]]
@@ -303,3 +303,17 @@ def _none(model: nn.Module, seen: Calls) -> str:
         f"no stack of blocks in {name}: expected a ModuleList or Sequential with two blocks or "
         f"more that return a state of the shape they take, as first argument and first output{what}"
     )
+
+
+def shortcut_of(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """σ(projection(x)) of a residual block that changes the shape; None where it has no such."""
+    for name in ("downsample", "shortcut"):
+        projection = getattr(block, name, None)
+        if not isinstance(projection, nn.Module) or isinstance(projection, nn.Identity):
+            continue
+        activation = next(
+            (getattr(block, n) for n in ACTIVATIONS if callable(getattr(block, n, None))), None
+        )
+        if activation is not None:
+            return lambda x: cast(Any, activation)(projection(x))
+    return None

@@ -62,6 +62,18 @@ def state_of(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
+def with_state(output: Any, x: Tensor) -> Any:
+    """What a block returned, with another state in it; what else is in it stays."""
+    kind = type(output)
+    if isinstance(output, Mapping):
+        first, *others = output
+        return kind(**{first: x}, **{name: output[name] for name in others})
+    if isinstance(output, tuple | list):
+        make = kind._make if hasattr(kind, "_make") else kind
+        return make([x, *output[1:]])
+    return x
+
+
 def form_of(output: Any) -> Callable[[Tensor], Any]:
     """What puts a state in the form of an output; what else is in it stays if it says no numbers.
 

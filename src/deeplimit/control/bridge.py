@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy
+from deeplimit._anatomy.block_call import End, left
+from deeplimit._anatomy.branches import find_end
 from deeplimit._anatomy.checks import shown
 from deeplimit._anatomy.evaluation import begun, evaluating
+from deeplimit._anatomy.injection import slack_of
 from deeplimit._anatomy.inputs import batch_of, first_sample, mapped, placed
 from deeplimit.control.batches import blame_inputs
-from deeplimit.control.branch_end import HALF_SLACK, SLACK, End, find_end, fold, left
+from deeplimit.control.branch_end import fold
 from deeplimit.control.least_squares import Fit, Moments, fits
 from deeplimit.errors import InputError, several
 
@@ -291,10 +294,9 @@ class _Gap:
         m, _, _ = self._student_parts(end, x)
         rows = end.rows(m)
         expected = rows + (rows @ fit.a.T + fit.c) / end.gain
-        slack = HALF_SLACK if m.dtype.itemsize < 4 else SLACK
         # Of what is added up in the weights, which may be more than what comes of it.
         size = 1 + float(fit.a.abs().sum(1).max()) if fit.kind == "linear" else 1.0
-        limit = slack * torch.finfo(m.dtype).eps * size
+        limit = slack_of(m.dtype) * size
         limit *= float(expected.abs().max() + rows.abs().max())
         offsets = (0.0,) if end.mixes else (0.0, 1.0)
         for offset in offsets:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deeplimit.control.branch_end import End
+from deeplimit._anatomy.block_call import End
 
 RIDGES = (0.0, 1e-6, 1e-4, 1e-2, 1.0)
 TINY = 1e-13  # of the largest eigenvalue: directions that the data do not have

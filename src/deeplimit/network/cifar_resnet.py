@@ -267,10 +267,6 @@ class CifarResNetAnatomy(Anatomy):
         other.architecture = replace(other.architecture, depths=depths)
         return other
 
-    def branch_ends(self, block: nn.Module) -> list[nn.Parameter]:
-        """The last norm."""
-        return list(cast(BasicBlock, block).bn2.parameters())
-
     def example(self) -> Inputs | None:
         """A random image."""
         return torch.rand(1, 3, *EXAMPLE_SIZE, generator=torch.Generator().manual_seed(0))

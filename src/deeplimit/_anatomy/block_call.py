@@ -1,0 +1,297 @@
+"""One call of a block, made again with the outputs of its modules changed: what comes out."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from deeplimit._anatomy.injection import slack_of
+from deeplimit._anatomy.stand_ins import state_among, state_of, with_state
+
+if TYPE_CHECKING:
+    from deeplimit._anatomy.anatomy import Anatomy
+
+TRIED = 8  # modules of a block that could be folded into, from its end
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class End:
+    """A module whose output m a block adds to the state: x = y + gain ⊙ m, or ReLU(y + m).
+
+    Attributes:
+        name: of the module, in the model.
+        module: the module.
+        convolution: of a batch norm the convolution that it normalises, where a map can be folded
+            into both; else None.
+        axis: the dimension of m in which the channels are.
+        state_axis: the same of the state.
+        gain: per channel, float64.
+        rest: what gives y where a ReLU follows: a shortcut, or the block itself (its input).
+    """
+
+    name: str
+    module: nn.Module
+    convolution: nn.Conv2d | None
+    axis: int
+    state_axis: int
+    gain: Tensor
+    rest: nn.Module | None = None
+
+    @property
+    def biased(self) -> bool:
+        """Whether a constant can be added."""
+        return getattr(self.module, "bias", None) is not None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether channels can be mixed."""
+        weight = cast(Tensor, self.module.weight)
+        return weight.dim() > 1 or self.convolution is not None
+
+    def rows(self, m: Tensor) -> Tensor:
+        """The output m as float64 [rows, d], those of a sample one after the other."""
+        return _rows(m, self.axis)
+
+    def state_rows(self, x: Tensor) -> Tensor:
+        """A state likewise."""
+        return _rows(x, self.state_axis)
+
+
+def _rows(x: Tensor, axis: int) -> Tensor:
+    return x.movedim(axis, -1).flatten(0, -2).double()
+
+
+class _LeftError(Exception):
+    """The state wanted has left its layer; what follows need not run."""
+
+
+def left(structure: "Anatomy", n: int, run: Callable[[], Any]) -> Tensor | None:
+    """The state that leaves layer n in a forward, which ends there."""
+    found: list[Tensor] = []
+
+    def leaves(x: Tensor) -> None:
+        found.append(x)
+        raise _LeftError
+
+    handle = structure.register_leaving_hook(n, leaves)
+    try:
+        run()
+    except _LeftError:
+        pass
+    finally:
+        handle.remove()
+    return found[-1] if found else None
+
+
+class BlockCall:
+    """One layer's call in a run of the model, which can be made again with outputs changed.
+
+    Attributes:
+        block: the layer's block.
+        x: the state that entered it.
+        out: the state that left it; None where the run showed none.
+        order: its modules, as their calls ended; those that were called once.
+        outputs: the state in what each returned.
+        inputs: the first tensor that each was given.
+    """
+
+    def __init__(self, structure: "Anatomy", n: int, x: Any):
+        self.structure, self.n, self._x = structure, n, x
+        self.block = structure.layers[n].controls[0]
+        self.names = {m: name for name, m in structure.model.named_modules()}
+        self.outputs: dict[nn.Module, Tensor] = {}
+        self.inputs: dict[nn.Module, Tensor] = {}
+        self.counts: dict[nn.Module, int] = {}
+        self._without: dict[tuple[frozenset[nn.Module], nn.Module | None], Tensor] = {}
+        self._given: dict[nn.Module, Tensor] = {}
+        self._returned: dict[nn.Module, Tensor] = {}
+        called: list[nn.Module] = []
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+        def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is self.block:
+                self._call = args, kwargs
+            given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if given is not None:
+                self.inputs[module] = given.clone()  # some are written over later in the block
+                self._given[module] = given
+
+        def leaves(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+            self.counts[module] = self.counts.get(module, 0) + 1
+            called.append(module)
+            if (state := state_of(output)) is not None:
+                self.outputs[module] = state.clone()
+                self._returned[module] = state
+
+        with ExitStack() as stack:
+            for module in self.block.modules():
+                hook = module.register_forward_pre_hook(enters, with_kwargs=True)
+                stack.callback(hook.remove)
+                stack.callback(module.register_forward_hook(leaves).remove)
+            self.out = left(structure, n, partial(structure.run, x))
+        once = (m for m in called if self.counts[m] == 1 and m in self.outputs)
+        self.order = [m for m in once if m is not self.block and self.outputs[m].numel()]
+        self.x = state_among(*self._call)
+
+    def again(
+        self,
+        changes: Mapping[nn.Module, Change] | None = None,
+        at: nn.Module | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        read: nn.Module | None = None,
+    ) -> Tensor:
+        """The state that leaves the layer, called again as it was.
+
+        Args:
+            changes: what to make of the states that modules return.
+            at: a module; then what enters it, in place of what leaves the layer.
+            values: other values of parameters, by their names in the block.
+            read: a module; then what leaves it.
+        """
+        args, kwargs = self._call
+        found: list[Tensor] = []
+        with ExitStack() as stack:
+            for module, change in (changes or {}).items():
+                hook = partial(_changed, change)
+                stack.callback(module.register_forward_hook(hook).remove)
+            if at is not None:
+                keep = at.register_forward_pre_hook(
+                    lambda _, a, k: found.append(cast(Tensor, state_among(a, k)).clone()),
+                    with_kwargs=True,
+                )
+                stack.callback(keep.remove)
+            if read is not None:
+                hook = partial(_kept, found)
+                stack.callback(read.register_forward_hook(hook).remove)
+            run = self.block
+            if values is not None:
+                run = partial(_with_values, run, dict(values))  # type: ignore[assignment]
+            stacks = [s for s in self.structure.stacks if self.n in s.layers and not s.adds]
+            out: Tensor | None
+            if stacks:
+                out = stacks[0].scheme.step([run], args[0], stacks[0].step)
+            else:
+                out = state_of(run(*args, **kwargs))
+        return found[-1] if found else cast(Tensor, out)
+
+    def follows(self, before: nn.Module, module: nn.Module) -> bool:
+        """Whether a module is given what another one returned."""
+        return self._returned.get(before) is self._given.get(module)
+
+    def without(self, silent: Collection[nn.Module], at: nn.Module | None = None) -> Tensor:
+        """What comes out with zeros in place of what these modules return."""
+        key = frozenset(silent), at
+        if key not in self._without:
+            self._without[key] = self.again(dict.fromkeys(silent, torch.zeros_like), at)
+        return self._without[key]
+
+    def passed(
+        self,
+        module: nn.Module,
+        silent: Collection[nn.Module] = (),
+        at: nn.Module | None = None,
+        *,
+        clipped: bool = True,
+    ) -> End | None:
+        """The end x = y + gain ⊙ m, if noise added to what a module returns comes out so.
+
+        Args:
+            module: in the block.
+            silent: other modules that return zeros meanwhile.
+            at: where it comes out, as in `again`.
+            clipped: whether a ReLU may follow, to which a constant is added then.
+        """
+        m, out = self.outputs[module], self.without(silent, at)
+        axis = axis_of(module, m)
+        own = (-1, 1) if axis is None else (axis,)
+        run: Change = partial(self._added, module, silent, at)
+        for axes in dict.fromkeys((k, s) for k in own for s in (k, -1, 1)):
+            if not (m.dim() > 1 < out.dim() and m.shape[axes[0]] == out.shape[axes[1]]):
+                continue
+            if _rows(out, axes[1]).shape != _rows(m, axes[0]).shape:
+                continue
+            gain = _gain(run, out, m, axes)
+            if gain is None and clipped and bool(out.min() >= 0):
+                gain = _gain(run, out, m, axes, 10 * float(out.max() + m.abs().max()))
+            if gain is not None:
+                return End(self.names[module], module, None, *axes, gain)
+        return None
+
+    def _added(
+        self, module: nn.Module, silent: Collection[nn.Module], at: nn.Module | None, noise: Tensor
+    ) -> Tensor:
+        changes: dict[nn.Module, Change] = dict.fromkeys(silent, torch.zeros_like)
+        return self.again(changes | {module: partial(torch.add, noise)}, at)
+
+
+def _gain(
+    run: Change, out: Tensor, m: Tensor, axes: tuple[int, int], far: float = 0.0
+) -> Tensor | None:
+    """What noise added to m comes out times, per channel; None where it is not that alone."""
+    noise = torch.randn(m.shape, generator=torch.Generator().manual_seed(0)).to(m)
+    shape = [1] * m.dim()
+    shape[axes[0]] = -1
+    size = float(out.double().square().mean().sqrt()) or 1.0
+    gain = torch.ones(m.shape[axes[0]], dtype=torch.float64, device=m.device)
+    before = _rows(run(torch.full_like(m, far)) if far else out, axes[1])
+    for _ in range(2):  # again with noise that comes out as large as the state is
+        added = noise * (size / gain).reshape(shape).to(m)
+        other = run(added + far)
+        if other.shape != out.shape:
+            return None
+        change, given = _rows(other, axes[1]) - before, _rows(added, axes[0])
+        gain = (change * given).sum(0) / given.square().sum(0)
+        if bool((gain == 0).any()) or not bool(gain.isfinite().all()):
+            return None
+        apart = (change - gain * given).abs().max()
+        largest = float(before.abs().max() + change.abs().max())
+        if not bool(apart <= slack_of(m.dtype) * largest):
+            return None
+    # A plain sum has this gain, and not what its rounding says.
+    near = (gain - 1).abs().max() <= math.sqrt(torch.finfo(m.dtype).eps)
+    return torch.ones_like(gain) if near else gain
+
+
+def _changed(change: Change, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    return with_state(output, change(cast(Tensor, state_of(output))))
+
+
+def _kept(found: list[Tensor], _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+    found.append(cast(Tensor, state_of(output)).clone())
+
+
+def _with_values(block: nn.Module, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    return functional_call(block, values, args, kwargs)
+
+
+def channels_of(module: nn.Module) -> int:
+    """The channels d of a module whose output a map can be folded into; 0 of another."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        return 0
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        return weight.shape[0]
+    if is_transposed(module):
+        return weight.shape[1]
+    return len(weight) if weight.dim() == 1 else 0
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether its weight is [in, out], as a Conv1D's of transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def axis_of(module: nn.Module, m: Tensor) -> int | None:
+    """The dimension of m in which the channels of a module are; None where it has none."""
+    channels = channels_of(module)
+    images = isinstance(module, nn.Conv2d | nn.GroupNorm | _BatchNorm)
+    axes = (1,) if images else (-1, 1)
+    return next((k for k in axes if m.dim() > 1 and m.shape[k] == channels), None)

@@ -1,0 +1,187 @@
+"""The residual branches of a block, found by trial: no class and no name of a module is known.
+
+A module ends a branch where random numbers added to its output come out of the block again, each
+channel times a constant, and zeros in its place leave something: what the branch is added to. Found
+from the block's end on, each is set to zero before the next is looked for.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from deeplimit._anatomy.block_call import BlockCall, End, axis_of, channels_of
+from deeplimit._anatomy.injection import slack_of
+
+if TYPE_CHECKING:
+    from deeplimit._anatomy.anatomy import Anatomy
+
+TRIED = 8  # modules of a block that could be folded into, from its end
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a block adds to its state at one place.
+
+    Attributes:
+        end: the outermost module whose output is what is added.
+        at: the module whose input the sum is, such as a norm behind it; None: the block's output.
+    """
+
+    end: nn.Module
+    at: nn.Module | None = None
+
+
+def find_branches(call: BlockCall) -> list[Branch]:
+    """The branches of a block in order; a norm or a ReLU may stand behind each sum."""
+    found: list[Branch] = []
+    silent: list[nn.Module] = []
+    at: nn.Module | None = None
+    for module in reversed(call.order):
+        m = call.outputs[module]
+        if any(module in end.modules() for end in silent) or _same(m, call.x):
+            continue  # a part of a branch that was found, or what it is added to
+        if call.passed(module, silent, at) is None:
+            continue
+        if bool(call.without([*silent, module], at).any()):
+            found.append(Branch(module, at))
+            silent.append(module)
+        elif next(module.children(), None) is None and _same_shape(call, module):
+            at = module  # all that there is: a norm, say, behind the sum
+    return found[::-1]
+
+
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.shape == b.shape and a.equal(b)
+
+
+def _same_shape(call: BlockCall, module: nn.Module) -> bool:
+    given = call.inputs.get(module)
+    return given is not None and given.shape == call.outputs[module].shape
+
+
+def parameter_ends(call: BlockCall) -> list[nn.Parameter]:
+    """The parameters in which the branches of a block end: times c they give c times what is added.
+
+    Where nothing is linear in its parameters, those of the last module that has any.
+    """
+    branches = find_branches(call)
+    ends: list[nn.Parameter] = []
+    for branch in branches:
+        ends += _linear_end(call, branch, [b.end for b in branches if b is not branch])
+    return ends
+
+
+def _linear_end(
+    call: BlockCall, branch: Branch, silent: Collection[nn.Module]
+) -> list[nn.Parameter]:
+    start = call.order.index(branch.end)
+    last: list[nn.Parameter] = []
+    for module in reversed(call.order[: start + 1]):
+        sets = list(_parameter_sets(call, module))
+        if not sets:
+            continue
+        end = call.passed(module, silent, branch.at)
+        if end is None:
+            continue
+        scale = _scale(call, end)
+        if scale is not None:
+            return [scale]
+        for own in sets:
+            if _is_linear(call, module, own):
+                return own
+        last = last or sets[0]
+    return last
+
+
+def _parameter_sets(call: BlockCall, module: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Its own parameters, with those of parts that are not called: all, by part, one by one."""
+    own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+    unseen = [part for part in module.children() if not call.counts.get(part)]
+    parts = [list(part.parameters()) for part in unseen]
+    every = [group for group in [own, *parts] if group]
+    if len(every) > 1:
+        yield [p for group in every for p in group]
+    yield from every
+    yield from ([p] for group in every for p in reversed(group) if len(group) > 1)
+
+
+def _scale(call: BlockCall, end: End) -> nn.Parameter | None:
+    """The parameter of the block itself by whose entries what the end returns is multiplied."""
+    if bool((end.gain == 1).all()):
+        return None
+    for p in reversed(list(call.block.parameters(recurse=False))):
+        given = p.detach().double().flatten()
+        if given.shape == end.gain.shape and torch.allclose(given, end.gain, rtol=1e-3, atol=0):
+            return p
+    return None
+
+
+def _is_linear(call: BlockCall, module: nn.Module, own: list[nn.Parameter]) -> bool:
+    """Whether half the parameters give half of what the module returns, near their values."""
+    generator = torch.Generator().manual_seed(0)
+    names = {p: name for name, p in call.block.named_parameters()}
+    near = {names[p]: p + torch.randn(p.shape, generator=generator).to(p) for p in own}
+    half = {name: p / 2 for name, p in near.items()}
+    m, halved = (call.again(values=v, read=module) for v in (near, half))
+    largest = float(m.abs().max())
+    apart = float((halved - m / 2).abs().max())
+    return largest > 0 and apart <= slack_of(m.dtype) * largest
+
+
+def find_end(structure: "Anatomy", n: int, x: Any) -> End | str:
+    """The last module of layer n that a map can be folded into; or why there is none.
+
+    Args:
+        structure: of the model.
+        n: the layer.
+        x: a batch to try it on.
+    """
+    layer = structure.layers[n]
+    if len(layer.controls) > 1:
+        return f"the step of layer {n} uses {len(layer.controls)} blocks"
+    call = BlockCall(structure, n, x)
+    if call.out is None:
+        return f"layer {n} gives no state"
+    uses: dict[int, int] = {}
+    for _, p in structure.model.named_parameters(remove_duplicate=False):
+        uses[id(p)] = uses.get(id(p), 0) + 1
+    foldable = [m for m in reversed(call.order) if channels_of(m)][:TRIED]
+    for module in foldable:
+        m = call.outputs[module]
+        if any(uses[id(p)] > 1 for p in module.parameters(recurse=False)) or not axis_of(module, m):
+            continue
+        end = call.passed(module, clipped=False) or _clipped(call, module)
+        if end is not None:
+            convolution = _convolution(call, module)
+            return End(end.name, module, convolution, end.axis, end.state_axis, end.gain, end.rest)
+    return f"where the last branch of {type(call.block).__name__} ends is not found in its modules"
+
+
+def _clipped(call: BlockCall, module: nn.Module) -> End | None:
+    """The end x = ReLU(y + m), with y the block's input or its shortcut's output."""
+    m, out = call.outputs[module], cast(Tensor, call.out)
+    if m.shape != out.shape or bool(out.min() < 0):
+        return None
+    shortcuts = [getattr(call.block, k, None) for k in ("downsample", "shortcut")]
+    given = [(s, call.outputs.get(s)) for s in shortcuts if isinstance(s, nn.Module)]
+    for rest, y in [*given, (call.block, call.x)]:
+        if y is None or y.shape != m.shape or rest is module:
+            continue
+        apart = float(((y + m).relu() - out).abs().max())
+        if apart <= slack_of(m.dtype) * float(out.max()):
+            axis = cast(int, axis_of(module, m))
+            gain = torch.ones(m.shape[axis], dtype=torch.float64, device=m.device)
+            return End(call.names[module], module, None, axis, axis, gain, rest)
+    return None
+
+
+def _convolution(call: BlockCall, module: nn.Module) -> nn.Conv2d | None:
+    """What a batch norm normalises by its running statistics, if that is a convolution's output."""
+    if not isinstance(module, _BatchNorm) or module.running_mean is None:
+        return None
+    every = (m for m in call.order if isinstance(m, nn.Conv2d) and call.follows(m, module))
+    return next(every, None)
