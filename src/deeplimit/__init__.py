@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from deeplimit.meanfield import (
         LayerwiseMeasure,
-        convergence_certificate,
+        certify_convergence,
         cot_distance,
         cot_geodesic,
         particle_flow,
@@ -45,9 +45,9 @@ __all__ = [
     "SoftCrossEntropy",
     "StageCost",
     "anatomy",
+    "certify_convergence",
     "choose_cut",
     "coarsen",
-    "convergence_certificate",
     "cot_distance",
     "cot_geodesic",
     "crop",
@@ -74,10 +74,10 @@ __getattr__, __dir__ = lazy(
         "control": "SoftCrossEntropy StageCost choose_cut crop dissipativity turnpike_profile "
         "verify_crop",
         "gradient": "drift gradient_error plan_anchors use_adjoint use_backprop",
-        "meanfield": "LayerwiseMeasure convergence_certificate cot_distance cot_geodesic "
-        "particle_flow",
+        "meanfield": "LayerwiseMeasure certify_convergence cot_distance cot_geodesic particle_flow",
         "network": "Euler Heun ResidualChain anatomy",
         "ode": "coarsen discretization_gap refine smoothness tie untie",
         "training": "heal",
     },
+    {"convergence_certificate": "certify_convergence"},
 )

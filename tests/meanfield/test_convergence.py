@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from deeplimit import InputError
-from deeplimit.meanfield.convergence import ConvergenceCertificate, convergence_certificate
+from deeplimit.meanfield.convergence import ConvergenceCertificate, certify_convergence
 from deeplimit.meanfield.flow import particle_flow
 from deeplimit.meanfield.kernel import feature_kernel
 from deeplimit.network import Architecture, LinearResidual, ResidualChain
@@ -25,7 +25,7 @@ def certified(
     model: nn.Module, lr: float, steps: int, x: Tensor = X, y: Tensor = TARGET, **settings: Any
 ) -> ConvergenceCertificate:
     """The plain flow, recorded at every step."""
-    flow, recorder = particle_flow(model, lr), convergence_certificate(model, **settings)
+    flow, recorder = particle_flow(model, lr), certify_convergence(model, **settings)
     for k in range(steps):
         flow.zero_grad()
         risk = risk_of(model, x, y)
@@ -131,7 +131,7 @@ def test_steps_that_are_no_gradient_flow_break_the_budget() -> None:
     """Momentum carries it past the target: the distance is what tells."""
     model, target, m = quadratic()
     flow = particle_flow(model, 0.05 / m, momentum=0.98)
-    recorder = convergence_certificate(model, m=m * 0.99)
+    recorder = certify_convergence(model, m=m * 0.99)
     for k in range(60):
         flow.zero_grad()
         risk = risk_of(model, X, target)
@@ -149,7 +149,7 @@ def test_steps_that_are_no_gradient_flow_break_the_budget() -> None:
 
 def test_both_conditions_can_break_at_once() -> None:
     model, target, m = quadratic()
-    recorder = convergence_certificate(model, m=m / 2)
+    recorder = certify_convergence(model, m=m / 2)
     risk_of(model, X, target).backward()
     recorder.record(0.0, 1.0)
     model[0].outer.weight.data.add_(100.0)
@@ -164,7 +164,7 @@ def test_both_conditions_can_break_at_once() -> None:
 def test_a_risk_above_the_curve_breaks_it() -> None:
     """Conditions kept, but the time given runs faster than the training."""
     model, target = near()
-    flow, recorder = particle_flow(model, 0.5), convergence_certificate(model)
+    flow, recorder = particle_flow(model, 0.5), certify_convergence(model)
     for k in range(5):
         flow.zero_grad()
         risk = risk_of(model, APART, target)
@@ -228,7 +228,7 @@ def naive_distance(a: ResidualChain, b: ResidualChain) -> float:
 def test_distance_and_path_are_those_of_the_measures() -> None:
     """Particles that change places: a long path, no distance."""
     model = chain(3, 6)
-    recorder = convergence_certificate(model)
+    recorder = certify_convergence(model)
     recorder.record(0.0, backward(model))
     places = [model, reordered(model), chain(3, 6, seed=5)]
     path, last = 0.0, model
@@ -253,8 +253,8 @@ def test_what_is_trained_besides_belongs_to_slope_and_distance() -> None:
     torch.manual_seed(0)
     a = Architecture("vector", (5,), 2, (3,), STATE, hidden=6, activation="tanh", step=1 / 3)
     model = a.build().double()
-    recorder = convergence_certificate(model, others=0.25)
-    alone = convergence_certificate(model, others=0.0)
+    recorder = certify_convergence(model, others=0.25)
+    alone = certify_convergence(model, others=0.0)
     x, y = drawn(7, 5), drawn(7, 2, seed=4)
     flow = particle_flow(model, 0.5, others=0.25)
     before = copy.deepcopy(model)
@@ -303,7 +303,7 @@ def test_it_is_written_as_json() -> None:
 def test_a_risk_within_rounding_of_its_infimum_counts_as_it() -> None:
     """A minimum reached is no violation, though nothing is left of m̂."""
     model = chain(2, 5)
-    recorder = convergence_certificate(model, infimum=0.7)
+    recorder = certify_convergence(model, infimum=0.7)
     backward(model)
     recorder.record(0.0, 0.9)
     recorder.record(1.0, 0.7 + 1e-16)
@@ -324,7 +324,7 @@ def test_the_flow_travels_the_same_at_every_width_and_sgd_does_not() -> None:
     for name, make in ways.items():
         for copies in (2, 8):
             model = repeated(chain(3, 4), copies)
-            optimizer, recorder = make(model), convergence_certificate(model)
+            optimizer, recorder = make(model), certify_convergence(model)
             for k in range(8):
                 recorder.record(float(k), backward(model))
                 optimizer.step()
@@ -357,12 +357,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_settings_out_of_range(case: str) -> None:
     settings, message = SETTINGS[case]
     with pytest.raises(InputError, match=message):
-        convergence_certificate(chain(2, 3), **settings)
+        certify_convergence(chain(2, 3), **settings)
 
 
 def test_a_network_that_is_no_mean_of_particles() -> None:
     with pytest.raises(InputError, match="LinearResidual is not a mean of particles"):
-        convergence_certificate(ResidualChain([LinearResidual(3)]))
+        certify_convergence(ResidualChain([LinearResidual(3)]))
 
 
 WRONG: dict[str, tuple[float, float, str]] = {
@@ -377,7 +377,7 @@ WRONG: dict[str, tuple[float, float, str]] = {
 def test_records_that_are_refused_leave_no_trace(case: str) -> None:
     time, risk, message = WRONG[case]
     model = chain(2, 3)
-    recorder = convergence_certificate(model)
+    recorder = certify_convergence(model)
     recorder.record(1.0, backward(model))
     with pytest.raises(InputError, match=message):
         recorder.record(time, risk)
@@ -386,7 +386,7 @@ def test_records_that_are_refused_leave_no_trace(case: str) -> None:
 
 def test_starts_where_there_is_nothing_to_certify() -> None:
     model = chain(2, 3)
-    recorder = convergence_certificate(model)
+    recorder = certify_convergence(model)
     with pytest.raises(InputError, match="nothing was recorded"):
         recorder.certificate()
     with pytest.raises(InputError, match="the parameters have no gradients"):

@@ -6,8 +6,8 @@ import torch
 from scipy.optimize import linprog
 
 from deeplimit.errors import RunError
-from deeplimit.meanfield import LayerwiseMeasure, cot_distance, cot_geodesic, exact, narrow
-from deeplimit.meanfield.costs import squared_distances
+from deeplimit.meanfield import LayerwiseMeasure, cot_distance, cot_geodesic, couplings, narrow
+from deeplimit.meanfield.couplings import squared_distances
 
 SHARE = 0.01  # of the mass, at the far particle
 
@@ -99,7 +99,7 @@ def test_narrow_says_how_far_it_is_beside_a_far_particle() -> None:
 
 def test_a_wrong_coupling_is_found_out_and_solved_again(monkeypatch) -> None:
     a, b, square = shared(15, 22, 10.0, 0.1)
-    right, answers = exact._transport, []
+    right, answers = couplings._transport, []
 
     def independent(costs: np.ndarray, p: np.ndarray, q: np.ndarray) -> tuple:
         i, j = np.indices(costs.shape).reshape(2, -1)
@@ -109,10 +109,10 @@ def test_a_wrong_coupling_is_found_out_and_solved_again(monkeypatch) -> None:
         answers.append(costs)
         return (right if len(answers) > 1 else independent)(costs, p, q)
 
-    monkeypatch.setattr(exact, "_transport", first_wrong)
+    monkeypatch.setattr(couplings, "_transport", first_wrong)
     assert cot_distance(a, b).distance ** 2 == pytest.approx(square, rel=1e-9)
     assert len(answers) == 2
-    monkeypatch.setattr(exact, "_transport", independent)
+    monkeypatch.setattr(couplings, "_transport", independent)
     with pytest.raises(RunError, match=r"of \(16, 23\) atoms: the coupling found costs .*proven"):
         cot_distance(a, b)
 
@@ -124,9 +124,9 @@ def test_potentials_are_feasible_for_any_coupling_and_tight_for_the_best(seed: i
     costs = squared_distances(x, y)
     p, q = generator.dirichlet(np.ones(12)), generator.dirichlet(np.ones(17))
     i, j = generator.integers(0, 12, 25), generator.integers(0, 17, 25)
-    best = exact._transport(costs, p, q)[:2]
+    best = couplings._transport(costs, p, q)[:2]
     for rows, columns in ((i, j), best):
-        f, g = exact.potentials(costs, rows, columns, np.zeros(12))
+        f, g = couplings.potentials(costs, rows, columns, np.zeros(12))
         assert (costs - f[:, None] - g[None]).min() >= -1e-9 * np.abs(f).max()
         assert p @ f + q @ g <= naive(x, y, p, q) * (1 + 1e-9)
     assert p @ f + q @ g == pytest.approx(naive(x, y, p, q), rel=1e-9)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from deeplimit.meanfield.flow import ParticleFlow, particle_flow
-from deeplimit.meanfield.slope import slope
+from deeplimit.meanfield import ParticleFlow, particle_flow, slope
 from deeplimit.network import (
     Architecture,
     ConvolutionalResidual,

@@ -9,8 +9,7 @@ from flow_networks import backward, chain
 from torch import Tensor, nn
 
 from deeplimit import InputError
-from deeplimit.meanfield.flow import particle_flow
-from deeplimit.meanfield.slope import slope
+from deeplimit.meanfield import particle_flow, slope
 from deeplimit.network import (
     ConvolutionalResidual,
     Heun,

@@ -283,7 +283,6 @@ def test_t_outside(t: float) -> None:
 def test_wrong_arguments() -> None:
     a, b = framed(1), framed(2)
     wrong: list[tuple[str, dict]] = [
-        ("expected one of equal, interpolate", {"frame": "first"}),
         ("needs batch", {"align": True}),
         ("has no plans", {"transport": cot_distance(a, b)}),
         (

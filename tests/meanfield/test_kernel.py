@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deeplimit import InputError
+from deeplimit.meanfield import slope
 from deeplimit.meanfield.kernel import feature_kernel
-from deeplimit.meanfield.slope import slope
 from deeplimit.network import (
     Architecture,
     ConvolutionalResidual,

@@ -6,7 +6,7 @@ SCRIPT = """
 import torch
 from deeplimit import ResidualChain
 from deeplimit.meanfield import (
-    LayerwiseMeasure, align_streams, convergence_certificate, cot_distance, cot_geodesic,
+    LayerwiseMeasure, align_streams, certify_convergence, cot_distance, cot_geodesic,
     feature_kernel, merge, narrow, particle_flow, slope, widen,
 )
 from deeplimit.network import Architecture
@@ -16,7 +16,7 @@ chain = ResidualChain([TwoLayerResidual(3, 6) for _ in range(2)], step=0.5)
 vector = Architecture("vector", (5,), 2, (2,), 3, hidden=4).build()
 measure, x = LayerwiseMeasure.of(chain), torch.randn(5, 3)
 plans = cot_distance(chain, chain, plans=True)
-recorder = convergence_certificate(chain)
+recorder = certify_convergence(chain)
 calls = []
 for m in (None, "runs/a", 3):
     calls += [
@@ -32,7 +32,7 @@ for m in (None, "runs/a", 3):
         lambda m=m: widen(m, 2),
         lambda m=m: narrow(m, 2),
         lambda m=m: particle_flow(m, 0.1),
-        lambda m=m: convergence_certificate(m),
+        lambda m=m: certify_convergence(m),
         lambda m=m: feature_kernel(m, x),
         lambda m=m: align_streams(m, vector, x),
         lambda m=m: align_streams(vector, m, x),
@@ -40,7 +40,7 @@ for m in (None, "runs/a", 3):
         lambda m=m: feature_kernel(chain, m),
         lambda m=m: align_streams(vector, vector, m),
     ]
-calls += [lambda f=f: f(measure) for f in (slope, convergence_certificate)]
+calls += [lambda f=f: f(measure) for f in (slope, certify_convergence)]
 calls += [lambda: particle_flow(measure, 0.1), lambda: feature_kernel(measure, x)]
 calls += [lambda: merge(chain), lambda: LayerwiseMeasure([1, 2])]
 weights = ([[0.5, 0.5]], 0.5, "ab", [None])
@@ -58,8 +58,8 @@ for n in ("x", None, [0.5], 1j, torch.ones(2), True):
         lambda n=n: particle_flow(chain, 0.1, eps=n),
         lambda n=n: particle_flow(chain, 0.1, others=n),
         lambda n=n: slope(chain, others=n),
-        lambda n=n: convergence_certificate(chain, infimum=n),
-        lambda n=n: convergence_certificate(chain, m=n or "none"),
+        lambda n=n: certify_convergence(chain, infimum=n),
+        lambda n=n: certify_convergence(chain, m=n or "none"),
         lambda n=n: recorder.record(n, 1.0),
         lambda n=n: recorder.record(0.0, n),
     ] if not isinstance(n, torch.Tensor) else [lambda n=n: cot_geodesic(chain, chain, n)]
@@ -75,6 +75,8 @@ calls += [lambda w=w: merge([chain, chain], w) for w in (0.5, "ab", [1.0], ["a",
 calls += [lambda b=b: particle_flow(chain, 0.1, betas=b) for b in ((0.9,), 0.9, "ab", (0.9, "b"))]
 calls += [lambda b=b: particle_flow(chain, 0.1, betas=b) for b in ((), (0.9, 0.99, 0.999))]
 calls += [lambda p=p: cot_geodesic(chain, chain, 0.5, transport=p) for p in ("x", 3)]
+calls += [lambda: cot_geodesic(chain, chain, 0.5, frame="mean")]
+calls += [lambda: merge([chain, chain], frame="mean")]
 calls += [lambda: feature_kernel(chain, x.int()), lambda: narrow(chain, 2, seed=2**32)]
 """
 

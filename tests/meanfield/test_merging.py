@@ -125,7 +125,6 @@ WRONG = {
     "negative": ({"weights": [-1.0, 2.0]}, "of sum 1"),
     "start": ({"start": 2}, "start is 2; expected a whole number from 0 to 1"),
     "iterations": ({"iterations": 0}, "iterations is 0; expected a whole number ≥ 1"),
-    "frame": ({"frame": "mean"}, "expected one of equal"),
 }
 
 

@@ -13,7 +13,7 @@ from measured_networks import classifier, cloud
 
 from deeplimit import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance
-from deeplimit.meanfield.costs import squared_distances
+from deeplimit.meanfield.couplings import squared_distances
 
 SEEDS = st.integers(0, 10**6)
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 6))  # layers, particles
@@ -90,7 +90,9 @@ def test_layers_that_meet_again_are_solved_once(monkeypatch) -> None:
 
     calls = []
     solve = transport._solve
-    monkeypatch.setattr(transport, "_solve", lambda *pair: calls.append(pair) or solve(*pair))
+    monkeypatch.setattr(
+        transport, "_solve", lambda *pair, **how: calls.append(pair) or solve(*pair, **how)
+    )
     a, b = cloud(2, 4, P), cloud(2, 4, P, seed=1)
     split = LayerwiseMeasure(
         [a.layers[n] for n in (0, 0, 1, 1)], [a.masses[n] for n in (0, 0, 1, 1)]

@@ -13,7 +13,7 @@ import torch
 from plotly import graph_objects as go
 from rich.console import Console
 
-from deeplimit.meanfield import ConvergenceCertificate, convergence_certificate, particle_flow
+from deeplimit.meanfield import ConvergenceCertificate, certify_convergence, particle_flow
 from deeplimit.network import ResidualChain, TwoLayerResidual
 from deeplimit.report import render_page
 from deeplimit.report.certificate import certificate_figures
@@ -51,7 +51,7 @@ def certificate(m: float | None = None) -> ConvergenceCertificate:
         for block in chain:
             block.outer.weight.normal_().div_(48)
     x, y = torch.randn(2, 3, 2, dtype=torch.float64)
-    optimizer, recorder = particle_flow(chain, 0.1), convergence_certificate(chain, m=m)
+    optimizer, recorder = particle_flow(chain, 0.1), certify_convergence(chain, m=m)
     for k in range(6):
         optimizer.zero_grad()
         risk = (chain(x) - y).square().sum() / 6

@@ -1,19 +1,22 @@
 """The limit of infinite width: networks as measures, their distance, geodesics, gradient flow."""
 
-from deeplimit.meanfield.alignment import align_streams
-from deeplimit.meanfield.convergence import (
-    ConvergenceCertificate,
-    ConvergenceRecorder,
-    convergence_certificate,
-)
-from deeplimit.meanfield.flow import ParticleFlow, particle_flow
-from deeplimit.meanfield.geodesic import cot_geodesic
-from deeplimit.meanfield.kernel import FeatureKernel, feature_kernel
-from deeplimit.meanfield.measure import LayerwiseMeasure
-from deeplimit.meanfield.merging import Merged, merge
-from deeplimit.meanfield.slope import slope
-from deeplimit.meanfield.transport import CotDistance, Plan, cot_distance
-from deeplimit.meanfield.width import Narrowed, narrow, widen
+from typing import TYPE_CHECKING
+
+from deeplimit.lazy import lazy
+
+if TYPE_CHECKING:
+    from deeplimit.meanfield.alignment import align_streams
+    from deeplimit.meanfield.convergence import (
+        ConvergenceCertificate,
+        ConvergenceRecorder,
+        certify_convergence,
+    )
+    from deeplimit.meanfield.flow import ParticleFlow, particle_flow, slope
+    from deeplimit.meanfield.geodesic import Merged, cot_geodesic, merge
+    from deeplimit.meanfield.kernel import FeatureKernel, feature_kernel
+    from deeplimit.meanfield.measure import LayerwiseMeasure
+    from deeplimit.meanfield.transport import CotDistance, Plan, cot_distance
+    from deeplimit.meanfield.width import Narrowed, narrow, widen
 
 __all__ = [
     "ConvergenceCertificate",
@@ -26,7 +29,7 @@ __all__ = [
     "ParticleFlow",
     "Plan",
     "align_streams",
-    "convergence_certificate",
+    "certify_convergence",
     "cot_distance",
     "cot_geodesic",
     "feature_kernel",
@@ -36,3 +39,18 @@ __all__ = [
     "slope",
     "widen",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "alignment": "align_streams",
+        "convergence": "ConvergenceCertificate ConvergenceRecorder certify_convergence",
+        "flow": "ParticleFlow particle_flow slope",
+        "geodesic": "Merged cot_geodesic merge",
+        "kernel": "FeatureKernel feature_kernel",
+        "measure": "LayerwiseMeasure",
+        "transport": "CotDistance Plan cot_distance",
+        "width": "Narrowed narrow widen",
+    },
+    {"convergence_certificate": "certify_convergence"},
+)

@@ -5,14 +5,12 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from scipy.linalg import orthogonal_procrustes
 from torch import Tensor, nn
 
 from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.evaluation import Inputs, evaluating
 from deeplimit.errors import InputError
-from deeplimit.meanfield.checks import check_batch
-from deeplimit.meanfield.frame import ChainFrame
+from deeplimit.meanfield.frame import ChainFrame, check_batch
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 
 
@@ -46,9 +44,9 @@ def aligned(a: LayerwiseMeasure, b: LayerwiseMeasure, batch: Inputs) -> Layerwis
     ratio = (len(coarse) - 1) / (len(fine) - 1)
     met = [coarse[round(n * ratio)] for n in range(len(fine))]
     mine, theirs = (fine, met) if len(x) >= len(y) else (met, fine)
-    # scipy's R is of |B R − A|, samples in rows: x^b R = (Q x^b)ᵀ with Q = Rᵀ.
-    found, _ = orthogonal_procrustes(torch.cat(theirs).numpy(), torch.cat(mine).numpy())
-    return _turned(b, frame, torch.from_numpy(found).T)
+    # Of max tr(Q Σ x^b x^aᵀ): samples are rows here.
+    u, _, v = torch.linalg.svd(torch.cat(mine).T @ torch.cat(theirs))
+    return _turned(b, frame, u @ v)
 
 
 def _turnable(measure: LayerwiseMeasure) -> ChainFrame:
@@ -104,9 +102,9 @@ def _turned(b: LayerwiseMeasure, frame: ChainFrame, rotation: Tensor) -> Layerwi
         return torch.tensordot(values, q, dims=([axis], [1])).movedim(-1, axis)
 
     layers = []
-    for particles, form in zip(b.layers, frame.forms, strict=True):
-        parts = form.split(particles)
-        layers.append(form.join(parts | {name: turn(parts[name], 1) for name in ("u", "w")}))
+    for particles, layout in zip(b.layers, frame.layouts, strict=True):
+        parts = layout.split(particles)
+        layers.append(layout.join(parts | {name: turn(parts[name], 1) for name in ("u", "w")}))
     template = copy.deepcopy(frame.template)
     stem, head = cast(tuple[nn.Module, nn.Linear], _around(template))
     for parameter in stem.parameters():

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError
-from deeplimit.meanfield.coordinates import Coordinate, coordinates
+from deeplimit.meanfield.flow import Coordinate, coordinates, length, slope_of
 from deeplimit.meanfield.measure import LayerwiseMeasure
-from deeplimit.meanfield.slope import length, slope_of
+from deeplimit.meanfield.neurons import model_of
 from deeplimit.meanfield.transport import cot_distance
 from deeplimit.network.blocks import check_values
 
@@ -59,10 +60,10 @@ class ConvergenceCertificate:
 
 
 class ConvergenceRecorder:
-    """Records a training for its certificate; made by `convergence_certificate`."""
+    """Records a training for its certificate; made by `certify_convergence`."""
 
-    def __init__(self, model: nn.Module, infimum: float, m: float | None, others: float):
-        self.model = model
+    def __init__(self, model: nn.Module | Anatomy, infimum: float, m: float | None, others: float):
+        self.model = model_of(model)
         self.infimum = check_number("the infimum of the risk", infimum, "a finite number")
         expected = (
             "a number above 0: a kernel that is singular guarantees no rate; leave m out for half "
@@ -166,8 +167,8 @@ class _Record:
     path: float
 
 
-def convergence_certificate(
-    model: nn.Module, *, infimum: float = 0.0, m: float | None = None, others: float = 1.0
+def certify_convergence(
+    model: nn.Module | Anatomy, *, infimum: float = 0.0, m: float | None = None, others: float = 1.0
 ) -> ConvergenceRecorder:
     """A recorder that says whether the training of a network keeps a rate fixed at its start.
 
@@ -182,7 +183,7 @@ def convergence_certificate(
     (With m the least m̂ of the whole run both conditions would hold always, and prove nothing.)
 
         optimizer = particle_flow(model, lr)
-        recorder = convergence_certificate(model, infimum=loss.minimum)
+        recorder = certify_convergence(model, infimum=loss.minimum)
         for k in range(steps):
             optimizer.zero_grad()
             risk = loss(model(x), y).mean()

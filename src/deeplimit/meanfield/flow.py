@@ -1,17 +1,220 @@
-"""Training as a gradient flow of measures: an optimiser whose steps do not know width and depth."""
+"""Training as a gradient flow of measures: its metric, its slope, and an optimiser.
+
+Its steps do not know width and depth.
+"""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import check_number, shown
 from deeplimit.errors import InputError
-from deeplimit.meanfield.coordinates import Coordinate, coordinates
+from deeplimit.meanfield.neurons import (
+    check_additive,
+    find_neurons,
+    model_of,
+    particle_stacks,
+    read,
+)
+from deeplimit.network.blocks import check_values
+
+Role = Literal["particle", "offset", "other"]
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """A parameter θ as part of a point ω = scale · θ that has a mass.
+
+    With the squared length Σ mass ‖dω‖² the gradient flow of a risk L moves θ by
+
+        dθ/dt = −rate ∂L/∂θ,    rate = 1/(mass · scale²).
+
+    Attributes:
+        parameter: θ.
+        scale: ∂ω/∂θ: N·M·h for the output weights of particles, 1 for their inner weights.
+        mass: of one particle, 1/(N·M).
+        role: a part of particles, the bias that all particles of a layer share, or neither.
+    """
+
+    parameter: nn.Parameter
+    scale: float
+    mass: float
+    role: Role
+
+    @property
+    def rate(self) -> float:
+        """1/(mass · scale²)."""
+        return 1 / (self.mass * self.scale**2)
+
+
+@dataclass(frozen=True)
+class ParticleLayer:
+    """The parameters of x + h (Σ_i V_i σ(w_i·x + b_i) + c), a layer of M particles.
+
+    Attributes:
+        inner: W and b, or whatever else stands before V.
+        outer: V.
+        offset: c, or None.
+        width: M.
+        length: Δ of its cell of depth: 1/N.
+        step: h.
+    """
+
+    inner: tuple[nn.Parameter, ...]
+    outer: nn.Parameter
+    offset: nn.Parameter | None
+    width: int
+    length: float
+    step: float
+
+    def coordinates(self) -> Iterator[Coordinate]:
+        """Of all its parameters."""
+        mass = self.length / self.width
+        for parameter in self.inner:
+            yield Coordinate(parameter, 1.0, mass, "particle")
+        yield Coordinate(self.outer, self.step / mass, mass, "particle")
+        if self.offset is not None:
+            yield Coordinate(self.offset, self.step / self.length, self.length, "offset")
+
+
+def coordinates(model: nn.Module | Anatomy, others: float = 1.0) -> tuple[Coordinate, ...]:
+    """The coordinates of a network's trainable parameters.
+
+    An ordinary block Σ_i V_i σ(w_i·x + b_i) with step h, one of N layers, is a mean of M particles
+    ω_i = (u_i, w_i, b_i) of mass 1/(N·M) with u_i = N·M·h·V_i, so that V has the rate 1/(N·M·h²), W
+    and b have N·M. A bias c behind V is the same for all particles of a layer: the point N·h·c of
+    mass 1/N. Layers that share a parameter add their masses. As in `LayerwiseMeasure` K stages
+    divide the depth evenly, so that N is K times the layers of the stage.
+
+    Args:
+        model: one with `ResidualChain`s, or one that `anatomy` can read, which has h = 1.
+        others: the rate of the parameters that belong to no particle; at 0 they are left out.
+
+    Raises:
+        InputError: a network that is not a mean of particles, or has parameters without values or
+            not finite, or `others` is negative.
+    """
+    model = model_of(model)
+    expected = "a number ≥ 0, 0 to leave them as they are"
+    others = check_number("others", others, expected, lambda v: math.isfinite(v) and v >= 0)
+    check_values(model.named_parameters())
+    found: dict[nn.Parameter, Coordinate] = {}
+    for layer in particle_layers(model):
+        for new in layer.coordinates():
+            old = found.get(new.parameter)
+            if old is not None and old.scale != new.scale:
+                raise InputError(
+                    "a parameter is shared by layers of different steps, or of stages of different "
+                    "depth; its particles have no common scale: give each its own"
+                )
+            mass = new.mass + (old.mass if old else 0.0)
+            found[new.parameter] = Coordinate(new.parameter, new.scale, mass, new.role)
+    if others > 0:
+        rest = [p for p in model.parameters() if p not in found]
+        found |= {p: Coordinate(p, 1.0, 1 / others, "other") for p in rest}
+    return tuple(c for p, c in found.items() if p.requires_grad)
+
+
+def particle_layers(model: nn.Module) -> list[ParticleLayer]:
+    """The layers of a network, as means of particles.
+
+    Raises:
+        InputError: it has none, or one that is not.
+    """
+    checked: set[object] = set()
+    stacks = particle_stacks(model)
+    layers = [
+        _of_block(block, 1 / (len(stacks) * len(stack.blocks)), stack.step, checked)
+        for stack in stacks
+        for block in stack.blocks
+    ]
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no layers, so no particles")
+    return layers
+
+
+def _of_block(block: nn.Module, length: float, step: float, checked: set[object]) -> ParticleLayer:
+    """One layer, which must be a sum over its particles."""
+    neurons = find_neurons(block)
+    for path in (neurons.norm, neurons.last_norm):
+        if path and not isinstance(block.get_submodule(path), nn.Identity):
+            raise InputError(
+                f"a {type(block).__name__} with norms is not a mean of particles while it is "
+                "trained: a norm's statistics go by the batch, or by all of them together; build "
+                'it without ("none")'
+            )
+    reading = read(block, neurons)
+    check_additive(block, neurons, reading, checked)
+    last = block.get_submodule(neurons.columns)
+    return ParticleLayer(
+        inner=tuple(p for row in neurons.rows for p in block.get_submodule(row).parameters()),
+        outer=cast(nn.Parameter, last.weight),
+        offset=cast(nn.Parameter | None, last.bias),
+        width=len(reading.particles),
+        length=length,
+        step=step,
+    )
+
+
+def slope(model: nn.Module | Anatomy, *, others: float = 1.0) -> float:
+    """‖∇L‖_μ of the risk L whose gradients the parameters have now, after `loss.backward()`.
+
+        ‖∇L‖²_μ = N·M·Σ_{n,i} ‖∂L/∂ω_{n,i}‖²,    ω = (u, w, b),  u = N·M·h·V,
+
+    summed over layers of widths M_n where these differ; in the parameters that a network holds
+    Σ_n ‖∂L/∂V‖²/(N·M·h²) + N·M·(‖∂L/∂W‖² + ‖∂L/∂b‖²). What is trained besides belongs to the flow:
+    a layer's bias c behind V adds ‖∂L/∂c‖²/(N·h²), other parameters add others·‖∂L/∂θ‖². Along the
+    flow dL/dt = −‖∇L‖²_μ.
+
+    Args:
+        model: the network, as for `particle_flow`.
+        others: as given to `particle_flow`; 0 for a flow of the particles alone.
+
+    Frozen parameters and those without a gradient count as 0.
+
+    Raises:
+        InputError: a network that is not a mean of particles, no gradient at all, or values that
+            are not finite.
+
+    Source: [BPV24] arXiv 2403.12887.
+    """
+    return slope_of(coordinates(model, others))
+
+
+@torch.no_grad()
+def slope_of(every: Sequence[Coordinate]) -> float:
+    """√(Σ rate ‖∂L/∂θ‖²), from the gradients that the parameters have now.
+
+    Raises:
+        InputError: none has one, or they are not finite.
+    """
+    with_gradient = [(c.rate, c.parameter.grad) for c in every if c.parameter.grad is not None]
+    if not with_gradient:
+        raise InputError("the parameters have no gradients; call loss.backward() first")
+    value = math.sqrt(sum(rate * _square(grad) for rate, grad in with_gradient))
+    if not math.isfinite(value):
+        raise InputError(
+            "the gradients have numbers that are not finite; take weights from before the training "
+            "diverged, or a smaller lr"
+        )
+    return value
+
+
+@torch.no_grad()
+def length(changes: Iterable[tuple[Coordinate, Tensor]]) -> float:
+    """√(Σ mass ‖dω‖²) of changes dθ of parameters: ω = scale · θ."""
+    return math.sqrt(sum(_square(change) / c.rate for c, change in changes))
+
+
+def _square(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.double()).square())
 
 
 class ParticleFlow(Optimizer):
@@ -91,7 +294,7 @@ def _adam(
 
 
 def particle_flow(
-    model: nn.Module,
+    model: nn.Module | Anatomy,
     lr: float,
     *,
     momentum: float = 0.0,
@@ -151,7 +354,8 @@ def particle_flow(
     every = coordinates(model, others)
     if not every:
         raise InputError(
-            f"no parameter of this {type(model).__name__} is to be trained; set requires_grad"
+            f"no parameter of this {type(model_of(model)).__name__} is to be trained; set "
+            "requires_grad"
         )
     groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for c in every:

@@ -1,4 +1,4 @@
-"""What of a network is no particle: stem, head, norms, attention; the network built on it."""
+"""A network taken apart into its particles and its frame, what is no particle; and put together."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -10,18 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy import anatomy
+from deeplimit._anatomy import Anatomy, anatomy
+from deeplimit._anatomy.checks import shown
 from deeplimit.errors import InputError
-from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, same_grid
+from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, same_grid, uniform_grid
+from deeplimit.meanfield.layers import Norms
 from deeplimit.meanfield.neurons import (
-    Form,
+    BlockParticles,
     Neurons,
-    Reading,
+    ParticleLayout,
+    check_additive,
+    find_neurons,
+    model_of,
     particle_buffers,
     particle_parameters,
+    particle_stacks,
+    read,
     write,
 )
-from deeplimit.meanfield.norms import Norms
+from deeplimit.network.blocks import check_values
 
 NAMED = 3  # names listed in an error
 ROUNDING = 64  # in units of the precision
@@ -33,13 +40,13 @@ class Frame(ABC):
 
     Attributes:
         template: the network, its particles left out.
-        forms: of each layer, what its particles are.
+        layouts: of each layer, what its particles are.
         offsets: of each layer the output bias c as a density in depth, h c / Δ, or None.
         breakpoints: of the layers, s_0 … s_N.
     """
 
     template: nn.Module
-    forms: tuple[Form, ...]
+    layouts: tuple[ParticleLayout, ...]
     offsets: tuple[Tensor | None, ...]
     breakpoints: Breakpoints
 
@@ -53,7 +60,7 @@ class Frame(ABC):
         """Parameters and buffers by their names, less those of the particles."""
 
     @abstractmethod
-    def build(self, layers: Sequence[Reading]) -> nn.Module:
+    def build(self, layers: Sequence[BlockParticles]) -> nn.Module:
         """The network with these neurons in its layers."""
 
     @abstractmethod
@@ -69,7 +76,7 @@ class Frame(ABC):
     ) -> nn.Module:
         """V_i = Δ m_i u_i / h for atoms of weight m_i in a cell of length Δ, and so the offsets."""
         cells = zip(
-            self.forms,
+            self.layouts,
             layers,
             weights,
             self.offsets,
@@ -79,14 +86,16 @@ class Frame(ABC):
             strict=True,
         )
         readings = []
-        for form, particles, mass, offset, length, width, norm in cells:
+        for layout, particles, mass, offset, length, width, norm in cells:
             factor = length / self.step
             # Where layers differ in width those that are missing are neurons of zeros.
-            padded = particles.new_zeros(width, form.size)
+            padded = particles.new_zeros(width, layout.size)
             padded[: len(particles)] = particles
-            padded[: len(particles), : form.outputs] *= (factor * mass).to(particles)[:, None]
+            padded[: len(particles), : layout.outputs] *= (factor * mass).to(particles)[:, None]
             shift = None if offset is None else offset * factor
-            readings.append(Reading(form, padded, shift, norm.padded(width).scaled(factor)))
+            readings.append(
+                BlockParticles(layout, padded, shift, norm.padded(width).scaled(factor))
+            )
         return self.build(readings)
 
     def widths(self, least: Sequence[int]) -> list[int]:
@@ -133,12 +142,12 @@ class ChainFrame(Frame):
 
     Attributes:
         h: the step size.
-        prototypes: for each form a block without its particles, and where these are in it.
+        prototypes: for each layout a block without its particles, and where these are in it.
         stages: the numbers of the chains that have layers.
     """
 
     h: float
-    prototypes: dict[Form, tuple[nn.Module, Neurons]]
+    prototypes: dict[ParticleLayout, tuple[nn.Module, Neurons]]
     stages: tuple[int, ...]
 
     @property
@@ -153,10 +162,10 @@ class ChainFrame(Frame):
     def on(self, breakpoints: Breakpoints) -> "ChainFrame":
         """Any grid; h becomes hN/N', so that the horizon in time stays."""
         places = layers_at(self.breakpoints, breakpoints)
-        before, after = len(self.forms), len(places)
+        before, after = len(self.layouts), len(places)
         return replace(
             self,
-            forms=tuple(self.forms[n] for n in places),
+            layouts=tuple(self.layouts[n] for n in places),
             offsets=tuple(self.offsets[n] for n in places),
             breakpoints=breakpoints,
             h=self.h if before == after else self.h * before / after,
@@ -168,12 +177,12 @@ class ChainFrame(Frame):
         base = max(-(-count // g) for count, g in zip(least, growth, strict=True))
         return [base * g for g in growth]
 
-    def build(self, layers: Sequence[Reading]) -> nn.Module:
+    def build(self, layers: Sequence[BlockParticles]) -> nn.Module:
         """Copies of the template and the prototypes."""
         read = anatomy(self.template)
         blocks: list[list[nn.Module]] = [[] for _ in read.stacks]
         for m, reading in zip(self._stage_of_layers, layers, strict=True):
-            prototype, neurons = self.prototypes[reading.form]
+            prototype, neurons = self.prototypes[reading.layout]
             block = copy.deepcopy(prototype)
             write(block, neurons, reading)
             blocks[m].append(block)
@@ -219,11 +228,11 @@ class BlockFrame(Frame):
             raise InputError(
                 f"the layers of {type(self.template).__name__} are more than their particles "
                 "(attention, norms), so that they cannot be divided in depth: give networks of "
-                f"equal depth, here {len(self.forms)} layers"
+                f"equal depth, here {len(self.layouts)} layers"
             )
         return self
 
-    def build(self, layers: Sequence[Reading]) -> nn.Module:
+    def build(self, layers: Sequence[BlockParticles]) -> nn.Module:
         """A copy of the template; its configuration says the width."""
         model = copy.deepcopy(self.template)
         for (name, neurons), reading in zip(self.places, layers, strict=True):
@@ -274,3 +283,122 @@ def listed(names: Sequence[str]) -> str:
     """The first few names."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+def frame_of(model: nn.Module | Anatomy) -> tuple[Frame, list[Tensor], list[Norms]]:
+    """The frame of a network, the particles [M_n, p] of its layers, u = M h V / Δ, their norms.
+
+    Raises:
+        InputError: as `LayerwiseMeasure.of`.
+    """
+    model = model_of(model)
+    floating = {n: v for n, v in model.state_dict().items() if v.is_floating_point()}
+    check_values(floating.items())
+    stacks = particle_stacks(model)
+    steps = {stack.step for stack in stacks}
+    if not steps:
+        raise InputError(f"{type(model).__name__} has no layers, so that there are no particles")
+    if len(steps) > 1:
+        raise InputError(f"the chains have step sizes {sorted(steps)}; expected layers of one step")
+    (h,) = steps
+    blocks = [block for stack in stacks for block in stack.blocks]
+    adds = stacks[0].adds
+    if adds:
+        blocks = list(dict.fromkeys(blocks))
+    found, readings = _read_all(blocks)
+    grid = uniform_grid([len(blocks)] if adds else [len(stack.blocks) for stack in stacks])
+    parts = tuple(reading.layout for reading in readings), _densities(readings, grid, h), grid
+    frame: Frame
+    if adds:
+        names = {module: name for name, module in model.named_modules()}
+        pairs = list(zip(blocks, found, strict=True))
+        gone = [p for block, at in pairs for _, p in particle_parameters(block, at)]
+        template = copy.deepcopy(model, _emptied(gone))
+        places = tuple((names[block], at) for block, at in pairs)
+        frame = BlockFrame(template, *parts, places)
+    else:
+        own = anatomy(model)
+        template = own.with_stacks([replace(stack, blocks=()) for stack in own.stacks])
+        indices = tuple(stack.index for stack in stacks)
+        frame = ChainFrame(template, *parts, h, _prototypes(blocks, found, readings), indices)
+    return frame, *_scaled(readings, grid, h)
+
+
+def _prototypes(
+    blocks: Sequence[nn.Module], found: Sequence[Neurons], readings: Sequence[BlockParticles]
+) -> dict[ParticleLayout, tuple[nn.Module, Neurons]]:
+    """For each layout a block without its particles, which must be all that it has."""
+    prototypes = {}
+    for block, at, reading in zip(blocks, found, readings, strict=True):
+        own = [p for _, p in particle_parameters(block, at)]
+        besides = [name for name, p in block.named_parameters() if not any(p is q for q in own)]
+        if besides:
+            raise InputError(
+                f"{type(block).__name__} has parameters besides its particles: {listed(besides)}; "
+                "in a ResidualChain a block is a mean of particles and nothing else"
+            )
+        if reading.layout not in prototypes:
+            prototypes[reading.layout] = (copy.deepcopy(block, _emptied(own)), at)
+    return prototypes
+
+
+def _read_all(blocks: Sequence[nn.Module]) -> tuple[list[Neurons], list[BlockParticles]]:
+    """Of all blocks, which must be sums over their neurons."""
+    found = [find_neurons(block) for block in blocks]
+    readings = []
+    checked: set[object] = set()
+    for block, neurons in zip(blocks, found, strict=True):
+        reading = read(block, neurons)
+        check_additive(block, neurons, reading, checked)
+        readings.append(reading)
+    return found, readings
+
+
+def _scaled(
+    readings: Sequence[BlockParticles], grid: Breakpoints, h: float
+) -> tuple[list[Tensor], list[Norms]]:
+    """u_i = M h V_i / Δ; N M h V_i on a uniform grid."""
+    layers, norms = [], []
+    for reading, length in zip(readings, lengths(grid), strict=True):
+        particles = reading.particles
+        particles[:, : reading.layout.outputs] *= len(particles) * h / length
+        layers.append(particles)
+        norms.append(reading.norms.scaled(h / length))
+    return layers, norms
+
+
+def _densities(
+    readings: Sequence[BlockParticles], grid: Breakpoints, h: float
+) -> tuple[Tensor | None, ...]:
+    cells = zip(readings, lengths(grid), strict=True)
+    return tuple(None if r.offset is None else r.offset * (h / length) for r, length in cells)
+
+
+def _emptied(parameters: Sequence[nn.Parameter]) -> dict[int, Any]:
+    """What a deep copy puts in place of these."""
+    return {
+        id(p): nn.Parameter(p.detach().new_empty(0), requires_grad=p.requires_grad)
+        for p in parameters
+    }
+
+
+def check_batch(read: Anatomy, x: object, shape: Sequence[int]) -> None:
+    """Raises InputError unless x is a batch of samples of this shape, in the model's precision.
+
+    A stem standardises what is of lower precision to the model's own.
+    """
+    if not isinstance(x, Tensor):
+        raise InputError(f"{shown(x)} given as the samples; expected a tensor, one row per sample")
+    dtype = next(p.dtype for p in read.model.parameters())
+    stem, _ = read.stem_and_head or (None, None)
+    taken = x.dtype if isinstance(stem, nn.Identity) else torch.promote_types(x.dtype, dtype)
+    if taken != dtype:
+        raise InputError(
+            f"samples of {x.dtype} given to a network of {dtype}; expected one precision: give "
+            f"x.to({dtype})"
+        )
+    if x.shape[x.dim() - len(shape) :] != tuple(shape):
+        size = ", ".join(map(str, shape))
+        raise InputError(
+            f"samples of shape {list(x.shape)} given; the network takes [samples, {size}]"
+        )

@@ -8,14 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deeplimit._anatomy import Stack, chain_stacks, of_family
-from deeplimit._anatomy.checks import check_module
+from deeplimit._anatomy import Anatomy, Stack, chain_stacks, of_family
 from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, to_device
 from deeplimit.errors import InputError
-from deeplimit.meanfield.checks import check_batch
-from deeplimit.meanfield.coordinates import particle_layers
-from deeplimit.meanfield.neurons import find_neurons
-from deeplimit.network import Anatomy
+from deeplimit.meanfield.flow import particle_layers
+from deeplimit.meanfield.frame import check_batch
+from deeplimit.meanfield.neurons import find_neurons, model_of
 from deeplimit.network.blocks import check_values
 
 
@@ -47,7 +45,7 @@ class FeatureKernel:
     verdict: str
 
 
-def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
+def feature_kernel(model: nn.Module | Anatomy, x: Inputs) -> FeatureKernel:
     """K_n(i, j) = (1/M) Σ_k σ(w_k·x_n^i + b_k) σ(w_k·x_n^j + b_k) on data, and the m it gives.
 
     With trained output weights and the squared error L = 1/(2D) Σ_i ‖z^i − y^i‖² on D samples the
@@ -70,7 +68,7 @@ def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
     float32 an eigenvalue below D·10⁻⁷ of the largest counts as 0.
 
     The output weights V do not enter K_n but do enter a_n, by layers of large slope. What [BPV24]
-    needs besides, that the risk at initialisation is small, the budget of `convergence_certificate`
+    needs besides, that the risk at initialisation is small, the budget of `certify_convergence`
     says.
 
     Args:
@@ -86,7 +84,7 @@ def feature_kernel(model: nn.Module, x: Inputs) -> FeatureKernel:
     Source: [BPV24] arXiv 2403.12887; layer by layer, with the attenuation of finitely many layers
     in place of e^{−2L_x}.
     """
-    check_module(model)
+    model = model_of(model)
     check_values(model.named_parameters())
     read, chain = _chain(model)
     layers = particle_layers(model)

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import shown
 from deeplimit.errors import InputError, several
-from deeplimit.meanfield.frame import Frame
+from deeplimit.meanfield.frame import Frame, frame_of
 from deeplimit.meanfield.grid import checked_grid, lengths, same_grid, uniform_grid
-from deeplimit.meanfield.norms import Norms
-from deeplimit.meanfield.reading import frame_of
+from deeplimit.meanfield.layers import Norms
 
 ROUNDING = 1e-5  # of the sum of a layer's weights, in float32
 
@@ -30,7 +30,7 @@ class LayerwiseMeasure:
 
     Args:
         particles: [N, M, p], or a list of N tensors [M_n, p_n]; floating point, finite. The order
-            of the numbers of a particle is u, w, b, each flattened (`frame.forms`); of gated MLPs
+            of the numbers of a particle is u, w, b, each flattened (`frame.layouts`); of gated MLPs
             u, the gate's w and b, then v and c of what the gate multiplies, biases where the layer
             has them.
         weights: [N, M] or a list of [M_n], m_{n,i} ≥ 0, of sum 1 in each layer; 1/M by default.
@@ -53,7 +53,7 @@ class LayerwiseMeasure:
         weights: Tensor | Sequence[Tensor] | None = None,
         breakpoints: Iterable[float] | None = None,
         *,
-        frame: Frame | nn.Module | None = None,
+        frame: Frame | nn.Module | Anatomy | None = None,
         norms: Sequence[Norms] | None = None,
     ):
         self.layers = _checked_particles(particles)
@@ -71,15 +71,15 @@ class LayerwiseMeasure:
         widths = [None if norm.inner is None else len(norm.inner) for norm in self.norms]
         if any(w not in (None, len(x)) for w, x in zip(widths, self.layers, strict=True)):
             raise InputError(f"norms of {widths} particles given for {list(map(len, self.layers))}")
-        for n, form in enumerate(frame.forms if frame is not None else ()):
-            if self.layers[n].shape[1] != form.size:
+        for n, layout in enumerate(frame.layouts if frame is not None else ()):
+            if self.layers[n].shape[1] != layout.size:
                 raise InputError(
                     f"layer {n}: particles of {self.layers[n].shape[1]} numbers given, the frame "
-                    f"has {form}, {form.size} numbers"
+                    f"has {layout}, {layout.size} numbers"
                 )
 
     @classmethod
-    def of(cls, model: nn.Module) -> "LayerwiseMeasure":
+    def of(cls, model: nn.Module | Anatomy) -> "LayerwiseMeasure":
         """The measure of a network, an independent copy of its values.
 
         Of a `ResidualChain` or a `ResidualClassifier` whose residual functions are two-layer,
@@ -157,7 +157,7 @@ class LayerwiseMeasure:
         return f"LayerwiseMeasure({depth} of {widths} particles of {sizes} numbers)"
 
 
-Network = LayerwiseMeasure | nn.Module
+Network = LayerwiseMeasure | nn.Module | Anatomy
 
 
 def as_measure(network: Network) -> LayerwiseMeasure:

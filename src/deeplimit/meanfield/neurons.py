@@ -1,18 +1,22 @@
-"""The hidden neurons of a block as particles ω = (u, w, b): read from its layers, put back."""
+"""The hidden neurons of a block as particles ω = (u, w, b): found, read, checked, put back."""
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Anatomy, Stack, anatomy, chain_stacks
+from deeplimit._anatomy.checks import check_module
+from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.errors import InputError
-from deeplimit.meanfield.neuron_layer import NeuronLayer
-from deeplimit.meanfield.norms import Norms, fold, unfold
+from deeplimit.meanfield.layers import NeuronLayer, Norms, fold, is_wide, unfold
 
 
 @dataclass(frozen=True)
-class Form:
+class ParticleLayout:
     """What a particle of a layer is.
 
     Attributes:
@@ -109,7 +113,7 @@ def find_neurons(block: nn.Module) -> Neurons:
 
 
 @dataclass(frozen=True)
-class Reading:
+class BlockParticles:
     """A block's neurons with the step and the count left in: φ(x) = Σ_i ψ(x, ω_i) + offset.
 
     Attributes:
@@ -119,14 +123,14 @@ class Reading:
         norms: of its batch norms what acts in training mode.
     """
 
-    form: Form
+    layout: ParticleLayout
     particles: Tensor
     offset: Tensor | None
     norms: Norms = field(default_factory=Norms)
 
 
 @torch.no_grad()
-def read(block: nn.Module, neurons: Neurons) -> Reading:
+def read(block: nn.Module, neurons: Neurons) -> BlockParticles:
     """The particles of a block; batch norms are folded in as they are in evaluation mode.
 
     Raises:
@@ -144,15 +148,17 @@ def read(block: nn.Module, neurons: Neurons) -> Reading:
         if bias is not None:
             parts["b" if name == "w" else "c"] = bias
     parts["u"], offset, outer = fold(block, neurons.last_norm, parts["u"], 1, last.bias)
-    form = Form(tuple((name, tuple(x.shape[1:])) for name, x in parts.items()), _name_of(sigma))
+    layout = ParticleLayout(
+        tuple((name, tuple(x.shape[1:])) for name, x in parts.items()), _name_of(sigma)
+    )
     copied = None if offset is None else offset.clone()
-    return Reading(form, form.join(parts).clone(), copied, Norms(inner, outer))
+    return BlockParticles(layout, layout.join(parts).clone(), copied, Norms(inner, outer))
 
 
 @torch.no_grad()
-def write(block: nn.Module, neurons: Neurons, reading: Reading) -> None:
+def write(block: nn.Module, neurons: Neurons, reading: BlockParticles) -> None:
     """Gives a block these particles, any number of them, and its batch norms theirs, in place."""
-    parts, norms = reading.form.split(reading.particles), reading.norms
+    parts, norms = reading.layout.split(reading.particles), reading.norms
     for path, name in zip(neurons.rows, ("w", "v"), strict=False):
         layer, bias = NeuronLayer(block.get_submodule(path)), parts.get("b" if name == "w" else "c")
         layer.set_rows(*unfold(block, neurons.norm, parts[name], 0, bias, norms.inner))
@@ -181,3 +187,117 @@ def _name_of(sigma: nn.Module) -> str:
 def numbers_in(shape: tuple[int, ...]) -> int:
     """Their product."""
     return int(torch.Size(shape).numel())
+
+
+def check_additive(
+    block: nn.Module, neurons: Neurons, reading: BlockParticles, done: set[object]
+) -> None:
+    """Looks whether a block is a sum over its neurons: half of them and the others add up to all.
+
+    With its own particles and, in a copy, with random ones: output weights of zeros, a common
+    start, make a sum of every module. Blocks of one class and structure are looked at once.
+
+    Args:
+        block: the block.
+        neurons: where they are in it.
+        reading: what they are.
+        done: what was looked at before; added to.
+
+    Raises:
+        InputError: they do not.
+    """
+    key = (type(block), repr(block), reading.layout)
+    if key in done:
+        return
+    if not all(map(is_wide, block.parameters())):  # whose rounding hides what does not add up
+        block = copy.deepcopy(block).float()
+    other = copy.deepcopy(block)
+    own, copied = (m.get_submodule(neurons.within) if neurons.within else m for m in (block, other))
+    x = _example(reading)
+
+    def outputs(layer: BlockParticles) -> Tensor:
+        write(other, neurons, layer)
+        return cast(Tensor, copied(x))
+
+    with evaluating(block), evaluating(other), torch.no_grad():
+        drawn = _drawn(reading)
+        gaps = [
+            _gap(own(x), [outputs(half) for half in _halves(reading)]),
+            _gap(outputs(drawn), [outputs(half) for half in _halves(drawn)]),
+        ]
+    rounding = 100 * len(reading.particles) ** 0.5 * torch.finfo(reading.particles.dtype).eps
+    if not all(gap <= rounding for gap in gaps):
+        raise InputError(
+            f"{type(own).__name__} is not a mean of particles: two halves of its neurons add up "
+            f"to something else than all of them (by {max(gaps):.2g} of it)"
+        )
+    done.add(key)
+
+
+def _gap(whole: Tensor, halves: list[Tensor]) -> float:
+    """The largest difference of whole and sum, of the largest value."""
+    size = float(torch.stack([whole, *halves]).abs().max())
+    return float((sum(halves) - whole).abs().max()) / max(size, 1e-300)
+
+
+def _halves(reading: BlockParticles) -> list[BlockParticles]:
+    """Every other neuron, with the offset, and the rest without it."""
+    mask = torch.arange(len(reading.particles), device=reading.particles.device)[:, None] % 2 == 0
+    return [
+        replace(reading, particles=reading.particles * mask, norms=Norms()),
+        replace(_without_offset(reading), particles=reading.particles * ~mask),
+    ]
+
+
+def _without_offset(reading: BlockParticles) -> BlockParticles:
+    zero = None if reading.offset is None else torch.zeros_like(reading.offset)
+    return replace(reading, offset=zero, norms=Norms())
+
+
+def _example(reading: BlockParticles) -> Tensor:
+    """A state: [2, 3, d] for linear layers, [2, C, 5, 5] for convolutions."""
+    shape = dict(reading.layout.parts)["w"]
+    size = (2, 3, *shape) if len(shape) == 1 else (2, shape[0], 5, 5)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, generator=generator).to(reading.particles)
+
+
+def _drawn(reading: BlockParticles) -> BlockParticles:
+    """As many particles of the layout, random ones that leave the arguments of σ of order 1."""
+    generator = torch.Generator().manual_seed(1)
+    count = len(reading.particles)
+    parts = {
+        name: torch.randn(count, *shape, generator=generator) / numbers_in(shape) ** 0.5
+        for name, shape in reading.layout.parts
+    }
+    particles = reading.layout.join(parts).to(reading.particles)
+    return replace(_without_offset(reading), particles=particles)
+
+
+def model_of(model: nn.Module | Anatomy) -> nn.Module:
+    """The model, or the one that an anatomy reads.
+
+    Raises:
+        InputError: neither.
+    """
+    module = model.model if isinstance(model, Anatomy) else model
+    check_module(module)
+    return module
+
+
+def particle_stacks(model: nn.Module) -> tuple[Stack, ...]:
+    """The stages that divide a network's depth evenly; of blocks that add their input one for all.
+
+    Raises:
+        InputError: a model that `anatomy` cannot read, or whose layers share controls.
+    """
+    chains = chain_stacks(model)
+    for stack in chains:
+        if stack.scheme.nodes != 1:
+            raise InputError(
+                f"a step of {type(stack.scheme).__name__} uses two neighbouring controls, so that "
+                "a layer is not a mean of particles; expected Euler()"
+            )
+    if chains:
+        return tuple(stack for stack in chains if stack.blocks)
+    return (Stack(0, 0, tuple(b for stack in anatomy(model).stacks for b in stack.blocks)),)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +11,16 @@ from torch import Tensor
 
 from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError
-from deeplimit.meanfield.costs import squared_distances, squared_distances_of
-from deeplimit.meanfield.exact import exact_plan
+from deeplimit.meanfield.couplings import (
+    Array,
+    exact_plan,
+    sinkhorn_plan,
+    squared_distances,
+    squared_distances_of,
+)
 from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, merged_grid, same_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
-from deeplimit.meanfield.sinkhorn import sinkhorn_plan
 
-Array = np.ndarray[Any, np.dtype[Any]]
 MARGINALS, COSTS = 1e-8, 1e-6  # how exactly a plan of ours has its marginals, and its cost
 
 
@@ -113,7 +115,7 @@ def cot_distance(
     a, b = as_measure(a), as_measure(b)
     check_comparable(a, b)
     grid, pairs = _cells(a, b)
-    solved = _solve_all(a, b, pairs, sinkhorn, plans)
+    solved = _solve_all(a, b, pairs, sinkhorn, keep=plans)
     d = _mean_root(grid, [cell.cost for cell in solved])
     return CotDistance(
         distance=d,
@@ -130,7 +132,7 @@ def check_comparable(a: LayerwiseMeasure, b: LayerwiseMeasure) -> None:
     for n, m in _cells(a, b)[1]:
         p, q = a.layers[n].shape[1], b.layers[m].shape[1]
         if a.frame is not None and b.frame is not None:
-            mine, theirs = a.frame.forms[n], b.frame.forms[m]
+            mine, theirs = a.frame.layouts[n], b.frame.layouts[m]
             if mine != theirs:
                 raise InputError(
                     f"layer {n} of the one has {mine}, layer {m} of the other {theirs}; expected "
@@ -197,15 +199,20 @@ def _solve_all(
     b: LayerwiseMeasure,
     pairs: Sequence[tuple[int, int]],
     epsilon: float | None,
+    *,
     keep: bool,
 ) -> list[_Cell]:
     """Every pair of layers; those that stand at several places once."""
     keys = [(_key(a, n), _key(b, m)) for n, m in pairs]
     different = dict(zip(keys, pairs, strict=True))
+    threads = min(torch.get_num_threads(), len(different))
+
+    def solve(pair: tuple[int, int]) -> _Cell:
+        return _solve(a, pair[0], b, pair[1], epsilon, keep=keep, threads=threads)
+
     # scipy's assignment and numpy's products let other threads run.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        cells = pool.map(lambda k: _solve(a, k[0], b, k[1], epsilon, keep), different.values())
-        found = dict(zip(different, cells, strict=True))
+    with ThreadPoolExecutor(threads) as pool:
+        found = dict(zip(different, pool.map(solve, different.values()), strict=True))
     return [found[key] for key in keys]
 
 
@@ -216,18 +223,25 @@ def _key(measure: LayerwiseMeasure, n: int) -> tuple[object, ...]:
 
 
 def _solve(
-    a: LayerwiseMeasure, n: int, b: LayerwiseMeasure, m: int, epsilon: float | None, keep: bool
+    a: LayerwiseMeasure,
+    n: int,
+    b: LayerwiseMeasure,
+    m: int,
+    epsilon: float | None,
+    *,
+    keep: bool,
+    threads: int,
 ) -> _Cell:
     equal = len(a.layers[n]) == len(b.layers[m]) and a.is_uniform(n) and b.is_uniform(m)
     (x, p, rows), (y, q, columns) = _atoms(a, n), _atoms(b, m)
     costs = squared_distances(x, y)
     if epsilon is not None:
-        support, cost, lower = sinkhorn_plan(costs, p, q, epsilon, keep)
+        support, cost, lower = sinkhorn_plan(costs, p, q, epsilon, keep=keep)
         if support is None:
             return _Cell(cost, lower, None)
         i, j, mass = support
         return _Cell(cost, lower, Plan(rows[i], columns[j], mass))
-    (i, j, mass), gap = exact_plan(costs, p, q, equal)
+    (i, j, mass), gap = exact_plan(costs, p, q, equal=equal, threads=threads)
     cost = math.fsum(mass * squared_distances_of(x[i], y[j]))
     return _Cell(cost, max(cost - gap, 0.0), Plan(rows[i], columns[j], mass) if keep else None)
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import overload
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
+from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import check_count
-from deeplimit.meanfield.costs import squared_distances
+from deeplimit.extras import need
+from deeplimit.meanfield.couplings import squared_distances
+from deeplimit.meanfield.layers import moved_norms
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
-from deeplimit.meanfield.norms import moved_norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +34,8 @@ class Narrowed:
 @overload
 def widen(network: LayerwiseMeasure, factor: int) -> LayerwiseMeasure: ...
 @overload
-def widen(network: nn.Module, factor: int) -> nn.Module: ...
-def widen(network: Network, factor: int) -> Network:
+def widen(network: nn.Module | Anatomy, factor: int) -> nn.Module: ...
+def widen(network: Network, factor: int) -> LayerwiseMeasure | nn.Module:
     """Every particle as `factor` equal ones: another width, the same measure, the same function.
 
     In the network each neuron becomes k with the same w and b, and V/k. Trained on, equal particles
@@ -64,7 +65,7 @@ def widen(network: Network, factor: int) -> Network:
             for norm in measure.norms
         ],
     )
-    return wide.network() if isinstance(network, nn.Module) else wide
+    return wide if isinstance(network, LayerwiseMeasure) else wide.network()
 
 
 def narrow(network: Network, width: int, *, seed: int = 0) -> Narrowed:
@@ -130,7 +131,11 @@ def _quantised(
         return layer, mass, 0.0, torch.arange(len(layer))
     x, p = layer.cpu().double().numpy(), mass.numpy()
     count = min(width, len({row.tobytes() for row in x}))
-    found = KMeans(count, n_init=1, random_state=seed).fit(x, sample_weight=p)
+    found = (
+        need("sklearn.cluster", "measures")
+        .KMeans(count, n_init=1, random_state=seed)
+        .fit(x, sample_weight=p)
+    )
     atoms = torch.from_numpy(found.cluster_centers_).to(layer)
     costs = squared_distances(x, atoms.cpu().double().numpy())
     nearest = costs.argmin(1)

@@ -133,7 +133,7 @@ def parameter_groups(blocks: Sequence[nn.Module]) -> dict[str, tuple[nn.Paramete
     return {name: tuple(own[name] for own in every) for name in (every[0] if every else ())}
 
 
-def check_values(named: Iterable[tuple[str, nn.Parameter]]) -> None:
+def check_values(named: Iterable[tuple[str, Tensor]]) -> None:
     """Whether parameters have values.
 
     Raises:

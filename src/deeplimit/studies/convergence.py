@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from deeplimit.errors import InputError
 from deeplimit.meanfield import (
     ConvergenceCertificate,
-    convergence_certificate,
+    certify_convergence,
     feature_kernel,
 )
 from deeplimit.records import Record
@@ -213,9 +213,9 @@ def _trained(
 ) -> ConvergenceTraining:
     """Follows the flow of a (width, distance, seed), with both certificates."""
     kernel = feature_kernel(model, x)
-    recorders = [convergence_certificate(model)]
+    recorders = [certify_convergence(model)]
     if kernel.m > 0:
-        recorders.append(convergence_certificate(model, m=kernel.m))
+        recorders.append(certify_convergence(model, m=kernel.m))
     looks = set(looked_at(steps, LOOKS))
     first = math.inf
 

@@ -16,6 +16,7 @@ from deeplimit.meanfield import (
     cot_distance,
     cot_geodesic,
 )
+from deeplimit.meanfield.geodesic import FramePolicy
 from deeplimit.studies.comparison import ComparedLayer, Tell, compared_layers
 from deeplimit.studies.measured_runs import (
     MeasuredRun,
@@ -70,7 +71,7 @@ class Interpolation:
 
     runs: tuple[str, str]
     names: tuple[str, str]
-    frame: str
+    frame: FramePolicy
     aligned: bool
     samples: int
     softness: float
@@ -101,7 +102,7 @@ class Way:
 
     start: LayerwiseMeasure
     end: LayerwiseMeasure
-    frame: str
+    frame: FramePolicy
     transport: CotDistance
 
     def network(self, t: float) -> nn.Module:
@@ -115,7 +116,7 @@ def interpolate_runs(
     second: str | Path,
     *,
     points: int = 11,
-    frame: str = "equal",
+    frame: FramePolicy = "equal",
     align: bool = False,
     save: float | None = None,
     name: str | None = None,
@@ -206,7 +207,9 @@ def loss_barrier(ts: Sequence[float], losses: Sequence[float]) -> float:
     return max(0.0, *above)
 
 
-def _check(points: int, frame: str, align: bool, save: float | None, name: str | None) -> None:
+def _check(
+    points: int, frame: FramePolicy, align: bool, save: float | None, name: str | None
+) -> None:
     if points < 2:
         raise InputError(f"points is {points}; expected at least 2, t = 0 and t = 1")
     if frame not in FRAMES:
@@ -228,7 +231,7 @@ def _check(points: int, frame: str, align: bool, save: float | None, name: str |
             raise InputError(f"name is {name}, which is there already; give another name")
 
 
-def _path(runs: Sequence[MeasuredRun], frame: str, align: bool, data: DataSet) -> Way:
+def _path(runs: Sequence[MeasuredRun], frame: FramePolicy, align: bool, data: DataSet) -> Way:
     a, b = runs
     start, end = a.measure, b.measure
     try:

@@ -9,6 +9,7 @@ from torch import Tensor
 from deeplimit.control import verify_crop
 from deeplimit.errors import InputError
 from deeplimit.meanfield import Merged, align_streams, merge, narrow
+from deeplimit.meanfield.geodesic import FramePolicy
 from deeplimit.studies.comparison import Tell
 from deeplimit.studies.measured_runs import (
     MeasuredRun,
@@ -32,7 +33,7 @@ def merge_runs(
     *,
     weights: Sequence[float] | None = None,
     width: int | None = None,
-    frame: str = "equal",
+    frame: FramePolicy = "equal",
     align: bool = False,
     name: str = "merged",
     trust: bool = False,
@@ -117,7 +118,7 @@ def merge_runs(
 def _joined(
     runs: Sequence[MeasuredRun],
     weights: Sequence[float] | None,
-    frame: str,
+    frame: FramePolicy,
     align: bool,
     batch: Tensor | None,
 ) -> Merged:

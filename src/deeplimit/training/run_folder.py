@@ -299,7 +299,7 @@ class RunFolder:
         self._write(DEPTH_LIMIT, limit)
 
     def certificate(self) -> ConvergenceCertificate | None:
-        """What `convergence_certificate` said of a training of this network."""
+        """What `certify_convergence` said of a training of this network."""
         return self._read(CERTIFICATE, "ConvergenceCertificate")
 
     def write_certificate(self, certificate: ConvergenceCertificate) -> None:

@@ -1,19 +1,96 @@
-"""Batch norms of a block: folded into its neurons in evaluation mode, carried for training mode."""
+"""The layers of a block, by its hidden neurons: linear ones, convolutions, batch norms.
+
+Batch norms are folded into the neurons in evaluation mode, and carried for training mode.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from deeplimit.errors import InputError
-from deeplimit.meanfield.neuron_layer import replace_value, widened
+
+
+class NeuronLayer:
+    """A linear or convolutional layer, by the hidden neurons on one side of it."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer: Any = layer
+        self.transposed = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+        known = isinstance(layer, nn.Linear | nn.Conv2d) or self.transposed
+        if not known or getattr(layer, "groups", 1) != 1:
+            raise InputError(
+                f"a hidden layer is {layer}; expected a linear layer or a convolution in one group"
+            )
+        if not cast(Tensor, layer.weight).is_floating_point():
+            raise InputError(f"a hidden layer is quantised ({type(layer).__name__})")
+
+    @property
+    def rows(self) -> Tensor:
+        """[M, *shape]: what each neuron reads."""
+        weight = widened(self.layer.weight.detach())
+        return weight.T if self.transposed else weight
+
+    @property
+    def columns(self) -> Tensor:
+        """[M, d, …]: what each neuron writes."""
+        weight = widened(self.layer.weight.detach())
+        return weight if self.transposed else weight.transpose(0, 1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the layer, if it has one."""
+        bias = getattr(self.layer, "bias", None)
+        return None if bias is None else widened(bias.detach())
+
+    def set_rows(self, rows: Tensor, bias: Tensor | None) -> None:
+        """Puts in M neurons; the sizes that the layer says of itself follow."""
+        self._set(rows.T if self.transposed else rows, bias)
+        self._say(("out_features", "out_channels", "nf"), len(rows))
+
+    def set_columns(self, columns: Tensor, bias: Tensor | None) -> None:
+        """Puts in M neurons; the sizes that the layer says of itself follow."""
+        self._set(columns if self.transposed else columns.transpose(0, 1), bias)
+        self._say(("in_features", "in_channels", "nx"), len(columns))
+
+    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
+        replace_value(self.layer, "weight", weight)
+        if bias is not None and (self.bias is not None or bool(bias.any())):
+            replace_value(self.layer, "bias", bias)
+
+    def _say(self, names: Sequence[str], size: int) -> None:
+        for name in names:
+            if hasattr(self.layer, name):
+                setattr(self.layer, name, size)
+
+
+def replace_value(module: nn.Module, name: str, value: Tensor) -> None:
+    """Puts in a value of another size; in half precision where the parameter or buffer was."""
+    old = getattr(module, name)
+    dtype = value.dtype if old is None or is_wide(old) else old.dtype
+    value = value.detach().to(dtype).contiguous().clone()
+    if name in dict(module.named_buffers(recurse=False)):
+        setattr(module, name, value)
+    else:
+        learns = old is None or old.requires_grad
+        setattr(module, name, nn.Parameter(value, requires_grad=learns))
+
+
+def is_wide(x: Tensor) -> bool:
+    """True for a tensor of more than half precision."""
+    return x.dtype.itemsize >= 4
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 what has half precision."""
+    return x if is_wide(x) else x.float()
 
 
 @dataclass(frozen=True, eq=False)
 class Norms:
-    """What the batch norms of a layer are besides their affine map of evaluation mode.
+    """The batch norms of a layer besides their affine map of evaluation mode.
 
     A channel γ (z − μ) / √(v + ε) + β has three numbers (|γ|, β, v); γ's sign is the weights', and
     μ is what leaves evaluation mode as the particles have it, so that these numbers act in training
@@ -58,12 +135,11 @@ def moved_norms(
     """
     inner = [n.inner for n in norms if n.inner is not None]
     outer = [n.outer for n in norms if n.outer is not None]
-    return Norms(
-        move(inner) if len(inner) == len(norms) else None,
-        sum((w * x.to(outer[0]) for w, x in zip(weights, outer, strict=True)), 0 * outer[0])
-        if len(outer) == len(norms)
-        else None,
-    )
+    mean = None
+    if len(outer) == len(norms):
+        pairs = zip(weights, outer, strict=True)
+        mean = sum((w * x.to(outer[0]) for w, x in pairs), 0 * outer[0])
+    return Norms(move(inner) if len(inner) == len(norms) else None, mean)
 
 
 def fold(
@@ -83,11 +159,8 @@ def fold(
     )
     scale = gamma / (variance + norm.eps).sqrt()
     shift = beta - mean * scale + (0 if bias is None else bias * scale)
-    return (
-        weight * _along(scale, weight, axis),
-        shift,
-        torch.stack([gamma.abs(), beta, variance], 1),
-    )
+    channels = torch.stack([gamma.abs(), beta, variance], 1)
+    return weight * _along(scale, weight, axis), shift, channels
 
 
 def unfold(
@@ -106,23 +179,18 @@ def unfold(
     norm = _batch_norm(block, path)
     if norm is None or bias is None:
         return weight, bias
-    nothing = torch.stack(
-        [torch.full_like(bias, (1 + norm.eps) ** 0.5), bias, torch.ones_like(bias)], 1
-    )
+    one = torch.ones_like(bias)
+    nothing = torch.stack([(1 + norm.eps) ** 0.5 * one, bias, one], 1)
     rows = nothing if channels is None else channels.to(bias)
     scale = rows[:, 0] / (rows[:, 2] + norm.eps).sqrt()
     known = (scale >= torch.finfo(scale.dtype).tiny) & (channels is not None)
     gamma, beta, variance = torch.where(known[:, None], rows, nothing).T
-    scale = torch.where(known, scale, torch.ones_like(scale))
+    scale = torch.where(known, scale, one)
     norm.num_features = len(bias)
-    values = {
-        "weight": gamma,
-        "bias": beta,
-        "running_mean": (beta - bias) / scale,
-        "running_var": variance,
-    }
-    for name, value in values.items():
-        replace_value(norm, name, value)
+    replace_value(norm, "weight", gamma)
+    replace_value(norm, "bias", beta)
+    replace_value(norm, "running_mean", (beta - bias) / scale)
+    replace_value(norm, "running_var", variance)
     return weight / _along(scale, weight, axis), torch.zeros_like(bias)
 
 
