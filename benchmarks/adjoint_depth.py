@@ -23,10 +23,10 @@ import torch
 from plotly.subplots import make_subplots
 
 from adjoint_speed import CLOCKS, seconds
+from deeplimit.studies.machine import machine
 from deeplimit.studies.step_cost import peak_memory
 from drawing import write
 from gradient_methods import GAMMA, METHODS, SIZES, TrainingStep, convolutional_chain
-from machine import machine
 
 MEBIBYTE = 2**20
 

@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch import nn
 
+from deeplimit.studies.machine import machine
 from gradient_methods import (
     GAMMA,
     METHODS,
@@ -32,7 +33,6 @@ from gradient_methods import (
     tiny_chain,
     wait,
 )
-from machine import machine
 
 WARM_UP = 2
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 
 from deeplimit.control.verifying import multiply_adds
 from deeplimit.data import DataSet, Split
+from deeplimit.studies.machine import machine
 from deeplimit.training import Recipe
 from deeplimit.training.building import evaluation_batches, loss_of, training_batches
 from deeplimit.training.loop import build_optimizer
-from machine import machine
 
 Row = dict[str, Any]
 

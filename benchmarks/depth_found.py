@@ -18,8 +18,8 @@ from typing import Any
 
 from deeplimit.control import CropResult
 from deeplimit.studies import demo_recipe, run_demo
+from deeplimit.studies.machine import machine
 from deeplimit.training import RunFolder, crop_run, profile_run, recipe_for, resume, train
-from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 GIVEN_DEPTH = {"mnist": 8}  # cut there too, beside the depth that validation chooses

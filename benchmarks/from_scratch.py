@@ -44,6 +44,7 @@ from torch import nn
 
 from deeplimit.control import SoftCrossEntropy, crop, turnpike_profile
 from deeplimit.network import CifarResNet
+from deeplimit.studies.machine import machine
 from deeplimit.training import Recipe, RunFolder, crop_run, profile_run, recipe_for, resume
 from deeplimit.training.building import (
     Fade,
@@ -63,7 +64,6 @@ from deeplimit.training.checkpoint import (
 from deeplimit.training.fit import fit
 from deeplimit.training.loop import Training
 from deeplimit.training.processes import launch
-from machine import machine
 from pretrained_budget import BESIDE, SOFTER, spread
 
 RESULTS = Path(__file__).parent / "results"

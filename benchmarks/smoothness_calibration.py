@@ -41,8 +41,8 @@ from deeplimit.network import (
 )
 from deeplimit.ode import coarsen, refine, smoothness
 from deeplimit.ode._smoothness import ROUGH, SMOOTH
+from deeplimit.studies.machine import machine
 from deeplimit.training import Recipe, build_model, recipe_for, train
-from machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "smoothness_calibration.json"
 HORIZONS, SEEDS, T = (8, 16, 32, 64, 128), (0, 1, 2), 4.0

@@ -53,3 +53,8 @@ def _processor() -> str:
         return names[0]
     except (OSError, IndexError):
         return platform.processor()
+
+
+def machine() -> dict[str, str | int]:
+    """Returns it as plain values, to be stored beside the figures of a benchmark."""
+    return {name: value for name, value in vars(Machine.here()).items() if value is not None}
