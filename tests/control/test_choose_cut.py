@@ -326,7 +326,7 @@ def test_wrong_budgets_are_refused() -> None:
         with pytest.raises(InputError, match=message):
             choose_cut(family.model, made, data, **budget)
 
-    refused("one budget: accuracy, blocks, multiply_adds or latency; none given")
+    refused("one budget: accuracy, rise, blocks, multiply_adds or latency; none given")
     refused("blocks and latency given", blocks=2, latency=0.5)
     refused("0 blocks are to be kept; the model has 4: 1 … 4", blocks=0)
     refused("5 blocks are to be kept; the model has 4", blocks=5)

@@ -121,7 +121,7 @@ def dissipativity(
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     count = 0
     with evaluating(stage_cost):
-        for x, y in aligned_batches(structure, loader, stage_cost.shift):
+        for x, y in aligned_batches(structure, loader, shift=stage_cost.shift):
             states, _ = structure.states(x)
             if structure.tokens:
                 counted = CountedTokens(y, loss.classes)

@@ -1,13 +1,15 @@
 """Batches of a loader: targets where the logits are that predict them, inputs that are finite."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deeplimit._anatomy import Anatomy
-from deeplimit._anatomy.checks import IGNORED, classes_of
-from deeplimit._anatomy.evaluation import Inputs, device_of, pairs
+from deeplimit._anatomy.checks import IGNORED, classes_of, shown
+from deeplimit._anatomy.evaluation import Inputs, begun, device_of, pairs
+from deeplimit._anatomy.inputs import batch_of, parameters_of, unwrapped
 from deeplimit.errors import InputError
 
 SURE = 8  # tokens: so many do not agree with their neighbours, or themselves, by chance
@@ -15,26 +17,111 @@ SURE = 8  # tokens: so many do not agree with their neighbours, or themselves, b
 
 def aligned_batches(
     structure: Anatomy,
-    loader: Iterable[tuple[Inputs, Tensor]],
-    shift: bool = False,
+    loader: Iterable[Any],
     need: str | None = None,
+    *,
+    shift: bool = False,
+    ignored: int = IGNORED,
 ) -> Iterator[tuple[Inputs, Tensor]]:
     """The batches (x, y) of a loader on the model's device; y as `aligned` makes it.
+
+    A batch that is a mapping is taken apart: y is what it calls "labels". Targets of another number
+    that is `ignored` become −100.
 
     Raises:
         InputError: a batch of another form, or as `aligned`; where it is said what `need`s samples,
             none, or none whose target counts.
     """
     counts = False
-    for x, y in pairs(loader, device_of(structure.model), need):
-        y = aligned(structure, x, y, shift)
+    opened = (_labelled(structure, batch) for batch in begun(loader))
+    for x, y in pairs(opened, device_of(structure.model), need):
+        y = y if ignored == IGNORED else y.masked_fill(y == ignored, IGNORED)
+        y = aligned(structure, x, y, shift=shift)
         counts = counts or bool((y != IGNORED).any())
         yield x, y
     if need is not None and not counts:
         raise InputError(f"every target is −100; {need}")
 
 
-def aligned(structure: Anatomy, x: Inputs, y: object, shift: bool, look: bool = True) -> Tensor:
+def any_batches(structure: Anatomy, loader: Iterable[Any], need: str) -> Iterator[tuple[Any, Any]]:
+    """The batches (x, y) of a loader that hold samples, on the model's device, whatever y is.
+
+    Of a batch that is a mapping x is what the model's forward takes and is no target, and y the
+    whole batch.
+
+    Raises:
+        InputError: a batch of another form, or no sample.
+    """
+    device, empty = device_of(structure.model), True
+    for batch in begun(loader):
+        match batch:
+            case Mapping() if x := _inputs_of(structure, batch):
+                y = batch
+            case (Tensor() | Mapping() | tuple() as x, y):
+                pass
+            case _:
+                raise InputError(
+                    f"the loader gives {shown(batch)}; expected batches (x, y), or mappings: "
+                    "what the model takes, and what the loss takes"
+                )
+        if batch_of(x):
+            empty = False
+            yield _each(x, lambda v: v.to(device)), _each(y, lambda v: v.to(device))
+    if empty:
+        raise InputError(f"the loader gave no sample; {need}")
+
+
+def part(values: Any, rows: slice, count: int) -> Any:
+    """The rows of whatever holds `count` samples: tensors and lists, in mappings and tuples too."""
+    if isinstance(values, list) and len(values) == count:
+        return values[rows]
+    return _each(values, lambda v: v[rows] if v.dim() and len(v) == count else v)
+
+
+def first_part(x: Any, count: int) -> Any:
+    """The first samples of a batch of inputs, at most so many."""
+    return part(x, slice(count), batch_of(x))
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in tensors, mappings, tuples and lists."""
+    found: list[Tensor] = []
+    _each(values, lambda v: found.append(v) or v)  # type: ignore[func-returns-value]
+    return found
+
+
+def _each(values: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same with a change made to each tensor, in mappings, tuples and lists too."""
+    if isinstance(values, Tensor):
+        return change(values)
+    if isinstance(values, Mapping):
+        return {name: _each(value, change) for name, value in values.items()}
+    if isinstance(values, tuple | list):
+        made = [_each(value, change) for value in values]
+        return tuple(made) if isinstance(values, tuple) else made
+    return values
+
+
+def _is_target(name: str) -> bool:
+    return "label" in name or name in ("start_positions", "end_positions")
+
+
+def _inputs_of(structure: Anatomy, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's forward takes of a batch, less targets, with which it makes a loss itself."""
+    takes = parameters_of(unwrapped(structure.model))
+    anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    named = {k: v for k, v in batch.items() if not _is_target(k) and v is not None}
+    return {k: v for k, v in named.items() if k in takes} or (named if anything else {})
+
+
+def _labelled(structure: Anatomy, batch: Any) -> Any:
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        return batch
+    x = _inputs_of(structure, batch)
+    return (x, batch["labels"]) if x else batch
+
+
+def aligned(structure: Anatomy, x: Inputs, y: object, *, shift: bool, look: bool = True) -> Tensor:
     """The targets of a batch as classes, each where the logits are that predict it.
 
     Args:
@@ -60,7 +147,7 @@ def aligned(structure: Anatomy, x: Inputs, y: object, shift: bool, look: bool = 
         return y
     given = x if isinstance(x, Tensor) else x.get("input_ids")
     if look and given is not None and given.shape == y.shape and not given.is_floating_point():
-        _check(given, y, shift)
+        _check(given, y, shift=shift)
     if not shift or y.dim() != 2:
         return y
     mask = None if isinstance(x, Tensor) else x.get("attention_mask")
@@ -69,7 +156,7 @@ def aligned(structure: Anatomy, x: Inputs, y: object, shift: bool, look: bool = 
     return torch.cat([y[:, 1:], y.new_full((len(y), 1), IGNORED)], 1)
 
 
-def _check(given: Tensor, y: Tensor, shift: bool) -> None:
+def _check(given: Tensor, y: Tensor, *, shift: bool) -> None:
     counts = y != IGNORED
     counted, before_last = counts.sum(), counts[:, :-1]
     own = (y == given)[counts].all()
@@ -87,7 +174,7 @@ def _check(given: Tensor, y: Tensor, shift: bool) -> None:
         )
 
 
-def blame_inputs(x: Inputs, figures: Tensor) -> None:
+def blame_inputs(x: Any, figures: Tensor) -> None:
     """Nothing where figures of a batch are finite; of a network that diverged nothing either.
 
     Raises:
@@ -95,8 +182,9 @@ def blame_inputs(x: Inputs, figures: Tensor) -> None:
     """
     if figures.numel() == 0 or bool(figures.detach().amax().isfinite()):
         return
-    for name, value in ({"x": x} if isinstance(x, Tensor) else x).items():
-        wrong = ~value.isfinite()
+    parts = {f"x[{i}]": v for i, v in enumerate(x)} if isinstance(x, tuple) else x
+    for name, value in ({"x": x} if isinstance(x, Tensor) else parts).items():
+        wrong = ~value.isfinite() if isinstance(value, Tensor) else torch.zeros(0)
         if bool(wrong.any()):
             place = [int(i) for i in wrong.nonzero()[0]]
             raise InputError(

@@ -5,34 +5,39 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice, product
 from statistics import NormalDist
-from typing import SupportsIndex, cast
+from typing import Any, SupportsIndex, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.anatomy import layer_numbers
 from deeplimit._anatomy.checks import check_number
-from deeplimit._anatomy.evaluation import Inputs, evaluating, first_samples
+from deeplimit._anatomy.evaluation import evaluating
+from deeplimit.control.batches import first_part
 from deeplimit.control.cropping import check_profile
 from deeplimit.control.cut_choice import Budget, CutChoice
+from deeplimit.control.losses import Loss, sample_loss
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.trials import MayGo, Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
-from deeplimit.control.verdict import CONFIDENCE, FEW, check_tolerance
+from deeplimit.control.verdict import CONFIDENCE, FEW, check_rise, check_tolerance
 from deeplimit.control.verifying import latencies, multiply_adds
 from deeplimit.errors import InputError, several
 
-NAMES: tuple[Budget, ...] = ("accuracy", "blocks", "multiply_adds", "latency")
+QUALITY: tuple[Budget, ...] = ("accuracy", "rise")
+NAMES: tuple[Budget, ...] = ("accuracy", "rise", "blocks", "multiply_adds", "latency")
 
 
 @torch.no_grad()
 def choose_cut(
     model: nn.Module | Anatomy,
     profile: TurnpikeProfile,
-    loader: Iterable[tuple[Inputs, Tensor]] | None = None,
+    loader: Iterable[Any] | None = None,
     *,
+    loss: Loss | None = None,
     accuracy: float | None = None,
+    rise: float | None = None,
     blocks: int | None = None,
     multiply_adds: float | None = None,
     latency: float | None = None,
@@ -45,10 +50,14 @@ def choose_cut(
     Layers are put in order of what is lost without them, and the first so many go. The orders:
     block influence of the profile, least first; the last layer first; where the profile shows a
     leaving arc, from the exit back; and, with a loader, by trial (`Trials.order`). With a loader
-    the best of them is taken: under `accuracy` the one that removes most, else the one with the
-    highest accuracy; the smaller divergence among equals. Without one, only `blocks` can be the
-    budget, and the last layers go where the profile says that nothing is lost by that, else those
-    of least influence.
+    the best of them is taken: under `accuracy` or `rise` the one that removes most, else the one
+    with the highest accuracy, or the least loss; the smaller divergence among equals. Without one,
+    only `blocks` can be the budget, and the last layers go where the profile says that nothing is
+    lost by that, else those of least influence.
+
+        >>> choice = choose_cut(model, profile, loader, accuracy=0.005)
+        >>> smaller = crop(model, choice)
+        >>> choose_cut(regression, profile, loader, loss=torch.nn.MSELoss(), rise=0.01)
 
     Args:
         model: the network; it is left as it was.
@@ -57,11 +66,15 @@ def choose_cut(
             tried. Of an order the number that goes is found by bisection, for trials one by one.
             The first batch, or half of the samples if that is less, puts the layers in order; the
             others judge the cuts.
+        loss: that of the profile, where it is another than the soft cross-entropy, which the
+            profile tells.
         accuracy: the fraction of accuracy that may be lost on the loader: most layers go. The rule
             is that of `TurnpikeProfile.depth_within`, on accuracy and loss; that many cuts are
             tried is corrected for (Bonferroni): z is the quantile of 1 − 0.05/m for m cuts. Where
             fewer than 11 samples judge (`verdict.FEW`) no layer goes: their standard errors, 0 of
             one, mean nothing.
+        rise: by how much the mean loss may rise, in its units: the same rule on the loss alone, and
+            the budget of quality where the loss knows no classes.
         blocks: how many layers are kept.
         multiply_adds: the fraction of the multiply-adds that is kept at most: fewest layers go.
         latency: the fraction of the latency of the first batch, likewise.
@@ -74,20 +87,25 @@ def choose_cut(
             range, or one that cannot be met by removing layers; a profile of another network, or a
             loader that is missing or does not fit.
     """
-    given = (accuracy, blocks, multiply_adds, latency)
+    given = (accuracy, rise, blocks, multiply_adds, latency)
     budget, limit = _the_one(dict(zip(NAMES, given, strict=True)))
     structure = anatomy(model)
     check_profile(profile, structure.horizon)
-    _check(budget, limit, structure.horizon, loader is not None)
+    _check(budget, limit, structure.horizon, data=loader is not None)
     with evaluating(structure.model):
-        may_go = _permitted(structure.horizon, protect, contiguous)
-        loss = None
-        if budget == "accuracy":
-            loss = SoftCrossEntropy(profile.classes, profile.softness)
-        trials = None if loader is None else Trials(structure, loader, loss, shift)
+        may_go = _permitted(structure.horizon, protect, contiguous=contiguous)
+        trials = None
+        if loader is not None:
+            of = sample_loss(_loss_of(profile, loss, budget))
+            if budget == "accuracy" and not of.of_classes:
+                raise InputError(
+                    "a loss of accuracy is allowed, and the loss knows no classes; give rise=…, by "
+                    "how much the loss may rise"
+                )
+            trials = Trials(structure, loader, of, shift=shift)
         orders = _orders(structure, profile)
-        rise = loss_tolerance(limit) * profile.loss_range
-        spending = _Spending(structure, trials, budget, limit, rise, len(orders))
+        most = limit if budget == "rise" else loss_tolerance(limit) * profile.loss_range
+        spending = _Spending(structure, trials, budget, limit, most, len(orders))
         cuts: dict[str, tuple[int, ...]] = {}
         ranked = next(iter(orders.values()))
         runs = _runs(structure, may_go) if contiguous else [range(structure.horizon)]
@@ -131,21 +149,21 @@ class _Spending:
         self._whole = 0
         self._latencies: dict[frozenset[int], tuple[float, float]] = {}
         if trials is not None:
-            self._whole = multiply_adds(structure, first_samples(trials.batch, 1))
+            self._whole = multiply_adds(structure, first_part(trials.batch, 1))
 
     def bisected(self, order: list[int]) -> tuple[int, ...] | None:
         """The beginning of an order that meets the budget; None if none does."""
-        if self.budget == "accuracy":
+        if self.budget in QUALITY:
             sizes = range(1, len(order) + 1)
-            return tuple(order[: bisect_left(sizes, True, key=lambda k: self._loses(order[:k]))])
+            return tuple(order[: bisect_left(sizes, 1, key=lambda k: self._loses(order[:k]))])
         sizes = range(len(order) + 1)
-        k = bisect_left(sizes, True, key=lambda k: self._fits(order[:k]))
+        k = bisect_left(sizes, 1, key=lambda k: self._fits(order[:k]))
         return tuple(order[:k]) if k < len(sizes) else None
 
     def one_by_one(self, order: Iterator[int], least: int) -> tuple[int, ...] | None:
         """The same for an order that is expensive to go on with; costs are met from `least` on."""
         gone: list[int] = []
-        if self.budget == "accuracy":
+        if self.budget in QUALITY:
             for n in order:
                 if self._loses([*gone, n]):
                     break
@@ -162,7 +180,7 @@ class _Spending:
         """Of the model and its cut, for one sample."""
         trials = cast(Trials, self.trials)
         after = self.structure.like(trials.cut(removed))
-        return self._whole, multiply_adds(after, first_samples(trials.batch, 1))
+        return self._whole, multiply_adds(after, first_part(trials.batch, 1))
 
     def latencies(self, removed: Collection[int]) -> tuple[float, float]:
         """Of the model and its cut, for the first batch, as they were measured first."""
@@ -188,16 +206,25 @@ class _Spending:
         )
         figures: dict[str, float | None] = {}
         if self.trials is not None:
-            outcome = self.trials.outcome(removed)
+            whole, outcome = self.trials.whole, self.trials.outcome(removed)
             products = self.multiply_adds(removed)
             figures |= {
                 "samples": self.trials.samples,
-                "accuracy_before": self.trials.accuracy,
-                "accuracy_after": outcome.accuracy,
-                "accuracy_error": outcome.error,
                 "multiply_adds_before": products[0],
                 "multiply_adds_after": products[1],
             }
+            if self.budget in QUALITY or math.isnan(whole.accuracy):
+                figures |= {
+                    "loss_before": whole.loss,
+                    "loss_after": outcome.loss,
+                    "loss_error": outcome.risen_error,
+                }
+            if not math.isnan(whole.accuracy):
+                figures |= {
+                    "accuracy_before": whole.accuracy,
+                    "accuracy_after": outcome.accuracy,
+                    "accuracy_error": outcome.error,
+                }
         if self.budget == "latency":
             times = self.latencies(removed)
             figures |= {"latency_before": times[0], "latency_after": times[1]}
@@ -222,7 +249,7 @@ class _Spending:
         outcome = trials.outcome(removed)
         lost = outcome.lost + self._z * outcome.error
         risen = outcome.risen + self._z * outcome.risen_error
-        return lost > self.limit or risen > self._rise
+        return (self.budget == "accuracy" and lost > self.limit) or risen > self._rise
 
     def _fits(self, removed: Collection[int]) -> bool:
         if self.budget == "blocks":
@@ -248,7 +275,7 @@ def _orders(structure: Anatomy, profile: TurnpikeProfile) -> dict[str, list[int]
     return orders
 
 
-def _permitted(horizon: int, protect: Iterable[SupportsIndex], contiguous: bool) -> MayGo:
+def _permitted(horizon: int, protect: Iterable[SupportsIndex], *, contiguous: bool) -> MayGo:
     """Whether a layer may go after others.
 
     Raises:
@@ -312,8 +339,10 @@ def _best(
 
     def worth(score: str) -> tuple[float, float, float]:
         removed = cuts[score]
-        many = float(len(removed)) if budget == "accuracy" else 0.0
-        return many, trials.outcome(removed).accuracy, -trials.divergence(removed)
+        many = float(len(removed)) if budget in QUALITY else 0.0
+        outcome = trials.outcome(removed)
+        good = -outcome.loss if math.isnan(outcome.accuracy) else outcome.accuracy
+        return many, good, -trials.divergence(removed)
 
     return max(cuts, key=worth)
 
@@ -330,7 +359,23 @@ def _the_one(given: dict[Budget, int | float | None]) -> tuple[Budget, float]:
     return name, check_number(name, value, "a number", lambda _: True)
 
 
-def _check(budget: Budget, limit: float, horizon: int, loader: bool) -> None:
+def _loss_of(profile: TurnpikeProfile, loss: Loss | None, budget: Budget) -> Loss | None:
+    """The loss that was given, or that the profile tells where it counts.
+
+    None is the plain cross-entropy.
+    """
+    if loss is not None:
+        return loss
+    if not profile.classes:
+        raise InputError(
+            "the profile is of a loss that knows no classes, and which it is it does not tell; "
+            "give it: loss=…"
+        )
+    counts = budget in QUALITY and profile.softness > 0
+    return SoftCrossEntropy(profile.classes, profile.softness) if counts else None
+
+
+def _check(budget: Budget, limit: float, horizon: int, *, data: bool) -> None:
     """Raises InputError for a budget out of range or without the data that it takes."""
     if budget == "blocks":
         if not (1 <= limit <= horizon and limit.is_integer()):
@@ -340,12 +385,14 @@ def _check(budget: Budget, limit: float, horizon: int, loader: bool) -> None:
         return
     if budget == "accuracy":
         check_tolerance(limit)
+    elif budget == "rise":
+        check_rise(limit)
     elif not 0 < limit <= 1:
         raise InputError(
             f"a fraction of {limit:g} of the {budget.replace('_', '-')} is to be kept; expected "
             "one above 0 up to 1"
         )
-    if not loader:
+    if not data:
         raise InputError(
             f"the budget {budget} is measured on data; give a loader of data that did not train "
             "the model"

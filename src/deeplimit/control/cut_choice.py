@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from deeplimit.control.tables import Shown
 from deeplimit.control.verdict import samples_needed
 from deeplimit.errors import several
 
-Budget = Literal["accuracy", "blocks", "multiply_adds", "latency"]
+Budget = Literal["accuracy", "rise", "blocks", "multiply_adds", "latency"]
 
 
 @dataclass(frozen=True)
-class CutChoice:
+class CutChoice(Shown):
     """The layers to be removed under a budget; `crop(model, remove=choice.removed)` removes them.
 
     Figures that take data are None where none were given, and the latencies where latency was not
@@ -23,16 +24,19 @@ class CutChoice:
             "update" (relative update, where an older profile has no influence), "tail" (the last
             first), "turnpike" (from the exit of the tube back), "trial" (each removed by trial).
         budget: what was limited.
-        limit: the accuracy that might be lost, the number of layers kept, or the fraction of the
-            multiply-adds or of the latency kept.
+        limit: the accuracy that might be lost, by how much the loss might rise, the number of
+            layers kept, or the fraction of the multiply-adds or of the latency kept.
         layers_before, layers_after: layers of each stage of the anatomy, counted by the state that
             enters them.
         samples: number of samples that the accuracies are of: those that put no layer in order.
-        accuracy_before, accuracy_after: fractions in [0, 1].
+        accuracy_before, accuracy_after: fractions in [0, 1]; None where the loss knows no classes.
         accuracy_error: standard error of accuracy_after − accuracy_before, paired by sample.
         multiply_adds_before, multiply_adds_after: for one sample.
         latency_before, latency_after: median seconds of a forward pass of the first batch, the two
             networks timed in turns.
+        loss_before, loss_after: mean losses on these samples, where the loss was limited or knows
+            no classes.
+        loss_error: standard error of loss_after − loss_before, paired by sample.
     """
 
     removed: tuple[int, ...]
@@ -49,6 +53,9 @@ class CutChoice:
     multiply_adds_after: int | None = None
     latency_before: float | None = None
     latency_after: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    loss_error: float | None = None
 
     @property
     def needed(self) -> int | None:
@@ -76,12 +83,22 @@ class CutChoice:
         return "; ".join(parts)
 
     def _judged(self) -> list[str]:
-        """The accuracies, and how many samples could tell of what was asked, if any did."""
-        if self.samples is None or self.accuracy_before is None or self.accuracy_after is None:
+        """The accuracies, and how many samples could tell of what was asked, if any did.
+
+        Without classes the losses.
+        """
+        if self.samples is None:
             return []
-        accuracies = [f"{100 * a:.2f}" for a in (self.accuracy_before, self.accuracy_after)]
-        shown = " → ".join(accuracies if self.removed else accuracies[:1])
-        parts = [f"accuracy {shown} % of {several(self.samples, 'sample')}"]
+        on = several(self.samples, "sample")
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            name, unit = "accuracy", " %"
+            shown = [f"{100 * a:.2f}" for a in (self.accuracy_before, self.accuracy_after)]
+        elif self.loss_before is not None and self.loss_after is not None:
+            name, unit = "loss", ""
+            shown = [f"{a:.4g}" for a in (self.loss_before, self.loss_after)]
+        else:
+            return []
+        parts = [f"{name} {' → '.join(shown if self.removed else shown[:1])}{unit} of {on}"]
         if self.needed is not None:
             parts.append(
                 f"so few cannot exclude a loss of {several(100 * self.limit, 'point')} at 95 %, "

@@ -45,6 +45,13 @@ class PairedAnswers:
             moments = (size.sign(), size**2, size * change, change**2)
             self._groups += torch.stack([x.sum() for x in moments]).double().cpu()
 
+    def accuracies(self) -> tuple[float, float, float]:
+        """Before and after, and the standard error of the change, paired by sample."""
+        count, change = self.samples, (self.gained - self.lost) / self.samples
+        spread = max((self.gained + self.lost) / count - change**2, 0)
+        after = (self.right - self.lost + self.gained) / count
+        return self.right / count, after, (spread / count) ** 0.5
+
     def verdict(self, tolerance: float) -> Verdict:
         """What all batches say; `tolerance` is the accuracy that may be lost, a fraction."""
         largest = int(self._classes[0].argmax())

@@ -14,8 +14,8 @@ from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.anatomy import Head, RunningCost
 from deeplimit._anatomy.checks import check_count, check_number
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
-from deeplimit.control.any_loss import Loss, as_loss
 from deeplimit.control.batches import aligned, blame_inputs
+from deeplimit.control.losses import Loss, as_loss
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.token_losses import CountedTokens, widened
 from deeplimit.control.wrapping import AroundWatch, check_bare
@@ -127,7 +127,7 @@ class StageCost(nn.Module):
         self._watch.look(self)
         at_no_cost = isinstance(y, Tensor) and y.device.type == "cpu"
         if isinstance(self.loss, SoftCrossEntropy):
-            y = aligned(self.anatomy, x, y, self.shift, look=at_no_cost or not self._looked)
+            y = aligned(self.anatomy, x, y, shift=self.shift, look=at_no_cost or not self._looked)
             self._looked = True
         cost, logits = self._cost(x, y)
         if at_no_cost:

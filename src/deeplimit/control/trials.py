@@ -4,17 +4,17 @@ import heapq
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy
-from deeplimit._anatomy.checks import fitted
-from deeplimit._anatomy.evaluation import Inputs, begun, first_samples
-from deeplimit.control.batches import aligned_batches, blame_inputs
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.token_losses import CountedTokens, drop_ignored
+from deeplimit._anatomy.evaluation import begun
+from deeplimit._anatomy.inputs import batch_of
+from deeplimit.control.batches import blame_inputs, first_part, part, tensors_in
+from deeplimit.control.losses import ClassLoss, SampleLoss
+from deeplimit.control.verdict import mean_and_error
 from deeplimit.errors import InputError
 
 AGAIN = 8
@@ -24,18 +24,16 @@ NEED = "a cut is chosen on at least one sample that counts"
 MayGo = Callable[[Collection[int], int], bool]
 
 
-def _any(gone: Collection[int], n: int) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """Accuracy of a cut, what it loses of it, and by how much the loss rises.
+    """Accuracy and loss of a cut, what it loses of the first, and by how much the second rises.
 
-    The changes come with their standard errors, paired by sample.
+    The changes come with their standard errors, paired by sample. Accuracies are NaN, and nothing
+    of them is lost, where the loss knows no classes.
     """
 
     accuracy: float
+    loss: float
     lost: float
     error: float
     risen: float
@@ -48,14 +46,14 @@ class Trials:
     Args:
         structure: of the model.
         loader: batches (x, y), the same in every pass over it.
-        loss: what is measured beside the accuracy; None: nothing.
+        of: what is measured; by default with the plain cross-entropy.
         shift: targets of tokens are the inputs themselves: each predicts the next.
 
     Attributes:
         batch: the inputs of the first batch.
         samples: number of those that judge: all but the ones that `order` looks at, the first
             batch, or half of the samples if that is less.
-        accuracy: of the model on them.
+        whole: the outcome of the model itself on them.
 
     Raises:
         InputError: a loader that can be gone through only once, that is empty, that gives other
@@ -66,8 +64,9 @@ class Trials:
     def __init__(
         self,
         structure: Anatomy,
-        loader: Iterable[tuple[Inputs, Tensor]],
-        loss: SoftCrossEntropy | None = None,
+        loader: Iterable[Any],
+        of: SampleLoss | None = None,
+        *,
         shift: bool = False,
     ):
         batches = begun(loader)
@@ -76,24 +75,27 @@ class Trials:
                 "the loader can be gone through only once; cuts are tried on the same batches "
                 "again and again: give a DataLoader or a list"
             )
-        self.structure, self._loss = structure, loss
+        of = of or ClassLoss(None)
+        self.structure, self._of = structure, of
         self._loader, self._shift = loader, shift
         self._targets: list[Tensor] | None = None
         self._rows = 0
         self._outcomes: dict[frozenset[int], Outcome] = {}
-        self.batch, targets = next(aligned_batches(structure, batches, shift, NEED))
+        self.batch, targets = next(of.batches(structure, batches, NEED, shift=shift))
         own = self._run(structure)
         # What puts the layers in order does not judge the cuts that follow from it as well: of
         # hundreds of cuts the ones that suit these samples come first.
-        rows = max(min(len(targets), self._rows // 2), 1)
-        self._first, self._first_targets = first_samples(self.batch, rows), targets[:rows]
+        count = batch_of(self.batch)
+        rows = max(min(count, self._rows // 2), 1)
+        self._first = first_part(self.batch, rows)
+        self._first_targets = part(targets, slice(rows), count)
         self._answers = structure.run(self._first)
-        parts = self._parts(self._answers, self._first_targets)
-        used = sum(len(part[-1]) for part in parts)
-        self._judging = slice(used if used < len(own[0]) else 0, None)
-        self._hits, self._losses = (figure[self._judging] for figure in own)
-        self.samples = len(self._hits)
-        self.accuracy = float(self._hits.mean())
+        parts = of.rows(structure, self._first_targets, self._answers)
+        used = sum(len(of.each(z, y)) for z, y in parts)
+        self._judging = slice(used if used < len(own) else 0, None)
+        self._own = own[self._judging]
+        self.samples = len(self._own)
+        self.whole = self.outcome(())
 
     def cut(self, removed: Iterable[int]) -> nn.Module:
         """The model less these layers."""
@@ -103,29 +105,31 @@ class Trials:
         """What a cut does to accuracy and loss, on the samples that judge."""
         key = frozenset(removed)
         if key not in self._outcomes:
-            hits, losses = self._hits, self._losses
+            values = self._own
             if key:
-                hits, losses = (
-                    x[self._judging] for x in self._run(self.structure.like(self.cut(key)))
-                )
-            figures = []
-            for change in (self._hits - hits, losses - self._losses):
-                error = float(change.std(correction=0)) / math.sqrt(self.samples)
-                figures += [float(change.mean()), error]
-            self._outcomes[key] = Outcome(float(hits.mean()), *figures)
+                values = self._run(self.structure.like(self.cut(key)))[self._judging]
+            accuracy, lost = math.nan, (0.0, 0.0)
+            if self._of.of_classes:
+                accuracy = float(values[:, 1].mean())
+                lost = mean_and_error((self._own - values)[:, 1])
+            risen = mean_and_error((values - self._own)[:, 0])
+            self._outcomes[key] = Outcome(accuracy, float(values[:, 0].mean()), *lost, *risen)
         return self._outcomes[key]
 
     def divergence(self, removed: Collection[int]) -> float:
-        """Mean KL(softmax z ‖ softmax z′) of what puts in order: z of the model, z′ of its cut."""
+        """How far the answers of what puts in order move: mean KL(softmax z ‖ softmax z′).
+
+        z are of the model, z′ of its cut. Without classes it is the mean of (z − z′)².
+        """
         answers = self.structure.like(self.cut(removed)).run(self._first)
         total, count = 0.0, 0
-        for z, w, y in self._parts(self._answers, answers, self._first_targets):
-            own, other = z.double().log_softmax(-1), w.double().log_softmax(-1)
-            total += float(F.kl_div(other, own, reduction="sum", log_target=True))
-            count += len(y)
+        parts = self._of.rows(self.structure, self._first_targets, self._answers, answers)
+        for z, w, y in parts:
+            total += float(self._of.apart(z, w))
+            count += len(y) if self._of.of_classes else len(z)
         return total / max(count, 1)
 
-    def order(self, ranked: Iterable[int], may_go: MayGo = _any) -> Iterator[int]:
+    def order(self, ranked: Iterable[int], may_go: MayGo | None = None) -> Iterator[int]:
         """The layers one by one: next the one whose removal adds the least divergence.
 
         What a layer adds is measured for all at first, then again for the eight that added least
@@ -136,7 +140,7 @@ class Trials:
 
         Args:
             ranked: the layers; those in front go first among equals.
-            may_go: whether a layer may go after others.
+            may_go: whether a layer may go after others; by default any may.
         """
         gone: list[int] = []
         spent = 0.0
@@ -148,7 +152,7 @@ class Trials:
             while due or (queue and queue[0][3] < len(gone)):
                 entry = due.pop() if due else heapq.heappop(queue)
                 _, rank, n, _ = entry
-                if not may_go(gone, n):
+                if may_go is not None and not may_go(gone, n):
                     waiting.append(entry)
                     continue
                 try:
@@ -166,20 +170,20 @@ class Trials:
             for entry in waiting:
                 heapq.heappush(queue, entry)
 
-    def _run(self, structure: Anatomy) -> tuple[Tensor, Tensor]:
-        """Whether each sample is right, 0 or 1, and its loss, over the whole loader."""
-        none = torch.zeros(0, dtype=torch.float64)
-        hits, losses, targets, rows = [none], [none], [], 0
-        for x, y in aligned_batches(structure, self._loader, self._shift, NEED):
+    def _run(self, structure: Anatomy) -> Tensor:
+        """The loss of each sample, and whether it is right where there are classes, [S, 1 or 2]."""
+        values, targets, rows = [], [], 0
+        for x, y in self._of.batches(structure, self._loader, NEED, shift=self._shift):
             z = structure.run(x)
             blame_inputs(x, z)
-            y = fitted(z, y)
-            for part, same in self._parts(z, y):
-                hits.append((part.argmax(-1) == same).double().cpu())
-                if self._loss is not None:
-                    losses.append(self._loss(part.double(), same).cpu())
-            targets.append(y.flatten().cpu())
-            rows += len(y)
+            y = self._of.fitted(z, y)
+            for own, same in self._of.rows(structure, y, z):
+                figures = [self._of.each(own, same)]
+                if self._of.of_classes:
+                    figures.append((own.argmax(-1) == same).double())
+                values.append(torch.stack(figures, 1).cpu())
+            targets += [t.flatten().double().nan_to_num().cpu() for t in tensors_in(y)]
+            rows += batch_of(x)
         if self._targets is None:
             self._targets, self._rows = targets, rows
         elif not torch.equal(torch.cat(self._targets), torch.cat(targets)):
@@ -187,13 +191,4 @@ class Trials:
                 "the loader gives its samples in another order every time; give one that does not "
                 "shuffle"
             )
-        if self._loss is None:
-            losses = [torch.zeros(sum(map(len, hits)), dtype=torch.float64)]
-        return torch.cat(hits), torch.cat(losses)
-
-    def _parts(self, *values: Tensor) -> Iterable[tuple[Tensor, ...]]:
-        """Logits and targets as they are; of tokens, chunks of those that count."""
-        *logits, y = values
-        if not self.structure.tokens:
-            return [drop_ignored(y, *logits)]
-        return CountedTokens(y, logits[0].shape[-1]).chunks(*logits)
+        return torch.cat(values)

@@ -6,10 +6,11 @@ measured, layer by layer, on held-out data.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,22 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.checks import check_number
-from deeplimit._anatomy.evaluation import Inputs, evaluating
-from deeplimit.control.batches import aligned_batches, blame_inputs
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
+from deeplimit._anatomy.evaluation import evaluating
+from deeplimit.control.batches import blame_inputs
+from deeplimit.control.losses import (
+    ClassLoss,
+    ConstantAnswer,
+    Loss,
+    SampleLoss,
+    check_callable,
+    sample_loss,
+)
+from deeplimit.control.tables import Shown, number, percent, table
 from deeplimit.control.token_losses import CountedTokens, drop_ignored
-from deeplimit.control.verdict import FEW, Z, check_tolerance
+from deeplimit.control.verdict import FEW, LOSS_TOLERANCE, Z, check_rise, check_tolerance, range_of
+from deeplimit.errors import several
 
 ACCURACY_TOLERANCE = 0.005
-LOSS_TOLERANCE = 0.01
 TUBE = 0.2
 NEED = "a profile needs at least one sample that counts"
 
@@ -38,21 +47,24 @@ def loss_tolerance(accuracy: float) -> float:
 
 
 @dataclass(frozen=True)
-class TurnpikeProfile:
+class TurnpikeProfile(Shown):
     """Per layer n = 0 … N, over all samples: loss, accuracy, distance to the minimisers, update.
 
     z_n are the logits of the state x_n, carried through the remaining projection shortcuts and the
     network's own head; ℓ is the soft cross-entropy. Layer N is the network's own output.
+
+    Of another loss than the soft cross-entropy there are no minimisers and no distances, and of one
+    that knows no classes no accuracies: these are empty then.
 
     Where there are logits for every token a sample is a token whose target is not −100. Tokens of
     one text are no independent samples: the standard errors are then too small.
 
     Attributes:
         samples: number of samples profiled.
-        classes: number of classes C.
-        softness: softness ε of the loss.
-        minimum: H(q), the least value that ℓ can take.
-        loss: mean ℓ(z_n, y), N + 1 values, in nats.
+        classes: number of classes C; 0 where the loss knows none.
+        softness: softness ε of the loss; 0 of a plain cross-entropy, NaN without classes.
+        minimum: H(q), the least value that ℓ can take; NaN without classes.
+        loss: mean ℓ(z_n, y), N + 1 values, in nats or in units of the loss.
         accuracy: fraction of samples whose largest logit is their class's, N + 1 values.
         distance: d_n = mean dist(z_n, Z*_y), N + 1 values.
         class_distance: the same for each class, [N + 1][C]; NaN for a class with no samples. Empty
@@ -66,6 +78,8 @@ class TurnpikeProfile:
         influence: 1 − mean cos(x_n, x_{n+1}) per sample, N values from 0 (the layer turns no state)
             to 2, of the same samples as `relative_update` and carried as there: the block influence
             of ShortGPT (arXiv 2403.03853). None where it was not measured.
+        constant: the mean loss of the best constant answer, where the loss knows no classes and the
+            targets have the form of the outputs (`control.losses.ConstantAnswer`); else None.
     """
 
     samples: int
@@ -80,6 +94,7 @@ class TurnpikeProfile:
     loss_error: tuple[float, ...]
     accuracy_error: tuple[float, ...]
     influence: tuple[float, ...] | None = None
+    constant: float | None = None
 
     @property
     def horizon(self) -> int:
@@ -91,8 +106,11 @@ class TurnpikeProfile:
         """The default tube radius δ = 0.2·d_0.
 
         d_0 = log((1−ε)(C−1)/ε)·√(1−1/C) is the distance of zero logits from the minimisers: a
-        network inside the tube has gone four fifths of the way from knowing nothing.
+        network inside the tube has gone four fifths of the way from knowing nothing. NaN where the
+        loss has no minimisers: no layer is in the tube.
         """
+        if not self.distance:
+            return math.nan
         contrast = math.log((1 - self.softness) * (self.classes - 1) / self.softness)
         return TUBE * contrast * math.sqrt(1 - 1 / self.classes)
 
@@ -120,41 +138,76 @@ class TurnpikeProfile:
         limit = self._limit(radius)
         return sum(not d <= limit for d in self.distance)
 
-    def depth_within(self, accuracy: float = ACCURACY_TOLERANCE, loss: float | None = None) -> int:
+    def depth_within(
+        self,
+        accuracy: float = ACCURACY_TOLERANCE,
+        loss: float | None = None,
+        *,
+        rise: float | None = None,
+    ) -> int:
         """The smallest depth whose output is as good as the full network's, within tolerances.
 
         The rule, one-sided (a shallower network may be better, never worse), for the layer n:
 
             accuracy_N − accuracy_n + z·se  ≤ accuracy              (0.005 = half a point)
-            loss_n − loss_N + z·se          ≤ loss·(log C − H(q))
+            loss_n − loss_N + z·se          ≤ loss·loss_range,      or ≤ rise
 
         with se the standard error of the difference, paired by sample, and z = 1.645, its 95 %
-        quantile. log C − H(q) is the loss of knowing nothing above the minimum, so that the second
-        tolerance does not depend on the number of classes; without one it is `loss_tolerance`.
-        Layer N satisfies both. Choose on validation data, report on test data.
+        quantile. The second tolerance is a part of the loss's range, so that it does not depend on
+        the number of classes; without one it is `loss_tolerance`; `rise` gives it in units of the
+        loss. Where there are no accuracies the second condition is the rule. Layer N satisfies
+        both. Choose on validation data, report on test data.
 
         Where no sample differs the standard error is 0. What so few samples cannot tell is not
         made up for: `samples_to_exclude(accuracy)` says how many could. Of fewer than 11 samples
         (`verdict.FEW`) standard errors mean nothing: the depth is N.
         """
         check_tolerance(accuracy)
-        rise = (loss_tolerance(accuracy) if loss is None else loss) * self.loss_range
+        if rise is None:
+            rise = (loss_tolerance(accuracy) if loss is None else loss) * self.loss_range
+        else:
+            check_rise(rise)
         for n in range(self.horizon if self.samples >= FEW else 0):
-            lost = self.accuracy[-1] - self.accuracy[n] + Z * self.accuracy_error[n]
             risen = self.loss[n] - self.loss[-1] + Z * self.loss_error[n]
+            if self.accuracy:
+                lost = self.accuracy[-1] - self.accuracy[n] + Z * self.accuracy_error[n]
+            else:
+                lost = 0.0
             if lost <= accuracy and risen <= rise:
                 return n
         return self.horizon
 
     @property
     def loss_range(self) -> float:
-        """The range log C − H(q), from the minimum of the loss to that of knowing nothing."""
-        return math.log(self.classes) - self.minimum
+        """The range log C − H(q), from the minimum of the loss to that of knowing nothing.
+
+        Without classes the range from the network's own mean loss to that of the best constant
+        answer, 0 if it is no better; where that is not known the size of its own mean loss.
+        """
+        if self.classes:
+            return math.log(self.classes) - self.minimum
+        return range_of(self.loss[-1], self.constant)
 
     @property
     def recommended_depth(self) -> int:
         """`depth_within` the defaults: half a point of accuracy, 1 % of the loss range."""
         return self.depth_within()
+
+    def __str__(self) -> str:
+        """A row per layer: loss, accuracy, distance, update, influence; of many layers some."""
+        columns = {
+            "layer": [str(n) for n in range(self.horizon + 1)],
+            "loss": [number(v) for v in self.loss],
+            "accuracy": [percent(v) for v in self.accuracy],
+            "distance": [number(v, 3) for v in self.distance],
+            "update": ["", *(number(v, 3) for v in self.relative_update)],
+            "influence": ["", *(number(v, 3) for v in self.influence or ())],
+        }
+        full = {name: column for name, column in columns.items() if len(column) > self.horizon}
+        return (
+            f"{several(self.samples, 'sample')}; depth {self.recommended_depth} of {self.horizon} "
+            f"is as good as all\n{table(list(full), list(zip(*full.values(), strict=True)))}"
+        )
 
     def _limit(self, radius: float | None) -> float:
         if radius is None:
@@ -165,8 +218,8 @@ class TurnpikeProfile:
 @torch.no_grad()
 def turnpike_profile(
     model: nn.Module | Anatomy,
-    loader: Iterable[tuple[Inputs, Tensor]],
-    loss: SoftCrossEntropy,
+    loader: Iterable[Any],
+    loss: Loss,
     *,
     updates: bool = True,
     shift: bool = False,
@@ -177,121 +230,184 @@ def turnpike_profile(
     memory at a time; of logits for every token, [B, L, C], the model's own and a chunk of one
     layer's. Targets of tokens [B, L] are aligned with the logits; −100 does not count.
 
+        >>> profile = turnpike_profile(model, loader, SoftCrossEntropy(10))
+        >>> profile.recommended_depth, profile.entry()
+        >>> print(turnpike_profile(model, loader, torch.nn.MSELoss()))
+
     Args:
         model: the network.
         loader: batches (x, y).
-        loss: the loss that was trained.
+        loss: the loss that was trained. With a `SoftCrossEntropy` all is measured; with
+            `nn.CrossEntropyLoss` there are no minimisers and no distances; of any other
+            ℓ(outputs, targets) nothing but its values is known, one per sample
+            (`control.losses.OtherLoss`), and there are no accuracies either. Where the loader gives
+            mappings it is ℓ(outputs, batch).
         updates: whether to measure what each layer does to the states; without it
             `relative_update` is empty and `influence` None, and the profile is there sooner.
         shift: targets of tokens are the inputs themselves: each predicts the next.
 
     Raises:
         InputError: a loader that is empty or has no token that counts, targets that are no classes
-            or not aligned, inputs that are not finite, another loss, or a model that `anatomy`
-            cannot read.
+            or not aligned, inputs that are not finite, a loss without values of single samples, or
+            a model that `anatomy` cannot read.
     """
-    check_loss(loss)
+    check_callable(loss)
+    of = sample_loss(loss)
     structure = anatomy(model)
     model = structure.model
-    sums: _Sums | None = None
+    sums: dict[str, Tensor] = {}
+    constant, classes = ConstantAnswer(of), 0
     with evaluating(model):
-        for x, y in aligned_batches(structure, loader, shift, NEED):
-            batch = _measure(structure, x, y, loss, updates)
-            blame_inputs(x, batch.loss)
-            sums = batch if sums is None else sums + batch
-    profile = cast(_Sums, sums).profile(loss)
-    return profile if updates else replace(profile, influence=None)
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """Sums over samples, per layer, in float64."""
-
-    count: int
-    loss: Tensor
-    correct: Tensor
-    distance: Tensor
-    update: Tensor
-    influence: Tensor
-    update_count: Tensor
-    loss_gap: Tensor
-    loss_gap_squared: Tensor
-    hit_gap_squared: Tensor
-    class_distance: Tensor
-    class_count: Tensor
-
-    def __add__(self, other: "_Sums") -> "_Sums":
-        mine, theirs = vars(self), vars(other)
-        return _Sums(**{name: mine[name] + theirs[name] for name in mine})
-
-    def profile(self, loss: SoftCrossEntropy) -> TurnpikeProfile:
-        n = self.count
-        mean_gap = self.loss_gap / n
-        hit_gap = (self.correct - self.correct[-1]) / n
-        spread = (self.loss_gap_squared / n - mean_gap**2).clamp(min=0)
-        hit_spread = (self.hit_gap_squared / n - hit_gap**2).clamp(min=0)
-        per_class = self.class_distance / self.class_count
-        return TurnpikeProfile(
-            samples=n,
-            classes=loss.classes,
-            softness=loss.softness,
-            minimum=loss.minimum,
-            loss=tuple((self.loss / n).tolist()),
-            accuracy=tuple((self.correct / n).tolist()),
-            distance=tuple((self.distance / n).tolist()),
-            class_distance=tuple(tuple(row) for row in per_class.tolist()),
-            relative_update=tuple((self.update / self.update_count).tolist()),
-            loss_error=tuple((spread / n).sqrt().tolist()),
-            accuracy_error=tuple((hit_spread / n).sqrt().tolist()),
-            influence=tuple((self.influence / self.update_count).tolist()),
-        )
+        for x, y in of.batches(structure, loader, NEED, shift=shift):
+            classes = _measure(structure, x, y, of, sums, constant, updates=updates)
+        least = constant.losses()
+    return _profile(sums, of, classes, least, updates=updates)
 
 
 def _measure(
-    structure: Anatomy, x: Inputs, y: Tensor, loss: SoftCrossEntropy, updates: bool
-) -> _Sums:
-    def measure(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hits = (z.argmax(-1) == targets).double()
-        return loss(z, targets), loss.distance(z, targets), hits
-
+    structure: Anatomy,
+    x: Any,
+    y: Any,
+    of: SampleLoss,
+    sums: dict[str, Tensor],
+    constant: ConstantAnswer,
+    *,
+    updates: bool,
+) -> int:
+    """Adds a batch to the sums; returns the number of classes."""
     states, output = structure.states(x)
-    counted = CountedTokens(y, loss.classes) if structure.tokens else None
-    padding = _padding(x, states)
-    if counted is None:
-        y = loss.fitted(output, y)
-        *states, padding, output, y = drop_ignored(y, *states, padding, output)
-    if counted is not None:
-        values, distance, hits = counted.measured(structure, x, states[:-1], output, measure)
+    y = of.fitted(output, y)
+    constant.add(output, y)
+    kept = states if updates else []
+    if isinstance(of, ClassLoss) and structure.tokens:
+        batch = _of_tokens(structure, x, y, of, states, output, kept)
     else:
-        below = [structure.logits(states[:-1], x=x)] if states[1:] else []
-        logits = torch.cat([*below, output[None]]).double()
-        values, distance, hits = measure(logits, y.expand(len(logits), *y.shape))
-    gap, none = values - values[-1], torch.zeros(0)
-    own = None if counted is not None else torch.nn.functional.one_hot(y, loss.classes).double()
-    rows = counted.of if counted is not None else partial(_flat, padding)
-    changes, influences, update_count = _changes(structure, x, states if updates else [], rows)
-    return _Sums(
-        count=values.shape[1],
-        loss=values.sum(1).cpu(),
-        correct=hits.sum(1).cpu(),
-        distance=distance.sum(1).cpu(),
-        update=changes.cpu(),
-        influence=influences.cpu(),
-        update_count=update_count.cpu(),
-        loss_gap=gap.sum(1).cpu(),
-        loss_gap_squared=gap.square().sum(1).cpu(),
-        hit_gap_squared=(hits - hits[-1]).square().sum(1).cpu(),
-        class_distance=none if own is None else (distance @ own).cpu(),
-        class_count=none if own is None else own.sum(0).cpu(),
+        batch = _of_samples(structure, x, y, of, states, output, kept)
+    blame_inputs(x, batch["loss"])
+    for name, value in batch.items():
+        sums[name] = sums[name] + value if name in sums else value
+    return output.shape[-1] if of.of_classes else 0
+
+
+def _profile(
+    sums: Mapping[str, Tensor],
+    of: SampleLoss,
+    classes: int,
+    constant: Tensor | None,
+    *,
+    updates: bool,
+) -> TurnpikeProfile:
+    """The profile from sums over samples."""
+    n = int(sums["count"])
+    softness, minimum = math.nan, math.nan
+    if isinstance(of, ClassLoss):
+        softness, minimum = of.softness_and_minimum(classes)
+
+    def mean(name: str, count: Any = n) -> tuple[float, ...]:
+        return tuple((sums[name] / count).tolist()) if name in sums else ()
+
+    def error(name: str) -> tuple[float, ...]:
+        if name not in sums:
+            return ()
+        spread = sums[f"{name} squared"] / n - (sums[f"{name} gap"] / n) ** 2
+        return tuple((spread.clamp(min=0) / n).sqrt().tolist())
+
+    per_class = sums["class distance"] / sums["of class"] if "of class" in sums else torch.zeros(0)
+    return TurnpikeProfile(
+        samples=n,
+        classes=classes,
+        softness=softness,
+        minimum=minimum,
+        loss=mean("loss"),
+        accuracy=mean("accuracy"),
+        distance=mean("distance"),
+        class_distance=tuple(tuple(row) for row in per_class.tolist()),
+        relative_update=mean("update", sums["updated"]),
+        loss_error=error("loss"),
+        accuracy_error=error("accuracy"),
+        influence=mean("influence", sums["updated"]) if updates else None,
+        constant=None if constant is None else float(constant.mean()),
     )
 
 
-def _padding(x: Inputs, states: list[Tensor]) -> Tensor:
+def _of_samples(
+    structure: Anatomy,
+    x: Any,
+    y: Any,
+    of: SampleLoss,
+    states: list[Tensor],
+    output: Tensor,
+    kept: list[Tensor],
+) -> dict[str, Tensor]:
+    """Sums over the samples of a batch; of states `kept` what the layers do to them."""
+    padding = _padding(x, states)
+    if isinstance(of, ClassLoss):
+        *states, padding, output, y = drop_ignored(y, *states, padding, output)
+        kept = states if kept else []
+    below = states[:-1]
+    if structure.tokens:  # layer by layer: the outputs of all of them may not fit
+        outputs: Iterable[Tensor] = (structure.logits([s], 0, x=x)[0] for s in below)
+    else:
+        outputs = structure.logits(below, x=x) if below else ()
+    rows = [_figures(of, z, y) for z in chain(outputs, [output])]
+    figures = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    sums = _summed(figures) | _changes(structure, x, kept, partial(_flat, padding))
+    if of.soft is not None:
+        own = F.one_hot(y, of.soft.classes).double()
+        sums["class distance"] = (figures["distance"] @ own).cpu()
+        sums["of class"] = own.sum(0).cpu()
+    return sums
+
+
+def _of_tokens(
+    structure: Anatomy,
+    x: Any,
+    y: Tensor,
+    of: ClassLoss,
+    states: list[Tensor],
+    output: Tensor,
+    kept: list[Tensor],
+) -> dict[str, Tensor]:
+    """The same of the tokens that count."""
+    counted = CountedTokens(y, output.shape[-1])
+    names: list[str] = []
+
+    def measure(z: Tensor, targets: Tensor) -> list[Tensor]:
+        figures = _figures(of, z, targets)
+        names[:] = figures
+        return list(figures.values())
+
+    values = counted.measured(structure, x, states[:-1], output, measure)
+    figures = dict(zip(names, values, strict=True))
+    return _summed(figures) | _changes(structure, x, kept, counted.of)
+
+
+def _figures(of: SampleLoss, z: Tensor, y: Any) -> dict[str, Tensor]:
+    """What is measured of each sample."""
+    figures = {"loss": of.each(z, y)}
+    if of.of_classes:
+        figures["accuracy"] = (z.argmax(-1) == y).double()
+    if of.soft is not None:
+        figures["distance"] = of.soft.distance(z.double(), y)
+    return figures
+
+
+def _summed(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over samples of figures [N + 1, S], and of their gaps to those of layer N."""
+    sums = {"count": torch.tensor(figures["loss"].shape[1])}
+    for name, values in figures.items():
+        gap = values - values[-1]
+        sums[name] = values.sum(1).cpu()
+        sums[f"{name} gap"], sums[f"{name} squared"] = gap.sum(1).cpu(), gap.square().sum(1).cpu()
+    return sums
+
+
+def _padding(x: Any, states: list[Tensor]) -> Tensor:
     """Where states [B, L, d] are of padding, [B, L]: not of a sample, whatever a layer does there.
 
     Without an attention mask no token is; of states of another form [B, 0].
     """
-    mask = None if isinstance(x, Tensor) else x.get("attention_mask")
+    mask = x.get("attention_mask") if isinstance(x, Mapping) else None
     shape = states[0].shape[:2]
     if mask is None or mask.shape != shape or any(s.shape[:2] != shape for s in states):
         return torch.zeros(len(states[0]), 0, dtype=torch.bool, device=states[0].device)
@@ -305,8 +421,8 @@ def _flat(padding: Tensor, state: Tensor) -> Tensor:
 
 
 def _changes(
-    structure: Anatomy, x: Inputs, states: list[Tensor], rows: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+    structure: Anatomy, x: Any, states: list[Tensor], rows: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
     """Relative update and influence, summed over samples with x_n ≠ 0, and their number, per layer.
 
     Σ_i ‖x_{n+1} − x_n‖ / ‖x_n‖ and Σ_i (1 − cos), the latter as half the squared distance of the
@@ -325,7 +441,8 @@ def _changes(
         updates.append(ratio.where(size != 0, 0.0).sum())
         influences.append(turned.where(size != 0, 0.0).sum())
         counts.append((size != 0).sum())
-    if not counts:
-        none = torch.zeros(0, dtype=torch.float64)
-        return none, none, torch.zeros(0, dtype=torch.long)
-    return torch.stack(updates), torch.stack(influences), torch.stack(counts)
+    none = torch.zeros(0, dtype=torch.float64)
+    return {
+        name: torch.stack(values).cpu() if values else none
+        for name, values in (("update", updates), ("influence", influences), ("updated", counts))
+    }

@@ -2,7 +2,8 @@
 
 Two networks answer the same n samples: b of them are right before the change only, c after it only.
 Of the accuracy lost, Δ = P(right before only) − P(right after only), the score test of Tango
-(Statistics in Medicine 17, 891–908, 1998) gives bounds, also where no sample differs.
+(Statistics in Medicine 17, 891–908, 1998) gives bounds, also where no sample differs. Of a loss
+that knows no classes it is the mean rise, with bounds by Student's t of the samples' own rises.
 """
 
 import math
@@ -10,7 +11,10 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal
 
+from torch import Tensor
+
 from deeplimit._anatomy.checks import check_number
+from deeplimit.control.tables import Shown
 from deeplimit.errors import InputError, several
 
 CONFIDENCE = 0.95
@@ -18,28 +22,34 @@ Z = NormalDist().inv_cdf(CONFIDENCE)  # one-sided: 1.645
 MANY = 10**9  # samples that nobody has
 FEW = 11  # of fewer not even a loss of a fifth can be excluded: their standard errors mean nothing
 
+LOSS_TOLERANCE = 0.01  # of the range of a loss: by how much it may rise where nobody says
 TOO_MUCH = 0.5  # of all samples: nobody means that, half a point was meant
 
 Word = Literal["kept", "unresolved", "lost", "nothing learnt"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Shown):
     """What held-out data say of a change of network, at 95 %, paired by sample.
 
     Attributes:
         word: "kept": they exclude that more accuracy was lost than the tolerance; "lost": they show
             that more was; "unresolved": they do neither; "nothing learnt": they do not show that
-            the network before was better than always answering the largest class.
-        tolerance: the accuracy that may be lost, a fraction.
+            the network before was better than the best constant answer: of classes always the
+            largest one. It is not said where no constant answer is known.
+        tolerance: the accuracy that may be lost, a fraction. Where the loss knows no classes: by
+            how much its mean may rise.
         samples: number of samples.
-        lost, gained: how many of them are right before only, and after only.
-        at_least, at_most: 95 % bounds, one-sided each, of the accuracy lost, fractions; where they
-            are negative accuracy was gained.
-        accuracy: of the network before, a fraction.
-        largest_class: the share of the largest class among the samples, a fraction.
+        lost, gained: how many of them are right before only, and after only; of how many the loss
+            rose, and fell.
+        at_least, at_most: 95 % bounds, one-sided each, of the accuracy lost, fractions, or of the
+            rise; where they are negative accuracy was gained.
+        accuracy: of the network before, a fraction; NaN where there is none.
+        largest_class: the share of the largest class among the samples, a fraction, or NaN.
         needed: how many samples would resolve it, if they differ as these do; None where it is
             resolved, or where no number would.
+        loss: the mean loss of the network before, where that is what is judged; else None.
+        constant: that of the best constant answer; None where it is not known.
     """
 
     word: Word
@@ -52,11 +62,21 @@ class Verdict:
     accuracy: float
     largest_class: float
     needed: int | None = None
+    loss: float | None = None
+    constant: float | None = None
 
     def __str__(self) -> str:
         """One sentence: the word, what it rests on, and what to do."""
-        asked = _points(self.tolerance)
+        asked, least, most = map(self._amount, (self.tolerance, self.at_least, self.at_most))
         on = several(self.samples, "sample")
+        what = "a loss of more than" if self.loss is None else "a rise of the loss by more than"
+        of = " of accuracy" if self.loss is None else ""
+        if self.word == "nothing learnt" and self.loss is not None:
+            return (
+                f"Nothing learnt: on {on} the network before has a mean loss of {self.loss:.4g}, "
+                f"which is not shown to be better than that of a constant answer, "
+                f"{self.constant:.4g}; train it first"
+            )
         if self.word == "nothing learnt":
             return (
                 f"Nothing learnt: on {on} the network before is right for "
@@ -64,21 +84,20 @@ class Verdict:
                 f"answering the largest class, {100 * self.largest_class:.2f} %; train it first"
             )
         if self.word == "kept":
-            return (
-                f"Kept: {on} exclude a loss of more than {asked} of accuracy; it is at most "
-                f"{_points(self.at_most)} (95 %)"
-            )
+            return f"Kept: {on} exclude {what} {asked}{of}; it is at most {most} (95 %)"
         if self.word == "lost":
             return (
-                f"Lost: {on} show a loss of more than {asked} of accuracy, "
-                f"from {_points(self.at_least)} to {_points(self.at_most)} (95 %); heal it, or cut "
-                "less"
+                f"Lost: {on} show {what} {asked}{of}, from {least} to {most} (95 %); heal it, or "
+                "cut less"
             )
         more = f"about {self.needed:,} samples would" if self.needed else "no number of them would"
         return (
-            f"Unresolved: {on} exclude a loss of more than {_points(self.at_most)} of "
-            f"accuracy (95 %), not one of more than {asked}; {more} resolve it"
+            f"Unresolved: {on} exclude {what} {most}{of} (95 %), not one of more than {asked}; "
+            f"{more} resolve it"
         )
+
+    def _amount(self, value: float) -> str:
+        return _points(value) if self.loss is None else f"{value:.4g}"
 
 
 def unchanged(verdict: Verdict) -> Verdict:
@@ -118,12 +137,8 @@ def judge(
     ahead, behind = right - right_in_largest, largest - right_in_largest
     if ahead - behind <= Z * math.sqrt(ahead + behind):
         word: Word = "nothing learnt"
-    elif at_most <= tolerance:
-        word = "kept"
-    elif at_least > tolerance:
-        word = "lost"
-    else:
-        word, needed = "unresolved", _needed(tolerance, *counts, effect)
+    elif (word := _word(at_least, at_most, tolerance)) == "unresolved":
+        needed = _needed(tolerance, *counts, effect)
     return Verdict(
         word=word,
         tolerance=tolerance,
@@ -136,6 +151,87 @@ def judge(
         largest_class=largest / samples,
         needed=needed,
     )
+
+
+def judge_losses(
+    before: Tensor, after: Tensor, constant: Tensor | None = None, tolerance: float | None = None
+) -> Verdict:
+    """The verdict on two networks' losses of the same samples.
+
+    Args:
+        before: the losses of the network before the change, [n].
+        after: those of the one after it.
+        constant: those of the best constant answer, where one is known.
+        tolerance: by how much the mean may rise; by default 1 % of its range, which reaches from
+            the mean before to that of the constant answer (`range_of`).
+    """
+    rise, samples = after - before, len(before)
+    best = None if constant is None else float(constant.mean())
+    own = float(before.mean())
+    if tolerance is None:
+        tolerance = LOSS_TOLERANCE * range_of(own, best)
+    mean, error = mean_and_error(rise)
+    spread, alike = quantile(samples) * error, not bool(rise.any())
+    if alike:  # certainty would be too much to say: as where no answer differs
+        spread = Z**2 / (samples + Z**2) * range_of(own, best)
+    word, needed = _word(mean - spread, mean + spread, tolerance), None
+    learnt = True
+    if constant is not None:
+        ahead, its_error = mean_and_error(constant - before)
+        learnt = ahead > quantile(samples) * its_error
+    if not learnt:
+        word = "nothing learnt"
+    elif samples < FEW:
+        word = "unresolved"
+    if word == "unresolved":
+        gap = abs(tolerance - mean)
+        apart = spread / gap if gap > 0 else math.inf
+        more = samples * (apart if alike else apart**2)
+        needed = _rounded(max(more, FEW)) if more <= MANY else None
+    return Verdict(
+        word=word,
+        tolerance=tolerance,
+        samples=samples,
+        lost=int((rise > 0).sum()),
+        gained=int((rise < 0).sum()),
+        at_least=mean - spread,
+        at_most=mean + spread,
+        accuracy=math.nan,
+        largest_class=math.nan,
+        needed=needed,
+        loss=own,
+        constant=best,
+    )
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """The mean of samples and its standard error; NaN of none."""
+    return float(values.mean()), float(values.std(correction=0)) / math.sqrt(max(len(values), 1))
+
+
+def quantile(samples: int) -> float:
+    """By how many standard errors, of so many samples, a mean may be off: one-sided, at 95 %.
+
+    Student's t in powers of 1/(n − 1), right to three digits from 11 samples on, and the factor
+    of the standard deviation without correction.
+    """
+    free = max(samples - 1, 1)
+    t = Z + (Z**3 + Z) / (4 * free) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * free**2)
+    return t * math.sqrt(samples / free)
+
+
+def range_of(own: float, constant: float | None) -> float:
+    """The range of a loss: from a network's mean to a constant answer's, 0 if that is no worse.
+
+    Where no constant answer is known it is the size of the mean.
+    """
+    return abs(own) if constant is None else max(constant - own, 0.0)
+
+
+def _word(at_least: float, at_most: float, tolerance: float) -> Word:
+    if at_most <= tolerance:
+        return "kept"
+    return "lost" if at_least > tolerance else "unresolved"
 
 
 def loss_bounds(
@@ -197,8 +293,13 @@ def _needed(tolerance: float, n: float, b: float, c: float, effect: float) -> in
     while most - least > 0.01 * least:
         middle = math.sqrt(least * most)
         least, most = (least, middle) if resolved(middle) else (middle, most)
-    digits = 10 ** max(math.floor(math.log10(most)) - 1, 0)
-    return math.ceil(most / digits) * digits
+    return _rounded(most)
+
+
+def _rounded(number: float | int) -> int:
+    """Up, to two digits."""
+    digits = int(10 ** max(math.floor(math.log10(number)) - 1, 0))
+    return math.ceil(number / digits) * digits
 
 
 def _points(fraction: float) -> str:
@@ -220,3 +321,9 @@ def check_tolerance(accuracy: float) -> float:
             f"{100 * TOO_MUCH:g} points: in Python a fraction, 0.005 for half a point"
         )
     return accuracy
+
+
+def check_rise(rise: float) -> float:
+    """By how much a mean loss may rise; raises InputError for what is no number ≥ 0."""
+    expected = "a number ≥ 0, in units of the loss"
+    return check_number("the rise of the loss that is allowed", rise, expected, lambda r: r >= 0)

@@ -1,46 +1,55 @@
 """A network and its cut, compared on held-out data."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from deeplimit._anatomy import Anatomy, anatomy
-from deeplimit._anatomy.checks import fitted
-from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, first_samples
-from deeplimit.control.batches import aligned_batches, blame_inputs
+from deeplimit._anatomy.checks import IGNORED
+from deeplimit._anatomy.evaluation import device_of, evaluating
+from deeplimit._anatomy.inputs import batch_of
+from deeplimit.control.batches import blame_inputs, first_part
+from deeplimit.control.losses import ConstantAnswer, Loss, SampleLoss, sample_loss
 from deeplimit.control.paired_answers import PairedAnswers
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
-from deeplimit.control.token_losses import CountedTokens, drop_ignored
+from deeplimit.control.tables import Shown, number, percent, table
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE
-from deeplimit.control.verdict import Verdict, check_tolerance
-from deeplimit.errors import InputError
+from deeplimit.control.verdict import (
+    Verdict,
+    check_rise,
+    check_tolerance,
+    judge_losses,
+    mean_and_error,
+)
+from deeplimit.errors import InputError, several
 
 LATENCY_ROUNDS = 7
 NEED = "a crop is verified on at least one sample that counts"
 
 
 @dataclass(frozen=True)
-class CropResult:
+class CropResult(Shown):
     """A network before and after a cut, on the same held-out samples.
 
-    Where there are logits for every token the samples of `samples`, accuracy, loss and agreement
-    are tokens (exp(loss) is the perplexity, if the loss is the plain cross-entropy), those of
-    multiply-adds and latency whole texts.
+    Accuracies and agreement are NaN where the loss knows no classes. Where there are logits for
+    every token the samples of `samples`, accuracy, loss and agreement are tokens (exp(loss) is the
+    perplexity, if the loss is the plain cross-entropy), those of multiply-adds and latency whole
+    texts.
 
     Attributes:
         samples: number of samples compared.
         horizon_before, horizon_after: residual steps (blocks) of the network.
         accuracy_before, accuracy_after: fractions in [0, 1].
         accuracy_error: standard error of accuracy_after − accuracy_before, paired by sample.
-        loss_before, loss_after: mean loss in nats.
+        loss_before, loss_after: mean loss, in nats or in units of the loss.
         agreement: fraction of samples for which both predict the same class.
         parameters_before, parameters_after: numbers of parameters.
         multiply_adds_before, multiply_adds_after: for one sample.
@@ -48,8 +57,10 @@ class CropResult:
             the two networks timed in turns; one number where they are alike but for their weights.
         latency_batch: samples in a timed batch.
         device: where the latency was measured, as torch names it.
-        verdict: what the samples say of the accuracy lost; of tokens it rests on texts. None in a
-            report saved before there was one.
+        verdict: what the samples say of the accuracy lost, or, without classes, of the rise of the
+            loss; of tokens it rests on texts. None in a result saved before there was one.
+        loss_error: standard error of loss_after − loss_before, paired by sample; None in a result
+            saved before it was there.
     """
 
     samples: int
@@ -70,19 +81,45 @@ class CropResult:
     latency_batch: int
     device: str
     verdict: Verdict | None = None
+    loss_error: float | None = None
+
+    def __str__(self) -> str:
+        """A row for each figure, before and after, and the verdict."""
+        batch = f"latency of {several(self.latency_batch, 'sample')} on {self.device}, ms"
+        rows = [
+            ("layers", str(self.horizon_before), str(self.horizon_after)),
+            ("accuracy", percent(self.accuracy_before), percent(self.accuracy_after)),
+            ("loss", number(self.loss_before), number(self.loss_after)),
+            ("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}"),
+            ("multiply-adds", f"{self.multiply_adds_before:,}", f"{self.multiply_adds_after:,}"),
+            (batch, number(1000 * self.latency_before), number(1000 * self.latency_after)),
+        ]
+        if not self.has_accuracy:
+            del rows[1]
+        lines = [table([several(self.samples, "sample"), "before", "after"], rows)]
+        return "\n".join([*lines, *([] if self.verdict is None else [str(self.verdict)])])
+
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether the loss knows classes."""
+        return not math.isnan(self.accuracy_before)
 
 
 @torch.no_grad()
 def verify_crop(
     model: nn.Module | Anatomy,
     cropped: nn.Module,
-    loader: Iterable[tuple[Inputs, Tensor]],
-    loss: SoftCrossEntropy | None = None,
+    loader: Iterable[Any],
+    loss: Loss | None = None,
     *,
-    tolerance: float = ACCURACY_TOLERANCE,
+    tolerance: float | None = None,
     shift: bool = False,
 ) -> CropResult:
     """Compares a model and its crop on held-out data: what the cut cost and what it saves.
+
+        >>> result = verify_crop(model, crop(model, 5), test_loader)
+        >>> result.verdict.word, result.accuracy_after
+        >>> verify_crop(regression, smaller, test_loader, torch.nn.MSELoss(), tolerance=0.02)
 
     Args:
         model: the network before the cut; it runs in evaluation mode and is left in the mode it
@@ -91,109 +128,114 @@ def verify_crop(
             a copy of it runs on the model's.
         loader: batches (x, y) that chose neither the weights nor the depth; of tokens [B, L] those
             count whose target is not −100.
-        loss: the loss reported; the plain cross-entropy by default.
-        tolerance: the fraction of accuracy that may be lost, for the verdict; half a point.
+        loss: the loss reported; the plain cross-entropy by default. As of `turnpike_profile`.
+        tolerance: for the verdict, the fraction of accuracy that may be lost; half a point. With a
+            loss that knows no classes by how much it may rise, in its units; by default 1 % of the
+            range from the model's own mean loss to that of the best constant answer, or where that
+            is not known of the size of the mean loss.
         shift: targets of tokens are the inputs themselves: each predicts the next.
 
     Raises:
-        InputError: a loader that is empty or has no token that counts, networks of other classes,
-            targets that are no classes or not aligned, inputs that are not finite, another loss.
+        InputError: a loader that is empty or has no token that counts, networks of other outputs,
+            targets that are no classes or not aligned, inputs that are not finite, a loss without
+            values of single samples.
     """
-    if loss is not None:
-        check_loss(loss)
+    of = sample_loss(loss)
+    if of.of_classes:
+        tolerance = check_tolerance(ACCURACY_TOLERANCE if tolerance is None else tolerance)
+    elif tolerance is not None:
+        tolerance = check_rise(tolerance)
     structure = anatomy(model)
     device = device_of(structure.model)
     after = cropped if device_of(cropped) == device else copy.deepcopy(cropped).to(device)
     with evaluating(structure.model), evaluating(after):
-        batches = aligned_batches(structure, loader, shift, NEED)
-        tolerance = check_tolerance(tolerance)
-        return _verified(structure, structure.like(after), batches, loss, tolerance)
+        batches = of.batches(structure, loader, NEED, shift=shift)
+        return _verified(structure, structure.like(after), batches, of, tolerance)
 
 
 def _verified(
     structure: Anatomy,
     cropped: Anatomy,
-    loader: Iterator[tuple[Inputs, Tensor]],
-    loss: SoftCrossEntropy | None,
-    tolerance: float,
+    batches: Iterator[tuple[Any, Any]],
+    of: SampleLoss,
+    tolerance: float | None,
 ) -> CropResult:
     run_before, run_after = structure.run, cropped.run
-    answers = PairedAnswers()
-    losses = torch.zeros(2, dtype=torch.float64)
+    answers, constant = PairedAnswers(), ConstantAnswer(of)
+    losses: list[Tensor] = []
     same, batch = 0, 0
-    sample: Inputs = {}
-    for x, y in loader:
+    sample: Any = {}
+    for x, y in batches:
         if not batch:
-            sample, batch = x, len(y)
+            sample, batch = x, batch_of(x)
         z, w = run_before(x), run_after(x)
         if z.shape != w.shape:
             raise InputError(
-                f"the logits have shape {list(z.shape)} before the cut and {list(w.shape)} after "
-                "it; give a network and its own crop"
+                f"the {'logits' if of.of_classes else 'outputs'} have shape {list(z.shape)} before "
+                f"the cut and {list(w.shape)} after it; give a network and its own crop"
             )
         blame_inputs(x, z)
-        texts, y = None, fitted(z, y)
-        if structure.tokens:
-            counted = CountedTokens(y, z.shape[-1])
-            texts = counted.index // y.shape[1]
-            parts = counted.chunks(z, w)
-        else:
-            parts = iter([drop_ignored(y, z, w)])
-        rows = [_compared(loss, *part) for part in parts]
-        l0, l1, before, after, equal, targets = map(torch.cat, zip(*rows, strict=True))
-        losses += torch.stack([l0.sum(), l1.sum()]).cpu()
-        same += int(equal.sum())
-        answers.add(before, after, targets, texts)
-    count = answers.samples
-    change = (answers.gained - answers.lost) / count
-    squares = (answers.gained + answers.lost) / count
-    alike = _forms(structure.model) == _forms(
-        cropped.model
-    )  # each layer of one is as large as the other's
+        y = of.fitted(z, y)
+        constant.add(z, y)
+        rows = [_compared(of, *part) for part in of.rows(structure, y, z, w)]
+        pair, *hits = map(torch.cat, zip(*rows, strict=True))
+        losses.append(pair.cpu())
+        if hits:
+            before, after, equal, targets = hits
+            texts = (y != IGNORED).nonzero()[:, 0] if structure.tokens else None
+            answers.add(before, after, targets, texts)
+            same += int(equal.sum())
+    first, second = torch.cat(losses).unbind(1)
+    count = len(first)
+    # Each layer of one is as large as the other's, or they are not alike.
+    alike = _forms(structure.model) == _forms(cropped.model)
     times = latencies([run_before] if alike else [run_before, run_after], sample)
+    accuracies = [math.nan] * 4
+    if of.of_classes:
+        verdict = answers.verdict(tolerance or 0.0)
+        accuracies = [*answers.accuracies(), same / count]
+    else:
+        verdict = judge_losses(first, second, constant.losses(), tolerance)
     return CropResult(
         samples=count,
         horizon_before=structure.horizon,
         horizon_after=cropped.horizon,
-        accuracy_before=answers.right / count,
-        accuracy_after=(answers.right - answers.lost + answers.gained) / count,
-        accuracy_error=(max(squares - change**2, 0) / count) ** 0.5,
-        loss_before=float(losses[0]) / count,
-        loss_after=float(losses[1]) / count,
-        agreement=same / count,
+        accuracy_before=accuracies[0],
+        accuracy_after=accuracies[1],
+        accuracy_error=accuracies[2],
+        loss_before=float(first.mean()),
+        loss_after=float(second.mean()),
+        agreement=accuracies[3],
         parameters_before=sum(p.numel() for p in structure.model.parameters()),
         parameters_after=sum(p.numel() for p in cropped.model.parameters()),
-        multiply_adds_before=multiply_adds(structure, first_samples(sample, 1)),
-        multiply_adds_after=multiply_adds(cropped, first_samples(sample, 1)),
+        multiply_adds_before=multiply_adds(structure, first_part(sample, 1)),
+        multiply_adds_after=multiply_adds(cropped, first_part(sample, 1)),
         latency_before=times[0],
         latency_after=times[-1],
         latency_batch=batch,
         device=str(device_of(structure.model)),
-        verdict=answers.verdict(tolerance),
+        verdict=verdict,
+        loss_error=mean_and_error(second - first)[1],
     )
 
 
-def multiply_adds(model: nn.Module | Anatomy, x: Inputs) -> int:
+def multiply_adds(model: nn.Module | Anatomy, x: Any) -> int:
     """Multiply-adds of a forward pass: the products of matrices and convolutions."""
     run = anatomy(model).run
     # Fused attention is not counted everywhere; written out it is two products of matrices.
     written_out = sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), written_out, FlopCounterMode(display=False) as counter:
         run(x)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
-def _compared(loss: SoftCrossEntropy | None, z: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Of samples, for logits before (z) and after (w): losses, what is right, what is the same."""
-    z, w = z.double(), w.double()
+def _compared(of: SampleLoss, z: Tensor, w: Tensor, y: Any) -> tuple[Tensor, ...]:
+    """Of samples, for outputs before (z) and after (w): losses; what is right, what is the same."""
+    losses = torch.stack([of.each(z, y), of.each(w, y)], 1)
+    if not of.of_classes:
+        return (losses,)
     first, second = z.argmax(-1), w.argmax(-1)
-    return _loss(loss, z, y), _loss(loss, w, y), first == y, second == y, first == second, y
-
-
-def _loss(loss: SoftCrossEntropy | None, logits: Tensor, y: Tensor) -> Tensor:
-    if loss is None:
-        return F.cross_entropy(logits, y, reduction="none")
-    return loss(logits, y)
+    return losses, first == y, second == y, first == second, y
 
 
 def _forms(model: nn.Module) -> tuple[str, list[tuple[torch.Size, torch.dtype]]]:
@@ -202,7 +244,7 @@ def _forms(model: nn.Module) -> tuple[str, list[tuple[torch.Size, torch.dtype]]]
     return repr(model), [(tensor.shape, tensor.dtype) for tensor in tensors]
 
 
-def latencies(runs: Sequence[Callable[[Inputs], Tensor]], x: Inputs) -> list[float]:
+def latencies(runs: Sequence[Callable[[Any], Tensor]], x: Any) -> list[float]:
     """Median seconds per forward pass of each, timed in turns so that all see the same machine."""
     timers = [
         Timer("run(x)", globals={"run": run, "x": x}, num_threads=torch.get_num_threads())
