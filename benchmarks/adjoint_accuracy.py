@@ -26,7 +26,7 @@ from torch import nn
 from deeplimit import ResidualChain, drift, use_adjoint, use_backprop
 from deeplimit.gradient.adjoint import engines
 from deeplimit.gradient.engine import KINKED, SAFETY
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 from networks_tried import FAMILIES, Loss
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)

@@ -23,7 +23,7 @@ import torch
 from plotly.subplots import make_subplots
 
 from adjoint_speed import CLOCKS, seconds
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 from deeplimit.studies.step_cost import peak_memory
 from drawing import write
 from gradient_methods import GAMMA, METHODS, SIZES, TrainingStep, convolutional_chain

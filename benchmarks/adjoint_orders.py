@@ -13,7 +13,7 @@ from statistics import geometric_mean, linear_regression
 import torch
 
 from deeplimit import use_adjoint, use_backprop
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 from networks_tried import chain
 
 DEPTHS = (16, 32, 64, 128)

@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch import nn
 
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 from gradient_methods import (
     GAMMA,
     METHODS,

@@ -29,7 +29,7 @@ from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control import bridge_of
 from deeplimit.data import Split, iter_batches, load_dataset
 from deeplimit.network import Architecture, CifarResNet
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 
 RESULTS = Path(__file__).parent / "results" / "bridge.json"
 Batch = tuple[Tensor, Tensor]

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from deeplimit.control.verifying import multiply_adds
 from deeplimit.data import DataSet, Split
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 from deeplimit.training import Recipe
 from deeplimit.training.building import evaluation_batches, loss_of, training_batches
 from deeplimit.training.loop import build_optimizer

@@ -45,7 +45,7 @@ import torch
 
 import coverage_columns as columns
 from deeplimit import InputError, anatomy
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 from zoo import Member, ZooError, one_line, zoo
 
 RESULTS = Path(__file__).parent / "results"

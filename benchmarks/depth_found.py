@@ -18,7 +18,7 @@ from typing import Any
 
 from deeplimit.control import CropResult
 from deeplimit.studies import demo_recipe, run_demo
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 from deeplimit.training import RunFolder, crop_run, profile_run, recipe_for, resume, train
 
 RESULTS = Path(__file__).parent / "results"

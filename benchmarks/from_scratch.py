@@ -44,7 +44,7 @@ from torch import nn
 
 from deeplimit.control import SoftCrossEntropy, crop, turnpike_profile
 from deeplimit.network import CifarResNet
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 from deeplimit.training import Recipe, RunFolder, crop_run, profile_run, recipe_for, resume
 from deeplimit.training.building import (
     Fade,

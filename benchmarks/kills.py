@@ -27,7 +27,7 @@ from typing import Any
 
 from deeplimit.cli import main as deeplimit_main
 from deeplimit.files import write_text
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 
 KILLS = {"train": 60, "crop": 50, "heal": 40, "refine": 40, "two": 10}
 SMALL = ["--depth", "4", "--hidden", "8", "--epochs", "4", "--batch-size", "64"]

@@ -45,7 +45,7 @@ from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control import Fading
 from deeplimit.data import Augmentation, Split, iter_batches, load_dataset
 from deeplimit.network import CifarResNet
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 
 RESULTS = Path(__file__).parent / "results" / "pretrained_budget.json"
 KEPT, BATCH, RATE, DECAY = 13, 128, 0.05, 5e-4

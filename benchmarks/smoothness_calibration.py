@@ -41,7 +41,7 @@ from deeplimit.network import (
 )
 from deeplimit.ode import coarsen, refine, smoothness
 from deeplimit.ode._smoothness import ROUGH, SMOOTH
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 from deeplimit.training import Recipe, build_model, recipe_for, train
 
 RESULTS = Path(__file__).parent / "results" / "smoothness_calibration.json"

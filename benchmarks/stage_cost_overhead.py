@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 from deeplimit import SoftCrossEntropy, StageCost
 from deeplimit.network import Architecture, anatomy
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 
 GAMMA, CONTROL = 0.1, 1e-4
 OUT = Path(__file__).parent / "results" / "stage_cost_overhead.json"

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from deeplimit import SoftCrossEntropy, StageCost, crop, turnpike_profile
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 
 RESULTS = Path(__file__).parent / "results" / "text_depth.json"
 LAYERS, WIDTH, HEADS, LENGTH, BATCH, RATE, SOFTNESS = 8, 96, 4, 128, 16, 2e-3, 0.05

@@ -19,7 +19,7 @@ import ot
 import torch
 
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance
-from deeplimit.studies.machine import machine
+from deeplimit.studies.harness import machine
 
 LIMIT = 20.0  # seconds, at the full size
 TOLERANCE = 1e-9

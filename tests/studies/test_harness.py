@@ -10,8 +10,7 @@ from filelock import FileLock
 
 from deeplimit.errors import RunError
 from deeplimit.records import Record
-from deeplimit.studies.harness import At, Point, Study, run_study
-from deeplimit.studies.machine import Machine
+from deeplimit.studies.harness import At, Machine, Point, Study, run_study
 
 BREAKS_AT = ("b", 2)
 

@@ -28,8 +28,7 @@ from deeplimit.meanfield import LayerwiseMeasure, cot_distance
 from deeplimit.records import Record
 from deeplimit.studies import harness
 from deeplimit.studies.flowing import check_time, depths_of, flow, generator_of, network_of, normal
-from deeplimit.studies.harness import At, Point, Study
-from deeplimit.studies.machine import Machine
+from deeplimit.studies.harness import At, Machine, Point, Study
 from deeplimit.studies.rates import fitted
 
 STATE = 4  # numbers in the state; a particle has 2 · 4 + 1
@@ -40,13 +39,7 @@ SIZE = 2.0  # of u
 # start, quantity, what it is fitted against, its size for (N, M), and the theory of the slope.
 THEORY = (
     ("atoms", "distance", "N", lambda n, _: float(n), (-1.2, -0.8)),
-    (
-        "independent",
-        "output",
-        "1/N + 1/√(NM)",
-        lambda n, m: 1 / n + 1 / math.sqrt(n * m),
-        (0.75, 1.25),
-    ),
+    ("independent", "output", "1/N + 1/√(NM)", lambda n, m: 1 / n + (n * m) ** -0.5, (0.75, 1.25)),
     ("tied", "output", "M", lambda _, m: float(m), (-0.7, -0.3)),  # 1/√M is above 1/N from here on
     ("independent", "travelled", "NM", lambda n, m: float(n * m), (-0.1, 0.1)),
     ("independent", "unscaled", "NM", lambda n, m: float(n * m), (-1.1, -0.9)),
@@ -89,15 +82,11 @@ class ConsistencyRate:
 
 @dataclass(frozen=True)
 class ConsistencyStudy(Record):
-    """Holds what `study_consistency` finds.
+    """Holds what `study_consistency` finds; attributes not named here are its arguments.
 
     Attributes:
         folder: where study.json is.
-        depths, widths: N and M of the networks, from the smallest to the largest.
-        seeds: of the data and the initial measure.
-        draws: independent samples for each seed and size.
-        atoms: of the initial measure.
-        learning_rate, steps: of the flow.
+        steps: of the flow.
         state, samples: d and D.
         rates: what was measured.
         machine: that the study was run on.
@@ -201,19 +190,50 @@ def study_consistency(
     harness.check_depths(depths)
     harness.check_seeds(seeds)
     expected = "at least three sizes, a width for each depth, from the smallest to the largest"
-    if not len(depths) == len(widths) >= 3:
-        raise InputError(
-            f"{len(depths)} depths and {len(widths)} widths given; expected {expected}"
-        )
-    harness.check_rising("widths", widths, expected, least=1.0)
+    harness.check_rising("depths", depths, expected, count=3)
+    harness.check_rising("widths", widths, expected, least=1.0, count=len(depths))
+    if len(widths) > len(depths):
+        raise InputError(f"{len(widths)} widths given; expected {expected}")
     if atoms < 1 or any(width % atoms for width in widths):
         raise InputError(f"atoms is {atoms}; expected a number that divides every width")
     if draws < 1:
         raise InputError(f"draws is {draws}; expected at least 1")
-    steps = check_time(learning_rate, time)
-    for depth, width in zip(depths, widths, strict=True):
+    steps, sizes = check_time(learning_rate, time), list(zip(depths, widths, strict=True))
+    for depth, width in sizes:
         harness.check_fits(depth, draws * width * (2 * STATE + 1))
-    sizes = list(zip(depths, widths, strict=True))
+
+    def measure(points: Sequence[Point], at: At) -> list[Values]:
+        ((seed,),) = points
+        problem, total, done = Problem.of(seed, atoms), sum(n * m for n, m in sizes), 0
+        measures: list[LayerwiseMeasure] = []
+        outputs: dict[str, list[Tensor]] = {"independent": [], "tied": []}
+        travelled, unscaled = [], []
+        for n, m in sizes:
+            at.tell(f"seed {seed}, N = {n}, M = {m}", done / total)
+
+            def trained(start: str, draw: int, rate: float, n: int = n, m: int = m) -> nn.Module:
+                model = network_of(problem.particles(start, n, m, draw))
+                flow(model, problem.x, problem.y, rate, steps)
+                return model
+
+            measures.append(LayerwiseMeasure.of(trained("atoms", 0, learning_rate)))
+            for start, rows in outputs.items():
+                models = [trained(start, draw, learning_rate) for draw in range(draws)]
+                with torch.no_grad():
+                    rows.append(torch.stack([model(problem.seen) for model in models]))
+                if start == "independent":
+                    before = problem.particles(start, n, m, 0)
+                    slow = trained(start, 0, learning_rate / (n * m))
+                    travelled.append(_from(before, models[0]))
+                    unscaled.append(_from(before, slow))
+            done += n * m
+        found = {
+            "distance atoms": tuple(cot_distance(a, b).distance for a, b in pairwise(measures)),
+            "travelled independent": tuple(travelled),
+            "unscaled independent": tuple(unscaled),
+        }
+        apart = {f"output {start}": tuple(map(_apart, x, x[1:])) for start, x in outputs.items()}
+        return [found | apart]
 
     def rates(found: Mapping[Point, Values], _: Path) -> dict[str, object]:
         made = []
@@ -224,69 +244,18 @@ def study_consistency(
             made.append(fitted(ConsistencyRate, columns, rows, theory, *names))
         return {"rates": tuple(made)}
 
+    settings = {"depths": tuple(depths), "widths": tuple(widths), "draws": draws, "atoms": atoms}
+    flowing = {"learning_rate": learning_rate, "steps": steps, "state": STATE, "samples": SAMPLES}
     study = Study(
         name="consistency",
         record=ConsistencyStudy,
         axes={"seeds": seeds},
-        settings={
-            "depths": tuple(depths),
-            "widths": tuple(widths),
-            "draws": draws,
-            "atoms": atoms,
-            "learning_rate": learning_rate,
-            "steps": steps,
-            "state": STATE,
-            "samples": SAMPLES,
-        },
+        settings=settings | flowing,
         value=Values,
-        measure=lambda points, at: [
-            _of_seed(Problem.of(seed, atoms), sizes, draws, learning_rate, steps, at)
-            for (seed,) in points
-        ],
+        measure=measure,
         result=rates,
     )
     return harness.run_study(study, runs, tell)
-
-
-def _of_seed(
-    problem: Problem,
-    sizes: Sequence[tuple[int, int]],
-    draws: int,
-    learning_rate: float,
-    steps: int,
-    at: At,
-) -> Values:
-    """Trains all networks of one seed and compares them."""
-    total = sum(n * m for n, m in sizes)
-    done = 0
-    measures: list[LayerwiseMeasure] = []
-    outputs: dict[str, list[Tensor]] = {"independent": [], "tied": []}
-    travelled, unscaled = [], []
-    for n, m in sizes:
-        at.tell(f"seed {problem.seed}, N = {n}, M = {m}", done / total)
-
-        def trained(start: str, draw: int, rate: float, n: int = n, m: int = m) -> nn.Module:
-            model = network_of(problem.particles(start, n, m, draw))
-            flow(model, problem.x, problem.y, rate, steps)
-            return model
-
-        measures.append(LayerwiseMeasure.of(trained("atoms", 0, learning_rate)))
-        for start, rows in outputs.items():
-            models = [trained(start, draw, learning_rate) for draw in range(draws)]
-            with torch.no_grad():
-                rows.append(torch.stack([model(problem.seen) for model in models]))
-            if start == "independent":
-                before = problem.particles(start, n, m, 0)
-                slow = trained(start, 0, learning_rate / (n * m))
-                travelled.append(_from(before, models[0]))
-                unscaled.append(_from(before, slow))
-        done += n * m
-    return {
-        "distance atoms": tuple(cot_distance(a, b).distance for a, b in pairwise(measures)),
-        **{f"output {name}": tuple(map(_apart, rows, rows[1:])) for name, rows in outputs.items()},
-        "travelled independent": tuple(travelled),
-        "unscaled independent": tuple(unscaled),
-    }
 
 
 def _from(before: Tensor, model: nn.Module) -> float:

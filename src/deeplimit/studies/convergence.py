@@ -28,8 +28,7 @@ from deeplimit.meanfield import (
 from deeplimit.records import Record
 from deeplimit.studies import harness
 from deeplimit.studies.flowing import check_time, flow, generator_of, network_of, normal
-from deeplimit.studies.harness import At, Point, Study
-from deeplimit.studies.machine import Machine
+from deeplimit.studies.harness import At, Machine, Point, Study
 from deeplimit.studies.rates import looked_at
 
 Source = Literal["kernel", "slope"]
@@ -77,16 +76,12 @@ class ConvergenceTraining:
 
 @dataclass(frozen=True)
 class ConvergenceStudy(Record):
-    """Holds what `study_convergence` finds.
+    """Holds what `study_convergence` finds; attributes not named here are its arguments.
 
     Attributes:
         folder: where study.json is.
-        depth: N.
-        widths: M, from the smallest to the largest.
-        distances: ρ, likewise.
-        seeds: of the trainings of every cell.
-        state, samples: d and D.
-        learning_rate, steps: of the flow.
+        state: d.
+        steps: of the flow.
         trainings: one for every width, distance and seed.
         machine: that the study was run on.
     """
@@ -155,25 +150,48 @@ def study_convergence(
             f"depth {depth} and {samples} samples given; expected at least 1 layer and 2 … {STATE} "
             "samples, which are orthogonal"
         )
+    looks = set(looked_at(steps, LOOKS))
     harness.check_fits(depth, 2 * widths[-1] * (2 * STATE + 1))  # with their gradients
 
     def measure(points: Sequence[Point], at: At) -> list[ConvergenceTraining]:
         ((width, distance, seed),) = points
         at.tell(f"M = {width}, ρ = {distance:g}, seed {seed}")
-        problem = drawn(depth, width, distance, samples, seed)
-        return [_trained(*problem, (width, distance, seed), learning_rate, steps)]
+        model, x, y = drawn(depth, width, distance, samples, seed)
+        kernel = feature_kernel(model, x)
+        recorders = [certify_convergence(model)]
+        if kernel.m > 0:
+            recorders.append(certify_convergence(model, m=kernel.m))
+        least = 0.0
+
+        def look(step: int, risk: Tensor) -> None:
+            nonlocal least
+            if step == 0:
+                least = ENOUGH * float(risk)
+            if step in looks and float(risk) > least:
+                for recorder in recorders:
+                    recorder.record(step * learning_rate, float(risk))
+
+        flow(model, x, y, learning_rate, steps, look)
+        by_slope, *by_kernel = (recorder.certificate() for recorder in recorders)
+        return [
+            ConvergenceTraining(
+                width=width,
+                distance=distance,
+                seed=seed,
+                kernel=min(kernel.smallest),
+                kernel_m=kernel.m,
+                fitted=fitted_rate(by_slope.times, by_slope.risks),
+                by_kernel=by_kernel[0] if by_kernel else None,
+                by_slope=by_slope,
+            )
+        ]
 
     study = Study(
         name="convergence",
         record=ConvergenceStudy,
         axes={"widths": widths, "distances": distances, "seeds": seeds},
-        settings={
-            "depth": depth,
-            "state": STATE,
-            "samples": samples,
-            "learning_rate": learning_rate,
-            "steps": steps,
-        },
+        settings={"depth": depth, "state": STATE, "samples": samples}
+        | {"learning_rate": learning_rate, "steps": steps},
         value=ConvergenceTraining,
         measure=measure,
         result=lambda found, _: {
@@ -201,43 +219,6 @@ def drawn(
     model = network_of(particles)
     with torch.no_grad():
         return model, x, model(x) + distance * direction
-
-
-def _trained(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    cell: tuple[int, float, int],
-    learning_rate: float,
-    steps: int,
-) -> ConvergenceTraining:
-    """Follows the flow of a (width, distance, seed), with both certificates."""
-    kernel = feature_kernel(model, x)
-    recorders = [certify_convergence(model)]
-    if kernel.m > 0:
-        recorders.append(certify_convergence(model, m=kernel.m))
-    looks = set(looked_at(steps, LOOKS))
-    first = math.inf
-
-    def look(step: int, risk: Tensor) -> None:
-        nonlocal first
-        value = float(risk)
-        if step == 0:
-            first = value
-        if step in looks and value > ENOUGH * first:
-            for recorder in recorders:
-                recorder.record(step * learning_rate, value)
-
-    flow(model, x, y, learning_rate, steps, look)
-    found = [recorder.certificate() for recorder in recorders]
-    return ConvergenceTraining(
-        *cell,
-        kernel=min(kernel.smallest),
-        kernel_m=kernel.m,
-        fitted=fitted_rate(found[0].times, found[0].risks),
-        by_kernel=found[1] if len(found) > 1 else None,
-        by_slope=found[0],
-    )
 
 
 def fitted_rate(times: Sequence[float], risks: Sequence[float]) -> float | None:

@@ -8,6 +8,8 @@ not run again. A finished study is never touched.
 
 import json
 import math
+import os
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -24,7 +26,6 @@ from deeplimit.files import remove, write_text
 from deeplimit.memory import OBJECTS, require
 from deeplimit.reading import read_json
 from deeplimit.records import Record, coerce, to_plain
-from deeplimit.studies.machine import Machine
 from deeplimit.training.lock import alone
 from deeplimit.training.new_folder import new_folder
 
@@ -34,6 +35,58 @@ Value = TypeVar("Value")
 Found = TypeVar("Found", bound=Record)
 Point = tuple[Any, ...]  # a value of each axis, in their order
 Progress = Callable[[str, float], None]  # is told what is done now, and the fraction of all done
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine and versions that a result was measured with.
+
+    Attributes:
+        processor: its model.
+        cores: of the machine.
+        threads: that torch used.
+        python, torch, deeplimit: their versions.
+        gpu: its name; None where torch sees none.
+    """
+
+    processor: str
+    cores: int
+    threads: int
+    python: str
+    torch: str
+    deeplimit: str
+    gpu: str | None = None
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """Returns what this process runs on.
+
+        >>> Machine.here().cores > 0
+        True
+        """
+        return cls(
+            processor=_processor(),
+            cores=os.cpu_count() or 0,
+            threads=torch.get_num_threads(),
+            python=platform.python_version(),
+            torch=torch.__version__,
+            deeplimit=version("deeplimit"),
+            gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        )
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor()
+
+
+def machine() -> dict[str, str | int]:
+    """Returns it as plain values, to be stored beside the figures of a benchmark."""
+    return {name: value for name, value in vars(Machine.here()).items() if value is not None}
 
 
 def silent(message: str, done: float) -> None:

@@ -23,8 +23,7 @@ from deeplimit.control.verdict import CONFIDENCE, Word, Z
 from deeplimit.errors import InputError
 from deeplimit.records import Record
 from deeplimit.studies import harness
-from deeplimit.studies.harness import At, Point, Study
-from deeplimit.studies.machine import Machine
+from deeplimit.studies.harness import At, Machine, Point, Study
 from deeplimit.training import (
     Recipe,
     RunFolder,

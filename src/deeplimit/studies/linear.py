@@ -24,8 +24,7 @@ from torch import Tensor
 from deeplimit.extras import need
 from deeplimit.records import Record
 from deeplimit.studies import harness, rates
-from deeplimit.studies.harness import At, Point, Study
-from deeplimit.studies.machine import Machine
+from deeplimit.studies.harness import At, Machine, Point, Study
 from deeplimit.studies.rates import Family, Range, Theory, Watched, looked_at, whole_range
 
 WIDTH = 4
@@ -51,16 +50,12 @@ THEORY: dict[str, Theory] = {
 
 @dataclass(frozen=True)
 class LinearStudy(Record):
-    """Gap and smoothness of linear residual networks against N.
+    """Holds what `study_linear` finds; attributes not named here are its arguments.
 
     Attributes:
         folder: where study.json is.
         width: d.
-        learning_rate: η.
-        steps: of the gradient flow.
         looked_at: the steps at which gap and smoothness were measured.
-        depths: N of each network.
-        seeds: of the controls and of B.
         families: one for each start: smooth, independent, alternating.
         machine: that the study was run on.
     """

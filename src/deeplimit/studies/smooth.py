@@ -31,8 +31,7 @@ from deeplimit.ode.solvers import solve
 from deeplimit.ode.stages import longest_stage
 from deeplimit.records import Record
 from deeplimit.studies import harness, rates
-from deeplimit.studies.harness import At, Point, Study
-from deeplimit.studies.machine import Machine
+from deeplimit.studies.harness import At, Machine, Point, Study
 from deeplimit.studies.rates import ANY, Family, Range, Theory, Watched, looked_at, whole_range
 
 WIDTH, HIDDEN, SAMPLES = 8, 16, 32
@@ -61,18 +60,13 @@ def theory(activation: str, start: str) -> Theory:
 
 @dataclass(frozen=True)
 class SmoothStudy(Record):
-    """Gap and smoothness of two-layer residual networks against N, before and after training.
+    """Holds what `study_smooth` finds; attributes not named here are its arguments.
 
     Attributes:
         folder: where study.json is.
         width, hidden: d and the number of units of each block.
         samples: of the regression.
-        length_scale: ℓ of the smooth start, in units of the whole depth.
-        learning_rate: η; a control's own is η N.
-        steps: of gradient descent.
         looked_at: the steps at which gap and smoothness were measured.
-        depths: N of each network.
-        seeds: of the controls and of the regression.
         families: one for each activation and start.
         machine: that the study was run on.
     """
