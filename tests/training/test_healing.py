@@ -103,6 +103,10 @@ def test_a_bridged_cut_does_better_and_is_healed_from_there(run: RunFolder, tmp_
     assert (gap.start, gap.stop, gap.kind, cut.bridge.samples) == (2, 6, "linear", 1024)
     assert cut.report.accuracy_after > plain.report.accuracy_after + 0.02
     assert cut.report.loss_after < plain.report.loss_after
+    with pytest.raises(
+        InputError, match=r"its cut is bridged: .* they cannot fade out; leave fade"
+    ):
+        heal_run(folder, fade=0.3, quiet=True)
     healing = heal_run(folder, quiet=True)
     assert healing.fade == 0
     assert healing.from_cropped.accuracy_before == cut.report.accuracy_after

@@ -38,8 +38,9 @@ class Heal(Source):
     batches: for a model trained on other data, at more than twice the time; none: labels alone."""
     teacher_weight: Annotated[float, arg(metavar="W")] = 0.5
     """Weight of the teacher's answers, from 0 to 1; the labels have the rest."""
-    fade: float = 0.45
-    """Part of the training in which the layers to be cut lose their step size; 0: cut at once."""
+    fade: float | None = None
+    """Part of the training in which the layers to be cut lose their step size, 0.45 by default;
+    0: cut at once, as a bridged cut always is."""
     temperature: float = 2.0
     """How much both networks' answers are softened before they are compared; 1: not at all."""
     resume: bool = False
@@ -60,7 +61,7 @@ class Heal(Source):
                 page = renew_page(new)
         else:
             # Before a model gets a run folder.
-            check_healing(self.epochs, self.teacher_weight, self.temperature, self.fade)
+            check_healing(self.epochs, self.teacher_weight, self.temperature, self.fade or 0.0)
             folder = self.folder()
             if self.data is not None:  # a run made just now
                 crop_run(folder)

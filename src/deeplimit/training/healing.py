@@ -157,7 +157,7 @@ def heal_run(
     teacher: Teacher = "full",
     teacher_weight: float = 0.5,
     temperature: float = 2.0,
-    fade: float = FADE,
+    fade: float | None = None,
     quiet: bool = False,
 ) -> Healing:
     """Heals a run's cut by its own recipe; writes healed.safetensors (or healed/) and heal.json.
@@ -172,15 +172,15 @@ def heal_run(
             same batches, for a network that was trained on other data than the run's; or "none".
         teacher_weight: w.
         temperature: τ.
-        fade: the part of the training in which the full network's layers fade out; 0: the cut one
-            is trained, as a bridged one always is.
+        fade: the part of the training in which the full network's layers fade out, 0.45 by default;
+            0: the cut one is trained, as a bridged one always is.
         quiet: no progress on stderr.
 
     Raises:
-        InputError: settings out of range, or a run without a cut.
+        InputError: settings out of range, a run without a cut, or a bridged one that is to fade.
         RunError, KeyboardInterrupt: as `train`.
     """
-    check_healing(epochs, teacher_weight, temperature, fade)
+    check_healing(epochs, teacher_weight, temperature, fade or 0.0)
     cut = folder.cut()
     folder.cropped()  # says what to do where there is none
     if cut is None or not cut.removed:
@@ -188,7 +188,13 @@ def heal_run(
             f"{folder.path}: its cut removed no layer, so there is nothing to heal; cut to fewer "
             f"layers: deeplimit crop {folder.path} --to K"
         )
-    fade = 0.0 if cut.bridge is not None else fade  # its layers stand in other weights already
+    if cut.bridge is not None and fade:
+        raise InputError(
+            f"{folder.path}: its cut is bridged: what the layers did stands in other weights "
+            "already, and they cannot fade out; leave fade out, or cut without bridge"
+        )
+    if fade is None:
+        fade = FADE if cut.bridge is None else 0.0
     rate = folder.recipe.learning_rate / GENTLER if learning_rate is None else learning_rate
     weight = 0.0 if teacher == "none" else teacher_weight
     plan = Plan(cut.removed, teacher, weight, temperature, epochs, rate, fade)
