@@ -17,7 +17,7 @@ from deeplimit.data.cache import ImageCache
 from deeplimit.files import aside_of, remove_stale, whole, write_text, write_whole
 from deeplimit.network import Architecture, save
 from deeplimit.training.checkpoint import Checkpoint, save_checkpoint
-from deeplimit.training.saved_models import save_network
+from deeplimit.training.models import save_network
 
 
 def small(seed: int = 0) -> nn.Module:

@@ -21,7 +21,7 @@ class Record:
 
     def to_json(self) -> str:
         """Returns the text of JSON: tuples are lists, NaN is null, ±∞ the strings ±inf."""
-        return json.dumps(to_plain(self), allow_nan=False, ensure_ascii=False)
+        return to_json(self)
 
     @classmethod
     def from_json(cls: type[Kind], text: str) -> Kind:
@@ -34,6 +34,11 @@ class Record:
             return from_plain(cls, parse_json(text))
         except (ValueError, RecursionError) as error:
             raise InputError(f"no JSON of a {cls.__name__} ({one_line(error)})") from error
+
+
+def to_json(value: Any) -> str:
+    """Returns the text of JSON of a record: tuples are lists, NaN is null, ±∞ the strings ±inf."""
+    return json.dumps(to_plain(value), allow_nan=False, ensure_ascii=False)
 
 
 def to_plain(value: Any) -> Any:
@@ -57,7 +62,7 @@ def from_plain(kind: type[Kind], value: Any, where: str = "") -> Kind:
     Raises:
         InputError: an unknown, missing or ill-typed field; the message names it.
     """
-    hints = _hints(kind)  # type: ignore[arg-type]
+    hints = field_types(kind)  # type: ignore[arg-type]
     if not isinstance(value, dict):
         raise _refusal(where or kind.__name__, value, "the fields of one")
     prefix = f"{where}." if where else ""
@@ -123,8 +128,8 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
 
 
 @cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    """The annotations of a dataclass's fields."""
+def field_types(kind: type[Any]) -> dict[str, Any]:
+    """Returns the annotations of a dataclass's fields."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 

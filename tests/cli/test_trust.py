@@ -18,8 +18,9 @@ from deeplimit.errors import InputError
 from deeplimit.records import to_plain
 from deeplimit.training import Recipe, RunFolder, load_model, resume, train
 from deeplimit.training.healing import Plan
-from deeplimit.training.model_spec import load_named
+from deeplimit.training.run_folder import load_named
 from deeplimit.training.trust import Named, sources
+from deeplimit.training.verifying import verify_run
 
 MODULE = """
 import sys
@@ -84,13 +85,13 @@ def theirs(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     """The current folder has it as runs/theirs, with a package whose modules leave a marker."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, THEIRS)
-    (THEIRS / "run.json").unlink()  # who sends a run can write it as well as leave it out
     recipe = THEIRS / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("typed_networks:build", SPEC))
     (THEIRS / "evil.py").write_text(MODULE)
     (THEIRS / "__init__.py").write_text(
         "from pathlib import Path\nPath(__file__).with_name('marker').touch()\n"
     )
+    verify_run(THEIRS, accepting=True)  # who sends a run can write its run.json too
     cut = RunFolder.open(THEIRS).cut()
     assert cut is not None
     plan = Plan(cut.removed, "none", 0.0, 2.0, 1, 1e-3)

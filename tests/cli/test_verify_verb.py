@@ -65,32 +65,21 @@ def test_what_is_missing_or_accepted(run: Path) -> None:
     assert command("report", run).code == 0
 
 
-def test_a_run_of_an_earlier_version_is_not_called_sound(run: Path) -> None:
-    """What was damaged before the first verb of today is unknown until it is accepted."""
+def test_a_run_without_its_run_json_is_not_called_sound(run: Path) -> None:
+    """Nobody knows of its files until they are accepted."""
     (run / "run.json").unlink()
-    weights = run / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    assert command("crop", run, "--to", "2").code == 0  # as before
+    (line,) = command("crop", run, "--to", "2").err.splitlines()
+    assert line.endswith(
+        f"run.json is lost; if you know that the files are right: deeplimit verify {run} --accept"
+    )
     done = command("verify", run)
     assert done.code == 2
     states = {line.split()[1]: line.split()[0] for line in done.out.splitlines()}
-    assert {name for name, state in states.items() if state == "earlier"} == {
-        "metrics.csv",
-        "model.safetensors",
-        "profile.json",
-        "recipe.toml",
-        "trajectories.json",
-    }
-    assert states["cropped.safetensors"] == states["crop.json"] == "sound"
-    (line,) = done.err.splitlines()
-    assert f"5 of {len(states)} files unknown, of an earlier version" in line
-    assert line.endswith(f"deeplimit verify {run} --accept")
-    (run / "crop.json").write_text("{}")
-    (line,) = command("verify", run).err.splitlines()
-    assert f"1 of {len(states)} files not as they were written: crop.json is changed" in line
-    assert "once that is mended and if you know" in line
-    assert command("crop", run, "--to", "2").code == 0
+    assert states.pop("metrics.csv") == "growing"
+    assert {s for name, s in states.items() if "checkpoint" not in name} == {"unknown"}
+    assert "run.json is lost" in done.err
     assert command("verify", run, "--accept").code == command("verify", run).code == 0
+    assert command("crop", run, "--to", "2").code == 0
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

@@ -30,13 +30,11 @@ from deeplimit.ode import DepthLimit
 from deeplimit.records import read_record, to_plain
 from deeplimit.training import Recipe
 from deeplimit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from deeplimit.training.files import Manifest
 from deeplimit.training.given_model import load_weights
 from deeplimit.training.healing import Plan
 from deeplimit.training.library_models import transformers_model
 from deeplimit.training.metrics import COLUMNS, to_csv
 from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor, standardisation_beside
-from deeplimit.training.recipe_file import read_recipe_file
 from deeplimit.training.results import (
     Cut,
     Healing,
@@ -45,6 +43,7 @@ from deeplimit.training.results import (
     Reference,
     Refinement,
 )
+from deeplimit.training.run_files import Manifest
 from deeplimit.training.run_folder import RunFolder
 
 ROWS = 30
@@ -138,7 +137,6 @@ def _recipe_right(folder: Path, value: Any) -> bool:
 
 def _read_recipe(folder: Path) -> Any:
     run = RunFolder.open(folder)
-    read_recipe_file(folder / "recipe.toml")
     return run.recipe, run.class_names
 
 

@@ -21,7 +21,7 @@ from deeplimit.network import (
     save,
 )
 from deeplimit.ode import refine, tie, untie
-from deeplimit.training.saved_models import load_network, save_network
+from deeplimit.training.models import load_network, save_network
 
 LONG = [name for name in FAMILIES if name not in ("CIFAR ResNet, cut",)]
 

@@ -142,7 +142,7 @@ def test_a_run_folder_keeps_the_certificate(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run", Recipe())
     assert folder.results().certificate is None
     found = replace(certificate(), rates=(1.0, None, 2.0, 3.0, 4.0, 5.0))
-    folder.write_certificate(found)
+    folder.write(found)
     assert folder.results().certificate == found
     (folder.path / "certificate.json").write_text('{"times": [')
     with pytest.raises(ValueError, match=r"certificate.json: damaged .*write_certificate"):

@@ -186,7 +186,7 @@ def test_where_no_layer_or_all_of_a_stage_is_removed_less_is_trained(
     folder = train(RECIPE, runs=tmp_path, name="runs", quiet=True)
     complete(replace(folder, recipe=replace(folder.recipe, control="none")), quiet=True)
     model: Any = folder.model()
-    folder.write_cut(replace(cut, removed=()))
+    folder.write(replace(cut, removed=()))
     folder.write_cropped(model)
     capsys.readouterr()
     complete(folder)
@@ -194,7 +194,7 @@ def test_where_no_layer_or_all_of_a_stage_is_removed_less_is_trained(
         "Control: no layer was removed, so there is nothing to compare\n"
     )
     assert folder.reference() is None
-    folder.write_cut(replace(cut, removed=(0, 1, 2, 3)))
+    folder.write(replace(cut, removed=(0, 1, 2, 3)))
     folder.write_cropped(model.without({0, 1, 2, 3}))
     complete(folder)
     assert "Control: a stage of the cut has no layer" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from deeplimit import ResidualChain, StageCost
 from deeplimit.errors import InputError
 from deeplimit.training import (
     BatchRequest,
+    LoadedModel,
     Recipe,
     RunFolder,
     build_model,
@@ -22,7 +23,6 @@ from deeplimit.training import (
     loss_of,
 )
 from deeplimit.training.building import training_batches
-from deeplimit.training.loaded_model import LoadedModel
 
 VIT = {
     "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

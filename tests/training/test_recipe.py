@@ -239,18 +239,6 @@ def test_defaults_of_a_model_and_of_sgd() -> None:
     assert (sgd.optimizer, sgd.learning_rate, sgd.weight_decay) == ("sgd", 0.01, 5e-4)
 
 
-def test_a_recipe_from_before_the_adjoint_is_read(tmp_path: Path) -> None:
-    text = Recipe(epochs=7).to_toml()
-    older = text.replace('gradient = "backprop"\n', "").replace("evaluations = 2\n", "")
-    older = older.replace('optimizer = "adamw"\n', "").replace("new_head = false\n", "")
-    older = older.replace('initialisation = "independent"\n', "")
-    older = older.replace("length_scale = 0.5\n", "").replace('control = "none"\n', "")
-    assert len(older.splitlines()) == len(text.splitlines()) - 7
-    path = tmp_path / "recipe.toml"
-    path.write_text(older, encoding="utf-8")
-    assert Recipe.from_toml(path) == Recipe(epochs=7)
-
-
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         Recipe.from_toml(tmp_path / "recipe.toml")

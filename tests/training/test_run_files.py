@@ -18,11 +18,11 @@ from deeplimit.control import CropResult
 from deeplimit.errors import InputError
 from deeplimit.files import whole, write_text
 from deeplimit.network import Architecture
-from deeplimit.training import Cut, Recipe, RunFolder, crop_run, files, profile_run, train
+from deeplimit.training import Cut, Recipe, RunFolder, crop_run, profile_run, run_files, train
 from deeplimit.training.checkpoint import Checkpoint, save_checkpoint
-from deeplimit.training.files import RunFiles
 from deeplimit.training.new_folder import new_folder
 from deeplimit.training.results import Refinement
+from deeplimit.training.run_files import RunFiles
 from deeplimit.training.run_folder import write_metrics
 from deeplimit.training.verifying import verify_run
 
@@ -68,7 +68,7 @@ def cut_to(folder: RunFolder, build: Callable[[int], nn.Module], depth: int) -> 
     """As `deeplimit crop RUN --to DEPTH` writes: a network, its figures, a page."""
     with folder.commit() as new:
         new.write_cropped(build(depth))
-        new.write_cut(Cut(tuple(range(depth, 4)), None, report(4, depth)))
+        new.write(Cut(tuple(range(depth, 4)), None, report(4, depth)))
         write_text(new.files.place("report.html"), f"{depth} layers")
 
 
@@ -78,7 +78,7 @@ def write_everything(folder: RunFolder, depth: int) -> None:
         with whole(new.files.place("cropped"), folder=True) as aside:
             for name in ("config.json", "a.safetensors", "b.safetensors")[: depth + 1]:
                 (aside / name).write_text(f"{depth} layers")
-        new.write_cut(Cut(tuple(range(depth, 4)), None, report(4, depth)))
+        new.write(Cut(tuple(range(depth, 4)), None, report(4, depth)))
         write_text(new.files.place("report.html"), f"{depth} layers")
         if depth == 1:
             new.files.drop("heal")
@@ -129,7 +129,7 @@ def killed_at(step: int, folder: Path, work: Callable[[], object]) -> bool:
 def test_killed_anywhere_all_that_is_old_is_seen_or_all_that_is_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "PAUSES", (0.0,))  # nobody else is at it
+    monkeypatch.setattr(run_files, "PAUSES", (0.0,))  # nobody else is at it
     start = RunFolder.create(tmp_path, "start", Recipe())
     write_everything(start, 2)
     (start.path / "heal").mkdir()
@@ -162,7 +162,7 @@ def test_killed_while_a_run_is_made_nothing_is_in_the_way(tmp_path: Path) -> Non
 
     def fill(folder: RunFolder, path: Path) -> None:
         save_checkpoint(folder.path, Checkpoint({}, {}, {}, 0, []))
-        folder.write_refinement(refinement)
+        folder.write(refinement)
 
     def make() -> RunFolder:
         recipe = Recipe(depth=(4,), width=4, hidden=4)
@@ -274,37 +274,21 @@ def test_a_result_or_recipe_of_another_time_is_refused(tmp_path: Path) -> None:
     assert found.removed == (3, 2)
 
 
-def test_what_an_earlier_version_wrote_is_read_and_not_vouched_for(tmp_path: Path) -> None:
-    """A verb vouches for what it wrote: what was damaged before is not sound from then on."""
+def test_without_run_json_nothing_is_read_until_it_is_accepted(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run", Recipe())
     cut_to(folder, own, 3)
-    folder.write_model(own(4))
-    for name in ("profile.json", "notes.txt"):
-        (folder.path / name).write_text("{")
-    weights = folder.path / "model.safetensors"
-    expected = {"recipe.toml", "profile.json", "model.safetensors"}
+    (folder.path / "notes.txt").write_text("{")
     (folder.path / "run.json").unlink()
-    flipped(weights, -1)
-    assert depth_of(folder.cropped()) == 3
-    cuts = {"cropped.safetensors", "crop.json", "report.html"}
-    assert {f.name for f in verify_run(folder.path).wrong} == expected | cuts
-    cut_to(folder, own, 2)
-    found = {file.name: file.state for file in verify_run(folder.path).files}
-    assert found == dict.fromkeys({*expected, "notes.txt"}, "earlier") | dict.fromkeys(
-        cuts, "sound"
-    )
-    assert {f.name for f in verify_run(folder.path).wrong} == expected
-    assert depth_of(folder.model()) == 4  # as before
-    (folder.path / "heal.json").write_text("{}")  # put there by somebody, later
-    flipped(folder.path / "cropped.safetensors", -1)
-    states = {f.name: f.state for f in verify_run(folder.path).wrong if f.state != "earlier"}
-    assert states == {"heal.json": "unknown", "cropped.safetensors": "changed"}
-    with pytest.raises(InputError, match="make the cut again"):
-        folder.cropped()
-    folder.write_model(own(4))
-    assert {f.name: f.state for f in verify_run(folder.path).files}[weights.name] == "sound"
+    for read in (folder.cut, folder.cropped):
+        with pytest.raises(InputError, match=r"run\.json is lost; .*deeplimit verify .* --accept"):
+            read()
+    assert {f.state for f in verify_run(folder.path).files} == {"unknown"}
+    assert "notes.txt" not in {f.name for f in verify_run(folder.path).wrong}
     assert not verify_run(folder.path, accepting=True).wrong
-    assert "earlier" not in (folder.path / "run.json").read_text()
+    assert depth_of(folder.cropped()) == 3
+    (folder.path / "heal.json").write_text("{}")  # put there by somebody, later
+    (wrong,) = verify_run(folder.path).wrong
+    assert (wrong.name, wrong.state) == ("heal.json", "unknown")
 
 
 def test_metrics_grow_and_are_vouched_for_at_the_end(tmp_path: Path) -> None:

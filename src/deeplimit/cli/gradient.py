@@ -15,7 +15,7 @@ from deeplimit.errors import InputError
 
 if TYPE_CHECKING:
     from deeplimit.studies import GradientCost
-    from deeplimit.training.files import RunFiles
+    from deeplimit.training.run_files import RunFiles
 
 RESULT, FIGURE = "gradient.json", "gradient.html"
 STAGES = 8  # the exact gradient, six methods, the times of all
@@ -70,7 +70,7 @@ class Gradient:
         from deeplimit.report import gradient_summary
         from deeplimit.studies import measure_gradient_cost
         from deeplimit.training import BatchRequest, example, load_model
-        from deeplimit.training.files import RunFiles
+        from deeplimit.training.run_files import RunFiles
 
         wish = BatchRequest(self.batch, sizes(self.shape), self.length, self.seed)
         device = _device(self.device)

@@ -14,8 +14,7 @@ from deeplimit.errors import InputError
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from deeplimit.training import RunFolder
-    from deeplimit.training.loaded_model import LoadedModel
+    from deeplimit.training import LoadedModel, RunFolder
 
 SAMPLES = 32
 
@@ -88,7 +87,7 @@ class Ode:
                 **given,
             )
             if new is not None:
-                new.write_depth_limit(limit)
+                new.write(limit)
                 written.append(renew_page(new))
         if folder is None and self.figure is not None:
             title = f"{self.model} and its Neural ODE"

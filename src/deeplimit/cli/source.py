@@ -67,7 +67,7 @@ class Source:
             InputError: no such run or model, a model without data, or a run with options of one.
         """
         from deeplimit.training import RunFolder, recipe_for, train
-        from deeplimit.training.model_spec import is_run
+        from deeplimit.training.trust import is_run
 
         if is_run(self.run):
             for field in fields(Source):

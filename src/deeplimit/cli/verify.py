@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 class Verify:
     """Check every file of a run against run.json, which holds the size and sha256 of each.
 
-    Exit code 0 if all are as they were written, 2 if one is not, or nobody knows: files of a run of
-    an earlier version, or one whose run.json was lost ("earlier"). Then what to do is said. The
-    other verbs check what they read, and refuse what does not match; they read what is "earlier" as
-    it is, and vouch for what they write themselves. For example:
+    Exit code 0 if all are as they were written, 2 if one is not, or nobody knows because run.json
+    was lost. Then what to do is said. The other verbs check what they read, and refuse what does
+    not match. For example:
       deeplimit verify runs/digits
       deeplimit verify runs/digits --accept     after you changed recipe.toml yourself
     """
@@ -29,7 +28,7 @@ class Verify:
     run: Annotated[Path, Positional, arg(metavar="RUN")]
     """The run folder that train wrote."""
     accept: bool = False
-    """Vouch for the files as they are now: of a run of an earlier version, or that you changed."""
+    """Vouch for the files as they are now: that you changed, or whose run.json was lost."""
     json: Json = False
 
     def __call__(self) -> None:
@@ -43,17 +42,5 @@ class Verify:
 
 
 def _told(found: "Verification") -> str:
-    wrong = [file for file in found.wrong if file.state != "earlier"]
-    earlier, all_of_them = len(found.wrong) - len(wrong), f"of {len(found.files)} files"
-    said = []
-    if wrong:
-        what = "; ".join(f"{file.name} is {file.state}: {file.remedy}" for file in wrong)
-        said.append(f"{len(wrong)} {all_of_them} not as they were written: {what}")
-    if earlier:
-        mended = "once that is mended and " if wrong else ""
-        said.append(
-            f"{earlier} {all_of_them} unknown, of an earlier version or older than their run.json, "
-            f"so that nothing tells whether they are as they were written; {mended}if you know "
-            f"that they are right: deeplimit verify {found.run} --accept"
-        )
-    return "; ".join(said)
+    what = "; ".join(f"{file.name} is {file.state}: {file.remedy}" for file in found.wrong)
+    return f"{len(found.wrong)} of {len(found.files)} files not as they were written: {what}"

@@ -31,9 +31,10 @@ from deeplimit.studies.measured_runs import (
 )
 from deeplimit.training import RunFolder, loss_of
 from deeplimit.training.building import evaluation_batches
+from deeplimit.training.models import of_transformers, save_network
 from deeplimit.training.new_folder import check_beside
 from deeplimit.training.results import Score
-from deeplimit.training.saved_models import SUFFIX, of_transformers, save_network
+from deeplimit.training.run_files import SUFFIX
 
 FRAMES = ("equal", "interpolate")
 

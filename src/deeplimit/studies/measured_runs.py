@@ -18,8 +18,8 @@ from deeplimit.meanfield import LayerwiseMeasure
 from deeplimit.network.storage import architecture_of
 from deeplimit.training import RunFolder, load_model, resume, run_data
 from deeplimit.training.building import evaluation_batches, outside, reshaped
+from deeplimit.training.models import of_transformers
 from deeplimit.training.results import Score
-from deeplimit.training.saved_models import of_transformers
 
 ALIGNED_ON = 256
 Batches = Iterable[tuple[Tensor, Tensor]]

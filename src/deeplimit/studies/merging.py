@@ -110,7 +110,7 @@ def merge_runs(
         lower=joined.lower,
     )
     made = run_of(
-        model, folders[0], name, lambda new, to: new.write_merging(replace(result, folder=str(to)))
+        model, folders[0], name, lambda new, to: new.write(replace(result, folder=str(to)))
     )
     return replace(result, folder=str(made.path))
 

@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING
 from deeplimit.lazy import lazy
 
 if TYPE_CHECKING:
-    from deeplimit.training.analysis import crop_run, profile_run
+    from deeplimit.training.analysis import complete, crop_run, profile_run
     from deeplimit.training.building import build_model, load_data, loss_of, run_data
-    from deeplimit.training.completing import complete
     from deeplimit.training.defaults import recipe_for
     from deeplimit.training.example_batch import BatchRequest, Example, example
     from deeplimit.training.fit import resume, train
+    from deeplimit.training.given_model import load_model
     from deeplimit.training.healing import heal, heal_run, resume_heal
-    from deeplimit.training.loaded_model import LoadedModel
-    from deeplimit.training.model_spec import load_model
+    from deeplimit.training.library_models import LoadedModel
     from deeplimit.training.recipe import Recipe
     from deeplimit.training.refining import refine_run
     from deeplimit.training.results import (
@@ -59,15 +58,14 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "analysis": "crop_run profile_run",
+        "analysis": "complete crop_run profile_run",
         "building": "build_model load_data loss_of run_data",
-        "completing": "complete",
         "defaults": "recipe_for",
         "example_batch": "Example BatchRequest example",
         "fit": "resume train",
         "healing": "heal heal_run resume_heal",
-        "loaded_model": "LoadedModel",
-        "model_spec": "load_model",
+        "given_model": "load_model",
+        "library_models": "LoadedModel",
         "recipe": "Recipe",
         "refining": "refine_run",
         "results": "Cut Healing Profiles Reference Refinement RunResults",

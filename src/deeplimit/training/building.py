@@ -24,7 +24,8 @@ from deeplimit.network.storage import architecture_of
 from deeplimit.network.storage import load as load_own
 from deeplimit.training.given_model import check_model, given_model
 from deeplimit.training.recipe import OWN_STARTS, Recipe
-from deeplimit.training.run_folder import RunFolder, as_vouched
+from deeplimit.training.run_files import as_vouched
+from deeplimit.training.run_folder import RunFolder
 
 EVALUATION_BATCH = 256
 CACHE = ".data"  # in the folder of the runs: decoded images, memory-mapped by later runs
@@ -93,10 +94,14 @@ def load_data(recipe: Recipe, runs: Path) -> DataSet:
 
 
 def run_data(folder: RunFolder) -> DataSet:
-    """The data of a run as its network sees them."""
-    data = load_data(folder.recipe, folder.path.parent)
-    scale = folder.standardisation
-    return data if scale is None else data.standardised(scale)
+    """The data of a run as its network sees them; a process loads them once."""
+    if folder.data is None:
+        data = load_data(folder.recipe, folder.path.parent)
+        scale = folder.standardisation
+        data = data if scale is None else data.standardised(scale)
+        object.__setattr__(folder, "data", data)  # remembered; nothing else of it changes
+        return data
+    return folder.data
 
 
 def prepare(recipe: Recipe, data: DataSet) -> Start:

@@ -14,8 +14,8 @@ from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control import StageCost
 from deeplimit.errors import InputError, describe_error
 from deeplimit.gradient.accuracy import LossOf
+from deeplimit.training import LoadedModel
 from deeplimit.training.building import loss_of, run_data, training_batches
-from deeplimit.training.loaded_model import LoadedModel
 from deeplimit.training.recipe import check_seed
 from deeplimit.training.run_folder import RunFolder
 

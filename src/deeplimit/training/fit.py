@@ -16,12 +16,12 @@ from deeplimit.training.building import Start, evaluation_batches, load_data, lo
 from deeplimit.training.checkpoint import load_checkpoint
 from deeplimit.training.companions import together
 from deeplimit.training.determinism import repeatable
-from deeplimit.training.lock import alone
 from deeplimit.training.loop import Training
 from deeplimit.training.metrics import Row
 from deeplimit.training.processes import first_process_does, launch, place, shared
 from deeplimit.training.progress import Observer, observer
 from deeplimit.training.recipe import Recipe
+from deeplimit.training.run_files import alone
 from deeplimit.training.run_folder import RunFolder
 from deeplimit.training.threads import fitting_threads
 
@@ -188,11 +188,17 @@ def train_in(
     with together(f"{command} goes on"), alone(folder.path):
         if start.recipe.epochs == 0:
             first_process_does(fabric, lambda: _finish(folder, start.model, []))
-            return folder
+            return _trained(fabric, folder, start, start.model)
         title = title or f"{folder.path}: {_network(start.recipe)} on {start.recipe.data}"
         training = fit(fabric, start, folder.path, title=title, command=command, quiet=quiet)
-        first_process_does(fabric, lambda: _finish(folder, training.network, training.rows))
-    return folder
+        first_process_does(fabric, lambda: _finish(folder, training.end(), training.rows))
+    return _trained(fabric, folder, start, training.network)
+
+
+def _trained(fabric: Fabric, folder: RunFolder, start: Start, network: nn.Module) -> RunFolder:
+    """The run with what this process has of it: its data, and the first one the whole network."""
+    whole = network.eval() if fabric.is_global_zero else None
+    return replace(folder, data=start.data, network=whole)
 
 
 def _finish(folder: RunFolder, model: nn.Module, rows: Sequence[Row]) -> None:

@@ -1,4 +1,4 @@
-"""A recipe's model that is not ours to build: loaded, given its weights, tried on the data."""
+"""A model that is not ours to build: loaded, given a recipe's weights, tried on the data."""
 
 import textwrap
 from collections.abc import Mapping
@@ -14,12 +14,41 @@ from deeplimit._anatomy.inputs import call
 from deeplimit.data import DataSet, Standardisation
 from deeplimit.errors import InputError, describe_error
 from deeplimit.network.weights import read_pickled, read_safetensors
-from deeplimit.training.library_models import UNTRAINED
-from deeplimit.training.model_spec import load_named
-from deeplimit.training.recipe import Recipe
+from deeplimit.training.library_models import UNTRAINED, LoadedModel
+from deeplimit.training.recipe import Recipe, check_seed
+from deeplimit.training.run_folder import load_named
+from deeplimit.training.trust import Named
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
 PARALLEL = "module."  # before every name in those of DataParallel
+
+
+def load_model(
+    spec: str,
+    *,
+    seed: int = 0,
+    classes: int | None = None,
+    new_head: bool = False,
+    trust: bool = False,
+) -> LoadedModel:
+    """The model that a specification names; nothing is downloaded.
+
+    A function that is given as `spec` is called; one that a run's recipe.toml names is not, unless
+    `trust` says so (docs/trust.md).
+
+    Args:
+        spec: a run folder, or one of the forms in `deeplimit.training.models`.
+        seed: of the parameters that are drawn here; torch's own random state is left as it was.
+        classes: asks a library for a classifier of images with so many classes.
+        new_head: of a trained model of transformers with another number of classes.
+        trust: whether code that a run folder names may be run.
+
+    Raises:
+        InputError: no such model, a seed out of range, a library that is not installed, a function
+            that fails or returns something else, or code that is not trusted.
+    """
+    check_seed(seed)
+    return load_named(Named.typed(spec), seed=seed, classes=classes, new_head=new_head, trust=trust)
 
 
 def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisation | None]:

@@ -30,10 +30,10 @@ from deeplimit.training.building import (
 )
 from deeplimit.training.fit import fit, launched
 from deeplimit.training.given_model import check_model
-from deeplimit.training.lock import alone
 from deeplimit.training.processes import place, processes
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Healing, Parts
+from deeplimit.training.run_files import alone
 from deeplimit.training.run_folder import RunFolder
 from deeplimit.training.threads import fitting_threads
 
@@ -302,6 +302,6 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
     healing = Healing(**vars(plan), from_full=from_full, from_cropped=from_cropped, parts=parts)
     with folder.commit() as new:
         new.write_healed(healed, plan.removed)
-        new.write_healing(healing)
+        new.write(healing)
         new.files.drop(UNDERWAY)
     return healing

@@ -5,6 +5,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from deeplimit.data import Standardisation
 from deeplimit.errors import InputError, describe_error, did_you_mean
+from deeplimit.gradient.accuracy import LossOf
 from deeplimit.memory import require
 from deeplimit.reading import reading
 from deeplimit.records import coerce
-from deeplimit.training.loaded_model import LoadedModel
 from deeplimit.training.preprocessor import standardisation_beside
 
 CONFIG = "config.json"
@@ -27,6 +29,33 @@ UNTRAINED = "random, untrained"
 # With the head whose loss is its training's, where the model has one of these.
 TASKS = ("IMAGE_CLASSIFICATION", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM")
 COPIES = 3  # of the parameters: themselves, their gradients, and the gradients compared with
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a specification stands for.
+
+    Attributes:
+        spec: as the user gave it.
+        model: on the CPU; in training mode, except that what a user's function returns is left as
+            it is.
+        weights: where its parameters come from, in words.
+        run: path of the run folder that it is the network of.
+        batch: what a user's function returned beside it: a tensor, a dict of keyword arguments, or
+            (inputs, targets).
+        loss_of: likewise: loss_of(model, batch) → a scalar.
+        input_shape: of one sample, where a library says it.
+        standardisation: of its inputs, where what it was trained with is known.
+    """
+
+    spec: str
+    model: nn.Module
+    weights: str
+    run: Path | None = None
+    batch: Any = None
+    loss_of: LossOf | None = None
+    input_shape: tuple[int, ...] | None = None
+    standardisation: Standardisation | None = None
 
 
 def transformers_model(

@@ -5,15 +5,8 @@ import io
 from collections.abc import Sequence
 
 COLUMNS = (
-    "epoch",
-    "loss",
-    "accuracy",
-    "validation_loss",
-    "validation_accuracy",
-    "entry",
-    "learning_rate",
-    "seconds",
-    "drift",
+    *("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "entry"),
+    *("learning_rate", "seconds", "drift"),
 )
 WHOLE = ("epoch", "entry")
 
@@ -21,7 +14,7 @@ Row = dict[str, float | None]
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The text of metrics.csv; None is an empty cell, numbers keep every digit."""
+    """Returns the text of metrics.csv; None is an empty cell, numbers keep every digit."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -30,16 +23,14 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def from_csv(text: str) -> tuple[Row, ...]:
-    """The rows in the text of metrics.csv; ValueError where it is not one."""
+    """Returns the rows in the text of metrics.csv; ValueError where it is not one."""
     reader = csv.DictReader(io.StringIO(text), strict=True)
-    columns = tuple(reader.fieldnames or ())
-    if columns not in (COLUMNS, COLUMNS[:-1]):  # older files have no drift
+    if tuple(reader.fieldnames or ()) != COLUMNS:
         raise ValueError(f"the columns are not {', '.join(COLUMNS)}")
-    empty: Row = dict.fromkeys(COLUMNS)
     rows = list(reader)
     if any(None in row for row in rows):  # where the reader puts cells too many
         raise ValueError("a row has more cells than there are columns")
-    return tuple(empty | {name: _number(row[name]) for name in columns} for row in rows)
+    return tuple({name: _number(row[name]) for name in COLUMNS} for row in rows)
 
 
 def _cell(name: str, value: float | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deeplimit.errors import InputError
 from deeplimit.files import aside_of, flush_folder, remove, remove_stale
-from deeplimit.training.remedies import elsewhere
+from deeplimit.training.run_files import elsewhere
 
 ANOTHER = "give another folder for the runs, or make this one writable"
 LONGEST = 200  # bytes of a run's name: file systems take 255, and -x2, -12 and .new may follow

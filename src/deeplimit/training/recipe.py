@@ -1,43 +1,31 @@
 """A recipe: everything that one training run is made from, typed and checked."""
 
 import math
+import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
+
+import tomli_w
 
 from deeplimit.errors import InputError
-from deeplimit.records import coerce, from_plain, to_plain
-from deeplimit.training.recipe_file import read_recipe_file, recipe_text
+from deeplimit.reading import read_toml
+from deeplimit.records import coerce, field_types, from_plain, to_plain
 from deeplimit.training.trust import Named
 
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
 LARGEST = 1e18  # optimisers square gradients, and so what multiplies them, in 32 bits: up to 3e38
-# What older files do not say.
-OLDER = {
-    "gradient": "backprop",
-    "evaluations": 2,
-    "optimizer": "adamw",
-    "new_head": False,
-    "initialisation": "independent",
-    "length_scale": 0.5,
-    "points": 0.5,
-    "control": "none",
-}
 PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
 # What says how a network of ours is built; nothing where the model is given.
 SHAPE = (
-    "kind",
-    "depth",
-    "width",
-    "hidden",
-    "reduction",
-    "initialisation",
-    "length_scale",
-    "start",
-    "frame",
+    *("kind", "depth", "width", "hidden", "reduction"),
+    *("initialisation", "length_scale", "start", "frame"),
 )
 NETWORK = (*SHAPE, *PUBLISHED)
+FORMAT = 1
+TABLES = ("format", "versions", "recipe", "data")
 OWN_STARTS = ("start", "start.safetensors")  # in a run folder
 
 
@@ -152,10 +140,8 @@ class Recipe:
     """How several processes share the work: ddp copies the network, fsdp divides it. auto: ddp."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            value = coerce(hints[field.name], getattr(self, field.name), field.name)
-            object.__setattr__(self, field.name, value)
+        for name, kind in field_types(Recipe).items():
+            object.__setattr__(self, name, coerce(kind, getattr(self, name), name))
         if self.model is not None:
             object.__setattr__(self, "model", Named.typed(self.model))
         if self.frame is not None:  # wherever the recipe is read again
@@ -178,22 +164,23 @@ class Recipe:
             InputError: the file is not one, is of another version, or has a field that is unknown,
                 missing, ill-typed or out of range; the message names the file and the field.
         """
-        path = Path(path)
-        settings = read_recipe_file(path)["recipe"]
-        try:
-            if isinstance(settings, dict):
-                settings = _beside(settings, path.parent)
-                given = {name: getattr(cls, name) for name in NETWORK if "model" in settings}
-                settings = OLDER | given | settings
-                if isinstance(model := settings.get("model"), str):
-                    settings["model"] = Named(model, path, trust)
-            return from_plain(cls, settings)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+        return read_recipe(Path(path), trust)[0]
 
     def to_toml(self, class_names: Sequence[str] = ()) -> str:
-        """The text of recipe.toml: the fields, and the versions of what is used here."""
-        return recipe_text(self.settings(), class_names)
+        """Returns the text of recipe.toml: the fields, and the versions of what is used here."""
+        fields = self.settings().items()
+        return tomli_w.dumps(
+            {
+                "format": FORMAT,
+                "versions": {
+                    "deeplimit": version("deeplimit"),
+                    "torch": version("torch"),
+                    "python": platform.python_version(),
+                },
+                "recipe": {name: value for name, value in fields if value is not None},
+                "data": {"class_names": list(class_names)},
+            }
+        )
 
     def settings(self) -> dict[str, Any]:
         """The fields as plain values, less those that are not read because a model is given."""
@@ -370,6 +357,38 @@ class Recipe:
                 f"batch_size is {self.batch_size}, which {self.devices} devices cannot share "
                 f"equally; give a multiple of {self.devices}"
             )
+
+
+def read_recipe(path: Path, trust: bool = False) -> tuple[Recipe, tuple[str, ...]]:
+    """Reads a recipe.toml: the recipe, and the names of the classes that it was run on.
+
+    Raises:
+        InputError: as `Recipe.from_toml`.
+    """
+    tables = read_toml(path, "correct or replace it")
+    try:
+        if tables.get("format") != FORMAT:
+            raise InputError(
+                f"format {tables.get('format')!r}, this deeplimit reads {FORMAT}; it is of "
+                "another version: use that version, or train again"
+            )
+        for name in tables:
+            if name not in TABLES:
+                raise InputError(f"unknown field {name}; expected {', '.join(TABLES)}")
+        if "recipe" not in tables:
+            raise InputError("the table [recipe] is missing; correct or replace the file")
+        settings: Any = tables["recipe"]
+        if isinstance(settings, dict):
+            if "model" in settings:  # which no field of a network of ours goes with
+                settings = {name: getattr(Recipe, name) for name in NETWORK} | settings
+            settings = _beside(settings, path.parent)
+            if isinstance(model := settings.get("model"), str):
+                settings["model"] = Named(model, path, trust)
+        names = coerce(dict, tables.get("data", {}), "data").get("class_names", [])
+        class_names = coerce(tuple[str, ...], names, "data.class_names")
+        return from_plain(Recipe, settings), class_names
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _beside(settings: dict[str, Any], folder: Path) -> dict[str, Any]:

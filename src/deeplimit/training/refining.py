@@ -31,12 +31,12 @@ from deeplimit.training.checkpoint import (
 )
 from deeplimit.training.fit import resume
 from deeplimit.training.loop import build_optimizer
+from deeplimit.training.models import of_transformers
 from deeplimit.training.new_folder import check_beside
 from deeplimit.training.processes import place, processes
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Refinement
 from deeplimit.training.run_folder import RunFolder
-from deeplimit.training.saved_models import of_transformers
 from deeplimit.training.threads import fitting_threads
 
 
@@ -101,14 +101,14 @@ def refine_run(
     def fill(made: RunFolder, _: Path) -> None:
         if optimizer is not None:
             save_checkpoint(made.path, _beginning(made.recipe, data, deeper, optimizer, rate))
-        made.write_refinement(refinement)
+        made.write(refinement)
 
     names = folder.class_names
     made = RunFolder.create_from(folder.path.parent, name, shaped, deeper, epochs, names, fill)
     made = resume(made.path, quiet=quiet)
     if epochs:
         trained = _compared(recipe, data, model, made.model())
-        made.write_refinement(replace(refinement, trained=trained))
+        made.write(replace(refinement, trained=trained))
     return made
 
 

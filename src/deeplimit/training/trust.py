@@ -20,6 +20,11 @@ from deeplimit.errors import InputError
 from deeplimit.rank import is_first_process
 from deeplimit.terminal import tell
 
+FORMS = (
+    "a run folder, module:function, transformers:NAME, torchvision:NAME, timm:NAME or a "
+    ".safetensors file of a network"
+)
+
 
 class Named(str):
     """A model's specification, and whose words it is.
@@ -46,6 +51,11 @@ class Named(str):
     def spelt(self, spec: str) -> "Named":
         """Another spelling of the same."""
         return Named(spec, self.file, self.trust)
+
+
+def is_run(spec: str) -> bool:
+    """Whether a specification is the path of a run folder, there or not."""
+    return Path(spec).is_dir() or not (":" in spec or spec.endswith(".safetensors"))
 
 
 def check_code(spec: str, module: str) -> None:

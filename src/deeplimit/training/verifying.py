@@ -1,4 +1,4 @@
-"""Whether a run folder is what it was when it was written."""
+"""A run folder compared with what it was when it was written."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,19 +6,19 @@ from typing import Literal
 
 from deeplimit.errors import InputError
 from deeplimit.training.checkpoint import checkpoint_problems
-from deeplimit.training.files import (
+from deeplimit.training.run_files import (
     COMMITTED,
     GROWING,
+    RECIPE,
     RunFiles,
     State,
     accept,
     files_in,
+    known,
     read_manifest,
+    remedy,
 )
-from deeplimit.training.remedies import REMEDIES, remedy, stem
-from deeplimit.training.run_folder import RECIPE
 
-OWN = "if you know that it is right: deeplimit verify {} --accept"
 DAMAGED = "delete it; deeplimit train --resume {} goes on from the one before"
 
 
@@ -29,9 +29,8 @@ class CheckedFile:
     Attributes:
         name: its path in the run folder.
         state: "sound": as run.json says, or its own checksums do; "changed", "missing"; "growing":
-            metrics.csv of a training that is not at its end; "earlier": of an earlier version, or
-            run.json was lost, so that nothing is known of it, and it is read as it is; "unknown":
-            put there by somebody else.
+            metrics.csv of a training that is not at its end; "unknown": put there by somebody else,
+            or run.json was lost.
         remedy: what to do; empty where nothing is wrong.
     """
 
@@ -73,23 +72,18 @@ def verify_run(path: str | Path, *, accepting: bool = False) -> Verification:
     if accepting:
         accept(folder)
     manifest = read_manifest(folder)
+    moved = [path.name for path in folder.glob(f"{COMMITTED}/*")]
+    there = {name for name in files_in(folder) if name.partition("/")[0] not in moved}
     checked = []
-    there = {
-        name
-        for name in files_in(folder)
-        if not (folder / COMMITTED / name.partition("/")[0]).exists()
-    }
     for name in sorted(there.union(() if manifest is None else manifest.files)):
         found = files.find(name)
         state = "missing" if found is None else found.state
         # Of what we never read nothing need be known.
-        unread = state in ("unknown", "earlier") and stem(name) not in REMEDIES
-        told = OWN.format(folder) if state == "earlier" else remedy(folder, name)
-        harmless = unread or state in ("sound", "growing")
-        checked.append(CheckedFile(name, state, "" if harmless else told))
+        harmless = state in ("sound", "growing") or (state == "unknown" and known(name) is None)
+        checked.append(CheckedFile(name, state, "" if harmless else remedy(folder, name)))
     for run in (folder, folder / GROWING[1]):
         for file, problem in checkpoint_problems(run).items():
             name = file.relative_to(folder).as_posix()
-            told = f"{problem}; {DAMAGED.format(folder)}" if problem else ""
-            checked.append(CheckedFile(name, "changed" if problem else "sound", told))
+            what = f"{problem}; {DAMAGED.format(folder)}" if problem else ""
+            checked.append(CheckedFile(name, "changed" if problem else "sound", what))
     return Verification(str(path), tuple(checked))

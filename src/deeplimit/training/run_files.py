@@ -6,17 +6,21 @@ own names, run.json last. A reader looks into .committed first, so it sees every
 wherever a process was killed; who writes next finishes the moves, or drops what is in .staging.
 """
 
+import errno
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from shlex import quote
+from typing import Literal, NamedTuple
 
-from deeplimit.errors import InputError
+from filelock import FileLock, Timeout
+
+from deeplimit.errors import InputError, RunError
 from deeplimit.files import (
     ASIDE,
     aside_of,
@@ -26,17 +30,117 @@ from deeplimit.files import (
     remove,
     write_text,
 )
+from deeplimit.rank import is_first_process
 from deeplimit.records import read_record
-from deeplimit.training.lock import alone
 
-MANIFEST, STAGING, COMMITTED = "run.json", ".staging", ".committed"
+RECIPE, METRICS, MANIFEST = "recipe.toml", "metrics.csv", "run.json"
+STAGING, COMMITTED, LOCK = ".staging", ".committed", ".lock"
 FORMAT = 1
 GROWING = ("checkpoint", "heal")  # written while a training goes on, with their own checksums
-METRICS = "metrics.csv"  # too, but run.json vouches for it at the training's end
 PAUSES = (0.0, 0.05, 0.2)  # s; files that move just now are where they belong soon
+SUFFIX = ".safetensors"  # of a network, unless it is a folder
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-State = Literal["sound", "changed", "growing", "earlier", "unknown"]
+class RunFile(NamedTuple):
+    """A file that a run may hold.
+
+    Attributes:
+        remedy: says how it is written again where it is damaged, of the run in {}.
+        result: the attribute of `RunResults` that it is, whose type says what is in it.
+    """
+
+    remedy: str
+    result: str = ""
+
+
+ACCEPT = "deeplimit verify {} --accept"
+AGAIN, MADE = (
+    "write it again: deeplimit ",
+    "make the run again, by deeplimit refine, merge or interpolate",
+)
+# By their names without suffix: networks are a folder or a .safetensors file.
+RUN_FILES = {
+    "recipe": RunFile("put it back; if you changed it yourself: " + ACCEPT),
+    "metrics": RunFile(
+        "delete it, then deeplimit train --resume {} writes it again from the checkpoint"
+    ),
+    "start": RunFile(MADE),
+    "model": RunFile(f"{AGAIN}train --resume {{}}"),
+    "cropped": RunFile("make the cut again: deeplimit crop {}"),
+    "healed": RunFile("heal its cut again: deeplimit heal {}"),
+    "profile": RunFile(f"{AGAIN}profile {{}}", "profiles"),
+    "trajectories": RunFile(f"{AGAIN}profile {{}}", "picture"),
+    "crop": RunFile(f"{AGAIN}crop {{}} --to auto", "cut"),
+    "reference": RunFile(f"{AGAIN}train --resume {{}}", "reference"),
+    "heal": RunFile(f"{AGAIN}heal {{}}", "healing"),
+    "refine": RunFile(MADE, "refinement"),
+    "merge": RunFile(MADE, "merging"),
+    "ode": RunFile(f"{AGAIN}ode {{}}", "depth_limit"),
+    "certificate": RunFile("write it again: RunFolder.write", "certificate"),
+    "gradient": RunFile(f"{AGAIN}gradient {{}}"),
+    "report": RunFile(f"{AGAIN}report {{}}"),
+}
+
+State = Literal["sound", "changed", "growing", "unknown"]
+
+
+def known(name: str) -> RunFile | None:
+    """Returns the entry of a file by its path in the run: of cropped/config.json that of "
+    "cropped.
+    """
+    return RUN_FILES.get(name.partition("/")[0].partition(".")[0])
+
+
+def remedy(folder: Path, name: str) -> str:
+    """Says what to do where a file of a run is damaged, or run.json is lost."""
+    if not any((place / MANIFEST).exists() for place in (folder, folder / COMMITTED)):
+        return f"run.json is lost; if you know that the files are right: {ACCEPT.format(folder)}"
+    found = known(name)
+    return ("put it back" if found is None else found.remedy).format(folder)
+
+
+def elsewhere(folder: Path) -> str:
+    """Says what to do with a run in a place that cannot be written to."""
+    copy = f"DIR/{quote(folder.resolve().name)}"
+    return (
+        "copy the run into a folder DIR that can be: "
+        f"cp -r {quote(str(folder))} {copy} && chmod -R u+w {copy}; then give {copy}"
+    )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds a run folder for writing. A process that has it may take it again.
+
+    Who only reads need not hold it. The operating system gives it back when a process ends, however
+    that ends. Of several processes that train together the first one holds it.
+
+    Raises:
+        InputError: the folder is read-only.
+        RunError: another process holds it, or the disk is full.
+    """
+    lock = FileLock(folder.resolve() / LOCK, timeout=0, is_singleton=True)
+    first = is_first_process()
+    try:
+        held = lock.acquire() if first else nullcontext()
+    except Timeout:
+        raise RunError(
+            f"{folder}: another process is working on this run; wait until it is done, then run "
+            "the same command again"
+        ) from None
+    except OSError as error:
+        if error.errno in READ_ONLY:
+            raise InputError(
+                f"{folder} cannot be written to ({error.strerror}); {elsewhere(folder)}"
+            ) from error
+        raise cannot_write(folder / LOCK, error) from error
+    with held:
+        try:
+            yield
+        finally:
+            if first and lock.lock_counter == 1:  # held still: who has opened it looks again
+                remove(folder / LOCK)
 
 
 @dataclass(frozen=True)
@@ -54,17 +158,14 @@ class Manifest:
     Attributes:
         format: of this file.
         files: what it vouches for, by paths in the run folder.
-        earlier: what was there when run.json was first written and was not written since: in a run
-            of an earlier version, or one whose run.json was lost. Nothing is known of it.
     """
 
     format: int
     files: dict[str, Vouched]
-    earlier: tuple[str, ...] | None = None
 
     def of(self, name: str) -> dict[str, Vouched]:
         """Of the file of this name, or of those in the folder."""
-        return {n: v for n, v in self.files.items() if _within(name, n)}
+        return {n: v for n, v in self.files.items() if n == name or n.startswith(f"{name}/")}
 
 
 @dataclass(frozen=True)
@@ -74,8 +175,7 @@ class Found:
     Attributes:
         path: where it lies now.
         state: "sound": as run.json says; "changed": otherwise than it says; "growing": a training
-            writes it, or was stopped; "earlier": it is older than run.json, or there is none;
-            "unknown": run.json says nothing of it.
+            writes it, or was stopped; "unknown": run.json says nothing of it, or there is none.
     """
 
     path: Path
@@ -83,7 +183,7 @@ class Found:
 
     @property
     def refused(self) -> bool:
-        """Whether no verb may read it; what an earlier version wrote is read as it is."""
+        """Whether no verb may read it."""
         return self.state in ("changed", "unknown")
 
 
@@ -175,17 +275,28 @@ class RunFiles:
         return None if name is None else Found(root / name, _state(manifest, root, name))
 
 
-def not_vouched_for(path: Path, found: Found, remedy: str) -> InputError:
-    """The error for a file that is not what run.json says."""
-    what = {
-        "changed": f"damaged or changed: not what {MANIFEST} vouches for",
-        "unknown": f"{MANIFEST} does not vouch for it",
-    }[found.state]
-    return InputError(f"{path}: {what}; {remedy}")
+def as_vouched(path: Path) -> Path:
+    """Where a file or a folder lies that may be a run's.
+
+    Raises:
+        InputError: it is, and not the one that run.json vouches for.
+    """
+    found = RunFiles(path.parent).find(path.name) if (path.parent / RECIPE).is_file() else None
+    if found is not None and found.state == "changed":
+        raise not_vouched_for(path, found)
+    return path if found is None else found.path
+
+
+def not_vouched_for(path: Path, found: Found) -> InputError:
+    """The error for a file of a run that is not what run.json says."""
+    what = f"{MANIFEST} does not vouch for it"
+    if found.state == "changed":
+        what = f"damaged or changed: not what {MANIFEST} vouches for"
+    return InputError(f"{path}: {what}; {remedy(path.parent, path.name)}")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """What run.json says; None without one, as in runs of earlier versions.
+    """What run.json says; None without one.
 
     Raises:
         InputError: it is damaged.
@@ -193,7 +304,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     for path in (folder / COMMITTED / MANIFEST, folder / MANIFEST):
         if not path.exists():
             continue
-        remedy = f"if the other files are right: deeplimit verify {folder} --accept"
+        remedy = f"if the other files are right: {ACCEPT.format(folder)}"
         try:
             manifest = read_record(Manifest, path, remedy)
         except InputError:
@@ -241,11 +352,9 @@ def _publish(folder: Path) -> None:
     tops = {path.name for path in staging.iterdir()}
     flush(staging, staging.stat().st_mode & 0o666)
     if MANIFEST not in tops:
-        before = read_manifest(folder) or Manifest(FORMAT, {}, files_in(folder))
-        kept = {name: v for name, v in before.files.items() if _top(name) not in tops}
-        earlier = tuple(name for name in before.earlier or () if _top(name) not in tops)
-        new = Manifest(FORMAT, kept | _vouched(staging, staging), earlier or None)
-        _write_manifest(staging / MANIFEST, new)
+        before = read_manifest(folder) or Manifest(FORMAT, {})
+        kept = {n: v for n, v in before.files.items() if PurePosixPath(n).parts[0] not in tops}
+        _write_manifest(staging / MANIFEST, Manifest(FORMAT, kept | _vouched(staging, staging)))
     os.rename(staging, folder / COMMITTED)
     flush_folder(folder)
     _move(folder)
@@ -274,8 +383,6 @@ def _move(folder: Path) -> None:
 def _write_manifest(path: Path, manifest: Manifest) -> None:
     plain = asdict(manifest)
     plain["files"] = dict(sorted(plain["files"].items()))
-    if not manifest.earlier:
-        del plain["earlier"]
     write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -306,19 +413,8 @@ def _vouched(place: Path, root: Path) -> dict[str, Vouched]:
 def _state(manifest: Manifest | None, root: Path, name: str) -> State:
     wanted = {} if manifest is None else manifest.of(name)
     if not wanted:
-        if manifest is None or any(_within(name, n) for n in manifest.earlier or ()):
-            return "earlier"
         return "growing" if name == METRICS else "unknown"
     try:
         return "sound" if _vouched(root / name, root) == wanted else "changed"
     except OSError:  # moved just now, or not to be read
         return "changed"
-
-
-def _within(name: str, path: str) -> bool:
-    """Whether a path is that of the file of this name, or of one in the folder."""
-    return path == name or path.startswith(f"{name}/")
-
-
-def _top(name: str) -> str:
-    return PurePosixPath(name).parts[0]
