@@ -100,6 +100,7 @@ def theirs(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     shutil.copytree(THEIRS, Path("runs") / "others")
     nested = Path("runs") / "others" / "recipe.toml"
     nested.write_text(nested.read_text().replace(SPEC, str(THEIRS)))
+    verify_run(nested.parent, accepting=True)
     path = list(sys.path)
     yield THEIRS
     sys.path[:] = path

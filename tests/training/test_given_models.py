@@ -27,6 +27,7 @@ from deeplimit.training import (
     run_data,
     train,
 )
+from deeplimit.training.verifying import verify_run
 
 pytest.importorskip("transformers", reason="the extra `hub` is not installed")
 
