@@ -26,8 +26,8 @@ from deeplimit.files import remove, write_text
 from deeplimit.memory import OBJECTS, require
 from deeplimit.reading import read_json
 from deeplimit.records import Record, coerce, to_plain
-from deeplimit.training.lock import alone
 from deeplimit.training.new_folder import new_folder
+from deeplimit.training.run_files import alone
 
 STUDY, POINTS = "study.json", "points.json"
 
