@@ -9,6 +9,10 @@ layers, and Nℓ ≥ 3; known to be rough: independent and permuted ones. Beside
 what the verdict is about: how far the output moves, relative to ‖x_N − x_0‖, when the chain is
 coarsened (every second control, step 2h) or refined (controls interpolated, step h/2).
 
+The limits come from Gaussian processes of Nℓ = 0.5 … 6 layers (`by_roughness`): smooth up to where
+coarsening moves the output no more than it moves the smoothest (the median within a quarter of
+theirs), so that it is Euler's own error; rough from where it moves it by more than half.
+
 Then networks that nobody made smooth: CIFAR ResNets with published weights, a ViT at its random
 start; and classifiers of digits, trained from each start, with the accuracy of the coarsened
 network on test data. One JSON file is written.
@@ -19,6 +23,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,6 +53,8 @@ RESULTS = Path(__file__).parent / "results" / "smoothness_calibration.json"
 HORIZONS, SEEDS, T = (8, 16, 32, 64, 128), (0, 1, 2), 4.0
 LENGTH_SCALES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 RESOLVED = 3.0  # Nℓ from which a Gaussian process counts as known to be smooth
+LAYERS = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5, 2.0, 2.5, 2.8, 3.0, 3.5, 4.0, 5.0, 6.0)  # Nℓ, for limits
+EDGES = (0.0, 0.15, 0.25, 0.35, 0.45, 0.55, 0.7, 0.8, 1.0)
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: LinearResidual(16), (8, 16)),
     "two-layer, tanh": (lambda: TwoLayerResidual(16, 32, "tanh"), (8, 16)),
@@ -115,6 +122,27 @@ def chain_rows() -> Iterator[dict[str, Any]]:
                         "coarsened": moved(chain, coarsen(chain, 2), x),
                         "refined": moved(chain, refine(chain, 2), x),
                     }
+
+
+@torch.no_grad()
+def by_roughness() -> list[dict[str, Any]]:
+    """How far coarsening moves the output of chains of each roughness: median and largest."""
+    seen = []
+    for make, shape in BLOCKS.values():
+        for horizon, seed, layers in product(HORIZONS[:-1], SEEDS, LAYERS):
+            torch.manual_seed(seed)
+            blocks = [make().double() for _ in range(horizon)]
+            smooth_start(blocks, layers / horizon)
+            chain = ResidualChain(blocks, step=T / horizon).eval()
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            seen.append((smoothness(chain).stages[0].roughness, moved(chain, coarsen(chain, 2), x)))
+    rows = []
+    for above, up_to in pairwise(EDGES):
+        own = [y for roughness, y in seen if above < roughness <= up_to]
+        figures = {"median": median(own), "maximum": max(own)}
+        rows.append({"above": above, "up_to": up_to, "chains": len(own), "coarsened": figures})
+    return rows
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -267,7 +295,11 @@ def main() -> None:
         digits.append(row)
     RESULTS.parent.mkdir(exist_ok=True)
     plain = {"machine": machine(), **found, "given": given, "digits": digits}
-    plain |= {"horizons": HORIZONS, "chains_median_of_seeds": medians(rows)}
+    plain |= {
+        "by_roughness": by_roughness(),
+        "horizons": HORIZONS,
+        "chains_median_of_seeds": medians(rows),
+    }
     RESULTS.write_text(json.dumps(plain, indent=2) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+from importlib.util import find_spec
 
 import numpy as np
 import ot
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from measured_networks import classifier, cloud
 
 from deeplimit import InputError
-from deeplimit.meanfield import LayerwiseMeasure, cot_distance
+from deeplimit.meanfield import LayerwiseMeasure, cot_distance, couplings
 from deeplimit.meanfield.couplings import squared_distances
 
 SEEDS = st.integers(0, 10**6)
@@ -83,6 +84,37 @@ def test_64_against_63_layers_are_126_cells() -> None:
     assert sum(found.lengths) == pytest.approx(1, rel=1e-14)
     squares = [h * w**2 for h, w in zip(found.lengths, found.per_layer, strict=True)]
     assert math.sqrt(sum(squares)) == pytest.approx(found.distance, rel=1e-14)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
+def test_lap_and_scipy_find_the_same(spread: float) -> None:
+    """Particles of one size and of mixed ones; costs above 10⁶, which `lap` calls infinite."""
+    pytest.importorskip("lap")
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(2, 150, 9)) * np.exp(spread * generator.normal(size=(2, 150, 1)))
+    costs = couplings._reduced(100 * squared_distances(x, y))
+    rows, mine, theirs = np.arange(150), couplings.by_lap(costs), couplings.by_scipy(costs)
+    assert sorted(mine) == list(rows)
+    assert costs[rows, mine].sum() == pytest.approx(costs[rows, theirs].sum(), rel=1e-12)
+
+
+def test_a_distance_of_mixed_sizes_is_proven_with_and_without_lap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    sizes = torch.randn(2, 1, 60, 1, dtype=torch.float64).mul(1.5).exp()
+    a, b = map(LayerwiseMeasure, torch.randn(2, 1, 60, 5, dtype=torch.float64) * sizes)
+    solved = []
+    for name in ("by_lap", "by_scipy"):
+        solve = getattr(couplings, name)
+        monkeypatch.setattr(couplings, name, lambda c, n=name, f=solve: solved.append(n) or f(c))
+    found = cot_distance(a, b)
+    monkeypatch.setattr(couplings, "find_spec", lambda _: None)
+    other = cot_distance(a, b)
+    assert found.distance == pytest.approx(other.distance, rel=1e-12)
+    assert found.lower == found.distance
+    expected = "by_scipy" if find_spec("lap") is None else "by_lap"
+    assert (solved[0], solved[-1]) == (expected, "by_scipy")
 
 
 def test_layers_that_meet_again_are_solved_once(monkeypatch) -> None:

@@ -27,6 +27,7 @@ from deeplimit.network import (
     smooth_start,
 )
 from deeplimit.ode import smoothness
+from deeplimit.ode._smoothness import ROUGH, SMOOTH
 from deeplimit.ode.stages import stages
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
@@ -35,6 +36,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "convolutional": lambda: ConvolutionalResidual(4, 6, "batch"),
 }
 LENGTH_SCALE = 0.5
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def chain(blocks: str, count: int, start: float | str = "independent", seed: int = 0) -> nn.Module:
@@ -128,6 +130,29 @@ def test_networks_of_known_kind_are_told(blocks: str, horizon: int) -> None:
         assert found.kind == found.stages[0].kind == kind
         assert found.verdict.startswith("ODE-like" if kind == "smooth" else "Not ODE-like")
     assert smoothness(chain(blocks, horizon, 1.2 / horizon)).kind == "between"
+
+
+def test_the_limits_are_those_of_the_calibration() -> None:
+    """benchmarks/smoothness_calibration.py says why: what coarsening does to the output."""
+    rows = json.loads((RESULTS / "smoothness_calibration.json").read_text())["by_roughness"]
+    medians = [row["coarsened"]["median"] for row in rows]
+    assert [row["up_to"] for row in rows[:-1]] == [row["above"] for row in rows[1:]]
+    smooth = [row["up_to"] for row, m in zip(rows, medians, strict=True) if m < 1.25 * medians[0]]
+    rough = [row["above"] for row, m in zip(rows, medians, strict=True) if m > 0.5]
+    assert (max(smooth), min(rough)) == (SMOOTH, ROUGH)
+
+
+@pytest.mark.parametrize(
+    ("layers", "kind"),
+    [(3.0, "smooth"), (2.6, "between"), (0.92, "between"), (0.8, "rough")],
+)
+def test_on_both_sides_of_each_limit(layers: float, kind: str) -> None:
+    """Gaussian processes with length scales of so many layers: roughness 0.23, 0.27, 0.67, 0.74."""
+    found = smoothness(chain("linear", 64, layers / 64))
+    assert found.kind == found.stages[0].kind == kind
+    words = {"smooth": "ODE-like", "between": "Neither", "rough": "Not ODE-like"}
+    assert found.verdict.startswith(words[kind])
+    assert str(found).splitlines()[-1].split()[-1] == kind
 
 
 def test_the_verdict_tells_what_becomes_of_the_output() -> None:

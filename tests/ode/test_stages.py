@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from deeplimit import InputError, anatomy
 from deeplimit.network import Architecture, CifarArchitecture, Euler, Heun, ResidualChain, Scheme
-from deeplimit.ode import discretization_gap, untie, with_solver
+from deeplimit.ode import (
+    coarsen,
+    discretization_gap,
+    refine,
+    smoothness,
+    tie,
+    untie,
+    with_solver,
+)
 
 
 class Step(nn.Module):
@@ -71,6 +79,22 @@ def test_a_wrapped_chain_is_still_a_chain() -> None:
     wrapped = discretization_gap(nn.DataParallel(chain), x, bound=False)
     assert wrapped == gap
     assert min(gap.gap[1:]) > 0
+
+
+def test_an_anatomy_is_as_good_as_the_model() -> None:
+    chain, x = smooth_chain(4), batch()
+    read = anatomy(chain)
+    assert smoothness(read) == smoothness(chain)
+    assert discretization_gap(read, x, bound=False) == discretization_gap(chain, x, bound=False)
+    for change in (refine, coarsen, tie, lambda model, m: with_solver(model, "rk4", m)):
+        assert torch.equal(change(read, 2)(x), change(chain, 2)(x))
+    assert type(untie(read)) is ResidualChain
+
+
+def test_the_old_name_of_with_solver_warns() -> None:
+    with pytest.warns(DeprecationWarning, match="is called with_solver now"):
+        from deeplimit.ode import solved
+    assert solved is with_solver
 
 
 def test_one_module_called_again_and_again_has_states_of_its_own() -> None:

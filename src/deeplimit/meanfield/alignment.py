@@ -99,7 +99,8 @@ def _turned(b: LayerwiseMeasure, frame: ChainFrame, rotation: Tensor) -> Layerwi
 
     def turn(values: Tensor, axis: int) -> Tensor:
         q = rotation.to(values)
-        return torch.tensordot(values, q, dims=([axis], [1])).movedim(-1, axis)
+        turned: Tensor = torch.tensordot(values, q, dims=([axis], [1]))
+        return turned.movedim(-1, axis)
 
     layers = []
     for particles, layout in zip(b.layers, frame.layouts, strict=True):

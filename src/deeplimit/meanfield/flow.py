@@ -276,7 +276,8 @@ class ParticleFlow(Optimizer):
             return velocity
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(velocity)
-        return state["momentum_buffer"].mul_(group["momentum"]).add_(velocity)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer.mul_(group["momentum"]).add_(velocity)
 
 
 def _adam(
@@ -287,8 +288,9 @@ def _adam(
         state["exp_avg"] = torch.zeros_like(velocity)
         state["exp_avg_sq"] = torch.zeros_like(velocity)
     state["step"] += 1
-    mean = state["exp_avg"].lerp_(velocity, 1 - betas[0])
-    square = state["exp_avg_sq"].mul_(betas[1]).addcmul_(velocity, velocity, value=1 - betas[1])
+    mean: Tensor = state["exp_avg"].lerp_(velocity, 1 - betas[0])
+    square: Tensor = state["exp_avg_sq"].mul_(betas[1])
+    square.addcmul_(velocity, velocity, value=1 - betas[1])
     corrections = [1 - beta ** state["step"] for beta in betas]
     return mean / corrections[0] / ((square / corrections[1]).sqrt() + eps)
 

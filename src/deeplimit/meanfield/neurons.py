@@ -46,7 +46,7 @@ class ParticleLayout:
     def split(self, particles: Tensor) -> dict[str, Tensor]:
         """The inverse of `join`."""
         sizes = [numbers_in(shape) for _, shape in self.parts]
-        pieces = particles.split(sizes, dim=1)
+        pieces = torch.split(particles, sizes, dim=1)
         return {
             name: piece.reshape(len(particles), *shape)
             for (name, shape), piece in zip(self.parts, pieces, strict=True)

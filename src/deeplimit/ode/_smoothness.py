@@ -16,7 +16,10 @@ from deeplimit.ode.stages import stages, with_values
 
 Kind = Literal["smooth", "between", "rough"]
 
-# Calibrated: benchmarks/results/smoothness_calibration.json, tests/ode/test_smoothness.py.
+# From benchmarks/smoothness_calibration.py: up to SMOOTH leaving out every second control moves a
+# chain's output no more than it moves the smoothest chains', so that what is seen is Euler's error;
+# from ROUGH on by more than half. There (1/√2) neighbours differ by their own size, ‖θ_{n+1} − θ_n‖
+# being √2 roughness ‖θ‖, and have a correlation of one half.
 SMOOTH, ROUGH = 0.25, 0.7
 
 MEANING: dict[Kind, str] = {

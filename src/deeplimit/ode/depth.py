@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TypeVar, cast
+from typing import TypeVar, overload
 
 import torch
 from torch import nn
@@ -31,7 +31,13 @@ Model = TypeVar("Model", bound=nn.Module)
 Mean = dict[int, Fraction]  # the blocks that a new one is the mean of, with their weights
 
 
-def refine(model: Model | Anatomy, factor: int, *, optimizer: Optimizer | None = None) -> Model:
+@overload
+def refine(model: Anatomy, factor: int, *, optimizer: Optimizer | None = None) -> nn.Module: ...
+@overload
+def refine(model: Model, factor: int, *, optimizer: Optimizer | None = None) -> Model: ...
+def refine(
+    model: nn.Module | Anatomy, factor: int, *, optimizer: Optimizer | None = None
+) -> nn.Module:
     """Makes a network of the same class, m times as deep, that computes nearly the same.
 
     In every stage N layers become mN and the step h becomes h/m. The controls are interpolated
@@ -76,7 +82,13 @@ def refine(model: Model | Anatomy, factor: int, *, optimizer: Optimizer | None =
     return _resampled(model, lambda stage: _finer(stage, factor), Fraction(1, factor), optimizer)
 
 
-def coarsen(model: Model | Anatomy, factor: int, *, optimizer: Optimizer | None = None) -> Model:
+@overload
+def coarsen(model: Anatomy, factor: int, *, optimizer: Optimizer | None = None) -> nn.Module: ...
+@overload
+def coarsen(model: Model, factor: int, *, optimizer: Optimizer | None = None) -> Model: ...
+def coarsen(
+    model: nn.Module | Anatomy, factor: int, *, optimizer: Optimizer | None = None
+) -> nn.Module:
     """Takes every mth control, θ'_n = θ_{nm}, with step hm: N/m layers, the inverse of `refine`.
 
     `coarsen(refine(model, m), m)` is the model itself, to the last bit where m is a power of 2;
@@ -154,11 +166,11 @@ def _changing(read: Anatomy) -> tuple[Stack, ...]:
 
 @torch.no_grad()
 def _resampled(
-    model: Model | Anatomy,
+    model: nn.Module | Anatomy,
     means_of: Callable[[Stack], Sequence[Mean]],
     step: Fraction,
     optimizer: Optimizer | None,
-) -> Model:
+) -> nn.Module:
     """The model with these blocks in its stages and its step multiplied; `refine` says the rest."""
     inner = checked_optimiser(optimizer, averageable(model))
     read = anatomy(model)
@@ -186,7 +198,7 @@ def _resampled(
         check_rebuilt(read, new)
     if inner is not None:
         carry_over(inner, read.model, new, origins)
-    return cast(Model, new)
+    return new
 
 
 def _ends(read: Anatomy, runs: Sequence[Stack]) -> list[frozenset[str]]:

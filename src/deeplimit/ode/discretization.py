@@ -251,7 +251,7 @@ def _bounds(
     derivatives = Derivatives(field, states[0])
     places = [(n, c) for n in range(horizon) for c in FRACTIONS]
     bend = derivatives.accelerations(places, solution.path.flatten(0, 1))
-    bend = bend.unflatten(0, (horizon, len(FRACTIONS)))
+    bend = bend.view(horizon, len(FRACTIONS), -1)
 
     segments = torch.stack([torch.lerp(states, solution.nodes, c)[:-1] for c in SEGMENT], 1)
     places = [(n, 0.0) for n in range(horizon) for _ in SEGMENT]
@@ -260,7 +260,7 @@ def _bounds(
         tell(f"the bounds: Lipschitz constants, layer {done // len(SEGMENT) + 1} of {horizon}")
 
     norms, residuals = derivatives.jacobian_norms(places, segments.flatten(0, 1), seed, told)
-    norms = norms.unflatten(0, (horizon, len(SEGMENT)))
+    norms = norms.view(horizon, len(SEGMENT), -1)
 
     lipschitz, worst = float(norms.max()), float(bend.max())
     weights, left = bend.new_tensor(WEIGHTS), 1 - bend.new_tensor(FRACTIONS)
@@ -281,7 +281,8 @@ def _bounds(
 
 def _norms(states: Tensor) -> Tensor:
     """‖x‖ of each sample's whole state: [n, samples, …] → [n, samples]."""
-    return torch.linalg.vector_norm(states.flatten(2), dim=2)
+    norms: Tensor = torch.linalg.vector_norm(states.flatten(2), dim=2)
+    return norms
 
 
 def _size(states: Tensor) -> float:

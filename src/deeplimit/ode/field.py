@@ -122,7 +122,7 @@ class VectorField:
         y = functional_call(
             self._block, {**self._fixed, **control}, args, kwargs, tie_weights=False
         )
-        y = y[0] if isinstance(y, tuple) else y
+        y = cast(Tensor, y[0] if isinstance(y, tuple) else y)
         return y - x if self._adds else y
 
     def _ends(self, n: int) -> tuple[Control, Control]:

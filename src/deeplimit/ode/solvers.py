@@ -238,7 +238,7 @@ def with_solver(
         InputError: another kind of model, an unknown solver, or steps that do not go with it.
     """
     _chains(model)
-    new = copy.deepcopy(_module(model)).requires_grad_(False)
+    new = copy.deepcopy(_module(model)).requires_grad_(requires_grad=False)
     for name, chain in chains_in(new):
         own = SolvedChain(chain, solver, steps, tolerance)
         if not name:

@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
 from torch import nn
@@ -20,8 +20,12 @@ from deeplimit.ode.stages import averageable, blocks_of, check_untied, stages
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@overload
+def tie(model: Anatomy, every: int, *, optimizer: Optimizer | None = None) -> nn.Module: ...
+@overload
+def tie(model: Model, every: int, *, optimizer: Optimizer | None = None) -> Model: ...
 @torch.no_grad()
-def tie(model: Model | Anatomy, every: int, *, optimizer: Optimizer | None = None) -> Model:
+def tie(model: nn.Module | Anatomy, every: int, *, optimizer: Optimizer | None = None) -> nn.Module:
     """Makes a network of the same class in which m consecutive layers share one control.
 
     In every stage layers 0 … m−1, m … 2m−1, … share the mean of their controls; the last group is
@@ -62,11 +66,15 @@ def tie(model: Model | Anatomy, every: int, *, optimizer: Optimizer | None = Non
         origins |= _share([blocks[n] for n in group], [others[n] for n in group])
     if inner is not None:
         carry_over(inner, module, new, origins)
-    return new  # type: ignore[return-value]
+    return new
 
 
+@overload
+def untie(model: Anatomy, *, optimizer: Optimizer | None = None) -> nn.Module: ...
+@overload
+def untie(model: Model, *, optimizer: Optimizer | None = None) -> Model: ...
 @torch.no_grad()
-def untie(model: Model | Anatomy, *, optimizer: Optimizer | None = None) -> Model:
+def untie(model: nn.Module | Anatomy, *, optimizer: Optimizer | None = None) -> nn.Module:
     """Makes a network of the same class, and the same function, whose layers share no control.
 
     Every parameter that several layers share becomes a copy of its own in each; [SAP22] arXiv
@@ -106,7 +114,7 @@ def untie(model: Model | Anatomy, *, optimizer: Optimizer | None = None) -> Mode
             origins[other.get_parameter(name)] = Origin(((source, ONE),), gradient=part)
     if inner is not None:
         carry_over(inner, module, new, origins)
-    return new  # type: ignore[return-value]
+    return new
 
 
 def _share(blocks: Sequence[nn.Module], others: Sequence[nn.Module]) -> Origins:
