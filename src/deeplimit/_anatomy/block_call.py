@@ -147,6 +147,7 @@ class BlockCall:
         at: nn.Module | None = None,
         values: Mapping[str, Tensor] | None = None,
         read: nn.Module | None = None,
+        x: Tensor | None = None,
     ) -> Tensor:
         """The state that leaves the layer, called again as it was.
 
@@ -155,8 +156,12 @@ class BlockCall:
             at: a module; then what enters it, in place of what leaves the layer.
             values: other values of parameters, by their names in the block.
             read: a module; then what leaves it.
+            x: another state that enters.
         """
         args, kwargs = self._call
+        if x is not None:
+            args = tuple(x if v is self.x else v for v in args)
+            kwargs = {k: x if v is self.x else v for k, v in kwargs.items()}
         found: list[Tensor] = []
         with ExitStack() as stack:
             for module, change in (changes or {}).items():
@@ -212,7 +217,7 @@ class BlockCall:
         m, out = self.outputs[module], self.without(silent, at)
         axis = axis_of(module, m)
         own = (-1, 1) if axis is None else (axis,)
-        run: Change = partial(self._added, module, silent, at)
+        run: Change = partial(self.added, module, silent, at=at)
         for axes in dict.fromkeys((k, s) for k in own for s in (k, -1, 1)):
             if not (m.dim() > 1 < out.dim() and m.shape[axes[0]] == out.shape[axes[1]]):
                 continue
@@ -225,9 +230,14 @@ class BlockCall:
                 return End(self.names[module], module, None, *axes, gain)
         return None
 
-    def _added(
-        self, module: nn.Module, silent: Collection[nn.Module], at: nn.Module | None, noise: Tensor
+    def added(
+        self,
+        module: nn.Module,
+        silent: Collection[nn.Module],
+        noise: Tensor,
+        at: nn.Module | None = None,
     ) -> Tensor:
+        """What comes out with something added to what a module returns."""
         changes: dict[nn.Module, Change] = dict.fromkeys(silent, torch.zeros_like)
         return self.again(changes | {module: partial(torch.add, noise)}, at)
 

@@ -71,13 +71,29 @@ def parameter_ends(call: BlockCall) -> list[nn.Parameter]:
     branches = find_branches(call)
     ends: list[nn.Parameter] = []
     for branch in branches:
-        ends += _linear_end(call, branch, [b.end for b in branches if b is not branch])
+        ends += linear_end(call, branch, [b.end for b in branches if b is not branch])
     return ends
 
 
-def _linear_end(
+def mixes_tokens(call: BlockCall, branch: Branch, silent: Collection[nn.Module]) -> str:
+    """“attention” of a branch in which a token hears of others, “mlp” of one in which none does.
+
+    Nothing where states are no tokens [B, L, d], or there is one only.
+    """
+    x, m = call.x, call.outputs[branch.end]
+    if x is None or x.dim() != 3 or x.shape[1] < 2 or m.shape[:2] != x.shape[:2]:
+        return ""
+    other = x.clone()
+    other[:, 0] += torch.linspace(-1, 1, x.shape[-1]).to(x)
+    zeros = dict.fromkeys(silent, torch.zeros_like)
+    a, b = (call.again(zeros, read=branch.end, x=state) for state in (x, other))
+    return "mlp" if a[:, 1:].equal(b[:, 1:]) else "attention"
+
+
+def linear_end(
     call: BlockCall, branch: Branch, silent: Collection[nn.Module]
 ) -> list[nn.Parameter]:
+    """The parameters in which a branch ends, found with the others silent."""
     start = call.order.index(branch.end)
     last: list[nn.Parameter] = []
     for module in reversed(call.order[: start + 1]):

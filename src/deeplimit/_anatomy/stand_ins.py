@@ -83,19 +83,19 @@ def form_of(output: Any) -> Callable[[Tensor], Any]:
     kind = type(output)
     if isinstance(output, Mapping):
         first, *others = output
-        more = {name: _said(output[name]) for name in others}
+        more = {name: said(output[name]) for name in others}
         return lambda x: kind(**{first: x}, **more)
     if isinstance(output, tuple | list):
-        rest = [_said(value) for value in output[1:]]
+        rest = [said(value) for value in output[1:]]
         make = kind._make if hasattr(kind, "_make") else kind
         return lambda x: make([x, *rest])
     return lambda x: x
 
 
-def _said(value: Any) -> Any:
+def said(value: Any) -> Any:
     """A value without tensors, such as height and width; else None."""
     if isinstance(value, tuple | list):
-        parts = [_said(part) for part in value]
+        parts = [said(part) for part in value]
         return type(value)(parts) if None not in parts else None
     return value if isinstance(value, int | float | str) else None
 

@@ -3,15 +3,17 @@
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice, product
 from statistics import NormalDist
-from typing import Any, SupportsIndex, cast
+from typing import Any, Literal, SupportsIndex, cast
 
 import torch
 from torch import nn
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.anatomy import layer_numbers
+from deeplimit._anatomy.by_branch import ByBranch
 from deeplimit._anatomy.checks import check_number
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control.batches import first_part
@@ -44,6 +46,7 @@ def choose_cut(
     protect: Iterable[SupportsIndex] = (),
     contiguous: bool = False,
     shift: bool = False,
+    granularity: Literal["layer", "branch"] = "layer",
 ) -> CutChoice:
     """Chooses which layers to remove, of any stage, under one budget.
 
@@ -81,6 +84,8 @@ def choose_cut(
         protect: layers that stay, counted from the end where negative: [0, -1].
         contiguous: whether the layers that go follow one another.
         shift: targets of tokens are the inputs themselves: each predicts the next.
+        granularity: "branch" removes the attention or the MLP of a block alone, as `crop` does; the
+            profile orders the blocks, and `blocks` counts branches.
 
     Raises:
         InputError: a layer to be protected that is not there; no budget or several, one out of
@@ -91,19 +96,26 @@ def choose_cut(
     budget, limit = _the_one(dict(zip(NAMES, given, strict=True)))
     structure = anatomy(model)
     check_profile(profile, structure.horizon)
+    orders, protected = _orders(structure, profile), _protected(structure.horizon, protect)
+    if granularity == "branch":
+        structure = ByBranch(structure)
+        of = [n for n, _ in structure.pairs]
+        orders = {
+            k: [i for n in own for i, at in enumerate(of) if at == n] for k, own in orders.items()
+        }
+        protected = {i for i, n in enumerate(of) if n in protected}
     _check(budget, limit, structure.horizon, data=loader is not None)
     with evaluating(structure.model):
-        may_go = _permitted(structure.horizon, protect, contiguous=contiguous)
+        may_go = _permitted(protected, contiguous=contiguous)
         trials = None
         if loader is not None:
-            of = sample_loss(_loss_of(profile, loss, budget))
-            if budget == "accuracy" and not of.of_classes:
+            judged = sample_loss(_loss_of(profile, loss, budget))
+            if budget == "accuracy" and not judged.of_classes:
                 raise InputError(
                     "a loss of accuracy is allowed, and the loss knows no classes; give rise=…, by "
                     "how much the loss may rise"
                 )
-            trials = Trials(structure, loader, of, shift=shift)
-        orders = _orders(structure, profile)
+            trials = Trials(structure, loader, judged, shift=shift)
         most = limit if budget == "rise" else loss_tolerance(limit) * profile.loss_range
         spending = _Spending(structure, trials, budget, limit, most, len(orders))
         cuts: dict[str, tuple[int, ...]] = {}
@@ -122,7 +134,12 @@ def choose_cut(
         if not cuts:
             raise InputError(spending.unmet())
         best = _best(cuts, profile, trials, budget, ranked)
-        return spending.choice(best.split()[0], cuts[best])
+        choice = spending.choice(best.split()[0], cuts[best])
+    if isinstance(structure, ByBranch):
+        whole = tuple(structure.whole(choice.removed))
+        pairs = tuple(structure.pairs[i] for i in choice.removed)
+        choice = replace(choice, removed=whole, branches=pairs)
+    return choice
 
 
 class _Spending:
@@ -275,11 +292,11 @@ def _orders(structure: Anatomy, profile: TurnpikeProfile) -> dict[str, list[int]
     return orders
 
 
-def _permitted(horizon: int, protect: Iterable[SupportsIndex], *, contiguous: bool) -> MayGo:
-    """Whether a layer may go after others.
+def _protected(horizon: int, protect: Iterable[SupportsIndex]) -> set[int]:
+    """The layers that stay.
 
     Raises:
-        InputError: a layer to be protected that is not there.
+        InputError: one that is not there.
     """
     kept = set()
     for n in layer_numbers(protect):
@@ -289,6 +306,11 @@ def _permitted(horizon: int, protect: Iterable[SupportsIndex], *, contiguous: bo
                 f"-{horizon} … -1"
             )
         kept.add(n % horizon)
+    return kept
+
+
+def _permitted(kept: Collection[int], *, contiguous: bool) -> MayGo:
+    """Whether a layer may go after others."""
 
     def may_go(gone: Collection[int], n: int) -> bool:
         beside = not (contiguous and gone) or n in (min(gone) - 1, max(gone) + 1)

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from operator import index
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex, cast
 
 from torch import nn
 
 from deeplimit._anatomy import Anatomy, anatomy, check_rebuilt
 from deeplimit._anatomy.anatomy import layer_numbers
+from deeplimit._anatomy.by_branch import ByBranch
 from deeplimit._anatomy.checks import shown
 from deeplimit.control.bridge import bridge as build_bridge
 from deeplimit.control.cut_choice import CutChoice
@@ -52,8 +53,9 @@ def crop(
     model: nn.Module | Anatomy,
     depth: SupportsIndex | TurnpikeProfile | CutChoice | None = None,
     *,
-    remove: Iterable[SupportsIndex] | None = None,
+    remove: Iterable[SupportsIndex | tuple[SupportsIndex, str]] | None = None,
     bridge: Iterable[Any] | None = None,
+    granularity: Literal["layer", "branch"] = "layer",
 ) -> nn.Module:
     """A smaller model of the same kind, independent of the first.
 
@@ -66,13 +68,25 @@ def crop(
     as that helps on samples held out (`control.bridge.bridge`); `bridge_of(cropped)` tells what was
     fitted. Class and configuration stay.
 
+    `crop(model, remove=[(3, "mlp"), (5, "attention")], granularity="branch")` leaves out single
+    branches of blocks: what they add to the state, with the norms before them. A branch is named
+    by the block's child that holds it, "attention" where it mixes tokens and "mlp" where not.
+    Nothing is computed there, and no weights are held; what is saved holds zeros in their place, so
+    that the class alone loads it, gives the same answers, and computes with the zeros. Norms behind
+    a sum, as in BERT, stay, unless all branches of a layer go: then the layer does.
+
     Raises:
         InputError: a depth outside 0 … N, a profile or a choice of another horizon, a layer that
             does not exist or that the model cannot do without, neither or both of depth and remove,
             or a model whose class, built from the new configuration, is another (`check_rebuilt`);
-            `bridge` where nothing can be bridged, or of data that are not finite.
+            `bridge` where nothing can be bridged, or of data that are not finite; a branch that is
+            not there, or that the model cannot do without.
     """
-    structure = anatomy(model)
+    structure: Anatomy = anatomy(model)
+    if granularity == "branch" or (isinstance(depth, CutChoice) and depth.branches is not None):
+        if bridge is not None:
+            raise InputError("bridge is fitted for layers; leave it out where branches go")
+        structure = ByBranch(structure)
     horizon = structure.horizon
     if (depth is None) == (remove is None):
         raise InputError("give crop a depth, a profile, or remove=…; exactly one of them")
@@ -82,7 +96,7 @@ def crop(
                 f"the choice is of a network with {several(sum(depth.layers_before), 'layer')}, "
                 f"the model has {horizon}; choose for this model"
             )
-        remove = depth.removed
+        remove = depth.removed if depth.branches is None else depth.branches
     elif isinstance(depth, TurnpikeProfile):
         check_profile(depth, horizon)
         remove = layers_to_remove(depth)
@@ -96,7 +110,10 @@ def crop(
                 f"depth {depth} given; the model has {several(horizon, 'layer')}: 0 … {horizon}"
             )
         remove = range(kept, horizon)
-    gone = layer_numbers(() if remove is None else remove)
+    if isinstance(structure, ByBranch):
+        gone = structure.numbers(() if remove is None else remove)
+    else:
+        gone = layer_numbers(cast(Iterable[SupportsIndex], () if remove is None else remove))
     smaller = structure.without(gone)
     for module in smaller.modules():  # of a model that is fading: the crop does not
         standing = vars(module).get("forward")
@@ -104,5 +121,6 @@ def crop(
             standing.remove()
     if bridge is not None:
         build_bridge(structure, smaller, gone, bridge)
-    check_rebuilt(structure, smaller)
+    if not isinstance(structure, ByBranch):  # its copies are
+        check_rebuilt(structure, smaller)
     return smaller

@@ -19,7 +19,7 @@ class CutChoice(Shown):
     report a cut on other data (`verify_crop`).
 
     Attributes:
-        removed: the layers, in order of the network.
+        removed: the layers that go whole, in order of the network.
         score: what put them into that order: "influence" (block influence of the profile),
             "update" (relative update, where an older profile has no influence), "tail" (the last
             first), "turnpike" (from the exit of the tube back), "trial" (each removed by trial).
@@ -37,6 +37,8 @@ class CutChoice(Shown):
         loss_before, loss_after: mean losses on these samples, where the loss was limited or knows
             no classes.
         loss_error: standard error of loss_after − loss_before, paired by sample.
+        branches: where branches were chosen, the pairs (layer, branch) that go; `layers_before` and
+            `layers_after`, and a limit in blocks, count branches then.
     """
 
     removed: tuple[int, ...]
@@ -56,6 +58,7 @@ class CutChoice(Shown):
     loss_before: float | None = None
     loss_after: float | None = None
     loss_error: float | None = None
+    branches: tuple[tuple[int, str], ...] | None = None
 
     @property
     def needed(self) -> int | None:
@@ -67,11 +70,12 @@ class CutChoice(Shown):
 
     def __str__(self) -> str:
         """What is kept of each stage and what that costs, in a line."""
-        if not self.removed:
+        if not (self.removed or self.branches):
             return "; ".join(["no layer is removed: the network stays the same", *self._judged()])
         stages = zip(self.layers_after, self.layers_before, strict=True)
         kept = ", ".join(f"{after} of {before}" for after, before in stages)
-        parts = [f"layers kept per stage: {kept} (by {self.score})"]
+        of = "layers" if self.branches is None else "branches"
+        parts = [f"{of} kept per stage: {kept} (by {self.score})"]
         parts += self._judged()
         if self.multiply_adds_before is not None:
             parts.append(
@@ -98,7 +102,8 @@ class CutChoice(Shown):
             shown = [f"{a:.4g}" for a in (self.loss_before, self.loss_after)]
         else:
             return []
-        parts = [f"{name} {' → '.join(shown if self.removed else shown[:1])}{unit} of {on}"]
+        shown = shown if self.removed or self.branches else shown[:1]
+        parts = [f"{name} {' → '.join(shown)}{unit} of {on}"]
         if self.needed is not None:
             parts.append(
                 f"so few cannot exclude a loss of {several(100 * self.limit, 'point')} at 95 %, "
