@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from deeplimit.data.cache import ImageCache
+from deeplimit.data.images import ImageCache
 from deeplimit.files import aside_of, remove_stale, whole, write_text, write_whole
 from deeplimit.network import Architecture, save
 from deeplimit.training.checkpoint import Checkpoint, save_checkpoint

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from deeplimit.data import DataSet, decoding, imagetable, load_dataset
+from deeplimit.data import DataSet, images, load_dataset, tables
 
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each decoding run so far has given; the real decoder runs."""
+    """How many images each images run so far has given; the real decoder runs."""
     runs: list[int] = []
 
     def counted(*arguments: object) -> np.ndarray:
-        images = decoding.decode_images(*arguments)  # type: ignore[arg-type]
-        runs.append(len(images))
-        return images
+        found = images.decode_images(*arguments)  # type: ignore[arg-type]
+        runs.append(len(found))
+        return found
 
-    monkeypatch.setattr(imagetable, "decode_images", counted)
+    monkeypatch.setattr(tables, "decode_images", counted)
     return runs
 
 

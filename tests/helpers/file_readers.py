@@ -21,8 +21,8 @@ from safetensors.numpy import load as naive_safetensors
 
 from deeplimit.control import TrajectoryPicture
 from deeplimit.data import Standardisation, load_dataset
-from deeplimit.data.cache import ImageCache
 from deeplimit.data.idx import read_idx
+from deeplimit.data.images import ImageCache
 from deeplimit.meanfield import ConvergenceCertificate
 from deeplimit.network import Architecture, save
 from deeplimit.network import load as load_network
@@ -33,8 +33,8 @@ from deeplimit.training.checkpoint import Checkpoint, load_checkpoint, save_chec
 from deeplimit.training.given_model import load_weights
 from deeplimit.training.healing import Plan
 from deeplimit.training.library_models import transformers_model
-from deeplimit.training.metrics import COLUMNS, to_csv
 from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor, standardisation_beside
+from deeplimit.training.progress import COLUMNS, to_csv
 from deeplimit.training.results import (
     Cut,
     Healing,

@@ -36,8 +36,8 @@ from deeplimit.training import (
     resume,
     train,
 )
-from deeplimit.training.drift import DriftWatch
 from deeplimit.training.progress import Observer
+from deeplimit.training.watching import DriftWatch
 
 ADJOINT = replace(SMALL, gradient="adjoint", step=0.1)
 

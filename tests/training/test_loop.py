@@ -36,12 +36,11 @@ from deeplimit.training import (
     train,
 )
 from deeplimit.training.building import prepare
-from deeplimit.training.determinism import seed_draws
+from deeplimit.training.determinism import fitting_threads, seed_draws
 from deeplimit.training.fit import fit
 from deeplimit.training.loop import Training
 from deeplimit.training.processes import launch
 from deeplimit.training.progress import Observer
-from deeplimit.training.threads import fitting_threads
 
 DIGITS = replace(recipe_for("digits"), device="cpu")
 

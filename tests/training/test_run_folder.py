@@ -14,7 +14,7 @@ from deeplimit.control import CropResult, CutChoice, TrajectoryPicture, Turnpike
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text, write_whole
 from deeplimit.training import Cut, Profiles, Recipe, Reference, RunFolder, recipe_for
-from deeplimit.training.metrics import COLUMNS, Row, from_csv, to_csv
+from deeplimit.training.progress import COLUMNS, Row, from_csv, to_csv
 from deeplimit.training.verifying import verify_run
 
 PROFILE = TurnpikeProfile(

@@ -5,22 +5,18 @@ from typing import TYPE_CHECKING
 from deeplimit.lazy import lazy
 
 if TYPE_CHECKING:
-    from deeplimit.data.augmentation import Augmentation
-    from deeplimit.data.dataset import DataSet, Split
-    from deeplimit.data.iteration import iter_batches
+    from deeplimit.data.dataset import DataSet, Split, Standardisation
+    from deeplimit.data.iteration import Augmentation, iter_batches
     from deeplimit.data.registry import load_dataset
-    from deeplimit.data.standardisation import Standardisation
 
 __all__ = ["Augmentation", "DataSet", "Split", "Standardisation", "iter_batches", "load_dataset"]
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "augmentation": "Augmentation",
-        "dataset": "DataSet Split",
-        "iteration": "iter_batches",
+        "dataset": "DataSet Split Standardisation",
+        "iteration": "Augmentation iter_batches",
         "registry": "load_dataset",
-        "standardisation": "Standardisation",
     },
     {"batches": "iter_batches", "load": "load_dataset"},
 )

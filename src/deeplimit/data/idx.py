@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from deeplimit.data.dataset import DataSet, Split
-from deeplimit.data.labels import integer_labels, number_classes
-from deeplimit.data.request import Request
-from deeplimit.data.splitting import hold_out_tenths
+from deeplimit.data.registry import Request
+from deeplimit.data.splitting import hold_out_tenths, integer_labels, number_classes
 from deeplimit.errors import InputError
 from deeplimit.memory import require, require_unpacked
 from deeplimit.reading import reading

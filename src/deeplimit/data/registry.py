@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deeplimit.data.request import Request
 from deeplimit.errors import InputError, did_you_mean
 from deeplimit.reading import reading
 
@@ -17,15 +17,32 @@ else:
     DataSet = Any  # names are checked without torch
 
 # A new source is one file with a function Request → DataSet, and one entry here, FILE:FUNCTION.
-BY_NAME = {"digits": "digits:load_digits", "spirals": "spirals:load_spirals"}
-BY_PREFIX = {"hub": "hub:load_hub", "npz": "npz:load_npz"}
-BY_LAYOUT = {"*-ubyte*": "idx:load_idx", "*.parquet": "parquet:load_parquet"}  # files in a folder
+BY_NAME = {"digits": "built_in:load_digits", "spirals": "built_in:load_spirals"}
+BY_PREFIX = {"hub": "tables:load_hub", "npz": "npz:load_npz"}
+BY_LAYOUT = {"*-ubyte*": "idx:load_idx", "*.parquet": "tables:load_parquet"}  # files in a folder
 FOLDERS = ("mnist", "cifar10")  # well-known names of folders, for error messages only
 NPZ = (
     "check the path, or write it with numpy.savez(FILE, x=samples, y=labels), without object arrays"
 )
 
 ENVIRONMENT = "DEEPLIMIT_DATA"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `load_dataset`, as a source sees it.
+
+    Attributes:
+        name: the whole name, as given: "digits", "mnist", "npz:FILE".
+        target: what to read: the folder DATA_DIR/NAME, or what follows the prefix in the name.
+        cache_dir: where decoded images may be kept; None for nowhere.
+        seed: for data that is generated.
+    """
+
+    name: str
+    target: str
+    cache_dir: Path | None
+    seed: int
 
 
 def load_dataset(

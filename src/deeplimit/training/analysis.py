@@ -26,13 +26,13 @@ from deeplimit.errors import InputError, RunError, several
 from deeplimit.terminal import tell
 from deeplimit.training.building import evaluation_batches, loss_of, prepare, run_data
 from deeplimit.training.companions import together
+from deeplimit.training.determinism import fitting_threads
 from deeplimit.training.fit import launched, train_in
 from deeplimit.training.processes import device_type, first_process_does, launch
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Cut, Parts, Profiles, Reference
 from deeplimit.training.run_files import RECIPE, alone
 from deeplimit.training.run_folder import RunFolder
-from deeplimit.training.threads import fitting_threads
 
 BRIDGED = 1024  # training samples, which a bridge is fitted on
 

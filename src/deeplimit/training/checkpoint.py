@@ -30,7 +30,7 @@ from deeplimit.errors import InputError
 from deeplimit.files import write_text, write_whole
 from deeplimit.network.weights import read_pickled
 from deeplimit.records import coerce
-from deeplimit.training.metrics import Row
+from deeplimit.training.progress import Row
 
 FORMAT = 1
 FOLDER, LATEST = "checkpoint", "latest"

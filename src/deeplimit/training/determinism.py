@@ -1,4 +1,4 @@
-"""Same seed, same numbers: what has to be switched for that, and back."""
+"""Same seed, same numbers: what has to be switched for that, and how many threads are worth it."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+from deeplimit.training.recipe import Recipe
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -50,3 +52,22 @@ def seed_draws(draws: torch.Generator, seed: int, epoch: int) -> None:
     """The same for what all processes draw alike."""
     sequence = np.random.SeedSequence([seed, epoch], spawn_key=(1,))
     draws.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+SMALL = 2**14  # entries of a residual function's matrix that one thread multiplies in microseconds
+
+
+@contextmanager
+def fitting_threads(recipe: Recipe) -> Iterator[None]:
+    """One thread for networks of vectors with small layers, torch's own number for others.
+
+    Sharing such small products gains nothing on a free machine; on a busy one the threads wait for
+    each other (20 times slower on two busy cores). Afterwards the number is what it was.
+    """
+    before = torch.get_num_threads()
+    small = recipe.kind in ("logit", "vector") and recipe.width * max(recipe.hidden, 1) <= SMALL
+    torch.set_num_threads(1 if small and recipe.model is None else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

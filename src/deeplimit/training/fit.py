@@ -15,15 +15,13 @@ from deeplimit.interruption import interruptible
 from deeplimit.training.building import Start, evaluation_batches, load_data, loss_of, prepare
 from deeplimit.training.checkpoint import load_checkpoint
 from deeplimit.training.companions import together
-from deeplimit.training.determinism import repeatable
+from deeplimit.training.determinism import fitting_threads, repeatable
 from deeplimit.training.loop import Training
-from deeplimit.training.metrics import Row
 from deeplimit.training.processes import first_process_does, launch, place, shared
-from deeplimit.training.progress import Observer, observer
+from deeplimit.training.progress import Observer, Row, observer
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.run_files import alone
 from deeplimit.training.run_folder import RunFolder
-from deeplimit.training.threads import fitting_threads
 
 
 def train(

@@ -28,6 +28,7 @@ from deeplimit.training.building import (
     loss_of,
     run_data,
 )
+from deeplimit.training.determinism import fitting_threads
 from deeplimit.training.fit import fit, launched
 from deeplimit.training.given_model import check_model
 from deeplimit.training.processes import place, processes
@@ -35,7 +36,6 @@ from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Healing, Parts
 from deeplimit.training.run_files import alone
 from deeplimit.training.run_folder import RunFolder
-from deeplimit.training.threads import fitting_threads
 
 Teacher = Literal["full", "beside", "none"]
 

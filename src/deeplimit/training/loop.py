@@ -25,13 +25,11 @@ from deeplimit.training.building import (
 )
 from deeplimit.training.checkpoint import Checkpoint, capture, restore, save_checkpoint
 from deeplimit.training.determinism import seed_draws, seed_epoch
-from deeplimit.training.divergence import check_validation, loss_not_finite
-from deeplimit.training.drift import DriftWatch
-from deeplimit.training.metrics import Row
 from deeplimit.training.processes import first_process_does, over_processes
-from deeplimit.training.progress import Observer
+from deeplimit.training.progress import Observer, Row
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.run_folder import write_metrics
+from deeplimit.training.watching import DriftWatch, check_validation, loss_not_finite
 
 Batch = tuple[Tensor, Tensor]
 

@@ -29,6 +29,7 @@ from deeplimit.training.checkpoint import (
     restore,
     save_checkpoint,
 )
+from deeplimit.training.determinism import fitting_threads
 from deeplimit.training.fit import resume
 from deeplimit.training.loop import build_optimizer
 from deeplimit.training.models import of_transformers
@@ -37,7 +38,6 @@ from deeplimit.training.processes import place, processes
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Refinement
 from deeplimit.training.run_folder import RunFolder
-from deeplimit.training.threads import fitting_threads
 
 
 def refine_run(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
 from deeplimit.records import read_record, to_json
-from deeplimit.training.metrics import Row, from_csv, to_csv
 from deeplimit.training.new_folder import name_of, new_folder
+from deeplimit.training.progress import Row, from_csv, to_csv
 from deeplimit.training.recipe import Recipe, read_recipe
 from deeplimit.training.run_files import (
     METRICS,
