@@ -17,7 +17,7 @@ from deeplimit.network.blocks import ConvolutionalResidual, TwoLayerResidual
 from deeplimit.records import from_plain, to_plain
 from deeplimit.report import gradient_answer, gradient_cost_figure, gradient_summary
 from deeplimit.studies import GradientCost, measure_gradient_cost
-from deeplimit.studies.step_cost import peak_memory
+from deeplimit.studies.gradient_methods import peak_memory
 
 WIDTH, BATCH, DEPTH = 16, 64, 16
 CPU = torch.device("cpu")

@@ -165,7 +165,7 @@ def study_consistency(
     learning_rate: float = 0.1,
     time: float = 2.0,
     runs: Path = Path("runs"),
-    tell: harness.Progress = harness.silent,
+    tell: harness.ProgressCallback = harness.silent,
 ) -> ConsistencyStudy:
     """Trains networks of every size for one flow time, in float64, and compares them.
 

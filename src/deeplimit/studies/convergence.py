@@ -118,7 +118,7 @@ def study_convergence(
     learning_rate: float = 0.1,
     time: float = 30.0,
     runs: Path = Path("runs"),
-    tell: harness.Progress = harness.silent,
+    tell: harness.ProgressCallback = harness.silent,
 ) -> ConvergenceStudy:
     """Trains networks of every width from every initial risk, in float64, with certificates.
 

@@ -77,7 +77,7 @@ def flow(
             raise RunError(
                 f"the risk is not finite after {step} steps; give a smaller learning rate"
             )
-        risk.backward()
+        torch.autograd.backward(risk)
         look(step, risk.detach())
         if step < steps:
             optimizer.step()

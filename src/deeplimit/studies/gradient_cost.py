@@ -1,6 +1,6 @@
 """What would the adjoint save on a model, and at what error? All methods measured on one batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deeplimit.errors import InputError
 from deeplimit.gradient import use_backprop
 from deeplimit.gradient.accuracy import LossOf
-from deeplimit.studies.gradient_methods import MethodCost, Methods, Tell
+from deeplimit.studies.gradient_methods import MethodCost, Methods
 
 EVALUATIONS = (1, 2, 3)
 SAME = 1.02  # memories this near count as equal: then the faster method is the better one
@@ -77,14 +77,12 @@ class GradientCost:
             for method in self.methods[1:]
             if method.memory is not None
             and method.memory < limit
-            and method.error is not None
-            and method.error <= self.tolerance
+            and (method.error is not None and method.error <= self.tolerance)
             and not self._repeated(method)
         ]
-        if not fit:
-            return None
-        least = min(memory for memory, _, _ in fit)
-        return min((f for f in fit if f[0] <= SAME * least), key=lambda f: f[1])[2]
+        least = SAME * min((memory for memory, _, _ in fit), default=0)
+        near = [(seconds, method) for memory, seconds, method in fit if memory <= least]
+        return min(near, key=lambda timed: timed[0], default=(0.0, None))[1]
 
     def _repeated(self, method: MethodCost) -> bool:
         """A plan without anchors is an adjoint again, and one of all states a checkpoint."""
@@ -106,9 +104,9 @@ def measure_gradient_cost(
     tolerance: float = 1e-2,
     steps: int = 5,
     seed: int = 0,
-    tell: Tell = lambda _: None,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> GradientCost:
-    """Memory, time, gradient error and drift of every method on one batch.
+    """Measures memory, time, gradient error and drift of every method on one batch.
 
     Plain backpropagation, torch's checkpoint per block, the adjoint with e = 1, 2, 3, and with the
     anchors that `plan_anchors` finds. Parameters, buffers, gradients and torch's random state are
@@ -124,7 +122,7 @@ def measure_gradient_cost(
         tolerance: of the gradient's relative error, for the planned anchors.
         steps: how many are timed for each method.
         seed: of dropout and the like.
-        tell: told before each method what comes.
+        tell: is told before each method what comes.
 
     Raises:
         InputError: a number out of range, a model without candidates for blocks, or one that does

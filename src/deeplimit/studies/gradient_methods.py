@@ -1,5 +1,12 @@
-"""The ways to a gradient, one after the other on one model and batch: what each costs."""
+"""The ways to a gradient, one after the other on one model and batch: what a step of each costs.
 
+The memory at its peak and the time are taken in passes of their own.
+"""
+
+import gc
+import os
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -7,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from deeplimit.errors import InputError, describe_error
@@ -14,11 +22,9 @@ from deeplimit.gradient import drift, layout, plan_anchors, use_adjoint, use_bac
 from deeplimit.gradient.accuracy import LossOf, Measurement
 from deeplimit.gradient.adjoint import AdjointForward, Switch, engines, switches
 from deeplimit.network import ResidualChain
-from deeplimit.studies.step_cost import median_times, peak_memory
 
 METHODS = ("forward", "run_step")
 
-Tell = Callable[[str], None]
 Own = list[tuple[nn.Module, str, Any]]
 
 
@@ -42,11 +48,11 @@ class MethodCost:
     method: str
     evaluations: int | None
     anchors: tuple[str, ...]
-    memory: int | None
-    seconds: float | None
-    error: float | None
-    drift: tuple[float, ...]
-    kept: int | None
+    memory: int | None = None
+    seconds: float | None = None
+    error: float | None = None
+    drift: tuple[float, ...] = ()
+    kept: int | None = None
     failed: str = ""
 
 
@@ -69,7 +75,7 @@ class Methods:
         evaluations: int,
         tolerance: float,
         steps: int,
-        tell: Tell,
+        tell: Callable[[str], object],
     ):
         self.model, self.loss_of, self.batch = model, loss_of, batch
         self.tolerance, self.steps, self.tell = tolerance, steps, tell
@@ -126,10 +132,9 @@ class Methods:
         except RuntimeError as failure:
             if method == "plain" and not isinstance(failure, torch.OutOfMemoryError):
                 raise
-            why = str(failure).strip().splitlines()
-            failed = f"{type(failure).__name__}: {why[0] if why else 'no reason given'}"
-            nothing = MethodCost(method, evaluations, anchors, None, None, None, (), None, failed)
-            return nothing, None
+            why = [*str(failure).strip().splitlines(), "no reason given"][0]
+            failed = f"{type(failure).__name__}: {why}"
+            return MethodCost(method, evaluations, anchors, failed=failed), None
         finally:
             _put(self.model, self.plain)
 
@@ -155,7 +160,7 @@ class Methods:
             ) from error
 
     def _step(self) -> None:
-        self.loss_of(self.model, self.batch).backward()
+        torch.autograd.backward(self.loss_of(self.model, self.batch))
 
     def _pass(self) -> None:
         """One backward pass that leaves nothing behind."""
@@ -227,3 +232,80 @@ def _put(model: nn.Module, own: Own) -> None:
             vars(module).pop(name, None)
     for module, name, method in own:
         vars(module)[name] = method
+
+
+def peak_memory(step: Callable[[], object], model: nn.Module, device: torch.device) -> int:
+    """Counts the bytes at a step's peak beyond what was there before, by the allocator's account.
+
+    Parameters and their gradients are there before: what is measured is states, what the layers
+    save, and working space, one parameter's new gradient at a time included.
+    """
+    before = [(p, p.grad) for p in model.parameters()]
+    collects = gc.isenabled()
+    gc.disable()  # or what was left lying about before might be released in the step
+    try:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        return _cuda_peak(step, device) if device.type == "cuda" else _cpu_peak(step)
+    finally:
+        for p, gradient in before:
+            p.grad = gradient
+        if collects:
+            gc.enable()
+
+
+def median_times(
+    preparations: Sequence[Callable[[], None]],
+    step: Callable[[], object],
+    model: nn.Module,
+    device: torch.device,
+    repetitions: int,
+) -> list[float]:
+    """Times a step after each preparation, in turns; returns the medians in seconds.
+
+    The preparations are not timed; gradients are None before each step.
+    """
+    times: list[list[float]] = [[] for _ in preparations]
+    for _ in range(repetitions):
+        for mine, prepare in zip(times, preparations, strict=True):
+            prepare()
+            model.zero_grad(set_to_none=True)
+            _wait(device)
+            began = time.perf_counter()
+            step()
+            _wait(device)
+            mine.append(time.perf_counter() - began)
+    model.zero_grad(set_to_none=True)
+    return [statistics.median(mine) for mine in times]
+
+
+def _cuda_peak(step: Callable[[], object], device: torch.device) -> int:
+    _wait(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    _wait(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _cpu_peak(step: Callable[[], object]) -> int:
+    """From the profiler's record of every allocation and release: glibc's own figures say little.
+
+    Freed blocks below its mmap threshold stay with the process.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of its start and stop on stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    held = peak = 0
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

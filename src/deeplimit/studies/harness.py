@@ -34,7 +34,9 @@ STUDY, POINTS = "study.json", "points.json"
 Value = TypeVar("Value")
 Found = TypeVar("Found", bound=Record)
 Point = tuple[Any, ...]  # a value of each axis, in their order
-Progress = Callable[[str, float], None]  # is told what is done now, and the fraction of all done
+ProgressCallback = Callable[
+    [str, float], object
+]  # what is done now; the fraction done
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Study(Generic[Value, Found]):
         return [list(points) for _, points in groupby(every, own)]
 
 
-def run_study(study: Study[Value, Found], runs: Path, progress: Progress = silent) -> Found:
+def run_study(study: Study[Value, Found], runs: Path, progress: ProgressCallback = silent) -> Found:
     """Measures all points, keeps each, and leaves study.json in the study's folder.
 
     Args:
@@ -184,7 +186,7 @@ def run_study(study: Study[Value, Found], runs: Path, progress: Progress = silen
 
 @contextmanager
 def _folder(
-    study: Study[Value, Found], runs: Path, progress: Progress
+    study: Study[Value, Found], runs: Path, progress: ProgressCallback
 ) -> Iterator[tuple[Path, dict[Point, Value]]]:
     """The study's folder, held for writing, and what is known; gone if nothing was found in it."""
     with ExitStack() as held:

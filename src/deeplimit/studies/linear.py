@@ -78,7 +78,7 @@ def study_linear(
     learning_rate: float = 0.05,
     steps: int = 400,
     runs: Path = Path("runs"),
-    tell: harness.Progress = harness.silent,
+    tell: harness.ProgressCallback = harness.silent,
 ) -> LinearStudy:
     """Trains linear residual networks of every depth from three starts, in float64.
 
@@ -217,8 +217,8 @@ def _propagators(controls: Float[Tensor, "... N d d"], steps: int) -> Float[Tens
 
 
 def largest_difference(controls: Float[Tensor, "... N d d"]) -> Float[Tensor, "..."]:
-    """max_n ‖θ_{n+1} − θ_n‖."""
-    return torch.linalg.matrix_norm(controls.diff(dim=-3)).amax(dim=-1)
+    """Computes max_n ‖θ_{n+1} − θ_n‖."""
+    return torch.amax(torch.linalg.matrix_norm(controls.diff(dim=-3)), dim=-1)
 
 
 def _watched(points: Sequence[Point], learning_rate: float, steps: int, at: At) -> list[Watched]:

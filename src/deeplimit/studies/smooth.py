@@ -94,7 +94,7 @@ def study_smooth(
     learning_rate: float = 0.1,
     steps: int = 200,
     runs: Path = Path("runs"),
-    tell: harness.Progress = harness.silent,
+    tell: harness.ProgressCallback = harness.silent,
 ) -> SmoothStudy:
     """Trains networks of every depth from a smooth and from an independent start, in float64.
 
@@ -235,7 +235,7 @@ def neural_ode_gap(chain: ResidualChain, x: Float[Tensor, "samples d"]) -> float
 
     def gap(steps: int) -> Tensor:
         nodes = solve(field, x, solver="rk4", steps=chain.horizon * steps)[::steps]
-        return (states - nodes).norm(dim=-1).max()
+        return torch.amax(torch.linalg.vector_norm(states - nodes, dim=-1), dim=(0, 1))
 
     return float(rates.converged(gap, PRECISION))
 
