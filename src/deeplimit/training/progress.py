@@ -11,7 +11,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deeplimit.gradient import DriftWarning
 from deeplimit.terminal import Terminal, tell
 
 COLUMNS = (
@@ -88,6 +87,8 @@ class Observer:
 
     def warn(self, message: str) -> None:
         """Something that nobody should miss; where nothing is shown, as a warning of Python's."""
+        from deeplimit.gradient import DriftWarning
+
         warnings.warn(message, DriftWarning, stacklevel=2)
 
     def close(self) -> None:

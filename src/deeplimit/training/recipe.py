@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,12 +11,16 @@ from typing import Any, Literal
 import tomli_w
 
 from deeplimit.errors import InputError
+from deeplimit.network.shape import check_shape
 from deeplimit.reading import read_toml
 from deeplimit.records import coerce, field_types, from_plain, to_plain
 from deeplimit.training.trust import Named
 
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
 LARGEST = 1e18  # optimisers square gradients, and so what multiplies them, in 32 bits: up to 3e38
+LEAST = {"evaluations": 1, "stage_cost_layers": 1, "batch_size": 1, "devices": 1, "crop": 0}
+POSITIVE = ("step", "length_scale", "learning_rate")
+COSTS = ("stage_cost", "control_cost", "weight_decay")
 PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
 # What says how a network of ours is built; nothing where the model is given.
 SHAPE = (
@@ -146,11 +150,10 @@ class Recipe:
             object.__setattr__(self, "model", Named.typed(self.model))
         if self.frame is not None:  # wherever the recipe is read again
             object.__setattr__(self, "frame", self.frame.absolute())
-        self._check_model()
-        self._check_network()
-        self._check_gradient()
-        self._check_cost()
-        self._check_training()
+        self._check_ranges()
+        for wrong, message in [*self._conflicts_of_model(), *self._conflicts()]:
+            if wrong:
+                raise InputError(message)
 
     @classmethod
     def from_toml(cls, path: str | Path, *, trust: bool = False) -> "Recipe":
@@ -212,151 +215,134 @@ class Recipe:
         """N: the residual steps of all stages of a network that is built from kind and depth."""
         return sum(self.depth)
 
-    def _check_model(self) -> None:
+    def _check_ranges(self) -> None:
+        """Each number by itself."""
+        check_shape(
+            self.kind,
+            self.depth,
+            width=self.width,
+            hidden=self.hidden,
+            reduction=self.reduction,
+            step=self.step,
+            name="depth",
+            least=1,
+        )
+        least = LEAST | {"epochs": 1 if self.model is None and self.start is None else 0}
+        for name, number in least.items():
+            value = getattr(self, name)
+            if value is not None and value < number:
+                raise InputError(f"{name} is {value}; expected at least {number}")
+        for name in (*POSITIVE, *COSTS):
+            value, positive = getattr(self, name), name in POSITIVE
+            if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                expected = "a number above 0" if positive else "a number ≥ 0"
+                raise InputError(f"{name} is {value:g}; expected {expected}")
+            if value > LARGEST:
+                raise InputError(
+                    f"{name} is {value:g}; expected at most {LARGEST:g}, whose square a number of "
+                    "32 bits holds: give a smaller one"
+                )
+        check_seed(self.seed)
+
+    def _conflicts_of_model(self) -> Iterator[tuple[bool, str]]:
+        """What does not go with a given model, or without one, and how it is said."""
         if self.model is not None:
             for name in NETWORK:
                 value = getattr(self, name)
-                if value != getattr(Recipe, name):
-                    shown = _listed(value) if isinstance(value, tuple) else value
-                    raise InputError(
-                        f"{name} is {shown}, but the model is {self.model}, which is built already;"
-                        f" leave {name} out"
-                    )
-        elif self.weights is not None:
-            raise InputError(
-                f"weights is {self.weights}, but no model is given; a network of deeplimit's own "
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                yield (
+                    value != getattr(Recipe, name),
+                    f"{name} is {shown}, but the model is {self.model}, which is built already; "
+                    f"leave {name} out",
+                )
+        else:
+            yield (
+                self.weights is not None,
+                f"weights is {self.weights}, but no model is given; a network of deeplimit's own, "
                 "or published weights of a CIFAR ResNet, is a model by itself: "
-                f"model {self.weights}"
+                f"model {self.weights}",
             )
-        elif self.stack is not None:
-            raise InputError(
+            yield (
+                self.stack is not None,
                 f"stack is {self.stack}, but no model is given: a {self.kind} network has one; "
-                "leave stack out"
+                "leave stack out",
             )
-        elif self.new_head or self.mean is not None or self.std is not None:
             name = "new_head" if self.new_head else "mean or std"
-            raise InputError(
+            yield (
+                self.new_head or self.mean is not None or self.std is not None,
                 f"{name} given, but no model: a {self.kind} network has a head for the data and "
-                f"standardises its own inputs; leave {name} out"
+                f"standardises its own inputs; leave {name} out",
             )
-        if (self.mean is None) != (self.std is None):
-            raise InputError("mean and std go together; give both, or neither")
+        yield (
+            (self.mean is None) != (self.std is None),
+            "mean and std go together; give both, or neither",
+        )
 
-    def _check_network(self) -> None:
-        if not self.depth or min(self.depth) < 1:
-            raise InputError(
-                f"depth is {_listed(self.depth)}; expected at least 1 residual step in every stage"
-            )
-        if self.kind in ("logit", "vector") and len(self.depth) != 1:
-            raise InputError(
-                f"depth is {_listed(self.depth)}: a {self.kind} network has one stage; give one "
-                "number, or the kind convolutional"
-            )
-        _at_least("width", self.width, 1)
-        _at_least("hidden", self.hidden, 0)
-        _at_least("reduction", self.reduction, 1)
-        if self.reduction & (self.reduction - 1):
-            raise InputError(f"reduction is {self.reduction}; expected a power of 2: 1, 2, 4, …")
-        _positive("step", self.step)
-        _positive("length_scale", self.length_scale)
-        if self.initialisation != "smooth" and self.length_scale != Recipe.length_scale:
-            raise InputError(
-                f"length_scale is {self.length_scale:g}, but the initialisation "
-                f"{self.initialisation} has none; give the initialisation smooth, or leave "
-                f"length_scale at {Recipe.length_scale:g}"
-            )
-        if self.frame is not None and (self.kind not in ("vector", "logit") or not self.hidden):
-            linear = "" if self.hidden else " with hidden 0"
-            raise InputError(
-                f"frame is {self.frame}, but the layers of a {self.kind} network{linear} are no "
-                "means of particles alone; leave it out, or give the kind vector or logit with "
-                "hidden particles"
-            )
-        if self.kind == "cifar-resnet":
-            self._check_published()
-
-    def _check_published(self) -> None:
-        """The published architecture leaves no choice; a field must not be silently ignored."""
-        if len(self.depth) != 3:
-            raise InputError(
-                f"depth is {_listed(self.depth)}: a cifar-resnet has three stages; give three "
-                "numbers, 9 9 9 for ResNet-56"
-            )
+    def _conflicts(self) -> Iterator[tuple[bool, str]]:
+        """What else is wrong, or does not go together, and how it is said."""
+        yield not self.data, "data is empty; expected the name of a data set, such as digits"
+        yield (
+            self.initialisation != "smooth" and self.length_scale != Recipe.length_scale,
+            f"length_scale is {self.length_scale:g}, but the initialisation {self.initialisation} "
+            "has none; give the initialisation smooth, or leave length_scale at "
+            f"{Recipe.length_scale:g}",
+        )
+        linear = "" if self.hidden else " with hidden 0"
+        yield (
+            self.frame is not None and (self.kind not in ("vector", "logit") or not self.hidden),
+            f"frame is {self.frame}, but the layers of a {self.kind} network{linear} are no means "
+            "of particles alone; leave it out, or give the kind vector or logit with hidden "
+            "particles",
+        )
+        # The published architecture leaves no choice; a field must not be silently ignored.
         for name, fixed in PUBLISHED.items():
-            if getattr(self, name) != fixed:
-                raise InputError(
-                    f"{name} is {getattr(self, name)}; a cifar-resnet has {name} {fixed}. Leave it "
-                    "out, or give the kind convolutional"
-                )
-
-    def _check_gradient(self) -> None:
-        _at_least("evaluations", self.evaluations, 1)
-        if self.gradient == "backprop" and self.evaluations != Recipe.evaluations:
-            raise InputError(
-                f"evaluations is {self.evaluations}, but the gradient backprop rebuilds no state; "
-                f"give the gradient adjoint, or leave evaluations at {Recipe.evaluations}"
+            yield (
+                self.kind == "cifar-resnet" and getattr(self, name) != fixed,
+                f"{name} is {getattr(self, name)}; a cifar-resnet has {name} {fixed}. Leave it "
+                "out, or give the kind convolutional",
             )
-        if self.gradient == "adjoint" and self.kind == "cifar-resnet":
-            raise InputError(
-                "gradient is adjoint: the states of a cifar-resnet cannot be rebuilt, because of "
-                "the ReLU after every addition; give the gradient backprop, or the kind "
-                "convolutional"
-            )
-
-    def _check_cost(self) -> None:
-        if not 0 < self.softness < 1:
-            raise InputError(
-                f"softness is {self.softness:g}; expected a number above 0 and below 1 − 1/C for C "
-                "classes, such as 0.05"
-            )
-        for name in ("stage_cost", "control_cost", "weight_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is {value:g}; expected a number ≥ 0")
-            _at_most(name, value)
-        if self.stage_cost_layers is not None:
-            _at_least("stage_cost_layers", self.stage_cost_layers, 1)
-            if self.stage_cost == 0:
-                raise InputError(
-                    f"stage_cost_layers is {self.stage_cost_layers}, but stage_cost is 0: no layer "
-                    "has a loss; leave it out, or give a stage_cost above 0"
-                )
-        if not 0 <= self.points < 50:
-            raise InputError(
-                f"points is {self.points:g}; expected from 0 to less than 50 points of accuracy, "
-                "such as 0.5"
-            )
-        if self.control == "plain":
-            self._check_control()
-
-    def _check_control(self) -> None:
-        """The control is the same network less its stage cost, and one of another depth."""
-        if self.model is not None or self.start is not None:
-            name, value = ("start", self.start) if self.model is None else ("model", self.model)
-            raise InputError(
-                f"control is plain, but {name} is {value}: a network that starts from weights has "
-                "no like of another depth that starts from scratch; leave control at none"
-            )
-        if self.stage_cost == 0:
-            raise InputError(
-                "control is plain, but stage_cost is 0: the network is its own control; leave "
-                "control at none, or give a stage_cost above 0"
-            )
-
-    def _check_training(self) -> None:
-        if not self.data:
-            raise InputError("data is empty; expected the name of a data set, such as digits")
-        _at_least("epochs", self.epochs, 1 if self.model is None and self.start is None else 0)
-        for name in ("batch_size", "devices"):
-            _at_least(name, getattr(self, name), 1)
-        _positive("learning_rate", self.learning_rate)
-        _at_least("crop", self.crop, 0)
-        check_seed(self.seed)
-        if self.batch_size % self.devices:
-            raise InputError(
-                f"batch_size is {self.batch_size}, which {self.devices} devices cannot share "
-                f"equally; give a multiple of {self.devices}"
-            )
+        yield (
+            self.gradient == "backprop" and self.evaluations != Recipe.evaluations,
+            f"evaluations is {self.evaluations}, but the gradient backprop rebuilds no state; "
+            f"give the gradient adjoint, or leave evaluations at {Recipe.evaluations}",
+        )
+        yield (
+            self.gradient == "adjoint" and self.kind == "cifar-resnet",
+            "gradient is adjoint: the states of a cifar-resnet cannot be rebuilt, because of the "
+            "ReLU after every addition; give the gradient backprop, or the kind convolutional",
+        )
+        yield (
+            not 0 < self.softness < 1,
+            f"softness is {self.softness:g}; expected a number above 0 and below 1 − 1/C for C "
+            "classes, such as 0.05",
+        )
+        yield (
+            self.stage_cost_layers is not None and self.stage_cost == 0,
+            f"stage_cost_layers is {self.stage_cost_layers}, but stage_cost is 0: no layer has a "
+            "loss; leave it out, or give a stage_cost above 0",
+        )
+        yield (
+            not 0 <= self.points < 50,
+            f"points is {self.points:g}; expected from 0 to less than 50 points of accuracy, such "
+            "as 0.5",
+        )
+        # The control is the same network less its stage cost, and one of another depth.
+        name = "start" if self.model is None else "model"
+        yield (
+            self.control == "plain" and getattr(self, name) is not None,
+            f"control is plain, but {name} is {getattr(self, name)}: a network that starts from "
+            "weights has no like of another depth that starts from scratch; leave control at none",
+        )
+        yield (
+            self.control == "plain" and self.stage_cost == 0,
+            "control is plain, but stage_cost is 0: the network is its own control; leave control "
+            "at none, or give a stage_cost above 0",
+        )
+        yield (
+            self.batch_size % self.devices != 0,
+            f"batch_size is {self.batch_size}, which {self.devices} devices cannot share equally; "
+            f"give a multiple of {self.devices}",
+        )
 
 
 def read_recipe(path: Path, trust: bool = False) -> tuple[Recipe, tuple[str, ...]]:
@@ -406,26 +392,3 @@ def check_seed(seed: int) -> None:
     """Raises InputError for a seed that not every random generator in use takes."""
     if not 0 <= seed <= LARGEST_SEED:
         raise InputError(f"seed is {seed}; expected a number from 0 to {LARGEST_SEED}")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"{name} is {value}; expected at least {least}")
-
-
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} is {value:g}; expected a number above 0")
-    _at_most(name, value)
-
-
-def _at_most(name: str, value: float) -> None:
-    if value > LARGEST:
-        raise InputError(
-            f"{name} is {value:g}; expected at most {LARGEST:g}, whose square a number of 32 bits "
-            "holds: give a smaller one"
-        )
-
-
-def _listed(depth: tuple[int, ...]) -> str:
-    return " ".join(map(str, depth)) or "empty"
