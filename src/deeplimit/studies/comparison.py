@@ -1,22 +1,20 @@
 """How far networks are from one another: the layer-conditional distance of every two."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from deeplimit.errors import InputError
 from deeplimit.meanfield import CotDistance, LayerwiseMeasure, Plan, cot_distance
 from deeplimit.meanfield.transport import check_comparable
-from deeplimit.studies.measured_runs import MeasuredRun, measured
+from deeplimit.studies.harness import ProgressCallback, silent
+from deeplimit.studies.measured_runs import MeasuredRun, blamed, measured
 
 NUMBERS = 2**24  # of particles' differences at a time
-
-Tell = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class ComparedPair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_runs` measures.
+    """Holds what `compare_runs` measures.
 
     Attributes:
         networks: as given.
@@ -102,7 +100,7 @@ class Comparison:
     sinkhorn: float | None = None
 
     def distance(self, i: int, j: int) -> float:
-        """The distance d of two of the networks."""
+        """Returns the distance d of two of the networks."""
         if i == j:
             return 0.0
         wanted = min(i, j), max(i, j)
@@ -115,16 +113,16 @@ def compare_runs(
     sinkhorn: float | None = None,
     seed: int = 0,
     trust: bool = False,
-    tell: Tell = lambda message, done: None,
+    tell: ProgressCallback = silent,
 ) -> Comparison:
-    """Layer-conditional distances of networks of any widths and depths, two by two.
+    """Measures the layer-conditional distances of networks of any widths and depths, two by two.
 
     Args:
         specs: run folders, or models as `load_model` takes them; two or more.
         sinkhorn: as in `cot_distance`, for layers too wide for the exact solver.
         seed: of the parameters of models that come without any.
         trust: whether code that the recipes of run folders name may be run.
-        tell: told what is done now, and the fraction done.
+        tell: is told what is done now, and the fraction done.
 
     Raises:
         InputError: fewer than two networks, no such run, networks that are not means of particles
@@ -133,7 +131,7 @@ def compare_runs(
     runs = measured(specs, seed, trust=trust)
     every = list(combinations(range(len(runs)), 2))
     for i, j in every:  # before any takes its time
-        with _named(runs[i], runs[j]):
+        with blamed(runs[i].path, runs[j].path):
             check_comparable(runs[i].measure, runs[j].measure)
     pairs = []
     for k, (i, j) in enumerate(every):
@@ -142,30 +140,38 @@ def compare_runs(
     return Comparison(tuple(_network(run) for run in runs), tuple(pairs), sinkhorn)
 
 
-def distance_of(a: MeasuredRun, b: MeasuredRun, sinkhorn: float | None = None) -> CotDistance:
-    """The distance and the couplings of two networks; errors name both."""
-    with _named(a, b):
-        return cot_distance(a.measure, b.measure, plans=True, sinkhorn=sinkhorn)
-
-
 def compared_layers(
     a: LayerwiseMeasure, b: LayerwiseMeasure, found: CotDistance
 ) -> tuple[ComparedLayer, ...]:
-    """What the couplings do, layer by layer."""
+    """Says what the couplings do, layer by layer."""
     cells = zip(found.layers, found.plans or (), found.per_layer, strict=True)
-    return tuple(
-        _layer(found, a, b, cell, n, m, plan, distance)
-        for cell, ((n, m), plan, distance) in enumerate(cells)
-    )
+    made = []
+    for cell, ((n, m), plan, distance) in enumerate(cells):
+        x, y = a.layers[n].cpu().double(), b.layers[m].cpu().double()
+        alike = x.shape == y.shape and a.is_uniform(n) and b.is_uniform(m)
+        made.append(
+            ComparedLayer(
+                start=found.breakpoints[cell],
+                end=found.breakpoints[cell + 1],
+                first=n,
+                second=m,
+                distance=distance,
+                by_number=float((x - y).square().sum(1).mean().sqrt()) if alike else None,
+                atoms=len(plan.rows),
+                unmoved=float(plan.masses[plan.rows == plan.columns].sum()) if alike else None,
+                largest=_longest(x, y, plan),
+            )
+        )
+    return tuple(made)
 
 
-@contextmanager
-def _named(a: MeasuredRun, b: MeasuredRun) -> Iterator[None]:
-    """Errors say of which two networks they are."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{a.path} and {b.path}: {error}") from error
+def _longest(x: Tensor, y: Tensor, plan: Plan) -> float:
+    """Finds the longest way of a particle; Sinkhorn's couplings have M·M′ atoms, so in parts."""
+    few = max(1, NUMBERS // x.shape[1])
+    rows = torch.split(torch.from_numpy(plan.rows), few)
+    columns = torch.split(torch.from_numpy(plan.columns), few)
+    parts = zip(rows, columns, strict=True)
+    return math.sqrt(max(float((x[i] - y[j]).square().sum(1).max()) for i, j in parts))
 
 
 def _network(run: MeasuredRun) -> ComparedNetwork:
@@ -186,7 +192,8 @@ def _network(run: MeasuredRun) -> ComparedNetwork:
 
 def _pair(i: int, j: int, runs: Sequence[MeasuredRun], sinkhorn: float | None) -> ComparedPair:
     a, b = runs[i], runs[j]
-    found = distance_of(a, b, sinkhorn)
+    with blamed(a.path, b.path):
+        found = cot_distance(a.measure, b.measure, plans=True, sinkhorn=sinkhorn)
     layers = compared_layers(a.measure, b.measure, found)
     by_number = None
     if a.measure.depth == b.measure.depth:
@@ -197,32 +204,3 @@ def _pair(i: int, j: int, runs: Sequence[MeasuredRun], sinkhorn: float | None) -
         ]
         by_number = math.sqrt(math.fsum(squares)) if len(squares) == len(layers) else None
     return ComparedPair(i, j, found.distance, found.lower, by_number, layers)
-
-
-def _layer(
-    found: CotDistance,
-    a: LayerwiseMeasure,
-    b: LayerwiseMeasure,
-    cell: int,
-    n: int,
-    m: int,
-    plan: Plan,
-    distance: float,
-) -> ComparedLayer:
-    x, y = a.layers[n].cpu().double(), b.layers[m].cpu().double()
-    rows, columns = torch.from_numpy(plan.rows), torch.from_numpy(plan.columns)
-    few = max(1, NUMBERS // x.shape[1])  # Sinkhorn's couplings have M·M′ atoms
-    parts = zip(rows.split(few), columns.split(few), strict=True)
-    largest = max(float((x[i] - y[j]).square().sum(1).max()) for i, j in parts)
-    alike = x.shape == y.shape and a.is_uniform(n) and b.is_uniform(m)
-    return ComparedLayer(
-        start=found.breakpoints[cell],
-        end=found.breakpoints[cell + 1],
-        first=n,
-        second=m,
-        distance=distance,
-        by_number=float((x - y).square().sum(1).mean().sqrt()) if alike else None,
-        atoms=len(rows),
-        unmoved=float(plan.masses[plan.rows == plan.columns].sum()) if alike else None,
-        largest=math.sqrt(largest),
-    )

@@ -34,9 +34,7 @@ STUDY, POINTS = "study.json", "points.json"
 Value = TypeVar("Value")
 Found = TypeVar("Found", bound=Record)
 Point = tuple[Any, ...]  # a value of each axis, in their order
-ProgressCallback = Callable[
-    [str, float], object
-]  # what is done now; the fraction done
+ProgressCallback = Callable[[str, float], object]  # what is done now; the fraction done
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Networks of several runs as measures: read, told apart by name, scored on the data they share."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -14,15 +15,15 @@ from deeplimit._anatomy.evaluation import device_of, evaluating, to_device
 from deeplimit.control import SoftCrossEntropy
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
-from deeplimit.meanfield import LayerwiseMeasure
+from deeplimit.meanfield import LayerwiseMeasure, align_streams
 from deeplimit.network.storage import architecture_of
-from deeplimit.training import RunFolder, load_model, resume, run_data
+from deeplimit.training import RunFolder, load_model, loss_of, resume, run_data
 from deeplimit.training.building import evaluation_batches, outside, reshaped
 from deeplimit.training.models import of_transformers
+from deeplimit.training.new_folder import check_beside
 from deeplimit.training.results import Score
 
 ALIGNED_ON = 256
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class MeasuredRun:
 def measured(
     specs: Sequence[str | Path], seed: int = 0, *, trust: bool = False
 ) -> list[MeasuredRun]:
-    """The networks of run folders, or of models as `load_model` takes them.
+    """Loads the networks of run folders, or of models as `load_model` takes them.
 
     Raises:
         InputError: fewer than two, no such run or model, a network that is not a mean of particles,
@@ -55,98 +56,134 @@ def measured(
     """
     if len(specs) < 2:
         raise InputError(f"expected two runs or more, got {len(specs)}")
+    paths = [str(spec) for spec in specs]
+    short = [Path(path).name or path for path in paths]
     found = []
-    for spec, name in zip(specs, names_of(specs), strict=True):
-        loaded = load_model(str(spec), seed=seed, trust=trust)
+    for path, name in zip(paths, short, strict=True):
+        loaded = load_model(path, seed=seed, trust=trust)
         model = loaded.model.eval()
-        try:
+        with blamed(path):
             measure = LayerwiseMeasure.of(model)
-        except InputError as error:
-            raise InputError(f"{spec}: {error}") from error
         folder = None if loaded.run is None else RunFolder.open(loaded.run, trust=trust)
-        found.append(MeasuredRun(name, str(spec), model, measure, folder))
+        own = name if short.count(name) == 1 else path
+        found.append(MeasuredRun(own, path, model, measure, folder))
     return found
 
 
-def names_of(specs: Sequence[str | Path]) -> list[str]:
-    """The last parts of paths, whole paths where these are the same."""
-    short = [Path(str(spec)).name or str(spec) for spec in specs]
-    pairs = zip(short, specs, strict=True)
-    return [name if short.count(name) == 1 else str(spec) for name, spec in pairs]
+@contextmanager
+def blamed(*paths: str) -> Iterator[None]:
+    """Makes an InputError say of which networks it is."""
+    try:
+        yield
+    except InputError as error:
+        names = (" and " if len(paths) == 2 else ", ").join(paths)
+        raise InputError(f"{names}: {error}") from error
 
 
-def folders_of(runs: Sequence[MeasuredRun]) -> list[RunFolder]:
-    """The run folders.
+@dataclass(frozen=True, eq=False)
+class SharedRuns:
+    """Runs whose networks are measures, and the data that they share.
 
-    Raises:
-        InputError: a model that comes from none.
+    Attributes:
+        runs: at least two.
+        folders: theirs.
+        data: as the networks see them.
+        loss: the first one's.
     """
-    for run in runs:
-        if run.folder is None:
-            raise InputError(
-                f"{run.path} is a model, not a run folder; its loss needs data: give folders that "
-                "`deeplimit train` wrote"
-            )
-    return [cast(RunFolder, run.folder) for run in runs]
+
+    runs: list[MeasuredRun]
+    folders: list[RunFolder]
+    data: DataSet
+    loss: SoftCrossEntropy
+
+    @classmethod
+    def open(
+        cls, specs: Sequence[str | Path], *, trust: bool = False, stored: bool = False
+    ) -> "SharedRuns":
+        """Loads them; `stored` says that another network is going to be a run beside the first.
+
+        Raises:
+            InputError: as `measured`, a model that comes from no run, data that are not the same
+                or seen differently, a network or a place that nothing can be stored of or in.
+        """
+        runs = measured(specs, trust=trust)
+        for run in runs:
+            if run.folder is None:
+                raise InputError(
+                    f"{run.path} is a model, not a run folder; its loss needs data: give folders "
+                    "that `deeplimit train` wrote"
+                )
+        folders = [cast(RunFolder, run.folder) for run in runs]
+        if stored:
+            check_beside(folders[0].path)
+            check_storable(runs[0].model)
+        for other in folders[1:]:
+            _check_same(folders[0], other)
+        data = run_data(folders[0])
+        return cls(runs, folders, data, loss_of(folders[0].recipe, data))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """As the user gave them."""
+        return tuple(run.path for run in self.runs)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the networks are called."""
+        return tuple(run.name for run in self.runs)
+
+    def measures(self, *, align: bool) -> list[LayerwiseMeasure]:
+        """Returns the networks' measures; aligned: all in the basis of the first one's stream."""
+        first, *others = (run.measure for run in self.runs)
+        if align:
+            samples = self.data.train.take(min(ALIGNED_ON, len(self.data.train)))
+            batch, _ = next(iter(evaluation_batches(samples)))
+            others = [align_streams(first, other, batch) for other in others]
+        return [first, *others]
+
+    @torch.no_grad()
+    def score(self, model: nn.Module) -> Score:
+        """Measures loss and accuracy on test data."""
+        structure, device = anatomy(model), device_of(model)
+        total = right = count = 0.0
+        with evaluating(model):
+            for x, y in evaluation_batches(self.data.test):
+                logits = structure.run(to_device(x, device)).cpu()
+                total += float(self.loss(logits, y).double().sum())
+                right += int((logits.argmax(-1) == y).sum())
+                count += len(y)
+        return Score(total / count, right / count)
+
+    def average(self, weights: Sequence[float]) -> nn.Module:
+        """Averages the networks' parameters, as `averaged`."""
+        return averaged([run.model for run in self.runs], weights)
 
 
-def shared_data(folders: Sequence[RunFolder]) -> DataSet:
-    """The data of all runs.
-
-    Raises:
-        InputError: they are not the same, or the runs see them differently.
-    """
-    first, *others = folders
-    data = run_data(first)
-    for other in others:
-        both = f"{first.path} and {other.path}"
-        if other.recipe.data != first.recipe.data:
-            raise InputError(
-                f"{both} were trained on different data, {first.recipe.data} and "
-                f"{other.recipe.data}; expected runs on the same"
-            )
-        theirs = run_data(other)
-        if theirs.class_names != data.class_names or not _same(data, theirs):
-            raise InputError(
-                f"{both} have different test samples of {first.recipe.data}; expected runs on the "
-                "same: one data_dir, and for spirals one seed"
-            )
-        if other.standardisation != first.standardisation:
-            raise InputError(
-                f"{both} standardise their samples differently, so that their networks see "
-                "different data; expected the same mean and std"
-            )
-    return data
-
-
-def _same(a: DataSet, b: DataSet) -> bool:
-    return torch.equal(a.test.x, b.test.x) and torch.equal(a.test.y, b.test.y)
-
-
-def alignment_batch(data: DataSet) -> Tensor:
-    """Training samples on which the basis of two streams is found."""
-    count = min(ALIGNED_ON, len(data.train))
-    x, _ = next(iter(evaluation_batches(data.train.take(count))))
-    return x
-
-
-@torch.no_grad()
-def score(model: nn.Module, batches: Batches, loss: SoftCrossEntropy) -> Score:
-    """Loss and accuracy over all samples."""
-    structure, device = anatomy(model), device_of(model)
-    total = right = count = 0.0
-    with evaluating(model):
-        for x, y in batches:
-            logits = structure.run(to_device(x, device)).cpu()
-            total += float(loss(logits, y).double().sum())
-            right += int((logits.argmax(-1) == y).sum())
-            count += len(y)
-    return Score(total / count, right / count)
+def _check_same(first: RunFolder, other: RunFolder) -> None:
+    """Raises InputError where two runs are not of the same data, or see them differently."""
+    both = f"{first.path} and {other.path}"
+    if other.recipe.data != first.recipe.data:
+        raise InputError(
+            f"{both} were trained on different data, {first.recipe.data} and "
+            f"{other.recipe.data}; expected runs on the same"
+        )
+    mine, theirs = run_data(first), run_data(other)
+    same = torch.equal(mine.test.x, theirs.test.x) and torch.equal(mine.test.y, theirs.test.y)
+    if theirs.class_names != mine.class_names or not same:
+        raise InputError(
+            f"{both} have different test samples of {first.recipe.data}; expected runs on the "
+            "same: one data_dir, and for spirals one seed"
+        )
+    if other.standardisation != first.standardisation:
+        raise InputError(
+            f"{both} standardise their samples differently, so that their networks see "
+            "different data; expected the same mean and std"
+        )
 
 
 @torch.no_grad()
 def averaged(models: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module:
-    """Σ_k λ_k θ_k, parameter by parameter, as the neurons happen to be numbered; the naive way.
+    """Computes Σ_k λ_k θ_k, the naive way: as the neurons happen to be numbered.
 
     Raises:
         InputError: the networks are not of one shape, so that there is no such average.
@@ -180,7 +217,7 @@ def check_storable(model: nn.Module) -> None:
 
 
 def _frame_of(model: nn.Module, like: RunFolder) -> Path | None:
-    """What the network shares with the run's: healed or refined it then stays on their geodesics.
+    """Names what the network shares with the run's, so that training keeps it on their geodesics.
 
     None where its stem and head are a mean of others'.
     """
@@ -196,9 +233,9 @@ def run_of(
     model: nn.Module,
     like: RunFolder,
     name: str,
-    fill: Callable[[RunFolder, Path], None] = lambda folder, path: None,
+    fill: Callable[[RunFolder, Path], None] = lambda *_: None,
 ) -> RunFolder:
-    """A new run folder beside another, whose network is this one; nothing is trained.
+    """Makes a run folder beside another, whose network is this one; nothing is trained.
 
     Its recipe is the other run's with the shape of the network, which it starts from. What `fill`
     writes appears with it, as in `RunFolder.create_from`.

@@ -1,30 +1,17 @@
 """Networks of several runs joined in one, and how well it does on the data they share."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from deeplimit.control import verify_crop
 from deeplimit.errors import InputError
-from deeplimit.meanfield import Merged, align_streams, merge, narrow
+from deeplimit.meanfield import merge, narrow
 from deeplimit.meanfield.geodesic import FramePolicy
-from deeplimit.studies.comparison import Tell
-from deeplimit.studies.measured_runs import (
-    MeasuredRun,
-    alignment_batch,
-    averaged,
-    check_storable,
-    folders_of,
-    measured,
-    run_of,
-    score,
-    shared_data,
-)
-from deeplimit.training import loss_of
+from deeplimit.studies.harness import ProgressCallback, silent
+from deeplimit.studies.measured_runs import SharedRuns, blamed, run_of
 from deeplimit.training.building import evaluation_batches
-from deeplimit.training.new_folder import check_beside
 from deeplimit.training.results import MergedRuns, Parts
 
 
@@ -37,7 +24,7 @@ def merge_runs(
     align: bool = False,
     name: str = "merged",
     trust: bool = False,
-    tell: Tell = lambda message, done: None,
+    tell: ProgressCallback = silent,
 ) -> MergedRuns:
     """Joins the networks of runs in a barycentre of their measures, in a new run folder.
 
@@ -53,7 +40,7 @@ def merge_runs(
         align: as in `interpolate_runs`, of all runs but the first.
         name: of the new run folder.
         trust: whether code that the runs' recipes name may be run.
-        tell: told what is done now, and the fraction done.
+        tell: is told what is done now, and the fraction done.
 
     Raises:
         InputError: as `interpolate_runs`, wrong weights, a width below 1.
@@ -64,68 +51,50 @@ def merge_runs(
         )
     if width is not None and width < 1:
         raise InputError(f"width is {width}; expected a whole number ≥ 1")
-    runs = measured(specs, trust=trust)
-    folders = folders_of(runs)
-    check_beside(folders[0].path)
-    check_storable(runs[0].model)
-    data = shared_data(folders)
-    loss = loss_of(folders[0].recipe, data)
+    shared = SharedRuns.open(specs, trust=trust, stored=True)
+    count = len(shared.runs)
     tell("the barycentre", 0.0)
-    joined = _joined(runs, weights, frame, align, alignment_batch(data) if align else None)
+    with blamed(*shared.paths):
+        joined = merge(shared.measures(align=align), weights, frame=frame)
     measure, moved = joined.measure, None
     if width is not None and width < max(len(layer) for layer in measure.layers):
         narrowed = narrow(measure, width)
         measure, moved = narrowed.measure, narrowed.distance
     model = measure.network().eval()
-    shares = tuple([1 / len(runs)] * len(runs) if weights is None else map(float, weights))
-    networks = [run.model for run in runs]
-    try:
-        plain = averaged(networks, shares)
-    except InputError:  # of several shapes
-        plain = None
+    shares = tuple([1 / count] * count if weights is None else map(float, weights))
+    networks = [*(run.model for run in shared.runs), model]
+    with suppress(InputError):  # of several shapes
+        networks.append(shared.average(shares))
     scores = []
-    for k, network in enumerate([*networks, model, *([] if plain is None else [plain])]):
-        tell("accuracy on test data", (k + 1) / (len(runs) + 3))
-        scores.append(score(network, evaluation_batches(data.test), loss))
-    best = max(range(len(runs)), key=lambda k: scores[k].accuracy)
-    report = verify_crop(networks[best], model, evaluation_batches(data.test), loss)
+    for k, network in enumerate(networks):
+        tell("accuracy on test data", (k + 1) / (count + 3))
+        scores.append(shared.score(network))
+    best = max(range(count), key=lambda k: scores[k].accuracy)
+    test = evaluation_batches(shared.data.test)
     result = MergedRuns(
         folder="",
-        runs=tuple(run.path for run in runs),
-        names=tuple(run.name for run in runs),
+        runs=shared.paths,
+        names=shared.names,
         weights=shares,
         frame=frame,
         aligned=align,
-        samples=len(data.test),
-        parents=tuple(scores[: len(runs)]),
-        merged=scores[len(runs)],
-        averaged=None if plain is None else scores[-1],
+        samples=len(shared.data.test),
+        parents=tuple(scores[:count]),
+        merged=scores[count],
+        averaged=scores[-1] if len(scores) > count + 1 else None,
         distances=joined.distances,
         objectives=joined.objectives,
         depth=measure.depth,
         width=max(len(layer) for layer in measure.layers),
         narrowed=moved,
-        verdict=report.verdict,
-        parts=Parts.of(data),
+        verdict=verify_crop(networks[best], model, test, shared.loss).verdict,
+        parts=Parts.of(shared.data),
         lower=joined.lower,
     )
     made = run_of(
-        model, folders[0], name, lambda new, to: new.write(replace(result, folder=str(to)))
+        model,
+        shared.folders[0],
+        name,
+        lambda new, to: new.write(replace(result, folder=str(to))),
     )
     return replace(result, folder=str(made.path))
-
-
-def _joined(
-    runs: Sequence[MeasuredRun],
-    weights: Sequence[float] | None,
-    frame: FramePolicy,
-    align: bool,
-    batch: Tensor | None,
-) -> Merged:
-    first, *others = [run.measure for run in runs]
-    try:
-        if align and batch is not None:
-            others = [align_streams(first, other, batch) for other in others]
-        return merge([first, *others], weights, frame=frame)
-    except InputError as error:
-        raise InputError(f"{', '.join(run.path for run in runs)}: {error}") from error
