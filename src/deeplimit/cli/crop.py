@@ -23,6 +23,7 @@ class Crop(Source):
       deeplimit crop runs/cifar10 --multiply-adds 0.5
       deeplimit crop runs/cifar10 --blocks 20 --bridge
       deeplimit crop transformers:my-vit --data cifar10         a model trained elsewhere
+      deeplimit crop transformers:my-llama --data text:FILE     a language model, by its loss
 
     Of a transformers model the smaller one is the folder RUN/cropped, which plain transformers
     loads. A model that was trained elsewhere gets a run folder, runs/NAME, without any training.
@@ -44,6 +45,14 @@ class Crop(Source):
             "recipe's if not given, 0.5. On validation data 1.645 standard errors are added, and "
             "the loss may rise by 1 % of its range, or as large a part as the points, if more. "
             "Test data then say whether it was kept.",
+        ),
+    ] = None
+    rise: Annotated[
+        float | None,
+        arg(
+            metavar="NATS",
+            help="Of a language model, with auto: by how many nats a token its loss may rise, in "
+            "place of points; the recipe's if not given, 0.05: a perplexity 5 % higher.",
         ),
     ] = None
     blocks: Annotated[
@@ -82,12 +91,13 @@ class Crop(Source):
             f"--{name.replace('_', '-')}" for name, value in budgets.items() if value is not None
         ]
         given += ["--to"] * (self.to != "auto") + ["--points"] * (self.points is not None)
+        given += ["--rise"] * (self.rise is not None)
         if len(given) > 1:
             raise InputError(
                 f"{' and '.join(given)} given; a cut follows from one of them: give one"
             )
         accuracy = {} if self.points is None else {"accuracy": self.points / 100}
         with self.opened() as folder, folder.commit() as new:
-            cut = crop_run(new, self.to, bridge=self.bridge, **accuracy, **budgets)  # type: ignore[arg-type]
+            cut = crop_run(new, self.to, rise=self.rise, bridge=self.bridge, **accuracy, **budgets)  # type: ignore[arg-type]
             shown, page = crop_summary(cut, new.reference(), new.profiles()), renew_page(new)
         emit(cut, shown, page, json=self.json)

@@ -15,6 +15,8 @@ class Profile(Source):
     validation and test data; written to RUN/profile.json and into the page. For example:
       deeplimit profile runs/digits
       deeplimit profile transformers:my-vit --data cifar10      a model trained elsewhere
+      deeplimit profile transformers:my-llama --data text:book.txt        a language model
+      deeplimit profile transformers:my-bert --data table:reviews.csv     a classifier of texts
       deeplimit profile resnet20.safetensors --data cifar10 --data-dir DIR
 
     A model that was trained elsewhere gets a run folder, runs/NAME, that crop and heal go on with.

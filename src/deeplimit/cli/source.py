@@ -28,7 +28,10 @@ class Source:
     """The run folder that train wrote; or with --data a trained model: transformers:FOLDER,
     module:function, a .safetensors file of a network, … as in deeplimit train --model."""
     data: Annotated[str | None, arg(metavar="DATA")] = None
-    """Of a MODEL: its data, as in deeplimit train. A new run folder is made, nothing is trained."""
+    """Of a MODEL: its data, as in deeplimit train; of a model of text text:FILE, or table:FILE with
+    columns text and label. A new run folder is made, nothing is trained."""
+    length: Annotated[int | None, arg(metavar="L")] = None
+    """Of a MODEL of text: tokens of a window, or the most of a text in a table; 256 by default."""
     data_dir: Path | None = None
     """Of a MODEL: folder that holds the data sets' folders; else DEEPLIMIT_DATA says where."""
     weights: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -87,6 +90,7 @@ class Source:
         recipe = replace(
             recipe_for(self.data, self.run),
             epochs=0,
+            length=self.length,
             data_dir=self.data_dir,
             weights=self.weights,
             stack=self.stack,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,8 +79,12 @@ class Split:
             number of channels.
     """
 
-    x: Float[Tensor, "samples features"] | UInt8[Tensor, "samples channels height width"]
-    y: Int64[Tensor, " labels"]
+    x: (
+        Float[Tensor, "samples features"]
+        | UInt8[Tensor, "samples channels height width"]
+        | Int64[Tensor, "samples tokens"]
+    )
+    y: Int64[Tensor, " labels"] | Int64[Tensor, "samples tokens"]
     standardisation: Standardisation | None = None
 
     def __post_init__(self) -> None:
@@ -98,7 +103,7 @@ class Split:
 
     def batch(
         self, indices: Tensor | np.ndarray | Sequence[int]
-    ) -> tuple[Float[Tensor, "batch ..."], Int64[Tensor, " batch"]]:
+    ) -> tuple[Any, Int64[Tensor, "batch ..."]]:
         """Samples and labels at `indices`; images as float32 in [0, 1]."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         x = self.x[rows]
@@ -116,7 +121,7 @@ class Split:
             raise InputError(
                 f"{several(count, 'sample')} asked of a split of {len(self)}: take 1 to all"
             )
-        return Split(self.x[:count], self.y[:count], self.standardisation)
+        return replace(self, x=self.x[:count], y=self.y[:count])
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,7 @@ class DataSet:
                 )
         for part in ("train", "validation", "test"):
             y = getattr(self, part).y
+            y = y if self.vocabulary is None else y[y >= 0]  # −100 is no target
             if int(y.min()) < 0 or int(y.max()) >= self.classes:
                 raise InputError(
                     f"data set {self.name!r}: {part} labels lie in {int(y.min())} … "
@@ -157,14 +163,24 @@ class DataSet:
                 )
 
     @property
+    def vocabulary(self) -> int | None:
+        """How many tokens there are, if the next token is to be predicted; None for classes."""
+        return getattr(self.train, "vocabulary", None)
+
+    @property
     def classes(self) -> int:
-        """The number of classes C."""
-        return len(self.class_names)
+        """The number of classes C: of the names, or the vocabulary."""
+        return self.vocabulary or len(self.class_names)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample: (d,) for vectors, (C, H, W) for images."""
         return tuple(self.train.x.shape[1:])
+
+    @property
+    def is_text(self) -> bool:
+        """Whether samples are tokens of texts."""
+        return self.train.x.dtype == torch.int64
 
     @property
     def is_image(self) -> bool:
@@ -219,5 +235,5 @@ class DataSet:
 
 
 def _describe(x: Tensor) -> str:
-    kind = "images" if x.dtype == torch.uint8 else "vectors"
+    kind = {torch.uint8: "images", torch.int64: "texts"}.get(x.dtype, "vectors")
     return f"{kind} of shape {'×'.join(str(size) for size in x.shape[1:])}"

@@ -74,7 +74,7 @@ class Augmentation:
 
 _ORDER, _AUGMENTATION = 0, 1  # independent random streams of one (seed, epoch)
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Tensor]  # samples: a tensor, of texts tensors by name
 
 
 def iter_batches(

@@ -18,12 +18,18 @@ else:
 
 # A new source is one file with a function Request → DataSet, and one entry here, FILE:FUNCTION.
 BY_NAME = {"digits": "built_in:load_digits", "spirals": "built_in:load_spirals"}
-BY_PREFIX = {"hub": "tables:load_hub", "npz": "npz:load_npz"}
+BY_PREFIX = {
+    "hub": "tables:load_hub",
+    "npz": "npz:load_npz",
+    "text": "text:load_text",
+    "table": "text:load_table",
+}
 BY_LAYOUT = {"*-ubyte*": "idx:load_idx", "*.parquet": "tables:load_parquet"}  # files in a folder
 FOLDERS = ("mnist", "cifar10")  # well-known names of folders, for error messages only
 NPZ = (
     "check the path, or write it with numpy.savez(FILE, x=samples, y=labels), without object arrays"
 )
+FILES = {"npz": NPZ, "text": "check the path", "table": "check the path"}
 
 ENVIRONMENT = "DEEPLIMIT_DATA"
 
@@ -37,16 +43,26 @@ class Request:
         target: what to read: the folder DATA_DIR/NAME, or what follows the prefix in the name.
         cache_dir: where decoded images may be kept; None for nowhere.
         seed: for data that is generated.
+        model: folder, or name in the hub's cache, of the model that reads it, for texts.
+        length: tokens of a window of text; None for the reader's own.
     """
 
     name: str
     target: str
     cache_dir: Path | None
     seed: int
+    model: str | None = None
+    length: int | None = None
 
 
 def load_dataset(
-    name: str, *, data_dir: Path | None = None, cache_dir: Path | None = None, seed: int = 0
+    name: str,
+    *,
+    data_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    seed: int = 0,
+    model: str | None = None,
+    length: int | None = None,
 ) -> DataSet:
     """The data set called `name`, with its training, validation and test split.
 
@@ -57,17 +73,23 @@ def load_dataset(
     cifar10, NAME   the folder DATA_DIR/NAME with train-*.parquet and test-*.parquet
     hub:OWNER/NAME  an image set of the Hugging Face hub, or hub:PATH of a folder in its layout
     npz:FILE        the arrays x and y of a NumPy archive
+    text:FILE       a text, in windows of tokens; each token is predicted from those before it
+    table:FILE      texts and their labels, a .csv, .jsonl or .parquet with columns text and label
     =============== ==========================================================================
 
     Test is the set's own test part where it has one. What a set lacks is held out from its
     training part, stratified by class: a tenth, at most 5,000; sets without any parts are split
-    60/20/20. The held-out samples are always the same, whatever `seed`; only spirals depend on it.
+    60/20/20, a text 80/10/10 in the order of the file. The held-out samples are always the same,
+    whatever `seed`; only spirals depend on it.
 
     Args:
         name: one of the above.
         data_dir: DATA_DIR; by default the environment variable DEEPLIMIT_DATA.
         cache_dir: where decoded Parquet and hub images are kept, memory-mapped; None: in memory.
         seed: for generated data, ≥ 0.
+        model: for texts: the folder of the transformers model that reads them, with its tokenizer.
+        length: for texts: tokens of a window, or the most of a text in a table; by default 256, or
+            as many as the model reads.
 
     Raises:
         InputError: for an unknown name and for data that is missing, damaged or unusable, that
@@ -78,7 +100,7 @@ def load_dataset(
         raise InputError(f"seed {seed}: give an integer of at least 0")
     source, target = find_source(name, data_dir)
     load: Any = pkgutil.resolve_name(f"deeplimit.data.{source}")
-    return load(Request(name, target, cache_dir, seed))
+    return load(Request(name, target, cache_dir, seed, model, length))
 
 
 def find_source(name: str, data_dir: Path | None = None) -> tuple[str, str]:
@@ -91,8 +113,8 @@ def find_source(name: str, data_dir: Path | None = None) -> tuple[str, str]:
     if colon and prefix in BY_PREFIX:
         if not rest:
             raise InputError(f"data set {name!r}: nothing after the colon: see {prefix}:… in help")
-        if prefix == "npz":
-            with reading(Path(rest).expanduser(), "cannot be read", NPZ):
+        if prefix in FILES:
+            with reading(Path(rest).expanduser(), "cannot be read", FILES[prefix]):
                 pass
         return BY_PREFIX[prefix], rest
     if name in BY_NAME:

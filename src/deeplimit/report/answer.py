@@ -1,12 +1,14 @@
 """The answer of a run in words and numbers: depth N → k, what it costs, how it was chosen."""
 
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.verdict import FEW, Z
 from deeplimit.control.verifying import CropResult
 from deeplimit.errors import several
+from deeplimit.report import language
 from deeplimit.report.numbers import (
     SPACE,
     count,
@@ -51,20 +53,13 @@ class Comparison:
 
 def comparisons(report: CropResult) -> tuple[Comparison, ...]:
     """Accuracy, loss, agreement and the three costs, each before and after."""
-    n = report.samples
-    batch = f"{several(report.latency_batch, 'sample')}, {report.device}"
+    one = "sample" if report.has_accuracy else "window"
+    batch = f"{several(report.latency_batch, one)}, {report.device}"
     return (
-        Comparison(
-            "Test accuracy",
-            percent(report.accuracy_before, n),
-            percent(report.accuracy_after, n),
-            points(report.accuracy_after - report.accuracy_before, n, report.accuracy_error),
-        ),
-        Comparison(
-            "Test loss",
-            significant(report.loss_before),
-            significant(report.loss_after),
-            signed(report.loss_after - report.loss_before) + f"{SPACE}nats",
+        *(
+            _quality(report)
+            if report.has_accuracy
+            else starmap(Comparison, language.quality(report))
         ),
         Comparison(
             "Parameters",
@@ -73,7 +68,7 @@ def comparisons(report: CropResult) -> tuple[Comparison, ...]:
             times(report.parameters_before, report.parameters_after, "fewer", "more"),
         ),
         Comparison(
-            "Multiply-adds a sample",
+            f"Multiply-adds a {one}",
             count(report.multiply_adds_before),
             count(report.multiply_adds_after),
             times(report.multiply_adds_before, report.multiply_adds_after, "fewer", "more"),
@@ -87,6 +82,24 @@ def comparisons(report: CropResult) -> tuple[Comparison, ...]:
     )
 
 
+def _quality(report: CropResult) -> tuple[Comparison, ...]:
+    n = report.samples
+    return (
+        Comparison(
+            "Test accuracy",
+            percent(report.accuracy_before, n),
+            percent(report.accuracy_after, n),
+            points(report.accuracy_after - report.accuracy_before, n, report.accuracy_error),
+        ),
+        Comparison(
+            "Test loss",
+            significant(report.loss_before),
+            significant(report.loss_after),
+            signed(report.loss_after - report.loss_before) + f"{SPACE}nats",
+        ),
+    )
+
+
 def signed(number: float) -> str:
     """A difference with its sign, three significant digits."""
     return ("+" if number > 0 else "") + significant(number)
@@ -96,6 +109,8 @@ def lead(cut: Cut) -> str:
     """What was taken out and what test data say about it."""
     report = cut.report
     n = report.samples
+    if not report.has_accuracy:
+        return language.lead(_removed(cut) if cut.removed else "", report)
     if not cut.removed:
         return (
             "No layer was removed. On test data the network of "
@@ -114,6 +129,8 @@ def data_sentence(parts: Parts | None) -> str:
     """Which samples did what."""
     if parts is None:
         return ""
+    if parts.tokens is not None:
+        return language.data_sentence(parts)
     return (
         f"The networks were trained on {several(parts.train, 'sample')}, chosen on "
         f"{parts.validation:,} (validation) and judged on {several(parts.test, 'other')} (test)."
@@ -144,7 +161,7 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
         return _rule_of(cut, cut.choice)
     if cut.tolerance is None:
         text = "The depth was given by the user."
-        if validation is not None:
+        if validation is not None and validation.accuracy:
             chosen, total = validation.recommended_depth, validation.horizon
             text += (
                 f" On validation data the first {layers(chosen)} are as good as all."
@@ -195,7 +212,7 @@ def entry_apart(cut: Cut, profiles: Profiles | None) -> str:
         return ""
     validation = profiles.validation
     entry = validation.entry()
-    if entry == depth:
+    if entry == depth or not validation.distance:
         return ""
     radius = f"the radius of the tube, δ{SPACE}={SPACE}{significant(validation.radius)}"
     if entry is None:
@@ -233,6 +250,7 @@ def _rule_of(cut: Cut, choice: CutChoice) -> str:
     limits = {
         "accuracy": f"a loss of at most {several(100 * choice.limit, 'point')} of accuracy and of "
         f"at most {loss_gained(cut)}, with the standard errors of so many trials added",
+        "rise": language.limit(choice),
         "blocks": f"{layers(int(choice.limit))} to be kept",
         "multiply_adds": f"at most {100 * choice.limit:g}{SPACE}% of the multiply-adds",
         "latency": f"at most {100 * choice.limit:g}{SPACE}% of the latency",
@@ -258,6 +276,8 @@ def _rule_of(cut: Cut, choice: CutChoice) -> str:
             for accuracy in (choice.accuracy_before, choice.accuracy_after)
         )
         text += f" On validation data accuracy goes from {before} to {after}.{few(cut)}"
+    else:
+        text += language.chosen(choice)
     return text + (
         " Test data, from which the numbers on this page come unless they say otherwise, took no "
         "part in the choice."
@@ -276,6 +296,8 @@ def healing_sentence(healing: Healing) -> str:
         "beside": " with the full network as its teacher, which learned beside it",
         "none": "",
     }[healing.teacher]
+    if not full.has_accuracy:
+        return language.healing_sentence(healing, who)
     return (
         f"Trained for {epochs} more{who}, the cut network goes from "
         f"{percent(cropped.accuracy_before, n)} to {percent(cropped.accuracy_after, n)} on test "
@@ -327,6 +349,11 @@ def waiting(results: RunResults) -> str:
     if results.profiles is None:
         return "The network has been trained; its turnpike has not been looked for yet."
     validation = results.profiles.validation
+    if not validation.accuracy:
+        return (
+            f"On validation data the model has a perplexity of "
+            f"{language.perplexity(validation.loss[-1])} a token. It has not been cut yet."
+        )
     depth = validation.recommended_depth
     if depth == validation.horizon:
         return (

@@ -17,6 +17,7 @@ from deeplimit.report.answer import (
     healing_sentence,
 )
 from deeplimit.report.control import control_sentences
+from deeplimit.report.language import perplexity
 from deeplimit.report.numbers import SPACE, percent, significant
 from deeplimit.report.verdict import verdict_line
 from deeplimit.training.results import Cut, Healing, Profiles, Reference
@@ -33,6 +34,8 @@ def profile_table(profile: TurnpikeProfile, data: str = "validation") -> Rendera
         profile: of a network.
         data: the name of the data that it was measured on.
     """
+    if not profile.accuracy:
+        return _language_table(profile, data)
     table = _table(f"Turnpike on {data} data, {several(profile.samples, 'sample')}")
     for name in ("layer", "loss", "accuracy", "distance", "update"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -57,6 +60,22 @@ def profile_table(profile: TurnpikeProfile, data: str = "validation") -> Rendera
     )
     if len(shown) <= profile.horizon:
         note += f" {len(shown)} of the layers 0 to {profile.horizon} are shown."
+    return Group(table, Text(note, style="dim"))
+
+
+def _language_table(profile: TurnpikeProfile, data: str) -> RenderableType:
+    """Loss, perplexity, and what each layer does to the states."""
+    table = _table(f"Layers on {data} data, {several(profile.samples, 'window')}")
+    for name in ("layer", "loss", "perplexity", "update", "influence"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for n in shown_layers(profile):
+        after = ("", "")
+        if n < profile.horizon and profile.influence is not None:
+            update = f"{significant(100 * profile.relative_update[n])}{SPACE}%"
+            after = (update, significant(profile.influence[n]))
+        loss = profile.loss[n]
+        table.add_row(str(n), f"{loss:.4f}", perplexity(loss), *after)
+    note = "Loss in nats a token; update and influence (1 − cos) are of the next layer."
     return Group(table, Text(note, style="dim"))
 
 
@@ -93,11 +112,13 @@ def crop_summary(
     table.add_column("change", no_wrap=True)
     for row in comparisons(report):
         table.add_row(row.name, row.before, row.after, row.change)
-    table.add_row("Agreement", "", percent(report.agreement, report.samples), "same class")
+    if report.has_accuracy:
+        table.add_row("Agreement", "", percent(report.agreement, report.samples), "same class")
     chosen = cut.tolerance is not None or cut.choice is not None
     how = "chosen on validation data" if chosen else "given by the user"
     lines = [*verdict_line(report.verdict)]
-    lines.append(Text(f"Depth {how}; {several(report.samples, 'test sample')}.", style="dim"))
+    tested = several(report.samples, "test sample" if report.has_accuracy else "test window")
+    lines.append(Text(f"Depth {how}; {tested}.", style="dim"))
     if about := f"{data_sentence(cut.parts)}{few(cut)}":
         lines.append(Text(about, style="dim"))
     if cut.choice is not None:
@@ -119,11 +140,14 @@ def healing_summary(healing: Healing) -> RenderableType:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_column("healed", justify="right", no_wrap=True, style="bold")
     accuracies = (full.accuracy_before, cropped.accuracy_before, full.accuracy_after)
-    table.add_row("Test accuracy", *(percent(accuracy, n) for accuracy in accuracies))
     losses = (full.loss_before, cropped.loss_before, full.loss_after)
-    table.add_row("Test loss", *map(significant, losses))
-    agreement = full.agreement
-    table.add_row("Agreement with full", "", "", percent(agreement, n))
+    if full.has_accuracy:
+        table.add_row("Test accuracy", *(percent(accuracy, n) for accuracy in accuracies))
+        table.add_row("Test loss", *map(significant, losses))
+        table.add_row("Agreement with full", "", "", percent(full.agreement, n))
+    else:
+        table.add_row("Test perplexity", *map(perplexity, losses))
+        table.add_row("Test loss, nats a token", *map(significant, losses))
     return Group(table, *verdict_line(full.verdict), Text(healing_sentence(healing)))
 
 

@@ -14,6 +14,7 @@ from deeplimit.report import answer
 from deeplimit.report.certificate import certificate_answer
 from deeplimit.report.control import control_rows, control_sentences
 from deeplimit.report.depth_limit import solver_rows
+from deeplimit.report.language import perplexity
 from deeplimit.report.numbers import percent, significant
 from deeplimit.report.panels import (
     certificate_panels,
@@ -63,7 +64,10 @@ def _context(results: RunResults) -> dict[str, Any]:
         "entry_apart": answer.entry_apart(cut, profiles) if cut else "",
         "data": answer.data_sentence(cut.parts) if cut else "",
         "comparisons": answer.comparisons(cut.report) if cut else (),
-        "agreement": percent(cut.report.agreement, cut.report.samples) if cut else "",
+        "agreement": percent(cut.report.agreement, cut.report.samples)
+        if cut and cut.report.has_accuracy
+        else "",
+        "language": profiles is not None and not profiles.test.accuracy,
         "healing": answer.healing_sentence(results.healing) if results.healing else "",
         "refined": answer.refinement_sentence(results.refinement) if results.refinement else "",
         "merged": answer.merging_sentence(results.merging) if results.merging else "",
@@ -98,6 +102,9 @@ def _source(name: str) -> Markup:
 def _layer_rows(profiles: Profiles) -> Iterator[dict[str, Any]]:
     """Figures of test data; entry and exit are those of validation data, as everywhere."""
     profile, validation = profiles.test, profiles.validation
+    none = [""] * (profile.horizon + 1)
+    accuracies = [percent(a, profile.samples) for a in profile.accuracy] or none
+    distances = [*map(significant, profile.distance)] or none
     marks = {validation.exit(): "exit"} if validation.exit() != validation.horizon else {}
     marks |= {validation.entry(): "entry"}
     for n in range(profile.horizon + 1):
@@ -106,8 +113,9 @@ def _layer_rows(profiles: Profiles) -> Iterator[dict[str, Any]]:
             "layer": n,
             "mark": marks.get(n, ""),
             "loss": significant(profile.loss[n], 4),
-            "accuracy": percent(profile.accuracy[n], profile.samples),
-            "distance": significant(profile.distance[n]),
+            "accuracy": accuracies[n],
+            "distance": distances[n],
+            "perplexity": perplexity(profile.loss[n]),
             "update": "" if last else f"{significant(100 * profile.relative_update[n])} %",
         }
 

@@ -6,6 +6,7 @@ from typing import Any, get_args
 import plotly.graph_objects as go
 from markupsafe import Markup
 
+from deeplimit.report import language
 from deeplimit.report.captions import (
     accuracy_caption,
     class_caption,
@@ -21,6 +22,7 @@ from deeplimit.report.figures import (
     accuracy_figure,
     class_figure,
     distance_figure,
+    influence_figure,
     loss_figure,
     training_figure,
     trajectory_figure,
@@ -57,6 +59,16 @@ def layer_panels(results: RunResults) -> list[Panel]:
     profiles, cut, reference = results.profiles, results.cut, results.reference
     if profiles is None:
         return []
+    if not profiles.test.accuracy:  # of a language model
+        return [
+            _panel("loss", loss_figure(profiles, cut), language.loss_caption(profiles)),
+            _panel(
+                "influence",
+                influence_figure(profiles, cut),
+                language.influence_caption(profiles.test),
+            ),
+            _panel("update", update_figure(profiles, cut), update_caption(profiles)),
+        ]
     shown = [
         ("loss", loss_figure(profiles, cut, reference), loss_caption(profiles, cut, False)),
         (

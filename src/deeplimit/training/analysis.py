@@ -12,6 +12,7 @@ from torch import nn
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit.control import (
     CutChoice,
+    SoftCrossEntropy,
     bridge_of,
     choose_cut,
     crop,
@@ -20,11 +21,18 @@ from deeplimit.control import (
     turnpike_profile,
     verify_crop,
 )
-from deeplimit.control.verdict import check_tolerance, unchanged
+from deeplimit.control.verdict import unchanged
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, RunError, several
 from deeplimit.terminal import tell
-from deeplimit.training.building import evaluation_batches, loss_of, prepare, run_data
+from deeplimit.training.building import (
+    evaluation_batches,
+    loss_of,
+    measure_of,
+    prepare,
+    run_data,
+    tolerance_of,
+)
 from deeplimit.training.companions import together
 from deeplimit.training.determinism import fitting_threads
 from deeplimit.training.fit import launched, train_in
@@ -33,6 +41,7 @@ from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Cut, Parts, Profiles, Reference
 from deeplimit.training.run_files import RECIPE, alone
 from deeplimit.training.run_folder import RunFolder
+from deeplimit.training.texts import WindowLoss
 
 BRIDGED = 1024  # training samples, which a bridge is fitted on
 
@@ -50,17 +59,19 @@ def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
 
 
 def _profile(folder: RunFolder, model: nn.Module, data: DataSet) -> Profiles:
-    loss = loss_of(folder.recipe, data)
+    loss, picture = measure_of(folder.recipe, data), None
     model = model.to(usable_device(folder.recipe))
     with fitting_threads(folder.recipe):
         train, validation, test = (
             turnpike_profile(model, evaluation_batches(split), loss)
             for split in (data.train, data.validation, data.test)
         )
-        picture = picture_trajectories(model, evaluation_batches(data.test), loss)
+        if isinstance(loss, SoftCrossEntropy):  # tokens are too many classes to be drawn
+            picture = picture_trajectories(model, evaluation_batches(data.test), loss)
     profiles = Profiles(train, validation, test)
     with folder.commit() as new:
-        new.write(picture)
+        if picture is not None:
+            new.write(picture)
         new.write(profiles)
     return profiles
 
@@ -70,6 +81,7 @@ def crop_run(
     to: int | Literal["auto"] = "auto",
     *,
     accuracy: float | None = None,
+    rise: float | None = None,
     blocks: int | None = None,
     multiply_adds: float | None = None,
     latency: float | None = None,
@@ -80,8 +92,8 @@ def crop_run(
 
     What is left out is chosen on validation data, what that costs is measured on test data, with
     the loss that was trained. Of a network of one stage "auto" leaves out what the validation
-    profile says can go (`removal`); of one with several stages, or under a budget, layers of any
-    place (`choose_cut`).
+    profile says can go (`layers_to_remove`); of one with several stages, of a language model, or
+    under a budget, layers of any place (`choose_cut`).
 
     Args:
         folder: a finished run; it is profiled first if it has not been.
@@ -89,6 +101,8 @@ def crop_run(
         accuracy: the fraction of accuracy that may be lost: with "auto" on validation data
             (`TurnpikeProfile.depth_within`), and on test data for the verdict. By default what the
             recipe says.
+        rise: the same of a language model, in place of accuracy: nats a token by which its loss may
+            rise.
         blocks: with "auto", how many layers to keep, of any place.
         multiply_adds: with "auto", the fraction of the multiply-adds that is kept at most.
         latency: with "auto", the fraction of the latency that is kept at most.
@@ -114,12 +128,15 @@ def crop_run(
             f"a cut to {several(to, 'layer')}; the network has {layers}: give {least} … {layers}, "
             "auto"
         )
-    accuracy = check_tolerance(folder.recipe.points / 100 if accuracy is None else accuracy)
     data = data or run_data(folder)
+    if (accuracy if data.vocabulary else rise) is not None:
+        of, give = ("accuracy", "rise, nats") if data.vocabulary else ("rise", "accuracy, points")
+        raise InputError(f"{of} given, which is not what {data.name} measures; give {give}")
+    most = tolerance_of(folder.recipe, data, rise if data.vocabulary else accuracy)
     if to != "auto":
-        return _cut(folder, model, data, range(to, layers), accuracy, bridge=bridge)
+        return _cut(folder, model, data, range(to, layers), most, bridge=bridge)
     profiles = folder.profiles() or _profile(folder, model, data)
-    return _cut_automatically(folder, model, data, profiles, accuracy, budget, bridge=bridge)
+    return _cut_automatically(folder, model, data, profiles, most, budget, bridge=bridge)
 
 
 def _cut_automatically(
@@ -127,24 +144,25 @@ def _cut_automatically(
     model: nn.Module,
     data: DataSet,
     profiles: Profiles,
-    accuracy: float,
+    most: float,
     budget: dict[str, Any],
     *,
     bridge: bool = False,
 ) -> Cut:
     """Cuts what the profiles say, within a tolerance or a budget."""
     structure, choice = anatomy(model), None
-    if budget or structure.stages > 1:
+    if budget or structure.stages > 1 or data.vocabulary:
         with fitting_threads(folder.recipe):
             validation = evaluation_batches(data.validation)
             model = model.to(usable_device(folder.recipe))
-            limit = budget or {"accuracy": accuracy}
-            choice = choose_cut(model, profiles.validation, validation, **limit)
+            limit = budget or {"rise" if data.vocabulary else "accuracy": most}
+            loss = WindowLoss() if data.vocabulary else None
+            choice = choose_cut(model, profiles.validation, validation, loss=loss, **limit)
         removed = list(choice.removed)
     else:
-        removed = _possible(structure, layers_to_remove(profiles.validation, accuracy))
-    tolerance = None if budget else accuracy
-    return _cut(folder, model, data, removed, accuracy, tolerance, choice, bridge=bridge)
+        removed = _possible(structure, layers_to_remove(profiles.validation, most))
+    tolerance = None if budget or data.vocabulary else most
+    return _cut(folder, model, data, removed, most, tolerance, choice, bridge=bridge)
 
 
 def _cut(
@@ -152,7 +170,7 @@ def _cut(
     model: nn.Module,
     data: DataSet,
     removed: Iterable[int],
-    accuracy: float,
+    most: float,
     tolerance: float | None = None,
     choice: CutChoice | None = None,
     *,
@@ -166,8 +184,8 @@ def _cut(
         if bridge and gone:
             fitted = evaluation_batches(data.train.take(min(BRIDGED, len(data.train))))
         cropped = crop(model, remove=gone, bridge=fitted)
-        loss, test = loss_of(folder.recipe, data), evaluation_batches(data.test)
-        report = verify_crop(model, cropped, test, loss, tolerance=accuracy)
+        loss, test = measure_of(folder.recipe, data), evaluation_batches(data.test)
+        report = verify_crop(model, cropped, test, loss, tolerance=most)
     if not gone and report.verdict is not None:
         report = replace(report, verdict=unchanged(report.verdict))
     cut = Cut(gone, tolerance, report, choice, Parts.of(data), bridge_of(cropped))

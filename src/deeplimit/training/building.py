@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control import Distillation, SoftCrossEntropy, StageCost
+from deeplimit.control.verdict import check_rise, check_tolerance
 from deeplimit.data import Augmentation, DataSet, Split, iter_batches, load_dataset
 from deeplimit.errors import InputError
 from deeplimit.gradient import use_adjoint
@@ -24,10 +26,12 @@ from deeplimit.network.storage import architecture_of
 from deeplimit.network.storage import load as load_own
 from deeplimit.training.given_model import check_model, given_model
 from deeplimit.training.recipe import OWN_STARTS, Recipe
-from deeplimit.training.run_files import as_vouched
+from deeplimit.training.run_files import RunFiles, as_vouched
 from deeplimit.training.run_folder import RunFolder
+from deeplimit.training.texts import RISE, WindowLoss, reader_of
 
 EVALUATION_BATCH = 256
+LOGITS = 2**25  # of a batch of texts: 128 MiB in 32 bits
 CACHE = ".data"  # in the folder of the runs: decoded images, memory-mapped by later runs
 
 
@@ -86,17 +90,22 @@ class Start:
     fade: Fade | None = None
 
 
-def load_data(recipe: Recipe, runs: Path) -> DataSet:
+def load_data(recipe: Recipe, runs: Path, run: RunFiles | None = None) -> DataSet:
     """The recipe's data as they are; decoded images are kept next to the runs."""
     return load_dataset(
-        recipe.data, data_dir=recipe.data_dir, cache_dir=runs / CACHE, seed=recipe.seed
+        recipe.data,
+        data_dir=recipe.data_dir,
+        cache_dir=runs / CACHE,
+        seed=recipe.seed,
+        model=reader_of(recipe, run),
+        length=recipe.length,
     )
 
 
 def run_data(folder: RunFolder) -> DataSet:
     """The data of a run as its network sees them; a process loads them once."""
     if folder.data is None:
-        data = load_data(folder.recipe, folder.path.parent)
+        data = load_data(folder.recipe, folder.path.parent, folder.files)
         scale = folder.standardisation
         data = data if scale is None else data.standardised(scale)
         object.__setattr__(folder, "data", data)  # remembered; nothing else of it changes
@@ -121,7 +130,7 @@ def prepare(recipe: Recipe, data: DataSet) -> Start:
             data = data.standardised(scale)
         start = Start(recipe, data, model)
         sample = next(iter(evaluation_batches(data.train.take(1))))[0]
-        check_model(model, sample, data.classes, spec, recipe)
+        check_model(model, sample, data, spec, recipe)
     training_batches(recipe, data, 0, 0, recipe.devices)
     return start
 
@@ -272,9 +281,22 @@ def loss_of(recipe: Recipe, data: DataSet) -> SoftCrossEntropy:
     return SoftCrossEntropy(data.classes, recipe.softness)
 
 
+def measure_of(recipe: Recipe, data: DataSet) -> SoftCrossEntropy | WindowLoss:
+    """What a network is measured by: its loss, or of a language model the loss of each window."""
+    return loss_of(recipe, data) if data.vocabulary is None else WindowLoss()
+
+
+def tolerance_of(recipe: Recipe, data: DataSet, asked: float | None = None) -> float:
+    """What may be lost, as asked or as the recipe says: a fraction of the accuracy, or nats."""
+    if data.vocabulary is None:
+        return check_tolerance(recipe.points / 100 if asked is None else asked)
+    usual = RISE if recipe.rise is None else recipe.rise
+    return check_rise(usual if asked is None else asked)
+
+
 def training_batches(
     recipe: Recipe, data: DataSet, epoch: int, rank: int = 0, world: int = 1
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> DataLoader[tuple[Inputs, Tensor]]:
     """One epoch's batches for one of `world` processes: a function of (seed, epoch) alone."""
     changes = Augmentation(recipe.crop, recipe.flip) if recipe.crop or recipe.flip else None
     return iter_batches(
@@ -288,12 +310,18 @@ def training_batches(
     )
 
 
-def evaluation_batches(split: Split) -> DataLoader[tuple[Tensor, Tensor]]:
-    """All samples of a split, in order."""
-    return iter_batches(split, EVALUATION_BATCH)
+def evaluation_batches(split: Split) -> DataLoader[tuple[Inputs, Tensor]]:
+    """All samples of a split, in order; of texts so many that a batch's logits fit."""
+    vocabulary = getattr(split, "vocabulary", None)
+    most = EVALUATION_BATCH if vocabulary is None else LOGITS // (vocabulary * split.x.shape[1])
+    return iter_batches(split, max(1, min(most, EVALUATION_BATCH)))
 
 
 def _architecture(recipe: Recipe, data: DataSet) -> Architecture | CifarArchitecture:
+    if data.is_text:
+        raise InputError(
+            f"{recipe.data} is text, which a {recipe.kind} network does not read; give a model"
+        )
     if recipe.kind == "cifar-resnet":
         if len(data.shape) != 3 or data.shape[0] != 3:
             raise InputError(

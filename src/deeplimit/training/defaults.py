@@ -53,20 +53,25 @@ RECIPES: dict[str, Recipe] = {
 }
 IMAGES = replace(RECIPES["cifar10"], depth=(8, 8, 8), reduction=2, epochs=30)
 VECTORS = Recipe()
+# Perplexity is that of the plain cross-entropy, which this softness changes in the sixth digit.
+TEXT = replace(VECTORS, softness=1e-6, stage_cost=0.0, batch_size=8)
+TABLE = replace(VECTORS, batch_size=16)
+BY_PREFIX = {"npz": VECTORS, "text": TEXT, "table": TABLE}
 
 
 def recipe_for(data: str, model: str | None = None, optimizer: str = "adamw") -> Recipe:
     """The default recipe of a data set, with a model of the user's or without.
 
-    A name without an entry of its own gets the one for vectors (`npz:FILE`) or for images.
+    A name without an entry of its own gets the one for vectors (`npz:FILE`), for texts
+    (`text:FILE`, `table:FILE`) or for images.
     """
     recipe = RECIPES.get(data)
     if recipe is None:
-        recipe = replace(VECTORS if data.startswith("npz:") else IMAGES, data=data)
+        recipe = replace(BY_PREFIX.get(data.partition(":")[0], IMAGES), data=data)
     if model is not None:  # usually trained already: few epochs, small steps
-        recipe = replace(
-            recipe.of_model(model), epochs=5, batch_size=64, learning_rate=3e-4, weight_decay=0.05
-        )
+        recipe = replace(recipe.of_model(model), epochs=5, learning_rate=3e-4, weight_decay=0.05)
+        if not data.startswith(("text:", "table:")):
+            recipe = replace(recipe, batch_size=64)
     if optimizer == "sgd":  # whose figures are of another size
         rate = 0.1 if model is None else 0.01
         recipe = replace(recipe, optimizer="sgd", learning_rate=rate, weight_decay=5e-4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy import anatomy
-from deeplimit._anatomy.evaluation import evaluating
+from deeplimit._anatomy.evaluation import Inputs, evaluating
 from deeplimit._anatomy.inputs import call
 from deeplimit.data import DataSet, Standardisation
 from deeplimit.errors import InputError, describe_error
@@ -17,6 +17,7 @@ from deeplimit.network.weights import read_pickled, read_safetensors
 from deeplimit.training.library_models import UNTRAINED, LoadedModel
 from deeplimit.training.recipe import Recipe, check_seed
 from deeplimit.training.run_folder import load_named
+from deeplimit.training.texts import check_causal, check_words, task_of
 from deeplimit.training.trust import Named
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
@@ -61,7 +62,13 @@ def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisati
         InputError: no such model or weights, or figures that do not go with the model or the data.
     """
     spec = recipe.model or ""
-    loaded = load_named(spec, seed=recipe.seed, classes=data.classes, new_head=recipe.new_head)
+    loaded = load_named(
+        spec,
+        seed=recipe.seed,
+        classes=data.classes,
+        new_head=recipe.new_head,
+        task=task_of(data),
+    )
     model = loaded.model
     if recipe.weights is not None:
         load_weights(model, recipe.weights, spec)
@@ -72,7 +79,13 @@ def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisati
         )
     if recipe.stack is not None:
         anatomy(model, blocks=recipe.stack)
+    if data.is_text and loaded.weights != UNTRAINED and not recipe.new_head:
+        check_words(model, data, spec)
     _name_classes(model, data.class_names)
+    if data.is_text:
+        if recipe.mean is not None:
+            raise InputError(f"mean given, but {recipe.data} is text; leave mean and std out")
+        return model, None
     if hasattr(model, "standardise"):
         if recipe.mean is not None:
             raise InputError(f"mean given, but {spec} standardises its own inputs; leave it out")
@@ -126,25 +139,25 @@ def _is_state(weights: Any, name: str) -> bool:
     return isinstance(weights, Mapping) and isinstance(weights.get(name), Mapping)
 
 
-def check_model(model: nn.Module, x: Tensor, classes: int, spec: str, recipe: Recipe) -> None:
+def check_model(model: nn.Module, x: Inputs, data: DataSet, spec: str, recipe: Recipe) -> None:
     """Runs a model on a sample of its data.
 
     Args:
         model: any.
-        x: [1, …], as the model is to see it.
-        classes: of the data.
+        x: one, as the model is to see it.
+        data: where it is from.
         spec: what to call the model.
         recipe: of its training; its data, and its gradient.
 
     Raises:
         InputError: it has no anatomy, does not take such samples, or tells other classes apart.
     """
-    samples = "×".join(map(str, x.shape[1:]))
+    samples = "×".join(map(str, data.shape)) + (" tokens" if data.is_text else "")
     reads_tokens = (
-        f"{spec} reads tokens; deeplimit train, profile, crop and heal are for classifiers of "
-        "images. From Python: deeplimit.StageCost, turnpike_profile and crop"
+        f"{spec} reads tokens, {recipe.data} has none; give it a text, --data text:FILE, or texts "
+        "with labels, --data table:FILE"
     )
-    if getattr(model, "main_input_name", "") == "input_ids":
+    if getattr(model, "main_input_name", "") == "input_ids" and not data.is_text:
         raise InputError(reads_tokens)
     with evaluating(model), torch.no_grad():
         try:
@@ -153,20 +166,26 @@ def check_model(model: nn.Module, x: Tensor, classes: int, spec: str, recipe: Re
             raise InputError(
                 f"{spec} does not take the samples of {recipe.data}, {samples}: "
                 f"{describe_error(error)}; "
-                "give a model for such images, such as a config.json with their image_size and "
-                "num_channels, or a module:function that resizes them"
+                + (
+                    "give a smaller length"
+                    if data.is_text
+                    else "give a model for such images, such as a config.json with their "
+                    "image_size and num_channels, or a module:function that resizes them"
+                )
             ) from error
+        if data.vocabulary is not None and isinstance(x, Tensor):
+            check_causal(model, x, logits, spec)
     structure = anatomy(model, x, recipe.stack)
-    if structure.tokens:
+    if structure.tokens and data.vocabulary is None:
         raise InputError(reads_tokens)
     if recipe.gradient == "adjoint" and not structure.rebuildable:
         raise InputError(
             "gradient is adjoint: the states of a CIFAR ResNet cannot be rebuilt, because of the "
             "ReLU after every addition; give the gradient backprop"
         )
-    if logits.shape != (1, classes):
+    if logits.shape != (1, *data.train.y.shape[1:], data.classes):
         heads = logits.shape[-1] if logits.dim() else 0
         raise InputError(
-            f"{spec} tells {heads} classes apart, {recipe.data} has {classes}; give a model with a "
-            f"head for {classes} classes, as module:function if need be"
+            f"{spec} tells {heads} classes apart, {recipe.data} has {data.classes}; give a model "
+            f"with a head for {data.classes} classes, as module:function if need be"
         )

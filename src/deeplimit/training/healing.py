@@ -13,7 +13,7 @@ from torch import nn
 
 from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.anatomy import layer_numbers
-from deeplimit._anatomy.evaluation import device_of
+from deeplimit._anatomy.evaluation import device_of, to_device
 from deeplimit.control import crop, verify_crop
 from deeplimit.control.distillation import check_teaching
 from deeplimit.data import DataSet
@@ -25,8 +25,9 @@ from deeplimit.training.building import (
     Start,
     Teaching,
     evaluation_batches,
-    loss_of,
+    measure_of,
     run_data,
+    tolerance_of,
 )
 from deeplimit.training.determinism import fitting_threads
 from deeplimit.training.fit import fit, launched
@@ -132,9 +133,9 @@ def heal(
     if teacher is not None:
         check_teaching(teacher_weight, temperature)
         teaching = Teaching(teacher, teacher_weight, temperature, teacher_learns)
-    sample = next(iter(evaluation_batches(data.train.take(1))))[0].to(device_of(model))
+    sample = to_device(next(iter(evaluation_batches(data.train.take(1))))[0], device_of(model))
     for network in (model, teacher or model):
-        check_model(network, sample, data.classes, name, replace(recipe, data=data.name))
+        check_model(network, sample, data, name, replace(recipe, data=data.name))
     fading = _fade(gone, fade)
     begun = copy.deepcopy(model) if fading else crop(model, remove=gone)
     start = Start(recipe, data, begun.cpu(), teaching, fading)
@@ -286,14 +287,16 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
     device = device_of(healed)
     cut = folder.cut()
     asked = None if cut is None else cut.tolerance
-    tolerance = folder.recipe.points / 100 if asked is None else asked
+    if cut is not None and cut.choice is not None and cut.choice.budget == "rise":
+        asked = cut.choice.limit
+    tolerance = tolerance_of(folder.recipe, data, asked)
     with fitting_threads(recipe), torch.no_grad():
         from_full, from_cropped = (
             verify_crop(
                 before.to(device),
                 healed,
                 evaluation_batches(data.test),
-                loss_of(recipe, data),
+                measure_of(recipe, data),
                 tolerance=tolerance,
             )
             for before in (full, cropped)

@@ -28,6 +28,17 @@ UNTRAINED = "random, untrained"
 
 # With the head whose loss is its training's, where the model has one of these.
 TASKS = ("IMAGE_CLASSIFICATION", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM")
+IMAGES = "IMAGE_CLASSIFICATION"
+# What the classes that do a task are called, what those lack that do not, and which do.
+DOES = {
+    IMAGES: (r"ForImageClassification", "classifies no images", "vit or dinov2"),
+    "SEQUENCE_CLASSIFICATION": (
+        r"ForSequenceClassification",
+        "classifies no texts",
+        "bert or distilbert",
+    ),
+    "CAUSAL_LM": (r"ForCausalLM|LMHead", "does not predict the next token", "llama or gpt2"),
+}
 COPIES = 3  # of the parameters: themselves, their gradients, and the gradients compared with
 
 
@@ -59,20 +70,21 @@ class LoadedModel:
 
 
 def transformers_model(
-    name: str, classes: int | None = None, *, new_head: bool = False
+    name: str, classes: int | None = None, *, new_head: bool = False, task: str = IMAGES
 ) -> LoadedModel:
     """A model type with its default config, a config.json, or a folder, on disk or cached.
 
     Args:
         name: which.
-        classes: asks for a classifier of images into so many classes, in 32 bits; what is untrained
+        classes: asks for a model for the task, in 32 bits, with so many classes; what is untrained
             gets a head for them.
         new_head: a trained head for another number of classes is replaced too.
+        task: as transformers calls it: of images, of texts, or of the next token.
 
     Raises:
         InputError: transformers is not installed, there is no such config, it cannot be built or
             names code, the weights are not all there, the preprocessor_config.json is damaged, or
-            it is no classifier of images into so many classes.
+            it is no model for the task with so many classes.
     """
     hf = _library("transformers", "pip install 'deeplimit[hub]'")
     spec = f"transformers:{name}"
@@ -82,10 +94,11 @@ def transformers_model(
         if classes is None:
             kind = _model_class(hf, config)
         else:
-            kind = _classifier_class(hf, config, spec)
-            if folder is not None and not new_head:
-                _check_head(config, kind, classes, spec)
-            config.num_labels = classes
+            kind = _class_for(hf, config, spec, task, folder is not None)
+            if task != "CAUSAL_LM":
+                if folder is not None and not new_head:
+                    _check_head(config, kind, classes, spec)
+                config.num_labels = classes
         build, weights = partial(kind, config), UNTRAINED
         if folder is not None:
             build, weights = partial(_trained, kind, folder, config, new_head), "trained"
@@ -168,7 +181,7 @@ def quiet(hf: Any) -> Iterator[None]:
 def _config(hf: Any, name: str) -> tuple[Any, Path | None]:
     """The config, and the folder that may have weights beside it."""
     path = Path(name)
-    if name in hf.CONFIG_MAPPING:
+    if name in hf.CONFIG_MAPPING and not (path / CONFIG).is_file():
         return hf.AutoConfig.for_model(name), None
     if not path.exists():
         try:
@@ -275,23 +288,30 @@ def _model_class(hf: Any, config: Any) -> Any:
 def _own_class(hf: Any, config: Any, task: str = "") -> Any:
     """The first class of models that the config names, and transformers has."""
     for name in config.architectures or ():
-        found = getattr(hf, name, None) if task in name else None
+        found = getattr(hf, name, None) if re.search(task, name) else None
         if isinstance(found, type) and issubclass(found, hf.PreTrainedModel):
             return found
     return None
 
 
-def _classifier_class(hf: Any, config: Any, spec: str) -> Any:
-    """The config's own class where it classifies images, else that of its family which does."""
-    own = _own_class(hf, config, "ForImageClassification")
+def _class_for(hf: Any, config: Any, spec: str, task: str, trained: bool) -> Any:
+    """The config's own class where it does the task, else that of its family which does."""
+    named, lacks, such = DOES[task]
+    own = _own_class(hf, config, named)
     if own is not None:
         return own
-    found = hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    found = getattr(hf, f"MODEL_FOR_{task}_MAPPING").get(type(config), None)
     if found is None:
         raise InputError(
-            f"{spec} classifies no images: transformers has no such model for "
-            f"{type(config).__name__}; give one for images, such as vit or dinov2. Other models "
-            "are profiled and cut from Python: deeplimit.turnpike_profile, deeplimit.crop"
+            f"{spec} {lacks}: transformers has no such model for {type(config).__name__}; give "
+            f"another one, such as {such}. Other models are profiled and cut from Python: "
+            "deeplimit.turnpike_profile, deeplimit.crop"
+        )
+    if task == "CAUSAL_LM" and trained:
+        kind = ", ".join(config.architectures or ()) or "of no class that its config names"
+        raise InputError(
+            f"{spec} {lacks}: it is {kind}; give the folder of a whole language model, such as "
+            f"{such}, or for a text classifier --data table:FILE"
         )
     return found[0] if isinstance(found, tuple) else found
 

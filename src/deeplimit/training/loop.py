@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
+from deeplimit._anatomy.checks import IGNORED
+from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control import Fading, turnpike_profile
 from deeplimit.control.soft_cross_entropy import check_loss
 from deeplimit.errors import InputError
@@ -31,7 +33,7 @@ from deeplimit.training.recipe import Recipe
 from deeplimit.training.run_folder import write_metrics
 from deeplimit.training.watching import DriftWatch, check_validation, loss_not_finite
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Inputs, Tensor]
 
 
 MOMENTUM = 0.9  # of sgd; the one-cycle schedule moves it between 0.85 and 0.95
@@ -175,7 +177,8 @@ class Training:
         with torch.no_grad():
             losses = self.objective.loss(logits, batch[1]).double()
             hits = (logits.argmax(-1) == batch[1]).double()
-            return torch.stack([losses.sum(), hits.sum(), torch.ones_like(hits).sum()])
+            count = (batch[1] != IGNORED).double().sum()
+            return torch.stack([losses.sum(), hits.sum(), count])
 
     def _of_network(self, weights: dict[str, Any]) -> dict[str, Any]:
         """Without those of a teacher that learns."""

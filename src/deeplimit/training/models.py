@@ -36,7 +36,13 @@ from deeplimit.network.weights import read_safetensors
 from deeplimit.ode import untie
 from deeplimit.reading import parse_json
 from deeplimit.records import coerce
-from deeplimit.training.library_models import LIBRARIES, LoadedModel, quiet, transformers_model
+from deeplimit.training.library_models import (
+    IMAGES,
+    LIBRARIES,
+    LoadedModel,
+    quiet,
+    transformers_model,
+)
 from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor
 from deeplimit.training.run_files import SUFFIX, as_vouched
 from deeplimit.training.trust import FORMS, check_code
@@ -45,7 +51,12 @@ REMOVED = "deeplimit.removed"
 
 
 def load_single(
-    spec: str, *, seed: int = 0, classes: int | None = None, new_head: bool = False
+    spec: str,
+    *,
+    seed: int = 0,
+    classes: int | None = None,
+    new_head: bool = False,
+    task: str = IMAGES,
 ) -> LoadedModel:
     """Loads the model of any specification but a run folder's; nothing is downloaded.
 
@@ -64,7 +75,8 @@ def load_single(
         torch.manual_seed(seed)  # only now: a module may draw numbers while it is imported
         if module is not None:
             return _of_function(spec, module, name)
-        return LIBRARIES[source](name, classes, new_head=new_head)
+        more = {"task": task} if source == "transformers" else {}
+        return LIBRARIES[source](name, classes, new_head=new_head, **more)
 
 
 def _of_file(path: Path) -> LoadedModel:
@@ -137,6 +149,7 @@ def save_network(
     *,
     removed: Sequence[int] = (),
     standardisation: Standardisation | None = None,
+    tokenizer: str | None = None,
 ) -> None:
     """Writes a network to `place`.safetensors or the folder `place`, whole or not at all.
 
@@ -148,6 +161,8 @@ def save_network(
         removed: the layers of the run's model that it lacks.
         standardisation: of its inputs, written beside a model of transformers as its
             preprocessor_config.json.
+        tokenizer: of a model of transformers that reads texts: the folder whose tokenizer is
+            written beside it.
 
     Raises:
         RunError: the disk is full or cannot be written to.
@@ -155,7 +170,7 @@ def save_network(
     if architecture_of(model) is not None:
         save(model, _file(place))
     elif of_transformers(model):
-        _save_folder(model, place, standardisation)
+        _save_folder(model, place, standardisation, tokenizer)
     else:
         write_weights(model, _file(place), {REMOVED: json.dumps(list(removed))})
 
@@ -201,11 +216,16 @@ def of_transformers(model: nn.Module) -> bool:
     return type(model).__module__.startswith("transformers.") and hasattr(model, "save_pretrained")
 
 
-def _save_folder(model: Any, place: Path, standardisation: Standardisation | None) -> None:
+def _save_folder(
+    model: Any, place: Path, standardisation: Standardisation | None, tokenizer: str | None
+) -> None:
     if len([*model.parameters()]) < len([*model.named_parameters(remove_duplicate=False)]):
         model = untie(model)  # transformers writes no file in which layers share parameters
     with whole(place, folder=True) as aside:
-        with quiet(import_module("transformers")), file_errors():
+        with quiet(hf := import_module("transformers")), file_errors():
             model.save_pretrained(aside)
+            if tokenizer is not None:
+                where: Any = {"local_files_only": True, "trust_remote_code": False}
+                hf.AutoTokenizer.from_pretrained(tokenizer, **where).save_pretrained(aside)
         if standardisation is not None:
             (aside / PREPROCESSOR).write_text(json.dumps(preprocessor(standardisation), indent=2))

@@ -19,6 +19,7 @@ from deeplimit.training.trust import Named
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
 LARGEST = 1e18  # optimisers square gradients, and so what multiplies them, in 32 bits: up to 3e38
 LEAST = {"evaluations": 1, "stage_cost_layers": 1, "batch_size": 1, "devices": 1, "crop": 0}
+LEAST |= {"length": 2, "rise": 0}
 POSITIVE = ("step", "length_scale", "learning_rate")
 COSTS = ("stage_cost", "control_cost", "weight_decay")
 PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
@@ -42,9 +43,13 @@ class Recipe:
     """
 
     data: str = "digits"
-    """Name of the data set: digits, spirals, mnist, cifar10, hub:OWNER/NAME, npz:FILE, a folder."""
+    """Name of the data set: digits, spirals, mnist, cifar10, hub:OWNER/NAME, npz:FILE, a folder;
+    for a model of text text:FILE, or table:FILE with columns text and label."""
     data_dir: Path | None = None
     """Folder that holds the data sets' folders; without it DEEPLIMIT_DATA says where."""
+    length: int | None = None
+    """Tokens of a window of text, or the most of a text in a table; by default 256, or as many as
+    the model reads."""
 
     model: str | None = None
     """A model instead of kind, depth, …: module:function, transformers:NAME, torchvision:NAME,
@@ -112,6 +117,9 @@ class Recipe:
     points: float = 0.5
     """Points of accuracy (percent of the samples) that a cut may lose: by them the automatic cut is
     chosen on validation data and judged on test data."""
+    rise: float | None = None
+    """The same for a language model: by how many nats a token a cut may raise the loss; 0.05, a
+    perplexity 5 % higher, if not given."""
     control: Literal["none", "plain"] = "none"
     """plain: train two networks without stage cost besides, by this recipe: one of this depth, cut
     alike, and one of the cut's depth from scratch. Both stand beside the cut, on test data."""
@@ -203,7 +211,11 @@ class Recipe:
         for name in ("data", "model"):
             kind, colon, path = (getattr(self, name) or "").rpartition(":")
             # Else it is a name: of a data set, a function, a model that a library knows.
-            if kind in ("", "npz", "transformers") and path and Path(path).exists():
+            if (
+                kind in ("", "npz", "text", "table", "transformers")
+                and path
+                and Path(path).exists()
+            ):
                 known = name == "data" and not colon
                 changed |= {} if known else {name: f"{kind}{colon}{Path(path).absolute()}"}
         if isinstance(self.model, Named) and "model" in changed:

@@ -25,16 +25,18 @@ class Profiles:
 
 @dataclass(frozen=True)
 class Parts:
-    """Numbers of samples of the three parts of the data."""
+    """Numbers of samples of the three parts of the data, and the tokens of each in a text."""
 
     train: int
     validation: int
     test: int
+    tokens: int | None = None
 
     @classmethod
     def of(cls, data: DataSet) -> "Parts":
         """Those of a data set."""
-        return cls(len(data.train), len(data.validation), len(data.test))
+        tokens = None if data.vocabulary is None else data.shape[0]
+        return cls(len(data.train), len(data.validation), len(data.test), tokens)
 
 
 @dataclass(frozen=True)

@@ -127,13 +127,15 @@ class RunFolder:
             fill: writes what else belongs into the folder, before it appears at the path given.
         """
         from deeplimit.training.models import save_network
+        from deeplimit.training.texts import reader_of
 
         recipe = replace(recipe.with_absolute_paths(), control="none")  # which starts from scratch
 
         def begin(path: Path, to: Path) -> None:
             with RunFiles(path).commit() as files:
                 place = files.place("start")
-                save_network(model, place, standardisation=cls(path, recipe).standardisation)
+                scale = cls(path, recipe).standardisation
+                save_network(model, place, standardisation=scale, tokenizer=reader_of(recipe))
                 file = Path("start" if place.is_dir() else f"start{SUFFIX}")
                 if recipe.model is None:
                     own = replace(recipe, epochs=epochs, start=file)
@@ -218,10 +220,12 @@ class RunFolder:
 
     def _write_network(self, name: str, model: Module, removed: Sequence[int] = ()) -> None:
         from deeplimit.training.models import save_network
+        from deeplimit.training.texts import reader_of
 
-        scale = self.standardisation
+        more: Any = {"standardisation": self.standardisation}
+        more["tokenizer"] = reader_of(self.recipe, self.files)
         with self.files.commit() as files:
-            save_network(model, files.place(name), removed=removed, standardisation=scale)
+            save_network(model, files.place(name), removed=removed, **more)
 
     def _network(self, name: str, missing: str) -> Module:
         from deeplimit.training.models import load_network
@@ -359,6 +363,7 @@ def load_named(
     classes: int | None = None,
     new_head: bool = False,
     trust: bool = False,
+    task: str = "IMAGE_CLASSIFICATION",
 ) -> LoadedModel:
     """Loads the model of a recipe as `load_model` does; code runs only if its mark says so.
 
@@ -368,7 +373,7 @@ def load_named(
     from deeplimit.training.models import LoadedModel, load_single
 
     if not is_run(spec):
-        return load_single(spec, seed=seed, classes=classes, new_head=new_head)
+        return load_single(spec, seed=seed, classes=classes, new_head=new_head, task=task)
     if not Path(spec).exists():
         raise InputError(f"{spec}: no such folder; the model is given as {FORMS}")
     run = RunFolder.open(spec, trust=trust or (isinstance(spec, Named) and spec.trust))

@@ -7,6 +7,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy
+from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control import TurnpikeProfile
 from deeplimit.errors import RunError
 from deeplimit.gradient import drift
@@ -19,7 +20,7 @@ def loss_not_finite(
     fabric: Fabric,
     module: nn.Module,
     structure: Anatomy,
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[Inputs, Tensor],
     step: int,
     done: int,
 ) -> RunError:

@@ -5,6 +5,7 @@ from deeplimit.report.figures.gradient_cost import gradient_cost_figure
 from deeplimit.report.figures.layers import (
     accuracy_figure,
     distance_figure,
+    influence_figure,
     loss_figure,
     update_figure,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "class_figure",
     "distance_figure",
     "gradient_cost_figure",
+    "influence_figure",
     "loss_figure",
     "rates_figure",
     "training_figure",

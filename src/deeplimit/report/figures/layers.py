@@ -1,5 +1,6 @@
 """Figures over the layers n = 0 … N: what every layer's state achieves."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
@@ -33,6 +34,9 @@ def loss_figure(
     else:
         figure = layer_figure("Loss", test.horizon, "nats", cut)
         figure.update_yaxes(rangemode="tozero")
+        if math.isnan(test.minimum):  # of a loss without minimisers
+            _add_networks(figure, profiles, reference, values)
+            return figure
         figure.add_hline(y=test.minimum, line={"color": TUBE, "width": 1.5, "dash": "dot"})
         figure.add_annotation(
             x=1,
@@ -99,6 +103,15 @@ def update_figure(
     )
     logarithmic(figure, _drawn(figure))
     return _mark_entry(figure, profiles)
+
+
+def influence_figure(profiles: Profiles, cut: Cut | None = None) -> go.Figure:
+    """Block influence 1 − cos(x_n, x_{n+1}), drawn half way between n and n + 1."""
+    figure = layer_figure("Influence", profiles.test.horizon, "1 − cos", cut)
+    figure.update_xaxes(unifiedhovertitle={"text": "between layers, at %{x}"})
+    figure.update_yaxes(rangemode="tozero")
+    _add_networks(figure, profiles, None, lambda p: p.influence or (), shift=0.5)
+    return figure
 
 
 def _add_networks(
