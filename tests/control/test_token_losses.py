@@ -149,7 +149,8 @@ def test_costs_charged_inside_the_layers_are_the_same(name: str) -> None:
     x, y = batch()
     counted = CountedTokens(y, VOCABULARY, numbers=4 * VOCABULARY)
     structure = anatomy(model)
-    with structure.charging(lambda head, s: counted.mean_loss(LOSS, head, s), x) as costs:
+    cost = lambda head, s: counted.mean_loss(LOSS, head, s)  # noqa: E731
+    with structure.collect_stage_costs(cost, x) as costs:
         structure.run(x)
     walk = naive_text_walk(model, x)[:-1]
     naive = torch.stack([by_hand(naive_text_logits(model, s), y).mean() for s in walk])

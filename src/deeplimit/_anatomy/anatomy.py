@@ -105,7 +105,7 @@ class Anatomy(ABC):
         """Whether layers are replayed in the backward pass, so that kept states cost memory."""
         return False
 
-    def charging(
+    def collect_stage_costs(
         self, cost: RunningCost, x: Inputs, layers: Collection[int] | None = None
     ) -> AbstractContextManager[list[Tensor]]:
         """Collects cost(head, x_n) of these layers n < N, inside them; where they are replayed.

@@ -158,7 +158,7 @@ class ResidualChain(nn.Sequential):
         return "run_step" in self.__dict__
 
     @contextmanager
-    def charging(
+    def collect_stage_costs(
         self, cost: RunningCost, steps: Container[int] | None = None
     ) -> Iterator[list[Tensor]]:
         """Collects the running costs cost(x_n) of these steps n, computed inside them.

@@ -84,7 +84,7 @@ class ChainAnatomy(Anatomy):
         return any(chain.replayed for chain in self._chains)
 
     @contextmanager
-    def charging(
+    def collect_stage_costs(
         self, cost: RunningCost, x: Inputs, layers: Collection[int] | None = None
     ) -> Iterator[list[Tensor]]:
         """The chains' running costs, together once the model has run.
@@ -104,7 +104,7 @@ class ChainAnatomy(Anatomy):
             paid = []
             for stack, chain in zip(self.stacks, self._chains, strict=True):
                 steps = None if layers is None else {n - stack.first for n in layers}
-                charged = chain.charging(partial(charge, stack.index), steps)
+                charged = chain.collect_stage_costs(partial(charge, stack.index), steps)
                 paid.append(exits.enter_context(charged))
             yield collected
             collected += [c for costs in paid for c in costs]

@@ -25,7 +25,7 @@ from deeplimit._anatomy.other_depths import check_kept, with_times
 from deeplimit._anatomy.probing import HeadProbe, alike, check_answer, small_part, watched
 from deeplimit._anatomy.rebuilding import check_rebuilt
 from deeplimit._anatomy.stacks import beside, find_blocks
-from deeplimit._anatomy.stand_ins import ReplayedBlock, charged, state_among, state_of
+from deeplimit._anatomy.stand_ins import ReplayedBlock, collected, state_among, state_of
 from deeplimit.errors import InputError
 
 
@@ -263,7 +263,7 @@ class ReadModel(Anatomy):
         return any(isinstance(vars(block).get("forward"), ReplayedBlock) for block in self.blocks)
 
     @contextmanager
-    def charging(
+    def collect_stage_costs(
         self, cost: RunningCost, x: Inputs, layers: Collection[int] | None = None
     ) -> Iterator[list[Tensor]]:
         """The blocks' running costs, together once the model has run.
@@ -279,11 +279,11 @@ class ReadModel(Anatomy):
         for n, b in enumerate(self._blocks):
             taken = layers is None or n in layers
             costs.setdefault(b.module, []).append(partial(charge, b.stage) if taken else None)
-        collected: list[Tensor] = []
+        every: list[Tensor] = []
         with ExitStack() as stack:
-            paid = [stack.enter_context(charged(m, own)) for m, own in costs.items() if any(own)]
-            yield collected
-            collected += [c for costs in paid for c in costs]
+            paid = [stack.enter_context(collected(m, own)) for m, own in costs.items() if any(own)]
+            yield every
+            every += [c for costs in paid for c in costs]
 
     def _injected(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -26,6 +27,36 @@ def standing_in(stand_ins: Mapping[nn.Module, StandIn]) -> Iterator[None]:
                 vars(module).pop(PLACE, None)
             else:
                 vars(module)[PLACE] = before
+
+
+class MethodStandIn:
+    """Stands among a module's own attributes for a method of its class, until it is removed.
+
+    Attributes:
+        block: the module.
+        name: of the method, `forward` or a chain's `run_step`.
+        original: what stood there before, such as a compiled forward.
+    """
+
+    def __init__(self, block: nn.Module, name: str = "forward"):
+        self.block, self.name = block, name
+        self.original: StandIn | None = vars(block).get(name)
+
+    @property
+    def own(self) -> StandIn:
+        """What is called without it."""
+        return self.original or partial(getattr(type(self.block), self.name), self.block)
+
+    def put(self) -> None:
+        """Puts it there."""
+        vars(self.block)[self.name] = self
+
+    def remove(self) -> None:
+        """Puts back what was there."""
+        if self.original is None:
+            del vars(self.block)[self.name]
+        else:
+            vars(self.block)[self.name] = self.original
 
 
 def in_turn(module: nn.Module, functions: Sequence[StandIn | None]) -> StandIn:
@@ -115,7 +146,7 @@ class ReplayedBlock(Protocol):
 
 
 @contextmanager
-def charged(
+def collected(
     block: nn.Module, costs: Sequence[Callable[[Tensor], Tensor] | None]
 ) -> Iterator[list[Tensor]]:
     """Collects cost(x) for the inputs x of a block, inside its replay where it has one.

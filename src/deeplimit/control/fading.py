@@ -1,9 +1,8 @@
 """Layers whose step size goes to zero while the network trains, so that nothing jumps when cut."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from types import TracebackType
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.anatomy import layer_numbers
 from deeplimit._anatomy.checks import check_number
+from deeplimit._anatomy.stand_ins import MethodStandIn, state_among, state_of, with_state
 from deeplimit.errors import InputError
 
 
-class FadedForward:
+class FadedForward(MethodStandIn):
     """Stands in a block's own attributes for its forward: x + s·(y − x) in place of y.
 
     In place of a residual function φ, whose chain adds its input by itself: s·φ(x).
@@ -26,37 +26,26 @@ class FadedForward:
     """
 
     def __init__(self, block: nn.Module, past: Callable[[Tensor], Tensor] | None):
-        self.block, self.past, self.step = block, past, 1.0
-        self.original = block.__dict__.get("forward")
+        super().__init__(block)
+        self.past, self.step = past, 1.0
         self._state_alone = past is None  # whether the block is known to return nothing else
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The next state, or the update; what else the block returns stays as it is."""
-        given = (*args, *kwargs.values())
-        x = next(value for value in given if isinstance(value, Tensor))
+        x = cast(Tensor, state_among(args, kwargs))
         # A block with a key-value cache is run: the cache's length is read off its layers.
-        cached = any(hasattr(value, "get_seq_length") for value in given)
+        cached = any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values()))
         if self.step == 0 and self._state_alone and not cached:
             return torch.zeros_like(x) if self.past is None else self.past(x)
-        y = (self.original or partial(type(self.block).forward, self.block))(*args, **kwargs)
-        self._state_alone = not isinstance(y, tuple)
+        y = self.own(*args, **kwargs)
+        self._state_alone = isinstance(y, Tensor)
         if self.step == 1:
             return y
-        rest = None if self._state_alone else y[1:]
-        state = y if rest is None else y[0]
+        state = cast(Tensor, state_of(y))
         if self.past is None:
-            state = self.step * state
-        else:
-            past = self.past(x)
-            state = torch.lerp(past, state, self.step) if self.step else past
-        return state if rest is None else (state, *rest)
-
-    def remove(self) -> None:
-        """Puts the block's own forward back."""
-        if self.original is None:
-            del self.block.__dict__["forward"]
-        else:
-            self.block.forward = self.original
+            return with_state(y, self.step * state)
+        past = self.past(x)
+        return with_state(y, torch.lerp(past, state, self.step) if self.step else past)
 
 
 class Fading:
@@ -94,7 +83,7 @@ class Fading:
             past = structure.past(n) if n in adding else None
             self._faded.append(FadedForward(block, past))
         for stand_in in self._faded:
-            stand_in.block.forward = stand_in
+            stand_in.put()
 
     def set_step(self, step: float) -> None:
         """Sets s of every layer, 1 … 0.

@@ -155,7 +155,7 @@ class StageCost(nn.Module):
             return self.anatomy.run(x), None
         layers = self._drawn()
         if self.anatomy.replayed and torch.is_grad_enabled():
-            with self.anatomy.charging(self._mean_loss(y), x, layers) as costs:
+            with self.anatomy.collect_stage_costs(self._mean_loss(y), x, layers) as costs:
                 logits = self.anatomy.run(x)
             return logits, self._estimate(torch.stack(costs).sum()) if costs else None
         # Before the model runs, as under the adjoint, where the first layers' costs are computed
