@@ -129,7 +129,7 @@ def test_a_wrong_solver(solver: str, steps: int | None, said: str) -> None:
 def test_a_tolerance_is_above_zero(tolerance: float) -> None:
     for call in (
         lambda: with_solver(classifier(), "dopri5", tolerance=tolerance),
-        lambda: solver_accuracies(classifier(), [], [("dopri5", None)], tolerance),
+        lambda: solver_accuracies(classifier(), [], [("dopri5", None)], tolerance=tolerance),
     ):
         with pytest.raises(InputError, match=r"tolerance is .*expected a number above 0"):
             call()

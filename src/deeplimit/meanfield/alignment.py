@@ -15,7 +15,7 @@ from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 
 
 def align_streams(a: Network, b: Network, batch: Inputs) -> LayerwiseMeasure:
-    """The measure of b in another basis of its residual stream, nearest to a's; b's own function.
+    """Turns b into the basis of its residual stream that is nearest to a's; b's own function stays.
 
     The states x_n^b of a batch meet those of a at equal depth s; of Procrustes' problem
 
@@ -25,6 +25,8 @@ def align_streams(a: Network, b: Network, batch: Inputs) -> LayerwiseMeasure:
     a `ResidualClassifier` whose state is neither data nor logits and has no norm: of kind "vector"
     with a linear stem, or "convolutional" of one stage with norm "none", where Q mixes channels.
     ReLU, layer norms and batch norms on the stream itself fix its basis.
+
+        turned = align_streams(model, other, x)
 
     Raises:
         InputError: another network; networks of different state dimensions; samples that the

@@ -9,19 +9,20 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError
-from deeplimit.meanfield.flow import Coordinate, coordinates, length, slope_of
+from deeplimit.meanfield.flow import coordinates, length, slope_of
 from deeplimit.meanfield.measure import LayerwiseMeasure
 from deeplimit.meanfield.neurons import model_of
 from deeplimit.meanfield.transport import cot_distance
 from deeplimit.network.blocks import check_values
+from deeplimit.records import Record
 
 ABOVE = 1e-9  # the guaranteed curve, relative: rounding
 ROUNDING = 100  # a mean of losses is good to so many units of the last place
 
 
 @dataclass(frozen=True)
-class ConvergenceCertificate:
-    """What was recorded of a training, against what was guaranteed at its start.
+class ConvergenceCertificate(Record):
+    """The record of a training against the guarantee given at its start.
 
     Attributes:
         times: t_k, in the flow's time: the sum of the learning rates.
@@ -53,9 +54,13 @@ class ConvergenceCertificate:
     broken_by: tuple[str, ...]
     verdict: str
 
+    def __str__(self) -> str:
+        """The verdict."""
+        return self.verdict
+
     @property
     def holds(self) -> bool:
-        """Whether no record breaks it."""
+        """True where no record breaks it."""
         return self.broken_at is None
 
 
@@ -128,9 +133,15 @@ class ConvergenceRecorder:
             self._start, self._start_thetas = measure, thetas
             distance = path = 0.0
         else:
-            distance = self._distance(measure, thetas)
-            changes = [a - b for a, b in zip(thetas, self._thetas, strict=True)]
-            path = self._records[-1].path + length(zip(self._every, changes, strict=True))
+            steps = [now - then for now, then in zip(thetas, self._thetas, strict=True)]
+            path = self._records[-1].path + length(zip(self._every, steps, strict=True))
+            # COT of the particles, and Euclidean of what belongs to none.
+            moved = [
+                (c, now - then)
+                for c, now, then in zip(self._every, thetas, self._start_thetas, strict=True)
+                if c.role != "particle"
+            ]
+            distance = math.hypot(cot_distance(self._start, measure).distance, length(moved))
         self._thetas = thetas
         return _Record(time, excess, slope, distance, path)
 
@@ -148,15 +159,6 @@ class ConvergenceRecorder:
         excess = risk - self.infimum
         return excess if excess > rounding else 0.0
 
-    def _distance(self, measure: LayerwiseMeasure, thetas: list[Tensor]) -> float:
-        """COT of the particles, and Euclidean of what belongs to none."""
-        moved: list[tuple[Coordinate, Tensor]] = [
-            (c, now - then)
-            for c, now, then in zip(self._every, thetas, self._start_thetas, strict=True)
-            if c.role != "particle"
-        ]
-        return math.hypot(cot_distance(self._start, measure).distance, length(moved))
-
 
 @dataclass(frozen=True)
 class _Record:
@@ -166,11 +168,16 @@ class _Record:
     distance: float
     path: float
 
+    @property
+    def rate(self) -> float | None:
+        """m̂."""
+        return self.slope**2 / (2 * self.risk) if self.risk > 0 else None
+
 
 def certify_convergence(
     model: nn.Module | Anatomy, *, infimum: float = 0.0, m: float | None = None, others: float = 1.0
 ) -> ConvergenceRecorder:
-    """A recorder that says whether the training of a network keeps a rate fixed at its start.
+    """Makes a recorder of whether the training of a network keeps a rate fixed at its start.
 
     Local Polyak–Łojasiewicz: if ‖∇L‖²_μ ≥ 2m·L on the COT ball B(μ_0, R), R ≥ √(2L(μ_0)/m), then
     the gradient flow stays in the ball and
@@ -222,68 +229,45 @@ def certify_convergence(
 
 
 def _certificate(records: list[_Record], m: float) -> ConvergenceCertificate:
-    first = records[0]
+    first, last = records[0], records[-1]
     budget = math.sqrt(2 * first.risk / m)
     guaranteed = [math.exp(-2 * m * (r.time - first.time)) * first.risk for r in records]
-    conditions = [_violations(r, m, budget) for r in records]
-    above = [
-        ("risk",) if r.risk > curve * (1 + ABOVE) else ()
-        for r, curve in zip(records, guaranteed, strict=True)
+    conditions = [
+        {"rate": r.slope**2 < 2 * m * r.risk, "distance": r.distance > budget} for r in records
     ]
-    found = conditions if any(conditions) else above
-    broken_at = next((k for k, names in enumerate(found) if names), None)
-    broken_by = () if broken_at is None else found[broken_at]
+    if not any(any(c.values()) for c in conditions):
+        pairs = zip(records, guaranteed, strict=True)
+        conditions = [{"risk": r.risk > curve * (1 + ABOVE)} for r, curve in pairs]
+    names = [tuple(name for name, violated in c.items() if violated) for c in conditions]
+    broken_at = next((k for k, found in enumerate(names) if found), None)
+    if broken_at is None:
+        verdict = (
+            f"holds for {len(records)} records up to t = {last.time:.3g}: m̂ stayed above m = "
+            f"{m:.3g}, the distance travelled is {last.distance:.3g} of R = {budget:.3g}; risk "
+            f"{last.risk:.3g}, guaranteed {guaranteed[-1]:.3g}"
+        )
+    else:
+        r = records[broken_at]
+        reasons = {
+            "rate": f"m̂ = {r.rate or 0:.3g} is below m = {m:.3g}",
+            "distance": f"the distance travelled, {r.distance:.3g}, is above the budget R = "
+            f"{budget:.3g}",
+            "risk": f"the risk, {r.risk:.3g}, is above the guaranteed {guaranteed[broken_at]:.3g}: "
+            "the steps are too large for a gradient flow",
+        }
+        why = " and ".join(reasons[name] for name in names[broken_at])
+        verdict = f"broken since record {broken_at} (t = {r.time:.3g}): {why}"
     return ConvergenceCertificate(
         times=tuple(r.time for r in records),
         risks=tuple(r.risk for r in records),
         slopes=tuple(r.slope for r in records),
-        rates=tuple(_rate(r) for r in records),
+        rates=tuple(r.rate for r in records),
         distances=tuple(r.distance for r in records),
         path_lengths=tuple(r.path for r in records),
         guaranteed=tuple(guaranteed),
         m=m,
         budget=budget,
         broken_at=broken_at,
-        broken_by=broken_by,
-        verdict=_verdict(records, m, budget, guaranteed, broken_at, broken_by),
-    )
-
-
-def _rate(record: _Record) -> float | None:
-    return record.slope**2 / (2 * record.risk) if record.risk > 0 else None
-
-
-def _violations(record: _Record, m: float, budget: float) -> tuple[str, ...]:
-    rate = record.slope**2 < 2 * m * record.risk
-    names = {"rate": rate, "distance": record.distance > budget}
-    return tuple(name for name, violated in names.items() if violated)
-
-
-def _verdict(
-    records: list[_Record],
-    m: float,
-    budget: float,
-    guaranteed: list[float],
-    broken_at: int | None,
-    broken_by: tuple[str, ...],
-) -> str:
-    if broken_at is not None:
-        r = records[broken_at]
-        reasons = {
-            "rate": f"m̂ = {_rate(r) or 0:.3g} is below m = {m:.3g}",
-            "distance": (
-                f"the distance travelled, {r.distance:.3g}, is above the budget R = {budget:.3g}"
-            ),
-            "risk": (
-                f"the risk, {r.risk:.3g}, is above the guaranteed {guaranteed[broken_at]:.3g}: the "
-                "steps are too large for a gradient flow"
-            ),
-        }
-        why = " and ".join(reasons[name] for name in broken_by)
-        return f"broken since record {broken_at} (t = {r.time:.3g}): {why}"
-    last = records[-1]
-    return (
-        f"holds for {len(records)} records up to t = {last.time:.3g}: m̂ stayed above m = {m:.3g}, "
-        f"the distance travelled is {last.distance:.3g} of R = {budget:.3g}; risk {last.risk:.3g}, "
-        f"guaranteed {guaranteed[-1]:.3g}"
+        broken_by=() if broken_at is None else names[broken_at],
+        verdict=verdict,
     )

@@ -82,9 +82,6 @@ def exact_plan(
     Returns:
         Rows, columns and masses of the coupling; the gap to what is proven: 0 where that is within
         1e-10 of the cost, otherwise what the rounding of the weights leaves of it.
-
-    Raises:
-        RunError: the solver did not finish, or its answer could not be proven.
     """
     now = costs
     for attempt in range(TRIES):

@@ -4,7 +4,7 @@ Its steps do not know width and depth.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, cast
@@ -56,50 +56,19 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class ParticleLayer:
-    """The parameters of x + h (Σ_i V_i σ(w_i·x + b_i) + c), a layer of M particles.
+    """A layer x + h (Σ_i V_i σ(w_i·x + b_i) + c) of M particles: V, M, and all its coordinates."""
 
-    Attributes:
-        inner: W and b, or whatever else stands before V.
-        outer: V.
-        offset: c, or None.
-        width: M.
-        length: Δ of its cell of depth: 1/N.
-        step: h.
-    """
-
-    inner: tuple[nn.Parameter, ...]
     outer: nn.Parameter
-    offset: nn.Parameter | None
     width: int
-    length: float
-    step: float
-
-    def coordinates(self) -> Iterator[Coordinate]:
-        """Of all its parameters."""
-        mass = self.length / self.width
-        for parameter in self.inner:
-            yield Coordinate(parameter, 1.0, mass, "particle")
-        yield Coordinate(self.outer, self.step / mass, mass, "particle")
-        if self.offset is not None:
-            yield Coordinate(self.offset, self.step / self.length, self.length, "offset")
+    coordinates: tuple[Coordinate, ...]
 
 
 def coordinates(model: nn.Module | Anatomy, others: float = 1.0) -> tuple[Coordinate, ...]:
-    """The coordinates of a network's trainable parameters.
+    """The coordinates of a network's trainable parameters; `particle_flow` has the formulas.
 
-    An ordinary block Σ_i V_i σ(w_i·x + b_i) with step h, one of N layers, is a mean of M particles
-    ω_i = (u_i, w_i, b_i) of mass 1/(N·M) with u_i = N·M·h·V_i, so that V has the rate 1/(N·M·h²), W
-    and b have N·M. A bias c behind V is the same for all particles of a layer: the point N·h·c of
-    mass 1/N. Layers that share a parameter add their masses. As in `LayerwiseMeasure` K stages
-    divide the depth evenly, so that N is K times the layers of the stage.
-
-    Args:
-        model: one with `ResidualChain`s, or one that `anatomy` can read, which has h = 1.
-        others: the rate of the parameters that belong to no particle; at 0 they are left out.
-
-    Raises:
-        InputError: a network that is not a mean of particles, or has parameters without values or
-            not finite, or `others` is negative.
+    Layers that share a parameter add their masses. K stages divide the depth evenly, so that N is K
+    times the layers of the stage. `others` is the rate of parameters that belong to no particle; at
+    0 they are left out.
     """
     model = model_of(model)
     expected = "a number ≥ 0, 0 to leave them as they are"
@@ -107,7 +76,7 @@ def coordinates(model: nn.Module | Anatomy, others: float = 1.0) -> tuple[Coordi
     check_values(model.named_parameters())
     found: dict[nn.Parameter, Coordinate] = {}
     for layer in particle_layers(model):
-        for new in layer.coordinates():
+        for new in layer.coordinates:
             old = found.get(new.parameter)
             if old is not None and old.scale != new.scale:
                 raise InputError(
@@ -123,11 +92,7 @@ def coordinates(model: nn.Module | Anatomy, others: float = 1.0) -> tuple[Coordi
 
 
 def particle_layers(model: nn.Module) -> list[ParticleLayer]:
-    """The layers of a network, as means of particles.
-
-    Raises:
-        InputError: it has none, or one that is not.
-    """
+    """The layers of a network, as means of particles."""
     checked: set[object] = set()
     stacks = particle_stacks(model)
     layers = [
@@ -152,19 +117,19 @@ def _of_block(block: nn.Module, length: float, step: float, checked: set[object]
             )
     reading = read(block, neurons)
     check_additive(block, neurons, reading, checked)
-    last = block.get_submodule(neurons.columns)
-    return ParticleLayer(
-        inner=tuple(p for row in neurons.rows for p in block.get_submodule(row).parameters()),
-        outer=cast(nn.Parameter, last.weight),
-        offset=cast(nn.Parameter | None, last.bias),
-        width=len(reading.particles),
-        length=length,
-        step=step,
-    )
+    last, width = block.get_submodule(neurons.columns), len(reading.particles)
+    outer, bias = cast(nn.Parameter, last.weight), cast(nn.Parameter | None, last.bias)
+    inner = [p for row in neurons.rows for p in block.get_submodule(row).parameters()]
+    mass = length / width
+    found = [Coordinate(parameter, 1.0, mass, "particle") for parameter in inner]
+    found.append(Coordinate(outer, step / mass, mass, "particle"))
+    if bias is not None:
+        found.append(Coordinate(bias, step / length, length, "offset"))
+    return ParticleLayer(outer, width, tuple(found))
 
 
 def slope(model: nn.Module | Anatomy, *, others: float = 1.0) -> float:
-    """‖∇L‖_μ of the risk L whose gradients the parameters have now, after `loss.backward()`.
+    """Measures ‖∇L‖_μ of the risk L whose gradients the parameters have, after `loss.backward()`.
 
         ‖∇L‖²_μ = N·M·Σ_{n,i} ‖∂L/∂ω_{n,i}‖²,    ω = (u, w, b),  u = N·M·h·V,
 
@@ -173,28 +138,25 @@ def slope(model: nn.Module | Anatomy, *, others: float = 1.0) -> float:
     a layer's bias c behind V adds ‖∂L/∂c‖²/(N·h²), other parameters add others·‖∂L/∂θ‖². Along the
     flow dL/dt = −‖∇L‖²_μ.
 
+        loss(model(x), y).backward()
+        print(slope(model))
+
+    Frozen parameters and those without a gradient count as 0. Source: [BPV24] arXiv 2403.12887.
+
     Args:
         model: the network, as for `particle_flow`.
         others: as given to `particle_flow`; 0 for a flow of the particles alone.
 
-    Frozen parameters and those without a gradient count as 0.
-
     Raises:
         InputError: a network that is not a mean of particles, no gradient at all, or values that
             are not finite.
-
-    Source: [BPV24] arXiv 2403.12887.
     """
     return slope_of(coordinates(model, others))
 
 
 @torch.no_grad()
 def slope_of(every: Sequence[Coordinate]) -> float:
-    """√(Σ rate ‖∂L/∂θ‖²), from the gradients that the parameters have now.
-
-    Raises:
-        InputError: none has one, or they are not finite.
-    """
+    """√(Σ rate ‖∂L/∂θ‖²), from the gradients that the parameters have now."""
     with_gradient = [(c.rate, c.parameter.grad) for c in every if c.parameter.grad is not None]
     if not with_gradient:
         raise InputError("the parameters have no gradients; call loss.backward() first")
@@ -292,7 +254,8 @@ def _adam(
     square: Tensor = state["exp_avg_sq"].mul_(betas[1])
     square.addcmul_(velocity, velocity, value=1 - betas[1])
     corrections = [1 - beta ** state["step"] for beta in betas]
-    return mean / corrections[0] / ((square / corrections[1]).sqrt() + eps)
+    step: Tensor = mean / corrections[0] / ((square / corrections[1]).sqrt() + eps)
+    return step
 
 
 def particle_flow(
@@ -304,7 +267,7 @@ def particle_flow(
     eps: float = 1e-8,
     others: float = 1.0,
 ) -> ParticleFlow:
-    """The optimiser that follows the gradient flow of the risk w.r.t. the COT distance.
+    """Makes the optimiser that follows the gradient flow of the risk w.r.t. the COT distance.
 
     A layer x + h Σ_i V_i σ(w_i·x + b_i), one of N, is a mean of M particles ω_i = (u_i, w_i, b_i)
     with u_i = N·M·h·V_i, and the flow of the risk L moves each by
@@ -337,8 +300,10 @@ def particle_flow(
     In `param_groups` the learning rate of every group is lr, or lr·others; `scale` and `mass` stand
     beside it. Schedulers therefore act on the flow's time.
 
+        optimizer = particle_flow(model, 0.1)
+
     Args:
-        model: one with `ResidualChain`s, or one that `anatomy` can read.
+        model: one with `ResidualChain`s, or one that `anatomy` can read; its anatomy.
         lr: the step of the flow's time; of a size that does not depend on width and depth.
         momentum: 0 ≤ β < 1.
         betas: (β₁, β₂) for Adam-like steps, such as (0.9, 0.999).
@@ -361,7 +326,8 @@ def particle_flow(
         )
     groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for c in every:
-        groups.setdefault(_settings(c, lr, others), []).append(c.parameter)
+        settings = (lr * others, 1.0, 1.0) if c.role == "other" else (lr, c.scale, c.mass)
+        groups.setdefault(settings, []).append(c.parameter)
     made = [
         {"params": parameters, "lr": rate, "scale": scale, "mass": mass}
         for (rate, scale, mass), parameters in groups.items()
@@ -369,15 +335,11 @@ def particle_flow(
     return ParticleFlow(made, lr, momentum=momentum, betas=betas, eps=eps)
 
 
-def _settings(c: Coordinate, lr: float, others: float) -> tuple[float, float, float]:
-    """Learning rate, scale and mass of a parameter's group."""
-    return (lr * others, 1.0, 1.0) if c.role == "other" else (lr, c.scale, c.mass)
-
-
 def _check(lr: float, momentum: float, betas: tuple[float, float] | None, eps: float) -> None:
-    check_number("lr", lr, "a number above 0, a step of the flow's time", _positive)
-    check_number("momentum", momentum, "0 ≤ momentum < 1", _below_one)
-    check_number("eps", eps, "a number above 0", _positive)
+    above = lambda v: math.isfinite(v) and v > 0  # noqa: E731
+    check_number("lr", lr, "a number above 0, a step of the flow's time", above)
+    check_number("momentum", momentum, "0 ≤ momentum < 1", lambda v: 0 <= v < 1)
+    check_number("eps", eps, "a number above 0", above)
     if betas is None:
         return
     pair = isinstance(betas, Sequence) and len(betas) == 2
@@ -387,11 +349,3 @@ def _check(lr: float, momentum: float, betas: tuple[float, float] | None, eps: f
         )
     if momentum:
         raise InputError("momentum and betas were given; expected one of them")
-
-
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
-
-
-def _below_one(value: float) -> bool:
-    return 0 <= value < 1

@@ -65,11 +65,7 @@ class Frame(ABC):
 
     @abstractmethod
     def on(self, breakpoints: Breakpoints) -> "Frame":
-        """The same on another grid, each cell as the layer in which its middle lies.
-
-        Raises:
-            InputError: its layers cannot be divided.
-        """
+        """The same on another grid, each cell as the layer in which its middle lies."""
 
     def network(
         self, layers: Sequence[Tensor], weights: Sequence[Tensor], norms: Sequence[Norms]
@@ -99,11 +95,11 @@ class Frame(ABC):
         return self.build(readings)
 
     def widths(self, least: Sequence[int]) -> list[int]:
-        """How many neurons the layers have in the network, which has one width for all."""
+        """The numbers of neurons in the network's layers, which has one width for all."""
         return [max(least)] * len(least)
 
     def difference(self, other: "Frame") -> str | None:
-        """What differs besides values; None where the frames can be mixed."""
+        """The difference besides values; None where the frames can be mixed."""
         if type(self.template) is not type(other.template):
             return f"{type(self.template).__name__} and {type(other.template).__name__}"
         mine, theirs = self.rest(), other.rest()
@@ -219,11 +215,7 @@ class BlockFrame(Frame):
         return {k: v for k, v in self.template.state_dict().items() if k not in gone}
 
     def on(self, breakpoints: Breakpoints) -> "BlockFrame":
-        """The same grid.
-
-        Raises:
-            InputError: another one.
-        """
+        """The same grid."""
         if not same_grid(breakpoints, self.breakpoints):
             raise InputError(
                 f"the layers of {type(self.template).__name__} are more than their particles "
@@ -261,7 +253,7 @@ def _configure(model: nn.Module, width: int) -> None:
 
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether output biases are equal up to the rounding of a batch norm's β − μγ/√(v + ε)."""
+    """True where output biases are equal up to the rounding of a batch norm's β − μγ/√(v + ε)."""
     if a is None or b is None or a.shape != b.shape:
         return a is b
     size = max(float(a.abs().max()), float(b.abs().max()))
@@ -286,11 +278,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def frame_of(model: nn.Module | Anatomy) -> tuple[Frame, list[Tensor], list[Norms]]:
-    """The frame of a network, the particles [M_n, p] of its layers, u = M h V / Δ, their norms.
-
-    Raises:
-        InputError: as `LayerwiseMeasure.of`.
-    """
+    """The frame of a network, the particles [M_n, p] of its layers, u = M h V / Δ, their norms."""
     model = model_of(model)
     floating = {n: v for n, v in model.state_dict().items() if v.is_floating_point()}
     check_values(floating.items())
@@ -307,7 +295,10 @@ def frame_of(model: nn.Module | Anatomy) -> tuple[Frame, list[Tensor], list[Norm
         blocks = list(dict.fromkeys(blocks))
     found, readings = _read_all(blocks)
     grid = uniform_grid([len(blocks)] if adds else [len(stack.blocks) for stack in stacks])
-    parts = tuple(reading.layout for reading in readings), _densities(readings, grid, h), grid
+    factors = [h / length for length in lengths(grid)]
+    cells = list(zip(readings, factors, strict=True))
+    offsets = tuple(None if r.offset is None else r.offset * factor for r, factor in cells)
+    parts = tuple(reading.layout for reading in readings), offsets, grid
     frame: Frame
     if adds:
         names = {module: name for name, module in model.named_modules()}
@@ -321,7 +312,9 @@ def frame_of(model: nn.Module | Anatomy) -> tuple[Frame, list[Tensor], list[Norm
         template = own.with_stacks([replace(stack, blocks=()) for stack in own.stacks])
         indices = tuple(stack.index for stack in stacks)
         frame = ChainFrame(template, *parts, h, _prototypes(blocks, found, readings), indices)
-    return frame, *_scaled(readings, grid, h)
+    for reading, factor in cells:  # u_i = M h V_i / Δ; N M h V_i on a uniform grid
+        reading.particles[:, : reading.layout.outputs] *= len(reading.particles) * factor
+    return frame, [r.particles for r in readings], [r.norms.scaled(factor) for r, factor in cells]
 
 
 def _prototypes(
@@ -354,28 +347,8 @@ def _read_all(blocks: Sequence[nn.Module]) -> tuple[list[Neurons], list[BlockPar
     return found, readings
 
 
-def _scaled(
-    readings: Sequence[BlockParticles], grid: Breakpoints, h: float
-) -> tuple[list[Tensor], list[Norms]]:
-    """u_i = M h V_i / Δ; N M h V_i on a uniform grid."""
-    layers, norms = [], []
-    for reading, length in zip(readings, lengths(grid), strict=True):
-        particles = reading.particles
-        particles[:, : reading.layout.outputs] *= len(particles) * h / length
-        layers.append(particles)
-        norms.append(reading.norms.scaled(h / length))
-    return layers, norms
-
-
-def _densities(
-    readings: Sequence[BlockParticles], grid: Breakpoints, h: float
-) -> tuple[Tensor | None, ...]:
-    cells = zip(readings, lengths(grid), strict=True)
-    return tuple(None if r.offset is None else r.offset * (h / length) for r, length in cells)
-
-
 def _emptied(parameters: Sequence[nn.Parameter]) -> dict[int, Any]:
-    """What a deep copy puts in place of these."""
+    """The memo of a deep copy that leaves these out."""
     return {
         id(p): nn.Parameter(p.detach().new_empty(0), requires_grad=p.requires_grad)
         for p in parameters

@@ -60,6 +60,8 @@ def cot_geodesic(
 
     Source: [BPV24] arXiv 2403.12887.
 
+        halfway = cot_geodesic(model, other, 0.5).network()
+
     Args:
         a: a network, or its measure.
         b: another, of any width and depth, with particles of the same kind and size.
@@ -118,11 +120,7 @@ def _between(plan: Plan, t: float, ends: Sequence[Tensor]) -> Tensor:
 def mixed_frame(
     measures: list[LayerwiseMeasure], weights: list[float], policy: str
 ) -> Frame | None:
-    """Σ_k λ_k of the frames, on the merged grid; None where none of the measures has one.
-
-    Raises:
-        InputError: some have none, they are of different networks, or differ and should be equal.
-    """
+    """Σ_k λ_k of the frames, on the merged grid; None where none of the measures has one."""
     frames = [measure.frame for measure in measures]
     there = [frame for frame in frames if frame is not None]
     if not there:
@@ -179,6 +177,13 @@ class Merged:
     objectives: tuple[float, ...]
     lower: tuple[float, ...]
 
+    def __str__(self) -> str:
+        """The distances to the networks, and how far the objective fell."""
+        return (
+            f"d to each network: {', '.join(f'{d:.4g}' for d in self.distances)}; Σ λ d² from "
+            f"{self.objectives[0]:.4g} to {self.objectives[-1]:.4g}"
+        )
+
 
 def merge(
     networks: Sequence[Network],
@@ -199,6 +204,8 @@ def merge(
     merged grid, as in `cot_geodesic`; of batch norms the channels are averaged as there.
 
     Source: [BPV24] arXiv 2403.12887 for d; the iteration layer by layer.
+
+        joined = merge([model, other]).measure.network()
 
     Args:
         networks: two or more, or measures; align their streams first (`align_streams`).

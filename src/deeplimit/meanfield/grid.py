@@ -28,11 +28,7 @@ def uniform_grid(depths: Sequence[int]) -> Breakpoints:
 
 
 def checked_grid(breakpoints: Iterable[float], layers: int) -> Breakpoints:
-    """0 = s_0 < s_1 < … < s_N = 1.
-
-    Raises:
-        InputError: anything else.
-    """
+    """0 = s_0 < s_1 < … < s_N = 1."""
     try:
         grid = tuple(float(s) for s in breakpoints)
     except (TypeError, ValueError):
@@ -63,7 +59,7 @@ def merged_grid(*grids: Breakpoints) -> Breakpoints:
 
 
 def same_grid(a: Breakpoints, b: Breakpoints) -> bool:
-    """Whether the cells are the same ones."""
+    """True where the cells are the same ones."""
     return len(a) == len(b) and all(
         math.isclose(s, r, rel_tol=0, abs_tol=NEAR) for s, r in zip(a, b, strict=True)
     )

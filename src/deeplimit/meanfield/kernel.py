@@ -15,11 +15,12 @@ from deeplimit.meanfield.flow import particle_layers
 from deeplimit.meanfield.frame import check_batch
 from deeplimit.meanfield.neurons import find_neurons, model_of
 from deeplimit.network.blocks import check_values
+from deeplimit.records import Record
 
 
 @dataclass(frozen=True)
-class FeatureKernel:
-    """What `feature_kernel` finds.
+class FeatureKernel(Record):
+    """The kernels of a network's layers on data, and the rate that they give.
 
     Attributes:
         smallest: λ_min(K_n) for each layer n; 0 where it cannot be told from rounding.
@@ -43,6 +44,10 @@ class FeatureKernel:
     head: float
     m: float
     verdict: str
+
+    def __str__(self) -> str:
+        """The verdict."""
+        return self.verdict
 
 
 def feature_kernel(model: nn.Module | Anatomy, x: Inputs) -> FeatureKernel:
@@ -70,6 +75,8 @@ def feature_kernel(model: nn.Module | Anatomy, x: Inputs) -> FeatureKernel:
     The output weights V do not enter K_n but do enter a_n, by layers of large slope. What [BPV24]
     needs besides, that the risk at initialisation is small, the budget of `certify_convergence`
     says.
+
+        print(feature_kernel(model, x))
 
     Args:
         model: a chain of two-layer residuals, or a classifier of one stage of them with a linear
@@ -112,11 +119,7 @@ def feature_kernel(model: nn.Module | Anatomy, x: Inputs) -> FeatureKernel:
 
 
 def _chain(model: nn.Module) -> tuple[Anatomy, Stack]:
-    """The one chain of a network of our own, of residuals with one linear first layer.
-
-    Raises:
-        InputError: there is not just one, or it is of other blocks.
-    """
+    """The one chain of a network of our own, of residuals with one linear first layer."""
     read, chains = of_family(model), chain_stacks(model)
     if len(chains) != 1 or read is None:
         raise InputError(

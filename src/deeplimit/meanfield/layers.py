@@ -41,7 +41,7 @@ class NeuronLayer:
 
     @property
     def bias(self) -> Tensor | None:
-        """That of the layer, if it has one."""
+        """The layer's bias, if it has one."""
         bias = getattr(self.layer, "bias", None)
         return None if bias is None else widened(bias.detach())
 
@@ -145,11 +145,7 @@ def moved_norms(
 def fold(
     block: nn.Module, path: str, weight: Tensor, axis: int, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weight and bias of a layer with the norm behind it in evaluation mode; |γ|, β, v.
-
-    Raises:
-        InputError: a norm that couples neurons, or one without scale, bias or running statistics.
-    """
+    """Weight and bias of a layer with the norm behind it in evaluation mode; |γ|, β, v."""
     norm = _batch_norm(block, path)
     if norm is None:
         return weight, bias, None

@@ -28,6 +28,9 @@ class LayerwiseMeasure:
     network's function depends on the measure alone, not on the order of the particles.
     Source: [BPV24] arXiv 2403.12887.
 
+        measure = LayerwiseMeasure.of(model)
+        same = measure.network()
+
     Args:
         particles: [N, M, p], or a list of N tensors [M_n, p_n]; floating point, finite. The order
             of the numbers of a particle is u, w, b, each flattened (`frame.layouts`); of gated MLPs
@@ -146,7 +149,7 @@ class LayerwiseMeasure:
         return len(self.layers)
 
     def is_uniform(self, n: int) -> bool:
-        """Whether the atoms of layer n have equal weights."""
+        """True where the atoms of layer n have equal weights."""
         return bool((self.masses[n] == self.masses[n][0]).all())
 
     def __repr__(self) -> str:

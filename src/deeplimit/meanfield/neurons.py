@@ -17,7 +17,7 @@ from deeplimit.meanfield.layers import NeuronLayer, Norms, fold, is_wide, unfold
 
 @dataclass(frozen=True)
 class ParticleLayout:
-    """What a particle of a layer is.
+    """The parts of a layer's particles.
 
     Attributes:
         parts: the names and shapes of what it consists of, in order; "u" is the output weight.
@@ -34,7 +34,7 @@ class ParticleLayout:
 
     @property
     def outputs(self) -> int:
-        """How many of them, the first ones, are the output weight u."""
+        """The count of numbers, the first ones, that are the output weight u."""
         return numbers_in(self.parts[0][1])
 
     def join(self, parts: dict[str, Tensor]) -> Tensor:
@@ -60,7 +60,7 @@ class ParticleLayout:
 
 @dataclass(frozen=True)
 class Neurons:
-    """Where in a block its hidden neurons are: columns · σ(norm(rows x)), paths in the block.
+    """The places of a block's hidden neurons: columns · σ(norm(rows x)), paths in the block.
 
     Attributes:
         within: the module that is a sum over neurons, "" for the whole block.
@@ -96,11 +96,7 @@ PATTERNS = (
 
 
 def find_neurons(block: nn.Module) -> Neurons:
-    """Where the hidden neurons of a block are.
-
-    Raises:
-        InputError: it is not of a kind known to be a mean of particles.
-    """
+    """The places of a block's hidden neurons."""
     there = {name for name, _ in block.named_modules()}
     for pattern in PATTERNS:
         if {pattern.activation, *pattern.layers} <= there:
@@ -131,11 +127,7 @@ class BlockParticles:
 
 @torch.no_grad()
 def read(block: nn.Module, neurons: Neurons) -> BlockParticles:
-    """The particles of a block; batch norms are folded in as they are in evaluation mode.
-
-    Raises:
-        InputError: layers of other classes, a norm that couples neurons, a learned activation.
-    """
+    """The particles of a block; batch norms are folded in as they are in evaluation mode."""
     sigma = block.get_submodule(neurons.activation)
     if next(sigma.parameters(), None) is not None:
         raise InputError(f"the activation {type(sigma).__name__} has parameters; expected none")
@@ -202,9 +194,6 @@ def check_additive(
         neurons: where they are in it.
         reading: what they are.
         done: what was looked at before; added to.
-
-    Raises:
-        InputError: they do not.
     """
     key = (type(block), repr(block), reading.layout)
     if key in done:
@@ -275,22 +264,14 @@ def _drawn(reading: BlockParticles) -> BlockParticles:
 
 
 def model_of(model: nn.Module | Anatomy) -> nn.Module:
-    """The model, or the one that an anatomy reads.
-
-    Raises:
-        InputError: neither.
-    """
+    """The model, or the one that an anatomy reads."""
     module = model.model if isinstance(model, Anatomy) else model
     check_module(module)
     return module
 
 
 def particle_stacks(model: nn.Module) -> tuple[Stack, ...]:
-    """The stages that divide a network's depth evenly; of blocks that add their input one for all.
-
-    Raises:
-        InputError: a model that `anatomy` cannot read, or whose layers share controls.
-    """
+    """The stages that divide the depth evenly; of blocks that add their input one for all."""
     chains = chain_stacks(model)
     for stack in chains:
         if stack.scheme.nodes != 1:

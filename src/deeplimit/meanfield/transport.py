@@ -60,6 +60,17 @@ class CotDistance:
     layers: tuple[tuple[int, int], ...]
     plans: tuple[Plan, ...] | None
 
+    def __str__(self) -> str:
+        """The distance, how exact it is, and where in depth most of it lies."""
+        squares = [h * w**2 for h, w in zip(self.lengths, self.per_layer, strict=True)]
+        most = max(range(len(squares)), key=squares.__getitem__)
+        share = squares[most] / sum(squares) if self.distance else 0.0
+        bounds = "exact" if not self.error else f"{self.lower:.4g} or more"
+        return (
+            f"d = {self.distance:.4g} ({bounds}) over {len(squares)} cells of depth; most of it, "
+            f"{share:.0%} of d², between layers {self.layers[most][0]} and {self.layers[most][1]}"
+        )
+
     @property
     def lengths(self) -> tuple[float, ...]:
         """Δ_c of each cell."""
@@ -93,8 +104,10 @@ def cot_distance(
     or a residual stream in another basis, may be far apart. Stems, heads, norms and attention are
     no part of it, nor are output biases.
 
+        print(cot_distance(model, other))
+
     Args:
-        a: a network, or its measure.
+        a: a network, its anatomy, or its measure.
         b: another, of any width and depth, with particles of the same kind and size.
         plans: whether to return the couplings.
         sinkhorn: a relative regularisation ε, 0.01 say, for layers too wide for the exact solver:
@@ -146,7 +159,7 @@ def check_comparable(a: LayerwiseMeasure, b: LayerwiseMeasure) -> None:
 
 
 def belongs(found: CotDistance, a: LayerwiseMeasure, b: LayerwiseMeasure) -> bool:
-    """Whether the plans found are couplings of the layers of a and b, of the costs stated."""
+    """True where the plans found are couplings of the layers of a and b, of the costs stated."""
     grid, pairs = _cells(a, b)
     if not same_grid(found.breakpoints, grid) or found.layers != pairs:
         return False
@@ -166,7 +179,7 @@ def _cells(
 def _couples(
     plan: Plan, a: LayerwiseMeasure, n: int, b: LayerwiseMeasure, m: int, w: float
 ) -> bool:
-    """Whether a plan has the masses of layers n and m for its marginals, and the cost w²."""
+    """True where a plan has the masses of layers n and m for its marginals, and the cost w²."""
     x, y = _array(a.layers[n]), _array(b.layers[m])
     if x.shape[1] != y.shape[1] or plan.rows.max() >= len(x) or plan.columns.max() >= len(y):
         return False

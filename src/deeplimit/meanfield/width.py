@@ -30,18 +30,24 @@ class Narrowed:
     distance: float
     per_layer: tuple[float, ...]
 
+    def __str__(self) -> str:
+        """The widths and the distance."""
+        return f"{self.measure} at d = {self.distance:.4g} from what it was made of"
+
 
 @overload
 def widen(network: LayerwiseMeasure, factor: int) -> LayerwiseMeasure: ...
 @overload
 def widen(network: nn.Module | Anatomy, factor: int) -> nn.Module: ...
 def widen(network: Network, factor: int) -> LayerwiseMeasure | nn.Module:
-    """Every particle as `factor` equal ones: another width, the same measure, the same function.
+    """Makes every particle `factor` equal ones: another width, the same measure, the same function.
 
     In the network each neuron becomes k with the same w and b, and V/k. Trained on, equal particles
     stay equal (without dropout), so that the wide network does what the narrow one would with a
     learning rate scaled by N·M; break the tie by noise to use the width. The channel of a batch
     norm is copied with its neuron: the function is the same in evaluation and in training mode.
+
+        wide = widen(model, 2)
 
     Args:
         network: a network or a measure; left as it is.
@@ -69,7 +75,7 @@ def widen(network: Network, factor: int) -> LayerwiseMeasure | nn.Module:
 
 
 def narrow(network: Network, width: int, *, seed: int = 0) -> Narrowed:
-    """At most `width` weighted particles per layer, near the given ones in W_2.
+    """Takes at most `width` weighted particles per layer, near the given ones in W_2.
 
     Per layer weighted k-means: atoms c_j with the mass of the particles nearest to them. For these
     weights sending each particle to its nearest atom is optimal, so that
@@ -83,6 +89,8 @@ def narrow(network: Network, width: int, *, seed: int = 0) -> Narrowed:
     the means of |γ|, β and running variance of its particles; they act in training mode alone.
 
     Source: quantisation in W_2 is k-means (Pollard 1982); scikit-learn's `KMeans`.
+
+        small = narrow(model, 64).measure.network()
 
     Args:
         network: a network or a measure; left as it is.

@@ -13,6 +13,7 @@ from deeplimit._anatomy import Anatomy, Stack
 from deeplimit.errors import InputError
 from deeplimit.network.blocks import parameter_groups
 from deeplimit.ode.stages import stages, with_values
+from deeplimit.records import Record
 
 Kind = Literal["smooth", "between", "rough"]
 
@@ -39,7 +40,7 @@ MEANING: dict[Kind, str] = {
 
 
 @dataclass(frozen=True)
-class StageSmoothness:
+class StageSmoothness(Record):
     """Smoothness of one stage of N layers; `smoothness` has the formulas.
 
     Attributes:
@@ -63,7 +64,7 @@ class StageSmoothness:
 
 
 @dataclass(frozen=True)
-class Smoothness:
+class Smoothness(Record):
     """Smoothness of a model's stages.
 
     Attributes:
@@ -76,7 +77,7 @@ class Smoothness:
 
     @property
     def kind(self) -> Kind:
-        """That of the roughest stage."""
+        """The roughest stage's kind."""
         return _kind(max(stage.roughness for stage in self.stages))
 
     def __str__(self) -> str:

@@ -135,7 +135,7 @@ def _finer(stage: Stack, m: int) -> list[Mean]:
 
 @dataclass(frozen=True)
 class Place:
-    """What stands at a place of the new model.
+    """A place of the new model.
 
     Attributes:
         mean: of which blocks of the old model, all counted; the first is copied.
@@ -149,11 +149,7 @@ class Place:
 
 
 def _changing(read: Anatomy) -> tuple[Stack, ...]:
-    """The stages whose depth can change; all of those whose step is a number, since it is one.
-
-    Raises:
-        InputError: as `stages`, or a chain whose blocks are not alike.
-    """
+    """The stages whose depth can change; all of those whose step is a number, since it is one."""
     long = {stage.index: stage for stage in stages(read)}
     chains = [stack for stack in read.stacks if not stack.adds]
     for stack in chains:

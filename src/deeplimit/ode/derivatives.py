@@ -1,4 +1,4 @@
-"""How fast a vector field bends its trajectories, and how far it drives two of them apart."""
+"""Second derivatives of a vector field's trajectories, and the norms of its Jacobians."""
 
 from collections.abc import Callable, Iterator, Sequence
 

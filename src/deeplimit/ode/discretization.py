@@ -1,4 +1,4 @@
-"""How far a network is from its Neural ODE, and how far it could be ([SAP22], arXiv 2205.14612)."""
+"""The distance of a network from its Neural ODE, and bounds on it ([SAP22], arXiv 2205.14612)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from deeplimit.ode.derivatives import Derivatives
 from deeplimit.ode.field import Interpolation, Recorded, VectorField, record
 from deeplimit.ode.solvers import ADVICE, solve_by_layer
 from deeplimit.ode.stages import longest_stage, stages
+from deeplimit.records import Record
 
 TOLERANCE, FINEST = 1e-3, 1e-10  # of dopri5's steps: where N of them start, where it gives up
 FINER = 1e-2  # times it is dopri8's
@@ -30,7 +31,7 @@ BOUNDS = ("bound", "integral_bound", "lipschitz", "lipschitz_residual", "acceler
 
 
 @dataclass(frozen=True)
-class DiscretizationGap:
+class DiscretizationGap(Record):
     """A stage x_{n+1} = x_n + h φ(x_n, θ_n) beside ẋ(s) = φ(x(s), θ(s)), x(0) = x_0, s_n = n h.
 
     Attributes:

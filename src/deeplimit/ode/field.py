@@ -26,7 +26,7 @@ Control = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with besides its state: masks, positions; nothing in our chains.
+    """The rest of a block's arguments besides its state: masks, positions; none in our chains.
 
     Attributes:
         args: what stands behind the state.
@@ -75,9 +75,6 @@ class VectorField:
         horizon: N.
         step: h.
         evaluations: how often φ was evaluated so far.
-
-    Raises:
-        InputError: buffers that cannot be interpolated differ.
     """
 
     def __init__(self, stage: Stack, *, linear: bool = True, call: Call | None = None):
@@ -191,12 +188,7 @@ class Recorded:
 
 @torch.no_grad()
 def record(read: Anatomy, x: Inputs, stage: Stack) -> Recorded:
-    """Runs a copy of the model on x; keys and values are not cached.
-
-    Raises:
-        InputError: training mode where it makes a difference, the model does not run on x, or a
-            state is not finite.
-    """
+    """Runs a copy of the model on x; keys and values are not cached."""
     _check_mode(read.model)
     other = copy.deepcopy(read.model).double().eval()
     structure = anatomy(other)  # which runs the model on an example: before the hooks

@@ -14,13 +14,14 @@ from deeplimit.ode.discretization import DiscretizationGap, discretization_gap
 from deeplimit.ode.field import Interpolation
 from deeplimit.ode.solvers import TOLERANCE, Solver, SolverAccuracy, solver_accuracies
 from deeplimit.ode.stages import stages
+from deeplimit.records import Record
 
 CURVES = 6  # numbers of a parameter that are drawn
 DRAWN_GROUPS = 8  # parameters of a block that are drawn, the largest ones
 
 
 @dataclass(frozen=True)
-class ControlCurves:
+class ControlCurves(Record):
     """Some of the numbers in θ_n as curves in n.
 
     Attributes:
@@ -33,7 +34,7 @@ class ControlCurves:
 
 
 @dataclass(frozen=True)
-class DepthLimit:
+class DepthLimit(Record):
     """A network and its Neural ODE.
 
     Attributes:
@@ -103,7 +104,7 @@ def depth_limit(
     accuracies: tuple[SolverAccuracy, ...] = ()
     if loader is not None and solvers:
         tell("accuracy with other solvers")
-        accuracies = solver_accuracies(read, loader, solvers, tolerance)
+        accuracies = solver_accuracies(read, loader, solvers, tolerance=tolerance)
     return DepthLimit(smooth, tuple(gaps), tuple(map(_curves, found)), accuracies)
 
 

@@ -110,11 +110,7 @@ RULES: dict[type[Optimizer], Rule] = {
 
 
 def checked_optimiser(optimizer: Optimizer | None, model: nn.Module) -> Optimizer | None:
-    """The optimiser itself, out of Fabric's wrapper, if it can be carried over.
-
-    Raises:
-        InputError: of another class, or it holds nothing of the model.
-    """
+    """The optimiser itself, out of Fabric's wrapper, if it can be carried over."""
     if optimizer is None:
         return None
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)

@@ -16,6 +16,7 @@ from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, pairs
 from deeplimit.errors import InputError, RunError
 from deeplimit.extras import need
 from deeplimit.ode.field import VectorField
+from deeplimit.records import Record
 
 # Not torchdiffeq 0.2.5's explicit_adams: on ẋ = −x its error grows with the number of steps.
 Fixed = Literal["euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams"]
@@ -169,9 +170,6 @@ class SolvedChain(nn.Module):
 
     Attributes:
         evaluations: how often φ was evaluated so far.
-
-    Raises:
-        InputError: an unknown solver, steps that do not go with it, a tolerance not above 0.
     """
 
     def __init__(self, chain: ResidualChain, solver: str, steps: int | None, tolerance: float):
@@ -181,11 +179,7 @@ class SolvedChain(nn.Module):
         self.evaluations = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """x(T) from x(0).
-
-        Raises:
-            RunError: an adaptive solver does not get to the end.
-        """
+        """x(T) from x(0)."""
         if self.chain.horizon == 0:
             return x
         field = VectorField(anatomy(self.chain).stacks[0])
@@ -196,11 +190,7 @@ class SolvedChain(nn.Module):
 
 
 def check_solver(solver: str, steps: int | None, tolerance: float = TOLERANCE) -> None:
-    """Looks whether a solver is one, goes with a number of steps, and can hold a tolerance.
-
-    Raises:
-        InputError: if not.
-    """
+    """Looks whether a solver is one, goes with a number of steps, and can hold a tolerance."""
     if solver not in FIXED + ADAPTIVE:
         raise InputError(
             f"the solver is {solver!r}; expected one of {', '.join(FIXED)} (with a number of "
@@ -219,6 +209,7 @@ def with_solver(
     model: nn.Module | Anatomy,
     solver: Solver,
     steps: int | None = None,
+    *,
     tolerance: float = TOLERANCE,
 ) -> nn.Module:
     """Copies a chain, or a network that holds some, with a solver in place of the chains' steps.
@@ -248,7 +239,7 @@ def with_solver(
 
 
 @dataclass(frozen=True)
-class SolverAccuracy:
+class SolverAccuracy(Record):
     """A network's chains solved otherwise, on held-out data.
 
     Attributes:
@@ -273,6 +264,7 @@ def solver_accuracies(
     model: nn.Module | Anatomy,
     loader: Iterable[tuple[Inputs, Tensor]],
     solvers: Sequence[tuple[Solver, int | None]],
+    *,
     tolerance: float = TOLERANCE,
 ) -> tuple[SolverAccuracy, ...]:
     """Measures accuracy against cost: of the network itself, then with each of the solvers.
@@ -313,7 +305,7 @@ def solver_accuracies(
         cost = float(sum(chain.scheme.nodes * chain.horizon for chain in chains))
         found = [measured("network", horizon, cost, own)]
         for solver, steps in solvers:
-            other = with_solver(module, solver, steps, tolerance)
+            other = with_solver(module, solver, steps, tolerance=tolerance)
             theirs, _, _ = _predictions(other, loader)
             spent = sum(m.evaluations for m in other.modules() if isinstance(m, SolvedChain))
             found.append(measured(solver, steps, spent / batches, theirs))

@@ -19,9 +19,6 @@ def stages(model: nn.Module | Anatomy) -> tuple[Stack, ...]:
 
     A chain is one stage; of blocks that add their input it is the longest run, in each stage, of
     one class and of parameters of the same names and shapes.
-
-    Raises:
-        InputError: a model that `anatomy` cannot read, or that has no such stage.
     """
     read = anatomy(model)
     fixed = set(read.fixed)
@@ -49,11 +46,7 @@ def blocks_of(model: nn.Module | Anatomy) -> list[nn.Module]:
 
 
 def with_values(model: nn.Module | Anatomy) -> nn.Module:
-    """The model, or the one that an anatomy reads, once its parameters were found to have values.
-
-    Raises:
-        InputError: no model, one on the meta device, or numbers that are not finite.
-    """
+    """The model, or the one that an anatomy reads; its parameters have values."""
     module = model.model if isinstance(model, Anatomy) else model
     check_module(module)
     check_values(module.named_parameters())
@@ -61,11 +54,7 @@ def with_values(model: nn.Module | Anatomy) -> nn.Module:
 
 
 def averageable(model: nn.Module | Anatomy) -> nn.Module:
-    """The model, once its parameters were found to be numbers whose mean is one.
-
-    Raises:
-        InputError: as `with_values`, or a quantised model.
-    """
+    """The model, or the one that an anatomy reads; its parameters can be averaged."""
     module = with_values(model)
     floating = all(p.is_floating_point() for p in module.parameters())
     if getattr(module, "is_quantized", False) or not floating:
@@ -93,10 +82,6 @@ def branch_ends(read: Anatomy, runs: Sequence[Stack]) -> list[frozenset[str]]:
 
     On a copy of the model they are set to 0: every block must then return its input, on the states
     of an example (after a ReLU these are ≥ 0, as in any run of the model).
-
-    Raises:
-        InputError: the anatomy does not say them, there is no example, or a block still does
-            something.
     """
     every = []
     for run in runs:
