@@ -46,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
 }
 ARROWS["studies"] = {"training", *ARROWS["training"]}
 ARROWS["report"] = set(ARROWS) - OPEN
+ARROWS["verbs"] = set(ARROWS) - OPEN
 ARROWS["cli"] = set(ARROWS) | {""}  # "" is the package itself: its version
 ARROWS["__main__"] = {"cli"}
 

@@ -6,12 +6,17 @@ from typing import cast
 
 from deeplimit.errors import InputError
 
+
+class MissingExtra(InputError, ImportError):
+    """A library that an extra brings is not installed."""
+
+
 # extra: the modules that it brings.
 EXTRAS = {
     "ode": "torchdiffeq",
-    "measures": "scipy ot lap",
-    "cli": "tyro rich plotly jinja2 markupsafe lightning_fabric lightning_utilities sklearn "
-    "datasets pyarrow PIL filelock tomli_w",
+    "measures": "scipy ot lap sklearn",
+    "cli": "tyro rich plotly jinja2 markupsafe lightning_fabric lightning_utilities datasets "
+    "pyarrow PIL filelock tomli_w",
     "hub": "transformers",
 }
 
@@ -20,7 +25,7 @@ def need(module: str, extra: str) -> ModuleType:
     """Imports a library, or a module of it, that an extra brings.
 
     Raises:
-        InputError: it is not installed.
+        MissingExtra: it is not installed.
     """
     try:
         return cast(ModuleType, pkgutil.resolve_name(module))
@@ -30,12 +35,12 @@ def need(module: str, extra: str) -> ModuleType:
         raise _refusal(error.name, extra) from error
 
 
-def missing(error: ModuleNotFoundError) -> InputError | None:
+def missing(error: ModuleNotFoundError) -> MissingExtra | None:
     """Says which extra brings a module that is not there; None where no extra does."""
     library = (error.name or "").partition(".")[0]
     extra = next((extra for extra, names in EXTRAS.items() if library in names.split()), None)
     return None if extra is None else _refusal(library, extra)
 
 
-def _refusal(library: str, extra: str) -> InputError:
-    return InputError(f'{library} is not installed; pip install "deeplimit[{extra}]"')
+def _refusal(library: str, extra: str) -> MissingExtra:
+    return MissingExtra(f'{library} is not installed; pip install "deeplimit[{extra}]"')

@@ -20,7 +20,7 @@ def lazy(
         old: names that were public once, and what they are called now.
 
     Raises:
-        InputError: `__getattr__`, where a name needs a library of an extra that is not installed.
+        MissingExtra: `__getattr__`, where a name needs a library of an extra that is not installed.
     """
     places = {name: file for file, names in files.items() for name in names.split()}
     old = old or {}

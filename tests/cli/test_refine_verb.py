@@ -55,4 +55,4 @@ def test_what_is_refused(args: list[str], says: str, run: Path) -> None:
 def test_no_run(tmp_path: Path) -> None:
     done = command("refine", tmp_path / "nothing")
     assert done.code == 2
-    assert "no such folder; expected one that `deeplimit train` wrote" in done.err
+    assert "no such folder; expected a folder that `deeplimit train` wrote" in done.err

@@ -12,17 +12,8 @@ import torch
 from cli_commands import SMALL, Done, command, contents
 
 from deeplimit.cli import main
-from deeplimit.cli.crop import Crop
-from deeplimit.cli.demo import Demo
-from deeplimit.cli.gradient import Gradient
-from deeplimit.cli.heal import Heal
-from deeplimit.cli.horizon import Horizon
-from deeplimit.cli.linear import Linear
-from deeplimit.cli.profile import Profile
-from deeplimit.cli.report import Report
-from deeplimit.cli.smooth import Smooth
 from deeplimit.cli.train import Train
-from deeplimit.cli.verbs import VERBS
+from deeplimit.cli.verbs import STUDIES, VERBS, options
 from deeplimit.network.storage import load
 from deeplimit.training import RunFolder, recipe_for
 
@@ -249,23 +240,23 @@ def test_a_terminal_that_lacks_letters(run: Path) -> None:
 
 
 HELP = {
-    "train": Train,
-    "profile": Profile,
-    "crop": Crop,
-    "heal": Heal,
-    "gradient": Gradient,
-    "report": Report,
-    "demo": Demo,
-    "study horizon": Horizon,
-    "study linear": Linear,
-    "study smooth": Smooth,
+    **{name: verb for name, verb in VERBS.items() if verb.function},
+    **{f"study {name}": verb for name, verb in STUDIES.items()},
+}
+POSITIONAL = {
+    "train": {"data": "DATA"},
+    "gradient": {"model": "MODEL"},
+    "ode": {"model": "RUN", "bound": "--no-bound"},
+    "interpolate": {"first": "RUN_A", "second": "RUN_B"},
+    "compare": {"runs": "RUN"},
+    "merge": {"runs": "RUN"},
 }
 
 
 def explained(help_text: str) -> dict[str, str]:
     """What the help says of each option, without metavar and default."""
     text = re.sub(r"^[│|]|[│|] *$", " ", help_text, flags=re.MULTILINE)
-    entries = re.findall(r"^ {2,3}(--[\w-]+|[A-Z]+)\b(.*?)(?=^ {0,3}\S|\Z)", text, re.M | re.S)
+    entries = re.findall(r"^ {2,3}(--[\w-]+|[A-Z_]+)\b(.*?)(?=^ {0,3}\S|\Z)", text, re.M | re.S)
     return {
         name: " ".join(
             re.sub(r"\(default.*|\(required.*|\{.*?\}|\[.*\]", " ", said, flags=re.S).split()
@@ -280,10 +271,8 @@ def test_help_names_and_explains_every_option(verb: str) -> None:
     assert done.code == 0
     assert done.err == ""
     said = explained(done.out)
-    positional = {"run": "RUN"} | {"train": {"data": "DATA"}, "gradient": {"model": "MODEL"}}.get(
-        verb, {}
-    )
-    for field in dataclasses.fields(HELP[verb]):
+    positional = {"run": "RUN"} | POSITIONAL.get(verb, {})
+    for field in dataclasses.fields(Train if verb == "train" else options(HELP[verb])):
         name = positional.get(field.name, f"--{field.name.replace('_', '-')}")
         assert len(said[name].split()) >= 4, f"{name} is not explained"
     assert f"deeplimit {verb}" in done.out.replace(f"usage: deeplimit {verb}", "")  # an example

@@ -93,7 +93,7 @@ NAN[7, 2] = np.nan
 
 WRONG: dict[str, Wrong] = {
     # data that are not there or not what they should be
-    "unknown data set": Wrong(train("digitz"), ("'digitz'", "'digits'", "spirals")),
+    "unknown data set": Wrong(train("digitz"), ("'digitz'", "did you mean digits?", "spirals")),
     "no data folder given": Wrong(train("mnist"), ("'mnist'", "--data-dir", "DEEPLIMIT_DATA")),
     "data folder missing": Wrong(
         train("mnist", "--data-dir", "/no/such/place"), ("/no/such/place", "--data-dir")
@@ -157,7 +157,7 @@ WRONG: dict[str, Wrong] = {
     "recipe damaged": Wrong(recipe("format = ["), ("r.toml", "damaged", "replace")),
     "recipe of another version": Wrong(recipe("format = 99"), ("99", "another version")),
     "recipe with an unknown field": Wrong(
-        recipe("format = 1\n[recipe]\ndpeth = [3]\n"), ("r.toml", "dpeth", "'depth'")
+        recipe("format = 1\n[recipe]\ndpeth = [3]\n"), ("r.toml", "dpeth", "did you mean depth")
     ),
     "recipe and data set": Wrong(
         lambda here: ["train", "digits", "--recipe", here / "r.toml"],
@@ -254,7 +254,7 @@ WRONG: dict[str, Wrong] = {
     "study at depth 0": Wrong(lambda here: ["study", "horizon", "--depth", "0"], ("depth is 0",)),
     "study of unknown data": Wrong(
         lambda here: ["study", "horizon", "--data", "digit", "--runs", here / "runs"],
-        ("'digit'", "'digits'"),
+        ("'digit'", "did you mean digits?"),
     ),
     "study of falling depths": Wrong(
         lambda here: ["study", "linear", "--depths", "16", "8"], ("16 8", "smallest to the largest")

@@ -90,7 +90,7 @@ def test_results_cut_in_half(
 def test_a_result_with_an_unknown_field(run: Path) -> None:
     cut = json.loads((run / "crop.json").read_text())
     (run / "crop.json").write_text(json.dumps(cut | {"remvoed": []}))
-    refused("report", run, says=("crop.json", "remvoed", "'removed'"), folder=run)
+    refused("report", run, says=("crop.json", "remvoed", "did you mean removed?"), folder=run)
 
 
 @pytest.mark.parametrize("to", ["4", "-1"])

@@ -95,5 +95,5 @@ def test_without_network() -> None:
 def test_without_the_library() -> None:
     said = ask("import sys; sys.modules['datasets'] = None\n")
     assert said == (
-        "data set 'hub:nobody/nothing' needs the datasets library: pip install deeplimit[hub]\n"
+        "data set 'hub:nobody/nothing' needs the datasets library: pip install deeplimit[cli]\n"
     )

@@ -45,9 +45,9 @@ class Convergence:
 
     def __call__(self) -> None:
         """Runs the study, writes its figures and prints its maps."""
-        from deeplimit.cli.figure_page import write_figures
         from deeplimit.cli.study_output import FIGURE, progress
         from deeplimit.report.convergence import convergence_figures, convergence_summary
+        from deeplimit.report.figure_page import write_figures
         from deeplimit.studies import study_convergence
 
         with progress(quiet=self.json) as tell:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from deeplimit.cli.output import say, stop_writing
 from deeplimit.cli.verbs import parse
 from deeplimit.errors import InputError, ProcessLost, RunError
+from deeplimit.extras import missing
 from deeplimit.interruption import Stopped, stoppable
 from deeplimit.memory import ran_out
 from deeplimit.rank import is_first_process
@@ -41,6 +42,11 @@ def main(args: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 1
     except InputError as error:
         return _failed(2, str(error))
+    except ModuleNotFoundError as error:
+        refusal = missing(error)
+        if refusal is None:
+            raise
+        return _failed(2, str(refusal))
     except ProcessLost as error:
         return _failed(1, str(error), aloud=error.aloud)
     except RunError as error:

@@ -1,33 +1,84 @@
-"""How options look on the command line, the same for every verb."""
+"""A verb's options are made from its function: signature and docstring give name, default, help.
 
-from typing import Annotated
+Positional parameters are words, keyword-only ones options. A parameter that is a dataclass stands
+for its fields. A text in an annotation is what stands for the value in the help, `Doc` explains a
+parameter that several functions have. `tell` and `quiet` are the command line's own to give.
+"""
 
-from tyro.conf import DisallowNone, FlagCreatePairsOff, arg
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from deeplimit.errors import InputError
+from typing_extensions import Doc
+from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 # No --no-json beside --json, and no way to spell out None: leave the option out.
 STYLE = (FlagCreatePairsOff, DisallowNone)
+HIDDEN = ("tell", "quiet")
 
-Trust = Annotated[
-    bool,
-    arg(
-        help="Run the code that the recipe.toml of a run folder names as its model; which files "
-        "these are is said first. See docs/trust.md."
-    ),
-]
 Json = Annotated[bool, arg(help="Print the result as JSON on stdout, and nothing else there.")]
 
 
-def sizes(shape: str | None) -> tuple[int, ...] | None:
-    """The numbers in "3,224,224".
+def options_of(function: Callable[..., Any]) -> type[Any]:
+    """The options of a verb, and --json, as a dataclass that the parser reads."""
+    description, explained = documented(function)
+    hints = get_type_hints(function, include_extras=True)
+    bases: tuple[type[Any], ...] = ()
+    own: list[tuple[str, Any, Any]] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in HIDDEN:
+            continue
+        if is_dataclass(hints[name]):
+            bases = (hints[name],)
+            inner = get_type_hints(hints[name], include_extras=True)
+            own += [(f.name, parsed(inner[f.name]), f) for f in fields(hints[name])]
+            continue
+        positional = parameter.kind is not parameter.KEYWORD_ONLY
+        hint = parsed(hints[name], explained.get(name), positional=positional)
+        own.append((name, hint, _with_default(parameter.default)))
+    own.append(("json", Json, field(default=False)))
+    namespace = {"__doc__": description, "__module__": function.__module__}
+    return make_dataclass(
+        function.__name__, own, bases=bases, namespace=namespace, frozen=True, kw_only=True
+    )
 
-    Raises:
-        InputError: there are others than whole numbers in it.
-    """
-    if shape is None:
-        return None
-    try:
-        return tuple(int(size) for size in shape.split(","))
-    except ValueError:
-        raise InputError(f"shape is {shape!r}; expected sizes such as 3,224,224") from None
+
+def call(function: Callable[..., Any], options: Any, hidden: Mapping[str, Any]) -> Any:
+    """Calls a function with what was parsed, and what of `hidden` it takes."""
+    hints = get_type_hints(function)
+    given = {}
+    for name in inspect.signature(function).parameters:
+        kind = hints[name]
+        if is_dataclass(kind):
+            values = {f.name: getattr(options, f.name) for f in fields(kind)}
+            given[name] = kind(**values)  # type: ignore[operator]
+        elif name not in HIDDEN:
+            given[name] = getattr(options, name)
+        elif name in hidden:
+            given[name] = hidden[name]
+    return function(**given)
+
+
+def documented(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """What a docstring says of a function, and of each parameter."""
+    description, *sections = re.split(
+        r"\n(?=(?:Args|Raises|Returns):\n)", inspect.getdoc(function) or ""
+    )
+    args = next((section for section in sections if section.startswith("Args:")), "")
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", args, re.M)
+    return description.strip(), {name: " ".join(text.split()) for name, text in entries}
+
+
+def parsed(hint: Any, explained: str | None = None, *, positional: bool = False) -> Any:
+    """An annotation that says to the parser what a function's says to people."""
+    kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    metavar = next((note for note in reversed(notes) if isinstance(note, str)), None)
+    shared = next((note.documentation for note in notes if isinstance(note, Doc)), None)
+    told = arg(metavar=metavar, help=explained or shared)
+    return Annotated[kind, Positional, told] if positional else Annotated[kind, told]
+
+
+def _with_default(default: Any) -> Any:
+    return field() if default is inspect.Parameter.empty else field(default=default)

@@ -3,6 +3,8 @@
 import json as json_text
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -39,3 +41,39 @@ def stop_writing() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())
+
+
+@contextmanager
+def progress(*, quiet: bool, doing: str = "training") -> Iterator[Callable[[str, float], None]]:
+    """What is done now: a bar where stderr is a terminal, otherwise a line each."""
+    if quiet:
+        yield lambda message, done: None
+        return
+    if not sys.stderr.isatty():
+        yield _lines(doing)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from deeplimit.terminal import Terminal
+
+    columns = (
+        BarColumn(bar_width=24),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda message, done: bar.update(task, description=message, completed=done)
+
+
+def _lines(doing: str) -> Callable[[str, float], None]:
+    """A line where the message is a new one."""
+    said = ""
+
+    def tell(message: str, done: float) -> None:
+        nonlocal said
+        if message != said:
+            said = message
+            say(f"{doing}: {message}")
+
+    return tell

@@ -7,34 +7,20 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
-from deeplimit.cli.finish import finish
-from deeplimit.cli.options import STYLE, Json, Trust
+from deeplimit.cli.options import STYLE, documented, options_of, parsed
+from deeplimit.cli.verbs import VERBS, show
 from deeplimit.errors import InputError
-from deeplimit.training import Recipe, recipe_for, resume, train
+from deeplimit.training import Recipe, recipe_for
 from deeplimit.training.trust import Named
+from deeplimit.verbs import resume, train
+from deeplimit.verbs.answer import Trust
 
 DEFAULT_DATA = "digits"
 
 
-@dataclass(frozen=True)
-class Train(Recipe):
-    """Train a network that is too deep with a stage cost, cut it to the depth that is enough.
-
-    Leaves a folder, runs/NAME, with recipe, metrics, weights, the profile of its turnpike, the cut
-    and a page, report.html. A control (--control plain) has folders of its own beside it.
-    The defaults below are those of the data set given. For example:
-      deeplimit train digits --depth 40 --stage-cost 0.1
-      deeplimit train digits --control plain              beside networks without stage cost
-      deeplimit train mnist --data-dir DIR
-      deeplimit train mnist --help                        the defaults for MNIST
-      deeplimit train --recipe runs/mnist/recipe.toml     the same run again
-      deeplimit train --resume runs/mnist                 go on with a run that was stopped
-      deeplimit train cifar10 --model transformers:my-vit --new-head      a model that you have
-      deeplimit train cifar10 --model net:build --weights net.pt          build() in net.py
-
-    A transformers model is left in the folder RUN/model, which plain transformers loads. Images
-    are standardised before the model sees them, by mean and std in recipe.toml.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Train(options_of(train)):  # type: ignore[misc]
+    """The options of `train`, and what goes with a run or a recipe that is there."""
 
     data: Annotated[str, Positional, arg(metavar="DATA")] = DEFAULT_DATA
     """digits, spirals, mnist, cifar10, hub:OWNER/NAME, npz:FILE, or a folder in the data folder."""
@@ -43,13 +29,7 @@ class Train(Recipe):
     resume: Annotated[Path | None, arg(metavar="RUN")] = None
     """Go on with the run in this folder, by its own recipe; goes with no other option but json
     and trust."""
-    runs: Annotated[Path, arg(metavar="DIR")] = Path("runs")
-    """Folder for the run folders."""
-    name: Annotated[str | None, arg(metavar="NAME")] = None
-    """The run folder's name; by default the data set's. A name that is taken gets -2, -3, …"""
-    trust: Trust = False
-    json: Json = False
-    """Print the results as JSON on stdout, and nothing else there."""
+    trust: parsed(Trust) = False  # type: ignore[valid-type]
 
     def __post_init__(self) -> None:
         """Checks nothing: the parser would put a box around what `Recipe` has to say."""
@@ -57,10 +37,11 @@ class Train(Recipe):
     def __call__(self) -> None:
         """Trains, or goes on training; then profiles, cuts, writes the page, prints the answer."""
         if self.resume is not None:
-            finish(resume(self.resume, trust=self.trust), json=self.json)
-            return
-        own = {field.name: getattr(self, field.name) for field in fields(Recipe)}
-        finish(train(Recipe(**own), runs=self.runs, name=self.name), json=self.json)
+            found = resume(self.resume, trust=self.trust)
+        else:
+            own = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+            found = train(Recipe(**own), runs=self.runs, name=self.name)
+        show(VERBS["train"], found, json=self.json)
 
 
 def parse_train(args: list[str]) -> Train:
@@ -90,11 +71,19 @@ def parse_train(args: list[str]) -> Train:
     model = defaults.model  # as it was before the parser had it: with where it comes from
     if made.trust and isinstance(model, Named):
         model = Named(model, model.file, trust=True)
-    return replace(made, model=model)
+    settings: dict[str, Any] = {"model": model}
+    return replace(made, **settings)
 
 
 def _parse(args: list[str], defaults: Train) -> Train:
-    return tyro.cli(Train, prog="deeplimit train", args=args, default=defaults, config=STYLE)
+    return tyro.cli(
+        Train,
+        prog="deeplimit train",
+        description=documented(train)[0],
+        args=args,
+        default=defaults,
+        config=STYLE,
+    )
 
 
 def _refuse_others(given: Train, nothing: Train) -> None:

@@ -1,30 +1,13 @@
-"""The verbs: which there are, and how a command line becomes one of them with its options."""
+"""The verbs: a table of names, functions and renderers, and how a command line becomes a call."""
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any
 
-import tyro
-from tyro.extras import SubcommandApp
-
-from deeplimit.cli.compare import Compare
-from deeplimit.cli.consistency import Consistency
-from deeplimit.cli.convergence import Convergence
-from deeplimit.cli.crop import Crop
-from deeplimit.cli.demo import Demo
-from deeplimit.cli.gradient import Gradient
-from deeplimit.cli.heal import Heal
-from deeplimit.cli.horizon import Horizon
-from deeplimit.cli.interpolate import Interpolate
-from deeplimit.cli.linear import Linear
-from deeplimit.cli.merge import Merge
-from deeplimit.cli.ode import Ode
-from deeplimit.cli.options import STYLE
-from deeplimit.cli.profile import Profile
-from deeplimit.cli.refine import Refine
-from deeplimit.cli.report import Report
-from deeplimit.cli.smooth import Smooth
-from deeplimit.cli.verify import Verify
+from deeplimit.errors import InputError
 
 Command = Callable[[], None]
 
@@ -45,15 +28,19 @@ Version: deeplimit --version"""
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb, or a group of them.
+    """A verb of the command.
 
     Attributes:
         summary: what it is for, in a line.
-        parse: reads the words after the verb.
+        function: FILE:NAME in the package; its parameters are the options (`options_of`).
+        shown: FILE:NAME in report/, which renders the result.
+        doing: what its progress is called.
     """
 
     summary: str
-    parse: Callable[[list[str]], Command]
+    function: str
+    shown: str = ""
+    doing: str = "measuring"
 
 
 def parse(args: list[str]) -> Command:
@@ -68,9 +55,61 @@ def parse(args: list[str]) -> Command:
     return _choose(VERBS, "deeplimit", DESCRIPTION, args)
 
 
+def options(verb: Verb) -> type[Any]:
+    """The dataclass of a verb's options."""
+    from deeplimit.cli.options import options_of
+
+    made = _function(verb)
+    return made if isinstance(made, type) else options_of(made)
+
+
+def answer(verb: Verb, given: Any) -> None:
+    """Calls a verb's function, and prints what it returns."""
+    from deeplimit.cli.options import call
+    from deeplimit.cli.output import progress
+
+    function = _function(verb)
+    silent = given.json or "tell" not in signature(function).parameters  # or has its own bars
+    with progress(quiet=silent, doing=verb.doing) as tell:
+        found = call(function, given, {"tell": tell, "quiet": given.json})
+    show(verb, found, json=given.json)
+
+
+def show(verb: Verb, found: Any, *, json: bool) -> None:
+    """Prints an answer: a table, and where files are.
+
+    Raises:
+        InputError: what was looked at is not as it should be.
+    """
+    from deeplimit.cli.output import emit
+
+    if found.result is not None:  # the first of several processes has it
+        table = [] if json else [_report(verb.shown)(found.result, *found.beside)]
+        emit(found.result, *table, *found.written, json=json)
+    if found.fault:
+        raise InputError(found.fault)
+
+
+def _function(verb: Verb) -> Any:
+    return pkgutil.resolve_name(f"deeplimit.{verb.function}")
+
+
+def _report(name: str) -> Callable[..., Any]:
+    return pkgutil.resolve_name(f"deeplimit.report.{name}")
+
+
 def _choose(verbs: dict[str, Verb], prog: str, description: str, args: list[str]) -> Command:
     if args and args[0] in verbs:
-        return verbs[args[0]].parse(args[1:])
+        name, *words = args
+        if name == "study":
+            return _choose(STUDIES, "deeplimit study", "Experiments over several runs.", words)
+        if name == "train":
+            from deeplimit.cli.train import parse_train
+
+            return parse_train(words)
+        return _parse_options(verbs[name], f"{prog} {name}", words)
+    from tyro.extras import SubcommandApp
+
     listing = SubcommandApp()  # for --help, and to say what is wrong with the verb
     for name, verb in verbs.items():
         listing.command(name=name, help=verb.summary)(lambda: None)
@@ -78,18 +117,14 @@ def _choose(verbs: dict[str, Verb], prog: str, description: str, args: list[str]
     return lambda: None
 
 
-def _options(kind: type[Any], prog: str) -> Callable[[list[str]], Command]:
-    return lambda args: tyro.cli(kind, prog=prog, args=args, config=STYLE)
+def _parse_options(verb: Verb, prog: str, args: list[str]) -> Command:
+    import tyro
 
+    from deeplimit.cli.options import STYLE
 
-def _train(args: list[str]) -> Command:
-    from deeplimit.cli.train import parse_train  # its options are a recipe's: it needs torch
-
-    return parse_train(args)
-
-
-def _study(args: list[str]) -> Command:
-    return _choose(STUDIES, "deeplimit study", "Experiments over several runs.", args)
+    kind = options(verb)
+    given = tyro.cli(kind, prog=prog, args=args, config=STYLE)
+    return given if callable(given) else partial(answer, verb, given)
 
 
 def _print_version() -> None:
@@ -101,67 +136,89 @@ def _print_version() -> None:
 STUDIES = {
     "consistency": Verb(
         "Does training stop depending on width and depth as both grow?",
-        _options(Consistency, "deeplimit study consistency"),
+        "cli.consistency:Consistency",
     ),
     "convergence": Verb(
         "Where does training converge at a rate known before it starts?",
-        _options(Convergence, "deeplimit study convergence"),
+        "cli.convergence:Convergence",
     ),
     "horizon": Verb(
         "Does the number of layers in use stay bounded as the network gets deeper?",
-        _options(Horizon, "deeplimit study horizon"),
+        "cli.horizon:Horizon",
     ),
     "linear": Verb(
-        "Do linear residuals stay near a Neural ODE while they train?",
-        _options(Linear, "deeplimit study linear"),
+        "Do linear residuals stay near a Neural ODE while they train?", "cli.linear:Linear"
     ),
     "smooth": Verb(
         "Do two-layer residuals stay near a Neural ODE if they start smooth in depth?",
-        _options(Smooth, "deeplimit study smooth"),
+        "cli.smooth:Smooth",
     ),
 }
 VERBS = {
     "demo": Verb(
         "All of it on data that need no download, within a minute.",
-        _options(Demo, "deeplimit demo"),
+        "verbs.runs:demo",
+        "console:finished_summary",
     ),
-    "train": Verb("Train too deep, measure the turnpike, cut to the depth that is enough.", _train),
+    "train": Verb(
+        "Train too deep, measure the turnpike, cut to the depth that is enough.",
+        "verbs.runs:train",
+        "console:finished_summary",
+    ),
     "profile": Verb(
         "Measure the turnpike of a trained network, layer by layer.",
-        _options(Profile, "deeplimit profile"),
+        "verbs.runs:profile",
+        "console:profile_summary",
     ),
-    "crop": Verb("Cut a trained network to fewer layers.", _options(Crop, "deeplimit crop")),
+    "crop": Verb(
+        "Cut a trained network to fewer layers.", "verbs.runs:crop", "console:crop_summary"
+    ),
     "heal": Verb(
         "Train a cut network a little more, with the full one as its teacher.",
-        _options(Heal, "deeplimit heal"),
+        "verbs.runs:heal",
+        "console:healing_summary",
     ),
     "gradient": Verb(
         "What memory-free gradients would save on a model, and at what error.",
-        _options(Gradient, "deeplimit gradient"),
+        "verbs.networks:gradient",
+        "gradient_cost:gradient_summary",
     ),
     "ode": Verb(
         "How far a network is from its Neural ODE, and how smooth in depth.",
-        _options(Ode, "deeplimit ode"),
+        "verbs.networks:ode",
+        "depth_limit:depth_limit_summary",
     ),
     "refine": Verb(
         "Make a trained network deeper, as its Neural ODE says, and train on from there.",
-        _options(Refine, "deeplimit refine"),
+        "verbs.runs:refine",
+        "refinement:refinement_summary",
     ),
     "compare": Verb(
         "How far networks are from one another, whatever their widths and depths.",
-        _options(Compare, "deeplimit compare"),
+        "verbs.networks:compare",
+        "measures:comparison_summary",
+        "comparing",
     ),
     "interpolate": Verb(
         "Loss and accuracy along the geodesic between two networks.",
-        _options(Interpolate, "deeplimit interpolate"),
+        "verbs.networks:interpolate",
+        "measures:interpolation_summary",
     ),
-    "merge": Verb("Join trained networks in one.", _options(Merge, "deeplimit merge")),
-    "report": Verb("Write the page of a run again.", _options(Report, "deeplimit report")),
+    "merge": Verb(
+        "Join trained networks in one.",
+        "verbs.networks:merge",
+        "measures:merge_summary",
+        "merging",
+    ),
+    "report": Verb(
+        "Write the page of a run again.", "verbs.runs:report", "console:finished_summary"
+    ),
     "verify": Verb(
         "Check that the files of a run are what they were when they were written.",
-        _options(Verify, "deeplimit verify"),
+        "verbs.runs:verify",
+        "console:verification_lines",
     ),
     "study": Verb(
-        "Experiments over several runs: consistency, convergence, horizon, linear, smooth.", _study
+        "Experiments over several runs: consistency, convergence, horizon, linear, smooth.", ""
     ),
 }

@@ -291,7 +291,7 @@ def load_hub(request: Request) -> DataSet:
         from datasets import load_dataset
     except ImportError as error:
         raise InputError(
-            f"data set {request.name!r} needs the datasets library: pip install deeplimit[hub]"
+            f"data set {request.name!r} needs the datasets library: pip install deeplimit[cli]"
         ) from error
     target = Path(request.target).expanduser()
     try:

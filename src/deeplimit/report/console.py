@@ -20,7 +20,8 @@ from deeplimit.report.control import control_sentences
 from deeplimit.report.language import perplexity
 from deeplimit.report.numbers import SPACE, percent, significant
 from deeplimit.report.verdict import verdict_line
-from deeplimit.training.results import Cut, Healing, Profiles, Reference
+from deeplimit.training.results import Cut, Finished, Healing, Profiles, Reference
+from deeplimit.training.verifying import Verification
 
 ROWS = 24  # a longer profile is abbreviated to about so many layers
 
@@ -98,6 +99,24 @@ def shown_layers(profile: TurnpikeProfile) -> list[int]:
     stride = 1 if horizon <= ROWS else math.ceil(horizon / ROWS)
     near = {n + d for n in layer_marks(profile) for d in (-1, 0, 1)} if stride > 1 else set()
     return sorted(n for n in {*range(0, horizon, stride), horizon, *near} if 0 <= n <= horizon)
+
+
+def profile_summary(profiles: Profiles) -> RenderableType:
+    """The profile on validation data, on which depths are chosen."""
+    return profile_table(profiles.validation)
+
+
+def finished_summary(finished: Finished) -> RenderableType:
+    """What came of a run: its cut, or before there is one its profile."""
+    results = finished.results
+    if results.cut is not None:
+        return crop_summary(results.cut, results.reference, results.profiles)
+    return Group() if results.profiles is None else profile_summary(results.profiles)
+
+
+def verification_lines(found: Verification) -> RenderableType:
+    """A line for each file."""
+    return Group(*(Text(f"{file.state:8} {file.name}") for file in found.files))
 
 
 def crop_summary(

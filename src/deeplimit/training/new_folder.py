@@ -34,13 +34,7 @@ def new_folder(runs: Path, name: str, fill: Callable[[Path, Path], object]) -> P
     Raises:
         InputError: the name is no folder's name, or the folder cannot be made or written to.
     """
-    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
-        raise InputError(f"the name {name!r} cannot be a folder's; give a plain one")
-    if (length := len(name.encode())) > LONGEST:
-        raise InputError(
-            f"the name {name[:20]}… has {length} bytes; expected at most {LONGEST}: give a shorter "
-            "one"
-        )
+    check_name(name)
     with _aside(runs, name) as aside:
         while True:
             path = _free(runs, name)
@@ -55,6 +49,17 @@ def new_folder(runs: Path, name: str, fill: Callable[[Path, Path], object]) -> P
                 continue
             flush_folder(runs)
             return path
+
+
+def check_name(name: str) -> None:
+    """Raises InputError where a name is no folder's."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        raise InputError(f"the name {name!r} cannot be a folder's; give a plain one")
+    if (length := len(name.encode())) > LONGEST:
+        raise InputError(
+            f"the name {name[:20]}… has {length} bytes; expected at most {LONGEST}: give a shorter "
+            "one"
+        )
 
 
 def check_place(runs: Path, remedy: str = ANOTHER) -> None:

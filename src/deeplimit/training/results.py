@@ -1,6 +1,7 @@
 """What a run leaves: numbers only; `deeplimit.report` renders them."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from deeplimit.control.bridge import Bridge
@@ -237,3 +238,18 @@ class RunResults:
     merging: MergedRuns | None = None
     depth_limit: DepthLimit | None = None
     certificate: ConvergenceCertificate | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is trained, cut and shown.
+
+    Attributes:
+        run: the run folder.
+        page: its page.
+        results: all results in the folder.
+    """
+
+    run: Path
+    page: Path
+    results: RunResults

@@ -81,6 +81,11 @@ def sources(module: str) -> list[str]:
     return [found.origin or "no file" for found in _chain(module) if found.loader is not None]
 
 
+def parts_found(module: str) -> int:
+    """How many parts of a dotted name are there: all of them, or the module cannot be imported."""
+    return sum(1 for _ in _chain(module))
+
+
 @contextmanager
 def current_folder() -> Iterator[None]:
     """Modules are looked for in the current folder too, as by `python -m`."""

@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deeplimit.errors import InputError
+import plotly.graph_objects as go
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+from deeplimit.files import write_text
+from deeplimit.records import to_plain
 
 CONFIG = {"displayModeBar": False, "responsive": True}
 HEAD = (
@@ -22,21 +22,10 @@ ROOM = '<div style="overflow-x: auto"><div style="min-width: {width}px">{figure}
 PANELS = 820  # pixels, for two of them
 
 
-def check_place(figure: Path | None) -> None:
-    """Raises InputError where a page cannot be written to; before minutes of measuring."""
-    if figure is None:
-        return
-    if figure.suffix == ".json":
-        raise InputError(f"figure is {figure}; expected an .html file, its .json is written beside")
-    if figure.is_dir() or not figure.parent.is_dir():
-        why = "is a folder" if figure.is_dir() else f"there is no folder {figure.parent}"
-        raise InputError(f"figure is {figure}: {why}; give a file in a folder that is there")
-
-
 def write_figures(
     path: Path,
     title: str,
-    figures: "Sequence[tuple[str, go.Figure, str]]",
+    figures: Sequence[tuple[str, go.Figure, str]],
     result: Any = None,
     *,
     to: Path | None = None,
@@ -50,8 +39,6 @@ def write_figures(
         result: their numbers.
         to: where a page that belongs to a commit will be.
     """
-    from deeplimit.files import write_text
-
     parts = [HEAD.format(title=escape(title))]
     for n, (_, figure, caption) in enumerate(figures):
         drawn = figure.to_html(include_plotlyjs=n == 0, full_html=False, config=CONFIG)
@@ -66,7 +53,4 @@ def write_figures(
 
 def write_result(path: Path, result: Any) -> None:
     """Writes a result as JSON, as --json prints it."""
-    from deeplimit.files import write_text
-    from deeplimit.records import to_plain
-
     write_text(path, json.dumps(to_plain(result), allow_nan=False, ensure_ascii=False) + "\n")

@@ -1,0 +1,174 @@
+"""What a verb returns, what the verbs for a trained network are given, and the page of a run."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typing_extensions import Doc
+
+from deeplimit.errors import InputError
+from deeplimit.rank import is_first_process
+from deeplimit.training import Recipe, RunFolder, recipe_for
+from deeplimit.training.names import check_recipe
+from deeplimit.training.trust import is_run
+
+if TYPE_CHECKING:
+    from deeplimit.training.results import RunResults
+
+PAGE = "report.html"
+
+# Parameters that several verbs have; a text by itself is what stands for the value in the help.
+Progress = Callable[[str, float], None]  # what is done now, and the part of all that is done
+Model = Annotated[
+    str,
+    "MODEL",
+    Doc(
+        "A run folder, module:function, transformers:NAME (a model type, config.json, folder or "
+        "cached hub name), torchvision:NAME, timm:NAME, or a .safetensors file of a network. "
+        "Nothing is downloaded."
+    ),
+]
+Run = Annotated[str | Path, "RUN", Doc("The run folder that train wrote.")]
+Shape = Annotated[
+    str | None,
+    "C,H,W",
+    Doc("Shape of one random input, where the model does not say it: 3,224,224."),
+]
+Trust = Annotated[
+    bool,
+    Doc(
+        "Run the code that the recipe.toml of a run folder names as its model; which files these "
+        "are is said first. See docs/trust.md."
+    ),
+]
+
+
+def silent(message: str, done: float) -> None:
+    """Progress that nobody asked for."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a verb found.
+
+    Attributes:
+        result: a record of numbers.
+        written: what to say of the files that it left.
+        beside: what else a table of the result shows.
+        fault: what is wrong with what was looked at; empty where nothing is.
+    """
+
+    result: Any
+    written: tuple[str, ...] = ()
+    beside: tuple[Any, ...] = ()
+    fault: str = ""
+
+
+def show(folder: RunFolder) -> Answer:
+    """Writes the page from what is in the folder; several processes leave it to the first."""
+    if not is_first_process():
+        return Answer(None)
+    from deeplimit.training.results import Finished
+
+    with folder.commit() as new:
+        results, page = _renewed(new)
+    return Answer(Finished(folder.path, page, results), (_page_line(page),))
+
+
+def renew_page(folder: RunFolder) -> str:
+    """Writes the page from what is in the folder; says where it is."""
+    with folder.commit() as new:
+        return _page_line(_renewed(new)[1])
+
+
+def _renewed(folder: RunFolder) -> tuple["RunResults", Path]:
+    """The page written in an open commit; the results on it, and where it will be."""
+    from deeplimit.report import write_page
+
+    results = folder.results()
+    write_page(results, folder.files.place(PAGE))
+    return results, folder.path / PAGE
+
+
+def _page_line(page: Path) -> str:
+    return f"The page is at {page.resolve()}"
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A model that was trained elsewhere: a run folder is made of it, nothing is trained.
+
+    Raises:
+        InputError: by its methods: no such run or model, a model without data, or a run with these.
+    """
+
+    data: Annotated[str | None, "DATA"] = None
+    """Of a MODEL: its data, as in deeplimit train; of a model of text text:FILE, or table:FILE with
+    columns text and label. A new run folder is made, nothing is trained."""
+    length: Annotated[int | None, "L"] = None
+    """Of a MODEL of text: tokens of a window, or the most of a text in a table; 256 by default."""
+    data_dir: Path | None = None
+    """Of a MODEL: folder that holds the data sets' folders; else DEEPLIMIT_DATA says where."""
+    weights: Annotated[Path | None, "FILE"] = None
+    """Of a MODEL: its weights, .safetensors or a state_dict (.pt), where it brings none."""
+    stack: Annotated[str | None, "NAME"] = None
+    """Of a MODEL with several lists of blocks: the one that is meant; by default the longest."""
+    mean: tuple[float, ...] | None = None
+    """Of a MODEL: mean of each channel that it was trained with, as in deeplimit train."""
+    std: tuple[float, ...] | None = None
+    """Of a MODEL: standard deviation of each channel, likewise."""
+    runs: Annotated[Path, "DIR"] = Path("runs")
+    """Of a MODEL: folder for the run folder."""
+    name: Annotated[str | None, "NAME"] = None
+    """Of a MODEL: the run folder's name; by default the data set's."""
+
+    @contextmanager
+    def opened(self, run: str, *, trust: bool) -> Iterator[RunFolder]:
+        """The run folder; one that was made now for a model is gone if what was asked is wrong."""
+        folder = self.folder(run, trust=trust)
+        try:
+            yield folder
+        except InputError:
+            if self.data is not None:
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+
+    def folder(self, run: str, *, trust: bool) -> RunFolder:
+        """The run folder, made now for a model."""
+        made = self.check(run, trust=trust)
+        if isinstance(made, RunFolder):
+            return made
+        from deeplimit.training import train
+
+        return train(made, runs=self.runs, name=self.name)
+
+    def check(self, run: str, *, trust: bool) -> RunFolder | Recipe:
+        """The run folder, or the recipe of one to be made for a model; nothing large is loaded."""
+        if is_run(run):
+            for field in fields(self):
+                if getattr(self, field.name) != field.default:
+                    option = f"--{field.name.replace('_', '-')}"
+                    raise InputError(
+                        f"{option} given, but {run} is a run folder, which has its own; leave "
+                        f"{option} out"
+                    )
+            return RunFolder.open(run, trust=trust)
+        if self.data is None:
+            raise InputError(
+                f"{run} is a model, not a run folder: give its data too, such as --data cifar10"
+            )
+        recipe = replace(
+            recipe_for(self.data, run),
+            epochs=0,
+            length=self.length,
+            data_dir=self.data_dir,
+            weights=self.weights,
+            stack=self.stack,
+            mean=self.mean,
+            std=self.std,
+        )
+        check_recipe(recipe, self.runs, self.name)
+        return recipe

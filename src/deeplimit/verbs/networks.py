@@ -1,0 +1,462 @@
+"""Verbs on networks, of runs or elsewhere: gradients, Neural ODE, distances, what lies between."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from deeplimit.errors import InputError
+from deeplimit.training import RunFolder
+from deeplimit.training.names import check_spec
+from deeplimit.training.recipe import check_seed
+from deeplimit.verbs.answer import Answer, Model, Progress, Shape, Trust, renew_page, silent
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from deeplimit.studies import GradientCost
+    from deeplimit.training import LoadedModel
+    from deeplimit.training.run_files import RunFiles
+
+RESULT, FIGURE = "gradient.json", "gradient.html"
+STAGES = 8  # of gradient: the exact one, six methods, the times of all
+SAMPLES = 32  # that the distance to the Neural ODE is measured on
+
+Figure = Annotated[Path | None, "FILE"]
+Frame = Literal["equal", "interpolate"] | None
+
+
+def gradient(
+    model: Model,
+    *,
+    batch: Annotated[int | None, "N"] = None,
+    shape: Shape = None,
+    length: Annotated[int | None, "L"] = None,
+    evaluations: Annotated[int, "E"] = 2,
+    tolerance: float = 0.01,
+    steps: int = 5,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    seed: int = 0,
+    figure: Figure = None,
+    trust: Trust = False,
+    tell: Progress = silent,
+) -> Answer:
+    """What would I save with memory-free gradients, and at what error?
+
+    Measures peak memory, time per step, gradient error and drift on one batch: for plain
+    backpropagation, torch's checkpoint per block, the adjoint with e = 1, 2, 3 evaluations, and the
+    adjoint with as many anchors (kept states) as the tolerance asks for. For example:
+      deeplimit gradient runs/digits                            a run, with its data and its loss
+      deeplimit gradient transformers:vit --batch 8             a model type, default config
+      deeplimit gradient transformers:configs/my.json --length 256
+      deeplimit gradient torchvision:resnet50 --shape 3,160,160
+      deeplimit gradient net:build --tolerance 0.001            build() in net.py in this folder
+
+    Your function returns a model, (model, batch) or (model, batch, loss_of); the batch is a tensor,
+    a dict of keyword arguments or (inputs, targets), and loss_of(model, batch) a scalar. Elsewhere
+    inputs and labels are random. In a run folder the result is left as gradient.json and
+    gradient.html.
+
+    Args:
+        batch: Samples in the batch; 4, or a run's own batch size.
+        length: Tokens in one random input; at most 128 of those the model takes by default.
+        evaluations: Evaluations of a block for each rebuilt state, with planned anchors.
+        tolerance: Relative error of the gradient that the planned anchors stay within.
+        steps: Steps that are timed for each method; the median counts.
+        device: Where to measure; auto: on CUDA where there is any.
+        seed: Seed of random parameters, inputs, labels and dropout.
+        figure: Write the figure to this HTML file, which opens offline; for a run
+            RUN/gradient.html.
+    """
+    check_spec(model, trust=trust)
+    check_seed(seed)
+    check_figure(figure)
+    sizes = _sizes(shape)
+    from deeplimit.studies import measure_gradient_cost
+    from deeplimit.training import BatchRequest, example, load_model
+    from deeplimit.training.run_files import RunFiles
+
+    wish = BatchRequest(batch, sizes, length, seed)
+    where = _device(device)
+    loaded = load_model(model, seed=seed, trust=trust)
+    made = example(loaded, wish, where)
+    run = None if loaded.run is None else RunFiles(loaded.run)
+    done = iter(range(STAGES + 1))
+    with nullcontext() if run is None else run.commit() as files:
+        cost = measure_gradient_cost(
+            loaded.model,
+            made.loss_of,
+            made.batch,
+            name=model,
+            weights=loaded.weights,
+            evaluations=evaluations,
+            tolerance=tolerance,
+            steps=steps,
+            seed=seed,
+            tell=lambda message: tell(message, next(done, STAGES) / STAGES),
+        )
+        return Answer(cost, _write_cost(cost, figure, files))
+
+
+def _write_cost(
+    cost: "GradientCost", figure: Path | None, files: "RunFiles | None"
+) -> tuple[str, ...]:
+    """The files; what to say of them."""
+    from deeplimit.report import gradient_cost_figure
+    from deeplimit.report.figure_page import write_figures, write_result
+
+    title = f"{cost.model}: memory, time and error of gradients"
+    figures = [("gradient", gradient_cost_figure(cost), "")]
+    if files is not None:
+        write_result(files.place(RESULT), cost)
+        if figure is None:
+            page = files.place(FIGURE)
+            return (write_figures(page, title, figures, to=files.folder / FIGURE),)
+    return () if figure is None else (write_figures(figure, title, figures),)
+
+
+def ode(
+    model: Annotated[Model, "RUN|MODEL"],
+    *,
+    interpolation: Literal["linear", "constant"] = "linear",
+    bound: bool = True,
+    solver: Annotated[str | None, "SOLVER"] = None,
+    steps: Annotated[tuple[int, ...], "K"] = (),
+    tolerance: float | None = None,
+    batch: Annotated[int | None, "N"] = None,
+    shape: Shape = None,
+    length: Annotated[int | None, "L"] = None,
+    seed: int = 0,
+    figure: Figure = None,
+    trust: Trust = False,
+    tell: Progress = silent,
+) -> Answer:
+    """How far is my network from its Neural ODE?
+
+    Measures for every stage how smooth its controls are in depth, the distance of its states from
+    the Neural ODE through the same controls, and the bounds on it. Of a run it also tells the
+    accuracy on test data when other solvers run its layers, with other numbers of steps, and adds a
+    section to the run's page. For example:
+      deeplimit ode runs/digits
+      deeplimit ode runs/digits --solver rk4 --steps 2 5 10
+      deeplimit ode runs/digits --solver dopri5
+      deeplimit ode transformers:vit --batch 1 --no-bound --figure vit.html
+
+    Args:
+        interpolation: Of the controls between the layers.
+        bound: Compute the bounds on the distance too; of a large model they take twenty times as
+            long.
+        solver: Of a run: a method of torchdiffeq, such as euler, midpoint, heun2, rk4 (with
+            --steps) or dopri5, dopri8, bosh3 (adaptive); by default euler and rk4 with fewer and
+            more steps, dopri5.
+        steps: Numbers of steps in each chain, for the solver.
+        tolerance: Of the step of an adaptive solver, 0.001 by default; the error at the end is
+            larger.
+        batch: Samples that the distance is measured on; 32, or 4 of a model without data.
+        length: Tokens in one random input.
+        seed: Of random parameters and inputs.
+        figure: Of a model: write the figures to this HTML file, which opens offline.
+    """
+    if batch is not None and batch < 1:
+        raise InputError(f"batch is {batch}; expected at least 1")
+    check_spec(model, trust=trust)
+    check_seed(seed)
+    sizes = _sizes(shape)
+    from deeplimit.ode import depth_limit
+    from deeplimit.ode.solvers import TOLERANCE
+    from deeplimit.training import load_model
+
+    asked = {"solver": solver, "steps": steps or None, "tolerance": tolerance}
+    loaded = load_model(model, seed=seed, trust=trust)
+    network = loaded.model.eval()
+    folder = None if loaded.run is None else RunFolder.open(loaded.run)
+    written = []
+    with nullcontext() if folder is None else folder.commit() as new:
+        if new is None:
+            _no_solver(model, asked, "accuracy needs a run, with its test data")
+            check_figure(figure)
+            given = {"x": _batch_of(loaded, batch, sizes, length, seed)}
+        else:
+            for option, value in {"shape": shape, "length": length, "figure": figure}.items():
+                if value is not None:
+                    raise InputError(
+                        f"--{option} given, but {model} is a run folder, which has its own data "
+                        f"and page; leave --{option} out"
+                    )
+            given = _test_data_of(new, network, model, batch or SAMPLES, asked)
+        limit = depth_limit(
+            network,
+            interpolation=interpolation,
+            bound=bound,
+            tolerance=TOLERANCE if tolerance is None else tolerance,
+            seed=seed,
+            tell=lambda now: tell(now, 0.0),
+            **given,
+        )
+        if new is not None:
+            new.write(limit)
+            written.append(renew_page(new))
+    if folder is None and figure is not None:
+        from deeplimit.report.depth_limit import depth_limit_figures
+        from deeplimit.report.figure_page import write_figures
+
+        title = f"{model} and its Neural ODE"
+        written.append(write_figures(figure, title, depth_limit_figures(limit)))
+    return Answer(limit, tuple(written))
+
+
+def _batch_of(
+    loaded: "LoadedModel",
+    batch: int | None,
+    sizes: tuple[int, ...] | None,
+    length: int | None,
+    seed: int,
+) -> Any:
+    """One batch, the user's own or random."""
+    from deeplimit.training import BatchRequest, example
+    from deeplimit.training.example_batch import inputs_of
+
+    return inputs_of(example(loaded, BatchRequest(batch, sizes, length, seed), "cpu").batch)
+
+
+def _test_data_of(
+    folder: RunFolder, network: "Module", name: str, batch: int, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """Test data for the distance and for the solvers."""
+    from deeplimit._anatomy.chain import chains_in
+    from deeplimit.training import run_data
+    from deeplimit.training.building import evaluation_batches
+
+    test = run_data(folder).test
+    x, _ = next(iter(evaluation_batches(test.take(min(batch, len(test))))))
+    chains = [chain for _, chain in chains_in(network)]
+    if not chains:
+        _no_solver(name, asked, "its layers are not a chain of residual functions")
+        return {"x": x}
+    solvers = _solvers(max(map(len, chains)), **asked)
+    return {"x": x, "loader": evaluation_batches(test), "solvers": solvers}
+
+
+def _no_solver(name: str, asked: dict[str, Any], why: str) -> None:
+    for option, value in asked.items():
+        if value is not None:
+            raise InputError(f"--{option} given for {name}: {why}; leave it out")
+
+
+def _solvers(
+    depth: int, solver: str | None, steps: tuple[int, ...] | None, tolerance: float | None
+) -> list[tuple[str, int | None]]:
+    """What is asked for; by default fewer and more steps than the network's."""
+    from deeplimit.ode.solvers import FIXED, TOLERANCE, check_solver
+
+    within = TOLERANCE if tolerance is None else tolerance
+    if solver is not None:
+        asked = [(solver, k) for k in steps or (None,)]
+        for name, k in asked:
+            check_solver(name, k, within)
+        if solver in FIXED and tolerance is not None:
+            raise InputError(
+                f"--tolerance given, but {solver} takes steps of one size; leave it out, "
+                "or name an adaptive solver, such as dopri5"
+            )
+        return asked
+    if steps:
+        raise InputError("--steps given without --solver; name one, such as --solver rk4")
+    check_solver("dopri5", None, within)
+    fewer = sorted({max(depth // 4, 1), max(depth // 2, 1), 2 * depth})
+    rough = sorted({max(depth // 8, 1), max(depth // 4, 1)})
+    return [("euler", k) for k in fewer] + [("rk4", k) for k in rough] + [("dopri5", None)]
+
+
+def compare(
+    runs: Annotated[tuple[str, ...], "RUN|MODEL"],
+    *,
+    sinkhorn: Annotated[float | None, "EPS"] = None,
+    seed: int = 0,
+    figure: Figure = None,
+    trust: Trust = False,
+    tell: Progress = silent,
+) -> Answer:
+    """How far are networks from one another, whatever their widths and depths?
+
+    The layer-conditional optimal transport distance: in every layer particles are matched as
+    cheaply as possible, so that the order of neurons does not count. Of two networks it says where
+    in depth they differ and what the matching does; of more it prints the distance of every two.
+    For example:
+      deeplimit compare runs/digits runs/digits-2
+      deeplimit compare runs/a runs/b runs/c --figure distances.html
+
+    Args:
+        runs: Run folders that train wrote, two or more; or models as in deeplimit gradient.
+        sinkhorn: For layers of thousands of neurons: couplings regularised by EPS, 0.01 say, times
+            the mean cost; distances are then given with a bound from below.
+        seed: Of random parameters.
+        figure: Write the distance of every layer to this HTML file, which opens offline, and all
+            figures to the .json file beside it.
+    """
+    check_figure(figure)
+    for run in runs:
+        check_spec(run, trust=trust)
+    from deeplimit.studies import compare_runs
+
+    found = compare_runs(runs, sinkhorn=sinkhorn, seed=seed, trust=trust, tell=tell)
+    if figure is None:
+        return Answer(found)
+    from deeplimit.report.figure_page import write_figures
+    from deeplimit.report.measures import comparison_figures
+
+    names = ", ".join(network.name for network in found.networks)
+    title = f"{names}: distance, layer by layer"
+    return Answer(found, (write_figures(figure, title, comparison_figures(found), found),))
+
+
+def interpolate(
+    first: Annotated[Path, "RUN_A"],
+    second: Annotated[Path, "RUN_B"],
+    *,
+    points: Annotated[int, "K"] = 11,
+    frame: Frame = None,
+    align: bool = False,
+    save: Annotated[float | None, "T"] = None,
+    name: Annotated[str | None, "NAME"] = None,
+    figure: Figure = None,
+    trust: Trust = False,
+    tell: Progress = silent,
+) -> Answer:
+    """What lies between two trained networks, of any widths and depths?
+
+    Loss and accuracy on test data along the geodesic of layer-conditional optimal transport, where
+    every point is a network, beside the plain average of parameters, where there is one; and the
+    barrier of each: how far the loss rises above the line between its ends. Leaves a page and a
+    .json file beside the first run, A-to-B.html. For example:
+      deeplimit interpolate runs/a runs/b
+      deeplimit interpolate runs/a runs/b --frame interpolate --align
+      deeplimit interpolate runs/a runs/b --save 0.5 --name between
+
+    Args:
+        first: The run folder of t = 0.
+        second: The run folder of t = 1, on the same data.
+        points: How many t, from 0 to 1.
+        frame: What becomes of stem, head, norms and output biases: equal: they must be;
+            interpolate: they move linearly. By default equal, and with --align interpolate.
+        align: Take the second network in the basis of its residual stream nearest to the first
+            one's, as found on training data; of a network of kind vector with a linear stem, or
+            convolutional of one stage without norms.
+        save: Write the network at this t, and say how far it is from both ends: for unequal widths
+            not as the geodesic's point, since a network's neurons have no weights.
+        name: Where to: a new run folder's name, beside the first run, or FILE.safetensors.
+        figure: Where to write the page instead.
+    """
+    from deeplimit.training.new_folder import check_beside
+
+    check_figure(figure)
+    if figure is None and first.is_dir():
+        check_beside(first)
+    for run in (first, second):
+        RunFolder.open(run, trust=trust)
+    from deeplimit.report.figure_page import write_figures
+    from deeplimit.report.measures import interpolation_figures
+    from deeplimit.studies import interpolate_runs
+    from deeplimit.training import profile_run
+
+    found = interpolate_runs(
+        first,
+        second,
+        points=points,
+        frame=frame or ("interpolate" if align else "equal"),
+        align=align,
+        save=save,
+        name=name,
+        trust=trust,
+        tell=tell,
+    )
+    aligned = "-aligned" if align else ""
+    page = f"{first.resolve().name}-to-{second.resolve().name}{aligned}.html"
+    place = first.resolve().parent / page if figure is None else figure
+    turned = ", turned into the first one's basis" if found.aligned else ""
+    title = f"From {found.names[0]} to {found.names[1]}{turned}"
+    written = [write_figures(place, title, interpolation_figures(found), found)]
+    if found.saved is not None and Path(found.saved).is_dir():
+        with RunFolder.open(found.saved).commit() as new:
+            profile_run(new)
+            written.append(renew_page(new))
+    return Answer(found, tuple(written))
+
+
+def merge(
+    runs: Annotated[tuple[Path, ...], "RUN"],
+    *,
+    weights: Annotated[tuple[float, ...], "W"] = (),
+    width: Annotated[int | None, "M"] = None,
+    frame: Frame = None,
+    align: bool = False,
+    name: Annotated[str, "NAME"] = "merged",
+    trust: Trust = False,
+    tell: Progress = silent,
+) -> Answer:
+    """Join trained networks of any widths and depths in one.
+
+    A barycentre of layer-conditional optimal transport: in every layer matched particles are
+    averaged, not neurons of the same number. Leaves a new run folder beside the first run, with the
+    network and merge.json, the test accuracy of the networks and of what was made of them. For
+    example:
+      deeplimit merge runs/a runs/b
+      deeplimit merge runs/a runs/b runs/c --width 64 --name abc
+
+    Args:
+        runs: Run folders on the same data, two or more; the first gives the width.
+        weights: Of the networks, of sum 1; by default equal.
+        width: At most so many neurons in a layer.
+        frame: What becomes of stem, head, norms and output biases: equal: they must be;
+            interpolate: their mean. By default equal, and with --align interpolate.
+        align: Take all networks in the basis of the first one's residual stream, as in interpolate.
+        name: The new run folder's name.
+    """
+    for run in runs:
+        RunFolder.open(run, trust=trust)
+    from deeplimit.studies import merge_runs
+    from deeplimit.training import profile_run
+
+    found = merge_runs(
+        runs,
+        weights=weights or None,
+        width=width,
+        frame=frame or ("interpolate" if align else "equal"),
+        align=align,
+        name=name,
+        trust=trust,
+        tell=tell,
+    )
+    with RunFolder.open(found.folder).commit() as new:
+        profile_run(new)
+        page = renew_page(new)
+    return Answer(found, (page,))
+
+
+def check_figure(figure: Path | None) -> None:
+    """Raises InputError where a page cannot be written to; before minutes of measuring."""
+    if figure is None:
+        return
+    if figure.suffix == ".json":
+        raise InputError(f"figure is {figure}; expected an .html file, its .json is written beside")
+    if figure.is_dir() or not figure.parent.is_dir():
+        why = "is a folder" if figure.is_dir() else f"there is no folder {figure.parent}"
+        raise InputError(f"figure is {figure}: {why}; give a file in a folder that is there")
+
+
+def _sizes(shape: str | None) -> tuple[int, ...] | None:
+    """The numbers in "3,224,224"."""
+    if shape is None:
+        return None
+    try:
+        return tuple(int(size) for size in shape.split(","))
+    except ValueError:
+        raise InputError(f"shape is {shape!r}; expected sizes such as 3,224,224") from None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise InputError("device is cuda, but torch sees none here; give cpu or auto")
+    return ("cuda" if there else "cpu") if name == "auto" else name

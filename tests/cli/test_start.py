@@ -1,0 +1,93 @@
+"""Help and refusals come at once: what is wrong is seen before anything large is imported."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deeplimit.cli.verbs import STUDIES, VERBS
+
+HELP = [
+    [],
+    *([name] for name in VERBS),
+    *(["study", name] for name in STUDIES),
+    ["train", "mnist"],
+]
+WRONG = {
+    "crop no/such/folder": "no such folder",
+    "crop RUN --bad": "--bad",
+    "crop . --to 3 --points 1": "give one",
+    "profile transformers:nowhere": "--data cifar10",
+    "profile transformers:nowhere --data digits": "no model type",
+    "profile nowhere.safetensors --data digits": "no such file",
+    "heal no/such/folder": "no such folder",
+    "report .": "no recipe.toml",
+    "verify .": "no recipe.toml",
+    "refine nowhere": "no such folder",
+    "gradient nowhere:build": "no module 'nowhere'",
+    "gradient net.py:build": "leave out .py",
+    "gradient transformers:vitt": "did you mean",
+    "gradient transformers:vit --figure no/such/page.html": "there is no folder",
+    "ode nowhere": "no such folder",
+    "compare runs/a runs/b": "runs/a: no such folder",
+    "interpolate runs/a runs/b": "runs/a: no such folder",
+    "merge runs/a runs/b": "runs/a: no such folder",
+    "train digitz": "did you mean digits",
+    "train npz:no/such.npz": "no/such.npz",
+    "train mnist --data-dir no/such": "no/such",
+    "train --depth 0": "depth is 0",
+    "train --name a/b": "'a/b'",
+    "train --model nowhere:build": "no module 'nowhere'",
+    "train --runs file/runs": "another folder",
+    "train --resume no/such": "no such folder",
+    "train --recipe no.toml": "no.toml",
+    "demo --runs file": "another folder",
+    "trian": "trian",
+}
+PROBE = """
+import json, sys
+from deeplimit.cli import main
+codes = []
+for words in json.loads(sys.argv[1]):
+    print(f"== {words}", file=sys.stderr)
+    codes.append(main(words))
+heavy = [m for m in ("torch", "numpy", "sklearn", "scipy", "plotly", "pyarrow") if m in sys.modules]
+print(json.dumps([codes, heavy]))
+"""
+
+
+def probed(lines: list[list[str]], here: Path) -> tuple[list[int], list[str], list[str]]:
+    """Exit codes, heavy modules, what stderr says of each; all in one process."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps(lines)],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    codes, heavy = json.loads(done.stdout.splitlines()[-1])
+    return codes, heavy, done.stderr.split("== ")[1:]
+
+
+def test_help_imports_nothing_large(tmp_path: Path) -> None:
+    codes, heavy, _ = probed([[*words, "--help"] for words in HELP], tmp_path)
+    assert codes == [0] * len(HELP)
+    assert heavy == []
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="the extra `hub` is not installed"
+)
+def test_wrong_words_import_nothing_large(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "net.py").write_text("")
+    codes, heavy, said = probed([line.split() for line in WRONG], tmp_path)
+    assert codes == [2] * len(WRONG)
+    assert heavy == []
+    for line, told in zip(WRONG, said, strict=True):
+        assert WRONG[line] in told, line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "net.py"]
