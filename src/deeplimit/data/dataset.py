@@ -223,7 +223,7 @@ class DataSet:
         # Sums of integers below 2⁵³ are exact in float64: no cancellation in the variance.
         total = torch.zeros(x.shape[1:], dtype=torch.float64)
         squares = torch.zeros_like(total)
-        for chunk in x.split(_CHUNK):
+        for chunk in torch.split(x, _CHUNK):
             pixels = chunk.double()
             total += pixels.sum(dim=0)
             squares += pixels.square_().sum(dim=0)

@@ -168,7 +168,7 @@ class _Slices(Sampler[list[int]]):
     """Sample numbers, a batch at a time."""
 
     def __init__(self, order: Tensor, size: int) -> None:
-        self.parts = [part.tolist() for part in order.split(size)]
+        self.parts = [part.tolist() for part in torch.split(order, size)]
 
     def __len__(self) -> int:
         return len(self.parts)

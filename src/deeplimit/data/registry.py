@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,7 @@ def load_dataset(
     if seed < 0:
         raise InputError(f"seed {seed}: give an integer of at least 0")
     source, target = find_source(name, data_dir)
-    load: Any = pkgutil.resolve_name(f"deeplimit.data.{source}")
+    load: Callable[[Request], DataSet] = pkgutil.resolve_name(f"deeplimit.data.{source}")
     return load(Request(name, target, cache_dir, seed, model, length))
 
 

@@ -120,7 +120,12 @@ def find_label_column(table: ImageTable) -> str:
             f"{table.source}: no label column among {', '.join(table.schema.names)}, "
             "expected `label` or another integer column: rename or add it"
         )
-    return max(candidates, key=lambda name: pc.count_distinct(table.column(name)).as_py())
+
+    def distinct(name: str) -> int:
+        return int(pc.count_distinct(table.column(name)).as_py())
+
+    finest: str = max(candidates, key=distinct)
+    return finest
 
 
 def _find_image_column(table: ImageTable) -> str:
@@ -169,7 +174,7 @@ def _to_numpy(table: ImageTable, name: str) -> np.ndarray:
             f"{table.source}: labels in {name} are of type {column.type}, expected integers: "
             "number the classes 0, 1, 2, …"
         )
-    return column.to_numpy()
+    return np.asarray(column.to_numpy())
 
 
 def _images(table: ImageTable, places: np.ndarray, cache: ImageCache, part: str) -> torch.Tensor:

@@ -240,10 +240,10 @@ def complete(folder: RunFolder, *, quiet: bool = False) -> None:
         RunError, KeyboardInterrupt: as `train`.
     """
     with alone(folder.path):
-        _complete(folder, quiet)
+        _complete(folder, quiet=quiet)
 
 
-def _complete(folder: RunFolder, quiet: bool) -> None:
+def _complete(folder: RunFolder, *, quiet: bool) -> None:
     fabric = launch(folder.recipe)
     if folder.recipe.control == "none" and not fabric.is_global_zero:
         return
@@ -269,14 +269,14 @@ def _complete(folder: RunFolder, quiet: bool) -> None:
         with together(f"deeplimit train --resume {folder.path} goes on"):
             cut = first_process_does(fabric, measure)
             if cut is not None:
-                _train_control(fabric, folder, cut, quiet)
+                _train_control(fabric, folder, cut, quiet=quiet)
     except KeyboardInterrupt as stop:
         going_on = f"stopped after the training; deeplimit train --resume {folder.path} goes on"
         stop.args = (str(stop) or going_on,)
         raise
 
 
-def _train_control(fabric: Fabric, folder: RunFolder, cut: Cut, quiet: bool) -> None:
+def _train_control(fabric: Fabric, folder: RunFolder, cut: Cut, *, quiet: bool) -> None:
     """Trains both networks without stage cost; writes reference.json."""
     say = tell if not quiet and fabric.is_global_zero else _nothing
     if not cut.removed:
@@ -284,7 +284,7 @@ def _train_control(fabric: Fabric, folder: RunFolder, cut: Cut, quiet: bool) -> 
         return
     plain = replace(folder.recipe, stage_cost=0.0, stage_cost_layers=None, control="none")
     title = f"Control: the same network without stage cost, {several(plain.horizon, 'layer')}"
-    full = _train_beside(folder, plain, "without-stage-cost", title, quiet)
+    full = _train_beside(folder, plain, "without-stage-cost", title, quiet=quiet)
     depth, small = first_process_does(fabric, lambda: _depth_of(folder.cropped())), None
     if 0 in depth:
         say("Control: a stage of the cut has no layer, so no such network is trained")
@@ -295,12 +295,14 @@ def _train_control(fabric: Fabric, folder: RunFolder, cut: Cut, quiet: bool) -> 
             f"plain-{'-'.join(map(str, depth))}",
             "Control: a network of the cut's depth without stage cost, "
             f"{several(sum(depth), 'layer')}",
-            quiet,
+            quiet=quiet,
         )
     first_process_does(fabric, lambda: _compare(folder, cut.removed, full, small))
 
 
-def _train_beside(of: RunFolder, recipe: Recipe, suffix: str, title: str, quiet: bool) -> RunFolder:
+def _train_beside(
+    of: RunFolder, recipe: Recipe, suffix: str, title: str, *, quiet: bool
+) -> RunFolder:
     """The run of a recipe of the control, begun now or gone on with."""
     own = of.path if of.path.name not in ("", "..") else of.path.resolve()
     place, start = own.with_name(f"{own.name}-{suffix}"), prepare(recipe, run_data(of))

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
+from torch.distributed import distributed_c10d
 
 from deeplimit.errors import InputError, ProcessLost
 
@@ -69,7 +70,7 @@ def join(fabric: Fabric) -> None:
         return
     fabric.launch()
     if torch.distributed.is_initialized() and fabric.world_size > 1:
-        shared: Any = torch.distributed.distributed_c10d._get_default_store()
+        shared: Any = distributed_c10d._get_default_store()  # noqa: SLF001
         Watch.start_with(shared.clone(), fabric.global_rank, fabric.world_size, [], patience)
 
 
@@ -105,7 +106,8 @@ def _meet(world: int, children: list[subprocess.Popen[bytes]]) -> tuple[Any, int
         listening = {"master_listen_fd": listener.detach()}
     elif os.getppid() != int(os.environ[PARENT]):
         raise ProcessLost(_told(0, world, "is gone", AGAIN), aloud=rank == 1)
-    store = torch.distributed.TCPStore(
+    distributed: Any = torch.distributed
+    store = distributed.TCPStore(
         LOOPBACK,
         int(os.environ["MASTER_PORT"]),
         world,

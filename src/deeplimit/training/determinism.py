@@ -31,7 +31,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
         os.environ.setdefault(CUBLAS, ":4096:8")
         # As slow as it is needless: nothing here reads memory that it has not written.
         memory.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
         try:
             with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=True):
                 yield

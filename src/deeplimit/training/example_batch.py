@@ -125,7 +125,8 @@ def _of_run(run: RunFolder, model: nn.Module, asked: BatchRequest) -> Example:
 
     def loss(_: nn.Module, batch: Any) -> Tensor:
         objective.draws.manual_seed(recipe.seed)  # the same layers in every pass
-        return objective(*batch)[0]
+        cost: Tensor = objective(*batch)[0]
+        return cost
 
     return Example((x, y), loss)
 

@@ -131,7 +131,7 @@ def fit(
     done = len(training.rows)
     quiet = quiet or not fabric.is_global_zero
     with (
-        observer(recipe.epochs, training.steps_per_epoch, done, quiet) as seen,
+        observer(recipe.epochs, training.steps_per_epoch, done, quiet=quiet) as seen,
         repeatable(fabric.device),
         fitting_threads(recipe),
         interruptible() as check,

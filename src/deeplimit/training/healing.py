@@ -206,7 +206,7 @@ def heal_run(
         shutil.rmtree(underway, ignore_errors=True)
         underway.mkdir()
         write_text(underway / PLAN, json.dumps(to_plain(plan)) + "\n")
-        return _heal(folder, plan, data, quiet)
+        return _heal(folder, plan, data, quiet=quiet)
 
 
 def check_healing(epochs: int, teacher_weight: float, temperature: float, fade: float) -> None:
@@ -239,7 +239,7 @@ def resume_heal(
             f"deeplimit heal {path}"
         )
     with alone(folder.path):
-        return _heal(folder, plan, run_data(folder), quiet)
+        return _heal(folder, plan, run_data(folder), quiet=quiet)
 
 
 def _recipe(folder: RunFolder, plan: Plan) -> Recipe:
@@ -260,7 +260,7 @@ def _recipe(folder: RunFolder, plan: Plan) -> Recipe:
     )
 
 
-def _heal(folder: RunFolder, plan: Plan, data: DataSet, quiet: bool) -> Healing:
+def _heal(folder: RunFolder, plan: Plan, data: DataSet, *, quiet: bool) -> Healing:
     recipe = _recipe(folder, plan)
     full, cropped = folder.model(), folder.cropped()
     beside = plan.teacher == "beside"

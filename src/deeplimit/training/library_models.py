@@ -101,7 +101,7 @@ def transformers_model(
                 config.num_labels = classes
         build, weights = partial(kind, config), UNTRAINED
         if folder is not None:
-            build, weights = partial(_trained, kind, folder, config, new_head), "trained"
+            build, weights = partial(_trained, kind, folder, config, new_head=new_head), "trained"
         model = _built(spec, build, partial(kind, config))
         model = model if classes is None else model.float()
         scale = None
@@ -110,9 +110,7 @@ def transformers_model(
         return LoadedModel(spec, model, weights, standardisation=scale)
 
 
-def torchvision_model(
-    name: str, classes: int | None = None, *, new_head: bool = False
-) -> LoadedModel:
+def torchvision_model(name: str, classes: int | None = None) -> LoadedModel:
     """An untrained model of torchvision; with `classes`, its head is for so many.
 
     Raises:
@@ -128,7 +126,7 @@ def torchvision_model(
     return LoadedModel(spec, _built(spec, build, build), UNTRAINED, input_shape=(3, 224, 224))
 
 
-def timm_model(name: str, classes: int | None = None, *, new_head: bool = False) -> LoadedModel:
+def timm_model(name: str, classes: int | None = None) -> LoadedModel:
     """An untrained model of timm; with `classes`, its head is for so many.
 
     Raises:
@@ -237,7 +235,7 @@ def _check_config(path: Path, config: Any) -> None:
                     )
 
 
-def _trained(kind: Any, folder: Path, config: Any, new_head: bool) -> Any:
+def _trained(kind: Any, folder: Path, config: Any, *, new_head: bool) -> Any:
     """The model with the weights in a folder; those of another class may lack its head.
 
     Raises:

@@ -75,8 +75,10 @@ def load_single(
         torch.manual_seed(seed)  # only now: a module may draw numbers while it is imported
         if module is not None:
             return _of_function(spec, module, name)
-        more = {"task": task} if source == "transformers" else {}
-        return LIBRARIES[source](name, classes, new_head=new_head, **more)
+        more: dict[str, Any] = {}
+        if source == "transformers":
+            more = {"new_head": new_head, "task": task}
+        return LIBRARIES[source](name, classes, **more)
 
 
 def _of_file(path: Path) -> LoadedModel:

@@ -58,13 +58,13 @@ def standardisation_beside(folder: Path, channels: int) -> Standardisation | Non
         near = did_you_mean(name, READ, cutoff=ALIKE)
         if name not in READ and near:
             raise InputError(f"{path}: unknown field {name}{near} {REMEDY}")
-    if _flag(path, said, "rescale_offset", False):
+    if _flag(path, said, "rescale_offset", default=False):
         raise InputError(f"{path}: rescale_offset is true, which is not known here; {REMEDY}")
     factor = 1.0
-    if _flag(path, said, "do_rescale", True):
+    if _flag(path, said, "do_rescale", default=True):
         factor = _number(path, "rescale_factor", said.get("rescale_factor", 1 / 255))
     mean, std = (0.0,) * channels, (1.0,) * channels
-    if _flag(path, said, "do_normalize", True):
+    if _flag(path, said, "do_normalize", default=True):
         mean, std = (_numbers(path, said, name, channels) for name in ("image_mean", "image_std"))
     if factor <= 0 or min(std) <= 0:
         name, value = ("rescale_factor", factor) if factor <= 0 else ("image_std", min(std))
@@ -74,7 +74,7 @@ def standardisation_beside(folder: Path, channels: int) -> Standardisation | Non
     return Standardisation(mean, std)
 
 
-def _flag(path: Path, said: dict[str, Any], name: str, default: bool) -> bool:
+def _flag(path: Path, said: dict[str, Any], name: str, *, default: bool) -> bool:
     value = said.get(name)
     value = default if value is None else value
     if not isinstance(value, bool):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import DoublePrecision
-from lightning_fabric.strategies import ModelParallelStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -147,4 +147,4 @@ def first_process_does(fabric: Fabric, action: Callable[[], Result]) -> Result:
         result, error = fabric.broadcast((result, error))
     if error is not None:
         raise error
-    return result
+    return cast(Result, result)

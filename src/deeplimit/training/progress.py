@@ -179,7 +179,7 @@ def validated(row: Row) -> str:
     return f"validation: {row['validation_accuracy']:.1%}, entry {entry}"
 
 
-def observer(epochs: int, steps_per_epoch: int, epochs_done: int, quiet: bool) -> Observer:
+def observer(epochs: int, steps_per_epoch: int, epochs_done: int, *, quiet: bool) -> Observer:
     """What fits: silence, a bar where stderr is a terminal, or lines."""
     if quiet:
         return Observer()

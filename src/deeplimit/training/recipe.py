@@ -175,7 +175,7 @@ class Recipe:
             InputError: the file is not one, is of another version, or has a field that is unknown,
                 missing, ill-typed or out of range; the message names the file and the field.
         """
-        return read_recipe(Path(path), trust)[0]
+        return read_recipe(Path(path), trust=trust)[0]
 
     def to_toml(self, class_names: Sequence[str] = ()) -> str:
         """Returns the text of recipe.toml: the fields, and the versions of what is used here."""
@@ -357,7 +357,7 @@ class Recipe:
         )
 
 
-def read_recipe(path: Path, trust: bool = False) -> tuple[Recipe, tuple[str, ...]]:
+def read_recipe(path: Path, *, trust: bool = False) -> tuple[Recipe, tuple[str, ...]]:
     """Reads a recipe.toml: the recipe, and the names of the classes that it was run on.
 
     Raises:
@@ -381,7 +381,7 @@ def read_recipe(path: Path, trust: bool = False) -> tuple[Recipe, tuple[str, ...
                 settings = {name: getattr(Recipe, name) for name in NETWORK} | settings
             settings = _beside(settings, path.parent)
             if isinstance(model := settings.get("model"), str):
-                settings["model"] = Named(model, path, trust)
+                settings["model"] = Named(model, path, trust=trust)
         names = coerce(dict, tables.get("data", {}), "data").get("class_names", [])
         class_names = coerce(tuple[str, ...], names, "data.class_names")
         return from_plain(Recipe, settings), class_names

@@ -77,7 +77,7 @@ RUN_FILES = {
     "refine": RunFile(MADE, "refinement"),
     "merge": RunFile(MADE, "merging"),
     "ode": RunFile(f"{AGAIN}ode {{}}", "depth_limit"),
-    "certificate": RunFile("write it again: RunFolder.write", "certificate"),
+    "certificate": RunFile("write it again: RunFolder.write_certificate", "certificate"),
     "gradient": RunFile(f"{AGAIN}gradient {{}}"),
     "report": RunFile(f"{AGAIN}report {{}}"),
 }

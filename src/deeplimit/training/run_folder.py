@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
 
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from deeplimit.data import DataSet, Standardisation
     from deeplimit.meanfield import ConvergenceCertificate
     from deeplimit.ode import DepthLimit
-    from deeplimit.training.models import LoadedModel
+    from deeplimit.training.library_models import LoadedModel
     from deeplimit.training.results import (
         Cut,
         Healing,
@@ -110,7 +110,7 @@ class RunFolder:
         model: Module,
         epochs: int,
         class_names: Sequence[str] = (),
-        fill: Callable[["RunFolder", Path], None] = lambda folder, path: None,
+        fill: Callable[["RunFolder", Path], None] | None = None,
     ) -> "RunFolder":
         """Makes a new folder as `create` does, whose run starts from a network.
 
@@ -142,7 +142,8 @@ class RunFolder:
                 else:
                     spec = f"{'transformers:' if place.is_dir() else ''}{file}"
                     own = replace(recipe, epochs=epochs, model=spec, weights=None, new_head=False)
-                fill(cls(path, own, in_commit=True), to)
+                if fill is not None:
+                    fill(cls(path, own, in_commit=True), to)
                 write_text(files.place(RECIPE), own.to_toml(class_names))
 
         return cls.open(new_folder(Path(runs), name, begin))
@@ -163,7 +164,7 @@ class RunFolder:
             what = f"no {RECIPE} in it" if path.is_dir() else "no such folder"
             raise InputError(f"{path}: {what}; expected a folder that `deeplimit train` wrote")
         try:
-            recipe, class_names = read_recipe(path / RECIPE, trust)
+            recipe, class_names = read_recipe(path / RECIPE, trust=trust)
         except InputError as error:
             found = RunFiles(path).find(RECIPE)
             if found is None or found.state != "changed":
@@ -255,15 +256,15 @@ class RunFolder:
 
     def profiles(self) -> Profiles | None:
         """Returns what `profile_run` measured: profile.json."""
-        return self._read("profile")
+        return cast("Profiles | None", self._read("profile"))
 
     def picture(self) -> TrajectoryPicture | None:
         """Returns the trajectories that `profile_run` projected: trajectories.json."""
-        return self._read("trajectories")
+        return cast("TrajectoryPicture | None", self._read("trajectories"))
 
     def cut(self) -> Cut | None:
         """Returns the last cut: crop.json."""
-        return self._read("crop")
+        return cast("Cut | None", self._read("crop"))
 
     def healing(self) -> Healing | None:
         """Returns how the last cut was healed; None where it was not, or another cut was."""
@@ -275,23 +276,23 @@ class RunFolder:
 
     def depth_limit(self) -> DepthLimit | None:
         """Returns what `deeplimit ode` measured: ode.json."""
-        return self._read("ode")
+        return cast("DepthLimit | None", self._read("ode"))
 
     def certificate(self) -> ConvergenceCertificate | None:
         """Returns what `certify_convergence` said of a training of this network."""
-        return self._read("certificate")
+        return cast("ConvergenceCertificate | None", self._read("certificate"))
 
     def refinement(self) -> Refinement | None:
         """Returns how this run's network was made from another one's: refine.json."""
-        return self._read("refine")
+        return cast("Refinement | None", self._read("refine"))
 
     def merging(self) -> MergedRuns | None:
         """Returns of which networks this run's was made: merge.json."""
-        return self._read("merge")
+        return cast("MergedRuns | None", self._read("merge"))
 
     def reference(self) -> Reference | None:
         """Returns what the control of a cut reached: reference.json."""
-        return self._read("reference")
+        return cast("Reference | None", self._read("reference"))
 
     def _read(self, stem: str) -> Any:
         name = f"{stem}.json"
@@ -310,7 +311,7 @@ class RunFolder:
         with self.files.commit() as files:
             write_text(files.place(f"{stem}.json"), to_json(result) + "\n")
 
-    write_merging = write_depth_limit = write_certificate = write
+    write_certificate = write  # which the docs say
 
     def metrics(self) -> tuple[Row, ...]:
         """Returns the rows of metrics.csv; none before the first epoch's end."""
@@ -370,7 +371,8 @@ def load_named(
     Raises:
         InputError: as `load_model`.
     """
-    from deeplimit.training.models import LoadedModel, load_single
+    from deeplimit.training.library_models import LoadedModel
+    from deeplimit.training.models import load_single
 
     if not is_run(spec):
         return load_single(spec, seed=seed, classes=classes, new_head=new_head, task=task)

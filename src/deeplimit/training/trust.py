@@ -37,7 +37,7 @@ class Named(str):
     file: Path | None
     trust: bool
 
-    def __new__(cls, spec: str, file: Path | None = None, trust: bool = False) -> "Named":
+    def __new__(cls, spec: str, file: Path | None = None, *, trust: bool = False) -> "Named":
         """The text, marked."""
         named = super().__new__(cls, spec)
         named.file, named.trust = file, trust
@@ -50,7 +50,7 @@ class Named(str):
 
     def spelt(self, spec: str) -> "Named":
         """Another spelling of the same."""
-        return Named(spec, self.file, self.trust)
+        return Named(spec, self.file, trust=self.trust)
 
 
 def is_run(spec: str) -> bool:
@@ -121,7 +121,7 @@ def _chain(module: str) -> Iterator[ModuleSpec]:
 
 def _inside(name: str, places: list[str]) -> ModuleSpec | None:
     """What a name is in the folders of its package; several make a package without a file."""
-    loaded = getattr(sys.modules.get(name), "__spec__", None)
+    loaded: ModuleSpec | None = getattr(sys.modules.get(name), "__spec__", None)
     if loaded is not None:
         return loaded
     finders = (pkgutil.get_importer(place) for place in places)
