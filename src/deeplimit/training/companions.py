@@ -17,7 +17,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
-from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import _get_default_store
 
 from deeplimit.errors import InputError, ProcessLost
 
@@ -70,7 +70,7 @@ def join(fabric: Fabric) -> None:
         return
     fabric.launch()
     if torch.distributed.is_initialized() and fabric.world_size > 1:
-        shared: Any = distributed_c10d._get_default_store()  # noqa: SLF001
+        shared: Any = _get_default_store()
         Watch.start_with(shared.clone(), fabric.global_rank, fabric.world_size, [], patience)
 
 
