@@ -24,8 +24,8 @@ import transformers
 from torch import nn
 
 from deeplimit import ResidualChain, drift, use_adjoint, use_backprop
-from deeplimit.gradient.adjoint import engines
-from deeplimit.gradient.engine import KINKED, SAFETY
+from deeplimit.gradient.meter import KINKED, SAFETY
+from deeplimit.gradient.stand_ins import engines
 from deeplimit.studies.harness import machine
 from networks_tried import FAMILIES, Loss
 
@@ -86,7 +86,7 @@ def cases_of(family: str, depth: int, scale: float, seed: int) -> list[Case]:
             gap = gradient(model, loss, seed) - exact
             error = float(gap.norm() / exact.norm())
             off = drift(model)
-            bound = max(engine.error_bound(off) for engine in engines(model))
+            bound = max(engine.meter.error_bound(off) for engine in engines(model))
             found.append(Case(family, depth, scale, seed, evaluations, every, error, off, bound))
     return found
 

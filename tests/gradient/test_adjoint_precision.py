@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deeplimit import drift, gradient_error, use_adjoint
 from deeplimit.gradient import DriftWarning, layout
-from deeplimit.gradient.engine import SAFETY
+from deeplimit.gradient.meter import SAFETY
 
 LossOf = Callable[[nn.Module, Tensor], Tensor]
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deeplimit import InputError, drift, use_adjoint, use_backprop
 from deeplimit.gradient import AdjointError, layout
-from deeplimit.gradient.adjoint import switches
+from deeplimit.gradient.stand_ins import switches
 
 NAMES = tuple(f"blocks.{n}" for n in range(5))
 

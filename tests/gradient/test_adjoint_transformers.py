@@ -11,7 +11,7 @@ from torch import nn
 
 from deeplimit import drift, gradient_error, plan_anchors, use_adjoint, use_backprop
 from deeplimit.gradient import DriftWarning, layout
-from deeplimit.gradient.engine import SAFETY
+from deeplimit.gradient.meter import SAFETY
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deeplimit import ResidualChain, drift, gradient_error, use_adjoint
 from deeplimit.errors import InputError
-from deeplimit.gradient.adjoint import switches
+from deeplimit.gradient.stand_ins import switches
 from deeplimit.network.blocks import ConvolutionalResidual, TwoLayerResidual
 from deeplimit.records import from_plain, to_plain
 from deeplimit.report import gradient_answer, gradient_cost_figure, gradient_summary

@@ -24,7 +24,7 @@ from deeplimit.control import StageCost
 from deeplimit.data import iter_batches
 from deeplimit.errors import RunError
 from deeplimit.gradient import DriftWarning
-from deeplimit.gradient.adjoint import switches
+from deeplimit.gradient.stand_ins import switches
 from deeplimit.network import Architecture
 from deeplimit.training import (
     Recipe,

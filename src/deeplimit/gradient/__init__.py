@@ -1,9 +1,14 @@
 """How a residual network's gradient is obtained: states rebuilt backwards, and the error known."""
 
-from deeplimit.gradient.accuracy import GradientAccuracy, drift, gradient_error
+from deeplimit.gradient.accuracy import (
+    AnchorPlan,
+    GradientAccuracy,
+    drift,
+    gradient_error,
+    plan_anchors,
+)
 from deeplimit.gradient.adjoint import Layout, layout, use_adjoint, use_backprop
-from deeplimit.gradient.anchors import AnchorPlan, plan_anchors
-from deeplimit.gradient.errors import AdjointError, DriftWarning
+from deeplimit.gradient.meter import AdjointError, DriftWarning
 
 __all__ = [
     "AdjointError",

@@ -1,96 +1,20 @@
 """Switching a model to memory-free gradients, and back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
 
-from deeplimit._anatomy.chain import ResidualChain, RunningCost, chains_in
+from deeplimit._anatomy.chain import ResidualChain, chains_in
 from deeplimit.errors import InputError
-from deeplimit.gradient.engine import Engine, OnDrift, checked
-from deeplimit.gradient.refusals import refuse_checkpoints
-from deeplimit.gradient.step import Step
+from deeplimit.gradient.engine import Engine
+from deeplimit.gradient.learning import Step
+from deeplimit.gradient.meter import OnDrift, Settings
+from deeplimit.gradient.replay_context import Modules
+from deeplimit.gradient.stand_ins import AdjointForward, AdjointSteps, engines, switches
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class AdjointForward:
-    """Stands in a block's own attributes for its forward; the class's forward is untouched.
-
-    Attributes:
-        running_costs: of the calls that come; charged for the block's input inside each with
-            gradients.
-        paid: what was charged.
-    """
-
-    def __init__(self, engine: Engine, step: Step, block: nn.Module):
-        self.engine, self.step, self.block = engine, step, block
-        self.steps = [step]
-        self.original = block.__dict__.get("forward")
-        self.running_costs: Iterator[RunningCost | None] = iter(())
-        self.paid: list[Tensor] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward pass."""
-        function = self.original or partial(type(self.block).forward, self.block)
-        cost = next(self.running_costs, None)
-        if cost is None or not torch.is_grad_enabled():
-            return self.engine.run(self.step, function, None, args, kwargs)
-        several = False  # whether the block returns more than the state, or that in a tuple
-
-        def charging(*args: Any, **kwargs: Any) -> Any:
-            nonlocal several
-            output = function(*args, **kwargs)
-            if not torch.is_grad_enabled():  # while a state is rebuilt
-                return output
-            several = isinstance(output, tuple)
-            x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-            return (*(output if several else (output,)), cost(x))
-
-        *output, paid = self.engine.run(self.step, charging, None, args, kwargs)
-        self.paid.append(paid)
-        if isinstance(self.block, FSDPModule) and paid.requires_grad:
-            # FSDP2 gathers a block's parameters when a gradient reaches its output; of the cost,
-            # which it is not shown, it does not know.
-            paid.register_hook(self._gather)
-        return tuple(output) if several else output[0]
-
-    def _gather(self, _: Tensor) -> None:
-        cast(FSDPModule, self.block).unshard()
-
-    def remove(self) -> None:
-        """Puts the block's own forward back; inside what others have put around it, steps aside."""
-        if vars(self.block).get("forward") is not self:
-            self.step.plain, self.steps = "was switched back", []
-        elif self.original is None:
-            del self.block.__dict__["forward"]
-        else:
-            self.block.forward = self.original
-
-
-class AdjointSteps:
-    """Stands in a chain's own attributes for its `run_step`."""
-
-    def __init__(self, engine: Engine, steps: list[Step], chain: ResidualChain):
-        self.engine, self.steps, self.chain = engine, steps, chain
-
-    def __call__(self, n: int, x: Tensor, cost: RunningCost | None = None) -> Any:
-        """The chain's step n."""
-        chain = self.chain
-        own = partial(ResidualChain.run_step, chain, n)
-        start = partial(chain.scheme.inverse_start, chain.controls(n), h=chain.step)
-        return self.engine.run(self.steps[n], own, start, (x, cost), {})
-
-    def remove(self) -> None:
-        """Puts the chain's own step back."""
-        del self.chain.__dict__["run_step"]
-
-
-Switch = AdjointForward | AdjointSteps
 
 
 def use_adjoint(
@@ -142,10 +66,10 @@ def use_adjoint(
             are an InputError of the next forward pass with gradients; parameters offloaded or
             without a shape yet, and a second thread, are an AdjointError there.
     """
-    engine = checked(evaluations, anchor_every, tolerance, on_drift)
+    kept = _names(anchors, "anchors")
+    engine = Engine(Settings(evaluations, anchor_every, tolerance, on_drift, kept))
     names = None if blocks is None else _names(blocks, "blocks")
-    engine.anchors = _names(anchors, "anchors")
-    refuse_checkpoints(type(model).__name__, model.modules())
+    Modules([model]).refuse_checkpoints(type(model).__name__)
     found = _chains(model) if names is None else []
     candidates = _candidates(model) if names is None else _named(model, names)
     if not found and not candidates:
@@ -158,7 +82,7 @@ def use_adjoint(
         *candidates,
         *(_place(name, n) for name, chain in found for n in range(chain.horizon)),
     }
-    if unknown := engine.anchors - places:
+    if unknown := kept - places:
         raise InputError(f"anchors names {min(unknown)!r}, which is not one of the blocks")
     use_backprop(model)
     steps: dict[str, Step] = {}
@@ -181,32 +105,6 @@ def use_backprop(model: Model) -> Model:
     for switch in switches(model):
         switch.remove()
     return model
-
-
-def switches(model: nn.Module) -> list[Switch]:
-    """All that `use_adjoint` put into a model, also where a hook of accelerate's is around it."""
-    own = (vars(m).get(name) for m in model.modules() for name in ("forward", "run_step"))
-    found = (_unwrapped(function) for function in own)
-    return [switch for switch in found if isinstance(switch, Switch) and switch.steps]
-
-
-def _unwrapped(function: Any) -> Any:
-    """What functools.wraps says that a function is around, down to what `use_adjoint` put there."""
-    while function is not None and not isinstance(function, Switch):
-        function = getattr(function, "__wrapped__", None)
-    return function
-
-
-def engines(model: nn.Module) -> list[Engine]:
-    """The engines at work in a model: one, unless parts were switched by themselves.
-
-    Raises:
-        InputError: none, since the model is not switched.
-    """
-    found = list({id(s.engine): s.engine for s in switches(model)}.values())
-    if not found:
-        raise InputError(f"{type(model).__name__} is not switched; call use_adjoint(model) first")
-    return found
 
 
 @dataclass(frozen=True)

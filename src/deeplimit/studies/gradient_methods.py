@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from deeplimit.errors import InputError, describe_error
 from deeplimit.gradient import drift, layout, plan_anchors, use_adjoint, use_backprop
 from deeplimit.gradient.accuracy import LossOf, Measurement
-from deeplimit.gradient.adjoint import AdjointForward, Switch, engines, switches
+from deeplimit.gradient.stand_ins import AdjointForward, Switch, engines, switches
 from deeplimit.network import ResidualChain
 
 METHODS = ("forward", "run_step")
@@ -176,7 +176,7 @@ class Methods:
             raise torch.OutOfMemoryError("planning anchors needs plain backpropagation once")
         plan = plan_anchors(self.model, self.loss_of, self.batch, self.tolerance)
         (engine,) = engines(self.model)
-        engine.anchors = frozenset(plan.anchors)
+        engine.settings = replace(engine.settings, anchors=frozenset(plan.anchors))
         return plan.anchors
 
     def _error(self) -> float | None:
@@ -190,11 +190,12 @@ class Methods:
         names = {name for chain in self.chains for name in chain}
         drifts = []
         for chain in self.chains:
-            engine.anchors = frozenset(anchors) | (names - set(chain))
+            others = frozenset(anchors) | (names - set(chain))
+            engine.settings = replace(engine.settings, anchors=others)
             if len(chain) > 2:  # of fewer, all states are kept
                 self._pass()
             drifts.append(drift(self.model) if len(chain) > 2 else 0.0)
-        engine.anchors = frozenset(anchors)
+        engine.settings = replace(engine.settings, anchors=frozenset(anchors))
         return tuple(drifts)
 
     def _kept(self, anchors: tuple[str, ...] | None) -> int:

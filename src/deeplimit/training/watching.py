@@ -11,7 +11,7 @@ from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control import TurnpikeProfile
 from deeplimit.errors import RunError
 from deeplimit.gradient import drift
-from deeplimit.gradient.adjoint import engines, switches
+from deeplimit.gradient.stand_ins import engines, switches
 from deeplimit.training.processes import over_processes
 from deeplimit.training.progress import Observer
 
@@ -97,22 +97,22 @@ class DriftWatch:
         found, place = self._worst()
         self.largest = max(self.largest, found)
         engine = engines(self.model)[0]
-        bound = engine.error_bound(found)
-        if bound <= engine.tolerance or found < 10 * self._told:
+        bound = engine.meter.error_bound(found)
+        if bound <= engine.settings.tolerance or found < 10 * self._told:
             return
         self._told = found
         if self.fabric.is_global_zero:
             observer.warn(
                 f"drift {found:.2g} at {place}: rebuilt states are off by that part of a "
                 f"layer's update, so the gradient may be off by up to {bound:.2g} of its size. "
-                f"Train with evaluations {engine.evaluations + 1} instead of {engine.evaluations}, "
-                "a smaller step, or the gradient backprop"
+                f"Train with evaluations {engine.settings.evaluations + 1} instead of "
+                f"{engine.settings.evaluations}, a smaller step, or the gradient backprop"
             )
 
     def _worst(self) -> tuple[float, str]:
         """The largest drift of the last backward pass, and where, over all processes."""
         drifts = torch.zeros(len(self._places), dtype=torch.float64, device=self.fabric.device)
-        at, mine = engines(self.model)[0].drift_at, drift(self.model)
+        at, mine = engines(self.model)[0].meter.drift_at, drift(self.model)
         drifts[self._places.index(at) if at else 0] = math.inf if math.isnan(mine) else mine
         drifts = over_processes(self.fabric, drifts, "max")
         worst = int(drifts.argmax())

@@ -1,0 +1,222 @@
+"""The adjoint's settings, its errors, and the meter of how far rebuilt states are off."""
+
+import math
+import threading
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deeplimit.errors import InputError, RunError
+from deeplimit.gradient.private_torch import at_end_of_backward, graph_task
+
+OnDrift = Literal["warn", "raise", "ignore"]
+
+# Gradient error ≤ SAFETY·drift, or KINKED·√drift where there are kinks, on every network tried:
+# benchmarks/results/adjoint_accuracy.json.
+SAFETY = 2.0
+KINKED = 2.5
+
+
+class AdjointError(RunError):
+    """A gradient that would be wrong: what happened, and what to do instead."""
+
+
+class DriftWarning(UserWarning):
+    """Rebuilt states are so far off that the gradient may be wrong beyond the tolerance."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `use_adjoint` was asked for; its docstring says what each is.
+
+    Raises:
+        InputError: one of them cannot be.
+    """
+
+    evaluations: int = 2
+    anchor_every: int | None = None
+    tolerance: float = 1e-2
+    on_drift: OnDrift = "warn"
+    anchors: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        e, every = self.evaluations, self.anchor_every
+        for right, wrong in (
+            (e >= 1 and e % 1 == 0, f"evaluations is {e}; expected a whole number ≥ 1"),
+            (
+                every is None or (every >= 1 and every % 1 == 0),
+                f"anchor_every is {every}; expected a whole number ≥ 1, or None",
+            ),
+            (self.tolerance > 0, f"the tolerance is {self.tolerance}; it must be a number > 0"),
+            (
+                self.on_drift in ("warn", "raise", "ignore"),
+                f"on_drift is {self.on_drift!r}; expected 'warn', 'raise' or 'ignore'",
+            ),
+        ):
+            if not right:
+                raise InputError(wrong)
+
+
+@dataclass(eq=False)
+class BackwardPass:
+    """What the replays of one backward pass have found out about it.
+
+    Attributes:
+        task: autograd's number for it.
+        settings: those in force when it began.
+        drifts: (block, drift) at each kept state.
+        differences: (block, how far beyond rounding) of replays from exact inputs.
+        unmeasured: segments rebuilt whose kept state has not been reached, with the last block.
+    """
+
+    task: int
+    settings: Settings
+    drifts: list[tuple[str, Tensor]] = field(default_factory=list)
+    differences: list[tuple[str, Tensor]] = field(default_factory=list)
+    unmeasured: dict[int, str] = field(default_factory=dict)
+
+
+class DriftMeter:
+    """Looks at every backward pass of a switched model when it ends, and tells of what is wrong.
+
+    Attributes:
+        drift: the largest of the last backward pass; NaN if it ended before a kept state.
+        drift_at: the block before which it was found.
+        kinked: whether a block is not differentiable everywhere (ReLU, max-pooling).
+        residual: how many blocks were found to be residual so far.
+        linked: whether one was linked to another.
+        learnt: whether a step had its first run since the last backward pass.
+        refused: the blocks left plain since then, each with the reason.
+        warned: whether a warning was given, which is given once.
+    """
+
+    def __init__(self) -> None:
+        self.drift, self.drift_at = 0.0, ""
+        self.residual, self.linked, self.kinked = 0, False, False
+        self.learnt, self.warned = False, False
+        self.refused: list[str] = []
+        self._passes: dict[int, BackwardPass] = {}  # by thread
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was learnt, without the backward passes of the original."""
+        return self.__dict__ | {"drift": 0.0, "drift_at": "", "_passes": {}}
+
+    def this_pass(self, settings: Settings) -> BackwardPass:
+        """The backward pass that a replay belongs to; at its end it is looked at."""
+        task, thread = graph_task(), threading.get_ident()
+        found = self._passes.get(thread)
+        if found is None or task not in (-1, found.task):
+            found = self._passes[thread] = BackwardPass(task, settings)
+            if task != -1:
+                at_end_of_backward(partial(self._finish, found))
+        return found
+
+    def error_bound(self, drift: float) -> float:
+        """What the gradient's relative error stayed below on all networks tried, at this drift.
+
+        2·drift for blocks twice differentiable. Where a kink is met, units flip, as many as the
+        drift says, and the gradient is off by their share's root: 2.5·√drift.
+        """
+        return max(SAFETY * drift, KINKED * math.sqrt(drift) if self.kinked else 0.0)
+
+    def _finish(self, done: BackwardPass) -> None:
+        """Takes the largest drift of a backward pass that has ended, and says what it means."""
+        self._passes = {key: other for key, other in self._passes.items() if other is not done}
+        self.drift, self.drift_at = 0.0, ""
+        beyond, name = _largest(done.differences, nan=-math.inf)
+        if beyond > 0:
+            raise AdjointError(
+                f"{name}: its replay gave another output than the forward pass: something that "
+                "is neither input, parameter nor buffer was changed in between (an attribute, a "
+                "hook, a generator). The gradient is wrong; leave the block out of blocks=, or run "
+                "backward before the change"
+            )
+        self._report_useless(done.settings)
+        if done.unmeasured and not done.drifts:
+            self.drift = math.nan
+            self._warn(
+                done.settings,
+                f"the backward pass ended at {next(reversed(done.unmeasured.values()))}, before a "
+                "kept state: how far the rebuilt states were off is not known. gradient_error "
+                "measures it; anchors=[…] puts a kept state where the backward pass ends",
+            )
+            return
+        self.drift, self.drift_at = _largest(done.drifts, nan=math.inf)
+        if done.settings.tolerance < self.error_bound(self.drift):
+            self._report_drift(done.settings)
+
+    def _report_useless(self, settings: Settings) -> None:
+        """Says once that nothing is saved, and why."""
+        why = self.refused[0] if self.refused and not self.residual else None
+        if self.residual > 1 and not self.linked and not self.learnt:
+            why = "no block's input is the output of the block before it as it is"
+        if why is not None:
+            self._warn(settings, f"no state will be rebuilt: {why}. layout(model) tells more")
+        self.refused.clear()
+        self.learnt = False
+
+    def _report_drift(self, settings: Settings) -> None:
+        more = f"{settings.evaluations + 1} instead of {settings.evaluations}"
+        message = (
+            f"drift {self.drift:.2g} at {self.drift_at}: rebuilt states are off by that part of a "
+            "layer's update, so the gradient's relative error may be up to "
+            f"{self.error_bound(self.drift):.2g}, beyond the tolerance {settings.tolerance:g}. "
+            f"More evaluations ({more}), anchor_every, or plan_anchors(model, loss_of, batch, "
+            "tolerance) bring it down; gradient_error measures it"
+        )
+        if settings.on_drift == "raise":
+            raise AdjointError(message)
+        self._warn(settings, message)
+
+    def _warn(self, settings: Settings, message: str) -> None:
+        """Once for each switch, unless the user wants to hear nothing."""
+        if settings.on_drift != "ignore" and not self.warned:
+            self.warned = True
+            warnings.warn(message, DriftWarning, stacklevel=2)
+
+
+def _largest(found: list[tuple[str, Tensor]], nan: float) -> tuple[float, str]:
+    """The largest of the numbers, NaN counted as `nan`, and whose it is; 0 of none."""
+    if not found:
+        return 0.0, ""
+    values = torch.stack([value.double().cpu() for _, value in found])
+    values = torch.where(values.isnan(), nan, values)
+    worst = int(values.argmax())
+    return float(values[worst]), found[worst][0]
+
+
+def norm(x: Tensor) -> Tensor:
+    """‖x‖, of half-precision numbers in float32."""
+    dtype = torch.float32 if x.itemsize < 4 else x.dtype
+    found: Tensor = torch.linalg.vector_norm(x, dtype=dtype)
+    return found
+
+
+def norms(x: Tensor) -> Tensor:
+    """‖x_i‖ per sample."""
+    if x.dim() < 2:
+        return norm(x)[None]
+    dtype = torch.float32 if x.itemsize < 4 else x.dtype
+    if x.is_contiguous():
+        x = x.flatten(1)  # twice as fast as over several dimensions
+    found: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype)
+    return found
+
+
+def relative_drift(gap: Tensor, updates: list[Tensor]) -> Tensor:
+    """Root mean square over samples of ‖x̃_n − x_n‖ / ‖x_{n+1} − x_n‖.
+
+    The update is taken as no larger than the median of those since the last kept state (of some,
+    evenly spread over a deep chain): one layer with a huge update, or one sample, would hide an
+    error that all others feel. In an empty batch nothing can be off: 0.
+    """
+    if gap.numel() == 0:
+        return torch.zeros((), device=gap.device)
+    gaps, own = norms(gap), updates[-1]
+    usual = torch.stack(updates).median(dim=0).values
+    ratios = torch.where(gaps == 0, 0.0, gaps / torch.minimum(own, usual))
+    return ratios.square().mean().sqrt()

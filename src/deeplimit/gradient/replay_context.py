@@ -1,0 +1,394 @@
+"""What a block's forward pass met, so that it can be met again: arguments, parameters, buffers.
+
+A replay must be the same function: the same random numbers (dropout), the same autocast, batch
+norms whose running statistics do not move a second time, buffers as they were, no filled caches.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from deeplimit.errors import InputError
+from deeplimit.gradient.meter import AdjointError
+from deeplimit.gradient.private_torch import (
+    NormBase,
+    holds_compiled,
+    is_scattered,
+    shards,
+    version_of,
+)
+
+Modes = tuple[bool, ...]
+Buffer = tuple[nn.Module, str]
+
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+CHECKPOINTING = "gradient_checkpointing"  # transformers' own
+
+_training = attrgetter("training")
+
+
+def state_of(output: Any) -> Tensor | None:
+    """The state in a block's output: the output itself, or the first of a tuple."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+class Arguments:
+    """The arguments of one call, with a hole where the state was.
+
+    Attributes:
+        state: the first positional argument, or else the first tensor among the keywords; only
+            until the forward pass is over.
+        more: whether there are others.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]):
+        self._keyword = ""
+        self.state: Tensor | None = None
+        self._args, self._kwargs = args, dict(kwargs)
+        if args and isinstance(args[0], Tensor):
+            self.state, self._args = args[0], args[1:]
+        elif not args:
+            self._keyword = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), "")
+            self.state = self._kwargs.pop(self._keyword, None)
+        self.more = bool(self._args or self._kwargs)
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] = []
+
+    def at(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) with this state: as they came, or once complete without caches.
+
+        A cache would grow by a replay.
+        """
+        if self._keyword:
+            return (), {self._keyword: x, **self._kwargs}
+        return (x, *self._args), self._kwargs
+
+    def complete(self) -> None:
+        """After the forward pass: forgets the state and caches, and lets go of the graph.
+
+        What a replay needs of another tensor is its numbers. With its graph it would hold the
+        graph of earlier blocks, which hold this call: memory that is never freed.
+        """
+        self.state = None
+        if self.more:
+            self._args = tuple(map(_without_graph, self._args))
+            self._kwargs = {k: _without_graph(v) for k, v in self._kwargs.items()}
+            self._kwargs |= dict.fromkeys(self._kwargs.keys() & CACHES)
+            if self._kwargs.get("use_cache"):
+                self._kwargs["use_cache"] = False
+            self._tensors = list(self.tensors())
+            self._versions = list(map(version_of, self._tensors))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The other tensors, also those in tuples, lists and dicts."""
+        return _tensors_in((self._args, self._kwargs))
+
+    def filled_cache(self, layer: int | None) -> bool:
+        """Tells whether a key-value cache already holds something of this layer."""
+        for value in (*self._args, *self._kwargs.values()):
+            if _is_cache(value):
+                if layer is None or value.get_seq_length(layer) > 0:
+                    return True
+            elif isinstance(value, tuple) and value and isinstance(value[0], tuple):
+                return True  # the old form: a tuple of keys and values per layer
+        return False
+
+    def changed(self) -> bool:
+        """Tells whether another tensor was changed in place since."""
+        return list(map(version_of, self._tensors)) != self._versions
+
+
+def _is_cache(value: Any) -> bool:
+    """A key-value cache of transformers, by what it can do."""
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
+
+
+def _without_graph(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_(value.requires_grad)
+    if type(value) in (tuple, list):
+        return type(value)(map(_without_graph, value))
+    if type(value) is dict:
+        return {key: _without_graph(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named one
+        return type(value)(*map(_without_graph, value))
+    return None if _is_cache(value) else value
+
+
+class Modules:
+    """The modules under a block: parameters, norms with statistics, other buffers.
+
+    Read once, and again when a part has been replaced, added or parametrised.
+
+    Attributes:
+        parts: the modules, and what tells that they have to be read again.
+        layer: which layer of a cache the block uses: transformers' modules know it as layer_idx.
+        norms: batch norms with running statistics.
+        buffers: the others' buffers, by their places.
+        buffered: whether there are any at all.
+        changing: for each mode those of the buffers that a forward pass was seen to change.
+        checkpointing: those that transformers may run in checkpoints of its own.
+        proven: modes in which a replay was seen to give the output of the forward pass.
+    """
+
+    def __init__(self, roots: Sequence[nn.Module]):
+        self._roots = roots
+        self._read()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Modules":
+        """Of the copied modules, read when first asked: now they are not whole yet.
+
+        Those that are left out of the copy are None in it.
+        """
+        copied = memo[id(self)] = Modules.__new__(Modules)
+        roots = [copy.deepcopy(root, memo) for root in self._roots]
+        copied._roots = [root for root in roots if root is not None]
+        return copied
+
+    def __getattr__(self, name: str) -> Any:
+        """Reads the modules of a copy."""
+        if name.startswith("__") or "_roots" not in self.__dict__ or "parts" in self.__dict__:
+            raise AttributeError(name)
+        self._read()
+        return getattr(self, name)
+
+    def _read(self) -> None:
+        self._all = list(dict.fromkeys(m for root in self._roots for m in root.modules()))
+        self.parts = [(m, dict(m._modules), len(m._parameters), len(m._buffers)) for m in self._all]
+        indices = (getattr(m, "layer_idx", None) for m in self._all)
+        self.layer = next((i for i in indices if isinstance(i, int)), None)
+        self.checkpointing = [m for m in self._all if hasattr(m, CHECKPOINTING)]
+        self.norms = [m for m in self._all if isinstance(m, NormBase) and m.track_running_stats]
+        self._places = [(m, name) for m in self._all for name in m._parameters]
+        others = set(self._all).difference(self.norms)
+        self.buffers = [(m, name) for m in self._all if m in others for name in m._buffers]
+        self.buffered = bool(self.buffers or self.norms)
+        self.changing: dict[Modes, set[Buffer]] = {}
+        self.proven: set[Modes] = set()
+
+    def refresh(self) -> None:
+        """Reads the modules again if one has been replaced, added or parametrised."""
+        for module, parts, parameters, buffers in self.parts:
+            if (
+                module._modules != parts
+                or len(module._parameters) != parameters
+                or len(module._buffers) != buffers
+            ):
+                return self._read()
+
+    def parameters(self, name: str) -> list[Tensor]:
+        """The parameters as they are now: functional_call puts others in their place.
+
+        Of those that FSDP2 manages the sharded ones: whole parameters come and go, and are
+        filled without a trace in their version.
+
+        Raises:
+            AdjointError: the block of this name does not have them yet, or not any more.
+        """
+        self.refresh()
+        sharded, managed = shards(self._all)
+        found = sharded
+        for place in self._places:
+            p = place[0]._parameters.get(place[1])
+            if p is None or (managed and place in managed):
+                continue
+            if p.is_meta:
+                raise AdjointError(
+                    f"{name}: its parameters are taken away between runs (offloaded to CPU or "
+                    "disk, as by accelerate's hooks; they are on the device 'meta'): no gradient "
+                    "reaches them. Load the model as a whole, "
+                    "accelerate.hooks.remove_hook_from_submodules(model), to train it"
+                )
+            if isinstance(p, UninitializedTensorMixin):
+                raise AdjointError(
+                    f"{name}: its parameters have no shape yet (LazyLinear and its like); run one "
+                    "batch first: with torch.no_grad(): model(x)"
+                )
+            found.append(p)
+        return found
+
+    def refuse_checkpoints(self, name: str) -> None:
+        """With transformers' own checkpoints around blocks nothing would be saved, without a word.
+
+        Raises:
+            InputError: they are switched on.
+        """
+        if any(getattr(module, CHECKPOINTING) is True for module in self.checkpointing):
+            raise InputError(
+                f"{name} has gradient checkpointing on, which keeps every block's input and "
+                "runs it again; call model.gradient_checkpointing_disable() first"
+            )
+
+    def trained(self) -> bool:
+        """Tells whether some parameter requires a gradient."""
+        found = (m._parameters.get(name) for m, name in self._places)
+        return any(p is not None and p.requires_grad for p in found)
+
+    def compiled(self) -> bool:
+        """Tells whether torch.compile has been at work on one of them."""
+        return any(map(holds_compiled, self._all))
+
+    def scattered(self) -> bool:
+        """Tells whether parameters are divided among processes at this moment."""
+        return any(is_scattered(m._parameters.get(name)) for m, name in self._places)
+
+    def modes(self) -> Modes:
+        """Which of them are in training mode; a block in other modes is another function."""
+        return tuple(map(_training, self._all))
+
+    def constant(self, changing: set[Buffer]) -> list[Buffer]:
+        """The buffers that a forward pass does not change."""
+        evaluated = [norm for norm in self.norms if not norm.training]
+        others = [place for place in self.buffers if place not in changing]
+        return others + [(norm, name) for norm in evaluated for name in norm._buffers]
+
+
+class _Seen(NamedTuple):
+    """A buffer as it was."""
+
+    place: Buffer
+    buffer: Tensor
+    version: int
+
+    def moved(self) -> bool:
+        """Tells whether it was changed in place, or another put in its place."""
+        now = self.place[0]._buffers.get(self.place[1])
+        return now is not self.buffer or now._version != self.version
+
+
+def _see(places: Iterable[Buffer]) -> list[_Seen]:
+    now = ((place, place[0]._buffers.get(place[1])) for place in places)
+    return [_Seen(place, b, b._version) for place, b in now if b is not None]
+
+
+class ReplayContext:
+    """Taken before a forward pass, completed after it, met again in `again`.
+
+    Attributes:
+        modes: of the block's modules.
+    """
+
+    def __init__(self, modules: Modules, device: torch.device):
+        self._modules, self._device, self._parts = modules, device, modules.parts
+        self.modes = modules.modes()
+        self._autocast: list[tuple[str, torch.dtype, bool]] = []
+        for kind in ("cpu",) if device.type == "cpu" else (device.type, "cpu"):
+            enabled = torch.is_autocast_enabled(kind)
+            self._autocast.append((kind, torch.get_autocast_dtype(kind), enabled))
+        self._random: tuple[Tensor, ...] = _random_state(device)
+        self._copies: list[tuple[_Seen, Tensor]] = []  # buffers to be put back
+        self._constant: list[_Seen] | None = None  # buffers that must not have changed
+        self._bare = False  # whether there is nothing to be met again
+        if modules.buffered:
+            changing = modules.changing.get(self.modes)
+            watched = _see(modules.buffers if changing is None else changing)
+            self._copies = [(seen, seen.buffer.clone()) for seen in watched]
+            if changing is not None:
+                self._constant = _see(modules.constant(changing))
+
+    def complete(self) -> str | None:
+        """After the forward pass: keeps of the random state and the buffers what it used.
+
+        Returns:
+            A buffer that has changed for the first time, so that no copy was made before.
+        """
+        # 5 kB per layer would be kept; bytes are compared thrice as fast as tensors.
+        for before, now in zip(self._random, _random_state(self._device), strict=True):
+            if before.numpy().tobytes() != now.numpy().tobytes():
+                break
+        else:
+            self._random = ()
+        modules = self._modules
+        modules.refresh()  # should buffers have been registered
+        self._parts = modules.parts
+        late: list[Buffer] = []
+        if modules.buffered:
+            moved = {seen.place for seen, _ in self._copies if seen.moved()}
+            changing = modules.changing.setdefault(self.modes, moved)
+            self._copies = [(seen, b) for seen, b in self._copies if seen.place in changing]
+            if self._constant is None:
+                self._constant = _see(modules.constant(changing))
+            late = [seen.place for seen in self._constant if seen.moved()]
+            changing.update(late)
+        self._bare = not (self._random or self._copies)
+        for _, _, enabled in self._autocast:
+            self._bare = self._bare and not enabled
+        for norm in modules.norms:
+            self._bare = self._bare and not norm.training
+        return late[0][1] if late else None
+
+    def difference(self) -> str | None:
+        """What a replay would meet otherwise than the forward pass did; None if nothing."""
+        if self._modules.parts is not self._parts:
+            return "one of its parts was replaced"
+        if self._modules.modes() != self.modes:
+            return "train() or eval() was called"
+        for seen in self._constant or ():
+            if seen.moved():
+                return f"its buffer {seen.place[1]} was changed"
+        return None
+
+    def again(self) -> AbstractContextManager[None]:
+        """One evaluation as in the forward pass; afterwards everything is as it was."""
+        bare = self._bare
+        for kind, _, _ in self._autocast:
+            bare = bare and not torch.is_autocast_enabled(kind)
+        return _NOTHING if bare else self._met_again()
+
+    @contextmanager
+    def _met_again(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, dtype, enabled in self._autocast:
+                # No cache: a weight cast without gradients would be found in it with gradients on.
+                stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+            if self._random:
+                stack.callback(_set_random_state, self._device, _random_state(self._device))
+                _set_random_state(self._device, self._random)
+            for norm in self._modules.norms:
+                if norm.training:
+                    # With momentum 0 and no count the statistics stay; without tracking it raises.
+                    _put(stack, norm._buffers, "num_batches_tracked", None)
+                    _put(stack, norm.__dict__, "momentum", 0.0)
+            for seen, b in self._copies:
+                _put(stack, seen.place[0]._buffers, seen.place[1], b.clone())
+            yield
+
+
+_NOTHING = nullcontext()
+
+
+def _put(stack: ExitStack, where: dict[str, Any], name: str, value: object) -> None:
+    """Another value, until the stack is left."""
+    stack.callback(where.__setitem__, name, where[name])
+    where[name] = value
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+    cpu = torch.default_generator.get_state()
+    if device.type == "cpu":
+        return (cpu,)
+    module: Any = torch.get_device_module(device)
+    return cpu, module.get_rng_state(device)
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        module: Any = torch.get_device_module(device)
+        module.set_rng_state(state[1], device)

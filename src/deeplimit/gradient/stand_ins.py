@@ -1,0 +1,250 @@
+"""What stands in a block's own attributes for its forward, and decides how a call is run."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deeplimit._anatomy.chain import ResidualChain, RunningCost
+from deeplimit.errors import InputError
+from deeplimit.gradient.engine import Engine
+from deeplimit.gradient.learning import FirstRun, Step
+from deeplimit.gradient.meter import AdjointError
+from deeplimit.gradient.node import Node, Start, inside
+from deeplimit.gradient.private_torch import forward_mode, is_fully_sharded, transform
+from deeplimit.gradient.replay_context import Arguments, state_of
+
+
+class StandIn:
+    """What `use_adjoint` puts into a model: calls come to it, and are run by `run`.
+
+    Attributes:
+        engine: what it shares with the others.
+        steps: the steps that it runs; none once it was switched back inside what others put around.
+    """
+
+    # A compiled graph of what is done here would keep what it must not: it stays outside of graphs.
+    run: ClassVar[Callable[..., Any]]
+
+    def __new__(cls, *_: Any) -> "StandIn":
+        """With the first one torch's compiler is imported, which takes a second: not before."""
+        if not hasattr(StandIn, "run"):
+            StandIn.run = torch.compiler.disable(  # type: ignore[no-untyped-call, unused-ignore]
+                StandIn._run,
+                reason="blocks under deeplimit's adjoint run outside of a compiled graph; to have "
+                "them compiled: block.forward = torch.compile(block.forward), then "
+                "use_adjoint(model)",
+            )
+        return super().__new__(cls)
+
+    def __init__(self, engine: Engine, steps: list[Step]):
+        self.engine, self.steps = engine, steps
+
+    def _run(
+        self,
+        step: Step,
+        function: Callable[..., Any],
+        start: Start | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Calls the step's own function, so that its input need not be kept."""
+        engine = self.engine
+        if engine.paused or step.plain is not None or not torch.is_grad_enabled() or inside.step:
+            return function(*args, **kwargs)
+        if transform() is not None:
+            raise AdjointError(
+                f"{step.name}: torch.func transforms do not go with the adjoint; call "
+                "use_backprop(model) first"
+            )
+        arguments = Arguments(args, kwargs)
+        x = arguments.state
+        if x is None or not x.is_floating_point():
+            return self._run_stateless(step, function, args, kwargs)
+        if (
+            x.is_inference()
+            or forward_mode()
+            or not (x.requires_grad or _trained(step, arguments))
+            or (arguments.more and arguments.filled_cache(step.modules.layer))
+        ):
+            return function(*args, **kwargs)  # no gradient that could be had by a replay
+        if not step.known:
+            return self._run_first(step, function, start, arguments, x)
+        version = x._version
+        node = Node(engine, step, function, start, arguments, x)
+        output = node.run()
+        if x._version != version:
+            raise AdjointError(
+                f"{step.name}: changed its own input in place, which it had not done before; "
+                "leave it out of blocks="
+            )
+        y = state_of(output)
+        if y is not None and y.grad_fn is not None and y.shape == x.shape and y.dtype == x.dtype:
+            engine.links.record(node, y)
+        return output
+
+    def _run_stateless(
+        self,
+        step: Step,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Runs a step that cannot be rebuilt; the end of the backward pass tells, if all are so."""
+        step.known, step.plain = True, "is given no state, floating-point numbers in a tensor"
+        output = function(*args, **kwargs)
+        y = state_of(output)
+        if not step.inner and y is not None and y.requires_grad:
+            self.engine.meter.refused.append(f"{step.name} {step.plain}")
+            y.register_hook(self._look_back)  # type: ignore[no-untyped-call, unused-ignore]
+        return output
+
+    def _look_back(self, _: Tensor) -> None:
+        self.engine.meter.this_pass(self.engine.settings)  # at its end the meter tells
+
+    def _run_first(
+        self,
+        step: Step,
+        function: Callable[..., Any],
+        start: Start | None,
+        arguments: Arguments,
+        x: Tensor,
+    ) -> Any:
+        """Runs a step of which nothing is known yet, and learns whether it is residual.
+
+        A candidate with others inside it runs as it is; an innermost one under a checkpoint.
+        """
+        meter = self.engine.meter
+        meter.learnt = True
+        first = FirstRun(step, function, x)
+        node = None
+        with first.watching():
+            if step.inner:
+                args, kwargs = arguments.at(first.input)
+                output = function(*args, **kwargs)
+            else:
+                copy = first.input.detach().clone()  # in case the step edits its input
+                node = Node(self.engine, step, function, start, arguments, first.input)
+                output = node.run()
+                if first.edited:
+                    node.replace_input(copy)
+        first.learn(output)
+        if step.plain is None:
+            meter.residual += 1
+            meter.kinked = meter.kinked or first.kinked
+            y = state_of(output)
+            if node is not None and y is not None:
+                self.engine.links.record(node, y)
+        elif not step.inner:
+            meter.refused.append(f"{step.name} {step.plain}")
+        return output
+
+
+def _trained(step: Step, arguments: Arguments) -> bool:
+    """Tells whether a gradient is asked for of something else than the state."""
+    return any(t.requires_grad for t in arguments.tensors()) or step.modules.trained()
+
+
+class AdjointForward(StandIn):
+    """Stands in a block's own attributes for its forward; the class's forward is untouched.
+
+    Attributes:
+        running_costs: of the calls that come; charged for the block's input inside each with
+            gradients.
+        paid: what was charged.
+    """
+
+    def __init__(self, engine: Engine, step: Step, block: nn.Module):
+        super().__init__(engine, [step])
+        self.step, self.block = step, block
+        self.original = vars(block).get("forward")
+        self.running_costs: Iterator[RunningCost | None] = iter(())
+        self.paid: list[Tensor] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward pass."""
+        function = self.original or partial(type(self.block).forward, self.block)
+        cost = next(self.running_costs, None)
+        if cost is None or not torch.is_grad_enabled():
+            return self.run(self.step, function, None, args, kwargs)
+        several = False  # whether the block returns more than the state, or that in a tuple
+
+        def charging(*args: Any, **kwargs: Any) -> Any:
+            nonlocal several
+            output = function(*args, **kwargs)
+            if not torch.is_grad_enabled():  # while a state is rebuilt
+                return output
+            several = isinstance(output, tuple)
+            x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            return (*(output if several else (output,)), cost(x))
+
+        *output, paid = self.run(self.step, charging, None, args, kwargs)
+        self.paid.append(paid)
+        if paid.requires_grad and is_fully_sharded(self.block):
+            # FSDP2 gathers a block's parameters when a gradient reaches its output; of the cost,
+            # which it is not shown, it does not know.
+            paid.register_hook(self._gather)
+        return tuple(output) if several else output[0]
+
+    def _gather(self, _: Tensor) -> None:
+        sharded: Any = self.block
+        sharded.unshard()
+
+    def remove(self) -> None:
+        """Puts the block's own forward back; inside what others have put around it, steps aside."""
+        if vars(self.block).get("forward") is not self:
+            self.step.plain, self.steps = "was switched back", []
+        elif self.original is None:
+            del self.block.__dict__["forward"]
+        else:
+            self.block.forward = self.original
+
+
+class AdjointSteps(StandIn):
+    """Stands in a chain's own attributes for its `run_step`."""
+
+    def __init__(self, engine: Engine, steps: list[Step], chain: ResidualChain):
+        super().__init__(engine, steps)
+        self.chain = chain
+
+    def __call__(self, n: int, x: Tensor, cost: RunningCost | None = None) -> Any:
+        """The chain's step n."""
+        chain = self.chain
+        own = partial(ResidualChain.run_step, chain, n)
+        start = partial(chain.scheme.inverse_start, chain.controls(n), h=chain.step)
+        return self.run(self.steps[n], own, start, (x,) if cost is None else (x, cost), {})
+
+    def remove(self) -> None:
+        """Puts the chain's own step back."""
+        del self.chain.__dict__["run_step"]
+
+
+Switch = AdjointForward | AdjointSteps
+
+
+def switches(model: nn.Module) -> list[Switch]:
+    """All that `use_adjoint` put into a model, also where a hook of accelerate's is around it."""
+    own = (vars(m).get(name) for m in model.modules() for name in ("forward", "run_step"))
+    found = (_unwrapped(function) for function in own)
+    return [s for s in found if isinstance(s, Switch) and s.steps]
+
+
+def _unwrapped(function: Any) -> Any:
+    """What functools.wraps says that a function is around, down to what `use_adjoint` put there."""
+    while function is not None and not isinstance(function, StandIn):
+        function = getattr(function, "__wrapped__", None)
+    return function
+
+
+def engines(model: nn.Module) -> list[Engine]:
+    """The engines at work in a model: one, unless parts were switched by themselves.
+
+    Raises:
+        InputError: none, since the model is not switched.
+    """
+    found = list({id(s.engine): s.engine for s in switches(model)}.values())
+    if not found:
+        raise InputError(f"{type(model).__name__} is not switched; call use_adjoint(model) first")
+    return found
