@@ -15,8 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from deeplimit import InputError, ResidualChain, drift, gradient_error, use_adjoint, use_backprop
 from deeplimit.gradient import AdjointError, DriftWarning, layout
-from deeplimit.gradient.stand_ins import engines, switches
 from deeplimit.gradient.meter import Settings
+from deeplimit.gradient.stand_ins import engines, switches
 
 
 class Between(nn.Module):

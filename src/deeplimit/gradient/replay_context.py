@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from deeplimit.errors import InputError
 from deeplimit.gradient.meter import AdjointError
@@ -215,7 +215,7 @@ class Modules:
                     "reaches them. Load the model as a whole, "
                     "accelerate.hooks.remove_hook_from_submodules(model), to train it"
                 )
-            if isinstance(p, UninitializedTensorMixin):
+            if is_lazy(p):
                 raise AdjointError(
                     f"{name}: its parameters have no shape yet (LazyLinear and its like); run one "
                     "batch first: with torch.no_grad(): model(x)"
