@@ -11,8 +11,7 @@ from deeplimit import InputError, ResidualChain, anatomy, crop
 from deeplimit._anatomy.block_call import End
 from deeplimit._anatomy.branches import find_end
 from deeplimit.control import bridge_of
-from deeplimit.control.branch_end import fold
-from deeplimit.control.least_squares import Moments, fits
+from deeplimit.control.least_squares import Moments, fits, fold
 from deeplimit.network import CifarArchitecture
 
 

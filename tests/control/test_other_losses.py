@@ -20,7 +20,8 @@ from deeplimit import (
     verify_crop,
 )
 from deeplimit.control import CropResult, CutChoice, TurnpikeProfile, verifying
-from deeplimit.control.verdict import Z, judge_losses, quantile
+from deeplimit.control.paired import judge_losses, quantile
+from deeplimit.control.verdict import Z
 
 LAYERS = 5
 

@@ -11,7 +11,7 @@ from scipy.stats import multinomial
 from torch import Tensor, nn
 
 from deeplimit import crop, verify_crop
-from deeplimit.control.paired_answers import PairedAnswers
+from deeplimit.control.paired import PairedAnswers
 from deeplimit.control.verdict import (
     Verdict,
     Z,

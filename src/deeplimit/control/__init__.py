@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from deeplimit.control.cut_choice import CutChoice
     from deeplimit.control.distillation import Distillation
     from deeplimit.control.fading import Fading
+    from deeplimit.control.profiling import turnpike_profile
     from deeplimit.control.projection import TrajectoryPicture, picture_trajectories
     from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
     from deeplimit.control.stage_cost import StageCost
-    from deeplimit.control.turnpike import TurnpikeProfile, turnpike_profile
+    from deeplimit.control.turnpike import TurnpikeProfile
     from deeplimit.control.verdict import Verdict
     from deeplimit.control.verifying import CropResult, verify_crop
 
@@ -51,10 +52,11 @@ __getattr__, __dir__ = lazy(
         "cut_choice": "CutChoice",
         "distillation": "Distillation",
         "fading": "Fading",
+        "profiling": "turnpike_profile",
         "projection": "TrajectoryPicture picture_trajectories",
         "soft_cross_entropy": "SoftCrossEntropy",
         "stage_cost": "StageCost",
-        "turnpike": "TurnpikeProfile turnpike_profile",
+        "turnpike": "TurnpikeProfile",
         "verdict": "Verdict",
         "verifying": "CropResult verify_crop",
     },

@@ -19,8 +19,7 @@ from deeplimit._anatomy.evaluation import begun, evaluating
 from deeplimit._anatomy.injection import slack_of
 from deeplimit._anatomy.inputs import batch_of, first_sample, mapped, placed
 from deeplimit.control.batches import blame_inputs
-from deeplimit.control.branch_end import fold
-from deeplimit.control.least_squares import Fit, Moments, fits
+from deeplimit.control.least_squares import Fit, Moments, fits, fold
 from deeplimit.errors import InputError, several
 
 Kind = Literal["nothing", "scale", "channels", "linear"]

@@ -14,7 +14,7 @@ from deeplimit._anatomy.evaluation import begun
 from deeplimit._anatomy.inputs import batch_of
 from deeplimit.control.batches import blame_inputs, first_part, part, tensors_in
 from deeplimit.control.losses import ClassLoss, SampleLoss
-from deeplimit.control.verdict import mean_and_error
+from deeplimit.control.paired import mean_and_error
 from deeplimit.errors import InputError
 
 AGAIN = 8

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal
 
-from torch import Tensor
-
 from deeplimit._anatomy.checks import check_number
 from deeplimit.control.tables import Shown
 from deeplimit.errors import InputError, several
@@ -137,7 +135,7 @@ def judge(
     ahead, behind = right - right_in_largest, largest - right_in_largest
     if ahead - behind <= Z * math.sqrt(ahead + behind):
         word: Word = "nothing learnt"
-    elif (word := _word(at_least, at_most, tolerance)) == "unresolved":
+    elif (word := word_of(at_least, at_most, tolerance)) == "unresolved":
         needed = _needed(tolerance, *counts, effect)
     return Verdict(
         word=word,
@@ -153,73 +151,6 @@ def judge(
     )
 
 
-def judge_losses(
-    before: Tensor, after: Tensor, constant: Tensor | None = None, tolerance: float | None = None
-) -> Verdict:
-    """The verdict on two networks' losses of the same samples.
-
-    Args:
-        before: the losses of the network before the change, [n].
-        after: those of the one after it.
-        constant: those of the best constant answer, where one is known.
-        tolerance: by how much the mean may rise; by default 1 % of its range, which reaches from
-            the mean before to that of the constant answer (`range_of`).
-    """
-    rise, samples = after - before, len(before)
-    best = None if constant is None else float(constant.mean())
-    own = float(before.mean())
-    if tolerance is None:
-        tolerance = LOSS_TOLERANCE * range_of(own, best)
-    mean, error = mean_and_error(rise)
-    spread, alike = quantile(samples) * error, not bool(rise.any())
-    if alike:  # certainty would be too much to say: as where no answer differs
-        spread = Z**2 / (samples + Z**2) * range_of(own, best)
-    word, needed = _word(mean - spread, mean + spread, tolerance), None
-    learnt = True
-    if constant is not None:
-        ahead, its_error = mean_and_error(constant - before)
-        learnt = ahead > quantile(samples) * its_error
-    if not learnt:
-        word = "nothing learnt"
-    elif samples < FEW:
-        word = "unresolved"
-    if word == "unresolved":
-        gap = abs(tolerance - mean)
-        apart = spread / gap if gap > 0 else math.inf
-        more = samples * (apart if alike else apart**2)
-        needed = _rounded(max(more, FEW)) if more <= MANY else None
-    return Verdict(
-        word=word,
-        tolerance=tolerance,
-        samples=samples,
-        lost=int((rise > 0).sum()),
-        gained=int((rise < 0).sum()),
-        at_least=mean - spread,
-        at_most=mean + spread,
-        accuracy=math.nan,
-        largest_class=math.nan,
-        needed=needed,
-        loss=own,
-        constant=best,
-    )
-
-
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """The mean of samples and its standard error; NaN of none."""
-    return float(values.mean()), float(values.std(correction=0)) / math.sqrt(max(len(values), 1))
-
-
-def quantile(samples: int) -> float:
-    """By how many standard errors, of so many samples, a mean may be off: one-sided, at 95 %.
-
-    Student's t in powers of 1/(n − 1), right to three digits from 11 samples on, and the factor
-    of the standard deviation without correction.
-    """
-    free = max(samples - 1, 1)
-    t = Z + (Z**3 + Z) / (4 * free) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * free**2)
-    return t * math.sqrt(samples / free)
-
-
 def range_of(own: float, constant: float | None) -> float:
     """The range of a loss: from a network's mean to a constant answer's, 0 if that is no worse.
 
@@ -228,7 +159,8 @@ def range_of(own: float, constant: float | None) -> float:
     return abs(own) if constant is None else max(constant - own, 0.0)
 
 
-def _word(at_least: float, at_most: float, tolerance: float) -> Word:
+def word_of(at_least: float, at_most: float, tolerance: float) -> Word:
+    """What bounds say of a tolerance."""
     if at_most <= tolerance:
         return "kept"
     return "lost" if at_least > tolerance else "unresolved"
@@ -293,10 +225,10 @@ def _needed(tolerance: float, n: float, b: float, c: float, effect: float) -> in
     while most - least > 0.01 * least:
         middle = math.sqrt(least * most)
         least, most = (least, middle) if resolved(middle) else (middle, most)
-    return _rounded(most)
+    return rounded_up(most)
 
 
-def _rounded(number: float | int) -> int:
+def rounded_up(number: float | int) -> int:
     """Up, to two digits."""
     digits = int(10 ** max(math.floor(math.log10(number)) - 1, 0))
     return math.ceil(number / digits) * digits

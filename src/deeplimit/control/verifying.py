@@ -19,16 +19,10 @@ from deeplimit._anatomy.evaluation import device_of, evaluating
 from deeplimit._anatomy.inputs import batch_of
 from deeplimit.control.batches import blame_inputs, first_part
 from deeplimit.control.losses import ConstantAnswer, Loss, SampleLoss, sample_loss
-from deeplimit.control.paired_answers import PairedAnswers
+from deeplimit.control.paired import PairedAnswers, judge_losses, mean_and_error
 from deeplimit.control.tables import Shown, number, percent, table
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE
-from deeplimit.control.verdict import (
-    Verdict,
-    check_rise,
-    check_tolerance,
-    judge_losses,
-    mean_and_error,
-)
+from deeplimit.control.verdict import Verdict, check_rise, check_tolerance
 from deeplimit.errors import InputError, several
 
 LATENCY_ROUNDS = 7

@@ -1,23 +1,31 @@
 """Wrappers that average gradients over processes: they belong around the objective."""
 
 import gc
+import sys
 
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from deeplimit.errors import InputError
 
-WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, FSDPModule)
+SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+
+
+def _wrappers() -> tuple[type, ...]:
+    """The classes of wrappers; of sharded ones where somebody has imported them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    found = [vars(fsdp)[name] for name in SHARDED] if fsdp else []
+    return (DistributedDataParallel, DataParallel, *found)
 
 
 def check_bare(model: object) -> None:
     """Raises InputError for a model that is wrapped, or has a part that is."""
     if not isinstance(model, nn.Module):
         return
-    wrapped = next((m for m in model.modules() if isinstance(m, WRAPPERS)), None)
+    kinds = _wrappers()
+    wrapped = next((m for m in model.modules() if isinstance(m, kinds)), None)
     if wrapped is not None:
         raise InputError(
             f"the model is wrapped in {type(wrapped).__name__} already; give StageCost the "

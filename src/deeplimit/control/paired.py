@@ -1,9 +1,21 @@
-"""The answers of two networks to the same samples, counted batch by batch."""
+"""Two networks on the same samples: answers counted batch by batch, losses compared."""
+
+import math
 
 import torch
 from torch import Tensor
 
-from deeplimit.control.verdict import Verdict, judge
+from deeplimit.control.verdict import (
+    FEW,
+    LOSS_TOLERANCE,
+    MANY,
+    Verdict,
+    Z,
+    judge,
+    range_of,
+    rounded_up,
+    word_of,
+)
 
 
 class PairedAnswers:
@@ -84,3 +96,70 @@ def _counted(least: int, *classes: Tensor) -> list[Tensor]:
     """How many of each number there are in each of the tensors, in vectors of one length."""
     size = max([least, *(int(x.max()) + 1 for x in classes if len(x))])
     return [x.bincount(minlength=size) for x in classes]
+
+
+def judge_losses(
+    before: Tensor, after: Tensor, constant: Tensor | None = None, tolerance: float | None = None
+) -> Verdict:
+    """The verdict on two networks' losses of the same samples.
+
+    Args:
+        before: the losses of the network before the change, [n].
+        after: those of the one after it.
+        constant: those of the best constant answer, where one is known.
+        tolerance: by how much the mean may rise; by default 1 % of its range, which reaches from
+            the mean before to that of the constant answer (`range_of`).
+    """
+    rise, samples = after - before, len(before)
+    best = None if constant is None else float(constant.mean())
+    own = float(before.mean())
+    if tolerance is None:
+        tolerance = LOSS_TOLERANCE * range_of(own, best)
+    mean, error = mean_and_error(rise)
+    spread, alike = quantile(samples) * error, not bool(rise.any())
+    if alike:  # certainty would be too much to say: as where no answer differs
+        spread = Z**2 / (samples + Z**2) * range_of(own, best)
+    word, needed = word_of(mean - spread, mean + spread, tolerance), None
+    learnt = True
+    if constant is not None:
+        ahead, its_error = mean_and_error(constant - before)
+        learnt = ahead > quantile(samples) * its_error
+    if not learnt:
+        word = "nothing learnt"
+    elif samples < FEW:
+        word = "unresolved"
+    if word == "unresolved":
+        gap = abs(tolerance - mean)
+        apart = spread / gap if gap > 0 else math.inf
+        more = samples * (apart if alike else apart**2)
+        needed = rounded_up(max(more, FEW)) if more <= MANY else None
+    return Verdict(
+        word=word,
+        tolerance=tolerance,
+        samples=samples,
+        lost=int((rise > 0).sum()),
+        gained=int((rise < 0).sum()),
+        at_least=mean - spread,
+        at_most=mean + spread,
+        accuracy=math.nan,
+        largest_class=math.nan,
+        needed=needed,
+        loss=own,
+        constant=best,
+    )
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """The mean of samples and its standard error; NaN of none."""
+    return float(values.mean()), float(values.std(correction=0)) / math.sqrt(max(len(values), 1))
+
+
+def quantile(samples: int) -> float:
+    """By how many standard errors, of so many samples, a mean may be off: one-sided, at 95 %.
+
+    Student's t in powers of 1/(n − 1), right to three digits from 11 samples on, and the factor
+    of the standard deviation without correction.
+    """
+    free = max(samples - 1, 1)
+    t = Z + (Z**3 + Z) / (4 * free) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * free**2)
+    return t * math.sqrt(samples / free)
