@@ -114,7 +114,7 @@ def ways(make: Callable) -> dict[str, Callable[[], None]]:
         return step
 
     def ours(weight: float, control_cost: float = 0.0, layers: int | None = None):
-        objective = StageCost(model, loss, weight, control_cost, layers=layers)
+        objective = StageCost(model, loss, weight, control_cost=control_cost, layers=layers)
         return step_of(lambda: objective(x, y)[0])
 
     def by_hand() -> Tensor:

@@ -93,7 +93,7 @@ def test_the_smallest_margin_is_the_naive_one(objective: StageCost, digits: Batc
 
 def test_all_families(family: Sample) -> None:
     loss = SoftCrossEntropy(CLASSES, 0.1)
-    stage_cost = StageCost(family.model, loss, 0.3, 0.2)
+    stage_cost = StageCost(family.model, loss, 0.3, control_cost=0.2)
     report = dissipativity(stage_cost, [(family.x[:4], family.y[:4]), (family.x[4:], family.y[4:])])
     assert report.holds
     means, least = naive_margins(family.model.eval(), family.x, family.y, loss, 0.3)
@@ -104,7 +104,7 @@ def test_all_families(family: Sample) -> None:
 def test_the_supplies_sum_to_the_stage_cost(family: Sample) -> None:
     """Σ s_n + terminal cost + N γ H is (4): each control in it once, a shared one too."""
     loss = SoftCrossEntropy(CLASSES, 0.1)
-    stage_cost = StageCost(family.model.eval(), loss, 0.3, 0.2)
+    stage_cost = StageCost(family.model.eval(), loss, 0.3, control_cost=0.2)
     report = dissipativity(stage_cost, [(family.x, family.y)])
     with torch.no_grad():
         cost, logits = stage_cost(family.x, family.y)
@@ -157,7 +157,7 @@ def test_it_holds_on_the_minimisers_themselves() -> None:
         with torch.no_grad():
             for block in blocks:
                 block.weight.zero_()
-        stage_cost = StageCost(ResidualChain(blocks), loss, 0.1, 0.1)
+        stage_cost = StageCost(ResidualChain(blocks), loss, 0.1, control_cost=0.1)
         generator = torch.Generator().manual_seed(0)
         y = torch.randint(classes, (2000,), generator=generator)
         shift = 10 * torch.randn(2000, 1, generator=generator, dtype=torch.float64)

@@ -35,7 +35,7 @@ def naive_loss(z: Tensor, y: Tensor) -> Tensor:
 def test_a_large_batch_in_half_precision_has_a_finite_cost() -> None:
     family = sample("vector")  # 4 layers of 4096 samples: sums beyond 65504 in float16
     x, y = family.x.repeat(700, 1)[:4096], family.y.repeat(700)[:4096]
-    objective = StageCost(family.model, SoftCrossEntropy(CLASSES, SOFTNESS), 5.0, 0.0)
+    objective = StageCost(family.model, SoftCrossEntropy(CLASSES, SOFTNESS), 5.0, control_cost=0.0)
     with torch.no_grad():
         family.model.head.bias.add_(torch.tensor([0.0, 30.0, 0.0, 0.0]))
         cost = objective(x, y)[0]
@@ -95,7 +95,7 @@ def gradients(cost: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def stage_cost_of(model: nn.Module, gamma: float = 0.3, r: float = 0.2) -> StageCost:
-    return StageCost(model, SoftCrossEntropy(CLASSES, SOFTNESS), gamma, r)
+    return StageCost(model, SoftCrossEntropy(CLASSES, SOFTNESS), gamma, control_cost=r)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -36,7 +36,7 @@ def contracting(name: str, step: float = 0.02) -> Sample:
 
 
 def stage_cost_of(model: nn.Module, gamma: float = 0.3, r: float = 0.2) -> StageCost:
-    return StageCost(model, SoftCrossEntropy(CLASSES, SOFTNESS), gamma, r)
+    return StageCost(model, SoftCrossEntropy(CLASSES, SOFTNESS), gamma, control_cost=r)
 
 
 def gradients(cost: Tensor, model: nn.Module) -> dict[str, Tensor]:

@@ -133,7 +133,7 @@ def test_the_stage_cost_and_its_gradients_are_the_naive_ones(
     monkeypatch.setattr(token_losses, "CHUNK", chunk)
     model = text_model(name)
     x, y = batch_for(name)
-    stage_cost = StageCost(model, loss_for(name), GAMMA, R)
+    stage_cost = StageCost(model, loss_for(name), GAMMA, control_cost=R)
     cost, logits = stage_cost(x, y)
     naive = naive_cost(model, x, y)
     assert torch.equal(logits, model(**x).logits)
@@ -174,13 +174,13 @@ def test_under_the_adjoint_the_gradient_is_off_by_what_is_reported(
     monkeypatch.setattr(token_losses, "CHUNK", 4 * VOCABULARY)
     model, (x, y) = contracting(name), batch()
     assert model.config.use_cache
-    plain = StageCost(model, LOSS, GAMMA, R)
+    plain = StageCost(model, LOSS, GAMMA, control_cost=R)
     expected, _ = plain(x, y)
     theirs = gradients(expected, model)
     errors = []
     for evaluations in (2, 12):
         copied = use_adjoint(copy.deepcopy(model), evaluations=evaluations, on_drift="ignore")
-        mine = StageCost(copied, LOSS, GAMMA, R)
+        mine = StageCost(copied, LOSS, GAMMA, control_cost=R)
         assert mine.anatomy.replayed
         reported = gradient_error(mine, lambda stage_cost, b: stage_cost(*b)[0], (x, y))
         cost, _ = mine(x, y)
@@ -258,7 +258,7 @@ def test_dissipativity_is_the_naive_one(name: str) -> None:
     batches = [batch_for(name, seed) for seed in (1, 2)]
     if name != BERT:
         batches.append((batches[0][0], NONE))
-    stage_cost = StageCost(model, loss, GAMMA, R)
+    stage_cost = StageCost(model, loss, GAMMA, control_cost=R)
     report = dissipativity(stage_cost, batches)
     with torch.no_grad():
         naive = naive_figures(name, model, batches)

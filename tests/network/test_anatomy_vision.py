@@ -218,7 +218,7 @@ def test_profiles_are_naive_and_crops_are_verified(family: Vision) -> None:
 def test_plain_gradients_are_those_of_the_sum_over_layers(family: Vision) -> None:
     loss, gamma, r = SoftCrossEntropy(3, 0.1), 0.3, 0.2
     model, naive = family.model, copy.deepcopy(family.model)
-    cost, _ = StageCost(model, loss, gamma, r)(family.x, family.y)
+    cost, _ = StageCost(model, loss, gamma, control_cost=r)(family.x, family.y)
     cost.backward()
 
     statistics = copy.deepcopy(naive)  # those from before this batch

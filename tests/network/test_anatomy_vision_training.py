@@ -85,7 +85,7 @@ def contracting(model: nn.Module, factor: float = 0.3) -> nn.Module:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_adjoint_gives_the_plain_gradients_of_the_stage_cost(name: str) -> None:
     case = vision(name)
-    objective = StageCost(contracting(case.model), SoftCrossEntropy(3, 0.1), 0.3, 0.2)
+    objective = StageCost(contracting(case.model), SoftCrossEntropy(3, 0.1), 0.3, control_cost=0.2)
     plain, _ = objective(case.x, case.y)
     plain.backward()
     exact = {n: p.grad.clone() for n, p in case.model.named_parameters() if p.grad is not None}
@@ -93,7 +93,7 @@ def test_the_adjoint_gives_the_plain_gradients_of_the_stage_cost(name: str) -> N
     # The statistics have moved, but in training mode they do not enter the blocks; the carried
     # states' do, so that a fresh model is the one to compare with.
     fresh = contracting(vision(name).model)
-    objective = StageCost(fresh, SoftCrossEntropy(3, 0.1), 0.3, 0.2)
+    objective = StageCost(fresh, SoftCrossEntropy(3, 0.1), 0.3, control_cost=0.2)
     use_adjoint(objective, evaluations=12, on_drift="ignore")
     accuracy = gradient_error(objective, lambda model, batch: model(*batch)[0], (case.x, case.y))
     assert anatomy(fresh).replayed

@@ -46,7 +46,9 @@ def naive(recipe: Recipe, runs: Path) -> tuple[torch.nn.Module, list[float]]:
     """The same training written down as plainly as it can be: the network, the drift per epoch."""
     data = load_data(recipe, runs)
     model = use_adjoint(build_model(recipe, data), evaluations=recipe.evaluations)
-    objective = StageCost(model, loss_of(recipe, data), recipe.stage_cost, recipe.control_cost)
+    objective = StageCost(
+        model, loss_of(recipe, data), recipe.stage_cost, control_cost=recipe.control_cost
+    )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )

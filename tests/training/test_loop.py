@@ -54,7 +54,7 @@ def naive(recipe: Recipe, runs: Path) -> tuple[torch.nn.Module, list[list[float]
     """The same training written down as plainly as it can be."""
     data = load_data(recipe, runs)
     model, loss = build_model(recipe, data), loss_of(recipe, data)
-    objective = StageCost(model, loss, recipe.stage_cost, recipe.control_cost)
+    objective = StageCost(model, loss, recipe.stage_cost, control_cost=recipe.control_cost)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
@@ -282,7 +282,7 @@ def diverges_at(recipe: Recipe, runs: Path) -> tuple[int, int]:
     """The layer and the step at which a plain loop meets the first state that is not finite."""
     data = load_data(recipe, runs)
     model, loss = build_model(recipe, data), loss_of(recipe, data)
-    objective = StageCost(model, loss, recipe.stage_cost, recipe.control_cost)
+    objective = StageCost(model, loss, recipe.stage_cost, control_cost=recipe.control_cost)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )

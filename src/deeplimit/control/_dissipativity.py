@@ -13,14 +13,15 @@ from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating
 from deeplimit.control.batches import aligned_batches, blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.stage_cost import StageCost
+from deeplimit.control.tables import Shown, number, table
 from deeplimit.control.token_losses import CountedTokens
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 
 ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
-class DissipativityReport:
+class DissipativityReport(Shown):
     """The dissipation inequality per layer n = 0 … N−1; positive margins hold.
 
     Attributes:
@@ -36,6 +37,16 @@ class DissipativityReport:
     supply: tuple[float, ...]
     lower_bound: tuple[float, ...]
     sample_margin: tuple[float, ...]
+
+    def __str__(self) -> str:
+        """Whether it holds, and a row per layer; of many layers some."""
+        word = "holds" if self.holds else f"does not hold at layer {self.layer}"
+        columns = (self.supply, self.lower_bound, self.sample_margin)
+        rows = [
+            (str(n), *(number(v) for v in row)) for n, row in enumerate(zip(*columns, strict=True))
+        ]
+        header = ("layer", "supply", "lower bound", "sample margin")
+        return f"{several(self.samples, 'sample')}; {word}\n{table(header, rows)}"
 
     @property
     def margins(self) -> tuple[float, ...]:

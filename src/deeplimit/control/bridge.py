@@ -20,6 +20,7 @@ from deeplimit._anatomy.injection import slack_of
 from deeplimit._anatomy.inputs import batch_of, first_sample, mapped, placed
 from deeplimit.control.batches import blame_inputs
 from deeplimit.control.least_squares import Fit, Moments, fits, fold
+from deeplimit.control.tables import Shown
 from deeplimit.errors import InputError, several
 
 Kind = Literal["nothing", "scale", "channels", "linear"]
@@ -28,7 +29,7 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @dataclass(frozen=True)
-class Gap:
+class Gap(Shown):
     """What stands for one run of removed layers.
 
     Attributes:
@@ -63,7 +64,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Bridge:
+class Bridge(Shown):
     """What was fitted for each run of removed layers.
 
     Attributes:

@@ -60,12 +60,12 @@ class Distillation(StageCost):
         shift: bool = False,
     ):
         check_loss(loss)
-        super().__init__(model, loss, weight, control_cost, layers=layers, shift=shift)
+        super().__init__(model, loss, weight, control_cost=control_cost, layers=layers, shift=shift)
         check_teaching(teacher_weight, temperature)
         self.learns = learns
         self.teacher = copy.deepcopy(teacher)
         if not learns:
-            self.teacher.eval().requires_grad_(False)
+            self.teacher.eval().requires_grad_(requires_grad=False)
         self.teacher_weight, self.temperature = teacher_weight, temperature
         self._answer = anatomy(self.teacher).run
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -107,15 +107,16 @@ class ClassLoss:
         """The loss of each sample, for logits [..., S, C] and targets [..., S], in float64."""
         z = z.double()
         if self.soft is not None:
-            return self.soft(z, y)
+            return cast(Tensor, self.soft(z, y))
         weight, smoothing = self._plain.weight, self._plain.label_smoothing
-        return F.cross_entropy(
+        values: Tensor = F.cross_entropy(
             z.flatten(0, -2),
             y.flatten(),
             weight=None if weight is None else weight.double(),
             reduction="none",
             label_smoothing=smoothing,
-        ).reshape(y.shape)
+        )
+        return values.reshape(y.shape)
 
     def apart(self, z: Tensor, w: Tensor) -> Tensor:
         """Σ KL(softmax z ‖ softmax w) over samples."""
@@ -159,11 +160,11 @@ class OtherLoss:
             )
         return any_batches(structure, loader, need)
 
-    def fitted(self, z: Tensor, y: Any) -> Any:
+    def fitted(self, _: Tensor, y: Any) -> Any:
         """The targets as they are."""
         return y
 
-    def rows(self, structure: Anatomy, y: Any, *outputs: Tensor) -> Iterator[tuple[Any, ...]]:
+    def rows(self, _: Anatomy, y: Any, *outputs: Tensor) -> Iterator[tuple[Any, ...]]:
         """The outputs and the targets as they are."""
         return iter([(*outputs, y)])
 

@@ -81,7 +81,7 @@ class PairedAnswers:
 
     def _effect(self) -> float:
         """The variance of the accuracy lost by groups over that by samples, at least 1."""
-        count, sizes, products, squares = self._groups.tolist()
+        count, sizes, products, squares = map(float, self._groups.tolist())
         if count == 0 or self.lost + self.gained == 0:
             return 1.0
         mean = (self.lost - self.gained) / self.samples

@@ -219,7 +219,7 @@ def _padding(x: Any, states: list[Tensor]) -> Tensor:
 
     Without an attention mask no token is; of states of another form [B, 0].
     """
-    mask = x.get("attention_mask") if isinstance(x, Mapping) else None
+    mask: Tensor | None = x.get("attention_mask") if isinstance(x, Mapping) else None
     shape = states[0].shape[:2]
     if mask is None or mask.shape != shape or any(s.shape[:2] != shape for s in states):
         return torch.zeros(len(states[0]), 0, dtype=torch.bool, device=states[0].device)

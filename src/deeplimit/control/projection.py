@@ -10,14 +10,15 @@ from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, pairs
 from deeplimit.control.batches import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
-from deeplimit.errors import InputError
+from deeplimit.control.tables import Shown
+from deeplimit.errors import InputError, several
 
 Point = tuple[float, float]
 NEED = "a picture needs at least one sample"
 
 
 @dataclass(frozen=True)
-class TrajectoryPicture:
+class TrajectoryPicture(Shown):
     """Points in a plane, layer by layer: [N + 1][P][2].
 
     Attributes:
@@ -37,12 +38,23 @@ class TrajectoryPicture:
     explained: float
     minimisers: tuple[tuple[Point, Point], ...]
 
+    def __str__(self) -> str:
+        """What is in it, in a line."""
+        layers, samples = (
+            several(len(self.points) - 1, "layer"),
+            several(len(self.labels), "sample"),
+        )
+        return (
+            f"{samples} through {layers} in the plane of {self.plane}, {self.explained:.0%} shown"
+        )
+
 
 @torch.no_grad()
 def picture_trajectories(
     model: nn.Module,
     loader: Iterable[tuple[Inputs, Tensor]],
     loss: SoftCrossEntropy,
+    *,
     samples: int = 300,
 ) -> TrajectoryPicture:
     """Projects the logits of the first `samples` samples, at every layer, to a plane.

@@ -66,7 +66,7 @@ class SoftCrossEntropy(nn.Module):
         """ℓ(z, y) for each sample."""
         targets = self.fitted(logits, targets)
         smoothing = self.softness * self.classes / (self.classes - 1)
-        values = F.cross_entropy(
+        values: Tensor = F.cross_entropy(
             logits.reshape(-1, self.classes),
             targets.reshape(-1),
             reduction="none",
@@ -79,7 +79,7 @@ class SoftCrossEntropy(nn.Module):
     ) -> Float[Tensor, ""]:
         """The mean of ℓ(z, y) over the samples that count; 0 where none does."""
         targets = classes_of(targets)
-        values = self(logits, targets)
+        values: Tensor = self(logits, targets)
         return values.sum() / (targets != IGNORED).sum().clamp(min=1)
 
     def excess(
@@ -93,7 +93,7 @@ class SoftCrossEntropy(nn.Module):
         targets = self.fitted(logits, targets)
         log_q = self.minimiser(targets, logits.dtype)
         gap = log_q - logits.log_softmax(-1)
-        values = (log_q.exp() * (torch.expm1(-gap) + gap)).sum(-1)
+        values: Tensor = (log_q.exp() * (torch.expm1(-gap) + gap)).sum(-1)
         return values.masked_fill(targets == IGNORED, 0)
 
     def minimiser(
@@ -103,7 +103,8 @@ class SoftCrossEntropy(nn.Module):
         targets = classes_of(targets)
         targets = targets.masked_fill(targets == IGNORED, 0)
         own = F.one_hot(targets, self.classes).to(dtype or torch.get_default_dtype())
-        return math.log(self.other) + own * self.contrast
+        point: Tensor = math.log(self.other) + own * self.contrast
+        return point
 
     def distance(
         self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]

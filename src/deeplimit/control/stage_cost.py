@@ -94,8 +94,8 @@ class StageCost(nn.Module):
         model: nn.Module | Anatomy,
         loss: Loss,
         weight: float = 0.1,
-        control_cost: float = 0.0,
         *,
+        control_cost: float = 0.0,
         layers: int | None = None,
         shift: bool = False,
     ):
@@ -122,7 +122,9 @@ class StageCost(nn.Module):
         """
         if torch.compiler.is_compiling():
             # As it is: it sees its model's states by hooks that are new in every step.
-            as_it_is: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(self.forward)
+            as_it_is: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(  # type: ignore[no-untyped-call,unused-ignore]
+                self.forward
+            )
             return as_it_is(x, y)
         self._watch.look(self)
         at_no_cost = isinstance(y, Tensor) and y.device.type == "cpu"

@@ -86,7 +86,8 @@ class CountedTokens:
 
         def part(index: Tensor, targets: Tensor, *some: Tensor) -> Tensor:
             rows = torch.cat([x.flatten(0, 1)[index] for x in some])
-            return loss(widened(head(rows)), targets.repeat(len(some))).sum()
+            values: Tensor = loss(widened(head(rows)), targets.repeat(len(some)))
+            return values.sum()
 
         work = [
             (index, targets, *states[n : n + together])
@@ -126,7 +127,7 @@ class CountedTokens:
 
     def _split(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         # Of no tokens one chunk, which is empty: the sum over it has its place in the graph.
-        return zip(self.index.split(size), self.targets.split(size), strict=True)
+        return zip(torch.split(self.index, size), torch.split(self.targets, size), strict=True)
 
     def _check(self, values: Tensor) -> None:
         if values.shape[:2] != self.shape:

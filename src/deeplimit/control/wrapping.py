@@ -2,6 +2,8 @@
 
 import gc
 import sys
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import distributed as dist
@@ -54,7 +56,8 @@ class AroundWatch:
         """
         if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
             return
-        came_through = DistributedDataParallel._get_active_ddp_module() is not None
+        active: Callable[[], nn.Module | None] = DistributedDataParallel._get_active_ddp_module
+        came_through = active() is not None
         if came_through or dist.get_world_size() == 1:
             return
         passes = self._passes + 1
@@ -74,13 +77,16 @@ class AroundWatch:
 
 def _around(objective: nn.Module) -> DistributedDataParallel | None:
     """A wrapper of a module of the objective's that is trained; None if there is none."""
-    trained = {m for m in objective.modules() if any(p.requires_grad for p in m.parameters(False))}
+    trained = {
+        m for m in objective.modules() if any(p.requires_grad for p in m.parameters(recurse=False))
+    }
     for found in gc.get_objects():
         # By the type: asked for its class, a proxy might do anything.
         if not issubclass(type(found), DistributedDataParallel) or "module" not in found._modules:
             continue
-        if found._use_python_reducer or dist.get_world_size(found.process_group) == 1:
-            continue  # such a reducer averages whatever the way
+        alone = dist.get_world_size(found.process_group) == 1
+        if alone or found._use_python_reducer:
+            continue
         if not trained.isdisjoint(found.module.modules()):
-            return found
+            return cast(DistributedDataParallel, found)
     return None

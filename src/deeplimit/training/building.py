@@ -261,8 +261,13 @@ def build_objective(
     freeze_frame(recipe, model)
     loss = loss_of(recipe, data)
     if teaching is None:
-        costs = recipe.stage_cost, recipe.control_cost
-        return StageCost(model, loss, *costs, layers=recipe.stage_cost_layers)
+        return StageCost(
+            model,
+            loss,
+            recipe.stage_cost,
+            control_cost=recipe.control_cost,
+            layers=recipe.stage_cost_layers,
+        )
     return Distillation(
         model,
         loss,

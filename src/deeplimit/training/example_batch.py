@@ -120,8 +120,13 @@ def _of_run(run: RunFolder, model: nn.Module, asked: BatchRequest) -> Example:
                 f"batch is {asked.samples}; the run's own is {len(y)}: give at most that"
             )
         x, y = x[: asked.samples], y[: asked.samples]
-    costs = recipe.stage_cost, recipe.control_cost
-    objective = StageCost(model, loss_of(recipe, data), *costs, layers=recipe.stage_cost_layers)
+    objective = StageCost(
+        model,
+        loss_of(recipe, data),
+        recipe.stage_cost,
+        control_cost=recipe.control_cost,
+        layers=recipe.stage_cost_layers,
+    )
 
     def loss(_: nn.Module, batch: Any) -> Tensor:
         objective.draws.manual_seed(recipe.seed)  # the same layers in every pass
