@@ -184,3 +184,15 @@ def test_an_empty_loader_is_refused() -> None:
     stage_cost = StageCost(sample("chain").model, SoftCrossEntropy(CLASSES), 0.1)
     with pytest.raises(InputError, match="loader gave no batch"):
         dissipativity(stage_cost, [])
+
+
+def test_samples_without_a_class_count_nowhere() -> None:
+    family = sample("vector")
+    stage_cost = StageCost(family.model, SoftCrossEntropy(CLASSES, 0.1), 0.3)
+    y = family.y.clone()
+    y[::2] = -100
+    report = dissipativity(stage_cost, [(family.x, y)])
+    expected = dissipativity(stage_cost, [(family.x[1::2], y[1::2])])
+    assert report.samples == expected.samples == len(y) // 2
+    assert report.supply == pytest.approx(expected.supply, rel=1e-9)
+    assert str(report).splitlines()[0] == f"{report.samples} samples; holds"

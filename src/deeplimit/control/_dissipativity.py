@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deeplimit._anatomy import Anatomy
-from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.checks import IGNORED, shown
 from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating
 from deeplimit.control.batches import aligned_batches, blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
@@ -94,6 +94,10 @@ def dissipativity(
 ) -> DissipativityReport:
     """Checks strict dissipativity with zero storage function on the trajectories of real data.
 
+        >>> report = dissipativity(StageCost(model, SoftCrossEntropy(4), 0.1), loader)
+        >>> report.holds, report.margin > 0
+        (True, True)
+
     Strictly dissipative with respect to {z ∈ Z*_y} × {θ = 0} means, at every layer, a running cost
     above its minimum by at least a class-K∞ function of the distances:
 
@@ -133,13 +137,14 @@ def dissipativity(
     count = 0
     with evaluating(stage_cost):
         for x, y in aligned_batches(structure, loader, shift=stage_cost.shift):
-            states, _ = structure.states(x)
+            states, output = structure.states(x)
             if structure.tokens:
                 counted = CountedTokens(y, loss.classes)
                 above, apart = counted.measured(structure, x, states[:-1], None, measure)
             else:
-                logits = structure.logits(states[:-1], x=x).double()
-                above, apart = measure(logits, y.expand(len(logits), *y.shape))
+                counts = (y := loss.fitted(output, y)) != IGNORED
+                logits = structure.logits(states[:-1], x=x).double()[:, counts]
+                above, apart = measure(logits, y[counts].expand(len(logits), -1))
             blame_inputs(x, above)
             if above.shape[1] == 0:  # no token counts
                 continue

@@ -1,12 +1,10 @@
 """How many layers to cut, and which, of all stages: the most, or the best, under one budget."""
 
 import math
-from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice, product
-from statistics import NormalDist
-from typing import Any, Literal, SupportsIndex, cast
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import nn
@@ -16,18 +14,15 @@ from deeplimit._anatomy.anatomy import layer_numbers
 from deeplimit._anatomy.by_branch import ByBranch
 from deeplimit._anatomy.checks import check_number
 from deeplimit._anatomy.evaluation import evaluating
-from deeplimit.control.batches import first_part
 from deeplimit.control.cropping import check_profile
 from deeplimit.control.cut_choice import Budget, CutChoice
 from deeplimit.control.losses import Loss, sample_loss
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.trials import MayGo, Trials
+from deeplimit.control.trials import QUALITY, MayGo, Spending, Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
-from deeplimit.control.verdict import CONFIDENCE, FEW, check_rise, check_tolerance
-from deeplimit.control.verifying import latencies, multiply_adds
-from deeplimit.errors import InputError, several
+from deeplimit.control.verdict import check_rise, check_tolerance
+from deeplimit.errors import InputError
 
-QUALITY: tuple[Budget, ...] = ("accuracy", "rise")
 NAMES: tuple[Budget, ...] = ("accuracy", "rise", "blocks", "multiply_adds", "latency")
 
 
@@ -58,9 +53,10 @@ def choose_cut(
     only `blocks` can be the budget, and the last layers go where the profile says that nothing is
     lost by that, else those of least influence.
 
-        >>> choice = choose_cut(model, profile, loader, accuracy=0.005)
-        >>> smaller = crop(model, choice)
-        >>> choose_cut(regression, profile, loader, loss=torch.nn.MSELoss(), rise=0.01)
+        >>> profile = turnpike_profile(model, loader, SoftCrossEntropy(4))
+        >>> smaller = crop(model, choose_cut(model, profile, loader, blocks=2))
+        >>> anatomy(smaller).horizon
+        2
 
     Args:
         model: the network; it is left as it was.
@@ -117,7 +113,7 @@ def choose_cut(
                 )
             trials = Trials(structure, loader, judged, shift=shift)
         most = limit if budget == "rise" else loss_tolerance(limit) * profile.loss_range
-        spending = _Spending(structure, trials, budget, limit, most, len(orders))
+        spending = Spending(structure, trials, budget, limit, most, len(orders))
         cuts: dict[str, tuple[int, ...]] = {}
         ranked = next(iter(orders.values()))
         runs = _runs(structure, may_go) if contiguous else [range(structure.horizon)]
@@ -140,142 +136,6 @@ def choose_cut(
         pairs = tuple(structure.pairs[i] for i in choice.removed)
         choice = replace(choice, removed=whole, branches=pairs)
     return choice
-
-
-class _Spending:
-    """One budget, and what cuts of so many orders spend of it; `rise` is the loss's part in it."""
-
-    def __init__(
-        self,
-        structure: Anatomy,
-        trials: Trials | None,
-        budget: Budget,
-        limit: float,
-        rise: float,
-        orders: int,
-    ):
-        self.structure, self.trials = structure, trials
-        self.budget, self.limit, self._rise = budget, limit, rise
-        # Of an order that is bisected so many cuts are tried; one that is walked along stops at the
-        # first cut that loses, so that none before it counts.
-        tried = orders * math.ceil(math.log2(structure.horizon + 1)) + 1
-        self._z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / tried)
-        self.most = structure.horizon  # layers that may have to go
-        if budget == "blocks":
-            self.most -= int(limit)
-        self._whole = 0
-        self._latencies: dict[frozenset[int], tuple[float, float]] = {}
-        if trials is not None:
-            self._whole = multiply_adds(structure, first_part(trials.batch, 1))
-
-    def bisected(self, order: list[int]) -> tuple[int, ...] | None:
-        """The beginning of an order that meets the budget; None if none does."""
-        if self.budget in QUALITY:
-            sizes = range(1, len(order) + 1)
-            return tuple(order[: bisect_left(sizes, 1, key=lambda k: self._loses(order[:k]))])
-        sizes = range(len(order) + 1)
-        k = bisect_left(sizes, 1, key=lambda k: self._fits(order[:k]))
-        return tuple(order[:k]) if k < len(sizes) else None
-
-    def one_by_one(self, order: Iterator[int], least: int) -> tuple[int, ...] | None:
-        """The same for an order that is expensive to go on with; costs are met from `least` on."""
-        gone: list[int] = []
-        if self.budget in QUALITY:
-            for n in order:
-                if self._loses([*gone, n]):
-                    break
-                gone.append(n)
-            return tuple(gone)
-        while len(gone) < least or not self._fits(gone):
-            more = next(order, None)
-            if more is None:
-                return None
-            gone.append(more)
-        return tuple(gone)
-
-    def multiply_adds(self, removed: Collection[int]) -> tuple[int, int]:
-        """Of the model and its cut, for one sample."""
-        trials = cast(Trials, self.trials)
-        after = self.structure.like(trials.cut(removed))
-        return self._whole, multiply_adds(after, first_part(trials.batch, 1))
-
-    def latencies(self, removed: Collection[int]) -> tuple[float, float]:
-        """Of the model and its cut, for the first batch, as they were measured first."""
-        key, trials = frozenset(removed), cast(Trials, self.trials)
-        if key not in self._latencies:
-            runs = [self.structure.run]
-            if key:
-                runs.append(self.structure.like(trials.cut(key)).run)
-            times = latencies(runs, trials.batch)
-            self._latencies[key] = times[0], times[-1]
-        return self._latencies[key]
-
-    def choice(self, score: str, cut: tuple[int, ...]) -> CutChoice:
-        """All figures of a cut."""
-        removed = tuple(sorted(cut))
-        layers = self.structure.layers
-        before, after = (
-            tuple(
-                sum(layer.stage == m and n not in gone for n, layer in enumerate(layers))
-                for m in range(self.structure.stages)
-            )
-            for gone in ((), removed)
-        )
-        figures: dict[str, float | None] = {}
-        if self.trials is not None:
-            whole, outcome = self.trials.whole, self.trials.outcome(removed)
-            products = self.multiply_adds(removed)
-            figures |= {
-                "samples": self.trials.samples,
-                "multiply_adds_before": products[0],
-                "multiply_adds_after": products[1],
-            }
-            if self.budget in QUALITY or math.isnan(whole.accuracy):
-                figures |= {
-                    "loss_before": whole.loss,
-                    "loss_after": outcome.loss,
-                    "loss_error": outcome.risen_error,
-                }
-            if not math.isnan(whole.accuracy):
-                figures |= {
-                    "accuracy_before": whole.accuracy,
-                    "accuracy_after": outcome.accuracy,
-                    "accuracy_error": outcome.error,
-                }
-        if self.budget == "latency":
-            times = self.latencies(removed)
-            figures |= {"latency_before": times[0], "latency_after": times[1]}
-        return CutChoice(removed, score, self.budget, self.limit, before, after, **figures)  # type: ignore[arg-type]
-
-    def unmet(self) -> str:
-        """Why no cut meets the budget, and what to do."""
-        horizon, fixed = self.structure.horizon, self.structure.fixed
-        name = type(self.structure.model).__name__
-        asked = (
-            f"{int(self.limit)} of {several(horizon, 'layer')} are to be kept"
-            if self.budget == "blocks"
-            else f"at most {self.limit:g} of the {self.budget.replace('_', '-')} is to be kept"
-        )
-        why = f"; layers {', '.join(map(str, fixed))} cannot be removed" if fixed else ""
-        return f"{asked}, which {name} cannot reach by removing layers{why}; give a larger budget"
-
-    def _loses(self, removed: Collection[int]) -> bool:
-        trials = cast(Trials, self.trials)
-        if trials.samples < FEW:
-            return True
-        outcome = trials.outcome(removed)
-        lost = outcome.lost + self._z * outcome.error
-        risen = outcome.risen + self._z * outcome.risen_error
-        return (self.budget == "accuracy" and lost > self.limit) or risen > self._rise
-
-    def _fits(self, removed: Collection[int]) -> bool:
-        if self.budget == "blocks":
-            return len(removed) == self.most
-        if not removed:
-            return self.limit >= 1
-        measure = self.latencies if self.budget == "latency" else self.multiply_adds
-        before, after = measure(removed)
-        return before == 0 or after / before <= self.limit
 
 
 def _orders(structure: Anatomy, profile: TurnpikeProfile) -> dict[str, list[int]]:

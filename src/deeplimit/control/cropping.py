@@ -59,6 +59,10 @@ def crop(
 ) -> nn.Module:
     """A smaller model of the same kind, independent of the first.
 
+        >>> smaller = crop(model, remove=[1, 2])
+        >>> anatomy(smaller).horizon == anatomy(model).horizon - 2
+        True
+
     `crop(model, 5)` keeps the first 5 layers: in evaluation mode its output is, to the last bit,
     the model's own intermediate output at that depth. `crop(model, profile)` takes out what
     `layers_to_remove(profile)` names, `crop(model, choice)` what `choose_cut` chose, and

@@ -26,6 +26,10 @@ class Distillation(StageCost):
     nothing of the student's loss reaches it.
     Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
 
+        >>> taught = Distillation(crop(model, 2), SoftCrossEntropy(4), model, teacher_weight=0.5)
+        >>> cost, logits = taught(*loader[0])
+        >>> cost.backward()
+
     `cost, logits = distillation(x, y)` as for `StageCost`, and it is used in its place.
 
     Args:

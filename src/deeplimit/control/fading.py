@@ -59,6 +59,12 @@ class Fading:
     was learnt; used in a with statement it is called when that is left. To be combined with
     `use_adjoint`, fade first.
 
+        >>> with Fading(model, [1, 2]) as fade:
+        ...     fade.set_step(0.0)
+        ...     faded = model(loader[0][0])
+        >>> torch.equal(faded, crop(model, remove=[1, 2])(loader[0][0]))
+        True
+
     Args:
         model: any that `anatomy` can read.
         layers: which, counted through all stages.

@@ -64,6 +64,10 @@ def picture_trajectories(
     two leading principal axes over all layers and samples: one plane for the whole trajectory, in
     which each Z*_y is a point.
 
+        >>> picture = picture_trajectories(model, loader, SoftCrossEntropy(4), samples=5)
+        >>> len(picture.points), len(picture.labels)
+        (5, 5)
+
     Raises:
         InputError: an empty loader, targets that are no classes, inputs that are not finite,
             another loss, or a model with logits for every token.

@@ -25,6 +25,10 @@ class SoftCrossEntropy(nn.Module):
     sample is a token where there are logits for every token, [B, L, C] and [B, L]. Where the target
     is −100 all values are 0, and `mean` leaves them out.
 
+        >>> loss = SoftCrossEntropy(4, softness=0.1)
+        >>> bool(loss(torch.zeros(4), torch.tensor(2)) > loss.minimum)
+        True
+
     Args:
         classes: C ≥ 2.
         softness: 0 < ε < 1 − 1/C. At ε = 0 there is no minimiser, at 1 − 1/C no class is preferred.
@@ -103,7 +107,7 @@ class SoftCrossEntropy(nn.Module):
         targets = classes_of(targets)
         targets = targets.masked_fill(targets == IGNORED, 0)
         own = F.one_hot(targets, self.classes).to(dtype or torch.get_default_dtype())
-        point: Tensor = math.log(self.other) + own * self.contrast
+        point: Tensor = own * self.contrast + math.log(self.other)
         return point
 
     def distance(

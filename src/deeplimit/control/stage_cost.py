@@ -33,7 +33,13 @@ class StageCost(nn.Module):
     [PHFF25] arXiv 2506.21453.
 
     `cost, logits = stage_cost(x, y)`; cost is a scalar ready for `backward()`, logits are z_N, the
-    model's own output. The states of all layers meet the head in one stacked call, in which batch
+    model's own output:
+
+        >>> stage_cost = StageCost(model, SoftCrossEntropy(4), weight=0.1)
+        >>> cost, logits = stage_cost(*loader[0])
+        >>> cost.backward()
+
+    The states of all layers meet the head in one stacked call, in which batch
     norms use the running statistics from before this batch and leave them alone. Under the adjoint
     each step computes the loss of its own state instead, inside its replay, so that no state is
     kept for it.
