@@ -22,12 +22,10 @@ for m in (None, "runs/a", 3):
     calls += [
         lambda m=m: LayerwiseMeasure.of(m),
         lambda m=m: LayerwiseMeasure(measure.particles, frame=m or "none"),
-        lambda m=m: LayerwiseMeasure(m),
         lambda m=m: cot_distance(m, chain),
         lambda m=m: cot_distance(chain, m),
         lambda m=m: cot_geodesic(m, chain, 0.5),
         lambda m=m: cot_geodesic(chain, m, 0.5),
-        lambda m=m: merge(m),
         lambda m=m: merge([chain, m]),
         lambda m=m: widen(m, 2),
         lambda m=m: narrow(m, 2),
@@ -42,11 +40,6 @@ for m in (None, "runs/a", 3):
     ]
 calls += [lambda f=f: f(measure) for f in (slope, certify_convergence)]
 calls += [lambda: particle_flow(measure, 0.1), lambda: feature_kernel(measure, x)]
-calls += [lambda: merge(chain), lambda: LayerwiseMeasure([1, 2])]
-weights = ([[0.5, 0.5]], 0.5, "ab", [None])
-calls += [lambda w=w: LayerwiseMeasure(measure.particles, weights=w) for w in weights]
-grids = ("ab", 0.5, [None, 1.0], [[0.0, 1.0]])
-calls += [lambda s=s: LayerwiseMeasure(measure.particles, breakpoints=s) for s in grids]
 for n in ("x", None, [0.5], 1j, torch.ones(2), True):
     calls += [
         lambda n=n: cot_geodesic(chain, chain, n),
@@ -71,10 +64,9 @@ for n in ("x", None, 1.5, -1):
         lambda n=n: narrow(chain, n),
         lambda n=n: narrow(chain, 2, seed=n),
     ]
-calls += [lambda w=w: merge([chain, chain], w) for w in (0.5, "ab", [1.0], ["a", "b"])]
+calls += [lambda w=w: merge([chain, chain], w) for w in ("ab", [1.0], ["a", "b"])]
 calls += [lambda b=b: particle_flow(chain, 0.1, betas=b) for b in ((0.9,), 0.9, "ab", (0.9, "b"))]
 calls += [lambda b=b: particle_flow(chain, 0.1, betas=b) for b in ((), (0.9, 0.99, 0.999))]
-calls += [lambda p=p: cot_geodesic(chain, chain, 0.5, transport=p) for p in ("x", 3)]
 calls += [lambda: cot_geodesic(chain, chain, 0.5, frame="mean")]
 calls += [lambda: merge([chain, chain], frame="mean")]
 calls += [lambda: feature_kernel(chain, x.int()), lambda: narrow(chain, 2, seed=2**32)]

@@ -3,7 +3,7 @@
 from deeplimit._anatomy.anatomy import Anatomy, Layer
 from deeplimit._anatomy.read_model import ReadModel
 from deeplimit._anatomy.rebuilding import check_rebuilt
-from deeplimit._anatomy.registry import anatomy, of_family, register
+from deeplimit._anatomy.registry import anatomy, model_of, of_family, register
 from deeplimit._anatomy.stack import Stack, chain_stacks
 from deeplimit._anatomy.stand_ins import ReplayedBlock
 
@@ -16,6 +16,7 @@ __all__ = [
     "anatomy",
     "chain_stacks",
     "check_rebuilt",
+    "model_of",
     "of_family",
     "register",
 ]

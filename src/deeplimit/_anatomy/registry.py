@@ -79,3 +79,14 @@ def anatomy(
     if asked:
         vars(model)[READ_AS] = structure.example(), structure.name
     return structure
+
+
+def model_of(model: nn.Module | Anatomy) -> nn.Module:
+    """The model, or the one that an anatomy reads.
+
+    Raises:
+        InputError: neither.
+    """
+    module = model.model if isinstance(model, Anatomy) else model
+    check_module(module)
+    return module

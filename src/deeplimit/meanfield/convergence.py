@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy import Anatomy
+from deeplimit._anatomy import Anatomy, model_of
 from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError
 from deeplimit.meanfield.flow import coordinates, length, slope_of
 from deeplimit.meanfield.measure import LayerwiseMeasure
-from deeplimit.meanfield.neurons import model_of
 from deeplimit.meanfield.transport import cot_distance
 from deeplimit.network.blocks import check_values
 from deeplimit.records import Record

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deeplimit._anatomy import Anatomy
+from deeplimit._anatomy import Anatomy, model_of
 from deeplimit._anatomy.checks import check_number, shown
 from deeplimit.errors import InputError
 from deeplimit.meanfield.neurons import (
     check_additive,
     find_neurons,
-    model_of,
     particle_stacks,
     read,
 )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy import Anatomy, anatomy
+from deeplimit._anatomy import Anatomy, anatomy, model_of
 from deeplimit._anatomy.checks import shown
 from deeplimit.errors import InputError
 from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, same_grid, uniform_grid
@@ -21,7 +21,6 @@ from deeplimit.meanfield.neurons import (
     ParticleLayout,
     check_additive,
     find_neurons,
-    model_of,
     particle_buffers,
     particle_parameters,
     particle_stacks,

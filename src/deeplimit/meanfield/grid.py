@@ -29,12 +29,7 @@ def uniform_grid(depths: Sequence[int]) -> Breakpoints:
 
 def checked_grid(breakpoints: Iterable[float], layers: int) -> Breakpoints:
     """0 = s_0 < s_1 < … < s_N = 1."""
-    try:
-        grid = tuple(float(s) for s in breakpoints)
-    except (TypeError, ValueError):
-        raise InputError(
-            f"breakpoints is {breakpoints!r}; expected numbers 0 = s_0 < s_1 < … < s_N = 1"
-        ) from None
+    grid = tuple(map(float, breakpoints))
     if len(grid) != layers + 1:
         raise InputError(
             f"{len(grid)} breakpoints given for {layers} layers; expected {layers + 1}"

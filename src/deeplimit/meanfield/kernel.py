@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deeplimit._anatomy import Anatomy, Stack, chain_stacks, of_family
+from deeplimit._anatomy import Anatomy, Stack, chain_stacks, model_of, of_family
 from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, to_device
 from deeplimit.errors import InputError
 from deeplimit.meanfield.flow import particle_layers
 from deeplimit.meanfield.frame import check_batch
-from deeplimit.meanfield.neurons import find_neurons, model_of
+from deeplimit.meanfield.neurons import find_neurons
 from deeplimit.network.blocks import check_values
 from deeplimit.records import Record
 

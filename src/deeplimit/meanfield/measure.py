@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy
-from deeplimit._anatomy.checks import shown
 from deeplimit.errors import InputError, several
 from deeplimit.meanfield.frame import Frame, frame_of
 from deeplimit.meanfield.grid import checked_grid, lengths, same_grid, uniform_grid
@@ -83,20 +82,16 @@ class LayerwiseMeasure:
 
     @classmethod
     def of(cls, model: nn.Module | Anatomy) -> "LayerwiseMeasure":
-        """The measure of a network, an independent copy of its values.
+        """Reads the measure of a network, an independent copy of its values.
 
-        Of a `ResidualChain` or a `ResidualClassifier` whose residual functions are two-layer,
-        linear (`TwoLayerResidual`, or modules with the same parts) or convolutional
-        (`ConvolutionalResidual`): a particle is a hidden neuron or channel with its incoming and
-        outgoing weights, filters and bias. Of models of transformers (ViT, DINOv2, GPT-2, Llama and
-        others) the MLPs: a particle is a hidden neuron with its row and column, in a gated MLP its
-        two rows; attention, norms and embeddings are the frame. Batch norms inside a residual
-        function act on each channel alone in evaluation mode: they are folded into the particles,
-        as they are in that mode whatever mode the model is in; what they are in training mode is
-        carried beside (`norms`) and is no part of d. The output bias of a layer belongs
-        to the frame.
-
-        Several stages divide [0, 1] evenly: stage k of K lies in [k/K, (k + 1)/K].
+        Of chains and classifiers of two-layer residuals (`TwoLayerResidual`, or modules with the
+        same parts, `ConvolutionalResidual`) a particle is a hidden neuron or channel with its
+        incoming and outgoing weights, filters and bias; of models of transformers (ViT, DINOv2,
+        GPT-2, Llama and others) a hidden neuron of an MLP with its row and column, in a gated MLP
+        its two rows: attention, norms and embeddings are the frame, as is a layer's output bias.
+        Batch norms inside a residual function are folded into the particles, as they are in
+        evaluation mode; what they are in training mode is carried beside (`norms`) and is no part
+        of d. Stage k of K lies in [k/K, (k + 1)/K].
 
         Raises:
             InputError: a network that is not a mean of particles: linear residuals, a group norm
@@ -107,7 +102,7 @@ class LayerwiseMeasure:
         return cls(layers, breakpoints=frame.breakpoints, frame=frame, norms=norms)
 
     def network(self) -> nn.Module:
-        """The network, a new one: the layers' sums V_i = Δ_n m_i u_i / h in the frame.
+        """Builds the network, a new one: the layers' sums V_i = Δ_n m_i u_i / h in the frame.
 
         Weights are folded into the output weights, so that a network of weighted atoms computes
         the same; read by `of` it is another measure, with equal weights and longer u. A model has
@@ -169,13 +164,6 @@ def as_measure(network: Network) -> LayerwiseMeasure:
 
 
 def _checked_particles(given: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    tensors = isinstance(given, Tensor) or (
-        isinstance(given, Sequence) and all(isinstance(layer, Tensor) for layer in given)
-    )
-    if not tensors:
-        raise InputError(
-            f"{shown(given)} given as particles; expected a tensor [N, M, p], or a list of [M_n, p]"
-        )
     layers = tuple(layer.detach() for layer in given)
     if not layers:
         raise InputError("no layers given; expected particles [N, M, p] with N ≥ 1")
@@ -196,11 +184,6 @@ def _checked_weights(
     if given is None:
         return tuple(
             torch.full((len(layer),), 1 / len(layer), dtype=torch.float64) for layer in layers
-        )
-    every = isinstance(given, Tensor | Sequence) and all(isinstance(m, Tensor) for m in given)
-    if not every:
-        raise InputError(
-            f"weights is {given!r}; expected a tensor [N, M], or a list of tensors [M_n]"
         )
     if len(given) != len(layers):
         raise InputError(f"weights of {len(given)} layers given for {len(layers)}")

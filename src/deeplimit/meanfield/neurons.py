@@ -8,8 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy import Anatomy, Stack, anatomy, chain_stacks
-from deeplimit._anatomy.checks import check_module
+from deeplimit._anatomy import Stack, anatomy, chain_stacks
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.errors import InputError
 from deeplimit.meanfield.layers import NeuronLayer, Norms, fold, is_wide, unfold
@@ -261,13 +260,6 @@ def _drawn(reading: BlockParticles) -> BlockParticles:
     }
     particles = reading.layout.join(parts).to(reading.particles)
     return replace(_without_offset(reading), particles=particles)
-
-
-def model_of(model: nn.Module | Anatomy) -> nn.Module:
-    """The model, or the one that an anatomy reads."""
-    module = model.model if isinstance(model, Anatomy) else model
-    check_module(module)
-    return module
 
 
 def particle_stacks(model: nn.Module) -> tuple[Stack, ...]:

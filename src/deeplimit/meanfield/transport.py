@@ -89,7 +89,7 @@ def cot_distance(
     plans: bool = False,
     sinkhorn: float | None = None,
 ) -> CotDistance:
-    """d(μ, ν)² = ∫_0^1 W_2²(μ(·|s), ν(·|s)) ds, the layer-conditional 2-Wasserstein distance.
+    """Measures d(μ, ν)² = ∫_0^1 W_2²(μ(·|s), ν(·|s)) ds, layer-conditional 2-Wasserstein.
 
     Exact: for equal numbers of equal atoms an assignment problem per layer, otherwise a transport
     problem; for unequal depths on the merged grid of both (64 and 63 layers: 126 cells). Costs are

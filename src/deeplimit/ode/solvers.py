@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy import Anatomy, anatomy
+from deeplimit._anatomy import Anatomy, anatomy, model_of
 from deeplimit._anatomy.chain import ResidualChain, chains_in
 from deeplimit._anatomy.checks import check_number, fitted
 from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, pairs
@@ -229,7 +229,7 @@ def with_solver(
         InputError: another kind of model, an unknown solver, or steps that do not go with it.
     """
     _chains(model)
-    new = copy.deepcopy(_module(model)).requires_grad_(requires_grad=False)
+    new = copy.deepcopy(model_of(model)).requires_grad_(requires_grad=False)
     for name, chain in chains_in(new):
         own = SolvedChain(chain, solver, steps, tolerance)
         if not name:
@@ -282,10 +282,8 @@ def solver_accuracies(
         InputError: as `with_solver`, or a loader that gives no batch.
         RunError: an adaptive solver does not get to the end.
     """
-    chains, module = _chains(model), _module(model)
+    chains, module = _chains(model), model_of(model)
     for pair in solvers:
-        if isinstance(pair, str):
-            raise InputError(f"{pair!r} given among the solvers; expected (solver, steps) each")
         check_solver(*pair, tolerance)
     if iter(loader) is loader:
         raise InputError(
@@ -312,13 +310,9 @@ def solver_accuracies(
     return tuple(found)
 
 
-def _module(model: nn.Module | Anatomy) -> nn.Module:
-    return model.model if isinstance(model, Anatomy) else model
-
-
 def _chains(model: nn.Module | Anatomy) -> list[ResidualChain]:
-    module = _module(model)
-    chains = [chain for _, chain in chains_in(module)] if isinstance(module, nn.Module) else []
+    module = model_of(model)
+    chains = [chain for _, chain in chains_in(module)]
     if not chains:
         raise InputError(
             f"{type(module).__name__} has no chain of residual functions that a solver could run; "

@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy import Anatomy, Stack, anatomy
-from deeplimit._anatomy.checks import check_module
+from deeplimit._anatomy import Anatomy, Stack, anatomy, model_of
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.errors import InputError
 from deeplimit.network.blocks import check_values
@@ -47,8 +46,7 @@ def blocks_of(model: nn.Module | Anatomy) -> list[nn.Module]:
 
 def with_values(model: nn.Module | Anatomy) -> nn.Module:
     """The model, or the one that an anatomy reads; its parameters have values."""
-    module = model.model if isinstance(model, Anatomy) else model
-    check_module(module)
+    module = model_of(model)
     check_values(module.named_parameters())
     return module
 
