@@ -22,6 +22,16 @@ def test_a_head_that_reads_all_states_is_refused_in_every_precision(dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_reading_runs_each_block_twice_whatever_the_head_reads(dtype: torch.dtype) -> None:
+    for kind in ("input", None):
+        model = (Own() if kind is None else Own(kind)).to(dtype)
+        block, calls = anatomy(model).blocks[2], []
+        block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        anatomy(model)
+        assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_head_that_reads_the_inputs_again_is_given_them(dtype: torch.dtype) -> None:
     """Those of the states, not those of the example."""
     model, x = Own("input").to(dtype).eval(), X.to(dtype)

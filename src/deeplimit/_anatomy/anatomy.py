@@ -75,7 +75,8 @@ class Anatomy(ABC):
 
     def run(self, x: Any) -> Tensor:
         """The logits of the model's own forward."""
-        return self.model(x)
+        logits: Tensor = self.model(x)
+        return logits
 
     @property
     @abstractmethod

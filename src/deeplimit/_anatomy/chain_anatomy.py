@@ -111,7 +111,8 @@ class ChainAnatomy(Anatomy):
 
     def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Through the projection behind the stage."""
-        return self._projections[stage](x)
+        y: Tensor = self._projections[stage](x)
+        return y
 
     def _head_of(self, stage: int, x: Tensor) -> Tensor:
         """The logits of states of any stage."""
@@ -121,7 +122,8 @@ class ChainAnatomy(Anatomy):
 
     def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """The classifier's head; of a chain the state itself."""
-        return self.stem_and_head[1](x)
+        logits: Tensor = self.stem_and_head[1](x)
+        return logits
 
     def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
         """The chain over other blocks, with another step."""
@@ -129,7 +131,8 @@ class ChainAnatomy(Anatomy):
 
     def leave_out(self, removed: set[int]) -> nn.Module:
         """The same with shorter chains."""
-        return copy.deepcopy(self.model.without(removed))
+        smaller: nn.Module = self.model.without(removed)
+        return copy.deepcopy(smaller)
 
 
 def _shifted(hook: StateHook, first: int, end: int | None) -> StateHook:

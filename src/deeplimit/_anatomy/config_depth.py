@@ -65,7 +65,7 @@ def _around(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def _set(
-    config: Any, before: Mapping[str, int], kept: Mapping[str, list[int]], apart: bool
+    config: Any, before: Mapping[str, int], kept: Mapping[str, list[int]], *, apart: bool
 ) -> None:
     """`apart`: there is another configuration, of the part alone that holds the lists."""
     counts = list(before.values())
@@ -77,7 +77,7 @@ def _set(
                 setattr(config, name, type(value)(n and len(kept[next(left)]) for n in value))
         return
     ((at, count),) = before.items()
-    set_layers(config, kept[at], count, at, apart)
+    set_layers(config, kept[at], count, at, apart=apart)
     if hasattr(config, "stage_names") and hasattr(config, "out_indices"):
         _name_stages(config, kept[at])
 
@@ -94,7 +94,7 @@ def _name_stages(config: Any, kept: list[int]) -> None:
 
 
 def set_layers(
-    config: Any, kept: list[int], before: int, path: str = "", apart: bool = False
+    config: Any, kept: list[int], before: int, path: str = "", *, apart: bool = False
 ) -> None:
     """Rewrites a configuration of one stack of layers in place.
 

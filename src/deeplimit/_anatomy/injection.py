@@ -105,7 +105,9 @@ def injected(
 
 def devices_of(model: nn.Module) -> list[int]:
     """The devices other than the CPU whose random state a forward may change."""
-    if not torch.cuda.is_initialized():  # no walk through a large model for each call of its head
+    if not cast(
+        Any, torch.cuda
+    ).is_initialized():  # no walk through a large model for each call of its head
         return []
     found = {p.device for p in model.parameters()}
     return sorted({d.index or 0 for d in found if d.type == "cuda"})

@@ -233,7 +233,7 @@ class ReadModel(Anatomy):
             return self._injected({stage: x}, self._driver(inputs), statistics)
         driver = first_token(self._example if inputs is None else inputs)
         z = self._injected({stage: x.flatten(0, -2)[:, None]}, driver, statistics)
-        return z[:, 0].unflatten(0, x.shape[:-1])
+        return z[:, 0].reshape(*x.shape[:-1], *z.shape[2:])
 
     def carry(self, stage: int, x: Tensor, inputs: Any = None) -> Tensor:
         """What stands between two stages: the shortcut of a block, or the model's own."""

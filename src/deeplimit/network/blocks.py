@@ -30,7 +30,7 @@ def _group_norm(channels: int) -> nn.Module:
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
     "group": _group_norm,
-    "none": lambda channels: nn.Identity(),
+    "none": nn.Identity,
 }
 
 
@@ -70,7 +70,8 @@ class TwoLayerResidual(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """φ(x)."""
-        return self.outer(self.activation(self.inner(x)))
+        y: Tensor = self.outer(self.activation(self.inner(x)))
+        return y
 
 
 class ConvolutionalResidual(nn.Module):
@@ -98,7 +99,8 @@ class ConvolutionalResidual(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
         """φ(x)."""
-        return self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
+        y: Tensor = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
+        return y
 
 
 @torch.no_grad()

@@ -132,7 +132,8 @@ class CifarResNet(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Logits of a state of the last stage."""
-        return self.linear(x.mean(dim=(2, 3)))
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
 
     def standardise(self, mean: Tensor, std: Tensor) -> "CifarResNet":
         """Stores the data's mean and standard deviation, per channel; returns self."""
@@ -233,11 +234,11 @@ class CifarResNetAnatomy(Anatomy):
             for n, layer in enumerate(self.layers)
         ]
         last = self.model.stages[-1]
-        return [*handles, last.register_forward_hook(lambda _, args, y: hook(horizon, y))]
+        return [*handles, last.register_forward_hook(lambda _, __, y: hook(horizon, y))]
 
     def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Option A: every second pixel, padded with zero channels."""
-        return Shortcut(CHANNELS[stage], CHANNELS[stage + 1])(x)
+        return Shortcut(CHANNELS[stage], CHANNELS[stage + 1]).forward(x)
 
     def past(self, n: int) -> Callable[[Tensor], Tensor]:
         """The block's shortcut, the state itself where the shape stays."""

@@ -181,7 +181,8 @@ class ResidualClassifier(nn.Module):
             if m > 0:
                 x = self.projections[m - 1](x)
             x = stage(x)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits
 
     def standardise(self, mean: Tensor, std: Tensor) -> "ResidualClassifier":
         """Stores the data's mean and standard deviation in the stem; returns self.

@@ -115,4 +115,5 @@ def _root_of_kernel(count: int, length_scale: float) -> Tensor:
     s = torch.arange(count, dtype=torch.float64) / max(count, 1)
     kernel = torch.exp(-((s[:, None] - s) ** 2) / (2 * length_scale**2))
     values, vectors = torch.linalg.eigh(kernel)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root
