@@ -16,8 +16,12 @@ from rich.console import Console
 from deeplimit.meanfield import ConvergenceCertificate, certify_convergence, particle_flow
 from deeplimit.network import ResidualChain, TwoLayerResidual
 from deeplimit.report import render_page
-from deeplimit.report.certificate import certificate_figures
-from deeplimit.report.figures.certificate import rate_figure, risk_figure, travelled_figure
+from deeplimit.report.certificate import (
+    certificate_figures,
+    rate_figure,
+    risk_figure,
+    travelled_figure,
+)
 from deeplimit.report.measures import (
     comparison_answer,
     comparison_figures,
@@ -145,7 +149,7 @@ def test_a_run_folder_keeps_the_certificate(tmp_path: Path) -> None:
     folder.write(found)
     assert folder.results().certificate == found
     (folder.path / "certificate.json").write_text('{"times": [')
-    with pytest.raises(ValueError, match=r"certificate.json: damaged .*write_certificate"):
+    with pytest.raises(ValueError, match=r"certificate.json: damaged .*RunFolder.write"):
         folder.results()
 
 

@@ -15,13 +15,15 @@ from deeplimit.ode import (
     StageSmoothness,
 )
 from deeplimit.report.depth_limit import (
+    controls_figure,
     depth_limit_figures,
     depth_limit_summary,
     gap_caption,
+    gap_figure,
     relative_gap,
+    smoothness_figure,
     solver_rows,
 )
-from deeplimit.report.figures.depth_limit import controls_figure, gap_figure, smoothness_figure
 
 
 def a_gap(**changes: object) -> DiscretizationGap:

@@ -17,12 +17,10 @@ from deeplimit.report import (
     trajectory_figure,
     update_figure,
 )
-from deeplimit.report.captions import class_caption
-from deeplimit.report.figures.classes import class_entry, slowest_first
-from deeplimit.report.figures.style import CLASSES, NETWORK, REFERENCE, TUBE
-from deeplimit.report.figures.trajectory import leaving, view
-from deeplimit.report.panels import layer_panels
-from deeplimit.report.thinning import thin
+from deeplimit.report.page import layer_panels
+from deeplimit.report.states import leaving, thin, view
+from deeplimit.report.style import CLASSES, NETWORK, REFERENCE, TUBE
+from deeplimit.report.turnpike import class_caption, class_entry, slowest_first
 from deeplimit.training.results import Profiles, RunResults
 
 

@@ -17,7 +17,7 @@ from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance
 from deeplimit.records import from_plain
 from deeplimit.report.consistency import consistency_figures
-from deeplimit.report.figures.marks import logarithmic_panels
+from deeplimit.report.style import logarithmic_panels
 from deeplimit.studies import ConsistencyStudy, study_consistency
 from deeplimit.studies.consistency import SPREAD, STATE, Problem
 from deeplimit.studies.flowing import flow, network_of

@@ -47,7 +47,7 @@ class Consistency:
         """Runs the study, writes its figure and prints its table."""
         from deeplimit.cli.study_output import FIGURE, progress
         from deeplimit.report.consistency import consistency_figures, consistency_summary
-        from deeplimit.report.figure_page import write_figures
+        from deeplimit.report.page import write_figures
         from deeplimit.studies import study_consistency
 
         with progress(quiet=self.json) as tell:

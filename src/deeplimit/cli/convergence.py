@@ -47,7 +47,7 @@ class Convergence:
         """Runs the study, writes its figures and prints its maps."""
         from deeplimit.cli.study_output import FIGURE, progress
         from deeplimit.report.convergence import convergence_figures, convergence_summary
-        from deeplimit.report.figure_page import write_figures
+        from deeplimit.report.page import write_figures
         from deeplimit.studies import study_convergence
 
         with progress(quiet=self.json) as tell:

@@ -6,8 +6,8 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.errors import several
+from deeplimit.report.console import worded
 from deeplimit.report.numbers import significant
-from deeplimit.report.verdict import worded
 from deeplimit.studies import HorizonStudy
 from deeplimit.studies.horizon import ADDED
 

@@ -21,7 +21,7 @@ def write_rates(
 ) -> str:
     """Writes study.html, which opens offline; what to say of it."""
     from deeplimit.report import rates_figure
-    from deeplimit.report.figure_page import write_figures
+    from deeplimit.report.page import write_figures
 
     figure = rates_figure("", depths, families)
     return write_figures(Path(folder) / FIGURE, title, [("rates", figure, f"{READ}{note}.")])

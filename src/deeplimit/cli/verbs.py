@@ -191,7 +191,7 @@ VERBS = {
     "refine": Verb(
         "Make a trained network deeper, as its Neural ODE says, and train on from there.",
         "verbs.runs:refine",
-        "refinement:refinement_summary",
+        "console:refinement_summary",
     ),
     "compare": Verb(
         "How far networks are from one another, whatever their widths and depths.",

@@ -1,20 +1,36 @@
-"""Renderers of results: figures for notebooks, tables for the terminal, the page of a run."""
+"""Renderers of results: figures for notebooks, tables for the terminal, the page of a run.
 
-from deeplimit.report.console import crop_summary, healing_summary, profile_table
-from deeplimit.report.figures import (
-    accuracy_figure,
-    class_figure,
-    distance_figure,
-    gradient_cost_figure,
-    loss_figure,
-    rates_figure,
-    training_figure,
-    trajectory_figure,
-    update_figure,
-)
-from deeplimit.report.gradient_cost import gradient_answer, gradient_summary
-from deeplimit.report.page import render_page, write_page
-from deeplimit.report.refinement import refinement_summary
+A file for each subject holds its words, its table and its figures.
+"""
+
+from typing import TYPE_CHECKING
+
+from deeplimit.lazy import lazy
+
+if TYPE_CHECKING:
+    from deeplimit.report.console import (
+        crop_summary,
+        healing_summary,
+        profile_table,
+        refinement_summary,
+    )
+    from deeplimit.report.gradient_cost import (
+        gradient_answer,
+        gradient_cost_figure,
+        gradient_summary,
+    )
+    from deeplimit.report.page import render_page, write_page
+    from deeplimit.report.rates import rates_figure
+    from deeplimit.report.states import trajectory_figure
+    from deeplimit.report.training import training_figure
+    from deeplimit.report.turnpike import (
+        accuracy_figure,
+        class_figure,
+        distance_figure,
+        influence_figure,
+        loss_figure,
+        update_figure,
+    )
 
 __all__ = [
     "accuracy_figure",
@@ -25,6 +41,7 @@ __all__ = [
     "gradient_cost_figure",
     "gradient_summary",
     "healing_summary",
+    "influence_figure",
     "loss_figure",
     "profile_table",
     "rates_figure",
@@ -35,3 +52,17 @@ __all__ = [
     "update_figure",
     "write_page",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "console": "crop_summary healing_summary profile_table refinement_summary",
+        "gradient_cost": "gradient_answer gradient_cost_figure gradient_summary",
+        "page": "render_page write_page",
+        "rates": "rates_figure",
+        "states": "trajectory_figure",
+        "training": "training_figure",
+        "turnpike": "accuracy_figure class_figure distance_figure influence_figure loss_figure "
+        "update_figure",
+    },
+)

@@ -1,4 +1,4 @@
-"""The study of consistency in words, as a table and a figure."""
+"""The study of consistency: answer, table, figure."""
 
 import plotly.graph_objects as go
 from rich import box
@@ -7,7 +7,15 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.errors import several
-from deeplimit.report.figures.consistency import consistency_figure
+from deeplimit.report.numbers import significant
+from deeplimit.report.style import (
+    NETWORK,
+    REFERENCE,
+    TUBE,
+    logarithmic_panels,
+    plain_figure,
+    seeds_curve,
+)
 from deeplimit.studies.consistency import ConsistencyRate, ConsistencyStudy
 
 QUANTITIES = {
@@ -15,6 +23,17 @@ QUANTITIES = {
     "output": "outputs",
     "travelled": "travelled",
     "unscaled": "travelled, unscaled",
+}
+PANELS = (
+    ("successive sizes", (("distance", "atoms"), ("output", "independent"), ("output", "tied"))),
+    ("distance travelled", (("travelled", "independent"), ("unscaled", "independent"))),
+)
+LOOKS = {
+    ("distance", "atoms"): ("distance d, from atoms", NETWORK),
+    ("output", "independent"): ("outputs, independent samples", TUBE),
+    ("output", "tied"): ("outputs, tied samples", REFERENCE),
+    ("travelled", "independent"): ("steps scaled by N·M", NETWORK),
+    ("unscaled", "independent"): ("steps not scaled", REFERENCE),
 }
 
 
@@ -62,4 +81,38 @@ def _note(study: ConsistencyStudy) -> str:
         "of log value against log of what stands beside it, means of the seeds'; d and outputs: of "
         "successive sizes; travelled: d from the start of training to its end, with steps scaled "
         "by N·M and without."
+    )
+
+
+def consistency_figure(study: ConsistencyStudy) -> go.Figure:
+    """Two panels over N: what falls as the networks grow, and what stays.
+
+    Markers are geometric means over the seeds, bars reach from the smallest to the largest.
+    """
+    figure = plain_figure("Training against width and depth", "", "")
+    titles = [title for title, _ in PANELS]
+    figure.set_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.1)
+    for column, (_, shown) in enumerate(PANELS, start=1):
+        for key in shown:
+            curve = _curve(study.rate(*key), study, *LOOKS[key])
+            figure.add_trace(curve, row=1, col=column)
+    ticks = [f"{n}, {m}" for n, m in zip(study.depths, study.widths, strict=True)]
+    figure.update_xaxes(
+        type="log",
+        tickvals=list(study.depths),
+        ticktext=ticks,
+        showgrid=False,
+        title={"text": "layers N, particles M", "standoff": 8, "font": {"size": 13}},
+    )
+    logarithmic_panels(figure)
+    return figure.update_layout(height=440, margin={"t": 140}, legend={"y": 1.14})
+
+
+def _curve(rate: ConsistencyRate, study: ConsistencyStudy, name: str, color: str) -> go.Scatter:
+    return seeds_curve(
+        study.depths,
+        rate.values,
+        name,
+        color,
+        f"%{{y:.3g}} (slope {significant(rate.slope, 2)} in {rate.against})",
     )

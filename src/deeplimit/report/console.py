@@ -1,4 +1,4 @@
-"""Tables for the terminal: a turnpike profile, and what a cut changed. Rich renders them."""
+"""Tables for the terminal: a turnpike profile, and what a change of depth changed."""
 
 import math
 
@@ -8,22 +8,17 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.control.verdict import Verdict, Word
 from deeplimit.errors import several
-from deeplimit.report.answer import (
-    comparisons,
-    data_sentence,
-    entry_apart,
-    few,
-    healing_sentence,
-)
+from deeplimit.report.answer import comparisons, data_sentence, entry_apart, few, healing_sentence
 from deeplimit.report.control import control_sentences
 from deeplimit.report.language import perplexity
 from deeplimit.report.numbers import SPACE, percent, significant
-from deeplimit.report.verdict import verdict_line
-from deeplimit.training.results import Cut, Finished, Healing, Profiles, Reference
+from deeplimit.training.results import Cut, Finished, Healing, Profiles, Reference, Refinement
 from deeplimit.training.verifying import Verification
 
 ROWS = 24  # a longer profile is abbreviated to about so many layers
+COLOURS = {"kept": "green", "unresolved": "yellow", "lost": "red", "nothing learnt": "red"}
 
 
 def profile_table(profile: TurnpikeProfile, data: str = "validation") -> RenderableType:
@@ -172,3 +167,46 @@ def healing_summary(healing: Healing) -> RenderableType:
 
 def _table(title: str) -> Table:
     return Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+
+
+def refinement_summary(refinement: Refinement) -> RenderableType:
+    """The network before and after on test data, and after training where there was any."""
+    report, trained = refinement.report, refinement.trained
+    title = f"Refined: depth {report.horizon_before} → {report.horizon_after}"
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for name in ("before", "refined", *(["trained"] if trained else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    n = report.samples
+    more = [] if trained is None else [percent(trained.accuracy_after, n)]
+    accuracies = (percent(report.accuracy_before, n), percent(report.accuracy_after, n))
+    table.add_row("Test accuracy", *accuracies, *more)
+    more = [] if trained is None else [significant(trained.loss_after)]
+    losses = (significant(report.loss_before), significant(report.loss_after))
+    table.add_row("Test loss", *losses, *more)
+    for row in comparisons(report)[2:]:
+        table.add_row(row.name, row.before, row.after, *([""] if trained else []))
+    table.add_row("Same class", "", percent(report.agreement, n), *([""] if trained else []))
+    lines = verdict_line((trained or report).verdict)
+    return Group(table, *lines, Text(_note(refinement), style="dim"))
+
+
+def _note(refinement: Refinement) -> str:
+    samples = several(refinement.report.samples, "test sample")
+    if not refinement.epochs:
+        return f"{samples}; not trained since."
+    state = "with the optimiser's state" if refinement.carried else "with a new optimiser"
+    return f"{samples}; trained for {several(refinement.epochs, 'epoch')} from there, {state}."
+
+
+def verdict_line(verdict: Verdict | None) -> list[Text]:
+    """The verdict, its word in a colour too; nothing where there is none."""
+    if verdict is None:
+        return []
+    _, rest = str(verdict).split(":", 1)
+    return [Text.assemble(worded(verdict.word), f":{rest}.")]
+
+
+def worded(word: Word) -> tuple[str, str]:
+    """The word as it begins a sentence, and its style."""
+    return word.capitalize(), f"bold {COLOURS[word]}"

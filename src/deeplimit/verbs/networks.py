@@ -102,7 +102,7 @@ def _write_cost(
 ) -> tuple[str, ...]:
     """The files; what to say of them."""
     from deeplimit.report import gradient_cost_figure
-    from deeplimit.report.figure_page import write_figures, write_result
+    from deeplimit.report.page import write_figures, write_result
 
     title = f"{cost.model}: memory, time and error of gradients"
     figures = [("gradient", gradient_cost_figure(cost), "")]
@@ -197,7 +197,7 @@ def ode(
             written.append(renew_page(new))
     if folder is None and figure is not None:
         from deeplimit.report.depth_limit import depth_limit_figures
-        from deeplimit.report.figure_page import write_figures
+        from deeplimit.report.page import write_figures
 
         title = f"{model} and its Neural ODE"
         written.append(write_figures(figure, title, depth_limit_figures(limit)))
@@ -301,8 +301,8 @@ def compare(
     found = compare_runs(runs, sinkhorn=sinkhorn, seed=seed, trust=trust, tell=tell)
     if figure is None:
         return Answer(found)
-    from deeplimit.report.figure_page import write_figures
     from deeplimit.report.measures import comparison_figures
+    from deeplimit.report.page import write_figures
 
     names = ", ".join(network.name for network in found.networks)
     title = f"{names}: distance, layer by layer"
@@ -353,8 +353,8 @@ def interpolate(
         check_beside(first)
     for run in (first, second):
         RunFolder.open(run, trust=trust)
-    from deeplimit.report.figure_page import write_figures
     from deeplimit.report.measures import interpolation_figures
+    from deeplimit.report.page import write_figures
     from deeplimit.studies import interpolate_runs
     from deeplimit.training import profile_run
 

@@ -1,11 +1,13 @@
-"""Training curves."""
+"""Training curves, and where training ended."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import plotly.graph_objects as go
 
-from deeplimit.report.figures.style import DASHED, NETWORK, TUBE, line, plain_figure
+from deeplimit.errors import several
+from deeplimit.report.numbers import percent, points, significant
+from deeplimit.report.style import DASHED, NETWORK, TUBE, line, plain_figure
 
 Measure = Literal["loss", "accuracy", "entry"]
 Row = Mapping[str, int | float | None]  # one epoch's metrics
@@ -47,3 +49,27 @@ def training_figure(metrics: Sequence[Row], measure: Measure = "loss") -> go.Fig
 
 def _scaled(value: int | float | None, measure: Measure) -> int | float | None:
     return 100 * value if value is not None and measure == "accuracy" else value
+
+
+def training_caption(metrics: Sequence[Row], measure: str, samples: int) -> str:
+    """Where training ended."""
+    last = metrics[-1]
+    epochs = f"After {several(len(metrics), 'epoch')}"
+    if measure == "entry":
+        entry = last.get("entry")
+        if entry is None:
+            return f"{epochs} no layer is in the tube, on validation data."
+        return f"{epochs} the entry is layer {entry:g}, on validation data."
+    ours, other = last.get(measure), last.get(f"validation_{measure}")
+    if ours is None or other is None:
+        return f"{epochs}."
+    if measure == "accuracy":
+        return (
+            f"{epochs} accuracy is {percent(ours, samples)} on training and "
+            f"{percent(other, samples)} on validation data, "
+            f"{points(other - ours, samples)} apart."
+        )
+    return (
+        f"{epochs} the loss is {significant(ours)} on training and {significant(other)} on "
+        "validation data."
+    )

@@ -5,9 +5,16 @@ from statistics import geometric_mean
 
 import plotly.graph_objects as go
 
-from deeplimit.report.figures.marks import logarithmic_panels, seeds_curve
-from deeplimit.report.figures.style import NETWORK, REFERENCE, TEXT, TUBE, plain_figure
 from deeplimit.report.numbers import significant
+from deeplimit.report.style import (
+    NETWORK,
+    REFERENCE,
+    TEXT,
+    TUBE,
+    logarithmic_panels,
+    plain_figure,
+    seeds_curve,
+)
 from deeplimit.studies.rates import Family, Rate
 
 COLORS = {"smooth": NETWORK, "independent": REFERENCE, "alternating": TUBE}

@@ -3,18 +3,22 @@
 import html
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
 
 from deeplimit.control.projection import TrajectoryPicture
-from deeplimit.report.figures.style import class_color, class_symbol, plain_figure
+from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.errors import several
+from deeplimit.report.numbers import percent
+from deeplimit.report.style import class_color, class_symbol, plain_figure
 
 DIRECTLY_NAMED = 20  # beyond so many classes their names would cover the points
 PADDING = 0.06
-
 Point = tuple[float, float]
 Box = tuple[Point, Point]  # the x range and the y range
+MOST_POINTS = 40_000  # over all layers; about 0.7 MB of the page
 
 
 def trajectory_figure(picture: TrajectoryPicture, class_names: Sequence[str]) -> go.Figure:
@@ -185,3 +189,49 @@ def _slider(count: int) -> dict[str, Any]:
             {"label": str(n), "method": "animate", "args": [[str(n)], still]} for n in range(count)
         ],
     }
+
+
+def thin(picture: TrajectoryPicture, most: int = MOST_POINTS) -> TrajectoryPicture:
+    """Evenly picked samples, class by class in turn, so that samples × layers stays under `most`.
+
+    A picture that is small enough is returned as it is.
+    """
+    samples = len(picture.labels)
+    wanted = max(1, most // len(picture.points))
+    if samples <= wanted:
+        return picture
+    by_class = sorted(range(samples), key=lambda i: picture.labels[i])
+    kept = sorted(by_class[i * samples // wanted] for i in range(wanted))
+    return replace(
+        picture,
+        points=tuple(tuple(layer[i] for i in kept) for layer in picture.points),
+        labels=tuple(picture.labels[i] for i in kept),
+    )
+
+
+def states_caption(
+    picture: TrajectoryPicture, of: int, leaving: int, validation: TurnpikeProfile | None
+) -> str:
+    """What moves, and where to.
+
+    `of` is the number of samples before thinning, `leaving` how many of those shown leave the view.
+    """
+    shown = len(picture.labels)
+    which = several(of, "test sample")
+    which = which if shown == of else f"{shown:,} of {which}"
+    entry = None if validation is None else validation.entry()
+    there = ""
+    if entry is not None:
+        there = f" From layer {entry}, the entry on validation data, they are close on average."
+    if leaving:
+        there += f" On their way {leaving} of them leave the view."
+    if picture.plane == "state":
+        return (
+            f"Each point is one of {which}; the line of its colour is where the loss of its class "
+            f"is least.{there}"
+        )
+    return (
+        f"Each point is one of {which}; the ring of its colour is where the loss of its class is "
+        f"least.{there} The two axes show {percent(picture.explained)} of the variance of the "
+        "logits: classes that look close here may be far apart in other directions."
+    )
