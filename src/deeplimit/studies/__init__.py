@@ -1,18 +1,29 @@
 """Experiments over several runs."""
 
-from deeplimit.studies.comparison import Comparison, compare_runs
-from deeplimit.studies.consistency import ConsistencyStudy, study_consistency
-from deeplimit.studies.convergence import ConvergenceStudy, study_convergence
-from deeplimit.studies.demo import demo_recipe, run_demo
-from deeplimit.studies.gradient_cost import GradientCost, measure_gradient_cost
-from deeplimit.studies.gradient_methods import MethodCost
-from deeplimit.studies.horizon import HorizonRuns, HorizonStudy, horizon_recipe, study_horizon
-from deeplimit.studies.interpolation import Interpolation, interpolate_runs
-from deeplimit.studies.linear import LinearStudy, study_linear
-from deeplimit.studies.merging import merge_runs
-from deeplimit.studies.rates import Family, Rate
-from deeplimit.studies.smooth import SmoothStudy, study_smooth
-from deeplimit.training.results import MergedRuns
+from typing import TYPE_CHECKING
+
+from deeplimit.lazy import lazy
+
+if TYPE_CHECKING:
+    from deeplimit.studies.comparison import Comparison, compare_runs
+    from deeplimit.studies.consistency import ConsistencyStudy, study_consistency
+    from deeplimit.studies.convergence import ConvergenceStudy, study_convergence
+    from deeplimit.studies.gradient_cost import GradientCost, measure_gradient_cost
+    from deeplimit.studies.gradient_methods import MethodCost
+    from deeplimit.studies.horizon import (
+        HorizonRuns,
+        HorizonStudy,
+        demo_recipe,
+        horizon_recipe,
+        run_demo,
+        study_horizon,
+    )
+    from deeplimit.studies.interpolation import Interpolation, interpolate_runs
+    from deeplimit.studies.linear import LinearStudy, study_linear
+    from deeplimit.studies.merging import merge_runs
+    from deeplimit.studies.rates import Family, Rate
+    from deeplimit.studies.smooth import SmoothStudy, study_smooth
+    from deeplimit.training.results import MergedRuns
 
 __all__ = [
     "Comparison",
@@ -41,3 +52,20 @@ __all__ = [
     "study_linear",
     "study_smooth",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "comparison": "Comparison compare_runs",
+        "consistency": "ConsistencyStudy study_consistency",
+        "convergence": "ConvergenceStudy study_convergence",
+        "gradient_cost": "GradientCost measure_gradient_cost",
+        "gradient_methods": "MethodCost",
+        "horizon": "HorizonRuns HorizonStudy demo_recipe horizon_recipe run_demo study_horizon",
+        "interpolation": "Interpolation interpolate_runs",
+        "linear": "LinearStudy study_linear",
+        "merging": "MergedRuns merge_runs",
+        "rates": "Family Rate",
+        "smooth": "SmoothStudy study_smooth",
+    },
+)

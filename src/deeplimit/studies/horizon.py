@@ -27,6 +27,7 @@ from deeplimit.studies.harness import At, Machine, Point, Study
 from deeplimit.training import (
     Recipe,
     RunFolder,
+    complete,
     profile_run,
     recipe_for,
     resume,
@@ -137,6 +138,8 @@ def study_horizon(
     if radius is not None and not radius >= 0:
         raise InputError(f"the tube radius is {radius}; it must be a number ≥ 0")
 
+    smallest: dict[int, RunFolder] = {}  # with its data, by its seed
+
     def measure(points: Sequence[Point], at: At) -> list[TurnpikeProfile]:
         ((multiple, seed),) = points
         deeper = _deeper(recipe, multiple)
@@ -145,6 +148,8 @@ def study_horizon(
             run = resume(at.folder / name, quiet=quiet)
         else:
             run = train(replace(deeper, seed=seed), runs=at.folder, name=name, quiet=quiet)
+        if (multiple, seed) == (MULTIPLES[0], seeds[0]):
+            smallest[seed] = run
         return [profile_run(run).test]
 
     def counted(found: Mapping[Point, TurnpikeProfile], folder: Path) -> dict[str, object]:
@@ -161,11 +166,11 @@ def study_horizon(
                     accuracy=tuple(test.accuracy[-1] for test in tests),
                 )
             )
-        targets = run_data(RunFolder.open(folder / depths[0].runs[0])).test.y
+        first = smallest.get(seeds[0]) or RunFolder.open(folder / depths[0].runs[0])
         return {
             "radius": tests[0].radius if radius is None else radius,
             "depths": tuple(depths),
-            "verdict": judged(depths, targets),
+            "verdict": judged(depths, run_data(first).test.y),
             "added": fmean(_added(depths)),
         }
 
@@ -213,3 +218,15 @@ def _added(depths: Sequence[HorizonRuns]) -> list[float]:
     first, last = depths[0], depths[-1]
     more = last.horizon - first.horizon
     return [(b - a) / more for a, b in zip(first.outside, last.outside, strict=True)]
+
+
+def demo_recipe(seed: int = 0) -> Recipe:
+    """Returns twenty layers on scikit-learn's digits: far too deep, trained in seconds."""
+    return replace(recipe_for("digits"), depth=(20,), control="plain", seed=seed)
+
+
+def run_demo(recipe: Recipe, *, runs: Path = Path("runs"), quiet: bool = False) -> RunFolder:
+    """Trains, profiles and cuts a network, and trains its control (`complete`)."""
+    folder = train(recipe, runs=runs, name="demo", quiet=quiet)
+    complete(folder, quiet=quiet)
+    return folder
