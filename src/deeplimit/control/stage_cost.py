@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from deeplimit._anatomy import Anatomy, anatomy
@@ -236,4 +235,5 @@ class StageCost(nn.Module):
 def _squared_norm(controls: list[nn.Parameter]) -> Tensor:
     """Σ_n ‖θ_n‖²; of sharded controls with one sum over the processes for all."""
     square = torch.stack([theta.square().sum() for theta in controls]).sum()
-    return square.full_tensor() if isinstance(square, DTensor) else square
+    whole: Callable[[], Tensor] | None = getattr(square, "full_tensor", None)  # of a DTensor
+    return square if whole is None else whole()
