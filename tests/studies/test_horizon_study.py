@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from deeplimit.cli import main
-from deeplimit.cli.horizon_table import horizon_table
 from deeplimit.errors import InputError
 from deeplimit.records import from_plain
+from deeplimit.report.studies import horizon_table
 from deeplimit.studies import HorizonRuns, HorizonStudy, horizon, horizon_recipe, study_horizon
 from deeplimit.studies.horizon import judged
 from deeplimit.training import Recipe, RunFolder, profile_run, recipe_for, train

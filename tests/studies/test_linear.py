@@ -15,12 +15,12 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from deeplimit.cli import main
-from deeplimit.cli.rates_table import rates_table
 from deeplimit.errors import InputError, RunError
 from deeplimit.network import LinearResidual, ResidualChain
 from deeplimit.ode.discretization import discretization_gap
 from deeplimit.records import from_plain
 from deeplimit.report import rates_figure
+from deeplimit.report.studies import rates_table
 from deeplimit.studies import LinearStudy, study_linear
 from deeplimit.studies.linear import (
     THEORY,

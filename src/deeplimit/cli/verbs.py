@@ -136,22 +136,32 @@ def _print_version() -> None:
 STUDIES = {
     "consistency": Verb(
         "Does training stop depending on width and depth as both grow?",
-        "cli.consistency:Consistency",
+        "verbs.studies:consistency",
+        "consistency:consistency_summary",
+        "training",
     ),
     "convergence": Verb(
         "Where does training converge at a rate known before it starts?",
-        "cli.convergence:Convergence",
+        "verbs.studies:convergence",
+        "convergence:convergence_summary",
+        "training",
     ),
     "horizon": Verb(
         "Does the number of layers in use stay bounded as the network gets deeper?",
-        "cli.horizon:Horizon",
+        "verbs.studies:horizon",
+        "studies:horizon_table",
     ),
     "linear": Verb(
-        "Do linear residuals stay near a Neural ODE while they train?", "cli.linear:Linear"
+        "Do linear residuals stay near a Neural ODE while they train?",
+        "verbs.studies:linear",
+        "studies:rates_summary",
+        "training",
     ),
     "smooth": Verb(
         "Do two-layer residuals stay near a Neural ODE if they start smooth in depth?",
-        "cli.smooth:Smooth",
+        "verbs.studies:smooth",
+        "studies:rates_summary",
+        "training",
     ),
 }
 VERBS = {
