@@ -146,6 +146,7 @@ def test_weights_of_the_whole_model_do_not_go_into_its_cut() -> None:
         cropped.load_state_dict(model.state_dict())
 
 
+@pytest.mark.slow
 def test_a_branch_that_does_nothing_is_chosen_first() -> None:
     model = llama()
     with torch.no_grad():
@@ -153,16 +154,14 @@ def test_a_branch_that_does_nothing_is_chosen_first() -> None:
         layers(model)[2].self_attn.o_proj.weight.zero_()
     data = [(x, model(x).logits.argmax(-1).detach()) for x in (TEXTS, TEXTS.flip(0) // 2 + 3)]
     profile = turnpike_profile(model, data, SoftCrossEntropy(40, 0.05))
-    choice = choose_cut(model, profile, data, blocks=6, granularity="branch")
+    choice = choose_cut(model, profile, data, blocks=6, protect=[-1], granularity="branch")
     assert set(choice.branches) == {(1, "mlp"), (2, "self_attn")}
     assert (choice.removed, choice.layers_after, choice.accuracy_after) == ((), (6,), 1.0)
-    assert type(choice).__name__ in repr(choice)
+    assert "branches kept per stage: 6 of 8" in str(choice)
     cropped = crop(model, choice)
     assert torch.allclose(answers(cropped, TEXTS), answers(model, TEXTS), rtol=0, atol=1e-12)
     report = verify_crop(model, cropped, data)
     assert report.multiply_adds_after < report.multiply_adds_before
-    kept = choose_cut(model, profile, data, blocks=6, protect=[1], granularity="branch")
-    assert all(n != 1 for n, _ in kept.branches)
 
 
 def test_a_block_that_needs_its_modules_computes_with_zeros() -> None:

@@ -254,11 +254,13 @@ class ByBranch(Anatomy):
         )
 
     def _zero(self, own: nn.Module, block: nn.Module, part: Part, n: int) -> None:
-        call = BlockCall(self.structure, n, self.structure.fitting_example())
+        """Sets the parameters to zero in which a branch of a copy ends."""
         silent = [other.branch.end for other in self.parts[n] if other is not part]
         names = {p: name for name, p in block.named_parameters()}
-        for p in linear_end(call, part.branch, silent):
-            own.get_parameter(names[p]).zero_()
+        with evaluating(self.model):
+            call = BlockCall(self.structure, n, self.structure.fitting_example())
+            for p in linear_end(call, part.branch, silent):
+                own.get_parameter(names[p]).zero_()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
