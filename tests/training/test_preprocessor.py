@@ -23,7 +23,7 @@ DAMAGED = {
     "not a number": ('{"image_mean": NaN, "image_std": 1}', "NaN is not a finite number"),
     "words": (GOOD | {"image_mean": ["0.5"] * 3}, 'image_mean is "0.5"; expected finite numbers'),
     "too few": (GOOD | {"image_std": [0.2]}, "image_std has 1 numbers, .* 3 channels"),
-    "no flag": (GOOD | {"do_normalize": "no"}, 'do_normalize is "no"; expected true or false'),
+    "no flag": (GOOD | {"do_normalize": "no"}, "do_normalize is 'no'; expected true or false"),
     "scaled by 0": (GOOD | {"rescale_factor": 0}, "rescale_factor is 0; expected a number above 0"),
     "moved": (GOOD | {"rescale_offset": True}, "rescale_offset is true, which is not known"),
 }

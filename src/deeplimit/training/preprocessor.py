@@ -8,14 +8,11 @@ from typing import Any
 from deeplimit.data import Standardisation
 from deeplimit.errors import InputError, did_you_mean
 from deeplimit.reading import read_json
+from deeplimit.records import coerce
 
 PREPROCESSOR = "preprocessor_config.json"
 READ = (
-    "do_normalize",
-    "do_rescale",
-    "image_mean",
-    "image_std",
-    "rescale_factor",
+    *("do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor"),
     "rescale_offset",
 )
 ALIKE = 0.9  # a name so near to one of these is that one, misspelt; do_resize is not
@@ -52,60 +49,61 @@ def standardisation_beside(folder: Path, channels: int) -> Standardisation | Non
     if not path.exists():
         return None
     said = read_json(path, REMEDY)
+    try:
+        return _standardisation(said, channels)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; {REMEDY}") from None
+
+
+def _standardisation(said: Any, channels: int) -> Standardisation:
     if not isinstance(said, dict):
-        raise InputError(f"{path} holds {_shown(said)}; expected an object of fields; {REMEDY}")
+        raise InputError(f"it holds {_shown(said)}; expected an object of fields")
     for name in said:
         near = did_you_mean(name, READ, cutoff=ALIKE)
         if name not in READ and near:
-            raise InputError(f"{path}: unknown field {name}{near} {REMEDY}")
-    if _flag(path, said, "rescale_offset", default=False):
-        raise InputError(f"{path}: rescale_offset is true, which is not known here; {REMEDY}")
+            raise InputError(f"unknown field {name}{near}")
+    flags = {"rescale_offset": False, "do_rescale": True, "do_normalize": True}
+    for name, default in flags.items():
+        value = default if said.get(name) is None else said[name]
+        flags[name] = coerce(bool, value, name)
+    if flags["rescale_offset"]:
+        raise InputError("rescale_offset is true, which is not known here")
     factor = 1.0
-    if _flag(path, said, "do_rescale", default=True):
-        factor = _number(path, "rescale_factor", said.get("rescale_factor", 1 / 255))
+    if flags["do_rescale"]:
+        factor = _number("rescale_factor", said.get("rescale_factor", 1 / 255))
     mean, std = (0.0,) * channels, (1.0,) * channels
-    if _flag(path, said, "do_normalize", default=True):
-        mean, std = (_numbers(path, said, name, channels) for name in ("image_mean", "image_std"))
-    if factor <= 0 or min(std) <= 0:
-        name, value = ("rescale_factor", factor) if factor <= 0 else ("image_std", min(std))
-        raise InputError(f"{path}: {name} is {value:g}; expected a number above 0; {REMEDY}")
+    if flags["do_normalize"]:
+        mean, std = (_numbers(said, name, channels) for name in ("image_mean", "image_std"))
+    for name, value in (("rescale_factor", factor), ("image_std", min(std))):
+        if value <= 0:
+            raise InputError(f"{name} is {value:g}; expected a number above 0")
     if factor != 1 / 255:
         mean, std = (tuple(v / (255 * factor) for v in values) for values in (mean, std))
     return Standardisation(mean, std)
 
 
-def _flag(path: Path, said: dict[str, Any], name: str, *, default: bool) -> bool:
-    value = said.get(name)
-    value = default if value is None else value
-    if not isinstance(value, bool):
-        raise InputError(f"{path}: {name} is {_shown(value)}; expected true or false; {REMEDY}")
-    return value
-
-
-def _numbers(path: Path, said: dict[str, Any], name: str, channels: int) -> tuple[float, ...]:
+def _numbers(said: dict[str, Any], name: str, channels: int) -> tuple[float, ...]:
     """One for each channel; a number by itself is all of them."""
     if name not in said:
-        there = ", ".join(sorted(said)[:12])
-        raise InputError(
-            f"{path}: no {name} among {there or 'no fields'}; expected {channels} numbers; {REMEDY}"
-        )
+        there = ", ".join(sorted(said)[:12]) or "no fields"
+        raise InputError(f"no {name} among {there}; expected {channels} numbers")
     value = said[name]
     values = value if isinstance(value, list) else [value] * channels
     if len(values) != channels:
         raise InputError(
-            f"{path}: {name} has {len(values)} numbers, the model's images {channels} channels; "
-            f"expected one for each; {REMEDY}"
+            f"{name} has {len(values)} numbers, the model's images {channels} channels; expected "
+            "one for each"
         )
-    return tuple(_number(path, name, value) for value in values)
+    return tuple(_number(name, value) for value in values)
 
 
-def _number(path: Path, name: str, value: Any) -> float:
+def _number(name: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool | str) else float(value)
     except (TypeError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise InputError(f"{path}: {name} is {_shown(value)}; expected finite numbers; {REMEDY}")
+        raise InputError(f"{name} is {_shown(value)}; expected finite numbers")
     return number
 
 

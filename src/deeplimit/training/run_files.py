@@ -86,9 +86,7 @@ State = Literal["sound", "changed", "growing", "unknown"]
 
 
 def known(name: str) -> RunFile | None:
-    """Returns the entry of a file by its path in the run: of cropped/config.json that of "
-    "cropped.
-    """
+    """Returns the entry of a file by its path in the run, such as cropped/config.json."""
     return RUN_FILES.get(name.partition("/")[0].partition(".")[0])
 
 
