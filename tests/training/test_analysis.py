@@ -21,9 +21,12 @@ from deeplimit.report.answer import rule
 from deeplimit.training import (
     Recipe,
     RunFolder,
+    building,
+    complete,
     crop_run,
     load_data,
     loss_of,
+    models,
     profile_run,
     train,
 )
@@ -168,3 +171,22 @@ def test_a_depth_and_a_budget_are_refused(run: RunFolder) -> None:
     with pytest.raises(InputError, match="one budget"):
         crop_run(run, blocks=2, latency=0.5)
     assert run.cut() == before
+
+
+def test_a_training_reads_its_data_once_and_its_network_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    for module, name in ((building, "load_dataset"), (models, "load_network")):
+        real = getattr(module, name)
+
+        def counted(*args: object, _real: object = real, _name: str = name, **more: object):
+            read.append(_name)
+            return _real(*args, **more)
+
+        monkeypatch.setattr(module, name, counted)
+    folder = train(replace(RECIPE, depth=(2,), epochs=1), runs=tmp_path, quiet=True)
+    complete(folder, quiet=True)
+    assert read == ["load_dataset"]
+    assert folder.network is not None
+    assert equal_weights(folder.model(), folder.network)  # as is on the disk

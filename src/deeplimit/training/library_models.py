@@ -94,7 +94,7 @@ def transformers_model(
         if classes is None:
             kind = _model_class(hf, config)
         else:
-            kind = _class_for(hf, config, spec, task, folder is not None)
+            kind = _class_for(hf, config, spec, task, trained=folder is not None)
             if task != "CAUSAL_LM":
                 if folder is not None and not new_head:
                     _check_head(config, kind, classes, spec)
@@ -292,7 +292,7 @@ def _own_class(hf: Any, config: Any, task: str = "") -> Any:
     return None
 
 
-def _class_for(hf: Any, config: Any, spec: str, task: str, trained: bool) -> Any:
+def _class_for(hf: Any, config: Any, spec: str, task: str, *, trained: bool) -> Any:
     """The config's own class where it does the task, else that of its family which does."""
     named, lacks, such = DOES[task]
     own = _own_class(hf, config, named)
