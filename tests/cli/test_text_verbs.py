@@ -65,7 +65,9 @@ def test_a_language_model_from_its_folder_to_a_healed_cut(here: Path) -> None:
     answer = page[: page.index("</section>")]
     assert "a window of 16 tokens" in answer
     assert "perplexity" in answer
+    assert "15 windows" in answer
     assert "accuracy" not in answer
+    assert "sample" not in answer.replace("A sample is a window", "")
 
 
 def test_a_language_model_is_cut_by_its_loss(here: Path) -> None:
@@ -76,6 +78,8 @@ def test_a_language_model_is_cut_by_its_loss(here: Path) -> None:
     assert out["report"]["verdict"]["word"] == "kept"
     assert len(out["removed"]) == 2  # one block stays
     assert out["parts"] == {"train": 240, "validation": 30, "test": 30, "tokens": 8}
+    done("train", "text:dogs.txt", "--model", model[0], "--epochs", "1", "--name", "trained")
+    assert RunFolder.open("runs/trained").cut().choice.limit == 0.05
     refused = command("crop", "runs/rise", "--points", "1")
     assert refused.code == 2
     assert "accuracy given, which is not what text:" in refused.err

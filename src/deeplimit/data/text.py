@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,7 @@ def load_text(request: Request) -> DataSet:
         require(BYTES * path.stat().st_size, str(path), "give a part of it")
         text = path.read_text(encoding="utf-8")
     length, splits, start = reader.length(request.length), {}, 0
-    for part, tenths in TENTHS.items():
-        done = sum(TENTHS[p] for p in list(TENTHS)[: list(TENTHS).index(part) + 1])
+    for (part, tenths), done in zip(TENTHS.items(), accumulate(TENTHS.values()), strict=True):
         end = len(text) if done == 10 else _line_end(text, len(text) * done // 10)
         tokens = reader.tokens(text[start:end])
         if len(tokens) < length:
@@ -177,8 +177,7 @@ def load_table(request: Request) -> DataSet:
         InputError: a table of another form, without these columns, or with empty cells.
     """
     reader, path = Reader.of(request), Path(request.target).expanduser()
-    columns = _columns(path)
-    texts, labels = columns
+    texts, labels = _columns(path)
     y, names = _numbered(np.array(labels), reader, f"{path}: label")
     length = reader.length(request.length)
     require(16 * BYTES + 4 * 8 * length * len(texts), str(path), "give a part of it")

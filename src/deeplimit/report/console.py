@@ -12,7 +12,7 @@ from deeplimit.control.verdict import Verdict, Word
 from deeplimit.errors import several
 from deeplimit.report.answer import comparisons, data_sentence, entry_apart, few, healing_sentence
 from deeplimit.report.control import control_sentences
-from deeplimit.report.language import perplexity
+from deeplimit.report.language import perplexity, verdict_sentence
 from deeplimit.report.numbers import SPACE, percent, significant
 from deeplimit.training.results import Cut, Finished, Healing, Profiles, Reference, Refinement
 from deeplimit.training.verifying import Verification
@@ -203,7 +203,7 @@ def verdict_line(verdict: Verdict | None) -> list[Text]:
     """The verdict, its word in a colour too; nothing where there is none."""
     if verdict is None:
         return []
-    _, rest = str(verdict).split(":", 1)
+    _, rest = verdict_sentence(verdict).split(":", 1)
     return [Text.assemble(worded(verdict.word), f":{rest}.")]
 
 

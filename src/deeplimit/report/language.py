@@ -1,9 +1,11 @@
 """Language models in words and numbers: perplexity, of windows of tokens."""
 
 import math
+import re
 
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.control.verdict import Verdict
 from deeplimit.control.verifying import CropResult
 from deeplimit.errors import several
 from deeplimit.report.numbers import layers, significant
@@ -90,6 +92,14 @@ def healing_sentence(healing: Healing, who: str) -> str:
         f"perplexity of {perplexity(cropped.loss_before)} to {perplexity(cropped.loss_after)} a "
         f"token on test data. The full network’s is {perplexity(full.loss_before)}."
     )
+
+
+def verdict_sentence(verdict: Verdict) -> str:
+    """The verdict in a sentence; on the loss of a language model, whose samples are windows."""
+    if verdict.loss is None:
+        return str(verdict)
+    text = re.sub(r"\bsample(s?)\b", r"window\1", str(verdict)).replace(" -", " −")
+    return re.sub(r"by more than −?[\d.e+-]+", r"\g<0> nats a token", text, count=1)
 
 
 def loss_caption(profiles: Profiles) -> str:

@@ -19,7 +19,7 @@ from deeplimit.report import answer, language
 from deeplimit.report.certificate import certificate_answer, certificate_figures
 from deeplimit.report.control import control_rows, control_sentences
 from deeplimit.report.depth_limit import depth_limit_figures, solver_rows
-from deeplimit.report.language import perplexity
+from deeplimit.report.language import perplexity, verdict_sentence
 from deeplimit.report.numbers import percent, significant
 from deeplimit.report.states import leaving, states_caption, thin, trajectory_figure
 from deeplimit.report.training import Measure, training_caption, training_figure
@@ -58,6 +58,7 @@ def render_page(results: RunResults) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["sentence"] = verdict_sentence
     return environment.get_template("page.html.j2").render(_context(results))
 
 

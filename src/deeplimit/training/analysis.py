@@ -255,8 +255,8 @@ def _complete(folder: RunFolder, *, quiet: bool) -> None:
             model, data = folder.network or folder.model(), run_data(folder)
             with folder.commit() as new:
                 profiles = profiles or _profile(new, model, data)
-                accuracy = folder.recipe.points / 100
-                cut = _cut_automatically(new, model, data, profiles, accuracy, {})
+                most = tolerance_of(folder.recipe, data)
+                cut = _cut_automatically(new, model, data, profiles, most, {})
         if folder.recipe.control == "none":
             return None
         reference = folder.reference()

@@ -225,6 +225,7 @@ def heal(
       deeplimit heal runs/vit --teacher beside              the full network learns beside
       deeplimit heal runs/mnist --resume                    go on with one that was stopped
       deeplimit heal transformers:my-vit --data cifar10     cut to the depth that is enough, heal
+      deeplimit heal transformers:my-llama --data text:FILE       the same of a language model
 
     Args:
         epochs: Passes over the training data.
