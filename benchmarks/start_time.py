@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import machine
+from deeplimit.studies.harness import machine
 
 COMMANDS = (
     "--help",

@@ -19,7 +19,7 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def _stop(number: int, _frame: FrameType | None) -> None:
     raise Stopped(number)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console as Terminal  # noqa: F401
+    from rich.console import Console
+
+    Terminal = Console
 
 # Control characters but tab and line feed, marks that turn the direction of writing round, line
 # separators, halves of characters.

@@ -47,7 +47,7 @@ def stop_writing() -> None:
 def progress(*, quiet: bool, doing: str = "training") -> Iterator[Callable[[str, float], None]]:
     """What is done now: a bar where stderr is a terminal, otherwise a line each."""
     if quiet:
-        yield lambda message, done: None
+        yield lambda _message, _done: None
         return
     if not sys.stderr.isatty():
         yield _lines(doing)
@@ -70,7 +70,7 @@ def _lines(doing: str) -> Callable[[str, float], None]:
     """A line where the message is a new one."""
     said = ""
 
-    def tell(message: str, done: float) -> None:
+    def tell(message: str, _done: float) -> None:
         nonlocal said
         if message != said:
             said = message

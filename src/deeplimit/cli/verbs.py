@@ -95,7 +95,8 @@ def _function(verb: Verb) -> Any:
 
 
 def _report(name: str) -> Callable[..., Any]:
-    return pkgutil.resolve_name(f"deeplimit.report.{name}")
+    shown: Callable[..., Any] = pkgutil.resolve_name(f"deeplimit.report.{name}")
+    return shown
 
 
 def _choose(verbs: dict[str, Verb], prog: str, description: str, args: list[str]) -> Command:

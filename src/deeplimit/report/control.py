@@ -86,7 +86,7 @@ def _small(report: CropResult) -> str:
     )
 
 
-def _bar(report: CropResult, before: bool) -> ControlBar:
+def _bar(report: CropResult, *, before: bool) -> ControlBar:
     depth = report.horizon_before if before else report.horizon_after
     accuracy = report.accuracy_before if before else report.accuracy_after
     return ControlBar(depth, percent(accuracy, report.samples), round(100 * accuracy, 2))

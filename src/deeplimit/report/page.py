@@ -192,11 +192,11 @@ def layer_panels(results: RunResults) -> list[Panel]:
             _panel("update", update_figure(profiles, cut), update_caption(profiles)),
         ]
     shown = [
-        ("loss", loss_figure(profiles, cut, reference), loss_caption(profiles, cut, False)),
+        ("loss", loss_figure(profiles, cut, reference), loss_caption(profiles, cut, log=False)),
         (
             "excess",
             loss_figure(profiles, cut, reference, log=True),
-            loss_caption(profiles, cut, True),
+            loss_caption(profiles, cut, log=True),
         ),
         (
             "accuracy",

@@ -53,7 +53,7 @@ def rates_figure(title: str, depths: Sequence[int], families: Sequence[Family]) 
     return figure
 
 
-def _curve(start: str, rate: Rate, depths: Sequence[int], legend: bool) -> go.Scatter:
+def _curve(start: str, rate: Rate, depths: Sequence[int], *, legend: bool) -> go.Scatter:
     moment, dash = MOMENTS[rate.moment]
     curve = seeds_curve(
         depths,

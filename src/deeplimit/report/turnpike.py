@@ -33,6 +33,7 @@ def loss_figure(
     profiles: Profiles,
     cut: Cut | None = None,
     reference: Reference | None = None,
+    *,
     log: bool = False,
 ) -> go.Figure:
     """Loss over layers; with `log` its excess over the minimum H(q), on a logarithmic scale.
@@ -235,7 +236,7 @@ def _crowd(profile: TurnpikeProfile, labels: Sequence[int], layers: Sequence[int
     )
 
 
-def loss_caption(profiles: Profiles, cut: Cut | None, log: bool) -> str:
+def loss_caption(profiles: Profiles, cut: Cut | None, *, log: bool) -> str:
     """The fall of the loss, and how little is left after the layer of interest."""
     test = profiles.test
     n = _interesting(profiles.validation, cut)

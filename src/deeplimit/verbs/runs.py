@@ -63,7 +63,7 @@ def train(
     check_recipe(recipe, runs, name)
     from deeplimit.training import train
 
-    return _finished(train(recipe, runs=runs, name=name, quiet=quiet), quiet)
+    return _finished(train(recipe, runs=runs, name=name, quiet=quiet), quiet=quiet)
 
 
 def resume(run: Run, *, trust: Trust = False, quiet: bool = False) -> Answer:
@@ -75,10 +75,10 @@ def resume(run: Run, *, trust: Trust = False, quiet: bool = False) -> Answer:
     RunFolder.open(run, trust=trust)
     from deeplimit.training import resume
 
-    return _finished(resume(run, trust=trust, quiet=quiet), quiet)
+    return _finished(resume(run, trust=trust, quiet=quiet), quiet=quiet)
 
 
-def _finished(folder: RunFolder, quiet: bool) -> Answer:
+def _finished(folder: RunFolder, *, quiet: bool) -> Answer:
     from deeplimit.training import complete
 
     complete(folder, quiet=quiet)
