@@ -31,7 +31,6 @@ from torch.utils.checkpoint import checkpoint
 
 import deeplimit
 from deeplimit import use_adjoint
-from deeplimit.studies.harness import machine
 
 DEPTHS = 20, 10
 DEEP = 64  # where time is taken
@@ -135,12 +134,14 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.once:
+    if options.once:  # of whatever checkout
         ways = {
             method: hops(method) for method in ("checkpoint", "adjoint, e = 1", "adjoint, e = 2")
         }
         print(json.dumps({"frames": ways, "microseconds": microseconds(options.rounds)}))
         return
+    from deeplimit.studies.harness import machine
+
     sources = {"": Path(OURS).parent} | ({"before": options.against} if options.against else {})
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sources}
     for _ in range(options.processes):

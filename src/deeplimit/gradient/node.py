@@ -15,7 +15,8 @@ from deeplimit.gradient.meter import AdjointError, BackwardPass, norm, norms, re
 from deeplimit.gradient.private_torch import checkpoint, checkpoint_around, version_of
 from deeplimit.gradient.replay_context import Arguments, ReplayContext, state_of
 
-Start = Callable[[Tensor], Tensor]
+# A step, its own function, and where a fixed point for its input may start (from its output).
+Call = tuple[Step, Callable[..., Any], Callable[[Tensor], Tensor] | None]
 MANY = 16
 
 
@@ -53,29 +54,24 @@ class Node:
         next: the node whose input is this one's output, once that is proven.
         rebuilt: x̃_n in the backward pass, until the node before has used it.
         chain: names of the steps linked so far, shared by all nodes of the chain.
-        segment: shared by the nodes whose states are rebuilt from the same kept one.
+        segment: shared by the nodes whose states are rebuilt from the same kept one; place: in it.
+        around: somebody else's checkpoint, inside which it runs; alone: whether it is the first
+            one in there.
+        kept_entries: some of the output's, while the input is kept.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        step: Step,
-        function: Callable[..., Any],
-        start: Start | None,
-        arguments: Arguments,
-        x: Tensor,
-    ):
+    def __init__(self, engine: Engine, call: Call, arguments: Arguments, x: Tensor):
+        self.engine, (self.step, self.function, self.start) = engine, call
+        step = self.step
         modules = step.modules
         if modules.checkpointing:
             modules.refuse_checkpoints(step.name)
         self._turn: Turn | None = engine.turns.take()
-        self.engine, self.step, self.function, self.start = engine, step, function, start
-        # Somebody else's checkpoint, inside which it runs; whether it is the first one in there.
-        self._around, self._alone = checkpoint_around(), True
+        self.around, self.alone = checkpoint_around(), True
         self.x: Tensor | None = x
         self.next: Node | None = None
         self.rebuilt: Tensor | None = None
-        self.position = self._place = 0  # in its chain, in its segment
+        self.position = self.place = 0
         self.chain = [step.name]
         self.segment: Segment | None = None
         self._arguments = arguments
@@ -84,7 +80,7 @@ class Node:
         self._versions = list(map(version_of, self._parameters))
         self._context = ReplayContext(modules, x.device)
         self._ran = self._edits = False
-        self._entries: Tensor | None = None  # some of the output's
+        self.kept_entries: Tensor | None = None
 
     def run(self) -> Any:
         """Runs the step in the forward pass, under a checkpoint that calls `replay`."""
@@ -109,7 +105,7 @@ class Node:
         assert self.x is not None
         output = self._apply(self.x)
         y = state_of(output)
-        self._entries = None if y is None else _some(y)
+        self.kept_entries = None if y is None else _some(y)
         self._ran = True
         late = self._context.complete()
         if late is not None:
@@ -187,8 +183,8 @@ class Node:
 
     def _follow(self, before: "Node") -> None:
         """Links this node to the one whose output is its input; that one's own input can go."""
-        around = self._around is not before._around
-        if around and self._around and before._around and before._alone:
+        apart = self.around is not before.around
+        if apart and self.around and before.around and before.alone:
             raise InputError(
                 f"{self.step.name} and the block before it run in a checkpoint each, which keeps "
                 "their inputs: nothing would be saved. Take the checkpoints away, or call "
@@ -196,16 +192,16 @@ class Node:
             )
         before.next = self
         before.step.linked = self.step.linked = self.engine.meter.linked = True
-        self.position, self._alone = before.position + 1, around
+        self.position, self.alone = before.position + 1, apart
         self.chain = before.chain
         self.chain.append(self.step.name)
         if (
             before.segment is not None
             and self.engine.way(before.step, before.position) == "rebuilt"
         ):
-            before.x = before._entries = None
-            self.segment, self._place = before.segment, before._place + 1
-            self.segment.length = self._place + 1
+            before.x = before.kept_entries = None
+            self.segment, self.place = before.segment, before.place + 1
+            self.segment.length = self.place + 1
         else:
             self.segment = Segment()
 
@@ -215,11 +211,11 @@ class Node:
         leaf = x.detach().requires_grad_(self._requires_grad)
         y = self._evaluate(leaf.clone() if self._edits else leaf)
         self._check_repeats(x, y)
-        if self._entries is not None and y.is_floating_point():
+        if self.kept_entries is not None and y.is_floating_point():
             # From the exact input the forward pass's output must come again: some entries of it.
             entries = _some(y)
             allowed = self._allowed(entries, _some(x) if x.shape == y.shape else None)
-            found.differences.append((self.step.name, norm(entries - self._entries) - allowed))
+            found.differences.append((self.step.name, norm(entries - self.kept_entries) - allowed))
         after = self.next
         if after is None:
             return
@@ -240,7 +236,7 @@ class Node:
         y = self._evaluate(z.detach().requires_grad_(self._requires_grad))
         self._check_repeats(z, y)
         increment = y - z
-        if self._place % -(-segment.length // MANY) == 0:
+        if self.place % -(-segment.length // MANY) == 0:
             segment.updates.append(norms(increment))
         self.rebuilt = torch.sub(target, increment, out=increment)
         # The kept state that the segment ends at will tell how well.

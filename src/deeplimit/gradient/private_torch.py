@@ -60,7 +60,8 @@ def reference_to(storage: torch.UntypedStorage) -> Any:
 
 def checkpoint_around() -> object | None:
     """The checkpoint of torch's, non-reentrant, that is recording what is run now."""
-    hooks = _saving_hooks(True)
+    even_while_tracing = True
+    hooks = _saving_hooks(even_while_tracing)
     return hooks[0] if hooks and hooks[0].__qualname__.startswith(_checkpoints) else None
 
 

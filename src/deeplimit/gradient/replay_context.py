@@ -158,7 +158,7 @@ class Modules:
         """
         copied = memo[id(self)] = Modules.__new__(Modules)
         roots = [copy.deepcopy(root, memo) for root in self._roots]
-        copied._roots = [root for root in roots if root is not None]
+        vars(copied)["_roots"] = [root for root in roots if root is not None]
         return copied
 
     def __getattr__(self, name: str) -> Any:

@@ -12,7 +12,7 @@ from deeplimit.errors import InputError
 from deeplimit.gradient.engine import Engine
 from deeplimit.gradient.learning import FirstRun, Step
 from deeplimit.gradient.meter import AdjointError
-from deeplimit.gradient.node import Node, Start, inside
+from deeplimit.gradient.node import Call, Node, inside
 from deeplimit.gradient.private_torch import forward_mode, is_fully_sharded, transform
 from deeplimit.gradient.replay_context import Arguments, state_of
 
@@ -42,17 +42,15 @@ class StandIn:
     def __init__(self, engine: Engine, steps: list[Step]):
         self.engine, self.steps = engine, steps
 
-    def _run(
-        self,
-        step: Step,
-        function: Callable[..., Any],
-        start: Start | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the step's own function, so that its input need not be kept."""
-        engine = self.engine
-        if engine.paused or step.plain is not None or not torch.is_grad_enabled() or inside.step:
+        engine, (step, function, _) = self.engine, call
+        if (
+            engine.paused
+            or not torch.is_grad_enabled()
+            or inside.step
+            or engine.way(step, 0) == "plain"
+        ):
             return function(*args, **kwargs)
         if transform() is not None:
             raise AdjointError(
@@ -62,7 +60,14 @@ class StandIn:
         arguments = Arguments(args, kwargs)
         x = arguments.state
         if x is None or not x.is_floating_point():
-            return self._run_stateless(step, function, args, kwargs)
+            # The end of the backward pass tells, if all blocks are so.
+            step.known, step.plain = True, "is given no state, floating-point numbers in a tensor"
+            output = function(*args, **kwargs)
+            y = state_of(output)
+            if not step.inner and y is not None and y.requires_grad:
+                engine.meter.refused.append(f"{step.name} {step.plain}")
+                y.register_hook(self._look_back)  # type: ignore[no-untyped-call, unused-ignore]
+            return output
         if (
             x.is_inference()
             or forward_mode()
@@ -71,9 +76,9 @@ class StandIn:
         ):
             return function(*args, **kwargs)  # no gradient that could be had by a replay
         if not step.known:
-            return self._run_first(step, function, start, arguments, x)
+            return self._run_first(call, arguments, x)
         version = x._version
-        node = Node(engine, step, function, start, arguments, x)
+        node = Node(engine, call, arguments, x)
         output = node.run()
         if x._version != version:
             raise AdjointError(
@@ -85,38 +90,15 @@ class StandIn:
             engine.links.record(node, y)
         return output
 
-    def _run_stateless(
-        self,
-        step: Step,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Runs a step that cannot be rebuilt; the end of the backward pass tells, if all are so."""
-        step.known, step.plain = True, "is given no state, floating-point numbers in a tensor"
-        output = function(*args, **kwargs)
-        y = state_of(output)
-        if not step.inner and y is not None and y.requires_grad:
-            self.engine.meter.refused.append(f"{step.name} {step.plain}")
-            y.register_hook(self._look_back)  # type: ignore[no-untyped-call, unused-ignore]
-        return output
-
     def _look_back(self, _: Tensor) -> None:
         self.engine.meter.this_pass(self.engine.settings)  # at its end the meter tells
 
-    def _run_first(
-        self,
-        step: Step,
-        function: Callable[..., Any],
-        start: Start | None,
-        arguments: Arguments,
-        x: Tensor,
-    ) -> Any:
+    def _run_first(self, call: Call, arguments: Arguments, x: Tensor) -> Any:
         """Runs a step of which nothing is known yet, and learns whether it is residual.
 
         A candidate with others inside it runs as it is; an innermost one under a checkpoint.
         """
-        meter = self.engine.meter
+        meter, (step, function, _) = self.engine.meter, call
         meter.learnt = True
         first = FirstRun(step, function, x)
         node = None
@@ -126,7 +108,7 @@ class StandIn:
                 output = function(*args, **kwargs)
             else:
                 copy = first.input.detach().clone()  # in case the step edits its input
-                node = Node(self.engine, step, function, start, arguments, first.input)
+                node = Node(self.engine, call, arguments, first.input)
                 output = node.run()
                 if first.edited:
                     node.replace_input(copy)
@@ -168,7 +150,7 @@ class AdjointForward(StandIn):
         function = self.original or partial(type(self.block).forward, self.block)
         cost = next(self.running_costs, None)
         if cost is None or not torch.is_grad_enabled():
-            return self.run(self.step, function, None, args, kwargs)
+            return self.run((self.step, function, None), args, kwargs)
         several = False  # whether the block returns more than the state, or that in a tuple
 
         def charging(*args: Any, **kwargs: Any) -> Any:
@@ -180,7 +162,7 @@ class AdjointForward(StandIn):
             x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
             return (*(output if several else (output,)), cost(x))
 
-        *output, paid = self.run(self.step, charging, None, args, kwargs)
+        *output, paid = self.run((self.step, charging, None), args, kwargs)
         self.paid.append(paid)
         if paid.requires_grad and is_fully_sharded(self.block):
             # FSDP2 gathers a block's parameters when a gradient reaches its output; of the cost,
@@ -214,7 +196,8 @@ class AdjointSteps(StandIn):
         chain = self.chain
         own = partial(ResidualChain.run_step, chain, n)
         start = partial(chain.scheme.inverse_start, chain.controls(n), h=chain.step)
-        return self.run(self.steps[n], own, start, (x,) if cost is None else (x, cost), {})
+        args = (x,) if cost is None else (x, cost)
+        return self.run((self.steps[n], own, start), args, {})
 
     def remove(self) -> None:
         """Puts the chain's own step back."""
