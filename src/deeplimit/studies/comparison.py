@@ -1,4 +1,4 @@
-"""How far networks are from one another: the layer-conditional distance of every two."""
+"""Distances between networks: the layer-conditional distance of every two."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What would the adjoint save on a model, and at what error? All methods measured on one batch."""
+"""The cost of every way to a gradient on one batch: memory, time, error and drift."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -129,7 +129,7 @@ class SharedRuns:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the networks are called."""
+        """Returns what the networks are called."""
         return tuple(run.name for run in self.runs)
 
     def measures(self, *, align: bool) -> list[LayerwiseMeasure]:
