@@ -21,9 +21,8 @@ from deeplimit.meanfield.neurons import (
     ParticleLayout,
     check_additive,
     find_neurons,
-    particle_buffers,
-    particle_parameters,
     particle_stacks,
+    particle_tensors,
     read,
     write,
 )
@@ -209,8 +208,7 @@ class BlockFrame(Frame):
         gone: set[str] = set()
         for name, neurons in self.places:
             block = self.template.get_submodule(name)
-            own = [n for n, _ in particle_parameters(block, neurons)]
-            gone |= {f"{name}.{path}" for path in (*own, *particle_buffers(block, neurons))}
+            gone |= {f"{name}.{path}" for path in particle_tensors(block, neurons)}
         return {k: v for k, v in self.template.state_dict().items() if k not in gone}
 
     def on(self, breakpoints: Breakpoints) -> "BlockFrame":
@@ -302,7 +300,7 @@ def frame_of(model: nn.Module | Anatomy) -> tuple[Frame, list[Tensor], list[Norm
     if adds:
         names = {module: name for name, module in model.named_modules()}
         pairs = list(zip(blocks, found, strict=True))
-        gone = [p for block, at in pairs for _, p in particle_parameters(block, at)]
+        gone = [t for block, at in pairs for t in particle_tensors(block, at).values()]
         template = copy.deepcopy(model, _emptied(gone))
         places = tuple((names[block], at) for block, at in pairs)
         frame = BlockFrame(template, *parts, places)
@@ -322,7 +320,7 @@ def _prototypes(
     """For each layout a block without its particles, which must be all that it has."""
     prototypes = {}
     for block, at, reading in zip(blocks, found, readings, strict=True):
-        own = [p for _, p in particle_parameters(block, at)]
+        own = list(particle_tensors(block, at).values())
         besides = [name for name, p in block.named_parameters() if not any(p is q for q in own)]
         if besides:
             raise InputError(
@@ -346,11 +344,12 @@ def _read_all(blocks: Sequence[nn.Module]) -> tuple[list[Neurons], list[BlockPar
     return found, readings
 
 
-def _emptied(parameters: Sequence[nn.Parameter]) -> dict[int, Any]:
-    """The memo of a deep copy that leaves these out."""
+def _emptied(tensors: Sequence[Tensor]) -> dict[int, Any]:
+    """The memo of a deep copy that leaves the parameters among these out."""
     return {
         id(p): nn.Parameter(p.detach().new_empty(0), requires_grad=p.requires_grad)
-        for p in parameters
+        for p in tensors
+        if isinstance(p, nn.Parameter)
     }
 
 

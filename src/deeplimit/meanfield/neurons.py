@@ -1,7 +1,6 @@
 """The hidden neurons of a block as particles ω = (u, w, b): found, read, checked, put back."""
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -157,18 +156,14 @@ def write(block: nn.Module, neurons: Neurons, reading: BlockParticles) -> None:
     last.set_columns(*unfold(block, neurons.last_norm, parts["u"], 1, reading.offset, norms.outer))
 
 
-def particle_parameters(block: nn.Module, neurons: Neurons) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters, with their names in the block, that particles and offset replace."""
-    for path in neurons.layers:
-        for name, parameter in block.get_submodule(path).named_parameters(recurse=False):
-            yield f"{path}.{name}", parameter
-
-
-def particle_buffers(block: nn.Module, neurons: Neurons) -> Iterator[str]:
-    """The names of the batch norms' buffers, which are folded into the particles too."""
-    for path in neurons.layers:
-        for name, _ in block.get_submodule(path).named_buffers(recurse=False):
-            yield f"{path}.{name}"
+def particle_tensors(block: nn.Module, neurons: Neurons) -> dict[str, Tensor]:
+    """The tensors that particles and offset replace, by the names in the block."""
+    own = [(path, block.get_submodule(path)) for path in neurons.layers]
+    found: dict[str, Tensor] = {}
+    for path, layer in own:
+        found |= {f"{path}.{n}": p for n, p in layer.named_parameters(recurse=False)}
+        found |= {f"{path}.{n}": b for n, b in layer.named_buffers(recurse=False)}
+    return found
 
 
 def _name_of(sigma: nn.Module) -> str:

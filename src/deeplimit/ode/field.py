@@ -158,8 +158,8 @@ def _batch_norm(
     running_var: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
+    training: object = None,
+    momentum: object = None,
     eps: float = 1e-5,
 ) -> Tensor:
     """As `torch.nn.functional.batch_norm` in evaluation mode."""
