@@ -77,7 +77,7 @@ class LeftOut(nn.Module):
             none = x.new_zeros(len(x), 1, x.shape[1], 1)
             getattr(cache, "self_attention_cache", cache).update(none, none, self.layer_idx)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         for name, (shape, dtype) in self.tensors.items():
             destination[prefix + name] = torch.zeros(shape, dtype=dtype)
 

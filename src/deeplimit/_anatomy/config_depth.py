@@ -38,7 +38,7 @@ def set_depths(model: nn.Module, before: Mapping[str, int], kept: Mapping[str, l
     if isinstance(arguments, dict):
         told = SimpleNamespace(**arguments)
         _set(told, before, kept, apart=False)
-        model._model_args = vars(told)  # type: ignore[assignment]
+        model._model_args = vars(told)  # type: ignore[assignment]  # noqa: SLF001
         _describe(model, before, kept)
 
 

@@ -127,7 +127,9 @@ class RunningStatistics:
 
     def __init__(self, modules: Iterable[nn.Module]):
         self._norms = [
-            m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+            m
+            for m in modules
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training  # noqa: SLF001
         ]
         # Copies: autograd keeps what is used, unguarded against a later forward that moves the
         # statistics in place, and a replay in the backward pass must find what the forward did.

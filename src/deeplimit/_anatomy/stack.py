@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy.chain import SCHEMES, Scheme, chains_in
 
-NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # noqa: SLF001
 
 
 def layers_of(block: nn.Module) -> list[nn.Module]:

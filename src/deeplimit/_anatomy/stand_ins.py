@@ -65,7 +65,7 @@ def in_turn(module: nn.Module, functions: Sequence[StandIn | None]) -> StandIn:
     None leaves a call to the module.
     """
     calls = 0
-    own = vars(module).get(PLACE) or module._call_impl
+    own = vars(module).get(PLACE) or module._call_impl  # noqa: SLF001
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls

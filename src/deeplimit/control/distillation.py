@@ -73,7 +73,7 @@ class Distillation(StageCost):
         self.teacher_weight, self.temperature = teacher_weight, temperature
         self._answer = anatomy(self.teacher).run
 
-    def train(self, mode: bool = True) -> "Distillation":
+    def train(self, mode: bool = True) -> "Distillation":  # noqa: FBT001, FBT002
         """Sets the mode of the student, and of a teacher that learns; another stays as it is."""
         super().train(mode)
         if not self.learns:

@@ -116,7 +116,7 @@ class SoftCrossEntropy(nn.Module):
         """dist(z, Z*_y) = ‖P(z − log q^{(y)})‖ for each sample, P = I − 11ᵀ/C."""
         targets = self.fitted(logits, targets)
         apart = logits - self.minimiser(targets, logits.dtype)
-        values = torch.linalg.vector_norm(apart - apart.mean(-1, keepdim=True), dim=-1)
+        values: Tensor = torch.linalg.vector_norm(apart - apart.mean(-1, keepdim=True), dim=-1)
         return values.masked_fill(targets == IGNORED, 0)
 
     def fitted(self, logits: Tensor, targets: Tensor) -> Tensor:

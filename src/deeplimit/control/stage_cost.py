@@ -197,7 +197,7 @@ class StageCost(nn.Module):
         every = self.anatomy.horizon
         if self.layers is None or not torch.is_grad_enabled():
             return range(every)
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1:  # noqa: SLF001
             raise InputError(
                 "a StageCost with layers runs again in a backward pass, as in a checkpoint, where "
                 "it would draw other layers; put the checkpoints into the model"

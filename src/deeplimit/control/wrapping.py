@@ -56,7 +56,7 @@ class AroundWatch:
         """
         if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
             return
-        active: Callable[[], nn.Module | None] = DistributedDataParallel._get_active_ddp_module
+        active: Callable[[], nn.Module | None] = DistributedDataParallel._get_active_ddp_module  # noqa: SLF001
         came_through = active() is not None
         if came_through or dist.get_world_size() == 1:
             return
@@ -85,7 +85,7 @@ def _around(objective: nn.Module) -> DistributedDataParallel | None:
         if not issubclass(type(found), DistributedDataParallel) or "module" not in found._modules:
             continue
         alone = dist.get_world_size(found.process_group) == 1
-        if alone or found._use_python_reducer:
+        if alone or found._use_python_reducer:  # noqa: SLF001
             continue
         if not trained.isdisjoint(found.module.modules()):
             return cast(DistributedDataParallel, found)
