@@ -206,18 +206,18 @@ VERBS = {
     ),
     "compare": Verb(
         "How far networks are from one another, whatever their widths and depths.",
-        "verbs.networks:compare",
+        "verbs.measures:compare",
         "measures:comparison_summary",
         "comparing",
     ),
     "interpolate": Verb(
         "Loss and accuracy along the geodesic between two networks.",
-        "verbs.networks:interpolate",
+        "verbs.measures:interpolate",
         "measures:interpolation_summary",
     ),
     "merge": Verb(
         "Join trained networks in one.",
-        "verbs.networks:merge",
+        "verbs.measures:merge",
         "measures:merge_summary",
         "merging",
     ),

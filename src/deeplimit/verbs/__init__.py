@@ -9,7 +9,8 @@ Signature and docstring of each give the command's options, their defaults and t
 """
 
 from deeplimit.verbs.answer import Answer, Elsewhere
-from deeplimit.verbs.networks import compare, gradient, interpolate, merge, ode
+from deeplimit.verbs.measures import compare, interpolate, merge
+from deeplimit.verbs.networks import gradient, ode
 from deeplimit.verbs.runs import crop, demo, heal, profile, refine, report, resume, train, verify
 
 __all__ = [

@@ -31,6 +31,7 @@ Model = Annotated[
         "Nothing is downloaded."
     ),
 ]
+Figure = Annotated[Path | None, "FILE"]  # a page to write
 Run = Annotated[str | Path, "RUN", Doc("The run folder that train wrote.")]
 Shape = Annotated[
     str | None,
@@ -172,3 +173,14 @@ class Elsewhere:
         )
         check_recipe(recipe, self.runs, self.name)
         return recipe
+
+
+def check_figure(figure: Path | None) -> None:
+    """Raises InputError where a page cannot be written to; before minutes of measuring."""
+    if figure is None:
+        return
+    if figure.suffix == ".json":
+        raise InputError(f"figure is {figure}; expected an .html file, its .json is written beside")
+    if figure.is_dir() or not figure.parent.is_dir():
+        why = "is a folder" if figure.is_dir() else f"there is no folder {figure.parent}"
+        raise InputError(f"figure is {figure}: {why}; give a file in a folder that is there")
