@@ -11,7 +11,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from glob import escape
 from importlib.metadata import version
@@ -187,6 +187,7 @@ def _folder(
     study: Study[Value, Found], runs: Path, progress: ProgressCallback
 ) -> Iterator[tuple[Path, dict[Point, Value]]]:
     """The study's folder, held for writing, and what is known; gone if nothing was found in it."""
+    there = runs.exists()
     with ExitStack() as held:
         folder, known = _unfinished(study, runs, held)
         if folder is None:
@@ -199,6 +200,9 @@ def _folder(
         except BaseException:
             if not known and {path.name for path in folder.iterdir()} <= {POINTS, ".lock"}:
                 remove(folder)
+                if not there:
+                    with suppress(OSError):  # somebody else's runs are in it by now
+                        runs.rmdir()
             raise
 
 
