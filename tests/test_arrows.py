@@ -128,6 +128,7 @@ def back_arrows(package: Path) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 def test_no_back_arrow():
     assert not back_arrows(PACKAGE), "\n".join(back_arrows(PACKAGE))
 
@@ -146,6 +147,7 @@ def test_the_arrows_have_no_cycle():
         left = {room: targets for room, targets in left.items() if room not in free}
 
 
+@pytest.mark.slow
 def test_report_imports_results_and_nothing_that_computes():
     """Classes and constants only: a renderer calls no function of another room."""
     called = [
@@ -323,6 +325,7 @@ def type_forks(package: Path, classes: set[str]) -> list[str]:
     return forks
 
 
+@pytest.mark.slow
 def test_a_models_class_decides_in_the_reading_only():
     classes = model_classes(PACKAGE)
     assert {"ResidualChain", "ResidualClassifier", "CifarResNet", "BasicBlock"} <= classes

@@ -10,6 +10,8 @@ import torch
 
 from deeplimit._anatomy import ReadModel
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 THREE = r"^(by hand head reads|gpt2 GPT2LMHeadModel$|bert BertForSequence)"
 

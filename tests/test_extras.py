@@ -85,6 +85,7 @@ def python(script: str, *args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_core_works_without_extras() -> None:
     done = python(CORE)
     assert done.returncode == 0, done.stderr
@@ -98,6 +99,7 @@ def test_the_command_says_which_extra_it_needs(words: list[str]) -> None:
     assert done.stderr == 'deeplimit: tyro is not installed; pip install "deeplimit[cli]"\n'
 
 
+@pytest.mark.slow
 def test_public_names_say_which_extra_they_need() -> None:
     script = """
 import deeplimit

@@ -10,6 +10,7 @@ from deeplimit import memory
 from deeplimit.errors import InputError
 
 
+@pytest.mark.slow
 def test_what_is_available_is_less_than_the_machine_has_and_shrinks_as_it_is_taken() -> None:
     before = memory.available()
     taken = np.ones(2**26)  # 512 MiB, every page of it written

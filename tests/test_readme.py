@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -17,11 +19,15 @@ def test_the_python_example_cuts_the_network_and_loses_nothing(
     names: dict[str, object] = {}
     exec(compile(example, str(README), "exec"), names)
     printed = capsys.readouterr().out
-    report = dict(re.findall(r"(\w+)=([\d.]+)", printed))
-    assert int(report["horizon_before"]) == 20
-    assert int(report["horizon_after"]) <= 8
-    assert float(report["accuracy_after"]) >= 0.97
-    assert float(report["accuracy_before"]) - float(report["accuracy_after"]) <= 0.005
+    (before, after), (sure, still) = (
+        [float(number) for number in re.findall(r"[\d.]+", line)]
+        for line in printed.splitlines()
+        if line.startswith(("layers", "accuracy"))
+    )
+    assert before == 20
+    assert after <= 8
+    assert still >= 97
+    assert sure - still <= 0.5
 
 
 def test_the_example_of_the_limit_of_infinite_depth_says_what_it_prints(

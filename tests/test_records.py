@@ -55,6 +55,7 @@ outers = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(value=outers)
 def test_json_gives_every_record_back_exactly(value: Outer) -> None:
     text = json.dumps(to_plain(value), allow_nan=False)

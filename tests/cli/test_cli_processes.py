@@ -16,6 +16,8 @@ from deeplimit import __version__
 from deeplimit.errors import RunError
 from deeplimit.training import RunFolder, resume
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "deeplimit"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 

@@ -54,6 +54,7 @@ def test_the_disk_is_full_before_the_first_file(small_disk: Path) -> None:
     assert set(contents(small_disk)) == {"filler"}
 
 
+@pytest.mark.slow
 def test_the_disk_gets_full_while_training(small_disk: Path) -> None:
     """The folder stays with what it has, and the run goes on once there is space."""
     runs = small_disk / "runs"
@@ -78,6 +79,7 @@ def test_the_disk_gets_full_while_training(small_disk: Path) -> None:
     assert after[: len(whole)] == whole
 
 
+@pytest.mark.slow
 def test_the_disk_gets_full_when_the_page_is_written(run: Path, small_disk: Path) -> None:
     for path in run.iterdir():
         if path.name not in ("report.html", "checkpoint"):
@@ -109,6 +111,7 @@ def test_a_read_only_disk(run: Path, small_disk: Path) -> None:
         assert contents(small_disk) == before
 
 
+@pytest.mark.slow
 def test_a_received_run_on_a_read_only_disk(run: Path, large_disk: Path, tmp_path: Path) -> None:
     """Every verb that writes says, before it works, how to have a copy; and that works."""
     received = Path(shutil.copytree(run, large_disk / "a run"))
@@ -159,6 +162,7 @@ def test_a_run_of_somebody_else() -> None:
             os.seteuid(before)
 
 
+@pytest.mark.slow
 def test_stdout_is_full(run: Path) -> None:
     """/dev/full is a disk that is always full."""
     full = Path("/dev/full")

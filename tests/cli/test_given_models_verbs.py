@@ -16,6 +16,8 @@ from cli_commands import command, contents, process
 from deeplimit.network.storage import load
 from deeplimit.training import RunFolder
 
+pytestmark = pytest.mark.slow
+
 VIT = {
     "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
     "intermediate_size": 32, "image_size": 8, "patch_size": 4, "num_channels": 1,

@@ -47,6 +47,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 BUILD = ("gradient", "gradient_nets:build", "--shape", "8", "--batch", "16", "--steps", "1")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_json_holds_what_gradient_error_says_and_nothing_is_written() -> None:
     before = contents(Path())
@@ -66,6 +67,7 @@ def test_json_holds_what_gradient_error_says_and_nothing_is_written() -> None:
     assert after == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_answer_comes_first_then_the_table() -> None:
     done = command(*BUILD, "--device", "cpu", "--figure", "cost.html")
@@ -87,6 +89,7 @@ def test_the_answer_comes_first_then_the_table() -> None:
     assert str(Path("cost.html").resolve()) in done.out
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_result(run: Path) -> None:
     done = command("gradient", run, "--steps", "1", "--batch", "16", "--json")
     assert done.code == 0, done.err
@@ -106,6 +109,7 @@ def test_a_model_without_residual_blocks_is_told_why() -> None:
     assert "0: does not add its input to its output" in done.out
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_the_current_folder_is_importable(here: Path) -> None:
     done = process(*BUILD, "--json", cwd=here)
     assert done.code == 0, done.err

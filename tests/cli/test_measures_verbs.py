@@ -21,6 +21,8 @@ from deeplimit.training import RunFolder, loss_of, run_data
 from deeplimit.training.building import evaluation_batches
 from deeplimit.training.verifying import verify_run
 
+pytestmark = pytest.mark.slow
+
 OTHERS = {
     "seed": ["--seed", "1"],
     "deep": ["--depth", "2", "--hidden", "6", "--seed", "1"],

@@ -12,6 +12,8 @@ from deeplimit.records import from_plain
 from deeplimit.training import RunFolder, run_data
 from deeplimit.training.building import evaluation_batches
 
+pytestmark = pytest.mark.slow
+
 NET = """
 import torch
 from deeplimit import ResidualChain

@@ -8,6 +8,8 @@ from cli_commands import command, contents
 
 from deeplimit.training import RunFolder
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_is_refined_and_trained_on(run: Path) -> None:
     before = contents(run)

@@ -10,6 +10,8 @@ import pytest
 
 from deeplimit.cli.verbs import STUDIES, VERBS
 
+pytestmark = pytest.mark.slow
+
 HELP = [
     [],
     *([name] for name in VERBS),

@@ -12,6 +12,8 @@ from deeplimit.training import RunFolder, load_data
 
 pytest.importorskip("transformers", reason="the extra `hub` is not installed")
 pytest.importorskip("datasets", reason="the extra `hub` is not installed")
+
+pytestmark = pytest.mark.slow
 LEARN = ["--epochs", "2", "--learning-rate", "0.02"]
 
 

@@ -22,6 +22,8 @@ from deeplimit.training.run_folder import load_named
 from deeplimit.training.trust import Named, sources
 from deeplimit.training.verifying import verify_run
 
+pytestmark = pytest.mark.slow
+
 MODULE = """
 import sys
 from pathlib import Path

@@ -17,6 +17,8 @@ from deeplimit.cli.verbs import STUDIES, VERBS, options
 from deeplimit.network.storage import load
 from deeplimit.training import RunFolder, recipe_for
 
+pytestmark = pytest.mark.slow
+
 FILES = {
     "run.json",
     "recipe.toml",

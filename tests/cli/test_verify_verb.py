@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from cli_commands import command, contents
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_is_as_it_was_written(run: Path) -> None:
     before = contents(run)

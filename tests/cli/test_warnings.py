@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from cli_commands import SMALL, command, npz
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_verbs_of_a_run_warn_of_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

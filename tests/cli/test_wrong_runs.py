@@ -71,6 +71,7 @@ def test_weights_cut_in_half(
     refused(*verb, run, says=("model.safetensors", "damaged"), folder=run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
@@ -87,6 +88,7 @@ def test_results_cut_in_half(
     refused("report", run, says=(name, "damaged", remedy, str(run)), folder=run)
 
 
+@pytest.mark.slow
 def test_a_result_with_an_unknown_field(run: Path) -> None:
     cut = json.loads((run / "crop.json").read_text())
     (run / "crop.json").write_text(json.dumps(cut | {"remvoed": []}))
@@ -126,6 +128,7 @@ def test_points_that_cannot_be_lost(points: str, run: Path) -> None:
     refused("crop", run, "--points", points, says=(f"{points} points", "less than 50"), folder=run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "says"),
     [

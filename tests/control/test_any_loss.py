@@ -66,6 +66,7 @@ def test_the_cost_is_the_sum_over_layers(name: str, adjoint: bool) -> None:
         torch.testing.assert_close(p.grad, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["QuestionAnswering", "MaskedLM", "Model"])
 def test_every_head_of_transformers(head: str) -> None:
     """Two logits a token, logits of a vocabulary, none at all."""

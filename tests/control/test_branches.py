@@ -21,6 +21,8 @@ from deeplimit import (
 )
 from deeplimit.network import TwoLayerResidual
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 SMALL = {"hidden_size": 12, "num_hidden_layers": 4, "num_attention_heads": 2}
 SMALL |= {"intermediate_size": 20, "initializer_range": 0.3}

@@ -52,6 +52,7 @@ def inputs() -> Tensor:
     return torch.cat([x for x, _ in batches()])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_map_solves_the_least_squares_of_all_states() -> None:
     for bias in (False, True):
@@ -239,6 +240,7 @@ def test_the_fits_of_moments_are_those_of_rows() -> None:
             assert torch.allclose(torch.cat([fit.a, fit.c[:, None]], 1), w)
 
 
+@pytest.mark.slow
 def test_a_bridged_crop_loads_in_its_class_and_does_better(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
@@ -263,6 +265,7 @@ def test_a_bridged_crop_loads_in_its_class_and_does_better(tmp_path: Path) -> No
     assert "layers 1 … 2: linear in model.layers.0.mlp.down_proj" in str(bridge_of(bridged))
 
 
+@pytest.mark.slow
 def test_padding_does_not_count() -> None:
     model = llama().double()
     mask = torch.ones_like(TEXTS)
@@ -276,6 +279,7 @@ def test_padding_does_not_count() -> None:
     assert (record.samples, record.rows) == (8, 32)
 
 
+@pytest.mark.slow
 def test_resnets_and_gaps_that_cannot_be_bridged_beside_others() -> None:
     model = cifar()
     images = [torch.rand(8, 3, 16, 16) for _ in range(2)]

@@ -20,6 +20,8 @@ from deeplimit.control.trials import Trials
 from deeplimit.control.verifying import multiply_adds
 from deeplimit.network import Architecture, CifarArchitecture, anatomy
 
+pytestmark = pytest.mark.slow
+
 LOSS = SoftCrossEntropy(CLASSES, 0.05)
 STAGES = {
     "group": lambda: Architecture(

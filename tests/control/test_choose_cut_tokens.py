@@ -9,6 +9,8 @@ from deeplimit import SoftCrossEntropy, choose_cut, crop, turnpike_profile
 pytest.importorskip("transformers")
 from text_families import VOCABULARY, text_model, words
 
+pytestmark = pytest.mark.slow
+
 Batches = list[tuple[Tensor, Tensor]]
 ENDS = {  # of the residual branches of a layer
     "GPT2LMHeadModel": ("attn.c_proj", "mlp.c_proj"),

@@ -24,6 +24,7 @@ def ratios(loss: SoftCrossEntropy, z: Tensor, y: Tensor) -> Tensor:
     return loss.excess(z, y) / class_k_bound(loss, loss.distance(z, y))
 
 
+@pytest.mark.slow
 @given(
     st.integers(2, 20),
     st.floats(1e-4, 0.9999),

@@ -165,6 +165,7 @@ def held_out(family: Sample, count: int = 30) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.split(8), y.split(8), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chain", "vector, Heun", "three stages, batch", "CIFAR ResNet"])
 @pytest.mark.parametrize("loss", [None, SoftCrossEntropy(CLASSES, 0.1)])
 def test_the_report_is_the_naive_one(name: str, loss: SoftCrossEntropy | None) -> None:
@@ -206,6 +207,7 @@ def test_the_report_is_the_naive_one(name: str, loss: SoftCrossEntropy | None) -
     assert all(torch.equal(b[k], a[k]) for b, a in zip(before, after, strict=True) for k in b)
 
 
+@pytest.mark.slow
 def test_a_crop_that_changes_nothing_agrees_with_itself() -> None:
     family = sample("logit")
     report = verify_crop(family.model, crop(family.model, 4), held_out(family))
@@ -215,6 +217,7 @@ def test_a_crop_that_changes_nothing_agrees_with_itself() -> None:
     assert report.multiply_adds_before == report.multiply_adds_after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_networks_are_verified_where_they_stand(training: bool, monkeypatch) -> None:
     family = sample("three stages, batch")
@@ -261,6 +264,7 @@ def test_multiply_adds_of_images_by_hand() -> None:
     assert multiply_adds(cifar, torch.zeros(1, 3, 32, 32)) == expected
 
 
+@pytest.mark.slow
 def test_latency_falls_with_the_depth() -> None:
     torch.manual_seed(0)
     model = Architecture("vector", (32,), 4, (120,), width=32, hidden=32).build()
@@ -291,6 +295,7 @@ def test_networks_of_other_classes_are_no_crop_of_each_other() -> None:
         verify_crop(few, many, [(torch.randn(6, 4), torch.zeros(6, dtype=torch.long))])
 
 
+@pytest.mark.slow
 def test_samples_without_a_label_count_nowhere(family: Sample) -> None:
     model = family.model.eval()
     cropped, y = crop(model, family.depth - 1), family.y.clone()

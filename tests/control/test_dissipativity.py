@@ -41,6 +41,7 @@ def objective(request: pytest.FixtureRequest, digits: Batches) -> StageCost:
     return stage_cost
 
 
+@pytest.mark.slow
 def test_it_holds_on_digits(objective: StageCost, digits: Batches) -> None:
     report = dissipativity(objective, digits)
     assert report.holds
@@ -80,6 +81,7 @@ def naive_margins(
     return means, least
 
 
+@pytest.mark.slow
 def test_the_smallest_margin_is_the_naive_one(objective: StageCost, digits: Batches) -> None:
     report = dissipativity(objective, digits)
     x = torch.cat([x for x, _ in digits])

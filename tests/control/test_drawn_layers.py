@@ -72,6 +72,7 @@ def read(name: str):
     return model, x, y, below, last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chain", "three stages, batch", "CIFAR ResNet", *TEXTS])
 def test_over_all_draws_cost_and_gradient_have_the_means_of_all_layers(name: str) -> None:
     model, x, y, below, last = read(name) if name in TEXTS else classified(name)
@@ -105,6 +106,7 @@ def test_the_variance_is_what_is_said() -> None:
     assert float(found) == pytest.approx(float(said), rel=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chain", "three stages, batch", *TEXTS])
 def test_under_the_adjoint_the_drawn_layers_alone_are_charged(name: str) -> None:
     if name in TEXTS:
@@ -153,6 +155,7 @@ def counting(mean_loss, losses: Counter[bool]):
     return of
 
 
+@pytest.mark.slow
 def test_every_set_is_as_likely_and_drawn_by_a_generator_of_its_own() -> None:
     objective = stage_cost_of(sample("chain").model)
     before = torch.get_rng_state()
@@ -178,6 +181,7 @@ def test_draws_go_on_where_they_were() -> None:
     assert [float(again(family.x, family.y)[0].detach()) for _ in range(3)] == costs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["three stages, batch", "GPT2LMHeadModel"])
 def test_without_gradients_all_layers_count_and_nothing_is_drawn(name: str) -> None:
     model, x, y, _, _ = read(name) if name in TEXTS else classified(name)
@@ -214,6 +218,7 @@ def test_layers_that_are_no_number_of_them_are_refused(layers: object) -> None:
         stage_cost_of(sample("vector").model, layers)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no state will be rebuilt")
 def test_of_one_module_called_again_and_again_the_drawn_calls_are_charged() -> None:
     transformers = pytest.importorskip("transformers", reason="the extra `hub` is not installed")

@@ -9,6 +9,8 @@ from model_families import sample
 import deeplimit
 from deeplimit import control
 
+pytestmark = pytest.mark.slow
+
 NAMES = (
     "Distillation",
     "Fading",

@@ -53,6 +53,7 @@ def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y if isinstance(y, torch.Tensor) else y.logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_its_ends_are_the_model_and_its_crop_to_the_last_bit(name: str) -> None:
     model, x = made(name)
@@ -129,6 +130,7 @@ def test_wrong_requests_are_refused() -> None:
         fade.set_step(1.5)
 
 
+@pytest.mark.slow
 def test_a_cache_is_filled_by_faded_layers_too() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -155,6 +157,7 @@ def test_a_block_called_by_keyword_fades() -> None:
     assert torch.allclose(half, (1 + whole) / 2, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_a_crop_of_a_fading_model_does_not_fade() -> None:
     model, x = made("vit")
     expected = outputs(crop(model, remove=[1]), x)

@@ -130,6 +130,7 @@ def test_targets_that_are_no_tensor_are_told_in_one_line_everywhere(model: nn.Mo
         )
 
 
+@pytest.mark.slow
 def test_networks_that_are_alike_take_the_same_time(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

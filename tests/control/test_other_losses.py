@@ -23,6 +23,8 @@ from deeplimit.control import CropResult, CutChoice, TurnpikeProfile, verifying
 from deeplimit.control.paired import judge_losses, quantile
 from deeplimit.control.verdict import Z
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 5
 
 

@@ -28,6 +28,7 @@ def network() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     return model, list(zip(x.split(20), y.split(20), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_loader", [True, False])
 @pytest.mark.parametrize(
     ("blocks", "options", "allowed"),

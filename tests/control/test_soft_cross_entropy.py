@@ -134,6 +134,7 @@ def test_the_excess_is_accurate_near_the_minimisers(classes: int, size: float) -
     assert torch.allclose(excess, quadratic, rtol=4 * size + 2e-14 / size, atol=0)
 
 
+@pytest.mark.slow
 @given(problems(), st.floats(-100, 100))
 @SETTINGS
 def test_values_and_distance_do_not_see_a_shift(
@@ -144,6 +145,7 @@ def test_values_and_distance_do_not_see_a_shift(
         assert torch.allclose(measure(z + shift, y), measure(z, y), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @given(problems(), st.floats(-100, 100))
 @SETTINGS
 def test_the_distance_is_zero_on_the_line_alone(
@@ -254,6 +256,7 @@ def test_logits_of_other_classes_are_refused() -> None:
             measure(torch.zeros(2, 5), y)
 
 
+@pytest.mark.slow
 def test_targets_of_another_shape_are_refused() -> None:
     """In a process without the suite's own shape checks, which would answer first."""
     script = """

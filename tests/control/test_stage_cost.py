@@ -98,6 +98,7 @@ def stage_cost_of(model: nn.Module, gamma: float = 0.3, r: float = 0.2) -> Stage
     return StageCost(model, SoftCrossEntropy(CLASSES, SOFTNESS), gamma, control_cost=r)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("gamma", "r"), WEIGHTS)
 def test_cost_and_gradients_are_the_naive_ones(

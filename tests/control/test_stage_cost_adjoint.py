@@ -58,6 +58,7 @@ def worst_error(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((mine[n] - theirs[n]).abs().max()) for n in theirs) / scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gamma", "r", "training"), [(0.3, 0.2, True), (0.3, 0.0, False)])
 @pytest.mark.parametrize("name", OURS)
 def test_many_evaluations_give_the_plain_cost_and_its_gradients(
@@ -79,6 +80,7 @@ def test_many_evaluations_give_the_plain_cost_and_its_gradients(
     assert all(module.training == training for module in mine.model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_two_evaluations_give_the_error_that_is_reported(name: str) -> None:
     family = contracting(name, 0.1)
@@ -134,6 +136,7 @@ def test_parts_of_the_network_frozen(name: str, trained: str) -> None:
     assert worst_error(gradients(mine(family.x, family.y)[0], mine.model), theirs) < 1e-10
 
 
+@pytest.mark.slow
 def test_two_costs_before_one_backward() -> None:
     """The second forward moves the running statistics that the first one's replay must not see."""
     family = contracting("three stages, batch")
@@ -147,6 +150,7 @@ def test_two_costs_before_one_backward() -> None:
     assert worst_error(gradients(total, mine.model), theirs) < 1e-10
 
 
+@pytest.mark.slow
 def test_steps_of_an_optimiser_keep_to_the_plain_ones() -> None:
     family = contracting("three stages, batch")
     plain = stage_cost_of(copy.deepcopy(family.model))
@@ -216,6 +220,7 @@ print(json.dumps([[peak(depth, adjoint) for depth in (16, 64)] for adjoint in (F
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_memory_is_flat_in_depth() -> None:
     """Peak of what is allocated in a step, 4 × the layers; parameters and gradients are not."""

@@ -62,6 +62,7 @@ def entrances(model: nn.Module, good: Batch, wrong: Batch, loss: SoftCrossEntrop
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32])
 def test_whole_numbers_of_any_type_are_classes(dtype: torch.dtype) -> None:
     family = sample("vector")
@@ -71,6 +72,7 @@ def test_whole_numbers_of_any_type_are_classes(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.slow
 def test_true_and_false_are_the_classes_one_and_zero() -> None:
     family = sample("vector")
     model, said = family.model.eval(), family.y > 1
@@ -84,6 +86,7 @@ def test_a_byte_of_156_is_a_class() -> None:
     assert torch.equal(loss.fitted(z, y.to(torch.uint8)), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "padding"), [("GPT2LMHeadModel", False), ("LlamaForCausalLM", True)]
 )
@@ -106,6 +109,7 @@ def test_targets_that_are_the_inputs_are_shifted_where_that_is_said(
             call()
 
 
+@pytest.mark.slow
 def test_padding_in_front_is_predicted_by_nothing() -> None:
     ids, mask = words(2, 6, 1), torch.ones(2, 6, dtype=torch.long)
     mask[0, :3] = 0
@@ -117,6 +121,7 @@ def test_padding_in_front_is_predicted_by_nothing() -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_is_no_mistake_is_taken() -> None:
     """Hidden words of a text, the same word on and on, a few that happen to be said twice."""
     model, ids = decoder(), words(3, 7, 1)
@@ -178,6 +183,7 @@ def test_an_input_that_the_model_does_without_may_be_none() -> None:
     assert bool(cost.isfinite())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switched", [False, True])
 def test_a_compiled_objective_is_the_objective(switched: bool) -> None:
     torch._dynamo.reset()

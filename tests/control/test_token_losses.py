@@ -37,6 +37,8 @@ from deeplimit.control.token_losses import CountedTokens
 from deeplimit.gradient import layout
 from deeplimit.network import anatomy
 
+pytestmark = pytest.mark.slow
+
 SOFTNESS, GAMMA, R = 0.1, 0.3, 0.02
 LOSS = SoftCrossEntropy(VOCABULARY, SOFTNESS)
 MODELS = ["GPT2LMHeadModel", "LlamaForCausalLM"]

@@ -86,6 +86,7 @@ def naive_profile(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, np.ndarra
     }
 
 
+@pytest.mark.slow
 def test_every_figure_is_the_naive_one(family: Sample) -> None:
     x, y = samples_of(family)
     profile = turnpike_profile(family.model, batches(x, y, 5), LOSS)
@@ -101,6 +102,7 @@ def test_every_figure_is_the_naive_one(family: Sample) -> None:
     assert profile.loss_error[-1] == profile.accuracy_error[-1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 6])
 def test_padding_does_not_matter(size: int) -> None:
     """Texts alone, without any padding, against the same texts filled up in batches."""
@@ -120,6 +122,7 @@ def test_padding_does_not_matter(size: int) -> None:
         assert getattr(mine, field) == pytest.approx(getattr(others, field), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_target_of_none_counts_nowhere_beside_padding() -> None:
     pytest.importorskip("transformers")
     model, given = text_model(BERT), padded(6, 9)
@@ -131,6 +134,7 @@ def test_a_target_of_none_counts_nowhere_beside_padding() -> None:
     assert some.influence == pytest.approx(whole.influence, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_samples_whose_state_is_zero_have_no_relative_update() -> None:
     """They are in every other figure; a layer that sees no other has no mean at all."""
     family = sample("chain")
@@ -166,6 +170,7 @@ def test_influence_is_exact_where_little_is_done() -> None:
     assert profile.influence == (1.0,)
 
 
+@pytest.mark.slow
 def test_the_batch_size_does_not_matter(family: Sample) -> None:
     x, y = samples_of(family, 16)
     profiles = [turnpike_profile(family.model, batches(x, y, n), LOSS) for n in (1, 3, 16)]
@@ -199,6 +204,7 @@ def test_an_exception_gives_the_modes_back() -> None:
     assert all(m.training for m in family.model.modules())
 
 
+@pytest.mark.slow
 def test_states_of_one_batch_are_alive_at_a_time() -> None:
     """Peak number of states alive, by weak reference, with the garbage collector off.
 

@@ -33,6 +33,7 @@ def test_entry_exit_and_layers_outside(distance, entry, last, outside) -> None:
     assert made.horizon == len(distance) - 1
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.floats(0, 3), min_size=1, max_size=12),
     st.floats(0, 3),

@@ -65,6 +65,7 @@ def test_where_no_sample_differs_the_bound_is_not_zero() -> None:
     assert samples_to_exclude(0.0) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lost", "gained"), [(0.1, 0.02), (0.05, 0.03), (0.1, 0.1), (0.02, 0.06)])
 def test_the_bounds_cover_the_truth_about_as_often_as_they_say(lost: float, gained: float) -> None:
     n, kept = 60, 0.0
@@ -155,6 +156,7 @@ class Constant(nn.Module):
         return self.answer * torch.ones_like(x[:, :1])
 
 
+@pytest.mark.slow
 def test_a_network_at_chance_has_learnt_nothing_and_its_cut_keeps_nothing() -> None:
     model = sample("vector").model
     assert isinstance(model, ResidualClassifier)

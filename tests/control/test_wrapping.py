@@ -79,6 +79,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_what_goes_around_a_wrapper_is_refused_and_nothing_else(
     processes_said: Callable[[str], list[str]],
 ) -> None:

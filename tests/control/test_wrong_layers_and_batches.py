@@ -2,6 +2,10 @@
 
 from collections.abc import Callable
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import numpy as np
 import torch

@@ -19,6 +19,7 @@ def naive(image: np.ndarray, crop: int, top: int, left: int, mirrored: int) -> n
     return window[:, :, ::-1] if mirrored else window
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True)
 @given(
     st.integers(0, 3),

@@ -17,6 +17,7 @@ def images(count: int) -> Split:
     return Split(x, torch.arange(count))
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True)
 @given(
     st.integers(1, 40),

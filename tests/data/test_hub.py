@@ -21,6 +21,7 @@ def own_download_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "downloads")
 
 
+@pytest.mark.slow
 def test_a_local_folder_equals_the_parquet_source(parquet_folder: Path, tmp_path: Path) -> None:
     ours = load_dataset("tiny", data_dir=parquet_folder.parent)
     name = f"hub:{parquet_folder}"
@@ -85,6 +86,7 @@ def ask(code: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_without_network() -> None:
     said = ask("", HF_HUB_OFFLINE="1")
     assert "'hub:nobody/nothing' cannot be read" in said
@@ -92,6 +94,7 @@ def test_without_network() -> None:
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_the_library() -> None:
     said = ask("import sys; sys.modules['datasets'] = None\n")
     assert said == (

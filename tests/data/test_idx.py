@@ -31,6 +31,7 @@ def raw(data_dir: Path, name: str, header: int) -> np.ndarray:
         return np.frombuffer(file.read(), np.uint8)[header:]
 
 
+@pytest.mark.slow
 def test_mnist_sizes_and_class_counts(mnist: DataSet, data_dir: Path) -> None:
     assert (mnist.shape, mnist.is_image, mnist.classes) == ((1, 28, 28), True, 10)
     assert mnist.class_names == tuple("0123456789")
@@ -45,6 +46,7 @@ def test_mnist_sizes_and_class_counts(mnist: DataSet, data_dir: Path) -> None:
     assert np.abs(held - counts / 12).max() < 1
 
 
+@pytest.mark.slow
 def test_mnist_pixels_belong_to_their_labels(mnist: DataSet, data_dir: Path) -> None:
     tests = raw(data_dir, TEST_IMAGES, 16).reshape(-1, 784)
     assert np.array_equal(mnist.test.x.view(-1, 784), tests)
@@ -209,6 +211,7 @@ def test_a_file_that_unpacks_to_4_gib_is_refused_at_once(idx_folder: Path) -> No
     assert time.perf_counter() - began < 1
 
 
+@pytest.mark.slow
 def test_no_more_is_unpacked_than_the_header_announces(idx_folder: Path) -> None:
     path = idx_folder / TRAIN_IMAGES
     tracemalloc.start()

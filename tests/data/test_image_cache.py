@@ -90,6 +90,7 @@ def test_a_cut_cache_is_built_again(
     assert train_file.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_an_array_of_another_kind_is_built_again(parquet_folder: Path, tmp_path: Path) -> None:
     cache_dir = tmp_path / "cache"
     first = load_dataset("tiny", data_dir=parquet_folder.parent)

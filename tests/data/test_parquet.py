@@ -36,6 +36,7 @@ def cifar(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     return load_dataset("cifar10", data_dir=data_dir, cache_dir=tmp_path_factory.mktemp("cache"))
 
 
+@pytest.mark.slow
 def test_cifar_sizes_and_class_counts(cifar: DataSet) -> None:
     assert (cifar.shape, cifar.is_image) == ((3, 32, 32), True)
     assert cifar.class_names[:2] == ("airplane", "automobile")
@@ -44,6 +45,7 @@ def test_cifar_sizes_and_class_counts(cifar: DataSet) -> None:
         assert torch.bincount(split.y).tolist() == [each] * 10
 
 
+@pytest.mark.slow
 def test_cifar_pixels_belong_to_their_labels(cifar: DataSet, data_dir: Path) -> None:
     tests = pq.read_table(data_dir / "cifar10" / "test-00000-of-00001.parquet").slice(4321, 20)
     for row, sample in enumerate(tests.to_pylist(), start=4321):

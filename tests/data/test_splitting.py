@@ -29,6 +29,7 @@ def assert_partition(rows: dict[str, np.ndarray], labels: np.ndarray) -> None:
         assert np.abs(drawn - share).max() < 2
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True)
 @given(counts_per_class)
 def test_sixty_twenty_twenty(counts: list[int]) -> None:
@@ -42,6 +43,7 @@ def test_sixty_twenty_twenty(counts: list[int]) -> None:
     assert all(np.array_equal(rows[part], again[part]) for part in rows)
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True)
 @given(counts_per_class, st.sampled_from([("validation",), ("test",), ("validation", "test")]))
 def test_a_tenth_is_held_out_for_each_missing_part(counts: list[int], missing: tuple) -> None:

@@ -92,12 +92,14 @@ def check(compiled: nn.Module, model: nn.Module, limit: float = 1e-6) -> None:
         assert len(layout(model).rebuilt) == DEPTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiles", [whole, whole_in_place, each, each_in_place, each_residual])
 def test_compiled_after_the_switch(compiles: Compile) -> None:
     model = use_adjoint(tower(), evaluations=6, on_drift="ignore")
     check(compiles(model, BACKEND), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compiles", [whole, whole_in_place, each, each_in_place, each_forward, each_residual]
 )
@@ -108,6 +110,7 @@ def test_compiled_before_the_switch(compiles: Compile) -> None:
     check(compiled, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiles", [each, each_forward, each_residual])
 def test_ways_in_which_blocks_are_compiled(compiles: Compile) -> None:
     graphs = Graphs()

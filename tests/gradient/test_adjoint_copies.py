@@ -128,6 +128,7 @@ def test_state_dicts_go_both_ways() -> None:
     assert 0 < relative_error(found, exact) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_crop_of_a_switched_model_in_stages_trains() -> None:
     """Steps of its stages hold modules that are not in the copy."""
     transformers = pytest.importorskip("transformers")

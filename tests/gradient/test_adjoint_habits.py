@@ -68,6 +68,7 @@ def inputs(samples: int = 7) -> Tensor:
     return torch.randn(samples, WIDTH, generator=generator, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 7])
 def test_a_stage_cost_leaves_tuples_of_one_as_they_are(samples: int) -> None:
     plain = StageCost(Tower(OfOne, lambda block, x: block(x)[0]), SoftCrossEntropy(3), 0.3)
@@ -138,6 +139,7 @@ def test_blocks_without_a_state_are_left_plain_and_said(kind: str) -> None:
     assert set(found.plain) == {f"blocks.{n}" for n in range(5)}
 
 
+@pytest.mark.slow
 def test_a_dict_of_tensors_keeps_no_graph_alive() -> None:
     """A forward pass without a backward one, as of a step that is skipped."""
 
@@ -173,6 +175,7 @@ def test_what_is_refused_leaves_the_model_switched_as_it_was(wrong: dict[str, li
     assert [block.forward for block in model.blocks] == before
 
 
+@pytest.mark.slow
 def test_a_compiled_function_in_a_block_stays_compiled() -> None:
     runs = 0
 

@@ -155,6 +155,7 @@ def test_a_block_that_edits_its_input_is_left_plain_and_said() -> None:
     assert "changes its own input" in str(layout(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["backward", "dropped", "exception"])
 def test_states_die_without_the_garbage_collector(end: str) -> None:
     model = use_adjoint(sequence(6), evaluations=2, on_drift="ignore")
@@ -186,6 +187,7 @@ def test_states_die_without_the_garbage_collector(end: str) -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_anchors_are_kept_and_exact() -> None:
     model, x = sequence(9, gain=0.6), inputs(5, 6)
     errors = []

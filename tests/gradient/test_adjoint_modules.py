@@ -46,6 +46,7 @@ def test_batch_norm_moves_once(evaluations: int, scheme: Heun | None) -> None:
     assert [m.training for m in switched.modules()] == modes
 
 
+@pytest.mark.slow
 def test_batch_norm_gradients_in_both_modes() -> None:
     torch.manual_seed(0)
     blocks = [ConvolutionalResidual(4, 4, activation="gelu").double() for _ in range(5)]
@@ -134,6 +135,7 @@ def test_only_the_head_is_trained() -> None:
     assert all(p.grad is None for p in body.parameters())
 
 
+@pytest.mark.slow
 def test_two_forwards_before_a_backward_and_accumulation() -> None:
     model, x = sequence(), inputs(5, 6)
 

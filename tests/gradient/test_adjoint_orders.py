@@ -8,6 +8,8 @@ from naive_adjoint import batch, chain_of, errors, gradient, mean_slopes, paper_
 
 from deeplimit import use_adjoint
 
+pytestmark = pytest.mark.slow
+
 DEPTHS = [16, 32, 64, 128]
 SEEDS = 2
 

@@ -125,6 +125,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_gradients_equal_the_single_process(processes_said: Callable[[str], list[str]]) -> None:
     lines = processes_said(SCRIPT)
     refused = [line for line in lines if line.startswith("refused")]

@@ -42,6 +42,7 @@ def test_a_block_that_sorts_by_numbers_keeps_its_input(seed: int, evaluations: i
     assert layout(model).rebuilt == tuple(f"blocks.{n}" for n in range(8))
 
 
+@pytest.mark.slow
 def test_mixtral_keeps_its_inputs_too() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -80,6 +80,7 @@ class RandomDepth(Block):
         return x + self.residual(x)
 
 
+@pytest.mark.slow
 def test_random_depth_sees_the_same_depth() -> None:
     model = tower(RandomDepth, depth=8)
     exact = [exact_gradients(model, inputs(seed), seed=seed) for seed in range(6)]

@@ -110,6 +110,7 @@ def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return model(**batch).loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_is_the_same_and_the_reported_error_is_the_error(name: str) -> None:
     make, rebuilt = MODELS[name]
@@ -148,6 +149,7 @@ def test_a_network_that_cannot_be_inverted_warns() -> None:
         gradients(model, batch, loss_of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT-2", "ViT", "ResNet"])
 def test_anchors_that_were_planned_keep_the_tolerance(name: str) -> None:
     model = made(MODELS[name][0], contracting=name != "ViT")
@@ -215,6 +217,7 @@ def test_blocks_that_are_named_are_those_that_are_rebuilt() -> None:
     assert 0 < relative_error(found, exact) < 1e-3
 
 
+@pytest.mark.slow
 def test_encoder_and_decoder_are_two_chains() -> None:
     config = transformers.T5Config(
         vocab_size=50,

@@ -36,6 +36,7 @@ def error_with(model: nn.Module, anchors: tuple[str, ...]) -> float:
     return gradient_error(model, loss_of, inputs(5, 6)).error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [uneven, two_chains])
 @pytest.mark.parametrize("part", [0.5, 0.1, 0.01])
 def test_no_smaller_set_of_anchors_would_do(make: object, part: float) -> None:
@@ -88,6 +89,7 @@ def test_a_network_that_cannot_be_inverted_ends_at_an_anchor_per_block() -> None
     assert "ordinary checkpointing" in str(plan)
 
 
+@pytest.mark.slow
 def test_the_plan_leaves_the_model_as_it_was() -> None:
     blocks = [TwoLayerResidual(6, 12, "tanh").double() for _ in range(8)]
     model = use_adjoint(ResidualChain(blocks, step=0.5), evaluations=1, anchor_every=3)

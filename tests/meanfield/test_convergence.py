@@ -50,6 +50,7 @@ def quadratic() -> tuple[ResidualChain, Tensor, float]:
     return model, target, float(values[-1]) / len(X)
 
 
+@pytest.mark.slow
 def test_a_quadratic_keeps_every_closed_form() -> None:
     """With m = m̂ budget and inequality are tight: the whole budget is what it travels."""
     model, target, m = quadratic()
@@ -87,6 +88,7 @@ def good(steps: int, **settings: Any) -> ConvergenceCertificate:
     return certified(model, 0.5, steps, APART, target, **settings)
 
 
+@pytest.mark.slow
 def test_in_the_good_corner_it_holds_and_the_risk_stays_below_the_curve() -> None:
     found = good(40)
     assert found.holds
@@ -100,6 +102,7 @@ def test_in_the_good_corner_it_holds_and_the_risk_stays_below_the_curve() -> Non
     assert found.verdict.count("\n") == 0
 
 
+@pytest.mark.slow
 def test_the_kernels_rate_certifies_too() -> None:
     model, _ = near()
     m = feature_kernel(model, APART).m
@@ -109,6 +112,7 @@ def test_the_kernels_rate_certifies_too() -> None:
     assert found.risks[-1] <= found.guaranteed[-1] < 1e-3 * found.risks[0]
 
 
+@pytest.mark.slow
 def test_in_the_bad_corner_it_is_broken_by_the_rate() -> None:
     """Fewer features than samples and a target far away: part of the error is out of reach."""
     model = chain(2, 2, size=0.1)
@@ -127,6 +131,7 @@ def test_in_the_bad_corner_it_is_broken_by_the_rate() -> None:
     assert not {"rate", "distance"} & set(idle.broken_by)
 
 
+@pytest.mark.slow
 def test_steps_that_are_no_gradient_flow_break_the_budget() -> None:
     """Momentum carries it past the target: the distance is what tells."""
     model, target, m = quadratic()
@@ -317,6 +322,7 @@ def test_a_risk_within_rounding_of_its_infimum_counts_as_it() -> None:
         recorder.record(3.0, 0.6999)
 
 
+@pytest.mark.slow
 def test_the_flow_travels_the_same_at_every_width_and_sgd_does_not() -> None:
     """One measure of 4 atoms, at 8 and 32 particles; (N·M)-fold gradients against plain ones."""
     ways = {"flow": lambda m: particle_flow(m, 0.3), "SGD": lambda m: SGD(m.parameters(), 0.3)}

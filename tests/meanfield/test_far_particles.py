@@ -38,6 +38,7 @@ def shared(
     return one, other, (1 - SHARE) * naive(x, y, p, q) + SHARE * apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("far", [1e4, 1e7, 1e10])
 @pytest.mark.parametrize("widths", [(31, 42), (60, 85)])
 def test_a_far_particle_that_both_share_blurs_nothing(widths: tuple[int, int], far: float) -> None:
@@ -97,6 +98,7 @@ def test_narrow_says_how_far_it_is_beside_a_far_particle() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_wrong_coupling_is_found_out_and_solved_again(monkeypatch) -> None:
     a, b, square = shared(15, 22, 10.0, 0.1)
     right, answers = couplings._transport, []

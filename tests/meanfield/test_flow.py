@@ -96,6 +96,7 @@ def trajectory(model: nn.Module, name: str, steps: int = 40) -> Tensor:
     return torch.stack(outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_splitting_every_particle_in_two_changes_nothing(name: str) -> None:
     model = chain(4, 6)
@@ -108,6 +109,7 @@ def test_splitting_every_particle_in_two_changes_nothing(name: str) -> None:
         assert gap(b.outer.weight, a.outer.weight.repeat(1, 2) / 2) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_another_step_for_the_same_measure_changes_nothing(name: str) -> None:
     """h and V with h·V fixed."""
@@ -115,6 +117,7 @@ def test_another_step_for_the_same_measure_changes_nothing(name: str) -> None:
     assert gap(trajectory(chain(4, 6, step=3.0), name), first) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_doubling_the_depth_moves_the_trajectory_by_one_over_n(name: str) -> None:
     gaps = []
@@ -287,6 +290,7 @@ LLAMA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["GPT2", "Llama"])
 def test_a_hidden_neuron_of_a_transformer_is_a_particle(family: str) -> None:
     """Split in two, also in a gated MLP and in layers that hold their weights transposed."""

@@ -25,6 +25,7 @@ SIZES = st.tuples(st.integers(1, 3), st.integers(1, 5))
 TIMES = st.floats(0, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(SIZES, SIZES, st.booleans(), st.integers(0, 10**6), TIMES, TIMES)
 def test_constant_speed(
@@ -72,6 +73,7 @@ def test_unequal_widths_are_weighted_atoms() -> None:
         assert torch.allclose(mass * 12, (mass * 12).round(), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_unequal_depths_change_an_end_points_output_by_one_over_n() -> None:
     """The layers of two networks of one smooth curve, N and N + 1 of them."""
     changes = []
@@ -155,6 +157,7 @@ def test_plans_of_other_networks_are_refused(name: str) -> None:
         cot_geodesic(a, b, 0.5, transport=transport)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(SIZES, SIZES, st.booleans(), st.integers(0, 10**6), st.sampled_from([1e-9, 1, 1e6]))
 def test_plans_of_the_same_networks_are_taken(
@@ -225,6 +228,7 @@ def turned(model: nn.Module, seed: int = 0) -> nn.Module:
     return other
 
 
+@pytest.mark.slow
 def test_align_finds_the_rotation_of_the_stream() -> None:
     a = framed(1)
     b = turned(a)
@@ -280,6 +284,7 @@ def test_t_outside(t: float) -> None:
         cot_geodesic(cloud(1, 2, 3), cloud(1, 2, 3), t)
 
 
+@pytest.mark.slow
 def test_wrong_arguments() -> None:
     a, b = framed(1), framed(2)
     wrong: list[tuple[str, dict]] = [

@@ -61,6 +61,7 @@ def test_the_attenuation_is_the_one_of_the_jacobians() -> None:
     assert found.m == pytest.approx(by_sample.min() / len(X), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_in_the_limit_the_attenuation_is_at_least_the_papers() -> None:
     """e^{−2 L_x}, up to O(1/N)."""
     for horizon in (8, 64):
@@ -126,6 +127,7 @@ def test_layers_that_expand_lend_nothing_to_those_behind_them(name: str) -> None
     assert least_rate(model, x, of="outer") <= least_rate(model, x)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 4), st.integers(1, 3), st.floats(0.1, 5), st.integers(0, 10**6))
 def test_of_mirrored_samples_and_an_expanding_layer_the_bound_is_sharp(
@@ -142,6 +144,7 @@ def test_of_mirrored_samples_and_an_expanding_layer_the_bound_is_sharp(
     assert found.m == pytest.approx(expected, rel=1e-6, abs=1e-14 * found.attenuation[0])
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.floats(-5, 20), st.floats(0.3, 3), st.integers(0, 10**6))
 def test_m_is_a_lower_bound_whatever_the_error(

@@ -52,6 +52,7 @@ def test_stages_divide_depth_evenly() -> None:
     assert torch.allclose(measure.layers[0][:, : 4 * 9], u, rtol=1e-15)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.sampled_from(sorted(NETWORKS)), st.integers(0, 10**6))
 def test_the_order_of_particles_does_not_matter(name: str, seed: int) -> None:
@@ -151,6 +152,7 @@ def test_a_model_with_the_adjoint_is_read() -> None:
     assert relative(output(back, x), expected) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_output_weights_of_zeros_are_read(name: str, dtype: torch.dtype) -> None:
@@ -274,6 +276,7 @@ def test_without_a_frame_there_is_no_network() -> None:
         LayerwiseMeasure(GOOD).network()
 
 
+@pytest.mark.slow
 def test_half_precision_is_read_in_full() -> None:
     """u = N M h V is beyond what float16 holds where V is not."""
     torch.manual_seed(0)

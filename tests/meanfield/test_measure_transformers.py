@@ -12,6 +12,8 @@ from vision_families import vision
 from deeplimit import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance, cot_geodesic, widen
 
+pytestmark = pytest.mark.slow
+
 TEXT = ("GPT2LMHeadModel", "LlamaForCausalLM", "PhiForCausalLM", "ArceeForCausalLM")
 IMAGES = ("ViT", "DINOv2")
 

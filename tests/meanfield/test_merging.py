@@ -39,6 +39,7 @@ def test_two_networks_of_one_width_meet_on_the_geodesic(share: float) -> None:
     assert relative(output(networks[0], x), output(networks[1], x)) < 1e-12
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5)), min_size=2, max_size=4),
@@ -151,6 +152,7 @@ def test_widening_keeps_function_and_measure(name: str) -> None:
         assert cot_distance(wide, model).distance < 1e-12 * size
 
 
+@pytest.mark.slow
 def test_narrowing_reports_the_distance() -> None:
     model = framed(1, hidden=24)
     distances = []
@@ -209,6 +211,7 @@ def test_batch_norms_are_kept_in_training_mode(name: str) -> None:
     assert relative(output(other.eval(), x), output(model.eval(), x)) < 1e-12
 
 
+@pytest.mark.slow
 def test_channels_of_joined_neurons_are_averaged() -> None:
     model = classifier("convolutional", norm="batch", depths=(1,))
     other = copy.deepcopy(model)

@@ -32,6 +32,7 @@ def naive(a: LayerwiseMeasure, b: LayerwiseMeasure) -> float:
     return math.sqrt(total)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(SHAPES, SHAPES, st.booleans(), SEEDS)
 def test_equal_to_plain_pot(one: tuple, other: tuple, weighted: bool, seed: int) -> None:
@@ -41,6 +42,7 @@ def test_equal_to_plain_pot(one: tuple, other: tuple, weighted: bool, seed: int)
     assert found.lower == found.distance
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(SHAPES, SHAPES, SHAPES, SEEDS)
 def test_metric(one: tuple, two: tuple, three: tuple, seed: int) -> None:
@@ -75,6 +77,7 @@ def test_at_least_the_distance_of_the_joint_laws(layers: int, particles: int, se
     assert w2 <= cot_distance(a, b).distance * (1 + 1e-12)
 
 
+@pytest.mark.slow
 def test_64_against_63_layers_are_126_cells() -> None:
     found = cot_distance(cloud(64, 2, P), cloud(63, 2, P, seed=1), plans=True)
     assert len(found.per_layer) == len(found.lengths) == len(found.plans) == 126
@@ -178,6 +181,7 @@ def test_plans_are_couplings_of_that_cost() -> None:
     assert cot_distance(a, b).plans is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.01])
 def test_sinkhorn_encloses_the_distance(epsilon: float, weighted: bool) -> None:
@@ -226,6 +230,7 @@ def test_what_cannot_be_compared() -> None:
             cot_distance(cloud(1, 2, 3), cloud(1, 2, 3), sinkhorn=wrong)
 
 
+@pytest.mark.slow
 def test_equal_particles_take_no_more_memory_than_the_costs() -> None:
     """A fifth of the neurons is dead in both: 40,000 pairs of equal particles."""
     x = torch.randn(1000, 300, generator=torch.Generator().manual_seed(0)).double().numpy()

@@ -184,6 +184,7 @@ def test_without_is_an_independent_copy_in_the_same_modes(family: Sample, traini
         assert list(rebuilt.state_dict()) == list(smaller.state_dict())
 
 
+@pytest.mark.slow
 def test_without_a_layer_its_neighbours_remain(family: Sample) -> None:
     """Each layer in turn: the states before it are the same, all behind follow the naive walk."""
     model = family.model.eval()

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from deeplimit import InputError, crop
 from deeplimit.network import anatomy
 
+pytestmark = pytest.mark.slow
+
 WALKED = ["GPT2LMHeadModel", "LlamaForCausalLM", BERT]
 
 

@@ -24,6 +24,8 @@ from vision_families import (
 from deeplimit import InputError, SoftCrossEntropy, StageCost, crop, turnpike_profile, verify_crop
 from deeplimit.network import anatomy
 
+pytestmark = pytest.mark.slow
+
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-11) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)

@@ -15,6 +15,8 @@ from deeplimit import SoftCrossEntropy, StageCost, crop, gradient_error, use_adj
 from deeplimit.gradient import layout
 from deeplimit.network import anatomy
 
+pytestmark = pytest.mark.slow
+
 LOAD = """
 import sys
 sys.modules["deeplimit"] = None  # from now on importing it is an error

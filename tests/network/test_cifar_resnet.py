@@ -102,10 +102,12 @@ def right_answers(depth: int, data_dir: Path, x: Tensor, y: Tensor) -> int:
         return sum(pool.map(right, zip(x.split(125), y.split(125), strict=True)))
 
 
+@pytest.mark.slow
 def test_resnet_20_reproduces_its_accuracy(data_dir: Path, test_images) -> None:
     assert right_answers(20, data_dir, *test_images) / 10_000 == pytest.approx(STATED[20], abs=6e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", FIRST_THOUSAND)
 def test_deeper_ones_reproduce_theirs_on_a_part(data_dir: Path, test_images, depth: int) -> None:
     """On all 10,000: 82.56 % and 83.20 %, as stated; that takes two minutes on one core."""

@@ -68,6 +68,7 @@ def test_the_numbers_covariance_in_depth_is_the_kernel(length_scale: float) -> N
     assert torch.allclose(covariance, naive_kernel(count, length_scale), atol=0.03)
 
 
+@pytest.mark.slow
 def test_numbers_are_independent_of_each_other() -> None:
     """Of 1,500 draws of tiny blocks: only a number's own curve is correlated in depth."""
     blocks = drawn(lambda: LinearResidual(2), 3)

@@ -68,6 +68,7 @@ def test_a_step_draws_and_moves_what_the_model_alone_does() -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_wrappers_are_looked_through() -> None:
     model = Net().double().eval()
     for wrapped in (torch.compile(model), nn.DataParallel(model)):
@@ -84,6 +85,7 @@ def test_wrappers_are_looked_through() -> None:
     torch.testing.assert_close(z, expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpoints_of_transformers(reentrant: bool) -> None:
     transformers = pytest.importorskip("transformers")

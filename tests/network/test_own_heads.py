@@ -31,6 +31,7 @@ def test_the_reading_runs_each_block_twice_whatever_the_head_reads(dtype: torch.
         assert len(calls) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_head_that_reads_the_inputs_again_is_given_them(dtype: torch.dtype) -> None:
     """Those of the states, not those of the example."""
@@ -158,6 +159,7 @@ class Text(nn.Module):
         return self.end((weights * x).sum(1) / weights.sum(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pools", [True, False])
 def test_padding_that_the_example_lacks_is_no_part_of_a_text(pools: bool) -> None:
     """What the head reads of the inputs does not show on the example."""
@@ -192,6 +194,7 @@ class Between(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.slow
 def test_what_stands_between_blocks_must_not_tell_a_bypass_from_a_cut() -> None:
     """A ReLU twice is a ReLU; a scale twice is another."""
     with pytest.raises(InputError, match="something stands between its blocks, which stays"):

@@ -67,6 +67,7 @@ def test_states_and_logits_are_those_of_a_walk_by_hand(habit: str) -> None:
     assert torch.equal(logits, model.end(torch.tanh(state)))
 
 
+@pytest.mark.slow
 def test_the_example_goes_where_the_model_is() -> None:
     """One of single precision; a copy in double precision is what is measured."""
     model = Own().eval()
@@ -319,5 +320,6 @@ calls += [lambda m=m: turnpike_profile(m, [], SoftCrossEntropy(3)) for m in ("re
 """
 
 
+@pytest.mark.slow
 def test_things_of_another_type_are_refused_in_a_line(refused_calls: Callable[[str], None]) -> None:
     refused_calls(TYPES)

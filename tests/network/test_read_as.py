@@ -39,6 +39,7 @@ X, Y = torch.linspace(-1, 1, 120).reshape(8, 15).sin(), torch.arange(8) % 3
 LOSS = SoftCrossEntropy(3)
 
 
+@pytest.mark.slow
 def test_an_example_and_blocks_are_said_once() -> None:
     model = Towers().eval()
     with pytest.raises(InputError, match=r"does not run on an example made for it .*example=…"):

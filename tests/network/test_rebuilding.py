@@ -12,6 +12,8 @@ from deeplimit import crop
 from deeplimit.errors import InputError
 from deeplimit.network import anatomy
 
+pytestmark = pytest.mark.slow
+
 hf = pytest.importorskip("transformers", reason="the extra `hub` is not installed")
 
 SMALL = {

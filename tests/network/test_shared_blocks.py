@@ -73,6 +73,7 @@ def test_a_stage_cost_is_that_of_the_unrolled_layers(adjoint: bool) -> None:
         torch.testing.assert_close(p.grad, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_cut_is_a_smaller_count() -> None:
     model = Loop(True).double()
     z = unrolled(model)
@@ -85,6 +86,7 @@ def test_a_cut_is_a_smaller_count() -> None:
         crop(Loop(False).double(), 2)
 
 
+@pytest.mark.slow
 def test_albert(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

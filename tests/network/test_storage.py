@@ -63,6 +63,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     assert json.loads(metadata["deeplimit.architecture"])["depths"] == [4]
 
 
+@pytest.mark.slow
 def test_loading_needs_no_training_code(tmp_path: Path) -> None:
     wanted = sample("three stages, batch")
     save(wanted.model.eval(), tmp_path / "network")

@@ -69,6 +69,7 @@ def test_controls_are_interpolated_and_the_step_shrinks(kind: str, m: int) -> No
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
 def test_the_output_changes_by_the_order_of_the_scheme(kind: str) -> None:
     depths, x = (8, 16, 32, 64), batch()
@@ -93,6 +94,7 @@ def test_copied_controls_would_lose_an_order() -> None:
     assert slope(depths, errors) == pytest.approx(-1, abs=0.2)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.sampled_from(CHANGEABLE),
@@ -123,6 +125,7 @@ def same(back: nn.Module, model: nn.Module, *, exactly: bool) -> None:
         assert settings == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in CHANGEABLE if not n.startswith("chain")])
 def test_saved_and_loaded_it_is_the_same_network(name: str, tmp_path: Path) -> None:
     """The architecture beside the weights says the new depths and the new step."""
@@ -158,6 +161,7 @@ def test_a_stage_of_one_layer_goes_with_the_others() -> None:
         assert torch.equal(block.conv1.weight, model.stages[1][0].conv1.weight)
 
 
+@pytest.mark.slow
 def test_blocks_that_change_the_shape_stay() -> None:
     model = shaken(CifarResNet(CifarArchitecture((2, 3, 3), (True, True), 4)))
     fine = refine(model, 2)
@@ -175,6 +179,7 @@ def test_blocks_that_change_the_shape_stay() -> None:
     assert torch.equal(output(back.eval(), x), output(model.eval(), x))
 
 
+@pytest.mark.slow
 def test_mode_precision_and_requires_grad_stay() -> None:
     model = folded(4).float().eval()
     model.blocks[0].inner.train()
@@ -282,6 +287,7 @@ def test_a_switched_model_is_refused(kind: str) -> None:
         refine(model, 2)
 
 
+@pytest.mark.slow
 def test_a_users_own_blocks_are_read_after_the_change() -> None:
     fine = refine(folded(3), 3)
     assert anatomy(fine).horizon == 9
@@ -296,6 +302,7 @@ class Scaled(Folded):
         return scale * super().forward(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["names", "tuple"])
 def test_a_model_is_changed_on_the_example_that_it_was_read_on(given: str) -> None:
     model, plain, x, scale = folded(4), folded(4), batch(), torch.tensor(3.0).double()

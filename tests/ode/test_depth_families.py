@@ -15,6 +15,8 @@ from deeplimit import InputError
 from deeplimit.network import anatomy
 from deeplimit.ode import coarsen, refine
 
+pytestmark = pytest.mark.slow
+
 NORMED = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 
 

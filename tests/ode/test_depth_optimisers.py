@@ -19,6 +19,8 @@ from deeplimit import InputError
 from deeplimit.ode import coarsen, refine, tie, untie
 from deeplimit.ode.optimiser_state import RULES, Origin, carry_over
 
+pytestmark = pytest.mark.slow
+
 # With betas as small as these one step's gradient counts as much as the moments do.
 OPTIMISERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "SGD": (SGD, {"momentum": 0.5, "weight_decay": 0.03}),

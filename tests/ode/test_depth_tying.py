@@ -35,6 +35,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(getattr(model, "blocks", model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2, 3, 9])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_groups_share_the_mean_of_their_controls(kind: str, every: int) -> None:
@@ -65,6 +66,7 @@ def test_groups_share_the_mean_of_their_controls(kind: str, every: int) -> None:
     assert float(output(model, x).abs().max()) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
 def test_of_smooth_controls_the_function_changes_by_the_second_order(kind: str) -> None:
     depths, x, errors = (8, 16, 32, 64), batch(), []
@@ -95,6 +97,7 @@ def test_layers_that_are_alike_lose_nothing(name: str, tmp_path: Path) -> None:
         assert torch.allclose(z, output(model, found.x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Euler", "folded"])
 def test_the_adjoint_adds_up_the_gradients_of_what_is_shared(kind: str) -> None:
     """Switched before or after it was tied."""
@@ -122,6 +125,7 @@ def _tied_to(model: nn.Module, name: str, first: str) -> bool:
     return model.get_parameter(name) is model.get_parameter(first)
 
 
+@pytest.mark.slow
 def test_a_tied_model_of_transformers_is_saved_untied(tmp_path: Path) -> None:
     found = vision("ViT")
     tied = tie(found.model.eval(), 2)

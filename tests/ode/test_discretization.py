@@ -19,6 +19,8 @@ from deeplimit.ode.discretization import FRACTIONS, SEGMENT, WEIGHTS
 from deeplimit.ode.field import VectorField
 from deeplimit.ode.solvers import solve_by_layer
 
+pytestmark = pytest.mark.slow
+
 
 @torch.no_grad()
 def linear_chain(weights: list[Tensor], step: float) -> ResidualChain:

@@ -15,6 +15,8 @@ from deeplimit.errors import InputError, RunError
 from deeplimit.network import LinearResidual, ResidualChain, TwoLayerResidual
 from deeplimit.ode import discretization_gap, solvers
 
+pytestmark = pytest.mark.slow
+
 
 class Dropped(nn.Linear):
     """As transformers' attention does it: a rate, and no module of its own."""

@@ -16,6 +16,8 @@ from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.ode import discretization_gap
 from deeplimit.ode.stages import longest_stage, stages
 
+pytestmark = pytest.mark.slow
+
 
 def text_phi(model: nn.Module, inputs: dict[str, Tensor]) -> Phi:
     """A block of a GPT-2 or Llama called by hand."""

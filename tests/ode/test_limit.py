@@ -10,6 +10,8 @@ from deeplimit.network import Architecture, ResidualChain
 from deeplimit.ode import depth_limit, discretization_gap, smoothness, solver_accuracies
 from deeplimit.records import from_plain, to_plain
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:

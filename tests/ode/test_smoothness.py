@@ -98,6 +98,7 @@ def test_figures_are_those_of_loops(family: str) -> None:
     assert json.loads(json.dumps(asdict(measured)))["stages"][0]["kind"] == measured.stages[0].kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_roughness_falls_like_one_over_n_for_a_curve_and_stays_for_independent(
     blocks: str,
@@ -120,6 +121,7 @@ def test_roughness_of_a_gaussian_process_is_its_formula(length_scale: float) -> 
     assert np.mean(seen) == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("horizon", [8, 64])
 def test_networks_of_known_kind_are_told(blocks: str, horizon: int) -> None:
@@ -259,6 +261,7 @@ def linear(theta: list[list[float]], factor: float = 1.0) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(theta=values, factor=st.floats(1e-6, 1e6), sign=st.sampled_from([-1, 1]))
 def test_neither_scale_nor_direction_matters(

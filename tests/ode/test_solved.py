@@ -45,6 +45,7 @@ def test_the_networks_own_scheme_and_steps_are_the_network(
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [*FIXED, *ADAPTIVE])
 def test_every_solver_tends_to_the_neural_ode(solver: str) -> None:
     chain, x = smooth_chain(6, Euler()), torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
@@ -60,6 +61,7 @@ def test_every_solver_tends_to_the_neural_ode(solver: str) -> None:
     assert errors[1] < 0.02 * end.abs().max()
 
 
+@pytest.mark.slow
 def test_orders_with_steps_that_meet_the_nodes() -> None:
     """Where every step lies in one interval θ is smooth: the methods have their orders."""
     chain, x = smooth_chain(4, Heun()), torch.ones(1, 3, dtype=torch.float64)
@@ -135,6 +137,7 @@ def test_a_tolerance_is_above_zero(tolerance: float) -> None:
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["dopri5", "dopri8", "adaptive_heun"])
 def test_no_solver_gets_through_what_is_not_a_number(
     solver: str, monkeypatch: pytest.MonkeyPatch
@@ -162,6 +165,7 @@ def test_another_kind_of_model_and_no_data() -> None:
         solver_accuracies(classifier(), [], [])
 
 
+@pytest.mark.slow
 def test_an_ode_that_leaves_every_bound() -> None:
     class Square(LinearResidual):
         def forward(self, x: Tensor) -> Tensor:

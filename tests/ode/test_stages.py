@@ -73,6 +73,7 @@ def test_blocks_that_add_their_input_have_step_one() -> None:
     assert [s.alike().layers for s in stacks] == [range(2), range(3, 5), range(6, 7)]
 
 
+@pytest.mark.slow
 def test_a_wrapped_chain_is_still_a_chain() -> None:
     chain, x = smooth_chain(4), batch()
     gap = discretization_gap(chain, x, bound=False)
@@ -81,6 +82,7 @@ def test_a_wrapped_chain_is_still_a_chain() -> None:
     assert min(gap.gap[1:]) > 0
 
 
+@pytest.mark.slow
 def test_an_anatomy_is_as_good_as_the_model() -> None:
     chain, x = smooth_chain(4), batch()
     read = anatomy(chain)
@@ -97,6 +99,7 @@ def test_the_old_name_of_with_solver_warns() -> None:
     assert solved is with_solver
 
 
+@pytest.mark.slow
 def test_one_module_called_again_and_again_has_states_of_its_own() -> None:
     torch.manual_seed(0)
     step, x = Step(), torch.randn(4, 3)

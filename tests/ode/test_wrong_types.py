@@ -2,6 +2,10 @@
 
 from collections.abc import Callable
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import torch
 from deeplimit import ResidualChain, coarsen, discretization_gap, refine, smoothness, tie, untie

@@ -83,6 +83,7 @@ def test_a_whole_file_is_read_right(reader: Reader, tmp_path: Path) -> None:
     assert reader.right(tmp_path, reader.read(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.file)
 def test_a_damaged_file_is_refused_in_a_line_or_read_right(
     reader: Reader, whole: dict[str, bytes]

@@ -108,6 +108,7 @@ def curves(figure: go.Figure) -> dict[str, list[float | None]]:
     return {trace.name: list(trace.y) for trace in figure.data}
 
 
+@pytest.mark.slow
 def test_the_page_has_the_certificate(digits: RunResults, digits_page: str) -> None:
     found = certificate()
     page = html.unescape(render_page(replace(digits, certificate=found)))
@@ -119,6 +120,7 @@ def test_the_page_has_the_certificate(digits: RunResults, digits_page: str) -> N
     assert "The certificate of convergence" not in digits_page
 
 
+@pytest.mark.slow
 def test_the_certificates_figures_are_its_records() -> None:
     found = certificate()
     assert curves(risk_figure(found)) == {
@@ -142,6 +144,7 @@ def test_the_certificates_figures_are_its_records() -> None:
     assert f"above it in {above} of 6 records" in certificate_figures(broken)[0][2]
 
 
+@pytest.mark.slow
 def test_a_run_folder_keeps_the_certificate(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run", Recipe())
     assert folder.results().certificate is None

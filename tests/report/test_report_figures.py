@@ -171,6 +171,7 @@ def test_a_class_without_samples_is_left_out(digits: RunResults) -> None:
     assert [t.name for t in figure.data] == list("012345678")
 
 
+@pytest.mark.slow
 def test_where_samples_are_tokens_there_is_nothing_class_by_class(digits: RunResults) -> None:
     assert digits.profiles is not None
     test = replace(digits.profiles.test, class_distance=())
@@ -206,6 +207,7 @@ def test_training_curves(digits: RunResults) -> None:
     assert entry.data[0].y[-1] == digits.metrics[-1]["entry"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "spirals"])
 def test_every_frame_shows_its_layer(name: str, request: pytest.FixtureRequest) -> None:
     results: RunResults = request.getfixturevalue(name)
@@ -223,6 +225,7 @@ def test_every_frame_shows_its_layer(name: str, request: pytest.FixtureRequest) 
     assert len(figure.layout.sliders[0].steps) == len(picture.points)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "spirals"])
 def test_axes_are_equal_and_hold_all_layers(name: str, request: pytest.FixtureRequest) -> None:
     results: RunResults = request.getfixturevalue(name)
@@ -250,6 +253,7 @@ def test_one_stray_sample_does_not_shrink_the_view(digits: RunResults) -> None:
     assert leaving(replace(picture, points=picture.points[:1])) <= 3
 
 
+@pytest.mark.slow
 def test_minimisers_are_lines_in_the_state_plane(spirals: RunResults) -> None:
     assert spirals.picture is not None
     figure = trajectory_figure(spirals.picture, spirals.class_names)
@@ -264,6 +268,7 @@ def test_minimisers_are_lines_in_the_state_plane(spirals: RunResults) -> None:
         assert low < note.y < high
 
 
+@pytest.mark.slow
 def test_minimisers_are_points_among_logits(digits: RunResults) -> None:
     picture = digits.picture
     assert picture is not None

@@ -14,6 +14,8 @@ from deeplimit.report import render_page, write_page
 from deeplimit.report.numbers import count, layers, percent, points, seconds, significant
 from deeplimit.training.results import RunResults
 
+pytestmark = pytest.mark.slow
+
 
 def readable(page: str) -> str:
     """What a reader sees of the page, without scripts, styles and tags."""

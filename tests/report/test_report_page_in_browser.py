@@ -75,6 +75,7 @@ def assert_at_layer(page: Page, results: RunResults, layer: int) -> None:
         np.testing.assert_allclose(points, there[labels == label], atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "spirals"])
 def test_the_slider_moves_the_points(
     name: str, chromium: Browser, pages: dict[str, Path], request: pytest.FixtureRequest
@@ -224,6 +225,7 @@ def test_a_run_that_was_not_cut_opens_too(chromium: Browser, tmp_path: Path) -> 
     context.close()
 
 
+@pytest.mark.slow
 def test_class_names_are_text_in_figures(
     chromium: Browser, digits: RunResults, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def test_what_is_drawn() -> None:
     assert float(residual) == pytest.approx(SPREAD**2 * (2 * STATE + 1), rel=0.05)
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_networks(study: ConsistencyStudy) -> None:
     problem, found = Problem.of(1, 4), []
     for n, m in ((4, 16), (8, 32)):
@@ -127,6 +128,7 @@ def test_every_panel_has_ticks_among_its_own_values() -> None:
     assert (left.type, right.type) == ("log", "log")
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path: Path) -> None:
     words = ["study", "consistency", "--depths", "2", "3", "4", "--widths", "4", "8", "12"]
     words += ["--atoms", "4", "--draws", "1", "--seeds", "0", "--time", "0.1"]

@@ -38,6 +38,7 @@ def test_the_problem_starts_where_it_should() -> None:
     assert LayerwiseMeasure.of(model).particles.shape == (3, 8, 2 * STATE + 1)
 
 
+@pytest.mark.slow
 def test_the_first_record_is_the_networks(study: ConvergenceStudy) -> None:
     (training, _) = study.cell(256, 5.0)
     model, x, y = drawn(2, 256, 5.0, 4, 0)
@@ -88,6 +89,7 @@ def test_a_fitted_rate() -> None:
     assert fitted_rate((0.0,), (1.0,)) is None
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path: Path) -> None:
     words = ["study", "convergence", "--widths", "2", "8", "--distances", "0.1", "--seeds", "0"]
     words += ["--depth", "2", "--samples", "3", "--time", "0.4", "--runs", str(tmp_path)]

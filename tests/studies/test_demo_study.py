@@ -12,6 +12,8 @@ from deeplimit.cli import main
 from deeplimit.studies import demo_recipe, run_demo
 from deeplimit.training import RunFolder, crop_run, profile_run
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_control_differs_in_stage_cost_and_depth_alone(tmp_path: Path) -> None:
     small = replace(demo_recipe(), depth=(4,), hidden=16, epochs=3, learning_rate=1e-2)

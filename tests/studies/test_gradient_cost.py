@@ -42,6 +42,7 @@ def cost() -> GradientCost:
     return measure_gradient_cost(chain(), loss_of, batch(), name="a chain", steps=2)
 
 
+@pytest.mark.slow
 def test_errors_and_drifts_are_those_of_gradient_error(cost: GradientCost) -> None:
     for row in cost.methods:
         if row.method == "adjoint":
@@ -72,6 +73,7 @@ def test_memory_is_what_must_be_kept(cost: GradientCost) -> None:
         assert memory < DEPTH * state
 
 
+@pytest.mark.slow
 def test_the_adjoints_memory_does_not_grow_with_depth(cost: GradientCost) -> None:
     deeper = measure_gradient_cost(chain(3 * DEPTH), loss_of, batch(), steps=1, tolerance=1.0)
     assert deeper.plain.memory > 2.5 * cost.plain.memory
@@ -107,6 +109,7 @@ def test_states_kept(cost: GradientCost) -> None:
     assert [row.kept for row in cost.methods[:5]] == [DEPTH, DEPTH, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_planned_anchors_keep_the_tolerance_where_none_would_not() -> None:
     stiff = chain(8, step=6.0)
     tight = measure_gradient_cost(stiff, loss_of, batch(), evaluations=1, tolerance=0.02, steps=1)
@@ -130,6 +133,7 @@ class ReluAfter(nn.Module):
         return (x + self.inner(x).tanh()).relu()
 
 
+@pytest.mark.slow
 def test_a_plan_that_keeps_every_state_is_a_checkpoint_and_called_so() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(ReluAfter() for _ in range(6))).double()
@@ -162,6 +166,7 @@ class Residual(nn.Module):
         return x + 0.2 * self.conv(x).tanh()
 
 
+@pytest.mark.slow
 def test_drift_is_of_each_chain_and_the_model_is_left_as_it_was() -> None:
     model = Stages()
     with torch.no_grad():
@@ -206,6 +211,7 @@ def test_without_residual_blocks_there_is_one_row_and_the_reasons() -> None:
     assert "layers.0: does not add its input to its output" in shown
 
 
+@pytest.mark.slow
 def test_where_plain_backpropagation_does_not_fit_the_others_are_measured() -> None:
     model = chain(6)
 

@@ -45,6 +45,7 @@ def folders(study: HorizonStudy) -> list[list[RunFolder]]:
     ]
 
 
+@pytest.mark.slow
 def test_only_depth_and_seed_differ(study: HorizonStudy) -> None:
     """Step size and costs per layer above all: they are what the theorem holds fixed."""
     recipes = [[folder.recipe for folder in row] for row in folders(study)]
@@ -74,6 +75,7 @@ def test_the_study_is_kept_beside_its_runs(study: HorizonStudy) -> None:
     assert from_plain(HorizonStudy, written) == study
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("radius", "outside"), [(1e9, (0, 0, 0)), (0.0, (2, 3, 5))])
 def test_the_radius_is_the_callers(radius: float, outside: tuple[int, ...], tmp_path: Path) -> None:
     recipe = replace(SMALL, depth=(1,), epochs=1)
@@ -82,6 +84,7 @@ def test_the_radius_is_the_callers(radius: float, outside: tuple[int, ...], tmp_
     assert study.radius == radius
 
 
+@pytest.mark.slow
 def test_a_study_is_never_overwritten(study: HorizonStudy) -> None:
     first = Path(study.folder)
     before = (first / "study.json").read_bytes()
@@ -91,6 +94,7 @@ def test_a_study_is_never_overwritten(study: HorizonStudy) -> None:
     assert (first / "study.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_stages_grow_together(tmp_path: Path) -> None:
     recipe = replace(
         recipe_for("mnist"), data="digits", depth=(1, 2), width=2, hidden=2, reduction=1, epochs=1
@@ -142,6 +146,7 @@ def test_the_defaults_are_those_of_the_theory_page() -> None:
     assert horizon_recipe("spirals") == recipe_for("spirals")
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path: Path) -> None:
     """`deeplimit study horizon`: its options reach the runs, its result is the file's."""
     args = "study horizon --depth 1 --seeds 4 --stage-cost 0.2 --control-cost 0.01 --epochs 1"
@@ -188,6 +193,7 @@ def test_the_study_carries_its_verdict(study: HorizonStudy) -> None:
     assert study.added == pytest.approx((last.mean_outside - first.mean_outside) / more)
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Stopped between a training and its profile: nothing is trained again, and all is the same."""
     recipe = replace(SMALL, depth=(1,), epochs=1)

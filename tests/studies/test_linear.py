@@ -110,6 +110,7 @@ def test_the_gap_is_scipys(start: str, horizon: int) -> None:
     assert found.tolist() == pytest.approx([naive_gap(one) for one in both], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gap_is_that_of_the_library() -> None:
     controls = first_controls("smooth", 12, 2)
     unit = torch.eye(4, dtype=torch.float64)
@@ -139,6 +140,7 @@ def test_the_smooth_start_is_one_curve_of_half_an_oscillation() -> None:
     assert float(largest_difference(fine)) > 0
 
 
+@pytest.mark.slow
 def test_training_is_that_of_plain_backpropagation(study: LinearStudy) -> None:
     """Losses, differences and gaps of one network of each start, at all three moments."""
     for family in study.families:
@@ -245,12 +247,14 @@ def test_wrong_input(options: dict, says: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_divergence_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="N = 8: the training diverged; give a smaller learning"):
         study_linear(depths=(8, 16), seeds=(0,), learning_rate=50.0, steps=20, runs=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path: Path) -> None:
     """`deeplimit study linear`: its options reach the study, its result is the file's."""
     args = "study linear --depths 2 4 --seeds 5 9 --steps 6 --learning-rate 0.1 --json"

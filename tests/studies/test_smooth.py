@@ -61,6 +61,7 @@ def naive_training(start: str, horizon: int, seed: int) -> tuple[list[float], li
     return losses, [torch.cat([p.detach().flatten() for p in layer]) for layer in weights]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["smooth", "independent"])
 def test_training_is_that_of_plain_gradient_descent(start: str, study: SmoothStudy) -> None:
     family = next(family for family in study.families if family.start == start)
@@ -72,6 +73,7 @@ def test_training_is_that_of_plain_gradient_descent(start: str, study: SmoothStu
         assert family.rate("difference", "final").values[0][i] == pytest.approx(largest, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "start"), [("tanh", "independent"), ("gelu", "smooth"), ("relu", "smooth")]
 )
@@ -97,6 +99,7 @@ def test_networks_of_all_depths_start_on_one_curve() -> None:
                 assert torch.equal(p, q)
 
 
+@pytest.mark.slow
 def test_the_starts_have_the_variances_they_say() -> None:
     """Over many blocks and seeds; and only the smooth one is smooth."""
     for start in ("smooth", "independent"):
@@ -146,6 +149,7 @@ def test_the_study_is_kept(study: SmoothStudy) -> None:
     assert [family.name for family in study.families] == ["tanh, smooth", "tanh, independent"]
 
 
+@pytest.mark.slow
 def test_the_theory_is_of_smooth_activations(tmp_path: Path) -> None:
     """With ReLU there is nothing that the slopes from a smooth start are held against."""
     study = study_smooth(
@@ -180,6 +184,7 @@ def test_wrong_input(options: dict, says: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_divergence_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="gelu, smooth start, seed 0, N = 2: the training diverged"):
         study_smooth(
@@ -195,6 +200,7 @@ def test_an_ode_without_solution_has_no_gap() -> None:
     assert math.isnan(neural_ode_gap(chain, regression(0)[0]))
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path: Path) -> None:
     """`deeplimit study smooth`: its options reach the study; the answer, the figure, progress."""
     args = "study smooth --activations silu --depths 2 4 --seeds 7 --steps 3 --learning-rate 0.05"

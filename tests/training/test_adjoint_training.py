@@ -39,6 +39,8 @@ from deeplimit.training import (
 from deeplimit.training.progress import Observer
 from deeplimit.training.watching import DriftWatch
 
+pytestmark = pytest.mark.slow
+
 ADJOINT = replace(SMALL, gradient="adjoint", step=0.1)
 
 

@@ -31,6 +31,8 @@ from deeplimit.training import (
     train,
 )
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(
     data="digits", depth=(8,), width=32, hidden=32, epochs=10, batch_size=64, device="cpu"
 )

@@ -18,6 +18,8 @@ from deeplimit.errors import InputError, RunError, several
 from deeplimit.training import Recipe, RunFolder, complete, crop_run, resume, run_data, train
 from deeplimit.training.loop import Training
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(  # cut to 3 layers
     depth=(4,),
     hidden=16,

@@ -26,6 +26,8 @@ from deeplimit.training import (
     train,
 )
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(
     depth=(3,), width=16, hidden=24, activation="tanh", step=1 / 3, stage_cost=0.0, epochs=2,
     weight_decay=0.1, device="cpu",

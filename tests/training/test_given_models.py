@@ -31,6 +31,8 @@ from deeplimit.training.verifying import verify_run
 
 pytest.importorskip("transformers", reason="the extra `hub` is not installed")
 
+pytestmark = pytest.mark.slow
+
 
 def recipe_of(model: str, data: str, **more: object) -> Recipe:
     settings = {"epochs": 4, "batch_size": 20, "learning_rate": 1e-2, "stage_cost": 0.1} | more

@@ -75,6 +75,7 @@ def naive(student: torch.nn.Module, teacher: torch.nn.Module | None, data: DataS
     return student
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taught", [True, False])
 def test_it_is_the_naive_loop(taught: bool, run: RunFolder, data: DataSet) -> None:
     full = run.model()
@@ -94,6 +95,7 @@ def test_it_is_the_naive_loop(taught: bool, run: RunFolder, data: DataSet) -> No
         assert equal_weights(healed, by_hand)
 
 
+@pytest.mark.slow
 def test_a_bridged_cut_does_better_and_is_healed_from_there(run: RunFolder, tmp_path: Path) -> None:
     folder = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
     plain = folder.cut()
@@ -112,6 +114,7 @@ def test_a_bridged_cut_does_better_and_is_healed_from_there(run: RunFolder, tmp_
     assert healing.from_cropped.accuracy_before == cut.report.accuracy_after
 
 
+@pytest.mark.slow
 def test_what_it_writes_is_what_it_says(run: RunFolder, data: DataSet, tmp_path: Path) -> None:
     folder = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
     healing = heal_run(folder, epochs=2, learning_rate=2e-3, quiet=True)
@@ -136,6 +139,7 @@ def test_what_it_writes_is_what_it_says(run: RunFolder, data: DataSet, tmp_path:
     assert RunFolder.open(folder.path).results().healing is None
 
 
+@pytest.mark.slow
 def test_cut_at_once_where_asked_for(run: RunFolder, data: DataSet, tmp_path: Path) -> None:
     folder = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
     heal_run(folder, epochs=2, learning_rate=2e-3, fade=0.0, quiet=True)
@@ -144,6 +148,7 @@ def test_cut_at_once_where_asked_for(run: RunFolder, data: DataSet, tmp_path: Pa
     assert equal_weights(by_hand, folder.healed())
 
 
+@pytest.mark.slow
 def test_a_teacher_that_learns_beside(
     run: RunFolder, data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +207,7 @@ def test_a_fade_goes_down_between_its_begin_and_its_end() -> None:
     assert [fade.step(done) for done in dones] == [1, 1, 0.75, 0.5, 0, 0]
 
 
+@pytest.mark.slow
 def test_layers_fade_out_as_a_naive_loop_has_it(run: RunFolder, data: DataSet) -> None:
     full, gone, part = run.model(), (3, 4), 0.6
     healed = heal(full, data, remove=gone, fade=part, recipe=SHORT)
@@ -259,6 +265,7 @@ def test_wrong_settings(case: str, run: RunFolder) -> None:
     assert not (run.path / "heal").exists()
 
 
+@pytest.mark.slow
 def test_nothing_to_heal(run: RunFolder, tmp_path: Path) -> None:
     folder = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
     with pytest.raises(InputError, match="no healing was stopped; start one: deeplimit heal"):

@@ -58,12 +58,14 @@ def test_a_smooth_start_mixes_the_same_draws(kind: str) -> None:
     assert same(model, expected)
 
 
+@pytest.mark.slow
 def test_identical_layers_have_no_roughness() -> None:
     for recipe in KINDS.values():
         found = smoothness(build_model(replace(recipe, initialisation="identical"), data()))
         assert [stage.roughness for stage in found.stages] == [0.0] * len(found.stages)
 
 
+@pytest.mark.slow
 def test_training_keeps_a_smooth_start_smooth_and_an_independent_one_rough(tmp_path: Path) -> None:
     """As on benchmarks/results/smoothness_calibration.json, in a few epochs of a small network."""
     recipe = replace(VECTORS, depth=(16,), step=0.25, stage_cost=0.0, epochs=3)

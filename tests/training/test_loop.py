@@ -42,6 +42,8 @@ from deeplimit.training.loop import Training
 from deeplimit.training.processes import launch
 from deeplimit.training.progress import Observer
 
+pytestmark = pytest.mark.slow
+
 DIGITS = replace(recipe_for("digits"), device="cpu")
 
 

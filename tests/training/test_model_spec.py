@@ -187,6 +187,7 @@ def test_a_wish_that_cannot_be(fields: dict[str, int], says: str) -> None:
         BatchRequest(**fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_brings_its_data_and_its_objective(tmp_path: Path) -> None:
     recipe = Recipe(depth=(3,), hidden=8, width=16, batch_size=32, stage_cost=0.3)
     data = load_data(recipe, tmp_path)

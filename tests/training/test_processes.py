@@ -69,6 +69,7 @@ def script(path: Path, body: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["own", "torchrun"])
 def test_two_processes_are_one(launcher: str, images: Recipe, tmp_path: Path) -> None:
     """One script, run by both processes, trains by ddp and fsdp, and by one of them with states
@@ -119,6 +120,7 @@ def test_two_processes_are_one(launcher: str, images: Recipe, tmp_path: Path) ->
     assert largest_difference(one, checkpoint_of(free.path)) > 1e-4  # the control cost did act
 
 
+@pytest.mark.slow
 def test_two_processes_wait_for_no_gradient_that_never_comes(tmp_path: Path) -> None:
     """A model with a parameter that has none, and layers that fade to nothing, by ddp."""
     pytest.importorskip("transformers", reason="the extra `hub` is not installed")
@@ -156,6 +158,7 @@ def test_two_processes_wait_for_no_gradient_that_never_comes(tmp_path: Path) -> 
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_at_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     both = script(
         tmp_path / "both.py",
@@ -179,6 +182,7 @@ def test_two_processes_stop_together_at_a_loss_that_is_not_finite(tmp_path: Path
     assert sum("a file is in the way" in line for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_killed_in_mid_epoch_it_goes_on_to_the_same_result(tmp_path: Path) -> None:
     recipe = Recipe(
         data="digits", depth=(4,), width=32, hidden=32, epochs=3, batch_size=8, device="cpu"
@@ -209,6 +213,7 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_same_result(tmp_path: Path) -> No
     assert equal_weights(resumed.model(), unbroken.model())
 
 
+@pytest.mark.slow
 def test_under_fsdp_the_gradient_of_the_control_cost_lands_first(tmp_path: Path) -> None:
     """On CUDA FSDP2 reduces gradients on a stream of its own, onto what is there: the control
     cost's part must be there before, or the two race."""

@@ -180,6 +180,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("recipes") / "recipe.toml"
 
 
+@pytest.mark.slow
 @hypothesis.settings(deadline=None)  # a file is written: the disk may be busy
 @given(fields=settings)
 def test_toml_gives_the_recipe_back(fields: dict[str, Any], file: Path) -> None:
@@ -252,6 +253,7 @@ def test_toml_names_versions_and_classes() -> None:
     assert 'python = "' in text
 
 
+@pytest.mark.slow
 def test_names_paths_and_recipes_are_checked_without_torch(tmp_path: Path):
     script = (
         "import sys\n"

@@ -17,6 +17,8 @@ from deeplimit.network import ResidualClassifier
 from deeplimit.ode import refine
 from deeplimit.training import Recipe, RunFolder, load_data, refine_run, resume, train
 
+pytestmark = pytest.mark.slow
+
 SMALL = Recipe(device="cpu", batch_size=256)
 ADAMW = replace(SMALL, depth=(4,), width=16, hidden=8, epochs=2, step=0.5)
 RECIPES = {

@@ -126,6 +126,7 @@ def killed_at(step: int, folder: Path, work: Callable[[], object]) -> bool:
         os._exit(1)
 
 
+@pytest.mark.slow
 def test_killed_anywhere_all_that_is_old_is_seen_or_all_that_is_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_killed_anywhere_all_that_is_old_is_seen_or_all_that_is_new(
     assert set(outcomes) == {False, True}
 
 
+@pytest.mark.slow
 def test_killed_while_a_run_is_made_nothing_is_in_the_way(tmp_path: Path) -> None:
     """As refine and merge make one: a start, a checkpoint, figures, the recipe."""
     model = own(4)
@@ -349,6 +351,7 @@ def test_damaged_checkpoints_are_told(tmp_path: Path) -> None:
     assert "goes on from the one before" in wrong.remedy
 
 
+@pytest.mark.slow
 def test_a_reader_beside_a_writer_sees_whole_commits(tmp_path: Path) -> None:
     """A process that cuts to and fro, and this one that looks all the time."""
     folder = RunFolder.create(tmp_path, "run", Recipe())
@@ -380,6 +383,7 @@ def test_names_stay_in_the_run_folder(tmp_path: Path) -> None:
     assert RunFiles(folder.path).find("nothing") is None
 
 
+@pytest.mark.slow
 def test_the_same_recipe_gives_the_same_files(tmp_path: Path) -> None:
     """All but those that say how long something took."""
     runs = [train(SMALL, runs=tmp_path, name=name, quiet=True) for name in ("a", "b")]

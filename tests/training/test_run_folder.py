@@ -53,6 +53,7 @@ def test_an_existing_run_is_never_touched(tmp_path: Path) -> None:
     assert RunFolder.open(other.path) == other
 
 
+@pytest.mark.slow
 def test_runs_made_at_once_never_share_a_folder(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda _: new(tmp_path).path, range(24)))
@@ -195,6 +196,7 @@ rows = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(rows=rows, entry=st.none() | st.integers(0, 99).map(float))
 def test_metrics_come_back_exactly(rows: list[Row], entry: float | None) -> None:
     numbered: list[Row] = [

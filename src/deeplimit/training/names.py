@@ -1,5 +1,6 @@
 """Names and paths that are wrong are told before anything large is imported."""
 
+import errno
 import importlib.util
 import os
 import re
@@ -84,7 +85,12 @@ def check_runs(runs: Path) -> None:
     )
     if nearest.is_dir() and os.access(nearest, os.W_OK):
         return
-    reason = "it may not be written to" if nearest.is_dir() else "a file is in the way"
+    if not nearest.is_dir():
+        reason = "a file is in the way"
+    elif os.statvfs(nearest).f_flag & os.ST_RDONLY:
+        reason = os.strerror(errno.EROFS)
+    else:
+        reason = "it may not be written to"
     raise InputError(f"{runs}: no run folder can be made there ({reason}); {ANOTHER}")
 
 
