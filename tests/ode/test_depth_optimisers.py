@@ -282,3 +282,40 @@ def test_optimisers_that_are_refused_stay_as_they_are() -> None:
     with pytest.raises(InputError):
         coarsen(model, 3, optimizer=optimizer)
     assert str(optimizer.state_dict()) == str(before)
+
+
+class Head(nn.Module):
+    """Its parameters have the names and shapes of a block's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x).relu())[:, :3]
+
+
+class Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.inner(x).tanh())
+
+
+@pytest.mark.parametrize("change", [refine, coarsen])
+def test_what_follows_the_blocks_of_a_sequential_keeps_its_own_moments(change: Any) -> None:
+    """Its names are others in the new model, and in the old one they are a block's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), *(Added() for _ in range(4)), Head())
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 5)).square().sum().backward()
+    optimizer.step()
+    expected = [optimizer.state[p]["exp_avg"].clone() for p in model[-1].parameters()]
+    new = change(model, 2, optimizer=optimizer)
+    *_, head = new.children()
+    for parameter, moment in zip(head.parameters(), expected, strict=True):
+        torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], moment, rtol=0, atol=0)
+    new(torch.randn(4, 5)).square().sum().backward()
+    optimizer.step()

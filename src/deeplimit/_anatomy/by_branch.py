@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,12 @@ class Part:
     dead: tuple[str, ...]
 
 
+def check_granularity(name: str) -> None:
+    """Raises InputError unless it is one: a misspelt one would remove whole layers."""
+    if name not in ("layer", "branch"):
+        raise InputError(f"granularity is {name!r}; expected 'layer' or 'branch'")
+
+
 class ByBranch(Anatomy):
     """A model whose layers are branches, in order; what is left out is still one of its class.
 
@@ -179,6 +185,16 @@ class ByBranch(Anatomy):
         """The layers all of whose branches go."""
         gone = [self.pairs[i][0] for i in removed]
         return [n for n, parts in enumerate(self.parts) if parts and gone.count(n) == len(parts)]
+
+    def check_removable(self, removed: Iterable[SupportsIndex]) -> None:
+        """Whether the model can do without these branches, and without layers that have no other.
+
+        Raises:
+            InputError: as for layers.
+        """
+        removed = list(removed)
+        super().check_removable(removed)
+        self.structure.check_removable(self.whole({int(i) for i in removed}))
 
     def leave_out(self, removed: set[int]) -> nn.Module:
         """A copy less some branches; less a layer where all its branches go.

@@ -11,7 +11,7 @@ from torch import nn
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.anatomy import layer_numbers
-from deeplimit._anatomy.by_branch import ByBranch
+from deeplimit._anatomy.by_branch import ByBranch, check_granularity
 from deeplimit._anatomy.checks import check_number
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control.cropping import check_profile
@@ -89,6 +89,7 @@ def choose_cut(
             loader that is missing or does not fit.
     """
     given = (accuracy, rise, blocks, multiply_adds, latency)
+    check_granularity(granularity)
     budget, limit = _the_one(dict(zip(NAMES, given, strict=True)))
     structure = anatomy(model)
     check_profile(profile, structure.horizon)

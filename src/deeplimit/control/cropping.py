@@ -8,7 +8,7 @@ from torch import nn
 
 from deeplimit._anatomy import Anatomy, anatomy, check_rebuilt
 from deeplimit._anatomy.anatomy import layer_numbers
-from deeplimit._anatomy.by_branch import ByBranch
+from deeplimit._anatomy.by_branch import ByBranch, check_granularity
 from deeplimit._anatomy.checks import shown
 from deeplimit.control.bridge import bridge as build_bridge
 from deeplimit.control.cut_choice import CutChoice
@@ -86,6 +86,7 @@ def crop(
             `bridge` where nothing can be bridged, or of data that are not finite; a branch that is
             not there, or that the model cannot do without.
     """
+    check_granularity(granularity)
     structure: Anatomy = anatomy(model)
     if granularity == "branch" or (isinstance(depth, CutChoice) and depth.branches is not None):
         if bridge is not None:

@@ -14,7 +14,7 @@ from deeplimit._anatomy.inputs import FAILS, told
 from deeplimit.control.batches import aligned_batches, any_batches, part
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.token_losses import CountedTokens, drop_ignored, widened
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 
 Loss = SoftCrossEntropy | Callable[[Any, Any], Tensor]
 
@@ -59,6 +59,19 @@ def as_loss(loss: Loss) -> SoftCrossEntropy | AnyLoss:
         InputError: as `AnyLoss`.
     """
     return loss if isinstance(loss, SoftCrossEntropy) else AnyLoss(loss)
+
+
+def check_losses(values: Tensor) -> None:
+    """Raises InputError where a sample's loss of the network itself is not finite.
+
+    Means with it decide nothing: NaN compares as false, and infinity hides all other samples.
+    """
+    bad = int((~values.isfinite()).sum())
+    if bad:
+        raise InputError(
+            f"the loss of {several(bad, 'sample')} of {len(values)} is not finite with the network "
+            "as it is; leave these samples out, or look at their targets and at the loss"
+        )
 
 
 def check_callable(loss: object) -> None:
@@ -225,6 +238,12 @@ def sample_loss(loss: Loss | None) -> SampleLoss:
     """
     if loss is F.cross_entropy:
         loss = None
+    if isinstance(loss, nn.CrossEntropyLoss) and loss.weight is not None:
+        raise InputError(
+            "the cross-entropy weighs classes: its mean is none of its samples'; give "
+            "nn.CrossEntropyLoss() without weight, or a function that returns w[y] · ℓ of each "
+            "sample"
+        )
     if loss is None or isinstance(loss, SoftCrossEntropy | nn.CrossEntropyLoss):
         return ClassLoss(loss)
     return OtherLoss(loss)

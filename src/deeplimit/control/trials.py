@@ -16,7 +16,7 @@ from deeplimit._anatomy.evaluation import begun
 from deeplimit._anatomy.inputs import batch_of
 from deeplimit.control.batches import blame_inputs, first_part, part, tensors_in
 from deeplimit.control.cut_choice import Budget, CutChoice
-from deeplimit.control.losses import ClassLoss, SampleLoss
+from deeplimit.control.losses import ClassLoss, SampleLoss, check_losses
 from deeplimit.control.paired import mean_and_error
 from deeplimit.control.verdict import CONFIDENCE, FEW
 from deeplimit.control.verifying import latencies, multiply_adds
@@ -89,6 +89,7 @@ class Trials:
         self._outcomes: dict[frozenset[int], Outcome] = {}
         self.batch, targets = next(of.batches(structure, batches, NEED, shift=shift))
         own = self._run(structure)
+        check_losses(own[:, 0])
         # What puts the layers in order does not judge the cuts that follow from it as well: of
         # hundreds of cuts the ones that suit these samples come first.
         count = batch_of(self.batch)
@@ -324,7 +325,8 @@ class Spending:
         outcome = trials.outcome(removed)
         lost = outcome.lost + self._z * outcome.error
         risen = outcome.risen + self._z * outcome.risen_error
-        return (self.budget == "accuracy" and lost > self.limit) or risen > self._rise
+        # A cut whose loss is not a number loses.
+        return (self.budget == "accuracy" and lost > self.limit) or not risen <= self._rise
 
     def _fits(self, removed: Collection[int]) -> bool:
         if self.budget == "blocks":

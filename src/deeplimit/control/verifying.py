@@ -18,7 +18,7 @@ from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import device_of, evaluating
 from deeplimit._anatomy.inputs import batch_of
 from deeplimit.control.batches import blame_inputs, first_part
-from deeplimit.control.losses import ConstantAnswer, Loss, SampleLoss, sample_loss
+from deeplimit.control.losses import ConstantAnswer, Loss, SampleLoss, check_losses, sample_loss
 from deeplimit.control.paired import PairedAnswers, judge_losses, mean_and_error
 from deeplimit.control.tables import Shown, number, percent, table
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE
@@ -180,6 +180,7 @@ def _verified(
             answers.add(before, after, targets, texts)
             same += int(equal.sum())
     first, second = torch.cat(losses).unbind(1)
+    check_losses(first)
     count = len(first)
     # Each layer of one is as large as the other's, or they are not alike.
     alike = _forms(structure.model) == _forms(cropped.model)

@@ -193,6 +193,12 @@ def _resampled(
     if adding:
         check_rebuilt(read, new)
     if inner is not None:
+        # What stands around the blocks is the same in both, in the same order: names need not be,
+        # as those of what follows the blocks in an nn.Sequential.
+        held = {id(p) for block in blocks for p in block.parameters()}
+        before = [p for p in read.model.parameters() if id(p) not in held]
+        after = [p for p in new.parameters() if p not in origins]
+        origins |= {p: Origin(((q, ONE),)) for q, p in zip(before, after, strict=True)}
         carry_over(inner, read.model, new, origins)
     return new
 
