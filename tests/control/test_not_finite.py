@@ -25,7 +25,6 @@ def problem(spoilt: float | None = None) -> tuple[nn.Module, list[tuple[Tensor, 
 
 
 CALLS: dict[str, Callable[[nn.Module, Any, Any], object]] = {
-    "profile": lambda model, _, spoilt: turnpike_profile(model, spoilt, MSE),
     "choice": lambda model, clean, spoilt: choose_cut(
         model, turnpike_profile(model, clean, MSE), spoilt, loss=MSE, rise=0.01
     ),

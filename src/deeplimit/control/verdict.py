@@ -85,8 +85,8 @@ class Verdict(Shown):
             return f"Kept: {on} exclude {what} {asked}{of}; it is at most {most} (95 %)"
         if self.word == "lost":
             return (
-                f"Lost: {on} show {what} {asked}{of}, from {least} to {most} (95 %); heal it, or "
-                "cut less"
+                f"Lost: {on} show {what} {asked}{of}, from {least} to {most} (95 %); heal it, for "
+                "longer if it was, or cut less"
             )
         more = f"about {self.needed:,} samples would" if self.needed else "no number of them would"
         return (

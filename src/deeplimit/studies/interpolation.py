@@ -17,6 +17,8 @@ from deeplimit.training.models import of_transformers, save_network
 from deeplimit.training.results import Score
 from deeplimit.training.run_files import SUFFIX
 
+ROUNDING = 1e-6  # nats that a loss in single precision does not tell from none
+
 
 @dataclass(frozen=True)
 class Interpolation:
@@ -73,7 +75,9 @@ class Interpolation:
     @property
     def ratio(self) -> float | None:
         """The geodesic's barrier over the averages'; None without one, or where that is 0."""
-        return self.barrier / self.naive_barrier if self.naive_barrier else None
+        if self.naive_barrier is None or self.naive_barrier < ROUNDING:
+            return None
+        return self.barrier / self.naive_barrier
 
 
 def interpolate_runs(

@@ -333,6 +333,13 @@ class Recipe:
             f"stage_cost_layers is {self.stage_cost_layers}, but stage_cost is 0: no layer has a "
             "loss; leave it out, or give a stage_cost above 0",
         )
+        for option, forms in {"rise": ("text:",), "length": ("text:", "table:")}.items():
+            given = getattr(self, option)
+            yield (
+                given is not None and not self.data.startswith(forms),
+                f"{option} is {given}, but {self.data} is no text ({', '.join(forms)}…), to which "
+                f"it belongs; leave {option} out",
+            )
         yield (
             not 0 <= self.points < 50,
             f"points is {self.points:g}; expected from 0 to less than 50 points of accuracy, such "

@@ -149,6 +149,11 @@ class Elsewhere:
     def check(self, run: str, *, trust: bool) -> RunFolder | Recipe:
         """The run folder, or the recipe of one to be made for a model; nothing large is loaded."""
         if is_run(run):
+            there = Path(run)
+            if (there / "config.json").is_file() and not (there / "recipe.toml").exists():
+                raise InputError(
+                    f"{run} is the folder of a model, not of a run: write transformers:{run}"
+                )
             for field in fields(self):
                 if getattr(self, field.name) != field.default:
                     option = f"--{field.name.replace('_', '-')}"
