@@ -359,3 +359,50 @@ def test_a_planted_type_fork_is_found(fork: str, tmp_path: Path):
     (package / "x.py").write_text(header + plain + fork)
     (found,) = type_forks(package, model_classes(package))
     assert found.startswith(tuple(f"{package / 'x.py'}:{line}:" for line in (6, 7)))
+
+
+def file_imports(package: Path) -> dict[str, set[str]]:
+    """The files that each file imports, by their modules' names; those for annotations aside."""
+    files = {
+        ".".join(module_of(f, package)).removesuffix(".__init__"): f for f in package.rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for module, file in files.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If)]
+        aside = {
+            id(inner)
+            for block in blocks
+            if ast.unparse(block.test) == "TYPE_CHECKING"
+            for inner in ast.walk(block)
+        }
+        found[module] = set()
+        for node in ast.walk(tree):
+            if id(node) not in aside:
+                for source, name in imported(node, module_of(file, package)):
+                    target = f"{source}.{name}"
+                    found[module].add(target if target in files else source)
+        found[module] = (found[module] & files.keys()) - {module}
+    return found
+
+
+def circles(arrows: dict[str, set[str]]) -> set[str]:
+    """What is left after all that import nothing that is left, and all that nobody left imports."""
+    left = dict(arrows)
+    while True:
+        wanted = {target for module in left for target in left[module] & left.keys()}
+        kept = {m: to for m, to in left.items() if to & left.keys() and m in wanted}
+        if len(kept) == len(left):
+            return set(kept)
+        left = kept
+
+
+def test_files_import_one_another_in_no_circle(tmp_path: Path):
+    assert circles(file_imports(PACKAGE)) == set()
+    planted = tmp_path / "deeplimit" / "control"
+    planted.mkdir(parents=True)
+    (planted / "a.py").write_text("def f():\n    from deeplimit.control.b import g\n")
+    (planted / "b.py").write_text("from deeplimit.control import a\n")
+    (planted / "c.py").write_text("from deeplimit.control.a import f\n")
+    found = circles(file_imports(tmp_path / "deeplimit"))
+    assert found == {"deeplimit.control.a", "deeplimit.control.b"}

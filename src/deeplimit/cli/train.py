@@ -8,12 +8,11 @@ import tyro
 from tyro.conf import Positional, arg
 
 from deeplimit.cli.options import STYLE, documented, options_of, parsed
-from deeplimit.cli.verbs import VERBS, show
 from deeplimit.errors import InputError
 from deeplimit.training import Recipe, recipe_for
 from deeplimit.training.trust import Named
 from deeplimit.verbs import resume, train
-from deeplimit.verbs.answer import Trust
+from deeplimit.verbs.answer import Answer, Trust
 
 DEFAULT_DATA = "digits"
 
@@ -35,14 +34,12 @@ class Train(options_of(train)):  # type: ignore[misc]
     def __post_init__(self) -> None:
         """Checks nothing: the parser would put a box around what `Recipe` has to say."""
 
-    def __call__(self) -> None:
-        """Trains, or goes on training; then profiles, cuts, writes the page, prints the answer."""
+    def answer(self) -> Answer:
+        """Trains, or goes on training; then profiles, cuts and writes the page."""
         if self.resume is not None:
-            found = resume(self.resume, trust=self.trust)
-        else:
-            own = {field.name: getattr(self, field.name) for field in fields(Recipe)}
-            found = train(Recipe(**own), runs=self.runs, name=self.name)
-        show(VERBS["train"], found, json=self.json)
+            return resume(self.resume, trust=self.trust)
+        own = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        return train(Recipe(**own), runs=self.runs, name=self.name)
 
 
 def parse_train(args: list[str]) -> Train:

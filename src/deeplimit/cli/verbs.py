@@ -107,7 +107,8 @@ def _choose(verbs: dict[str, Verb], prog: str, description: str, args: list[str]
         if name == "train":
             from deeplimit.cli.train import parse_train
 
-            return parse_train(words)
+            made = parse_train(words)
+            return lambda: show(verbs[name], made.answer(), json=made.json)
         return _parse_options(verbs[name], f"{prog} {name}", words)
     from tyro.extras import SubcommandApp
 
