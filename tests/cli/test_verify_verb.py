@@ -89,3 +89,21 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         done = command("verify", place)
         assert done.code == 2
         assert "no recipe.toml in it" in done.err
+
+
+@pytest.mark.parametrize("spoil", ["cut off", "shorter", "recipe"])
+def test_what_cannot_be_read_is_not_accepted(run: Path, spoil: str) -> None:
+    """Who vouches for it would hear of it from the next verb."""
+    path = run / {"recipe": "recipe.toml", "cut off": "crop.json"}.get(spoil, "profile.json")
+    if spoil == "shorter":  # of one quantity alone: the profile would be of two networks
+        made = json.loads(path.read_text())
+        made["validation"]["loss"] = made["validation"]["loss"][:2]
+        path.write_text(json.dumps(made))
+    else:
+        path.write_text("{")
+    before = (run / "run.json").read_bytes()
+    done = command("verify", run, "--accept")
+    assert done.code == 2
+    (line,) = done.err.splitlines()
+    assert path.name in line
+    assert (run / "run.json").read_bytes() == before

@@ -314,7 +314,15 @@ def replace_horizon(made: TurnpikeProfile) -> TurnpikeProfile:
     """With a sixth layer."""
     longer = {
         name: (*getattr(made, name), getattr(made, name)[-1])
-        for name in ("loss", "accuracy", "distance", "loss_error", "accuracy_error", "influence")
+        for name in (
+            "loss",
+            "accuracy",
+            "distance",
+            "loss_error",
+            "accuracy_error",
+            "relative_update",
+            "influence",
+        )
     }
     return replace(made, **longer)
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load as naive_safetensors
 
-from deeplimit.control import TrajectoryPicture
+from deeplimit.control import TrajectoryPicture, TurnpikeProfile
 from deeplimit.data import Standardisation, load_dataset
 from deeplimit.data.idx import read_idx
 from deeplimit.data.images import ImageCache
@@ -83,7 +83,10 @@ def sample(hint: Any) -> Any:
         return {"a.weight": sample(inner[1]), "b": sample(inner[1])}
     if is_dataclass(hint):
         hints = get_type_hints(hint)
-        return hint(**{f.name: sample(hints[f.name]) for f in fields(hint)})  # type: ignore[operator]
+        values = {f.name: sample(hints[f.name]) for f in fields(hint)}
+        if hint is TurnpikeProfile:  # of layers there is one less than of states
+            values |= {name: values[name][1:] for name in ("relative_update", "influence")}
+        return hint(**values)  # type: ignore[operator]
     return {int: 3, float: 0.375, str: "some text", bool: True}[hint]
 
 

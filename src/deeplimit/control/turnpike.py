@@ -18,7 +18,7 @@ from deeplimit.control.verdict import (
     check_tolerance,
     range_of,
 )
-from deeplimit.errors import several
+from deeplimit.errors import InputError, several
 
 ACCURACY_TOLERANCE = 0.005
 TUBE = 0.2
@@ -81,6 +81,21 @@ class TurnpikeProfile(Shown):
     accuracy_error: tuple[float, ...]
     influence: tuple[float, ...] | None = None
     constant: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the lengths, which a file that was changed by hand may not have.
+
+        Raises:
+            InputError: values of other numbers of layers.
+        """
+        sizes = {"relative_update": self.horizon, "influence": self.horizon}
+        for name in ("accuracy", "distance", "loss_error", "accuracy_error", *sizes):
+            found, expected = getattr(self, name), sizes.get(name, len(self.loss))
+            if found and len(found) != expected:
+                raise InputError(
+                    f"{name} has {len(found)} values; expected {expected}, as loss has "
+                    f"{len(self.loss)}: measure the profile again"
+                )
 
     @property
     def horizon(self) -> int:

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from deeplimit.errors import InputError
+from deeplimit.records import read_record
 from deeplimit.training.checkpoint import checkpoint_problems
+from deeplimit.training.recipe import read_recipe
 from deeplimit.training.run_files import (
     COMMITTED,
     GROWING,
     RECIPE,
+    RUN_FILES,
     RunFiles,
     State,
     accept,
@@ -18,6 +21,7 @@ from deeplimit.training.run_files import (
     read_manifest,
     remedy,
 )
+from deeplimit.training.run_folder import result_kinds
 
 DAMAGED = "delete it; deeplimit train --resume {} goes on from the one before"
 
@@ -62,7 +66,8 @@ def verify_run(path: str | Path, *, accepting: bool = False) -> Verification:
         accepting: write run.json anew first, for the files as they are.
 
     Raises:
-        InputError: no run folder, or a damaged run.json in it.
+        InputError: no run folder, or a damaged run.json in it; to be accepted a recipe or a result
+            that cannot be read.
         RunError: run.json cannot be written.
     """
     folder = Path(path)
@@ -70,6 +75,7 @@ def verify_run(path: str | Path, *, accepting: bool = False) -> Verification:
     if not (folder / RECIPE).is_file():
         raise InputError(f"{path}: no {RECIPE} in it; expected a folder of `deeplimit train`")
     if accepting:
+        _check_readable(folder)
         accept(folder)
     manifest = read_manifest(folder)
     moved = [path.name for path in folder.glob(f"{COMMITTED}/*")]
@@ -87,3 +93,12 @@ def verify_run(path: str | Path, *, accepting: bool = False) -> Verification:
             what = f"{problem}; {DAMAGED.format(folder)}" if problem else ""
             checked.append(CheckedFile(name, "changed" if problem else "sound", what))
     return Verification(str(path), tuple(checked))
+
+
+def _check_readable(folder: Path) -> None:
+    """Reads recipe and results before somebody vouches for them."""
+    read_recipe(folder / RECIPE)
+    for stem, kind in result_kinds().items():
+        path = folder / f"{stem}.json"
+        if path.is_file():
+            read_record(kind, path, RUN_FILES[stem].remedy.format(folder))
