@@ -145,7 +145,10 @@ def test_random_weights_are_not_measured(verb: str, place: Path, tmp_path: Path)
     ("args", "says"),
     [
         (["crop", "--to", "9"], "a cut to 9 layers; the network has 3"),
-        (["crop", "--multiply-adds", "7"], "a fraction of 7 of the multiply-adds"),
+        (
+            ["crop", "--multiply-adds", "7"],
+            "--multiply-adds is 7.0; expected a number above 0 to 1",
+        ),
         (["heal", "--epochs", "0"], "epochs is 0; expected at least 1"),
         (["heal", "--fade", "2"], "fade is 2"),
     ],
@@ -225,7 +228,7 @@ def test_a_model_wants_data_and_a_run_has_its_own(
         (["--resume"], "no healing was stopped; start one"),
         (["--resume", "--epochs", "3"], "--epochs and --resume given"),
         (["--epochs", "0"], "epochs is 0"),
-        (["--teacher-weight", "7"], "teacher_weight is 7.0; expected a number from 0 to 1"),
+        (["--teacher-weight", "7"], "--teacher-weight is 7.0; expected a number from 0 to 1"),
     ],
 )
 def test_a_healing_that_cannot_be(args: list[str], says: str, run: Path) -> None:

@@ -266,8 +266,11 @@ WRONG = [
     (["interpolate", "first", "seed"], "differ in head.weight, head.bias, which no particles are"),
     (["interpolate", "first", "tanh"], "networks of one state dimension and activation"),
     (["interpolate", "first", "seed", "--points", "1"], "points is 1; expected at least 2"),
-    (["interpolate", "first", "seed", "--save", "1.5", "--name", "x"], "save is 1.5; expected a t"),
-    (["interpolate", "first", "seed", "--save", "0.5"], "save and name go together"),
+    (
+        ["interpolate", "first", "seed", "--save", "1.5", "--name", "x"],
+        "--save is 1.5; expected a number from 0 to 1",
+    ),
+    (["interpolate", "first", "seed", "--save", "0.5"], "--save and --name go together"),
     (
         ["interpolate", "first", "seed", "--save", "0", "--name", "no/x.safetensors"],
         "name is no/x.safetensors: there is no folder no",
@@ -280,8 +283,11 @@ WRONG = [
     (["interpolate", "first", "seed", "--align", "--frame", "equal"], "align turns the second"),
     (["interpolate", "first", "spirals"], "trained on different data, digits and spirals"),
     (["merge", "first", "spirals"], "trained on different data, digits and spirals"),
-    (["merge", "first", "seed", "--width", "0"], "width is 0; expected a whole number ≥ 1"),
-    (["merge", "first", "seed", "--weights", "1"], "weights [1.0] given for 2 networks"),
+    (["merge", "first", "seed", "--width", "0"], "--width is 0; expected at least 1"),
+    (
+        ["merge", "first", "seed", "--weights", "1"],
+        "--weights has 1 numbers; expected 2, one a run",
+    ),
     (["merge", "first", "linear"], "linear: "),
 ]
 

@@ -125,7 +125,14 @@ def test_resume_and_recipe(stopped: Path) -> None:
 
 @pytest.mark.parametrize("points", ["-1", "50", "nan"])
 def test_points_that_cannot_be_lost(points: str, run: Path) -> None:
-    refused("crop", run, "--points", points, says=(f"{points} points", "less than 50"), folder=run)
+    refused(
+        "crop",
+        run,
+        "--points",
+        points,
+        says=(f"--points is {float(points)}; expected a number from 0 to less than 50",),
+        folder=run,
+    )
 
 
 @pytest.mark.slow
@@ -133,9 +140,9 @@ def test_points_that_cannot_be_lost(points: str, run: Path) -> None:
     ("args", "says"),
     [
         (["--blocks", "4"], ("4 blocks", "the model has 3", "1 … 3")),
-        (["--blocks", "0"], ("0 blocks", "1 … 3")),
-        (["--multiply-adds", "1.5"], ("1.5 of the multiply-adds", "up to 1")),
-        (["--latency", "nan"], ("nan of the latency", "above 0")),
+        (["--blocks", "0"], ("--blocks is 0; expected at least 1",)),
+        (["--multiply-adds", "1.5"], ("--multiply-adds is 1.5; expected a number above 0 to 1",)),
+        (["--latency", "nan"], ("--latency is nan; expected a number above 0 to 1",)),
         (["--multiply-adds", "0.0001"], ("cannot reach", "larger budget")),
         (["--blocks", "2", "--latency", "0.5"], ("--blocks and --latency", "give one")),
         (["--to", "2", "--points", "0.1"], ("--to and --points", "give one")),

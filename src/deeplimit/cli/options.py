@@ -14,6 +14,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from typing_extensions import Doc
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
+from deeplimit.verbs.answer import Within
+
 # No --no-json beside --json, and no way to spell out None: leave the option out.
 STYLE = (FlagCreatePairsOff, DisallowNone)
 HIDDEN = ("tell", "quiet")
@@ -47,6 +49,7 @@ def options_of(function: Callable[..., Any]) -> type[Any]:
 
 def call(function: Callable[..., Any], options: Any, hidden: Mapping[str, Any]) -> Any:
     """Calls a function with what was parsed, and what of `hidden` it takes."""
+    check_numbers(function, options)
     hints = get_type_hints(function)
     given = {}
     for name in inspect.signature(function).parameters:
@@ -59,6 +62,16 @@ def call(function: Callable[..., Any], options: Any, hidden: Mapping[str, Any]) 
         elif name in hidden:
             given[name] = hidden[name]
     return function(**given)
+
+
+def check_numbers(function: Callable[..., Any], options: Any) -> None:
+    """Raises InputError for a number that is not within what its annotation says."""
+    for name, hint in get_type_hints(function, include_extras=True).items():
+        value = getattr(options, name, None)
+        for note in get_args(hint)[1:] if get_origin(hint) is Annotated else ():
+            if isinstance(note, Within) and value is not None:
+                for number in value if isinstance(value, tuple) else (value,):
+                    note.check(f"--{name.replace('_', '-')}", number)
 
 
 def documented(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:

@@ -7,7 +7,7 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, did_you_mean
 
 Command = Callable[[], None]
 
@@ -110,9 +110,14 @@ def _choose(verbs: dict[str, Verb], prog: str, description: str, args: list[str]
             made = parse_train(words)
             return lambda: show(verbs[name], made.answer(), json=made.json)
         return _parse_options(verbs[name], f"{prog} {name}", words)
+    if args and not args[0].startswith("-"):
+        raise InputError(
+            f"{prog} has no verb {args[0]!r}{did_you_mean(args[0], verbs)}; expected one of "
+            f"{', '.join(verbs)}: {prog} --help says what each does"
+        )
     from tyro.extras import SubcommandApp
 
-    listing = SubcommandApp()  # for --help, and to say what is wrong with the verb
+    listing = SubcommandApp()  # for --help, and to say what is wrong with an option
     for name, verb in verbs.items():
         listing.command(name=name, help=verb.summary)(lambda: None)
     listing.cli(prog=prog, description=description, args=args)

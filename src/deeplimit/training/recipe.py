@@ -370,6 +370,8 @@ def read_recipe(path: Path, *, trust: bool = False) -> tuple[Recipe, tuple[str, 
     Raises:
         InputError: as `Recipe.from_toml`.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, expected a recipe.toml: give {path / 'recipe.toml'}")
     tables = read_toml(path, "correct or replace it")
     try:
         if tables.get("format") != FORMAT:

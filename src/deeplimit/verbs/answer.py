@@ -1,5 +1,6 @@
 """What a verb returns, what the verbs for a trained network are given, and the page of a run."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from deeplimit.errors import InputError
 from deeplimit.rank import is_first_process
 from deeplimit.training import Recipe, RunFolder, recipe_for
 from deeplimit.training.names import check_recipe
+from deeplimit.training.recipe import LARGEST_SEED
 from deeplimit.training.trust import is_run
 
 if TYPE_CHECKING:
@@ -45,6 +47,40 @@ Trust = Annotated[
         "are is said first. See docs/trust.md."
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Within:
+    """Numbers that an option may have: it is refused before anything large is imported.
+
+    Attributes:
+        least, most: the ends, which belong to them.
+        above: whether the least itself is none of them; `below` likewise.
+    """
+
+    least: int | float
+    most: int | float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def check(self, name: str, value: int | float) -> None:
+        """Raises InputError for another number."""
+        low = self.least < value if self.above else self.least <= value
+        high = value < self.most if self.below else value <= self.most
+        if not (low and high):
+            raise InputError(f"{name} is {value}; expected {self}")
+
+    def __str__(self) -> str:
+        """What is expected, in words."""
+        if math.isinf(self.most):
+            return f"{'a number >' if self.above else 'at least'} {self.least}"
+        start = f"a number {'above' if self.above else 'from'} {self.least}"
+        return f"{start} {'to less than' if self.below else 'to'} {self.most}"
+
+
+COUNT, POSITIVE, PART = Within(1), Within(0, above=True), Within(0, 1)
+FRACTION = Within(0, 1, above=True)
+Seed = Annotated[int, Within(0, LARGEST_SEED)]
 
 
 def silent(message: str, done: float) -> None:

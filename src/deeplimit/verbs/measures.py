@@ -1,11 +1,25 @@
 """Verbs on several networks as measures: distances, what lies between, what they have in common."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+from deeplimit.errors import InputError
 from deeplimit.training import RunFolder
 from deeplimit.training.names import check_spec
-from deeplimit.verbs.answer import Answer, Figure, Progress, Trust, check_figure, renew_page, silent
+from deeplimit.verbs.answer import (
+    COUNT,
+    PART,
+    Answer,
+    Figure,
+    Progress,
+    Seed,
+    Trust,
+    Within,
+    check_figure,
+    renew_page,
+    silent,
+)
 
 Frame = Literal["equal", "interpolate"] | None
 
@@ -14,7 +28,7 @@ def compare(
     runs: Annotated[tuple[str, ...], "RUN|MODEL"],
     *,
     sinkhorn: Annotated[float | None, "EPS"] = None,
-    seed: int = 0,
+    seed: Seed = 0,
     figure: Figure = None,
     trust: Trust = False,
     tell: Progress = silent,
@@ -37,6 +51,7 @@ def compare(
             figures to the .json file beside it.
     """
     check_figure(figure)
+    check_several(runs)
     for run in runs:
         check_spec(run, trust=trust)
     from deeplimit.studies import compare_runs
@@ -56,10 +71,10 @@ def interpolate(
     first: Annotated[Path, "RUN_A"],
     second: Annotated[Path, "RUN_B"],
     *,
-    points: Annotated[int, "K"] = 11,
+    points: Annotated[int, "K", Within(2)] = 11,
     frame: Frame = None,
     align: bool = False,
-    save: Annotated[float | None, "T"] = None,
+    save: Annotated[float | None, "T", PART] = None,
     name: Annotated[str | None, "NAME"] = None,
     figure: Figure = None,
     trust: Trust = False,
@@ -92,6 +107,8 @@ def interpolate(
     from deeplimit.training.new_folder import check_beside
 
     check_figure(figure)
+    if (save is None) != (name is None):
+        raise InputError("--save and --name go together: at which t, and where the network goes")
     if figure is None and first.is_dir():
         check_beside(first)
     for run in (first, second):
@@ -128,8 +145,8 @@ def interpolate(
 def merge(
     runs: Annotated[tuple[Path, ...], "RUN"],
     *,
-    weights: Annotated[tuple[float, ...], "W"] = (),
-    width: Annotated[int | None, "M"] = None,
+    weights: Annotated[tuple[float, ...], "W", PART] = (),
+    width: Annotated[int | None, "M", COUNT] = None,
     frame: Frame = None,
     align: bool = False,
     name: Annotated[str, "NAME"] = "merged",
@@ -154,6 +171,9 @@ def merge(
         align: Take all networks in the basis of the first one's residual stream, as in interpolate.
         name: The new run folder's name.
     """
+    check_several(runs)
+    if weights and len(weights) != len(runs):
+        raise InputError(f"--weights has {len(weights)} numbers; expected {len(runs)}, one a run")
     for run in runs:
         RunFolder.open(run, trust=trust)
     from deeplimit.studies import merge_runs
@@ -173,3 +193,9 @@ def merge(
         profile_run(new)
         page = renew_page(new)
     return Answer(found, (page,))
+
+
+def check_several(runs: Sequence[object]) -> None:
+    """Raises InputError unless there are two runs or more."""
+    if len(runs) < 2:
+        raise InputError(f"expected two runs or more, got {len(runs)}")

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from deeplimit.errors import InputError
 from deeplimit.training import RunFolder
 from deeplimit.training.names import check_spec
-from deeplimit.training.recipe import check_seed
 from deeplimit.verbs.answer import (
+    COUNT,
+    POSITIVE,
     Answer,
     Figure,
     Model,
     Progress,
+    Seed,
     Shape,
     Trust,
     check_figure,
@@ -35,14 +37,14 @@ SAMPLES = 32  # that the distance to the Neural ODE is measured on
 def gradient(
     model: Model,
     *,
-    batch: Annotated[int | None, "N"] = None,
+    batch: Annotated[int | None, "N", COUNT] = None,
     shape: Shape = None,
-    length: Annotated[int | None, "L"] = None,
-    evaluations: Annotated[int, "E"] = 2,
-    tolerance: float = 0.01,
-    steps: int = 5,
+    length: Annotated[int | None, "L", COUNT] = None,
+    evaluations: Annotated[int, "E", COUNT] = 2,
+    tolerance: Annotated[float, POSITIVE] = 0.01,
+    steps: Annotated[int, COUNT] = 5,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    seed: int = 0,
+    seed: Seed = 0,
     figure: Figure = None,
     trust: Trust = False,
     tell: Progress = silent,
@@ -75,7 +77,6 @@ def gradient(
             RUN/gradient.html.
     """
     check_spec(model, trust=trust)
-    check_seed(seed)
     check_figure(figure)
     sizes = _sizes(shape)
     from deeplimit.studies import measure_gradient_cost
@@ -127,12 +128,12 @@ def ode(
     interpolation: Literal["linear", "constant"] = "linear",
     bound: bool = True,
     solver: Annotated[str | None, "SOLVER"] = None,
-    steps: Annotated[tuple[int, ...], "K"] = (),
-    tolerance: float | None = None,
+    steps: Annotated[tuple[int, ...], "K", COUNT] = (),
+    tolerance: Annotated[float | None, POSITIVE] = None,
     batch: Annotated[int | None, "N"] = None,
     shape: Shape = None,
     length: Annotated[int | None, "L"] = None,
-    seed: int = 0,
+    seed: Seed = 0,
     figure: Figure = None,
     trust: Trust = False,
     tell: Progress = silent,
@@ -166,7 +167,6 @@ def ode(
     if batch is not None and batch < 1:
         raise InputError(f"batch is {batch}; expected at least 1")
     check_spec(model, trust=trust)
-    check_seed(seed)
     sizes = _sizes(shape)
     from deeplimit.ode import depth_limit
     from deeplimit.ode.solvers import TOLERANCE

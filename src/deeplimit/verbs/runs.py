@@ -11,7 +11,20 @@ from deeplimit.errors import InputError, RunError
 from deeplimit.training import Recipe, RunFolder
 from deeplimit.training.names import check_recipe, check_runs
 from deeplimit.training.run_files import RECIPE
-from deeplimit.verbs.answer import Answer, Elsewhere, Run, Trust, renew_page, show
+from deeplimit.verbs.answer import (
+    COUNT,
+    FRACTION,
+    PART,
+    POSITIVE,
+    Answer,
+    Elsewhere,
+    Run,
+    Seed,
+    Trust,
+    Within,
+    renew_page,
+    show,
+)
 
 if TYPE_CHECKING:
     from deeplimit.training.verifying import Verification
@@ -85,7 +98,7 @@ def _finished(folder: RunFolder, *, quiet: bool) -> Answer:
     return show(folder)
 
 
-def demo(*, seed: int = 0, runs: Annotated[Path, "DIR"] = Path("runs")) -> Answer:
+def demo(*, seed: Seed = 0, runs: Annotated[Path, "DIR"] = Path("runs")) -> Answer:
     """Show all of it on scikit-learn's digits, within a minute.
 
     Trains 20 layers with a stage cost, measures the turnpike, cuts to the depth that is enough. As
@@ -138,11 +151,11 @@ def crop(
     of: Elsewhere = Elsewhere(),
     *,
     to: Annotated[int | Literal["auto"], "K|auto"] = "auto",
-    points: Annotated[float | None, "P"] = None,
-    rise: Annotated[float | None, "NATS"] = None,
-    blocks: Annotated[int | None, "K"] = None,
-    multiply_adds: Annotated[float | None, "F"] = None,
-    latency: Annotated[float | None, "F"] = None,
+    points: Annotated[float | None, "P", Within(0, 50, below=True)] = None,
+    rise: Annotated[float | None, "NATS", Within(0)] = None,
+    blocks: Annotated[int | None, "K", COUNT] = None,
+    multiply_adds: Annotated[float | None, "F", FRACTION] = None,
+    latency: Annotated[float | None, "F", FRACTION] = None,
     bridge: bool = False,
     trust: Trust = False,
 ) -> Answer:
@@ -201,12 +214,12 @@ def heal(
     run: Source,
     of: Elsewhere = Elsewhere(),
     *,
-    epochs: int = 1,
-    learning_rate: float | None = None,
+    epochs: Annotated[int, COUNT] = 1,
+    learning_rate: Annotated[float | None, POSITIVE] = None,
     teacher: Literal["full", "beside", "none"] = "full",
-    teacher_weight: Annotated[float, "W"] = 0.5,
-    fade: float | None = None,
-    temperature: float = 2.0,
+    teacher_weight: Annotated[float, "W", PART] = 0.5,
+    fade: Annotated[float | None, PART] = None,
+    temperature: Annotated[float, POSITIVE] = 2.0,
     resume: bool = False,
     trust: Trust = False,
     quiet: bool = False,
@@ -261,9 +274,8 @@ def heal(
     from deeplimit.training import crop_run, heal_run
     from deeplimit.training.healing import check_healing
 
-    check_healing(
-        epochs, teacher_weight, temperature, fade or 0.0
-    )  # before a model gets a run folder
+    # Before a model gets a run folder, who calls from Python too.
+    check_healing(epochs, teacher_weight, temperature, fade or 0.0)
     folder = of.folder(str(run), trust=trust)
     if of.data is not None:  # a run made just now
         crop_run(folder)
@@ -276,9 +288,9 @@ def heal(
 def refine(
     run: Run,
     *,
-    factor: Annotated[int, "M"] = 2,
-    epochs: int = 0,
-    learning_rate: float | None = None,
+    factor: Annotated[int, "M", COUNT] = 2,
+    epochs: Annotated[int, Within(0)] = 0,
+    learning_rate: Annotated[float | None, POSITIVE] = None,
     name: Annotated[str | None, "NAME"] = None,
     trust: Trust = False,
     quiet: bool = False,
@@ -330,7 +342,8 @@ def verify(run: Run, *, accept: bool = False) -> Answer:
         accept: Vouch for the files as they are now: that you changed, or whose run.json was lost.
     """
     if not (Path(run) / RECIPE).is_file():
-        raise InputError(f"{run}: no {RECIPE} in it; expected a folder of `deeplimit train`")
+        what = f"no {RECIPE} in it" if Path(run).is_dir() else "no such folder"
+        raise InputError(f"{run}: {what}; expected a folder of `deeplimit train`")
     from deeplimit.training.verifying import verify_run
 
     found = verify_run(Path(run), accepting=accept)
