@@ -68,16 +68,4 @@ __all__ = [
     "verify_crop",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "control": "SoftCrossEntropy StageCost choose_cut crop dissipativity turnpike_profile "
-        "verify_crop",
-        "gradient": "drift gradient_error plan_anchors use_adjoint use_backprop",
-        "meanfield": "LayerwiseMeasure certify_convergence cot_distance cot_geodesic particle_flow",
-        "network": "Euler Heun ResidualChain anatomy",
-        "ode": "coarsen discretization_gap refine smoothness tie untie",
-        "training": "heal",
-    },
-    {"convergence_certificate": "certify_convergence"},
-)
+__getattr__, __dir__ = lazy(__name__, {"convergence_certificate": "certify_convergence"})

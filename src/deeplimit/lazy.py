@@ -1,28 +1,38 @@
 """Rooms import a public name when it is asked for: nothing waits for what it does not use."""
 
+import ast
 import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from deeplimit.extras import missing
 
 
 def lazy(
-    room: str, files: Mapping[str, str], old: Mapping[str, str] | None = None
+    room: str, old: Mapping[str, str] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Makes `__getattr__` and `__dir__` of a room's `__init__`.
 
+    They import the names that stand in its block `if TYPE_CHECKING:`, each from the file named
+    there.
+
     Args:
         room: its `__name__`.
-        files: the names that each of its files brings, separated by blanks.
         old: names that were public once, and what they are called now.
 
     Raises:
         MissingExtra: `__getattr__`, where a name needs a library of an extra that is not installed.
     """
-    places = {name: file for file, names in files.items() for name in names.split()}
+    source = cast(Any, sys.modules[room].__spec__).loader.get_source(room)
+    imports = next(node.body for node in ast.parse(source).body if isinstance(node, ast.If))
+    places = {
+        name.name: node.module
+        for node in imports
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
     old = old or {}
 
     def get(name: str) -> Any:
@@ -36,7 +46,7 @@ def lazy(
                 stacklevel=2,
             )
         try:
-            return pkgutil.resolve_name(f"{room}.{places[new]}:{new}")
+            return pkgutil.resolve_name(f"{places[new]}:{new}")
         except ModuleNotFoundError as error:
             refusal = missing(error)
             if refusal is None:

@@ -42,23 +42,4 @@ __all__ = [
     "verify_crop",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "_dissipativity": "DissipativityReport dissipativity",
-        "bridge": "Bridge bridge_of",
-        "choosing": "choose_cut",
-        "cropping": "crop layers_to_remove",
-        "cut_choice": "CutChoice",
-        "distillation": "Distillation",
-        "fading": "Fading",
-        "profiling": "turnpike_profile",
-        "projection": "TrajectoryPicture picture_trajectories",
-        "soft_cross_entropy": "SoftCrossEntropy",
-        "stage_cost": "StageCost",
-        "turnpike": "TurnpikeProfile",
-        "verdict": "Verdict",
-        "verifying": "CropResult verify_crop",
-    },
-    {"CropReport": "CropResult", "removal": "layers_to_remove"},
-)
+__getattr__, __dir__ = lazy(__name__, {"CropReport": "CropResult", "removal": "layers_to_remove"})

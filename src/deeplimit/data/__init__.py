@@ -11,12 +11,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Augmentation", "DataSet", "Split", "Standardisation", "iter_batches", "load_dataset"]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "dataset": "DataSet Split Standardisation",
-        "iteration": "Augmentation iter_batches",
-        "registry": "load_dataset",
-    },
-    {"batches": "iter_batches", "load": "load_dataset"},
-)
+__getattr__, __dir__ = lazy(__name__, {"batches": "iter_batches", "load": "load_dataset"})

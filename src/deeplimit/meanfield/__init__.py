@@ -40,17 +40,4 @@ __all__ = [
     "widen",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "alignment": "align_streams",
-        "convergence": "ConvergenceCertificate ConvergenceRecorder certify_convergence",
-        "flow": "ParticleFlow particle_flow slope",
-        "geodesic": "Merged cot_geodesic merge",
-        "kernel": "FeatureKernel feature_kernel",
-        "measure": "LayerwiseMeasure",
-        "transport": "CotDistance Plan cot_distance",
-        "width": "Narrowed narrow widen",
-    },
-    {"convergence_certificate": "certify_convergence"},
-)
+__getattr__, __dir__ = lazy(__name__, {"convergence_certificate": "certify_convergence"})

@@ -1,6 +1,8 @@
 """What a residual network is: chains, schemes, residual functions, classifiers, anatomy."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from deeplimit.lazy import lazy
 
 if TYPE_CHECKING:
     from deeplimit._anatomy import Anatomy, anatomy, register
@@ -33,17 +35,4 @@ __all__ = [
     "smooth_start",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name on first use: the vocabulary of shapes needs no torch."""
-    if name in __all__:
-        from deeplimit._anatomy import chain, registry
-        from deeplimit.network import blocks, cifar_resnet, classifiers, initialisation, storage
-
-        files = (registry, chain, blocks, cifar_resnet, classifiers, initialisation, storage)
-        return next(getattr(file, name) for file in files if hasattr(file, name))
-    raise AttributeError(f"module 'deeplimit.network' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__getattr__, __dir__ = lazy(__name__)

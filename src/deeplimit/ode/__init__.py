@@ -30,15 +30,4 @@ __all__ = [
     "with_solver",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "_smoothness": "Smoothness StageSmoothness smoothness",
-        "depth": "coarsen refine",
-        "discretization": "DiscretizationGap discretization_gap",
-        "limit": "ControlCurves DepthLimit depth_limit",
-        "solvers": "SolverAccuracy solver_accuracies with_solver",
-        "tying": "tie untie",
-    },
-    {"solved": "with_solver"},
-)
+__getattr__, __dir__ = lazy(__name__, {"solved": "with_solver"})

@@ -53,16 +53,4 @@ __all__ = [
     "write_page",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "console": "crop_summary healing_summary profile_table refinement_summary",
-        "gradient_cost": "gradient_answer gradient_cost_figure gradient_summary",
-        "page": "render_page write_page",
-        "rates": "rates_figure",
-        "states": "trajectory_figure",
-        "training": "training_figure",
-        "turnpike": "accuracy_figure class_figure distance_figure influence_figure loss_figure "
-        "update_figure",
-    },
-)
+__getattr__, __dir__ = lazy(__name__)

@@ -53,19 +53,4 @@ __all__ = [
     "study_smooth",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "comparison": "Comparison compare_runs",
-        "consistency": "ConsistencyStudy study_consistency",
-        "convergence": "ConvergenceStudy study_convergence",
-        "gradient_cost": "GradientCost measure_gradient_cost",
-        "gradient_methods": "MethodCost",
-        "horizon": "HorizonRuns HorizonStudy demo_recipe horizon_recipe run_demo study_horizon",
-        "interpolation": "Interpolation interpolate_runs",
-        "linear": "LinearStudy study_linear",
-        "merging": "MergedRuns merge_runs",
-        "rates": "Family Rate",
-        "smooth": "SmoothStudy study_smooth",
-    },
-)
+__getattr__, __dir__ = lazy(__name__)

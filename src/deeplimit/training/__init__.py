@@ -55,21 +55,4 @@ __all__ = [
     "train",
 ]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "analysis": "complete crop_run profile_run",
-        "building": "build_model load_data loss_of run_data",
-        "defaults": "recipe_for",
-        "example_batch": "Example BatchRequest example",
-        "fit": "resume train",
-        "healing": "heal heal_run resume_heal",
-        "given_model": "load_model",
-        "library_models": "LoadedModel",
-        "recipe": "Recipe",
-        "refining": "refine_run",
-        "results": "Cut Healing Profiles Reference Refinement RunResults",
-        "run_folder": "RunFolder",
-    },
-    {"Wish": "BatchRequest"},
-)
+__getattr__, __dir__ = lazy(__name__, {"Wish": "BatchRequest"})
