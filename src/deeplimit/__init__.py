@@ -7,11 +7,14 @@ from deeplimit.lazy import lazy
 
 if TYPE_CHECKING:
     from deeplimit.control import (
+        EarlyExit,
         SoftCrossEntropy,
         StageCost,
+        at_depth,
         choose_cut,
         crop,
         dissipativity,
+        exit_depths,
         turnpike_profile,
         verify_crop,
     )
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "EarlyExit",
     "Euler",
     "Heun",
     "InputError",
@@ -45,6 +49,7 @@ __all__ = [
     "SoftCrossEntropy",
     "StageCost",
     "anatomy",
+    "at_depth",
     "certify_convergence",
     "choose_cut",
     "coarsen",
@@ -54,6 +59,7 @@ __all__ = [
     "discretization_gap",
     "dissipativity",
     "drift",
+    "exit_depths",
     "gradient_error",
     "heal",
     "particle_flow",

@@ -120,6 +120,17 @@ class Anatomy(ABC):
     def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """A state of `stage` in the shape of stage + 1, through the shortcut alone."""
 
+    def passing(
+        self, first: int, x: Tensor | None, last: int
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Runs layers first … last − 1 alone in each forward of the model inside; collects x_last.
+
+        What enters layer `first` is x, a state for each sample of the inputs that the model is
+        called with; None is the model's own, with `first` 0. What follows the layers reads x_last,
+        so that the model returns z_last in the form of its own answer.
+        """
+        raise InputError(f"{type(self).__name__} does not say how some of its layers are run")
+
     def past(self, n: int) -> Callable[[Tensor], Tensor]:
         """What takes a state past layer n as if the layer did nothing."""
         return _itself

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -13,6 +13,7 @@ from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
 from deeplimit._anatomy.chain import ResidualChain
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
 from deeplimit._anatomy.stack import Stack
+from deeplimit._anatomy.stand_ins import standing_in
 
 
 def chain_with(chain: ResidualChain, stack: Stack) -> ResidualChain:
@@ -108,6 +109,27 @@ class ChainAnatomy(Anatomy):
                 paid.append(exits.enter_context(charged))
             yield collected
             collected += [c for costs in paid for c in costs]
+
+    @contextmanager
+    def passing(self, first: int, x: Tensor | None, last: int) -> Iterator[list[Tensor]]:
+        """Some of the chains' steps."""
+        left: list[Tensor] = []
+
+        def run(stack: Stack, chain: ResidualChain, state: Tensor) -> Tensor:
+            for n in range(stack.first, stack.first + stack.horizon):
+                if n == first and x is not None:
+                    state = x
+                if n == last:
+                    left.append(state)
+                if first <= n < last:
+                    state = cast(Tensor, chain.run_step(n - stack.first, state))
+            if last == self.horizon and stack.index == self.stages - 1:
+                left.append(state)
+            return state
+
+        pairs = zip(self.stacks, self._chains, strict=True)
+        with standing_in({chain: partial(run, stack, chain) for stack, chain in pairs}):
+            yield left
 
     def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Through the projection behind the stage."""

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, SupportsIndex, cast
@@ -22,6 +22,7 @@ from deeplimit._anatomy.inputs import (
     placed,
 )
 from deeplimit._anatomy.other_depths import check_kept, with_times
+from deeplimit._anatomy.passage import passing
 from deeplimit._anatomy.probing import HeadProbe, alike, check_answer, small_part, watched
 from deeplimit._anatomy.rebuilding import check_rebuilt
 from deeplimit._anatomy.stacks import beside, find_blocks
@@ -241,6 +242,12 @@ class ReadModel(Anatomy):
         if last.shortcut is not None:
             return last.shortcut(x)
         return self._injected({stage: x}, self._driver(inputs), read=stage + 1)
+
+    def passing(
+        self, first: int, x: Tensor | None, last: int
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Some of the blocks; the others are bypassed."""
+        return passing(self._blocks, first, x, last)
 
     def past(self, n: int) -> Callable[[Tensor], Tensor]:
         """The shortcut of a block that changes the shape, else the state itself."""

@@ -59,13 +59,18 @@ class MethodStandIn:
             vars(self.block)[self.name] = self.original
 
 
+def own_call(module: nn.Module) -> StandIn:
+    """What a call of a module runs, whatever stands in for it from now on."""
+    return vars(module).get(PLACE) or module._call_impl  # noqa: SLF001
+
+
 def in_turn(module: nn.Module, functions: Sequence[StandIn | None]) -> StandIn:
     """A stand-in for a module that is called several times: one function a call, again and again.
 
     None leaves a call to the module.
     """
     calls = 0
-    own = vars(module).get(PLACE) or module._call_impl  # noqa: SLF001
+    own = own_call(module)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls

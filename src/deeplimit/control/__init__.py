@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from deeplimit.control.cropping import crop, layers_to_remove
     from deeplimit.control.cut_choice import CutChoice
     from deeplimit.control.distillation import Distillation
+    from deeplimit.control.early_exit import EarlyExit, at_depth
+    from deeplimit.control.exit_choice import ExitChoice, exit_depths
     from deeplimit.control.fading import Fading
     from deeplimit.control.profiling import turnpike_profile
     from deeplimit.control.projection import TrajectoryPicture, picture_trajectories
@@ -26,16 +28,20 @@ __all__ = [
     "CutChoice",
     "DissipativityReport",
     "Distillation",
+    "EarlyExit",
+    "ExitChoice",
     "Fading",
     "SoftCrossEntropy",
     "StageCost",
     "TrajectoryPicture",
     "TurnpikeProfile",
     "Verdict",
+    "at_depth",
     "bridge_of",
     "choose_cut",
     "crop",
     "dissipativity",
+    "exit_depths",
     "layers_to_remove",
     "picture_trajectories",
     "turnpike_profile",

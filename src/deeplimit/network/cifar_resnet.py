@@ -7,6 +7,7 @@ load as they are (the layout of pytorch_resnet_cifar10).
 import copy
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.anatomy import Anatomy, Layer, StateHook
 from deeplimit._anatomy.evaluation import Inputs
+from deeplimit._anatomy.passage import passing
 from deeplimit._anatomy.registry import register
+from deeplimit._anatomy.stacks import Block
 from deeplimit.errors import InputError
 from deeplimit.network.shape import check_shape
 from deeplimit.network.weights import read_safetensors
@@ -235,6 +238,17 @@ class CifarResNetAnatomy(Anatomy):
         ]
         last = self.model.stages[-1]
         return [*handles, last.register_forward_hook(lambda _, __, y: hook(horizon, y))]
+
+    def passing(
+        self, first: int, x: Tensor | None, last: int
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Some of the blocks; in place of the others stand their shortcuts."""
+        blocks = [
+            Block(block, block, layer.stage, lambda x: x, cast(BasicBlock, block).shortcut)
+            for layer in self.layers
+            for block in layer.controls
+        ]
+        return passing(blocks, first, x, last)
 
     def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Option A: every second pixel, padded with zero channels."""
