@@ -13,12 +13,15 @@ pytestmark = pytest.mark.slow
 
 NAMES = (
     "Distillation",
+    "EarlyExit",
     "Fading",
     "SoftCrossEntropy",
     "StageCost",
+    "at_depth",
     "choose_cut",
     "crop",
     "dissipativity",
+    "exit_depths",
     "picture_trajectories",
     "turnpike_profile",
     "verify_crop",
@@ -30,7 +33,7 @@ def test_an_example_runs(name: str) -> None:
     family = sample("vector")
     known = {name: getattr(control, name) for name in control.__all__}
     loader = [(family.x, family.y)] * 6
-    known |= {"torch": torch, "anatomy": deeplimit.anatomy, "loader": loader}
+    known |= {"torch": torch, "anatomy": deeplimit.anatomy, "loader": loader, "x": family.x}
     known["model"] = family.model.eval()
     example = doctest.DocTestParser().get_doctest(known[name].__doc__, known, name, None, 0)
     assert example.examples
