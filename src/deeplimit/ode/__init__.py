@@ -6,11 +6,10 @@ from deeplimit.lazy import lazy
 
 if TYPE_CHECKING:
     from deeplimit.ode._smoothness import Smoothness, StageSmoothness, smoothness
-    from deeplimit.ode.depth import coarsen, refine
+    from deeplimit.ode.depth import coarsen, refine, tie, untie
     from deeplimit.ode.discretization import DiscretizationGap, discretization_gap
     from deeplimit.ode.limit import ControlCurves, DepthLimit, depth_limit
     from deeplimit.ode.solvers import SolverAccuracy, solver_accuracies, with_solver
-    from deeplimit.ode.tying import tie, untie
 
 __all__ = [
     "ControlCurves",

@@ -1,19 +1,23 @@
-"""Changing a network's depth: the same curve of controls, sampled at more or fewer nodes."""
+"""Changing a network's depth, or how many controls it has: its curve of controls sampled anew."""
 
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from typing import TypeVar, overload
+from functools import partial
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import TypeVar
 
 from deeplimit._anatomy import Anatomy, Stack, anatomy, check_rebuilt
+from deeplimit._anatomy.chain import chains_in
 from deeplimit._anatomy.checks import check_count
+from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.errors import InputError
 from deeplimit.memory import OBJECTS, require
 from deeplimit.ode.optimiser_state import (
@@ -25,19 +29,14 @@ from deeplimit.ode.optimiser_state import (
     mixed,
     scaled,
 )
-from deeplimit.ode.stages import averageable, blocks_of, branch_ends, check_untied, stages
+from deeplimit.ode.stages import stages, with_values
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound=nn.Module, default=nn.Module)
 Mean = dict[int, Fraction]  # the blocks that a new one is the mean of, with their weights
+Factors = Callable[[str], Mapping[str, Fraction]]  # of a parameter's name: γ and ρ of its `Origin`
 
 
-@overload
-def refine(model: Anatomy, factor: int, *, optimizer: Optimizer | None = None) -> nn.Module: ...
-@overload
-def refine(model: Model, factor: int, *, optimizer: Optimizer | None = None) -> Model: ...
-def refine(
-    model: nn.Module | Anatomy, factor: int, *, optimizer: Optimizer | None = None
-) -> nn.Module:
+def refine(model: Model | Anatomy, factor: int, *, optimizer: Optimizer | None = None) -> Model:
     """Makes a network of the same class, m times as deep, that computes nearly the same.
 
     In every stage N layers become mN and the step h becomes h/m. The controls are interpolated
@@ -51,7 +50,9 @@ def refine(
     of the residual branches are divided by m, `Anatomy.branch_ends`. Layers that belong to no stage
     (`stages`), such as those that change the state's shape, stay as they are.
 
-        deeper = refine(model, 2, optimizer=optimizer)
+        >>> finer = refine(chain, 2)
+        >>> chain.horizon, finer.horizon, finer.step
+        (4, 8, 0.125)
 
     For controls smooth in depth the output changes by O(1/N) for Euler and O(1/N²) for Heun, for
     any other it may change by anything: `smoothness` tells. Source: [SAP22] arXiv 2205.14612.
@@ -79,23 +80,20 @@ def refine(
             of another class or of another model.
     """
     check_count("factor", factor)
-    return _resampled(model, lambda stage: _finer(stage, factor), Fraction(1, factor), optimizer)
+    return _resampled(model, partial(_finer, factor), Fraction(1, factor), optimizer)
 
 
-@overload
-def coarsen(model: Anatomy, factor: int, *, optimizer: Optimizer | None = None) -> nn.Module: ...
-@overload
-def coarsen(model: Model, factor: int, *, optimizer: Optimizer | None = None) -> Model: ...
-def coarsen(
-    model: nn.Module | Anatomy, factor: int, *, optimizer: Optimizer | None = None
-) -> nn.Module:
+def coarsen(model: Model | Anatomy, factor: int, *, optimizer: Optimizer | None = None) -> Model:
     """Takes every mth control, θ'_n = θ_{nm}, with step hm: N/m layers, the inverse of `refine`.
 
     `coarsen(refine(model, m), m)` is the model itself, to the last bit where m is a power of 2;
     else what was multiplied, the step or the ends of branches, is so to rounding. The optimiser's
-    state of layers that are left out is lost.
+    state of layers that are left out is lost. For controls smooth in depth the output changes by
+    the order of the scheme, as in `refine`. Source: [SAP22] arXiv 2205.14612.
 
-        shallower = coarsen(model, 2)
+        >>> coarser = coarsen(chain, 2)
+        >>> coarser.horizon, torch.equal(coarser[1].outer.weight, chain[2].outer.weight)
+        (2, True)
 
     Args:
         model: as for `refine`.
@@ -106,7 +104,7 @@ def coarsen(
         InputError: as `refine`, or a stage that m does not divide.
     """
     check_count("factor", factor)
-    averageable(model)
+    _averageable(model)
     depths = [stage.horizon for stage in _changing(anatomy(model))]
     common = math.gcd(*depths)
     if common % factor:
@@ -122,7 +120,162 @@ def coarsen(
     return _resampled(model, every_mth, Fraction(factor), optimizer)
 
 
-def _finer(stage: Stack, m: int) -> list[Mean]:
+@torch.no_grad()
+def tie(model: Model | Anatomy, every: int, *, optimizer: Optimizer | None = None) -> Model:
+    """Makes a network of the same class in which m consecutive layers share one control.
+
+    In every stage layers 0 … m−1, m … 2m−1, … share the mean of their controls,
+
+        θ'_n = (1/m) Σ_j θ_{m⌊n/m⌋+j},    j = 0 … m−1;
+
+    the last group is smaller where m does not divide their number. Of Heun's N + 1 controls these
+    are groups of controls. Parameters are shared, not modules: names in the state_dict, buffers and
+    what a layer knows of its place stay. The function stays where the controls of each group are
+    equal; where they are smooth in depth it changes by O(1/N²), since what a group's layers deviate
+    from their mean adds up to 0. Source: [SAP22] arXiv 2205.14612, Table 2.
+
+        >>> tied = tie(chain, 2)
+        >>> tied[0].outer.weight is tied[1].outer.weight, len(list(tied.parameters()))
+        (True, 6)
+
+    `deeplimit.network.save`, and a run folder, store every layer's copy: what is loaded again
+    computes the same and is tied no more. `save_pretrained` of transformers refuses shared
+    parameters; save `untie(model)`. A model switched by `use_adjoint` stays switched.
+
+    Args:
+        model: left as it is; its anatomy will do.
+        every: m ≥ 1; 1 ties nothing.
+        optimizer: as for `refine`. The gradient of a shared control is the sum of the group's, so
+            moments are added up; learning rates are such that the step is the mean of the group's.
+
+    Raises:
+        InputError: as `refine`, but that any residual network with an anatomy will do.
+    """
+    check_count("every", every)
+    module = _averageable(model)
+    inner = checked_optimiser(optimizer, module)
+    runs, blocks = stages(model), _blocks(model)
+    _check_untied(module, blocks)
+    new = copy.deepcopy(module)
+    others = _blocks(new)
+    numbers = {block: n for n, block in enumerate(blocks)}
+    found = [[numbers[block] for block in run.blocks] for run in runs]
+    groups = [run[n : n + every] for run in found for n in range(0, len(run), every)]
+    groups += [[n] for n in set(range(len(blocks))).difference(*found)]  # of no stage
+    origins: Origins = {}
+    for group in groups:
+        own, *more = (others[n] for n in group)
+        # The gradient of what m layers share is the sum of theirs, m times their mean.
+        origins |= _fill(
+            own,
+            {blocks[n]: Fraction(1, len(group)) for n in group},
+            partial(_scale, (), Fraction(len(group))),
+        )
+        for name, parameter in own.named_parameters(remove_duplicate=False):
+            for other in more:
+                _put(other, name, parameter)
+    carry_over(inner, module, new, origins)
+    return new
+
+
+@torch.no_grad()
+def untie(model: Model | Anatomy, *, optimizer: Optimizer | None = None) -> Model:
+    """Makes a network of the same class, and the same function, whose layers share no control.
+
+    Every parameter that m layers share becomes a copy of its own in each, θ'_n = θ; [SAP22] arXiv
+    2205.14612, Table 2, trains tied, unties, and fine-tunes with the adjoint.
+
+        >>> own = untie(tie(chain, 2))
+        >>> own[0].outer.weight is own[1].outer.weight, len(list(own.parameters()))
+        (False, 12)
+
+    Args:
+        model: left as it is; its anatomy will do.
+        optimizer: as for `refine`. A copy's gradient is, to first order, the shared one's divided
+            by the number of layers m; moments and learning rates go with it.
+
+    Raises:
+        InputError: a model that `anatomy` does not read, without values or quantised; an optimiser
+            of another class or of another model; layers that are calls of one module.
+    """
+    module = _averageable(model)
+    inner = checked_optimiser(optimizer, module)
+    blocks = _blocks(model)
+    new = copy.deepcopy(module)
+    for _, chain in chains_in(new):  # each step a module of its own
+        seen: set[nn.Module] = set()
+        for i, block in enumerate(chain):
+            chain[i] = copy.deepcopy(block) if block in seen else block
+            seen.add(block)
+    others = _blocks(new)
+    if len(set(others)) < len(others):
+        raise InputError(
+            f"the layers of this {type(module).__name__} are calls of one module, which cannot "
+            "have a control for each"
+        )
+    holders = Counter(p for block in blocks for p in set(block.parameters()))
+    origins: Origins = {}
+    for block, other in zip(blocks, others, strict=True):
+        own: dict[nn.Parameter, nn.Parameter] = {}
+        named = dict(block.named_parameters(remove_duplicate=False))
+        for name, source in named.items():
+            if holders[source] > 1:
+                _put(other, name, own.setdefault(source, copy.deepcopy(source)))
+        parts = {name: {"gradient": Fraction(1, holders[source])} for name, source in named.items()}
+        origins |= _fill(other, {block: ONE}, parts.__getitem__)
+    carry_over(inner, module, new, origins)
+    return new
+
+
+@torch.no_grad()
+def _resampled(
+    model: Model | Anatomy,
+    means_of: Callable[[Stack], Sequence[Mean]],
+    step: Fraction,
+    optimizer: Optimizer | None,
+) -> Model:
+    """The model with these blocks in its stages and its step multiplied; `refine` says the rest."""
+    inner = checked_optimiser(optimizer, _averageable(model))
+    read = anatomy(model)
+    runs, blocks = _changing(read), _blocks(read)
+    _check_untied(read.model, blocks)
+    _check_forward(read.model)
+    adding = all(run.adds for run in runs)
+    ends = _branch_ends(read, runs) if adding else [frozenset[str]()] * len(runs)
+    numbers = {block: n for n, block in enumerate(blocks)}
+    # Of each place: the mean, and how its parameters scale. Blocks of no stage keep theirs.
+    kept: Factors = partial(_scale, (), ONE)
+    at = {n: [({n: ONE}, kept)] for n in range(len(blocks))}
+    for run, names in zip(runs, ends, strict=True):
+        first = numbers[run.blocks[0]]
+        at |= {numbers[block]: [] for block in run.blocks}
+        scale: Factors = partial(_scale, names, step)
+        at[first] = [({first + n: w for n, w in mean.items()}, scale) for mean in means_of(run)]
+    places = [place for here in at.values() for place in here]
+    counts = Counter(next(iter(mean)) for mean, _ in places)
+    times = [counts[n] for n in range(len(blocks))]
+    new = read.repeated(times) if adding else _stepped(read, times, step)
+    origins: Origins = {}
+    for (mean, factors), block in zip(places, _blocks(new), strict=True):
+        sources = {blocks[n]: weight for n, weight in mean.items()}
+        origins |= _fill(block, sources, factors)
+        for name, buffer in block.named_buffers():
+            if buffer.is_floating_point():
+                values = [source.get_buffer(name) for source in sources]
+                buffer.copy_(mixed(values, tuple(mean.values())))
+    if adding:
+        check_rebuilt(read, new)
+    # What stands around the blocks is the same in both, in the same order: names need not be, as
+    # those of what follows the blocks in an nn.Sequential.
+    held = {id(p) for block in blocks for p in block.parameters()}
+    before = [p for p in read.model.parameters() if id(p) not in held]
+    after = [p for p in new.parameters() if p not in origins]
+    origins |= {p: Origin(((q, ONE),)) for q, p in zip(before, after, strict=True)}
+    carry_over(inner, read.model, new, origins)
+    return cast(Model, new)
+
+
+def _finer(m: int, stage: Stack) -> list[Mean]:
     parameters = [p for block in stage.blocks for p in block.parameters() if p.is_cpu]
     size = m * (sum(p.nbytes for p in parameters) + OBJECTS * len(stage.blocks))
     what = f"a stage of {m * stage.horizon} layers does not fit into memory"
@@ -133,93 +286,16 @@ def _finer(stage: Stack, m: int) -> list[Mean]:
     return [{n: 1 - t, n + 1: t} if t and n < last else {n: ONE} for n, t in places]
 
 
-@dataclass(frozen=True)
-class Place:
-    """A place of the new model.
-
-    Attributes:
-        mean: of which blocks of the old model, all counted; the first is copied.
-        step: by what the step of this layer is multiplied.
-        ends: the parameters that are multiplied with it; empty where the step is a number.
-    """
-
-    mean: Mean
-    step: Fraction = ONE
-    ends: frozenset[str] = frozenset()
-
-
 def _changing(read: Anatomy) -> tuple[Stack, ...]:
     """The stages whose depth can change; all of those whose step is a number, since it is one."""
     long = {stage.index: stage for stage in stages(read)}
-    chains = [stack for stack in read.stacks if not stack.adds]
+    chains = [stack for stack in read.stacks if stack.blocks and not stack.adds]
     for stack in chains:
         if stack.index not in long and stack.horizon > 1:
             raise InputError(
                 f"the blocks of stage {stack.index} differ in class or shape; its depth is fixed"
             )
     return tuple((long | {stack.index: stack for stack in chains}).values())
-
-
-@torch.no_grad()
-def _resampled(
-    model: nn.Module | Anatomy,
-    means_of: Callable[[Stack], Sequence[Mean]],
-    step: Fraction,
-    optimizer: Optimizer | None,
-) -> nn.Module:
-    """The model with these blocks in its stages and its step multiplied; `refine` says the rest."""
-    inner = checked_optimiser(optimizer, averageable(model))
-    read = anatomy(model)
-    runs, blocks = _changing(read), blocks_of(read)
-    check_untied(read.model, blocks)
-    _check_forward(read.model)
-    adding = all(run.adds for run in runs)
-    ends = _ends(read, runs) if adding else [frozenset[str]()] * len(runs)
-    numbers = {id(block): n for n, block in enumerate(blocks)}
-    at = {n: [Place({n: ONE})] for n in range(len(blocks))}  # blocks of no stage keep theirs
-    for run, names in zip(runs, ends, strict=True):
-        own = [numbers[id(block)] for block in run.blocks]
-        at |= {n: [] for n in own}
-        for mean in means_of(run):
-            shifted = {own[0] + n: weight for n, weight in mean.items()}
-            at[own[0]].append(Place(shifted, step, names))
-    places = [place for here in at.values() for place in here]
-    counts = Counter(next(iter(place.mean)) for place in places)
-    times = [counts[n] for n in range(len(blocks))]
-    new = read.repeated(times) if adding else _stepped(read, times, step)
-    origins: Origins = {}
-    for place, block in zip(places, blocks_of(new), strict=True):
-        origins |= _fill(block, [blocks[n] for n in place.mean], place)
-    if adding:
-        check_rebuilt(read, new)
-    if inner is not None:
-        # What stands around the blocks is the same in both, in the same order: names need not be,
-        # as those of what follows the blocks in an nn.Sequential.
-        held = {id(p) for block in blocks for p in block.parameters()}
-        before = [p for p in read.model.parameters() if id(p) not in held]
-        after = [p for p in new.parameters() if p not in origins]
-        origins |= {p: Origin(((q, ONE),)) for q, p in zip(before, after, strict=True)}
-        carry_over(inner, read.model, new, origins)
-    return new
-
-
-def _ends(read: Anatomy, runs: Sequence[Stack]) -> list[frozenset[str]]:
-    try:
-        read.check_removable([runs[0].first])
-    except InputError as error:
-        raise InputError(f"its depth cannot be changed: {error}") from error
-    return branch_ends(read, runs)
-
-
-def _check_forward(model: nn.Module) -> None:
-    """Raises InputError where a copy of a block would call another block's forward."""
-    for module in model.modules():
-        if {"forward", "run_step"} & vars(module).keys():
-            raise InputError(
-                f"the forward of a {type(module).__name__} in this {type(model).__name__} was "
-                "replaced, as use_adjoint does; call use_backprop(model) first, and use_adjoint "
-                "on the new model"
-            )
 
 
 def _stepped(read: Anatomy, times: Sequence[int], step: Fraction) -> nn.Module:
@@ -233,17 +309,97 @@ def _stepped(read: Anatomy, times: Sequence[int], step: Fraction) -> nn.Module:
     return read.with_stacks(made)
 
 
-def _fill(block: nn.Module, sources: Sequence[nn.Module], place: Place) -> Origins:
+def _branch_ends(read: Anatomy, runs: Sequence[Stack]) -> list[frozenset[str]]:
+    """The names, in a block of each stage, of the parameters in which its branches end.
+
+    On a copy of the model they are set to 0: every block must then return its input, on the states
+    of an example (after a ReLU these are ≥ 0, as in any run of the model).
+    """
+    try:
+        read.check_removable([runs[0].first])
+    except InputError as error:
+        raise InputError(f"its depth cannot be changed: {error}") from error
+    every = []
+    for run in runs:
+        ends = set(read.branch_ends(run.blocks[0]))
+        named = run.blocks[0].named_parameters()
+        every.append(frozenset(name for name, p in named if p in ends))
+    other = read.like(copy.deepcopy(read.model))
+    names_of = {n: names for run, names in zip(runs, every, strict=True) for n in run.layers}
+    blocks = {n: other.layers[n].controls[0] for n in names_of}
+    left: dict[int, Tensor] = {}
+    for n, names in names_of.items():
+        other.register_leaving_hook(n, partial(left.__setitem__, n))
+        for name in names:
+            blocks[n].get_parameter(name).zero_()
+    with evaluating(other.model), other.recording() as states:
+        other.run(other.fitting_example())
+    for n, block in blocks.items():
+        x, y, change = states[n], left[n], math.inf
+        if x.shape == y.shape:
+            change = float((y - x).abs().max() / x.abs().max().clamp(min=1e-30))
+        if not change <= 10 * torch.finfo(next(block.parameters()).dtype).eps:
+            raise InputError(
+                f"where the residual branches of {type(block).__name__} end is not known: with "
+                f"{', '.join(sorted(names_of[n]))} at 0 it still changes its input by {change:.2g} "
+                "of it, as a block with a norm behind the addition does, or one whose last norm "
+                "multiplies by 1 + weight; so its step cannot be changed, nor the depth; tie and "
+                "untie work"
+            )
+    return every
+
+
+def _fill(block: nn.Module, sources: Mapping[nn.Module, Fraction], factors: Factors) -> Origins:
     """Gives a block the mean of others, and says where its parameters are from."""
-    weights = tuple(place.mean.values())
-    origins: Origins = {}
+    weights, origins = tuple(sources.values()), {}
     for name, parameter in block.named_parameters():
         means = [source.get_parameter(name) for source in sources]
-        scale = "size" if name in place.ends else "gradient"
-        origin = Origin(tuple(zip(means, weights, strict=True)), **{scale: place.step})
+        origin = Origin(tuple(zip(means, weights, strict=True)), **factors(name))
         parameter.copy_(scaled(mixed(means, weights), origin.size))
         origins[parameter] = origin
-    for name, buffer in block.named_buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(mixed([source.get_buffer(name) for source in sources], weights))
     return origins
+
+
+def _scale(ends: Collection[str], by: Fraction, name: str) -> Mapping[str, Fraction]:
+    return {"size" if name in ends else "gradient": by}
+
+
+def _put(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(block.get_submodule(path), leaf, parameter)
+
+
+def _blocks(model: nn.Module | Anatomy) -> list[nn.Module]:
+    """All residual blocks in order; of a chain by Heun's method one more than its steps."""
+    return [block for stack in anatomy(model).stacks for block in stack.blocks]
+
+
+def _averageable(model: Model | Anatomy) -> Model:
+    """The model, or the one that an anatomy reads; its parameters can be averaged."""
+    module = cast(Model, with_values(model))
+    floating = all(p.is_floating_point() for p in module.parameters())
+    if getattr(module, "is_quantized", False) or not floating:
+        raise InputError(
+            f"{type(module).__name__} is quantised; change the model it was made from, then "
+            "quantise the result"
+        )
+    return module
+
+
+def _check_untied(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    held = Counter(p for block in blocks for p in set(block.parameters()))
+    if any(count > 1 for count in held.values()):
+        raise InputError(
+            f"layers of this {type(model).__name__} share parameters; give untie(model)"
+        )
+
+
+def _check_forward(model: nn.Module) -> None:
+    """Raises InputError where a copy of a block would call another block's forward."""
+    for module in model.modules():
+        if {"forward", "run_step"} & vars(module).keys():
+            raise InputError(
+                f"the forward of a {type(module).__name__} in this {type(model).__name__} was "
+                "replaced, as use_adjoint does; call use_backprop(model) first, and use_adjoint "
+                "on the new model"
+            )

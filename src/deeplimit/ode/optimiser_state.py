@@ -44,11 +44,6 @@ class Origin:
     gradient: Fraction = ONE
     size: Fraction = ONE
 
-    @property
-    def weights(self) -> tuple[Fraction, ...]:
-        """The w_i."""
-        return tuple(weight for _, weight in self.sources)
-
 
 Origins = dict[nn.Parameter, Origin]
 
@@ -91,10 +86,10 @@ class Rule:
 
     def state(self, states: Sequence[Mapping[str, Any]], origin: Origin) -> dict[str, Any]:
         """A parameter's state from those of its sources; counters are the first one's."""
-        made = {}
+        weights, made = [weight for _, weight in origin.sources], {}
         for name, value in states[0].items():
             if name in self.moments and isinstance(value, Tensor):
-                blend = mixed([state[name] for state in states], origin.weights)
+                blend = mixed([state[name] for state in states], weights)
                 made[name] = scaled(blend, origin.gradient ** self.moments[name])
             else:
                 made[name] = value.clone() if isinstance(value, Tensor) else value
@@ -128,18 +123,17 @@ def checked_optimiser(optimizer: Optimizer | None, model: nn.Module) -> Optimize
     return inner
 
 
-def carry_over(optimizer: Optimizer, old: nn.Module, new: nn.Module, origins: Origins) -> None:
+def carry_over(
+    optimizer: Optimizer | None, old: nn.Module, new: nn.Module, origins: Origins
+) -> None:
     """Puts the new model's parameters where those of the old one were, in place.
 
     A group is divided where its parameters now need different settings. What the optimiser holds
-    besides the old model stays as it is, also its state.
-
-    Args:
-        optimizer: as `checked_optimiser` returns it.
-        old: the model that it trains.
-        new: the model that it will train.
-        origins: of parameters of the new one; any other is the old one of its name.
+    besides the old model stays as it is, also its state. What has no origin is the old one of its
+    name.
     """
+    if optimizer is None:
+        return
     rule, mine = RULES[type(optimizer)], set(old.parameters())
     names = {p: name for name, p in new.named_parameters()}
     rest = {p: name for p, name in names.items() if p not in origins}
