@@ -20,6 +20,7 @@ OPEN = {
     "rank",
     "reading",
     "records",
+    "tables",
     "terminal",
 }
 
@@ -34,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "rank": set(),
     "reading": {"memory"},
     "records": {"reading"},
+    "tables": {"records"},
     "terminal": set(),
     "_anatomy": set(),
     "network": {"_anatomy"},

@@ -13,9 +13,9 @@ from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating
 from deeplimit.control.batches import aligned_batches, blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.stage_cost import StageCost
-from deeplimit.control.tables import Shown, number, table
 from deeplimit.control.token_losses import CountedTokens
 from deeplimit.errors import InputError, several
+from deeplimit.tables import Shown, number, table
 
 ROUNDING = 1e-12
 

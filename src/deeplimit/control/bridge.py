@@ -20,8 +20,8 @@ from deeplimit._anatomy.injection import slack_of
 from deeplimit._anatomy.inputs import batch_of, first_sample, mapped, placed
 from deeplimit.control.batches import blame_inputs
 from deeplimit.control.least_squares import Fit, Moments, fits, fold
-from deeplimit.control.tables import Shown
 from deeplimit.errors import InputError, several
+from deeplimit.tables import Shown
 
 Kind = Literal["nothing", "scale", "channels", "linear"]
 HELD = 4  # every so many-th sample is held out

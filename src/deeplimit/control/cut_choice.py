@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from deeplimit.control.tables import Shown
 from deeplimit.control.verdict import samples_needed
 from deeplimit.errors import several
+from deeplimit.tables import Shown
 
 Budget = Literal["accuracy", "rise", "blocks", "multiply_adds", "latency"]
 

@@ -10,8 +10,8 @@ from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, pairs
 from deeplimit.control.batches import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
-from deeplimit.control.tables import Shown
 from deeplimit.errors import InputError, several
+from deeplimit.tables import Shown
 
 Point = tuple[float, float]
 NEED = "a picture needs at least one sample"

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 from deeplimit._anatomy.checks import check_number
-from deeplimit.control.tables import Shown, number, percent, table
 from deeplimit.control.verdict import (
     FEW,
     LOSS_TOLERANCE,
@@ -19,6 +18,7 @@ from deeplimit.control.verdict import (
     range_of,
 )
 from deeplimit.errors import InputError, several
+from deeplimit.tables import Shown, number, percent, table
 
 ACCURACY_TOLERANCE = 0.005
 TUBE = 0.2

@@ -12,8 +12,8 @@ from statistics import NormalDist
 from typing import Literal
 
 from deeplimit._anatomy.checks import check_number
-from deeplimit.control.tables import Shown
 from deeplimit.errors import InputError, several
+from deeplimit.tables import Shown
 
 CONFIDENCE = 0.95
 Z = NormalDist().inv_cdf(CONFIDENCE)  # one-sided: 1.645

@@ -20,10 +20,10 @@ from deeplimit._anatomy.inputs import batch_of
 from deeplimit.control.batches import blame_inputs, first_part
 from deeplimit.control.losses import ConstantAnswer, Loss, SampleLoss, check_losses, sample_loss
 from deeplimit.control.paired import PairedAnswers, judge_losses, mean_and_error
-from deeplimit.control.tables import Shown, number, percent, table
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE
 from deeplimit.control.verdict import Verdict, check_rise, check_tolerance
 from deeplimit.errors import InputError, several
+from deeplimit.tables import Shown, number, percent, table
 
 LATENCY_ROUNDS = 7
 NEED = "a crop is verified on at least one sample that counts"

@@ -1,6 +1,7 @@
 """The vector field φ(x, θ(s)) of a stage, and the stage as the network itself runs through it."""
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -22,39 +23,7 @@ from deeplimit.ode.stages import stages
 
 Interpolation = Literal["linear", "constant"]
 Control = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Call:
-    """The rest of a block's arguments besides its state: masks, positions; none in our chains.
-
-    Attributes:
-        args: what stands behind the state.
-        kwargs: what is given by name.
-        name: the state's name where it is given by name.
-    """
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] | None = None
-    name: str | None = None
-
-    @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, "Call"]:
-        """The state and the rest of a block's arguments."""
-        if args:
-            return args[0], Call(args[1:], kwargs)
-        x = cast(Tensor, state_among(args, kwargs))
-        name = next(name for name, value in kwargs.items() if value is x)
-        return x, Call((), {k: v for k, v in kwargs.items() if k != name}, name)
-
-    def with_state(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call with this state."""
-        kwargs = dict(self.kwargs or {})
-        return (
-            ((x, *self.args), kwargs)
-            if self.name is None
-            else (self.args, {**kwargs, self.name: x})
-        )
+Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # a state, and a block's arguments with it
 
 
 class VectorField:
@@ -69,7 +38,7 @@ class VectorField:
     Args:
         stage: blocks of one class and of the same shapes, in evaluation mode.
         linear: piecewise linear; piecewise constant otherwise.
-        call: what else the blocks are called with.
+        call: a call of the first block, whose masks, positions and the like are those of all.
 
     Attributes:
         horizon: N.
@@ -90,7 +59,8 @@ class VectorField:
         self.horizon, self.step, self.evaluations = stage.horizon, stage.step, 0
         self._fixed = {name: t for name, t in first.items() if name not in names}
         self._nodes = [{name: t[name] for name in names} for t in every]
-        self._linear, self._adds, self._call = linear, stage.adds, call or Call()
+        alone = torch.empty(0)
+        self._linear, self._adds, self._call = linear, stage.adds, call or (alone, (alone,), {})
         self._block = stage.blocks[0]
         if isinstance(vars(self._block).get("forward"), ReplayedBlock):
             del self._block.forward  # no forward-mode derivative, and here nothing is replayed
@@ -115,11 +85,12 @@ class VectorField:
     def __call__(self, control: Control, x: Tensor) -> Tensor:
         """φ(x, θ)."""
         self.evaluations += 1
-        args, kwargs = self._call.with_state(x)
-        y = functional_call(
-            self._block, {**self._fixed, **control}, args, kwargs, tie_weights=False
-        )
-        y = cast(Tensor, y[0] if isinstance(y, tuple) else y)
+        given, args, kwargs = self._call
+        args = tuple(x if v is given else v for v in args)
+        kwargs = {name: x if v is given else v for name, v in kwargs.items()}
+        theta = self._fixed | control
+        out = functional_call(self._block, theta, args, kwargs, tie_weights=False)
+        y = cast(Tensor, state_of(out))
         return y - x if self._adds else y
 
     def _ends(self, n: int) -> tuple[Control, Control]:
@@ -148,27 +119,16 @@ class PlainBatchNorm(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         del types
-        own = _batch_norm if func is F.batch_norm else func
-        return own(*args, **(kwargs or {}))
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: object = None,
-    momentum: object = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """As `torch.nn.functional.batch_norm` in evaluation mode."""
-    del training, momentum
-    shape = (1, -1, *(1,) * (input.dim() - 2))
-    scale = (running_var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    y = (input - running_mean.view(shape)) * scale.view(shape)
-    return y if bias is None else y + bias.view(shape)
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        given = inspect.signature(F.batch_norm).bind(*args, **(kwargs or {}))
+        given.apply_defaults()
+        x, mean, variance, weight, bias, *_, eps = given.args
+        shape = (1, -1, *(1,) * (x.dim() - 2))
+        scale = (variance + eps).rsqrt()
+        scale = scale if weight is None else scale * weight
+        y = (x - mean.view(shape)) * scale.view(shape)
+        return y if bias is None else y + bias.view(shape)
 
 
 @dataclass(frozen=True)
@@ -178,7 +138,7 @@ class Recorded:
     Attributes:
         stage: the copy's.
         states: x_0 … x_N.
-        call: what its first block was called with.
+        call: of its first block.
     """
 
     stage: Stack
@@ -193,11 +153,11 @@ def record(read: Anatomy, x: Inputs, stage: Stack) -> Recorded:
     other = copy.deepcopy(read.model).double().eval()
     structure = anatomy(other)  # which runs the model on an example: before the hooks
     own = next(s for s in stages(structure) if s.index == stage.index)
-    entered: list[tuple[Tensor, Call]] = []
+    entered: list[Call] = []
     left: list[Any] = []
 
     def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(Call.of(args, kwargs))
+        entered.append((cast(Tensor, state_among(args, kwargs)), args, kwargs))
 
     every = dict.fromkeys(own.blocks)  # one that is called several times, once
     hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in every]
@@ -212,9 +172,9 @@ def record(read: Anatomy, x: Inputs, stage: Stack) -> Recorded:
     finally:
         for hook in hooks:
             hook.remove()
-    first, call = entered[0]
+    first = entered[0][0]
     if own.adds:
-        states = [*(x for x, _ in entered), cast(Tensor, state_of(left[-1]))]
+        states = [*(x for x, *_ in entered), cast(Tensor, state_of(left[-1]))]
     else:
         states = ResidualChain(own.blocks, step=own.step, scheme=own.scheme).trajectory(first)
     shape = list(first.shape)
@@ -229,7 +189,7 @@ def record(read: Anatomy, x: Inputs, stage: Stack) -> Recorded:
                 f"state {n} of stage {own.index} is not finite (NaN or infinite); its distance "
                 "to the Neural ODE is not defined: give an x and a model without"
             )
-    return Recorded(own, states, call)
+    return Recorded(own, states, entered[0])
 
 
 def _check_mode(model: nn.Module) -> None:
