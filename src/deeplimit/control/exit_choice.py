@@ -12,9 +12,9 @@ from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control.batches import any_batches, first_part
 from deeplimit.control.early_exit import at_depth, check_rows, confidences
-from deeplimit.control.tables import Shown, percent, table
 from deeplimit.control.verifying import multiply_adds
 from deeplimit.errors import InputError, several
+from deeplimit.tables import Shown, percent, table
 
 NEED = "exits are chosen on samples"
 MOST = 4  # exits: each costs a run of the head on the samples that reach it
