@@ -134,9 +134,9 @@ def tie(model: Model | Anatomy, every: int, *, optimizer: Optimizer | None = Non
     equal; where they are smooth in depth it changes by O(1/N²), since what a group's layers deviate
     from their mean adds up to 0. Source: [SAP22] arXiv 2205.14612, Table 2.
 
-        >>> tied = tie(chain, 2)
-        >>> tied[0].outer.weight is tied[1].outer.weight, len(list(tied.parameters()))
-        (True, 6)
+        >>> weights = [block.outer.weight for block in tie(chain, 2)]
+        >>> weights[0] is weights[1], weights[1] is weights[2]
+        (True, False)
 
     `deeplimit.network.save`, and a run folder, store every layer's copy: what is loaded again
     computes the same and is tied no more. `save_pretrained` of transformers refuses shared
@@ -185,9 +185,9 @@ def untie(model: Model | Anatomy, *, optimizer: Optimizer | None = None) -> Mode
     Every parameter that m layers share becomes a copy of its own in each, θ'_n = θ; [SAP22] arXiv
     2205.14612, Table 2, trains tied, unties, and fine-tunes with the adjoint.
 
-        >>> own = untie(tie(chain, 2))
-        >>> own[0].outer.weight is own[1].outer.weight, len(list(own.parameters()))
-        (False, 12)
+        >>> own = untie(tied := tie(chain, 2))
+        >>> own[0].outer.weight is own[1].outer.weight, torch.equal(own(x), tied(x))
+        (False, True)
 
     Args:
         model: left as it is; its anatomy will do.

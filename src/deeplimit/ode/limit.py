@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from deeplimit.ode.field import Interpolation
 from deeplimit.ode.solvers import TOLERANCE, Solver, SolverAccuracy, solver_accuracies
 from deeplimit.ode.stages import stages
 from deeplimit.records import Record
+from deeplimit.tables import number, table
 
 CURVES = 6  # numbers of a parameter that are drawn
 DRAWN_GROUPS = 8  # parameters of a block that are drawn, the largest ones
@@ -31,6 +33,12 @@ class ControlCurves(Record):
 
     stage: int
     groups: dict[str, tuple[tuple[float, ...], ...]]
+
+    def __str__(self) -> str:
+        """A row for each parameter: its first number at the ends of the stage."""
+        ends = ((name, curves[0]) for name, curves in self.groups.items())
+        rows = [(name, number(c[0]), number(c[-1])) for name, c in ends]
+        return f"stage {self.stage}\n{table(('one number of', 'first', 'last'), rows)}"
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,8 @@ class DepthLimit(Record):
 
     def __str__(self) -> str:
         """The smoothness, and a line for each gap and each solver."""
-        accuracies = (
-            f"{s.solver}{'' if s.steps is None else f', {s.steps} steps'}: accuracy "
-            f"{s.accuracy:.2%}, {s.evaluations:.0f} evaluations"
-            for s in self.solvers
-        )
-        return "\n".join([str(self.smoothness), *map(str, self.gaps), *accuracies])
+        gaps = (gap.summary for gap in self.gaps)
+        return "\n".join([str(self.smoothness), *gaps, *map(str, self.solvers)])
 
 
 def depth_limit(
@@ -73,7 +77,11 @@ def depth_limit(
 ) -> DepthLimit:
     """Measures smoothness, gap, bounds and curves of all stages of a model.
 
-        print(depth_limit(model, x))
+        >>> found = depth_limit(chain, x)
+        >>> found.smoothness.kind, len(found.gaps), found.curves[0].stage
+        ('between', 1, 0)
+
+    Source: [SAP22] arXiv 2205.14612; see `smoothness`, `discretization_gap`, `solver_accuracies`.
 
     Args:
         model: as for `discretization_gap`.
@@ -95,17 +103,18 @@ def depth_limit(
     found = stages(read)
     options: dict[str, Any] = {"interpolation": interpolation, "bound": bound, "seed": seed}
     gaps = []
-    for stage in found:
-
-        def of_stage(message: str, index: int = stage.index) -> None:
-            tell(f"stage {index}, {message}")
-
-        gaps.append(discretization_gap(read, x, stage=stage.index, tell=of_stage, **options))
+    for index in (stage.index for stage in found):
+        say = partial(_said, tell, index)
+        gaps.append(discretization_gap(read, x, stage=index, tell=say, **options))
     accuracies: tuple[SolverAccuracy, ...] = ()
     if loader is not None and solvers:
         tell("accuracy with other solvers")
         accuracies = solver_accuracies(read, loader, solvers, tolerance=tolerance)
     return DepthLimit(smooth, tuple(gaps), tuple(map(_curves, found)), accuracies)
+
+
+def _said(tell: Callable[[str], None], stage: int, message: str) -> None:
+    tell(f"stage {stage}, {message}")
 
 
 def _curves(stage: Stack) -> ControlCurves:
