@@ -88,3 +88,17 @@ def test_the_examples_for_models_of_ones_own_run(
     smaller = transformers.ViTForImageClassification.from_pretrained(tmp_path / "smaller")
     assert len(smaller.vit.layers) == smaller.config.num_hidden_layers < 8
     assert printed[1:] == [["100 (3, 8, 8)"], ["5", "True"], ["True"]]
+
+
+def test_the_example_of_early_exit_says_what_it_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = README.parent / "docs" / "early-exit.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    exec(compile(example, str(page), "exec"), {"__name__": "example"})
+    *depths, last = capsys.readouterr().out.splitlines()
+    found = [float(line.split()[2]) for line in depths[:4]]
+    assert found == pytest.approx([95.2, 96.5, 97.2, 97.0], abs=1.5)
+    other, layers = (float(last.split()[i]) for i in (0, -2))
+    assert other <= 0.03 * 397
+    assert layers < 2

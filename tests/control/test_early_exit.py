@@ -196,7 +196,7 @@ def test_thresholds_are_the_lowest_that_spend_no_more(level: float) -> None:
     for seed in range(5):
         sure, same = simulated(80, seed)
         for exits in ([0], [1, 3], [0, 1, 2, 3]):
-            got = Answers(sure, same).thresholds(exits, level)
+            got = Answers(sure, same, range(5)).thresholds(exits, level)
             assert got == naive_thresholds(sure, same, exits, level)
 
 
@@ -240,13 +240,14 @@ def test_the_risk_is_kept_on_other_samples() -> None:
     risk, later = 0.05, told_samples(20000, 10**6)
     structure = anatomy(Told(), example=later[:2])
     z = structure.logits(structure.states(later)[0], x=later)
-    answers = Answers(z.softmax(-1).amax(-1).T, (z.argmax(-1) == z[-1].argmax(-1)).T)
+    same = (z.argmax(-1) == z[-1].argmax(-1)).T
+    answers = Answers(z.softmax(-1).amax(-1).T, same, range(5))
     over, used = 0, 0
     for seed in range(100):
         x = told_samples(600, seed)
         choice = exit_depths(structure, [(x, torch.zeros(600))], risk=risk, confidence=0.95)
         used += bool(choice.thresholds)
-        over += float((~answers.agree(dict(choice.thresholds))).double().mean()) > risk
+        over += answers.wrong(dict(choice.thresholds)) > risk * answers.count
     assert over <= 11
     assert used >= 50
 

@@ -114,28 +114,34 @@ def exit_depths(
     if exits is not None and (wrong := [n for n in exits if n not in range(horizon)]):
         raise InputError(f"exits at {wrong} given; expected depths from 0 to {horizon - 1}")
     with evaluating(structure.model):
-        sure, same, costs = _measured(structure, data)
-    drawn = torch.randperm(len(sure), generator=torch.Generator().manual_seed(0))
-    ordering, judging = (Answers(sure[half], same[half]) for half in drawn.tensor_split(2))
-    chosen = ordering.exits(costs, risk / 2) if exits is None else sorted(set(exits))
+        answers = measured_answers(structure, data)
+    return chosen_exits(answers, risk, confidence, exits)
+
+
+def chosen_exits(
+    answers: "Answers", risk: float, confidence: float, exits: Sequence[int] | None = None
+) -> ExitChoice:
+    """The exits and thresholds for samples whose answers at each depth are known."""
+    drawn = torch.randperm(answers.count, generator=torch.Generator().manual_seed(0))
+    ordering, judging = map(answers.rows, drawn.tensor_split(2))
+    chosen = ordering.exits(risk / 2) if exits is None else sorted(set(exits))
     accepted: dict[int, float] = {}
     for step in range(STEPS + 1):
         thresholds = ordering.thresholds(chosen, 2 * risk * step / STEPS)
-        wrong_answers = int((~judging.agree(thresholds)).sum())
-        if binomial_tail(wrong_answers, judging.count, risk) > 1 - confidence:
+        if binomial_tail(judging.wrong(thresholds), judging.count, risk) > 1 - confidence:
             break
         accepted = thresholds
-    left = judging.left_at(accepted)
+    left, horizon = judging.left_at(accepted), len(answers.costs) - 1
     return ExitChoice(
         horizon=horizon,
         thresholds=tuple(accepted.items()),
         risk=risk,
         confidence=confidence,
         samples=judging.count,
-        disagreements=int((~judging.agree(accepted)).sum()),
+        disagreements=judging.wrong(accepted),
         shares=tuple(float((left == n).double().mean()) for n in (*accepted, horizon)),
         mean_depth=float(left.double().mean()),
-        work=judging.work(accepted, costs) / costs[-1],
+        work=judging.work(accepted) / answers.costs[-1],
         needed=2 * math.ceil(math.log(1 - confidence) / math.log(1 - risk)),
     )
 
@@ -147,15 +153,21 @@ class Answers:
     Attributes:
         sure: the confidences [S, N + 1].
         same: whether the answer is the network's own, [S, N + 1].
+        costs: multiply-adds of a sample that stops at each depth, stem and head among them.
     """
 
     sure: Tensor
     same: Tensor
+    costs: Sequence[int]
 
     @property
     def count(self) -> int:
         """S: the number of samples."""
         return len(self.sure)
+
+    def rows(self, samples: Tensor) -> "Answers":
+        """Those of some samples."""
+        return Answers(self.sure[samples], self.same[samples], self.costs)
 
     def thresholds(self, exits: Sequence[int], level: float) -> dict[int, float]:
         """The lowest thresholds with which a share `level` is answered otherwise at most.
@@ -188,28 +200,26 @@ class Answers:
             left[self.sure[:, n] >= threshold] = n
         return left
 
-    def agree(self, thresholds: Mapping[int, float]) -> Tensor:
-        """Whether each sample [S] is answered there as by the whole network."""
-        return self.same.gather(1, self.left_at(thresholds)[:, None])[:, 0]
+    def wrong(self, thresholds: Mapping[int, float]) -> int:
+        """How many samples are answered there otherwise than by the whole network."""
+        return int((~self.same.gather(1, self.left_at(thresholds)[:, None])).sum())
 
-    def work(self, thresholds: Mapping[int, float], costs: Sequence[int]) -> float:
+    def work(self, thresholds: Mapping[int, float]) -> float:
         """The mean multiply-adds of a sample, where stem and head run once for every exit met."""
-        left, total, before = self.left_at(thresholds), 0.0, 0
+        left, costs, total, before = self.left_at(thresholds), self.costs, 0.0, 0
         for n in (*sorted(thresholds), len(costs) - 1):
             still = float((left >= n).double().mean())
             total += still * (costs[0] + costs[n] - costs[before])
             before = n
         return total
 
-    def exits(self, costs: Sequence[int], level: float) -> list[int]:
+    def exits(self, level: float) -> list[int]:
         """The depths that are worth an exit: one by one that which saves most."""
         chosen: list[int] = []
-        least = float(costs[-1])
+        least = float(self.costs[-1])
         while len(chosen) < MOST:
-            rest = [n for n in range(len(costs) - 1) if n not in chosen]
-            tried = {
-                n: self.work(self.thresholds(sorted([*chosen, n]), level), costs) for n in rest
-            }
+            rest = [n for n in range(len(self.costs) - 1) if n not in chosen]
+            tried = {n: self.work(self.thresholds(sorted([*chosen, n]), level)) for n in rest}
             best = min(tried, key=tried.__getitem__, default=None)
             if best is None or tried[best] >= least:
                 break
@@ -231,8 +241,8 @@ def binomial_tail(k: int, n: int, p: float) -> float:
     return math.fsum(map(math.exp, logs))
 
 
-def _measured(structure: Anatomy, data: Iterable[Any]) -> tuple[Tensor, Tensor, list[int]]:
-    """How sure each depth is of each sample, whether it agrees with the last; products of each."""
+def measured_answers(structure: Anatomy, data: Iterable[Any]) -> Answers:
+    """Runs a model once over samples, all depths of each."""
     sure, same = [], []
     costs: list[int] = []
     for x, _ in any_batches(structure, data, NEED):
@@ -243,7 +253,7 @@ def _measured(structure: Anatomy, data: Iterable[Any]) -> tuple[Tensor, Tensor, 
         sure.append(confidences(z).T.cpu())
         same.append((answers == answers[-1]).T.cpu())
         costs = costs or [_products(structure, first_part(x, 1), n) for n in range(len(states))]
-    return torch.cat(sure), torch.cat(same), costs if costs[-1] else list(range(len(costs)))
+    return Answers(torch.cat(sure), torch.cat(same), costs if costs[-1] else range(len(costs)))
 
 
 def _products(structure: Anatomy, x: Any, depth: int) -> int:
