@@ -26,6 +26,12 @@ class ProcessLost(RunError):
         self.aloud = aloud
 
 
+def refuse(source: object, faults: Iterable[str]) -> None:
+    """Raises an InputError with the first fault of a source; no generator goes on behind that."""
+    for fault in faults:
+        raise InputError(f"{source}: {fault}")
+
+
 def several(number: int | float, noun: str, plural: str | None = None) -> str:
     """A number and its noun: `1 seed`, `1,203 samples`, `0.5 points`, `2 batches`."""
     shown = f"{number:g}" if isinstance(number, float) else f"{number:,}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deeplimit import memory
-from deeplimit.data import load_dataset, npz
+from deeplimit.data import arrays, load_dataset
 from deeplimit.errors import InputError
 
 Y = np.arange(30) % 3
@@ -161,7 +161,7 @@ def test_what_would_unpack_to_more_than_there_is_is_refused_before_it_is_unpacke
     monkeypatch.undo()
     assert load_dataset(name).shape == (1, 512, 512)
     monkeypatch.setattr(memory, "FLOOR", pixels.nbytes - 1)  # stands for 1 GiB
-    monkeypatch.setattr(npz.npy, "read_array", None)
+    monkeypatch.setattr(arrays.npy, "read_array", None)
     with pytest.raises(InputError, match=r"7\.9 MB unpacked from .* kB; expected at most"):
         load_dataset(name)
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load as naive_safetensors
 
 from deeplimit.control import TrajectoryPicture, TurnpikeProfile
 from deeplimit.data import Standardisation, load_dataset
-from deeplimit.data.idx import read_idx
+from deeplimit.data.arrays import read_idx
 from deeplimit.data.images import ImageCache
 from deeplimit.meanfield import ConvergenceCertificate
 from deeplimit.network import Architecture, save

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,66 +11,25 @@ import torch
 from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
-from deeplimit.errors import InputError, several
+from deeplimit.data.standardisation import Standardisation, figures_of
+from deeplimit.errors import InputError, refuse, several
 
-
-@dataclass(frozen=True)
-class Standardisation:
-    """x ↦ (x − mean) / std, per channel of images in [0, 1] or per feature of vectors.
-
-    For models that do not standardise by themselves: a split that carries it hands out batches that
-    are standardised, after any augmentation.
-
-    Raises:
-        InputError: not as many means as deviations, or a deviation that is not above 0.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not self.mean:
-            raise InputError(
-                f"{len(self.mean)} means and {len(self.std)} standard deviations given; expected "
-                "one of each for every channel"
-            )
-        for mean, std in zip(self.mean, self.std, strict=True):
-            if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-                raise InputError(
-                    f"mean {mean:g} and standard deviation {std:g} given; expected finite numbers, "
-                    "the deviation above 0"
-                )
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse samples of another number of channels or features."""
-        if shape[0] != len(self.mean):
-            what = "channels" if len(shape) == 3 else "features"
-            raise InputError(
-                f"{len(self.mean)} means for samples of {shape[0]} {what}: give one for each"
-            )
-
-    def apply(
-        self, x: Float[Tensor, "batch channels ..."]
-    ) -> Float32[Tensor, "batch channels ..."]:
-        """A batch, standardised in its own precision, then in 32 bits."""
-        shape = (-1,) + (1,) * (x.dim() - 2)
-        mean, std = (torch.tensor(f, dtype=x.dtype).reshape(shape) for f in (self.mean, self.std))
-        return ((x - mean) / std).float()
-
-
-RARE = 10.0  # standard deviations; what lies further out is a rare value, not a scale
-_CHUNK = 4096  # images converted at once, so that a memory-mapped set is never copied whole
+PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Split:
     """Labelled samples.
 
+    >>> split = Split(torch.tensor([[0.5], [1.5]]), torch.tensor([0, 1]))
+    >>> split.batch([1])
+    (tensor([[1.5000]]), tensor([1]))
+
     Attributes:
         x: [n, d] for vectors, float32, or float64 where that is too coarse for them before they
             are standardised; uint8 [n, C, H, W] for images, possibly memory-mapped.
         y: int64 [n], the class of each sample.
-        standardisation: what `batches` does to the samples last, for a model that does not
+        standardisation: what `iter_batches` does to the samples last, for a model that does not
             standardise them itself; None for nothing.
 
     Raises:
@@ -88,13 +46,10 @@ class Split:
     standardisation: Standardisation | None = None
 
     def __post_init__(self) -> None:
-        if len(self.x) != len(self.y):
-            raise InputError(
-                f"{several(len(self.x), 'sample')} but {several(len(self.y), 'label')}: give one "
-                "label per sample"
-            )
-        if len(self.y) == 0:
-            raise InputError("a split without samples: give it at least one")
+        if len(self.x) != len(self.y) or not len(self.y):
+            found = f"{several(len(self.x), 'sample')} but {several(len(self.y), 'label')}"
+            found = found if len(self.x) != len(self.y) else "a split without samples"
+            raise InputError(f"{found}: give at least one, and one label per sample")
         if self.standardisation is not None:
             self.standardisation.check(tuple(self.x.shape[1:]))
 
@@ -104,7 +59,7 @@ class Split:
     def batch(
         self, indices: Tensor | np.ndarray | Sequence[int]
     ) -> tuple[Any, Int64[Tensor, "batch ..."]]:
-        """Samples and labels at `indices`; images as float32 in [0, 1]."""
+        """Returns samples and labels at `indices`; images as float32 in [0, 1]."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         x = self.x[rows]
         if x.dtype == torch.uint8:
@@ -112,7 +67,7 @@ class Split:
         return x, self.y[rows]
 
     def take(self, count: int) -> Split:
-        """The first `count` samples, without a copy.
+        """Returns the first `count` samples, without a copy.
 
         Held-out and training splits are in random order, so there this is a random sample;
         a set's own test part keeps the order of its file.
@@ -128,8 +83,12 @@ class Split:
 class DataSet:
     """Three disjoint splits: train on one, choose on validation, report on test.
 
+    >>> split = Split(torch.rand(4, 3), torch.tensor([0, 1, 1, 0]))
+    >>> DataSet("mine", ("no", "yes"), train=split, validation=split, test=split).classes
+    2
+
     Attributes:
-        name: what `load` was asked for.
+        name: what `load_dataset` was asked for.
         class_names: one per class; class c of `y` is `class_names[c]`.
         train: what parameters are fitted to.
         validation: what depth and settings are chosen on.
@@ -146,25 +105,27 @@ class DataSet:
     test: Split
 
     def __post_init__(self) -> None:
-        for part in ("validation", "test"):
+        refuse(f"data set {self.name!r}", self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        x = self.train.x
+        for part in PARTS:
             split: Split = getattr(self, part)
-            if split.x.dtype != self.train.x.dtype or split.x.shape[1:] != self.train.x.shape[1:]:
-                raise InputError(
-                    f"data set {self.name!r}: {part} samples are {_describe(split.x)}, training "
-                    f"samples are {_describe(self.train.x)}: give all parts one shape"
+            if (split.x.dtype, split.x.shape[1:]) != (x.dtype, x.shape[1:]):
+                yield (
+                    f"{part} samples are {_describe(split.x)}, training samples are {_describe(x)}:"
+                    " give all parts one shape"
                 )
-        for part in ("train", "validation", "test"):
-            y = getattr(self, part).y
-            y = y if self.vocabulary is None else y[y >= 0]  # −100 is no target
+            y = split.y if self.vocabulary is None else split.y[split.y >= 0]  # −100 is no target
             if int(y.min()) < 0 or int(y.max()) >= self.classes:
-                raise InputError(
-                    f"data set {self.name!r}: {part} labels lie in {int(y.min())} … "
-                    f"{int(y.max())}, expected 0 … {self.classes - 1}: correct the labels"
+                yield (
+                    f"{part} labels lie in {int(y.min())} … {int(y.max())}, expected "
+                    f"0 … {self.classes - 1}: correct the labels"
                 )
 
     @property
     def vocabulary(self) -> int | None:
-        """How many tokens there are, if the next token is to be predicted; None for classes."""
+        """The number of tokens there are, if the next one is to be predicted; None for classes."""
         return getattr(self.train, "vocabulary", None)
 
     @property
@@ -179,16 +140,16 @@ class DataSet:
 
     @property
     def is_text(self) -> bool:
-        """Whether samples are tokens of texts."""
+        """True if samples are tokens of texts."""
         return self.train.x.dtype == torch.int64
 
     @property
     def is_image(self) -> bool:
-        """Whether samples are images."""
+        """True if samples are images."""
         return self.train.x.dtype == torch.uint8
 
     def standardised(self, by: Standardisation | None = None) -> DataSet:
-        """The same data for a model that does not standardise them itself.
+        """Returns the same data for a model that does not standardise them itself.
 
         Args:
             by: the figures; by default those of the training split, per channel or feature.
@@ -196,13 +157,12 @@ class DataSet:
         if by is None:
             mean, std = self.standardisation()
             by = Standardisation(tuple(mean.tolist()), tuple(std.tolist()))
-        parts = ("train", "validation", "test")
-        return replace(self, **{p: replace(getattr(self, p), standardisation=by) for p in parts})
+        return replace(self, **{p: replace(getattr(self, p), standardisation=by) for p in PARTS})
 
     def standardisation(
         self, *, pixelwise: bool = False
     ) -> tuple[Float[Tensor, "*k"], Float32[Tensor, " k"]]:
-        """Mean and standard deviation of the training split as the model sees it.
+        """Computes mean and standard deviation of the training split as the model sees it.
 
         Args:
             pixelwise: for images, the mean of every pixel, [C, H, W], in place of the channel's:
@@ -214,24 +174,7 @@ class DataSet:
             is nearly constant at least a tenth of its largest deviation, so that no training sample
             lies further than 10 from zero. The mean is in the precision of x.
         """
-        x = self.train.x
-        if not self.is_image:
-            std, mean = torch.std_mean(x.double(), dim=0, correction=0)
-            std = torch.maximum(std, (x - mean).abs().amax(dim=0) / RARE)
-            constant = x.amax(dim=0) == x.amin(dim=0)
-            return mean.to(x.dtype), torch.where(constant, 1.0, std).float()
-        # Sums of integers below 2⁵³ are exact in float64: no cancellation in the variance.
-        total = torch.zeros(x.shape[1:], dtype=torch.float64)
-        squares = torch.zeros_like(total)
-        for chunk in torch.split(x, _CHUNK):
-            pixels = chunk.double()
-            total += pixels.sum(dim=0)
-            squares += pixels.square_().sum(dim=0)
-        mean = total / len(x)
-        channel = mean.mean(dim=(1, 2))
-        variance = squares.mean(dim=(1, 2)) / len(x) - channel.square()
-        std = torch.where(variance > 0, variance.sqrt() / 255, 1.0)
-        return (mean if pixelwise else channel).float() / 255, std.float()
+        return figures_of(self.train.x, pixelwise=pixelwise)
 
 
 def _describe(x: Tensor) -> str:

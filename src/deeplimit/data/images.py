@@ -30,112 +30,85 @@ _PIXELS = 2**26  # of one image, 8192²
 # What sets are published in. Not all that Pillow opens: for EPS it runs another program.
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """Consecutive images of one source.
-
-    Attributes:
-        source: the file, for errors.
-        first: number of the first image in that file.
-        images: each image's bytes, or None where there are none.
-    """
-
-    source: str
-    first: int
-    images: list[bytes | None]
+Encoded = tuple[str, bytes | None]  # what errors call an image, and its bytes
 
 
-def decode_images(batches: Iterator[EncodedBatch], places: np.ndarray) -> np.ndarray:
-    """All images as uint8 [n, C, H, W]; the i-th goes to row `places[i]`.
+def decode_images(
+    batches: Iterable[tuple[str, int, list[bytes | None]]], places: np.ndarray
+) -> np.ndarray:
+    """Decodes images to uint8 [n, C, H, W]; the i-th goes to row `places[i]`.
 
     The first image settles size and channels: grey gives C = 1, everything else is converted to
-    RGB, without transparency.
+    RGB, without transparency. Sizes are read before anything is decoded.
 
-    Raises:
-        InputError: for bytes that are no image, another size, colour in a grey set, more than 8
-            bits per channel, more than 2²⁶ pixels, or more images than fit into memory. Sizes are
-            read before anything is decoded.
+    Args:
+        batches: (file, number of the first image in that file, images), in order.
+        places: a row for each image.
     """
     out: np.ndarray | None = None
     done = 0
-
-    def decode_slice(
-        batch: EncodedBatch, start: int, target: np.ndarray, place: np.ndarray
-    ) -> None:
-        for offset in range(start, min(start + _SLICE, len(batch.images))):
-            target[place[offset]] = _decode(batch, offset, target.shape[1:])
-
     # Pillow decodes outside the interpreter lock. What it warns of, _image refuses.
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        for batch in batches:
+        for source, first, found in batches:
+            images = [(f"{source}: image {first + n}", one) for n, one in enumerate(found)]
             if out is None:
-                with _image(batch, 0) as (image, where):
-                    shape = _shape(image, where)
-                what = f"{batch.source}: {len(places)} images of {_size(shape)}"
-                require(len(places) * math.prod(shape), what, "make them smaller")
+                with _image(*images[0]) as (_, shape):
+                    what = f"{source}: {len(places)} images of {_size(shape)}"
+                    require(len(places) * math.prod(shape), what, "make them smaller")
                 out = np.empty((len(places), *shape), dtype=np.uint8)
-            place = places[done : done + len(batch.images)]
-            tasks = [
-                pool.submit(decode_slice, batch, start, out, place)
-                for start in range(0, len(batch.images), _SLICE)
-            ]
+            rows = places[done : done + len(images)]
+            parts = [slice(start, start + _SLICE) for start in range(0, len(images), _SLICE)]
+            tasks = [pool.submit(_decode, images[part], rows[part], out) for part in parts]
             for task in tasks:
                 task.result()
-            done += len(batch.images)
+            done += len(images)
     if out is None or done != len(places):
         raise InputError(f"{done} images for {len(places)} labels: expected one label per image")
     return out
 
 
-def _decode(batch: EncodedBatch, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    """One image [C, H, W], of the given shape."""
-    with _image(batch, offset) as (image, where):
-        found = _shape(image, where)
-        grey = found[0] == 1
-        if found[1:] != shape[1:] or (shape[0] == 1 and not grey):
-            raise InputError(
-                f"{where} is {_size(found)}, the first image {_size(shape)}: "
-                "bring all images to one size and number of channels"
-            )
-        pixels = np.asarray(image.convert("L" if grey else "RGB"))
-    return np.broadcast_to(pixels[None], shape) if grey else pixels.transpose(2, 0, 1)
+def _decode(images: list[Encoded], rows: np.ndarray, out: np.ndarray) -> None:
+    """Decodes images into their rows [C, H, W] of an array."""
+    for (where, encoded), row in zip(images, rows, strict=True):
+        with _image(where, encoded) as (image, found):
+            grey, shape = found[0] == 1, out.shape[1:]
+            if found[1:] != shape[1:] or (shape[0] == 1 and not grey):
+                raise InputError(
+                    f"{where} is {_size(found)}, the first image {_size(shape)}: "
+                    "bring all images to one size and number of channels"
+                )
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+        out[row] = pixels if grey else pixels.transpose(2, 0, 1)
 
 
 @contextmanager
-def _image(batch: EncodedBatch, offset: int) -> Iterator[tuple[Image.Image, str]]:
-    """An image, opened and not decoded yet, and what errors call it."""
-    where = f"{batch.source}: image {batch.first + offset}"
-    encoded = batch.images[offset]
+def _image(where: str, encoded: bytes | None) -> Iterator[tuple[Image.Image, tuple[int, ...]]]:
+    """An image, opened and not decoded yet, and its shape [C, H, W]."""
     if not encoded:
         raise InputError(
             f"{where} has no bytes: embed the images in the file (datasets' to_parquet does)"
         )
     try:
         with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
-            yield image, where
+            width, height = image.size
+            if image.mode in _DEEP:
+                raise InputError(
+                    f"{where} has mode {image.mode}, more than 8 bits per pixel: convert to 8-bit "
+                    "grey or RGB"
+                )
+            if width * height > _PIXELS:
+                raise InputError(
+                    f"{where} has {width}×{height} pixels, expected at most {_PIXELS:,}: make it "
+                    "smaller"
+                )
+            yield image, (1 if image.mode in _GREY else 3, height, width)
     except InputError:
         raise
     except Exception as error:  # Pillow raises what the bytes lead it to
         raise InputError(
             f"{where} cannot be decoded ({one_line(error)}): repair it or take it out"
         ) from error
-
-
-def _shape(image: Image.Image, where: str) -> tuple[int, ...]:
-    """[C, H, W] of an image that is small enough and has 8 bits."""
-    if image.mode in _DEEP:
-        raise InputError(
-            f"{where} has mode {image.mode}, more than 8 bits per pixel: convert to 8-bit grey or "
-            "RGB"
-        )
-    width, height = image.size
-    if width * height > _PIXELS:
-        raise InputError(
-            f"{where} has {width}×{height} pixels, expected at most {_PIXELS:,}: make it smaller"
-        )
-    return (1 if image.mode in _GREY else 3), height, width
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -159,9 +132,8 @@ class ImageCache:
     key: str
 
     @classmethod
-    def of(cls, cache_dir: Path | None, name: str, files: Iterable[Path]) -> ImageCache:
-        """The cache of data set `name`, keyed by its files' names, sizes and times of change."""
-        files = list(files)
+    def of(cls, cache_dir: Path | None, name: str, files: list[Path]) -> ImageCache:
+        """Makes the cache of a data set, keyed by its files' names, sizes and times of change."""
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         digest = hashlib.sha256(json.dumps([_LAYOUT, sorted(stats)]).encode()).hexdigest()
         # Without files nothing tells a stale array from a good one: no cache.
@@ -169,7 +141,7 @@ class ImageCache:
         return cls(folder, digest[:16])
 
     def get(self, part: str, count: int, build: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array of `count` images of one part: memory-mapped, or built and then kept.
+        """Maps the array of `count` images of one part, or builds and then keeps it.
 
         An array that is stale, cut or damaged is built again; where none can be written the
         built one is returned, with a warning, since the cache only saves time.
@@ -177,13 +149,12 @@ class ImageCache:
         if self.folder is None:
             return build()
         for path in self.folder.glob(f"{part}-{self.key}-*.npy"):
-            found = _mapped(path, count)
-            if found is not None and path == self._place(part, found):
+            if (found := _mapped(path, count)) is not None:
                 return found
         images = build()
-        path = self._place(part, images)
+        path = self.folder / f"{part}-{self.key}-{_sizes(images)}.npy"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda file: np.save(file, images, allow_pickle=False))
         except (OSError, RunError) as error:
             warnings.warn(f"decoded images are not kept: {error}", stacklevel=2)
@@ -194,10 +165,10 @@ class ImageCache:
         mapped = _mapped(path, count)
         return images if mapped is None else mapped
 
-    def _place(self, part: str, images: np.ndarray) -> Path:
-        """The name says the shape: a header that was damaged does not go with it."""
-        shape = "x".join(map(str, images.shape[1:]))
-        return (self.folder or Path()) / f"{part}-{self.key}-{shape}.npy"
+
+def _sizes(images: np.ndarray) -> str:
+    """The part of a file's name that a damaged header does not go with."""
+    return "x".join(map(str, images.shape[1:]))
 
 
 def _mapped(path: Path, count: int) -> np.ndarray | None:
@@ -208,4 +179,4 @@ def _mapped(path: Path, count: int) -> np.ndarray | None:
     except Exception:  # whatever a damaged header leads to
         return None
     sound = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
-    return images if whole and sound else None
+    return images if whole and sound and path.stem.endswith(f"-{_sizes(images)}") else None

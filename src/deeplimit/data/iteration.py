@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from deeplimit.data.dataset import Split
-from deeplimit.errors import InputError, several
+from deeplimit.errors import InputError, refuse, several
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Augmentation:
         crop: pixels of black that are added on each side before a window of the original size
             is cut at random; 0 for none.
         flip: whether half of the images are mirrored left to right.
+
+    >>> Augmentation(crop=4, flip=True).check((3, 32, 32))
     """
 
     crop: int = 0
@@ -35,11 +37,9 @@ class Augmentation:
             raise InputError(f"crop of {self.crop} pixels: give 0 (none) or more")
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse samples that it cannot be applied to."""
+        """Refuses samples that it cannot be applied to."""
         if len(shape) != 3:
-            raise InputError(
-                f"augmentation is for images, samples have shape {shape}: leave crop and flip off"
-            )
+            raise InputError(f"augmentation is for images, samples have shape {shape}: give none")
         if self.crop >= min(shape[1:]):
             raise InputError(
                 f"crop of {self.crop} pixels on images of {shape[1]}×{shape[2]}: "
@@ -47,7 +47,7 @@ class Augmentation:
             )
 
     def draw(self, samples: int, generator: np.random.Generator) -> Int64[Tensor, "samples 3"]:
-        """Per sample: first row and first column of its window, and 1 if it is mirrored.
+        """Draws each sample's first row and column of its window, and 1 if it is mirrored.
 
         Both kinds are always drawn, so that switching one on leaves the other's draws alone.
         """
@@ -60,7 +60,7 @@ class Augmentation:
         images: Float32[Tensor, "batch channels height width"],
         draws: Int64[Tensor, "batch 3"],
     ) -> Float32[Tensor, "batch channels height width"]:
-        """The images, each changed by its own row of `draws`."""
+        """Changes each of the images by its own row of `draws`."""
         top, left, mirrored = draws.unbind(dim=1)
         if self.crop:
             height, width = images.shape[-2:]
@@ -87,7 +87,11 @@ def iter_batches(
     world: int = 1,
     augmentation: Augmentation | None = None,
 ) -> DataLoader[Batch]:
-    """A loader of (x, y) batches of one epoch.
+    """Makes a loader of (x, y) batches of one epoch.
+
+    >>> split = Split(torch.zeros(5, 2), torch.arange(5))
+    >>> [len(y) for _, y in iter_batches(split, 2)]
+    [2, 2, 1]
 
     Without a seed, for evaluation: every sample, in order, on every rank; the last batch may be
     smaller. With a seed, for training: the permutation and the augmentation are functions of
@@ -108,19 +112,17 @@ def iter_batches(
         InputError: on arguments out of range, a batch that `world` does not divide, augmentation
             of vectors or without a seed.
     """
-    if batch_size < 1:
-        raise InputError(f"batch size {batch_size}: give at least 1")
-    if world < 1 or not 0 <= rank < world:
-        raise InputError(f"rank {rank} of {world} processes: give 0 <= rank < world")
+    table = (
+        (batch_size < 1, f"batch size {batch_size}: give at least 1"),
+        (not 0 <= rank < world, f"rank {rank} of {world} processes: give 0 <= rank < world"),
+        (seed is None and augmentation, "augmentation without a seed: evaluate without it"),
+        ((seed or 0) < 0 or epoch < 0, f"seed {seed}, epoch {epoch}: give integers of at least 0"),
+    )
+    refuse("iter_batches", (fault for wrong, fault in table if wrong))
     if augmentation is not None:
         augmentation.check(tuple(split.x.shape[1:]))
     if seed is None:
-        if augmentation is not None:
-            raise InputError("augmentation without a seed: evaluate without augmentation")
-        return _loader(_Samples(split), _Slices(torch.arange(len(split)), batch_size))
-    if seed < 0 or epoch < 0:
-        raise InputError(f"seed {seed}, epoch {epoch}: give integers of at least 0")
-
+        return _loader(_Batches(split, torch.split(torch.arange(len(split)), batch_size)))
     size = min(batch_size, len(split))
     if size % world:
         raise InputError(
@@ -132,57 +134,39 @@ def iter_batches(
     draws = None
     if augmentation is not None:
         draws = augmentation.draw(len(split), _generator(seed, epoch, _AUGMENTATION))
-    return _loader(
-        _Samples(split, augmentation, draws), _Slices(complete[:, rank].flatten(), size // world)
-    )
+    return _loader(_Batches(split, complete[:, rank].unbind(), augmentation, draws))
 
 
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, stream])
 
 
-class _Samples(Dataset[Batch]):
-    """A split that is asked for whole batches at once."""
+@dataclass(frozen=True)
+class _Batches(Dataset[Batch]):
+    """A split in whole batches: those of these rows."""
 
-    def __init__(
-        self,
-        split: Split,
-        augmentation: Augmentation | None = None,
-        draws: Tensor | None = None,
-    ) -> None:
-        self.split, self.augmentation, self.draws = split, augmentation, draws
+    split: Split
+    rows: Sequence[Tensor]
+    augmentation: Augmentation | None = None
+    draws: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.rows)
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        x, y = self.split.batch(indices)
+    def __getitem__(self, number: int) -> Batch:
+        rows = self.rows[number]
+        x, y = self.split.batch(rows)
         if self.augmentation is not None and self.draws is not None:
-            x = self.augmentation.apply(x, self.draws[indices])
+            x = self.augmentation.apply(x, self.draws[rows])
         if self.split.standardisation is not None:
             x = self.split.standardisation.apply(x)
         return x, y
-
-
-class _Slices(Sampler[list[int]]):
-    """Sample numbers, a batch at a time."""
-
-    def __init__(self, order: Tensor, size: int) -> None:
-        self.parts = [part.tolist() for part in torch.split(order, size)]
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.parts)
 
 
 def _identity(batch: Any) -> Any:
     return batch
 
 
-def _loader(samples: _Samples, slices: _Slices) -> DataLoader[Batch]:
+def _loader(batches: _Batches) -> DataLoader[Batch]:
     # Its own generator: without one a DataLoader draws from torch's global random state.
-    return DataLoader(
-        samples, batch_sampler=slices, collate_fn=_identity, generator=torch.Generator()
-    )
+    return DataLoader(batches, batch_size=None, collate_fn=_identity, generator=torch.Generator())

@@ -6,38 +6,39 @@ network is trained with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 
 from deeplimit.data.dataset import DataSet, Split
-from deeplimit.errors import InputError, several
+from deeplimit.errors import InputError, refuse, several
 
 
 def integer_labels(labels: np.ndarray, source: str) -> np.ndarray:
     """`labels` as int64 [n]; InputError unless they are integers ≥ 0, one per sample."""
+    refuse(source, _label_faults(labels))
+    return labels.astype(np.int64)
+
+
+def _label_faults(labels: np.ndarray) -> Iterator[str]:
     if labels.ndim != 1:
-        raise InputError(
-            f"{source}: labels have shape {labels.shape}, expected one number per sample: "
-            "flatten them, or turn one-hot rows into class numbers"
+        yield (
+            f"labels have shape {labels.shape}, expected one number per sample: flatten them, or "
+            "turn one-hot rows into class numbers"
         )
     if labels.dtype.kind not in "iu":
-        raise InputError(
-            f"{source}: labels are of type {labels.dtype}, expected integers: "
-            "number the classes 0, 1, 2, …"
-        )
+        yield f"labels are of type {labels.dtype}, expected integers: number the classes 0, 1, 2, …"
     if len(labels) == 0:
-        raise InputError(f"{source}: no samples: give a file that holds some")
+        yield "no samples: give a file that holds some"
     if labels.min() < 0:
-        raise InputError(
-            f"{source}: label {labels.min()} of sample {labels.argmin()} is negative, expected "
-            "class numbers from 0 on: remove samples without a label, number the rest from 0"
+        yield (
+            f"label {labels.min()} of sample {labels.argmin()} is negative, expected class numbers "
+            "from 0 on: remove samples without a label, number the rest from 0"
         )
     if labels.max() > np.iinfo(np.int64).max:
-        raise InputError(f"{source}: label {labels.max()} is no class number: number from 0 on")
-    return labels.astype(np.int64)
+        yield f"label {labels.max()} is no class number: number from 0 on"
 
 
 def number_classes(
@@ -48,40 +49,37 @@ def number_classes(
     Class names that the source declares fix the numbering, also of classes that never occur: it
     may be the numbering of a pretrained model. Without names the classes are the labels that occur
     in the training part, in order; gaps are closed, and the class names keep the original numbers.
-
-    Args:
-        parts: labels by part, "train" among them, from `integer_labels`.
-        names: class names as declared by the source, or None.
-        source: what errors name.
     """
     present = np.unique(parts["train"])
-    if len(present) < 2:
-        raise InputError(
-            f"{source}: only one class ({present[0]}) in the training part, expected at least 2: "
-            "give labels of several classes"
-        )
+    refuse(source, _class_faults(parts, names, present))
     if names is not None:
-        for part, labels in parts.items():
-            if labels.max() >= len(names):
-                raise InputError(
-                    f"{source}: {part} label {labels.max()} is out of range, {len(names)} classes "
-                    f"are declared: expected 0 … {len(names) - 1}; correct labels or class names"
-                )
         return dict(parts), tuple(names)
-    for part, labels in parts.items():
-        unknown = np.setdiff1d(labels, present)
-        if len(unknown):
-            raise InputError(
-                f"{source}: {part} label {unknown[0]} is out of range, the training part has "
-                f"{_listed(present)}: correct it, or add such samples to the training part"
-            )
     numbered = {part: np.searchsorted(present, labels) for part, labels in parts.items()}
-    return numbered, tuple(str(label) for label in present)
+    return numbered, tuple(map(str, present))
 
 
-def _listed(labels: np.ndarray) -> str:
-    shown = ", ".join(str(label) for label in labels[:10])
-    return shown if len(labels) <= 10 else f"{shown}, … {labels[-1]}"
+def _class_faults(
+    parts: Mapping[str, np.ndarray], names: Sequence[str] | None, present: np.ndarray
+) -> Iterator[str]:
+    if len(present) < 2:
+        yield (
+            f"only one class ({present[0]}) in the training part, expected at least 2: give labels "
+            "of several classes"
+        )
+    for part, labels in parts.items():
+        if names is not None and labels.max() >= len(names):
+            yield (
+                f"{part} label {labels.max()} is out of range, {len(names)} classes are declared: "
+                f"expected 0 … {len(names) - 1}; correct labels or class names"
+            )
+        unknown = np.setdiff1d(labels, present)
+        if names is None and len(unknown):
+            shown = ", ".join(map(str, present[:10]))
+            shown += f", … {present[-1]}" if len(present) > 10 else ""
+            yield (
+                f"{part} label {unknown[0]} is out of range, the training part has {shown}: "
+                "correct it, or add such samples to the training part"
+            )
 
 
 _SPLIT_SEED = 0
@@ -94,12 +92,6 @@ def hold_out_tenths(
     """Rows of a training file that go to "train" and to each part that the set lacks.
 
     A tenth of the file for each, at most 5,000 and at least the number of classes.
-
-    Args:
-        labels: [n], of the training file, in 0 … C − 1.
-        class_names: what errors call the classes.
-        parts: what to hold out besides "train", such as ("validation",).
-        source: what errors name.
     """
     classes = _require(labels, class_names, 1 + len(parts), source)
     held = max(min(_LARGEST_HELD_OUT, len(labels) // 10), classes)
@@ -120,12 +112,17 @@ def split_whole(
 ) -> DataSet:
     """A data set from samples without a test part of their own: 60/20/20, stratified."""
     rows = sixty_twenty_twenty(labels, class_names, name)
-    x = np.ascontiguousarray(x)
-    splits = {
+    return DataSet(name, class_names, **splits_of(np.ascontiguousarray(x), labels, rows))
+
+
+def splits_of(
+    x: np.ndarray, labels: np.ndarray, rows: Mapping[str, np.ndarray]
+) -> dict[str, Split]:
+    """The splits that consist of these rows of samples and labels."""
+    return {
         part: Split(torch.from_numpy(x[chosen]), torch.from_numpy(labels[chosen]))
         for part, chosen in rows.items()
     }
-    return DataSet(name, class_names, splits["train"], splits["validation"], splits["test"])
 
 
 def _divide(labels: np.ndarray, sizes: dict[str, int]) -> dict[str, np.ndarray]:
@@ -148,7 +145,6 @@ def _require(labels: np.ndarray, class_names: Sequence[str], samples: int, sourc
         raise InputError(
             f"{source}: class {class_names[classes[counts.argmin()]]} has "
             f"{several(int(counts.min()), 'sample')}, too few to split into parts, expected at "
-            f"least {samples} of each class: "
-            "add samples or leave the class out"
+            f"least {samples} of each class: add samples or leave the class out"
         )
     return len(classes)

@@ -16,9 +16,15 @@ from torch import Tensor
 
 from deeplimit.data.dataset import DataSet, Split
 from deeplimit.data.registry import Request
-from deeplimit.data.splitting import integer_labels, number_classes, sixty_twenty_twenty
+from deeplimit.data.splitting import (
+    integer_labels,
+    number_classes,
+    sixty_twenty_twenty,
+    splits_of,
+)
+from deeplimit.data.tables import opened_parquet
 from deeplimit.errors import InputError, describe_error, several
-from deeplimit.memory import require, require_unpacked
+from deeplimit.memory import require
 from deeplimit.reading import reading
 
 IGNORED = -100  # the target of a token that predicts nothing
@@ -68,11 +74,7 @@ class Reader:
 
     @classmethod
     def of(cls, request: Request) -> Reader:
-        """That of the model which is to read the data; no code of the folder's is ever run.
-
-        Raises:
-            InputError: there is no such model, or none with a tokenizer.
-        """
+        """Makes that of the model which is to read the data; runs no code of the folder's."""
         if request.model is None:
             raise InputError(
                 f"data set {request.name!r} is text, which a model has to read; {REMEDY}"
@@ -120,14 +122,11 @@ class Reader:
 
 
 def load_text(request: Request) -> DataSet:
-    """A text file in windows of one length: 80 % of it for training, then 10 % and 10 %.
+    """Loads a text file in windows of one length: 80 % of it for training, then 10 % and 10 %.
 
     The parts are cut where a line ends, before anything is tokenised, so that none has a token of
     another. A window begins with the token for that, where the tokenizer has one; it predicts each
     of its other tokens once. What is left of a part behind its last window is left out.
-
-    Raises:
-        InputError: no UTF-8, or a text that is too short for a window in each part.
     """
     reader, path = Reader.of(request), Path(request.target).expanduser()
     with reading(path, "no text in UTF-8", "give a text file"):
@@ -168,13 +167,10 @@ def _windows(tokens: np.ndarray, length: int, reader: Reader) -> TokenSplit:
 
 
 def load_table(request: Request) -> DataSet:
-    """A table of texts and their labels, .csv, .jsonl or .parquet; 60/20/20, stratified.
+    """Loads a table of texts and their labels, .csv, .jsonl or .parquet; 60/20/20, stratified.
 
     The texts are in the column `text` or `sentence`, the labels, numbers or words, in `label`.
     Where the model is a classifier already they are numbered as it numbers its classes.
-
-    Raises:
-        InputError: a table of another form, without these columns, or with empty cells.
     """
     reader, path = Reader.of(request), Path(request.target).expanduser()
     texts, labels = _columns(path)
@@ -193,10 +189,8 @@ def load_table(request: Request) -> DataSet:
             "no batch; set one (tokenizer.pad_token = …) and save both tokenizer and config"
         )
     x, rows = reader.checked(x), sixty_twenty_twenty(y, names, str(path))
-    splits = {
-        part: TokenSplit(torch.from_numpy(x[n]), torch.from_numpy(y[n]), padding=padding)
-        for part, n in rows.items()
-    }
+    parts = splits_of(x, y, rows)
+    splits = {p: TokenSplit(split.x, split.y, padding=padding) for p, split in parts.items()}
     return DataSet(request.name, names, **splits)
 
 
@@ -207,37 +201,28 @@ def _columns(path: Path) -> tuple[list[str], list[Any]]:
         raise InputError(f"{path}: expected a table, {', '.join(FORMATS)}, with a column for texts")
     import datasets
 
-    with (
-        reading(path, f"no table in {kind}", "write it again"),
-        tempfile.TemporaryDirectory() as at,
-    ):
+    with reading(path, f"no table in {kind}", "write it again"):
         if kind == "parquet":
-            from pyarrow.parquet import read_metadata
-
-            found = read_metadata(path)
-            groups = (found.row_group(n).total_byte_size for n in range(found.num_row_groups))
-            require_unpacked(sum(groups), path.stat().st_size, str(path), "write it again")
+            opened_parquet(path)
         bar = datasets.are_progress_bars_disabled()
         datasets.disable_progress_bars()
-        read = getattr(datasets.Dataset, f"from_{kind}")
         try:
-            table = read(str(path), cache_dir=at, keep_in_memory=True)
+            with tempfile.TemporaryDirectory() as at:
+                read = getattr(datasets.Dataset, f"from_{kind}")
+                table = read(str(path), cache_dir=at, keep_in_memory=True)
         finally:
             if not bar:
                 datasets.enable_progress_bars()
-        found = [
-            next((c for c in names if c in table.column_names), None) for names in (TEXT, LABEL)
-        ]
-        if None in found:
-            missing = "labels" if found[0] else "texts"
-            raise InputError(
-                f"{path}: no column of {missing} among {', '.join(table.column_names)}; expected "
-                f"{' or '.join(LABEL if found[0] else TEXT)}: rename it"
-            )
+        found = [next((c for c in names if c in table.column_names), "") for names in (TEXT, LABEL)]
+        for column, names, missing in zip(found, (TEXT, LABEL), ("texts", "labels"), strict=True):
+            if not column:
+                raise InputError(
+                    f"{path}: no column of {missing} among {', '.join(table.column_names)}; "
+                    f"expected {' or '.join(names)}: rename it"
+                )
         texts, labels = (table[column][:] for column in found)
     empty = [n for n, row in enumerate(zip(texts, labels, strict=True)) if None in row]
-    words = all(isinstance(text, str) for text in texts)
-    if empty or not words or not texts:
+    if empty or not texts or not all(isinstance(text, str) for text in texts):
         what = f"row {empty[0] + 1} has an empty cell" if empty else "its texts are no words"
         raise InputError(f"{path}: {what if texts else 'no rows'}; give a text and a label in each")
     return texts, labels
