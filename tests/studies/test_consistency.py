@@ -16,7 +16,7 @@ from deeplimit.cli import main
 from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance
 from deeplimit.records import from_plain
-from deeplimit.report.consistency import consistency_figures
+from deeplimit.report.studies import consistency_figures
 from deeplimit.report.style import logarithmic_panels
 from deeplimit.studies import ConsistencyStudy, study_consistency
 from deeplimit.studies.consistency import SPREAD, STATE, Problem

@@ -144,7 +144,7 @@ STUDIES = {
     "consistency": Verb(
         "Does training stop depending on width and depth as both grow?",
         "verbs.studies:consistency",
-        "consistency:consistency_summary",
+        "studies:consistency_summary",
         "training",
     ),
     "convergence": Verb(

@@ -1,7 +1,5 @@
 """The answer of a run in words and numbers: depth N → k, what it costs, how it was chosen."""
 
-from dataclasses import dataclass
-from itertools import starmap
 from pathlib import Path
 
 from deeplimit.control.cut_choice import CutChoice
@@ -26,11 +24,29 @@ from deeplimit.training.results import (
     MergedRuns,
     Parts,
     Profiles,
+    Reference,
     Refinement,
     RunResults,
 )
 
 STANDARD_ERRORS = f"{Z:.3f} standard errors"
+APART = (
+    " Test data, from which the numbers on this page come unless they say otherwise, took no part "
+    "in the choice."
+)
+ORDERS = {
+    "influence": "those that turn the states least went first",
+    "update": "those that change the states least went first",
+    "tail": "the last went first",
+    "turnpike": "those in the tube went first, from its exit back",
+    "trial": "by trial, those whose removal changes the answers least went first",
+}
+TEACHERS = {
+    "full": " with the full network as its teacher",
+    "beside": " with the full network as its teacher, which learned beside it",
+    "none": "",
+}
+Bar = tuple[int, str, float]  # a depth, its test accuracy, and that as a length in percent
 
 
 def loss_gained(cut: Cut) -> str:
@@ -41,68 +57,39 @@ def loss_gained(cut: Cut) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One quantity before and after a cut, as text, and what the change amounts to."""
-
-    name: str
-    before: str
-    after: str
-    change: str
-
-
-def comparisons(report: CropResult) -> tuple[Comparison, ...]:
-    """Accuracy, loss, agreement and the three costs, each before and after."""
-    one = "sample" if report.has_accuracy else "window"
+def comparisons(report: CropResult) -> tuple[tuple[str, str, str, str], ...]:
+    """Accuracy or perplexity, loss and the three costs: name, before, after, change."""
+    n, before, after = report.samples, report.loss_before, report.loss_after
+    quality: tuple[tuple[str, str, str, str], ...]
+    if report.has_accuracy:
+        one, rise = "sample", f"{'+' if after > before else ''}{significant(after - before)}"
+        accuracies = percent(report.accuracy_before, n), percent(report.accuracy_after, n)
+        quality = (
+            ("Test accuracy", *accuracies, _change(report)),
+            ("Test loss", significant(before), significant(after), f"{rise}{SPACE}nats"),
+        )
+    else:
+        one, quality = "window", language.quality(report)
     batch = f"{several(report.latency_batch, one)}, {report.device}"
+    sizes = (report.parameters_before, report.parameters_after)
+    work = (report.multiply_adds_before, report.multiply_adds_after)
+    latency = (report.latency_before, report.latency_after)
     return (
-        *(
-            _quality(report)
-            if report.has_accuracy
-            else starmap(Comparison, language.quality(report))
-        ),
-        Comparison(
-            "Parameters",
-            count(report.parameters_before),
-            count(report.parameters_after),
-            times(report.parameters_before, report.parameters_after, "fewer", "more"),
-        ),
-        Comparison(
-            f"Multiply-adds a {one}",
-            count(report.multiply_adds_before),
-            count(report.multiply_adds_after),
-            times(report.multiply_adds_before, report.multiply_adds_after, "fewer", "more"),
-        ),
-        Comparison(
+        *quality,
+        ("Parameters", count(sizes[0]), count(sizes[1]), times(*sizes, "fewer", "more")),
+        (f"Multiply-adds a {one}", count(work[0]), count(work[1]), times(*work, "fewer", "more")),
+        (
             f"Latency ({batch})",
-            seconds(report.latency_before),
-            seconds(report.latency_after),
-            times(report.latency_before, report.latency_after, "faster", "slower"),
+            seconds(latency[0]),
+            seconds(latency[1]),
+            times(*latency, "faster", "slower"),
         ),
     )
 
 
-def _quality(report: CropResult) -> tuple[Comparison, ...]:
-    n = report.samples
-    return (
-        Comparison(
-            "Test accuracy",
-            percent(report.accuracy_before, n),
-            percent(report.accuracy_after, n),
-            points(report.accuracy_after - report.accuracy_before, n, report.accuracy_error),
-        ),
-        Comparison(
-            "Test loss",
-            significant(report.loss_before),
-            significant(report.loss_after),
-            signed(report.loss_after - report.loss_before) + f"{SPACE}nats",
-        ),
-    )
-
-
-def signed(number: float) -> str:
-    """A difference with its sign, three significant digits."""
-    return ("+" if number > 0 else "") + significant(number)
+def _change(report: CropResult) -> str:
+    difference = report.accuracy_after - report.accuracy_before
+    return points(difference, report.samples, report.accuracy_error)
 
 
 def lead(cut: Cut) -> str:
@@ -111,17 +98,17 @@ def lead(cut: Cut) -> str:
     n = report.samples
     if not report.has_accuracy:
         return language.lead(_removed(cut) if cut.removed else "", report)
+    before = percent(report.accuracy_before, n)
     if not cut.removed:
         return (
             "No layer was removed. On test data the network of "
-            f"{layers(report.horizon_before)} has an accuracy of "
-            f"{percent(report.accuracy_before, n)}."
+            f"{layers(report.horizon_before)} has an accuracy of {before}."
         )
-    change = points(report.accuracy_after - report.accuracy_before, n, report.accuracy_error)
     return (
-        f"{_removed(cut)} Accuracy on test data goes from {percent(report.accuracy_before, n)} to "
-        f"{percent(report.accuracy_after, n)} ({change}, one standard error), and both networks "
-        f"give the same answer for {percent(report.agreement, n)} of {several(n, 'test sample')}."
+        f"{_removed(cut)} Accuracy on test data goes from {before} to "
+        f"{percent(report.accuracy_after, n)} ({_change(report)}, one standard error), and both "
+        f"networks give the same answer for {percent(report.agreement, n)} of "
+        f"{several(n, 'test sample')}."
     )
 
 
@@ -138,20 +125,12 @@ def data_sentence(parts: Parts | None) -> str:
 
 
 def _removed(cut: Cut) -> str:
-    total = cut.report.horizon_before
-    spans = runs(cut.removed)
-    first, last = spans[0]
-    if len(spans) == 1 and last == total - 1:
-        which = f"The last {len(cut.removed)} of" if first else "All"
+    total, number, spans = cut.report.horizon_before, len(cut.removed), runs(cut.removed)
+    if len(spans) == 1 and spans[0][1] == total - 1:
+        which = f"The last {number} of" if spans[0][0] else "All"
         return f"{which} {layers(total)} were removed."
     where = ", ".join(str(a + 1) if a == b else f"{a + 1}–{b + 1}" for a, b in spans)
-    return f"{len(cut.removed)} of {layers(total)} were removed, counted from 1: {where}."
-
-
-def strip(cut: Cut) -> list[dict[str, bool]]:
-    """The layers in order, each kept or removed."""
-    removed = set(cut.removed)
-    return [{"kept": n not in removed} for n in range(cut.report.horizon_before)]
+    return f"{number} of {layers(total)} were removed, counted from 1: {where}."
 
 
 def rule(cut: Cut, profiles: Profiles | None) -> str:
@@ -199,9 +178,30 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
             f" On validation data depth {n} has an accuracy of {accuracy} and a loss of {loss}; "
             f"depth {total} has {accuracy_full} and {loss_full}."
         )
-    return text + (
-        " Test data, from which the numbers on this page come unless they say otherwise, took no "
-        "part in the choice."
+    return text + APART
+
+
+def _rule_of(cut: Cut, choice: CutChoice) -> str:
+    """How layers of any place were chosen under a budget."""
+    part = f"at most {100 * choice.limit:g}{SPACE}% of the"
+    limits = {
+        "accuracy": f"a loss of at most {several(100 * choice.limit, 'point')} of accuracy and of "
+        f"at most {loss_gained(cut)}, with the standard errors of so many trials added",
+        "rise": language.limit(choice),
+        "blocks": f"{layers(int(choice.limit))} to be kept",
+        "multiply_adds": f"{part} multiply-adds",
+        "latency": f"{part} latency",
+    }
+    stages = zip(choice.layers_after, choice.layers_before, strict=True)
+    said = language.chosen(choice)
+    if choice.accuracy_before is not None and choice.accuracy_after is not None:
+        before = percent(choice.accuracy_before, choice.samples or 0)
+        after = percent(choice.accuracy_after, choice.samples or 0)
+        said = f" On validation data accuracy goes from {before} to {after}.{few(cut)}"
+    return (
+        f"Layers of any place were chosen on validation data, for {limits[choice.budget]}: "
+        f"{ORDERS[choice.score]}. Of the layers of each stage "
+        f"{', '.join(f'{after} of {before}' for after, before in stages)} are kept.{said}{APART}"
     )
 
 
@@ -214,23 +214,19 @@ def entry_apart(cut: Cut, profiles: Profiles | None) -> str:
     entry = validation.entry()
     if entry == depth or not validation.distance:
         return ""
-    radius = f"the radius of the tube, δ{SPACE}={SPACE}{significant(validation.radius)}"
-    if entry is None:
-        text = (
-            "On validation data the turnpike has no entry: at no layer is the mean distance to the "
-            f"minimisers within {radius}"
-        )
-    else:
-        text = (
-            f"On validation data the turnpike’s entry is layer {entry}, not the cut’s {depth}: "
-            f"from there on the mean distance to the minimisers is within {radius}"
-        )
-    if cut.tolerance is None:
-        return f"{text}, while the depth of the cut was given by the user."
-    return (
-        f"{text}, while the cut is the smallest depth whose answers are as good within the "
-        "tolerances."
+    where = (
+        f"turnpike’s entry is layer {entry}, not the cut’s {depth}: from there on the mean distance"
+        " to the minimisers is within"
+        if entry is not None
+        else "turnpike has no entry: at no layer is the mean distance to the minimisers within"
     )
+    why = (
+        "the depth of the cut was given by the user."
+        if cut.tolerance is None
+        else "the cut is the smallest depth whose answers are as good within the tolerances."
+    )
+    radius = f"the radius of the tube, δ{SPACE}={SPACE}{significant(validation.radius)}"
+    return f"On validation data the {where} {radius}, while {why}"
 
 
 def few(cut: Cut) -> str:
@@ -240,102 +236,110 @@ def few(cut: Cut) -> str:
     return (
         f" So few validation samples, {cut.parts.validation:,}, cannot exclude a loss of "
         f"{several(100 * cut.tolerance, 'point')} at 95 %, not even where none of their answers "
-        "changes; "
-        f"{cut.needed:,} could."
+        f"changes; {cut.needed:,} could."
     )
 
 
-def _rule_of(cut: Cut, choice: CutChoice) -> str:
-    """How layers of any place were chosen under a budget."""
-    limits = {
-        "accuracy": f"a loss of at most {several(100 * choice.limit, 'point')} of accuracy and of "
-        f"at most {loss_gained(cut)}, with the standard errors of so many trials added",
-        "rise": language.limit(choice),
-        "blocks": f"{layers(int(choice.limit))} to be kept",
-        "multiply_adds": f"at most {100 * choice.limit:g}{SPACE}% of the multiply-adds",
-        "latency": f"at most {100 * choice.limit:g}{SPACE}% of the latency",
-    }
-    orders = {
-        "influence": "those that turn the states least went first",
-        "update": "those that change the states least went first",
-        "tail": "the last went first",
-        "turnpike": "those in the tube went first, from its exit back",
-        "trial": "by trial, those whose removal changes the answers least went first",
-    }
-    kept = ", ".join(
-        f"{after} of {before}"
-        for after, before in zip(choice.layers_after, choice.layers_before, strict=True)
-    )
-    text = (
-        f"Layers of any place were chosen on validation data, for {limits[choice.budget]}: "
-        f"{orders[choice.score]}. Of the layers of each stage {kept} are kept."
-    )
-    if choice.accuracy_before is not None and choice.accuracy_after is not None:
-        before, after = (
-            percent(accuracy, choice.samples or 0)
-            for accuracy in (choice.accuracy_before, choice.accuracy_after)
+def control_sentences(cut: Cut | None, reference: Reference | None) -> tuple[str, ...]:
+    """What the same cut costs without stage cost, and what its depth reaches from scratch."""
+    if cut is None or reference is None or not cut.removed:
+        return ()
+    report, small = reference.report, reference.small
+    if not reference.is_of(cut):
+        return (
+            f"The control is that of another cut, to {layers(report.horizon_after)}; deeplimit "
+            "train --resume RUN, with RUN the run’s folder, trains and measures that of this one.",
         )
-        text += f" On validation data accuracy goes from {before} to {after}.{few(cut)}"
-    else:
-        text += language.chosen(choice)
-    return text + (
-        " Test data, from which the numbers on this page come unless they say otherwise, took no "
-        "part in the choice."
+    n, lost = report.samples, report.accuracy_before - report.accuracy_after
+    said = (
+        f"The same network trained without stage cost {'loses' if lost >= 0 else 'gains'} "
+        f"{points(abs(lost), n).lstrip('+')} when it is cut to the same depth: from "
+        f"{percent(report.accuracy_before, n)} to {percent(report.accuracy_after, n)}."
     )
+    return (said,) if small is None else (said, _small(small))
+
+
+def _small(report: CropResult) -> str:
+    """`report` is of the small network, before, and of the cut, after."""
+    n, verdict = report.samples, report.verdict
+    told = f"{several(n, 'test sample')} {'does' if n == 1 else 'do'} not tell which is better"
+    if verdict is not None and verdict.at_most < 0:
+        told = "the cut is better"
+    elif verdict is not None and verdict.at_least > 0:
+        told = "the cut is worse"
+    return (
+        f"A network of {layers(report.horizon_before)} trained from scratch without stage cost has "
+        f"{percent(report.accuracy_before, n)}. The cut less this network: {_change(report)} "
+        f"(paired, one standard error); {told}."
+    )
+
+
+def control_rows(cut: Cut | None, reference: Reference | None) -> list[tuple[str, list[Bar]]]:
+    """With and without stage cost, before and after the same cut; of the cut's depth at once.
+
+    None where the control is of another cut.
+    """
+    if cut is None or reference is None or not cut.removed or not reference.is_of(cut):
+        return []
+
+    def bar(report: CropResult, depth: int, accuracy: float) -> Bar:
+        return depth, percent(accuracy, report.samples), round(100 * accuracy, 2)
+
+    rows = [
+        (
+            f"{name} stage cost, cut",
+            [
+                bar(report, report.horizon_before, report.accuracy_before),
+                bar(report, report.horizon_after, report.accuracy_after),
+            ],
+        )
+        for name, report in (("With", cut.report), ("Without", reference.report))
+    ]
+    if (small := reference.small) is not None:
+        scratch = bar(small, small.horizon_before, small.accuracy_before)
+        rows.append(("Without stage cost, that depth from scratch", [scratch]))
+    return rows
 
 
 def healing_sentence(healing: Healing) -> str:
     """What a little more training recovered, and how far that is from the full network."""
     full, cropped = healing.from_full, healing.from_cropped
-    n = full.samples
-    gained = cropped.accuracy_after - cropped.accuracy_before
-    left = full.accuracy_after - full.accuracy_before
-    epochs = several(healing.epochs, "epoch")
-    who = {
-        "full": " with the full network as its teacher",
-        "beside": " with the full network as its teacher, which learned beside it",
-        "none": "",
-    }[healing.teacher]
+    n, who = full.samples, TEACHERS[healing.teacher]
     if not full.has_accuracy:
         return language.healing_sentence(healing, who)
     return (
-        f"Trained for {epochs} more{who}, the cut network goes from "
+        f"Trained for {several(healing.epochs, 'epoch')} more{who}, the cut network goes from "
         f"{percent(cropped.accuracy_before, n)} to {percent(cropped.accuracy_after, n)} on test "
-        f"data ({points(gained, n, cropped.accuracy_error)}, one standard error). Against the full "
-        f"network's {percent(full.accuracy_before, n)} that is "
-        f"{points(left, n, full.accuracy_error)}."
+        f"data ({_change(cropped)}, one standard error). Against the full "
+        f"network's {percent(full.accuracy_before, n)} that is {_change(full)}."
     )
 
 
 def refinement_sentence(refinement: Refinement) -> str:
     """From which network this one was made, and what that changed."""
     report, trained = refinement.report, refinement.trained
-    n = report.samples
-    text = (
+    n, more = report.samples, ""
+    if trained is not None:
+        epochs = several(refinement.epochs, "epoch")
+        more = f", and {percent(trained.accuracy_after, n)} after {epochs} of training from there"
+    return (
         f"Refined from {Path(refinement.source).name}: {layers(report.horizon_before)} became "
         f"{report.horizon_after}, test accuracy {percent(report.accuracy_before, n)} became "
-        f"{percent(report.accuracy_after, n)}"
-    )
-    if trained is None:
-        return f"{text}."
-    epochs = several(refinement.epochs, "epoch")
-    return (
-        f"{text}, and {percent(trained.accuracy_after, n)} after {epochs} of training from there."
+        f"{percent(report.accuracy_after, n)}{more}."
     )
 
 
 def merging_sentence(merging: MergedRuns) -> str:
     """From which networks this one was made, and how well all do."""
     *others, last = merging.names
-    n = merging.samples
+    n, more = merging.samples, ""
+    if merging.averaged is not None:
+        more = f"; the average of their parameters has {percent(merging.averaged.accuracy, n)}"
     parents = ", ".join(percent(parent.accuracy, n) for parent in merging.parents)
-    text = (
+    return (
         f"Merged from {', '.join(others)} and {last}, whose test accuracies are {parents}: "
-        f"{percent(merging.merged.accuracy, n)}"
+        f"{percent(merging.merged.accuracy, n)}{more}."
     )
-    if merging.averaged is None:
-        return f"{text}."
-    return f"{text}; the average of their parameters has {percent(merging.averaged.accuracy, n)}."
 
 
 def waiting(results: RunResults) -> str:
@@ -349,18 +353,15 @@ def waiting(results: RunResults) -> str:
     if results.profiles is None:
         return "The network has been trained; its turnpike has not been looked for yet."
     validation = results.profiles.validation
-    if not validation.accuracy:
-        return (
-            f"On validation data the model has a perplexity of "
-            f"{language.perplexity(validation.loss[-1])} a token. It has not been cut yet."
-        )
     depth = validation.recommended_depth
-    if depth == validation.horizon:
-        return (
-            f"On validation data every smaller number of first layers does worse than all {depth}. "
-            "The network has not been cut yet."
+    if not validation.accuracy:
+        perplexity = language.perplexity(validation.loss[-1])
+        said = f"the model has a perplexity of {perplexity} a token. It"
+    elif depth == validation.horizon:
+        said = f"every smaller number of first layers does worse than all {depth}. The network"
+    else:
+        said = (
+            f"{layers(depth)} of {validation.horizon} are as good as the full network, within the "
+            "tolerances. The network"
         )
-    return (
-        f"On validation data {layers(depth)} of {validation.horizon} are as good as the full "
-        "network, within the tolerances. The network has not been cut yet."
-    )
+    return f"On validation data {said} has not been cut yet."

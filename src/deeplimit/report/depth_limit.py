@@ -4,10 +4,7 @@ import math
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import RenderableType
 
 from deeplimit.errors import several
 from deeplimit.ode import (
@@ -17,57 +14,60 @@ from deeplimit.ode import (
     SolverAccuracy,
     StageSmoothness,
 )
+from deeplimit.report.console import answered, table
 from deeplimit.report.numbers import layers, percent, significant
 from deeplimit.report.style import (
     CLASSES,
     DASHED,
     NETWORK,
     REFERENCE,
+    SOLID,
     TEXT,
-    TUBE,
+    class_look,
+    draw,
     layer_figure,
-    line,
     logarithmic,
+    mark_value,
+    positive,
 )
 
 SEEN = 1e3  # times the largest gap, above which a bound would only squeeze all else together
+COLUMNS = ("stage", "layers", "h", "roughness", "gap", "gap/state", "bound", "integral")
+SOLVERS = ("solver", "steps", "evaluations of φ", "accuracy", "agreement")
+CONTROLS = (
+    "A few numbers of each parameter, layer by layer. Smooth curves are a Neural ODE's controls; a "
+    "zigzag is not."
+)
 
 
 def depth_limit_summary(limit: DepthLimit) -> RenderableType:
     """The verdict, a row for each stage, accuracy against cost, and what was measured."""
-    parts: list[RenderableType] = [Text(limit.smoothness.verdict, style="bold")]
-    table = Table(title="Distance to the Neural ODE", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("stage", "layers", "h", "roughness", "gap", "gap/state", "bound", "integral"):
-        table.add_column(name, justify="right", no_wrap=True)
-    smooth = {stage.stage: stage for stage in limit.smoothness.stages}
-    for gap in limit.gaps:
-        mine = smooth.get(gap.stage)
-        table.add_row(
+    smooth = {stage.stage: [stage.roughness] for stage in limit.smoothness.stages}
+
+    def last(values: Sequence[float] | None) -> str:
+        return "–" if values is None else significant(values[-1], 2)
+
+    rows = [
+        (
             str(gap.stage),
             str(gap.horizon),
             significant(gap.step),
-            "–" if mine is None else significant(mine.roughness, 2),
+            last(smooth.get(gap.stage)),
             significant(max(gap.gap)),
             percent(relative_gap(gap)),
-            "–" if gap.bound is None else significant(gap.bound[-1], 2),
-            "–" if gap.integral_bound is None else significant(gap.integral_bound[-1], 2),
+            last(gap.bound),
+            last(gap.integral_bound),
         )
-    parts.append(table)
+        for gap in limit.gaps
+    ]
+    parts = [table(COLUMNS, rows, "Distance to the Neural ODE")]
     if limit.solvers:
-        parts.append(_solver_table(limit.solvers))
-    return Group(*parts, Text(measured(limit), style="dim"))
+        title = "Accuracy against cost"
+        parts.append(table(SOLVERS, solver_rows(limit.solvers), title, left=SOLVERS[:1]))
+    return answered(limit.smoothness.verdict, *parts, note=measured(limit))
 
 
-def _solver_table(solvers: Sequence[SolverAccuracy]) -> RenderableType:
-    table = Table(title="Accuracy against cost", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("solver", "steps", "evaluations of φ", "accuracy", "agreement"):
-        table.add_column(name, justify="left" if name == "solver" else "right", no_wrap=True)
-    for row in solver_rows(solvers):
-        table.add_row(*row)
-    return table
-
-
-def solver_rows(solvers: Sequence[SolverAccuracy]) -> list[tuple[str, str, str, str, str]]:
+def solver_rows(solvers: Sequence[SolverAccuracy]) -> list[tuple[str, ...]]:
     """Solver, steps, evaluations, accuracy, agreement with the network."""
     return [
         (
@@ -104,8 +104,7 @@ def gap_caption(gap: DiscretizationGap) -> str:
     """How far, compared with the state, and how loose the bounds are."""
     text = (
         f"The states of {layers(gap.horizon)} stay within {significant(max(gap.gap))} of the "
-        "Neural "
-        f"ODE through the same controls (piecewise {gap.interpolation}, "
+        f"Neural ODE through the same controls (piecewise {gap.interpolation}, "
         f"{several(gap.samples, 'sample')}): "
         f"{percent(relative_gap(gap))} of the state's length in the mean."
     )
@@ -127,104 +126,65 @@ def smoothness_caption(stage: StageSmoothness) -> str:
 
 
 def depth_limit_figures(limit: DepthLimit) -> list[tuple[str, go.Figure, str]]:
-    """(name, figure, caption) for every stage."""
-    shown = [(f"gap-{gap.stage}", gap_figure(gap), gap_caption(gap)) for gap in limit.gaps]
-    shown += [
-        (f"smoothness-{stage.stage}", smoothness_figure(stage), smoothness_caption(stage))
-        for stage in limit.smoothness.stages
+    """(name, figure, caption) of gap, smoothness and controls, stage by stage."""
+    shown = [
+        *((gap.stage, "gap", gap_figure(gap), gap_caption(gap)) for gap in limit.gaps),
+        *(
+            (stage.stage, "smoothness", smoothness_figure(stage), smoothness_caption(stage))
+            for stage in limit.smoothness.stages
+        ),
+        *((c.stage, "controls", controls_figure(c), CONTROLS) for c in limit.curves if c.groups),
     ]
-    shown += [
-        (
-            f"controls-{curves.stage}",
-            controls_figure(curves),
-            "A few numbers of each parameter, layer by layer. Smooth curves are a Neural ODE's "
-            "controls; a zigzag is not.",
-        )
-        for curves in limit.curves
-        if curves.groups
-    ]
-    order = ("gap", "smoothness", "controls")
-    return sorted(shown, key=lambda s: (int(s[0].split("-")[1]), order.index(s[0].split("-")[0])))
+    by_stage = sorted(shown, key=lambda one: one[0])
+    return [(f"{name}-{stage}", figure, caption) for stage, name, figure, caption in by_stage]
 
 
 def gap_figure(measured: DiscretizationGap) -> go.Figure:
     """‖x_n − x(s_n)‖ over the layers, the bounds above it and the size of the state."""
-    figure = layer_figure(
-        _of_stage("Distance to the Neural ODE", measured.stage),
-        measured.horizon,
-        "Euclidean norm, logarithmic",
-    )
-    top = SEEN * max(measured.gap)
-    curves = [
-        ("state", measured.state_norm, TEXT, "solid"),
+    title, top = _of_stage("Distance to the Neural ODE", measured.stage), SEEN * max(measured.gap)
+    figure = layer_figure(title, measured.horizon, "Euclidean norm, logarithmic")
+    curves = (
+        ("state", measured.state_norm, TEXT, SOLID),
         ("bound", measured.bound, REFERENCE, DASHED),
-        ("integral form", measured.integral_bound, REFERENCE, "solid"),
-        ("gap", measured.gap, NETWORK, "solid"),
+        ("integral form", measured.integral_bound, REFERENCE, SOLID),
+        ("gap", measured.gap, NETWORK, SOLID),
         ("mean gap", measured.mean_gap, NETWORK, DASHED),
-    ]
-    drawn: list[float | None] = []
+    )
     for name, values, color, dash in curves:
-        if values is None:
-            continue
-        shown = [v if 0 < v <= top else None for v in values]
-        if any(v is not None for v in shown):
-            figure.add_trace(line(range(len(shown)), shown, name, color, dash, "%{y:.3g}"))
-            drawn += shown
-    logarithmic(figure, drawn)
-    return figure
+        shown = [v if 0 < v <= top else None for v in values or ()]
+        if any(shown):
+            draw(figure, range(len(shown)), (name, shown, color, dash))
+    return logarithmic(figure)
 
 
 def smoothness_figure(measured: StageSmoothness) -> go.Figure:
     """N‖θ_{n+1} − θ_n‖ in units of ‖θ‖, all together and parameter by parameter."""
-    figure = layer_figure(
-        _of_stage("Smoothness in depth", measured.stage),
-        len(measured.overall),
-        "speed of θ, logarithmic",
-    )
-    figure.update_xaxes(unifiedhovertitle={"text": "between layers, at %{x}"})
-    places = [n + 0.5 for n in range(len(measured.overall))]
-    drawn: list[float | None] = []
+    title, steps = _of_stage("Smoothness in depth", measured.stage), len(measured.overall)
+    figure = layer_figure(title, steps, "speed of θ, logarithmic", between=True)
+    places = [n + 0.5 for n in range(steps)]
     largest = sorted(measured.groups.items(), key=lambda item: -max(item[1]))
-    for i, (name, speeds) in enumerate(largest[: len(CLASSES)]):
-        shown = [v if v > 0 else None for v in speeds]
-        if any(shown):
-            figure.add_trace(line(places, shown, name, CLASSES[i], "solid", "%{y:.3g}"))
-            figure.data[-1].update(line={"width": 1.2}, marker={"size": 3})
-            drawn += shown
-    together = [v if v > 0 else None for v in measured.overall]
-    figure.add_trace(line(places, together, "all together", NETWORK, "solid", "%{y:.3g}"))
-    figure.data[-1].update(line={"width": 3.2})
+    for color, (name, speeds) in zip(CLASSES, largest, strict=False):
+        if any(v > 0 for v in speeds):
+            draw(figure, places, (name, positive(speeds), color, SOLID))
+    figure.update_traces(line_width=1.2, marker_size=3)
+    draw(figure, places, ("all together", positive(measured.overall), NETWORK, SOLID))
+    figure.data[-1].update(line_width=3.2)
     independent = math.sqrt(2) * measured.horizon
-    figure.add_hline(y=independent, line={"color": TUBE, "width": 1.5, "dash": "dot"})
-    figure.add_annotation(
-        x=1,
-        xref="paper",
-        y=math.log10(independent),
-        text="independent layers",
-        showarrow=False,
-        xanchor="right",
-        yanchor="bottom",
-        font={"color": TUBE, "size": 12},
-    )
-    logarithmic(figure, [*drawn, *together, independent])
-    return figure
+    mark_value(figure, independent, "independent layers", log=True)
+    return logarithmic(figure, independent)
 
 
 def controls_figure(curves: ControlCurves) -> go.Figure:
     """Some numbers of θ_n over n, a colour for each parameter."""
     nodes = max((len(c) for group in curves.groups.values() for c in group), default=1)
-    figure = layer_figure(
-        _of_stage("Controls as curves in depth", curves.stage), nodes - 1, "θ<sub>n</sub>"
-    )
-    figure.update_layout(hovermode="closest")
+    title = _of_stage("Controls as curves in depth", curves.stage)
+    figure = layer_figure(title, nodes - 1, "θ<sub>n</sub>")
     for i, (name, group) in enumerate(curves.groups.items()):
         for j, values in enumerate(group):
-            trace = line(range(len(values)), values, name, CLASSES[i], "solid", "%{y:.3g}")
-            trace.update(
-                legendgroup=name, showlegend=j == 0, line={"width": 1.4}, marker={"size": 3}
-            )
-            figure.add_trace(trace)
-    return figure
+            draw(figure, range(len(values)), (name, values, class_look(i)[0], SOLID))
+            figure.data[-1].update(legendgroup=name, showlegend=j == 0)
+    figure.update_traces(line_width=1.4, marker_size=3)
+    return figure.update_layout(hovermode="closest")
 
 
 def _of_stage(title: str, stage: int) -> str:

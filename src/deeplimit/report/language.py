@@ -8,10 +8,8 @@ from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.control.verdict import Verdict
 from deeplimit.control.verifying import CropResult
 from deeplimit.errors import several
-from deeplimit.report.numbers import layers, significant
+from deeplimit.report.numbers import SPACE, layers, significant
 from deeplimit.training.results import Healing, Parts, Profiles
-
-SPACE = "\u00a0"
 
 
 def perplexity(loss: float) -> str:

@@ -12,13 +12,14 @@ from deeplimit.control.projection import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.errors import several
 from deeplimit.report.numbers import percent
-from deeplimit.report.style import class_color, class_symbol, plain_figure
+from deeplimit.report.style import class_look, plain_figure
 
 DIRECTLY_NAMED = 20  # beyond so many classes their names would cover the points
 PADDING = 0.06
+MOST_POINTS = 40_000  # over all layers; about 0.7 MB of the page
+STILL = {"mode": "immediate", "frame": {"duration": 0, "redraw": False}}
 Point = tuple[float, float]
 Box = tuple[Point, Point]  # the x range and the y range
-MOST_POINTS = 40_000  # over all layers; about 0.7 MB of the page
 
 
 def trajectory_figure(picture: TrajectoryPicture, class_names: Sequence[str]) -> go.Figure:
@@ -28,123 +29,85 @@ def trajectory_figure(picture: TrajectoryPicture, class_names: Sequence[str]) ->
     is the state space, and rings where it is a plane of logits. The traces of the points come
     first, in the order of `figure.frames[n].data`.
     """
-    title, x_title, y_title = _titles(picture)
-    figure = plain_figure(title, x_title, y_title)
-    figure.update_layout(hovermode="closest", showlegend=False)
-    labels = sorted(set(picture.labels))
+    titles = ("States in the plane", "first coordinate of the state", "second coordinate")
+    if picture.plane != "state":
+        share = f"{100 * picture.explained:.0f} % of the variance"
+        title = f"States on the two leading principal axes of the logits ({share})"
+        titles = (title, "first principal axis", "second principal axis")
+    figure = plain_figure(*titles)
+    labels, names = sorted(set(picture.labels)), [html.escape(c, quote=False) for c in class_names]
     for label in labels:
-        figure.add_trace(_points(picture, label, class_names))
+        figure.add_trace(_points(picture, label, names[label]))
     box = view(picture)
-    named = len(picture.minimisers) <= DIRECTLY_NAMED
     for label, ends in enumerate(picture.minimisers):
-        figure.add_trace(_minimiser(label, ends, picture.plane, class_names))
-        if named:
-            figure.add_annotation(_name(label, ends, box, class_names))
+        figure.add_trace(_minimiser(label, ends, picture.plane, names[label]))
+        if len(picture.minimisers) <= DIRECTLY_NAMED:
+            figure.add_annotation(_name(label, ends, box, names[label]))
+    layers = [str(n) for n in range(len(picture.points))]
     figure.frames = [
         go.Frame(
-            name=str(n),
+            name=layer,
             traces=list(range(len(labels))),
             data=[go.Scatter(**_positions(picture, n, label)) for label in labels],
         )
-        for n in range(len(picture.points))
+        for n, layer in enumerate(layers)
     ]
-    figure.update_layout(sliders=[_slider(len(picture.points))])
+    # Plotly's own slider, for notebooks; the page of a run brings a better one.
+    steps = [{"label": n, "method": "animate", "args": [[n], STILL]} for n in layers]
+    slider = {"currentvalue": {"prefix": "layer "}, "steps": steps}
+    figure.update_layout(hovermode="closest", showlegend=False, sliders=[slider])
     figure.update_xaxes(range=box[0], constrain="domain", showgrid=True)
-    figure.update_yaxes(range=box[1], constrain="domain", scaleanchor="x", scaleratio=1)
-    return figure
-
-
-def _titles(picture: TrajectoryPicture) -> tuple[str, str, str]:
-    if picture.plane == "state":
-        return "States in the plane", "first coordinate of the state", "second coordinate"
-    share = f"{100 * picture.explained:.0f}"
-    return (
-        f"States on the two leading principal axes of the logits ({share} % of the variance)",
-        "first principal axis",
-        "second principal axis",
-    )
+    return figure.update_yaxes(range=box[1], constrain="domain", scaleanchor="x", scaleratio=1)
 
 
 def _positions(picture: TrajectoryPicture, layer: int, label: int) -> dict[str, list[float]]:
-    here = [p for p, y in zip(picture.points[layer], picture.labels, strict=True) if y == label]
-    return {"x": [_short(p[0]) for p in here], "y": [_short(p[1]) for p in here]}
-
-
-def _short(value: float) -> float:
     """Five significant digits: finer than a pixel, and a third of the page's weight."""
-    return float(f"{value:.5g}")
+    here = [p for p, y in zip(picture.points[layer], picture.labels, strict=True) if y == label]
+    return {axis: [float(f"{p[i]:.5g}") for p in here] for i, axis in enumerate("xy")}
 
 
-def _points(picture: TrajectoryPicture, label: int, class_names: Sequence[str]) -> go.Scatter:
-    name = html.escape(class_names[label], quote=False)
+def _points(picture: TrajectoryPicture, label: int, name: str) -> go.Scatter:
+    color, symbol = class_look(label)
+    look = {"color": color, "symbol": symbol, "size": 7, "opacity": 0.75, "line": {"width": 0}}
     return go.Scatter(
         **_positions(picture, 0, label),
         name=name,
         mode="markers",
-        marker={
-            "color": class_color(label),
-            "symbol": class_symbol(label),
-            "size": 7,
-            "opacity": 0.75,
-            "line": {"width": 0},
-        },
+        marker=look,
         hovertemplate=f"{name} (%{{x:.3g}}, %{{y:.3g}})<extra></extra>",
     )
 
 
-def _minimiser(
-    label: int,
-    ends: tuple[Point, Point],
-    plane: str,
-    class_names: Sequence[str],
-) -> go.Scatter:
-    color = class_color(label)
-    name = html.escape(class_names[label], quote=False)
-    shown: dict[str, Any]
-    if plane == "state":
-        shown = {"mode": "lines", "line": {"color": color, "width": 2.5}}
-    else:
-        shown = {
-            "mode": "markers",
-            "marker": {
-                "symbol": "circle-open",
-                "size": 22,
-                "color": color,
-                "line": {"width": 2.5},
-            },
-        }
+def _minimiser(label: int, ends: tuple[Point, Point], plane: str, name: str) -> go.Scatter:
+    color, _ = class_look(label)
+    look: dict[str, Any] = {"mode": "lines", "line": {"color": color, "width": 2.5}}
+    if plane != "state":
         ends = (ends[0], ends[0])
+        ring = {"symbol": "circle-open", "size": 22, "color": color, "line": {"width": 2.5}}
+        look = {"mode": "markers", "marker": ring}
     return go.Scatter(
         x=[end[0] for end in dict.fromkeys(ends)],
         y=[end[1] for end in dict.fromkeys(ends)],
         name=f"minimisers of {name}",
         hovertemplate=f"minimisers of {name}<extra></extra>",
-        **shown,
+        **look,
     )
 
 
-def _name(
-    label: int, ends: tuple[Point, Point], box: Box, class_names: Sequence[str]
-) -> dict[str, Any]:
+def _name(label: int, ends: tuple[Point, Point], box: Box, name: str) -> dict[str, Any]:
     """A class's name beside its ring, or where its line leaves the box."""
-    (x, y), (x_end, y_end) = ends
     steps = [
         (high - start) / (end - start)
-        for start, end, (_, high) in ((x, x_end, box[0]), (y, y_end, box[1]))
+        for start, end, (_, high) in zip(*ends, box, strict=True)
         if end > start
     ]
     share = min([1.0, *(0.96 * step for step in steps)])
-    return {
-        "x": x + share * (x_end - x),
-        "y": y + share * (y_end - y),
-        "text": html.escape(class_names[label], quote=False),
-        "showarrow": False,
-        "xanchor": "right" if steps else "left",
-        "yanchor": "bottom",
-        "xshift": -6 if steps else 8,
-        "yshift": 0 if steps else 6,
-        "font": {"color": class_color(label), "size": 15, "weight": 700},
-    }
+    x, y = (start + share * (end - start) for start, end in zip(*ends, strict=True))
+    beside = {"xanchor": "left", "xshift": 8, "yshift": 6}
+    before = {"xanchor": "right", "xshift": -6, "yshift": 0}
+    place = {"x": x, "y": y, "yanchor": "bottom", **(before if steps else beside)}
+    font = {"color": class_look(label)[0], "size": 15, "weight": 700}
+    return {"text": name, "showarrow": False, "font": font, **place}
 
 
 def view(picture: TrajectoryPicture) -> Box:
@@ -163,8 +126,7 @@ def view(picture: TrajectoryPicture) -> Box:
     held += [((a + c) / 2, (b + d) / 2) for (a, b), (c, d) in picture.minimisers]
     spans = [(min(p[axis] for p in held), max(p[axis] for p in held)) for axis in (0, 1)]
     half = (0.5 + PADDING) * (max(high - low for low, high in spans) or 1.0)
-    (x_low, x_high), (y_low, y_high) = spans
-    x, y = (x_low + x_high) / 2, (y_low + y_high) / 2
+    x, y = ((low + high) / 2 for low, high in spans)
     return (x - half, x + half), (y - half, y + half)
 
 
@@ -172,23 +134,9 @@ def leaving(picture: TrajectoryPicture) -> int:
     """Number of samples that are outside the view at some layer."""
     (x_low, x_high), (y_low, y_high) = view(picture)
     return sum(
-        not all(
-            x_low <= layer[i][0] <= x_high and y_low <= layer[i][1] <= y_high
-            for layer in picture.points
-        )
-        for i in range(len(picture.labels))
+        not all(x_low <= x <= x_high and y_low <= y <= y_high for x, y in way)
+        for way in zip(*picture.points, strict=True)
     )
-
-
-def _slider(count: int) -> dict[str, Any]:
-    """Plotly's own slider, for notebooks; the page of a run brings a better one."""
-    still = {"mode": "immediate", "frame": {"duration": 0, "redraw": False}}
-    return {
-        "currentvalue": {"prefix": "layer "},
-        "steps": [
-            {"label": str(n), "method": "animate", "args": [[str(n)], still]} for n in range(count)
-        ],
-    }
 
 
 def thin(picture: TrajectoryPicture, most: int = MOST_POINTS) -> TrajectoryPicture:
@@ -216,22 +164,21 @@ def states_caption(
 
     `of` is the number of samples before thinning, `leaving` how many of those shown leave the view.
     """
-    shown = len(picture.labels)
-    which = several(of, "test sample")
+    shown, which = len(picture.labels), several(of, "test sample")
     which = which if shown == of else f"{shown:,} of {which}"
     entry = None if validation is None else validation.entry()
-    there = ""
+    there = rest = ""
     if entry is not None:
         there = f" From layer {entry}, the entry on validation data, they are close on average."
     if leaving:
         there += f" On their way {leaving} of them leave the view."
-    if picture.plane == "state":
-        return (
-            f"Each point is one of {which}; the line of its colour is where the loss of its class "
-            f"is least.{there}"
+    sign = "line" if picture.plane == "state" else "ring"
+    if picture.plane != "state":
+        rest = (
+            f" The two axes show {percent(picture.explained)} of the variance of the logits: "
+            "classes that look close here may be far apart in other directions."
         )
     return (
-        f"Each point is one of {which}; the ring of its colour is where the loss of its class is "
-        f"least.{there} The two axes show {percent(picture.explained)} of the variance of the "
-        "logits: classes that look close here may be far apart in other directions."
+        f"Each point is one of {which}; the {sign} of its colour is where the loss of its class is "
+        f"least.{there}{rest}"
     )

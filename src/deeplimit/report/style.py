@@ -21,83 +21,74 @@ TUBE = "#1f9d84"
 TEXT = "#7b838d"
 GRID = "rgba(128, 136, 146, 0.22)"
 SHADE = "rgba(128, 136, 146, 0.13)"
-DASHED = "6px,4px"
+SOLID, DASHED = "solid", "6px,4px"
 FEW = 26  # so many markers on a curve can be told apart
 # Petroff's ten colours (arXiv 2107.02270, made for colour-vision deficiencies), the darkest two
 # lightened so that they can be seen on black; symbols tell classes apart a second time.
+# fmt: off
 CLASSES = (
-    "#3f90da",
-    "#f09c00",
-    "#d63a1e",
-    "#87979a",
-    "#9a52c7",
-    "#a96b59",
-    "#e76300",
-    "#9c9350",
-    "#717581",
-    "#3fb3b6",
+    "#3f90da", "#f09c00", "#d63a1e", "#87979a", "#9a52c7",
+    "#a96b59", "#e76300", "#9c9350", "#717581", "#3fb3b6",
 )
+# fmt: on
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "star")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+AXIS = {
+    "showgrid": True,
+    "gridcolor": GRID,
+    "zeroline": False,
+    "showline": False,
+    "ticks": "",
+    "automargin": True,
+    "tickfont": {"size": 12},
+}
+SPIKE = {"spikecolor": TEXT, "spikethickness": 1, "spikedash": "solid", "showgrid": False}
+LAYOUT: dict[str, Any] = {
+    "font": {"family": FONT, "size": 13, "color": TEXT},
+    "paper_bgcolor": "rgba(0, 0, 0, 0)",
+    "plot_bgcolor": "rgba(0, 0, 0, 0)",
+    "margin": {"l": 52, "r": 12, "t": 96, "b": 44},
+    "legend": {
+        "orientation": "h",
+        "font": {"size": 12},
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.1,
+        "yanchor": "bottom",
+        "itemclick": False,
+        "itemdoubleclick": False,
+    },
+    "hovermode": "x unified",
+    "hoverlabel": {
+        "bgcolor": "#22272e",
+        "bordercolor": "#22272e",
+        "font": {"color": "#f1f3f5", "size": 13, "family": FONT},
+    },
+    "dragmode": False,
+}
+Number = int | float
+Values = Sequence[Number] | Sequence[Number | None]
+Curve = tuple[str, Values, str, str]  # name, values, colour, dash
 
 
-def class_color(index: int) -> str:
-    """The colour of a class; ten of them, then from the start again."""
-    return CLASSES[index % len(CLASSES)]
+def class_look(index: int) -> tuple[str, str]:
+    """Colour and marker of a class; there are ten and seven, so that both repeat after 70."""
+    return CLASSES[index % len(CLASSES)], SYMBOLS[index % len(SYMBOLS)]
 
 
-def class_symbol(index: int) -> str:
-    """The marker of a class; seven of them, so that colour and symbol together repeat after 70."""
-    return SYMBOLS[index % len(SYMBOLS)]
+def plain_figure(
+    title: str, x_title: str, y_title: str, *, at: str = "", zero: bool = False
+) -> go.Figure:
+    """An empty figure in this house's style.
 
-
-def plain_figure(title: str, x_title: str, y_title: str) -> go.Figure:
-    """An empty figure in this house's style."""
-    axis = {
-        "showgrid": True,
-        "gridcolor": GRID,
-        "zeroline": False,
-        "showline": False,
-        "ticks": "",
-        "automargin": True,
-        "tickfont": {"size": 12},
-    }
-    spike = {"spikecolor": TEXT, "spikethickness": 1, "spikedash": "solid"}
-    return go.Figure(
-        layout={
-            "title": {
-                "text": title,
-                "x": 0,
-                "y": 1,
-                "yanchor": "top",
-                "pad": {"l": 8, "t": 12},
-                "font": {"size": 16},
-            },
-            "font": {"family": FONT, "size": 13, "color": TEXT},
-            "paper_bgcolor": "rgba(0, 0, 0, 0)",
-            "plot_bgcolor": "rgba(0, 0, 0, 0)",
-            "margin": {"l": 52, "r": 12, "t": 96, "b": 44},
-            "xaxis": axis | spike | {"title": _axis_title(x_title), "showgrid": False},
-            "yaxis": axis | {"title": _axis_title(y_title)},
-            "legend": {
-                "orientation": "h",
-                "font": {"size": 12},
-                "x": 0,
-                "xanchor": "left",
-                "y": 1.1,
-                "yanchor": "bottom",
-                "itemclick": False,
-                "itemdoubleclick": False,
-            },
-            "hovermode": "x unified",
-            "hoverlabel": {
-                "bgcolor": "#22272e",
-                "bordercolor": "#22272e",
-                "font": {"color": "#f1f3f5", "size": 13, "family": FONT},
-            },
-            "dragmode": False,
-        }
-    )
+    `at` is the heading of the hover text; with `zero` the y axis starts there.
+    """
+    heading: dict[str, Any] = {"text": title, "font": {"size": 16}, "pad": {"l": 8, "t": 12}}
+    heading |= {"x": 0, "y": 1, "yanchor": "top"}
+    x_axis = AXIS | SPIKE | {"title": _axis_title(x_title)}
+    y_axis = AXIS | {"title": _axis_title(y_title)} | ({"rangemode": "tozero"} if zero else {})
+    figure = go.Figure(layout=LAYOUT | {"title": heading, "xaxis": x_axis, "yaxis": y_axis})
+    return figure.update_xaxes(unifiedhovertitle={"text": at}) if at else figure
 
 
 def _axis_title(text: str) -> dict[str, Any]:
@@ -105,11 +96,11 @@ def _axis_title(text: str) -> dict[str, Any]:
 
 
 def line(
-    x: Sequence[int | float],
-    y: Sequence[int | float | None],
+    x: Sequence[Number],
+    y: Values,
     name: str,
     color: str,
-    dash: str = "solid",
+    dash: str = SOLID,
     value: str = "%{y:.4g}",
 ) -> go.Scatter:
     """A curve, with markers where they are few; `value` is the hover text's format."""
@@ -124,75 +115,93 @@ def line(
     )
 
 
-def layer_figure(title: str, horizon: int, y_title: str, cut: Cut | None = None) -> go.Figure:
-    """An empty figure over the layers 0 … N, the removed ones shaded."""
-    figure = plain_figure(title, "layer", y_title)
+def draw(
+    figure: go.Figure,
+    x: Sequence[Number],
+    *curves: Curve,
+    value: str = "%{y:.3g}",
+    log: bool = False,
+) -> go.Figure:
+    """Adds curves; with `log` what a logarithmic axis can show of them, and that axis."""
+    for name, values, color, dash in curves:
+        figure.add_trace(line(x, positive(values) if log else values, name, color, dash, value))
+    return logarithmic(figure) if log else figure
+
+
+def positive(values: Values) -> list[Number | None]:
+    """What a logarithmic scale can show; the rest is left out."""
+    return [value if value is not None and value > 0 else None for value in values]
+
+
+def layer_figure(
+    title: str,
+    horizon: int,
+    y_title: str,
+    cut: Cut | None = None,
+    *,
+    between: bool = False,
+    zero: bool = False,
+) -> go.Figure:
+    """An empty figure over the layers 0 … N, or what lies between; the removed ones shaded."""
+    at = "between layers, at %{x}" if between else "layer %{x}"
+    figure = plain_figure(title, "layer", y_title, at=at, zero=zero)
     margin = max(0.4, horizon / 60)
     figure.update_xaxes(
         range=[-margin, horizon + margin],
         tickformat="d",
-        unifiedhovertitle={"text": "layer %{x}"},
         **({"dtick": 1} if horizon < 12 else {"nticks": 12}),
     )
     for first, last in runs(cut.removed) if cut else ():
-        figure.add_vrect(
-            x0=first,
-            x1=last + 1,
-            fillcolor=SHADE,
-            line_width=0,
-            layer="below",
-        )
-        figure.add_annotation(
-            x=last + 1,
-            y=1,
-            yref="paper",
-            text="removed",
-            showarrow=False,
-            xanchor="right",
-            yanchor="bottom",
-            font={"color": TEXT, "size": 12},
-        )
+        figure.add_vrect(x0=first, x1=last + 1, fillcolor=SHADE, line_width=0, layer="below")
+        _note(figure, last + 1, 1, "removed", "right", "bottom", TEXT, yref="paper")
     return figure
+
+
+def _note(
+    figure: go.Figure,
+    x: Number,
+    y: Number,
+    text: str,
+    xanchor: str,
+    yanchor: str,
+    color: str = TUBE,
+    **more: str,
+) -> None:
+    place = {"x": x, "y": y, "xanchor": xanchor, "yanchor": yanchor, "showarrow": False}
+    figure.add_annotation(text=text, font={"color": color, "size": 12}, **place, **more)
 
 
 def shade_tube(figure: go.Figure, radius: float) -> None:
     """The tube 0 ≤ d ≤ δ around the minimisers."""
     figure.add_hrect(y0=0, y1=radius, fillcolor=TUBE, opacity=0.17, line_width=0)
-    figure.add_annotation(
-        x=0,
-        xref="paper",
-        y=radius,
-        text=f"tube, δ = {significant(radius)}",
-        showarrow=False,
-        xanchor="left",
-        yanchor="top",  # states come from above, so the tube is empty at its left end
-        font={"color": TUBE, "size": 12},
-    )
+    # States come from above, so the tube is empty at its left end.
+    _note(figure, 0, radius, f"tube, δ = {significant(radius)}", "left", "top", xref="paper")
 
 
 def mark_layer(figure: go.Figure, layer: int, text: str) -> None:
     """A vertical line at a layer, named above the plot."""
     figure.add_vline(x=layer, line={"color": TUBE, "width": 1.5})
-    figure.add_annotation(
-        x=layer,
-        y=1,
-        yref="paper",
-        text=text,
-        showarrow=False,
-        xanchor="center",
-        yanchor="bottom",
-        font={"color": TUBE, "size": 12},
-    )
+    _note(figure, layer, 1, text, "center", "bottom", yref="paper")
 
 
-def logarithmic(figure: go.Figure, values: Iterable[float | None]) -> None:
-    """A logarithmic y axis: 1, 2, 5 labelled over few decades, powers of ten over many."""
-    shown = [v for v in values if v]
-    if not shown:
-        return
-    low, high = math.log10(min(shown)), math.log10(max(shown))
-    pad = max(0.05, (high - low) * 0.05)
-    figure.update_yaxes(range=[low - pad, high + pad], **_logarithmic_axis(low, high))
+def mark_value(figure: go.Figure, y: float, text: str, *, log: bool = False) -> None:
+    """A dotted horizontal line, named below its right end, or above it on a logarithmic axis."""
+    figure.add_hline(y=y, line={"color": TUBE, "width": 1.5, "dash": "dot"})
+    height, side = (math.log10(y), "bottom") if log else (y, "top")
+    _note(figure, 1, height, text, "right", side, xref="paper")
+
+
+def logarithmic(figure: go.Figure, *more: Number) -> go.Figure:
+    """A logarithmic y axis: 1, 2, 5 labelled over few decades, powers of ten over many.
+
+    `more` are values to be seen besides the curves'.
+    """
+    shown = [*(v for trace in figure.data for v in trace.y if v), *more]
+    if shown:
+        low, high = math.log10(min(shown)), math.log10(max(shown))
+        pad = max(0.05, (high - low) * 0.05)
+        figure.update_yaxes(range=[low - pad, high + pad], **_logarithmic_axis(low, high))
+    return figure
 
 
 def _logarithmic_axis(low: float, high: float) -> dict[str, Any]:
@@ -223,30 +232,27 @@ def seeds_curve(
     name: str,
     color: str,
     value: str,
-    dash: str = "solid",
+    dash: str = SOLID,
 ) -> go.Scatter:
     """Values [seed][x]: markers at the geometric means, bars from the smallest to the largest."""
     seeds = list(zip(*values, strict=True))
     means = [geometric_mean(own) for own in seeds]
-    return go.Scatter(
-        x=list(x)[: len(means)],
-        y=means,
-        error_y={
-            "array": [max(own) - mean for own, mean in zip(seeds, means, strict=True)],
-            "arrayminus": [mean - min(own) for own, mean in zip(seeds, means, strict=True)],
-            "thickness": 1,
-            "width": 3,
-        },
-        name=name,
-        mode="lines+markers",
-        line={"color": color, "width": 2.2, "dash": dash},
-        marker={"color": color, "size": 6},
-        hovertemplate=value,
+    pairs = list(zip(seeds, means, strict=True))
+    bars = {
+        "array": [max(own) - mean for own, mean in pairs],
+        "arrayminus": [mean - min(own) for own, mean in pairs],
+    }
+    curve = line(list(x)[: len(means)], means, name, color, dash, value)
+    return curve.update(
+        error_y=bars | {"thickness": 1, "width": 3}, mode="lines+markers", marker_size=6
     )
 
 
-def logarithmic_panels(figure: go.Figure) -> None:
-    """Every panel's y axis logarithmic, as its own values need; titles in the figure's style."""
+def logarithmic_panels(
+    figure: go.Figure, depths: Sequence[int] = (), labels: Iterable[str] = ()
+) -> None:
+    """Panels over depth with both axes logarithmic, the y axes as their own values need."""
+    figure.update_xaxes(type="log", tickvals=list(depths), ticktext=list(labels), showgrid=False)
     for axis in figure.select_yaxes():
         name = axis.plotly_name.replace("axis", "")
         own = [trace.y for trace in figure.data if (trace.yaxis or "y") == name]
@@ -255,3 +261,34 @@ def logarithmic_panels(figure: go.Figure) -> None:
             axis.update(_logarithmic_axis(math.log10(min(shown)), math.log10(max(shown))))
     figure.update_yaxes(gridcolor=GRID, zeroline=False, automargin=True)
     figure.update_annotations(font={"size": 13, "color": TEXT})
+
+
+def heat_map(
+    figure: go.Figure,
+    x: Sequence[str],
+    y: Sequence[str],
+    z: Sequence[Values],
+    texts: Sequence[Sequence[str]],
+    largest: Number,
+    value: str,
+) -> go.Figure:
+    """Adds named squares, the darker the larger, with a text on each."""
+    squares = go.Heatmap(
+        x=x,
+        y=y,
+        z=z,
+        text=texts,
+        texttemplate="%{text}",
+        zmin=0,
+        zmax=largest,
+        colorscale=[[0, SHADE], [1, NETWORK]],
+        showscale=False,
+        xgap=2,
+        ygap=2,
+        hoverongaps=False,
+        hovertemplate=value,
+    )
+    figure.add_trace(squares)
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(type="category", showgrid=False)
+    return figure.update_layout(hovermode="closest")

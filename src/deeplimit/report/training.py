@@ -7,10 +7,15 @@ import plotly.graph_objects as go
 
 from deeplimit.errors import several
 from deeplimit.report.numbers import percent, points, significant
-from deeplimit.report.style import DASHED, NETWORK, TUBE, line, plain_figure
+from deeplimit.report.style import DASHED, NETWORK, SOLID, TUBE, draw, plain_figure
 
 Measure = Literal["loss", "accuracy", "entry"]
 Row = Mapping[str, int | float | None]  # one epoch's metrics
+UNITS = {
+    "loss": ("nats", "%{y:.4g}"),
+    "accuracy": ("percent", "%{y:.2f} %"),
+    "entry": ("layer", "%{y}"),
+}
 
 
 def training_figure(metrics: Sequence[Row], measure: Measure = "loss") -> go.Figure:
@@ -19,48 +24,34 @@ def training_figure(metrics: Sequence[Row], measure: Measure = "loss") -> go.Fig
     `metrics` are the rows of `RunResults.metrics`. `entry` is that on validation data; epochs
     in which no layer is in the tube are gaps.
     """
-    title, y_title, value = {
-        "loss": ("Loss while training", "nats", "%{y:.4g}"),
-        "accuracy": ("Accuracy while training", "percent", "%{y:.2f} %"),
-        "entry": ("Entry while training", "layer", "%{y}"),
-    }[measure]
-    figure = plain_figure(title, "epoch", y_title)
-    figure.update_yaxes(rangemode="tozero")
+    unit, value = UNITS[measure]
+    title = f"{measure.capitalize()} while training"
+    figure = plain_figure(title, "epoch", unit, at="epoch %{x}", zero=True)
     epochs = [row["epoch"] or 0.0 for row in metrics]
     margin = max(0.4, len(epochs) / 60)
     figure.update_xaxes(
         range=[min(epochs) - margin, max(epochs) + margin],
-        unifiedhovertitle={"text": "epoch %{x}"},
         **({"dtick": 1} if len(epochs) < 10 else {"nticks": 8}),
     )
-    curves = (
-        [("entry", "validation", TUBE, DASHED)]
-        if measure == "entry"
-        else [
-            (measure, "train", NETWORK, "solid"),
-            (f"validation_{measure}", "validation", NETWORK, DASHED),
-        ]
-    )
-    for field, name, color, dash in curves:
-        y = [_scaled(row.get(field), measure) for row in metrics]
-        figure.add_trace(line(epochs, y, name, color, dash, value))
-    return figure
 
+    def scaled(field: str) -> list[int | float | None]:
+        factor = 100 if measure == "accuracy" else 1
+        return [None if (y := row.get(field)) is None else factor * y for row in metrics]
 
-def _scaled(value: int | float | None, measure: Measure) -> int | float | None:
-    return 100 * value if value is not None and measure == "accuracy" else value
+    if measure == "entry":
+        return draw(figure, epochs, ("validation", scaled("entry"), TUBE, DASHED), value=value)
+    train = ("train", scaled(measure), NETWORK, SOLID)
+    validation = ("validation", scaled(f"validation_{measure}"), NETWORK, DASHED)
+    return draw(figure, epochs, train, validation, value=value)
 
 
 def training_caption(metrics: Sequence[Row], measure: str, samples: int) -> str:
     """Where training ended."""
-    last = metrics[-1]
-    epochs = f"After {several(len(metrics), 'epoch')}"
-    if measure == "entry":
-        entry = last.get("entry")
-        if entry is None:
-            return f"{epochs} no layer is in the tube, on validation data."
-        return f"{epochs} the entry is layer {entry:g}, on validation data."
+    last, epochs = metrics[-1], f"After {several(len(metrics), 'epoch')}"
     ours, other = last.get(measure), last.get(f"validation_{measure}")
+    if measure == "entry":
+        where = "no layer is in the tube" if ours is None else f"the entry is layer {ours:g}"
+        return f"{epochs} {where}, on validation data."
     if ours is None or other is None:
         return f"{epochs}."
     if measure == "accuracy":

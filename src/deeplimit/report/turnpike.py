@@ -13,18 +13,21 @@ from deeplimit.report.style import (
     GRID,
     NETWORK,
     REFERENCE,
+    SOLID,
     TUBE,
-    class_color,
-    class_symbol,
+    Values,
+    class_look,
+    draw,
     layer_figure,
     line,
     logarithmic,
     mark_layer,
+    mark_value,
+    positive,
     shade_tube,
 )
 from deeplimit.training.results import Cut, Profiles, Reference
 
-Values = Callable[[TurnpikeProfile], Sequence[float | None]]
 NAMED = 10  # so many classes can be told apart by colour and symbol
 STILL = 0.01  # a relative update below which a layer hardly moves the state
 
@@ -41,44 +44,29 @@ def loss_figure(
     The excess ℓ − H(q) is what a layer can still gain; on the linear scale H(q) is a dotted line.
     """
     test = profiles.test
+    title, unit = ("Loss above its minimum", "nats, logarithmic") if log else ("Loss", "nats")
+    figure = layer_figure(title, test.horizon, unit, cut, zero=not log)
+    known = not math.isnan(test.minimum)  # as it is not of a loss without minimisers
+    if known and not log:
+        mark_value(figure, test.minimum, f"minimum {significant(test.minimum)}")
 
-    def values(profile: TurnpikeProfile) -> Sequence[float | None]:
-        return _positive([v - profile.minimum for v in profile.loss]) if log else profile.loss
+    def values(profile: TurnpikeProfile) -> Values:
+        return [v - profile.minimum for v in profile.loss] if log else profile.loss
 
-    if log:
-        figure = layer_figure("Loss above its minimum", test.horizon, "nats, logarithmic", cut)
-    else:
-        figure = layer_figure("Loss", test.horizon, "nats", cut)
-        figure.update_yaxes(rangemode="tozero")
-        if math.isnan(test.minimum):  # of a loss without minimisers
-            _add_networks(figure, profiles, reference, values)
-            return figure
-        figure.add_hline(y=test.minimum, line={"color": TUBE, "width": 1.5, "dash": "dot"})
-        figure.add_annotation(
-            x=1,
-            xref="paper",
-            y=test.minimum,
-            text=f"minimum {significant(test.minimum)}",
-            showarrow=False,
-            xanchor="right",
-            yanchor="top",
-            font={"color": TUBE, "size": 12},
-        )
-    _add_networks(figure, profiles, reference, values)
-    if log:
-        logarithmic(figure, _drawn(figure))
-    return _mark_entry(figure, profiles)
+    _add_networks(figure, profiles, reference, values, log=log)
+    return _mark_entry(figure, profiles) if known or log else figure
 
 
 def accuracy_figure(
     profiles: Profiles, cut: Cut | None = None, reference: Reference | None = None
 ) -> go.Figure:
     """Accuracy over layers, in percent."""
-    figure = layer_figure("Accuracy", profiles.test.horizon, "percent", cut)
-    figure.update_yaxes(rangemode="tozero")
-    _add_networks(
-        figure, profiles, reference, lambda p: [100 * a for a in p.accuracy], "%{y:.2f} %"
-    )
+    figure = layer_figure("Accuracy", profiles.test.horizon, "percent", cut, zero=True)
+
+    def values(profile: TurnpikeProfile) -> Values:
+        return [100 * accuracy for accuracy in profile.accuracy]
+
+    _add_networks(figure, profiles, reference, values, "%{y:.2f} %")
     return _mark_entry(figure, profiles)
 
 
@@ -89,15 +77,15 @@ def distance_figure(
 
     Validation data are drawn besides: entry and exit are theirs.
     """
-    validation = profiles.validation
-    figure = layer_figure("Distance to the minimisers", validation.horizon, "mean distance", cut)
-    figure.update_yaxes(rangemode="tozero")
-    shade_tube(figure, validation.radius)
-    _add_networks(figure, profiles, reference, lambda p: p.distance)
-    layers = range(validation.horizon + 1)
-    figure.add_trace(line(layers, validation.distance, "validation", TUBE, DASHED, "%{y:.4g}"))
-    leaving = validation.exit()
-    if leaving is not None and leaving < validation.horizon:
+    measured = profiles.validation
+    title = "Distance to the minimisers"
+    figure = layer_figure(title, measured.horizon, "mean distance", cut, zero=True)
+    shade_tube(figure, measured.radius)
+    _add_networks(figure, profiles, reference, lambda profile: profile.distance)
+    validation = ("validation", measured.distance, TUBE, DASHED)
+    draw(figure, range(measured.horizon + 1), validation, value="%{y:.4g}")
+    leaving = measured.exit()
+    if leaving is not None and leaving < measured.horizon:
         mark_layer(figure, leaving, f"exit {leaving}")
     return _mark_entry(figure, profiles)
 
@@ -106,27 +94,21 @@ def update_figure(
     profiles: Profiles, cut: Cut | None = None, reference: Reference | None = None
 ) -> go.Figure:
     """Relative update ‖x_{n+1} − x_n‖ / ‖x_n‖ in percent, drawn half way between n and n + 1."""
-    horizon = profiles.test.horizon
-    figure = layer_figure("Relative update", horizon, "percent, logarithmic", cut)
-    figure.update_xaxes(unifiedhovertitle={"text": "between layers, at %{x}"})
-    _add_networks(
-        figure,
-        profiles,
-        reference,
-        lambda p: _positive([100 * u for u in p.relative_update]),
-        "%{y:.3g} %",
-        shift=0.5,
-    )
-    logarithmic(figure, _drawn(figure))
+    unit = "percent, logarithmic"
+    figure = layer_figure("Relative update", profiles.test.horizon, unit, cut, between=True)
+
+    def values(profile: TurnpikeProfile) -> Values:
+        return [100 * update for update in profile.relative_update]
+
+    _add_networks(figure, profiles, reference, values, "%{y:.3g} %", shift=0.5, log=True)
     return _mark_entry(figure, profiles)
 
 
 def influence_figure(profiles: Profiles, cut: Cut | None = None) -> go.Figure:
     """Block influence 1 − cos(x_n, x_{n+1}), drawn half way between n and n + 1."""
-    figure = layer_figure("Influence", profiles.test.horizon, "1 − cos", cut)
-    figure.update_xaxes(unifiedhovertitle={"text": "between layers, at %{x}"})
-    figure.update_yaxes(rangemode="tozero")
-    _add_networks(figure, profiles, None, lambda p: p.influence or (), shift=0.5)
+    horizon = profiles.test.horizon
+    figure = layer_figure("Influence", horizon, "1 − cos", cut, between=True, zero=True)
+    _add_networks(figure, profiles, None, lambda profile: profile.influence or (), shift=0.5)
     return figure
 
 
@@ -134,30 +116,22 @@ def _add_networks(
     figure: go.Figure,
     profiles: Profiles,
     reference: Reference | None,
-    values: Values,
+    values: Callable[[TurnpikeProfile], Values],
     value: str = "%{y:.4g}",
+    *,
     shift: float = 0.0,
+    log: bool = False,
 ) -> None:
     """Train solid, test dashed; the network trained without stage cost behind them."""
-    drawn = [
-        (profiles.train, "train", NETWORK, "solid"),
-        (profiles.test, "test", NETWORK, DASHED),
-    ]
+    drawn = [(profiles.train, "train", NETWORK, SOLID), (profiles.test, "test", NETWORK, DASHED)]
     if reference is not None:
         drawn.insert(0, (reference.test, "no stage cost", REFERENCE, DASHED))
     for profile, name, color, dash in drawn:
-        y = values(profile)
+        y = positive(values(profile)) if log else values(profile)
         figure.add_trace(line([n + shift for n in range(len(y))], y, name, color, dash, value))
     figure.update_layout(legend={"traceorder": "reversed"})
-
-
-def _drawn(figure: go.Figure) -> list[float | None]:
-    return [value for trace in figure.data for value in trace.y]
-
-
-def _positive(values: Sequence[float]) -> list[float | None]:
-    """What a logarithmic scale can show; the rest is left out."""
-    return [v if v > 0 else None for v in values]
+    if log:
+        logarithmic(figure)
 
 
 def _mark_entry(figure: go.Figure, profiles: Profiles) -> go.Figure:
@@ -200,40 +174,27 @@ def class_figure(profile: TurnpikeProfile, class_names: Sequence[str]) -> go.Fig
 
     Beyond ten classes the ten that enter the tube last are named, the others drawn in grey.
     """
-    horizon = profile.horizon
-    figure = layer_figure("Class by class", horizon, "mean distance")
-    figure.update_yaxes(rangemode="tozero")
+    figure = layer_figure("Class by class", profile.horizon, "mean distance", zero=True)
     shade_tube(figure, profile.radius)
     order = slowest_first(profile)
-    named = sorted(order[:NAMED])
-    layers = list(range(horizon + 1))
+    places = list(range(profile.horizon + 1))
+    distances = {c: [row[c] for row in profile.class_distance] for c in order}
     crowd = sorted(order[NAMED:])
-    if crowd:
-        figure.add_trace(_crowd(profile, crowd, layers))
-    for place, label in enumerate(named):
-        y = [row[label] for row in profile.class_distance]
+    if crowd:  # many classes as one pale trace, interrupted between classes
+        figure.add_scatter(
+            x=[*places, None] * len(crowd),
+            y=[value for label in crowd for value in (*distances[label], None)],
+            mode="lines",
+            name=f"{len(crowd)} other classes",
+            line={"color": GRID, "width": 1.2},
+            hoverinfo="skip",
+        )
+    for place, label in enumerate(sorted(order[:NAMED])):
+        color, symbol = class_look(place if crowd else label)
         name = html.escape(class_names[label], quote=False)
-        trace = line(layers, y, name, class_color(label if not crowd else place))
-        trace.update(marker_symbol=class_symbol(label if not crowd else place), line_width=1.6)
-        figure.add_trace(trace)
+        trace = line(places, distances[label], name, color)
+        figure.add_trace(trace.update(marker_symbol=symbol, line_width=1.6))
     return figure
-
-
-def _crowd(profile: TurnpikeProfile, labels: Sequence[int], layers: Sequence[int]) -> go.Scatter:
-    """Many classes as one pale trace, interrupted between classes."""
-    x: list[float | None] = []
-    y: list[float | None] = []
-    for label in labels:
-        x += [*layers, None]
-        y += [*(row[label] for row in profile.class_distance), None]
-    return go.Scatter(
-        x=x,
-        y=y,
-        mode="lines",
-        name=f"{len(labels)} other classes",
-        line={"color": GRID, "width": 1.2},
-        hoverinfo="skip",
-    )
 
 
 def loss_caption(profiles: Profiles, cut: Cut | None, *, log: bool) -> str:

@@ -46,7 +46,7 @@ def consistency(
         learning_rate: Step of the flow's time.
         time: How long the flow is.
     """
-    from deeplimit.report.consistency import consistency_figures
+    from deeplimit.report.studies import consistency_figures
     from deeplimit.studies import study_consistency
 
     found = study_consistency(
