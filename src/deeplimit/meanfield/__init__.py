@@ -11,11 +11,12 @@ if TYPE_CHECKING:
         ConvergenceRecorder,
         certify_convergence,
     )
+    from deeplimit.meanfield.couplings import Plan
     from deeplimit.meanfield.flow import ParticleFlow, particle_flow, slope
     from deeplimit.meanfield.geodesic import Merged, cot_geodesic, merge
     from deeplimit.meanfield.kernel import FeatureKernel, feature_kernel
     from deeplimit.meanfield.measure import LayerwiseMeasure
-    from deeplimit.meanfield.transport import CotDistance, Plan, cot_distance
+    from deeplimit.meanfield.transport import CotDistance, cot_distance
     from deeplimit.meanfield.width import Narrowed, narrow, widen
 
 __all__ = [

@@ -1,7 +1,9 @@
 """The certificate of convergence: a rate fixed at the start, and whether training keeps to it."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +11,12 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy, model_of
 from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError
-from deeplimit.meanfield.flow import coordinates, length, slope_of
+from deeplimit.meanfield.flow import Coordinate, coordinates, length, slope_of
 from deeplimit.meanfield.measure import LayerwiseMeasure
 from deeplimit.meanfield.transport import cot_distance
 from deeplimit.network.blocks import check_values
 from deeplimit.records import Record
+from deeplimit.tables import number, table
 
 ABOVE = 1e-9  # the guaranteed curve, relative: rounding
 ROUNDING = 100  # a mean of losses is good to so many units of the last place
@@ -54,8 +57,12 @@ class ConvergenceCertificate(Record):
     verdict: str
 
     def __str__(self) -> str:
-        """The verdict."""
-        return self.verdict
+        """The verdict, and a row for each record; of many records some."""
+        names = {"t": "times", "risk": "risks", "guaranteed": "guaranteed", "m̂": "rates"}
+        names |= {"distance": "distances"}
+        each = zip(*(getattr(self, name) for name in names.values()), strict=True)
+        rows = [[number(value) for value in values] for values in each]
+        return f"{self.verdict}\n{table(list(names), rows)}"
 
     @property
     def holds(self) -> bool:
@@ -127,22 +134,19 @@ class ConvergenceRecorder:
                 "one of them 0 there is nothing to certify"
             )
         measure = LayerwiseMeasure.of(self.model)
-        thetas = [c.parameter.detach().clone() for c in self._every]
+        before, self._thetas = self._thetas, [c.parameter.detach().clone() for c in self._every]
         if first:
-            self._start, self._start_thetas = measure, thetas
-            distance = path = 0.0
-        else:
-            steps = [now - then for now, then in zip(thetas, self._thetas, strict=True)]
-            path = self._records[-1].path + length(zip(self._every, steps, strict=True))
-            # COT of the particles, and Euclidean of what belongs to none.
-            moved = [
-                (c, now - then)
-                for c, now, then in zip(self._every, thetas, self._start_thetas, strict=True)
-                if c.role != "particle"
-            ]
-            distance = math.hypot(cot_distance(self._start, measure).distance, length(moved))
-        self._thetas = thetas
+            self._start, self._start_thetas = measure, self._thetas
+            return _Record(time, excess, slope, 0.0, 0.0)
+        path = self._records[-1].path + length(self._moved(before))
+        # COT of the particles, and Euclidean of what belongs to none.
+        others = [(c, move) for c, move in self._moved(self._start_thetas) if c.role != "particle"]
+        distance = math.hypot(cot_distance(self._start, measure).distance, length(others))
         return _Record(time, excess, slope, distance, path)
+
+    def _moved(self, since: Sequence[Tensor]) -> Iterator[tuple[Coordinate, Tensor]]:
+        for c, now, then in zip(self._every, self._thetas, since, strict=True):
+            yield c, now - then
 
     def _excess(self, risk: float) -> float:
         """The risk above its infimum; within rounding of it, 0."""
@@ -159,8 +163,7 @@ class ConvergenceRecorder:
         return excess if excess > rounding else 0.0
 
 
-@dataclass(frozen=True)
-class _Record:
+class _Record(NamedTuple):
     time: float
     risk: float
     slope: float
@@ -188,15 +191,15 @@ def certify_convergence(
     nothing in between. The certificate holds up to the first record that violates one of them.
     (With m the least m̂ of the whole run both conditions would hold always, and prove nothing.)
 
-        optimizer = particle_flow(model, lr)
-        recorder = certify_convergence(model, infimum=loss.minimum)
-        for k in range(steps):
-            optimizer.zero_grad()
-            risk = loss(model(x), y).mean()
-            risk.backward()
-            recorder.record(k * lr, risk)
-            optimizer.step()
-        print(recorder.certificate().verdict)
+        >>> optimizer, recorder = particle_flow(model, 0.01), certify_convergence(model)
+        >>> for k in range(3):
+        ...     optimizer.zero_grad()
+        ...     risk = (model(x) - x).square().mean()
+        ...     risk.backward()
+        ...     recorder.record(k * 0.01, risk)
+        ...     loss = optimizer.step()
+        >>> recorder.certificate().holds
+        True
 
     It speaks of the gradient flow: steps of `particle_flow` without momentum and betas, small
     enough that the risk falls, on all the data. Then d ≤ R follows from m̂ ≥ m; d > R by itself says

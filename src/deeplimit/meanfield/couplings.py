@@ -7,7 +7,7 @@ from the difference.
 
 import math
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from deeplimit.errors import RunError
 from deeplimit.extras import need
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Support = tuple[Array, Array, Array]  # rows, columns and masses
 
 SMALL = 1e-4  # of |x|² + |y|²; above it the product's relative error is below 1e-10
 FEW = 0.05  # of all pairs, below which single pairs are faster than all of them
@@ -29,6 +28,19 @@ ROWS = 256  # of the costs at a time
 MIXED = 30.0  # the ratio of large and small particles' distances that makes sizes mixed
 EPS = float(np.finfo(float).eps)
 ITERATIONS, TOLERANCE = 2000, 1e-6  # of Sinkhorn
+
+
+class Plan(NamedTuple):
+    """A coupling of two layers: atom rows[k] sends masses[k] to the other's atom columns[k].
+
+    Attributes:
+        rows, columns: indices [K].
+        masses: [K], positive, of sum 1.
+    """
+
+    rows: Array
+    columns: Array
+    masses: Array
 
 
 def squared_distances(x: Array, y: Array) -> Array:
@@ -60,8 +72,8 @@ def squared_distances_of(x: Array, y: Array) -> Array:
 
 def exact_plan(
     costs: Array, p: Array, q: Array, *, equal: bool, threads: int = 1
-) -> tuple[Support, float]:
-    """The support of an optimal coupling, and by how much it may cost more than another.
+) -> tuple[Plan, float]:
+    """An optimal coupling of weights p [M] and q [M'], and by how much it may cost more than one.
 
     A solver is exact up to rounding of the largest cost, which says nothing of the others where one
     particle is very far. So its coupling γ is proven: of potentials with f_i + g_j ≤ c_ij
@@ -70,18 +82,11 @@ def exact_plan(
 
     with equality for those that are tight where an optimal γ has mass. Where a gap is left the
     reduced costs c_ij − f_i − g_j are solved, of which a better coupling uses none above min(M, M')
-    times the largest that γ uses: cut off there, they are of one scale.
+    times the largest that γ uses: cut off there, they are of one scale. The gap to what is proven
+    is 0 where it is within 1e-10 of the cost, otherwise what the rounding of the weights leaves.
 
-    Args:
-        costs: [M, M'], not negative.
-        p: weights [M], positive, of sum 1.
-        q: weights [M'], likewise.
-        equal: whether all weights are, and M = M': an assignment problem.
-        threads: how many solve such problems at a time.
-
-    Returns:
-        Rows, columns and masses of the coupling; the gap to what is proven: 0 where that is within
-        1e-10 of the cost, otherwise what the rounding of the weights leaves of it.
+    Where all weights are equal, and M = M', it is an assignment problem; `threads` says how many
+    such problems are solved at a time.
     """
     now = costs
     for attempt in range(TRIES):
@@ -96,11 +101,11 @@ def exact_plan(
             if value > bound:
                 (f, g), bound, rounding = found, value, error
             if abs(cost - bound) <= PROVEN * cost:
-                return (i, j, mass), 0.0
+                return Plan(i, j, mass), 0.0
         # After a second try the masses' own rounding is all that is left, of a cost that is near 0.
         largest = float(np.ptp(f) + np.ptp(g) + costs[i, j].max()) if attempt else 0.0
         if abs(cost - bound) <= PROVEN * cost + rounding + 64 * EPS * largest:
-            return (i, j, mass), abs(cost - bound) + rounding
+            return Plan(i, j, mass), abs(cost - bound) + rounding
         rest = costs - f[:, None]
         rest -= g[None, :]
         now = rest.clip(0, min(costs.shape) * max(float(rest[i, j].max()), 0.0))
@@ -146,7 +151,7 @@ def dual_value(p: Array, q: Array, f: Array, g: Array) -> tuple[float, float]:
     return math.fsum(parts), 4 * EPS * math.fsum(np.abs(parts))
 
 
-def _assignment(costs: Array, threads: int) -> Support:
+def _assignment(costs: Array, threads: int) -> Plan:
     """The optimal permutation, by `lap` where that is installed and faster, else by scipy.
 
     Where the particles' sizes are mixed `lap` is 3 to 5 times as fast, elsewhere it is slower; and
@@ -155,7 +160,7 @@ def _assignment(costs: Array, threads: int) -> Support:
     few, many = np.quantile(costs.min(axis=1), (0.1, 0.9))
     lap = threads <= 2 and many > MIXED * few and find_spec("lap") is not None
     columns = (by_lap if lap else by_scipy)(_reduced(costs))
-    return np.arange(len(costs)), columns, np.full(len(costs), 1 / len(costs))
+    return Plan(np.arange(len(costs)), columns, np.full(len(costs), 1 / len(costs)))
 
 
 def _reduced(costs: Array) -> Array:
@@ -170,9 +175,8 @@ def _reduced(costs: Array) -> Array:
 
 def by_lap(costs: Array) -> Array:
     """The columns of the rows; costs of at most 1, since some above 10⁶ count as infinite there."""
-    columns: Array = need("lap", "measures").lapjv(costs / (costs.max() or 1.0), extend_cost=False)[
-        1
-    ]
+    scale = costs.max() or 1.0
+    columns: Array = need("lap", "measures").lapjv(costs / scale, extend_cost=False)[1]
     return columns
 
 
@@ -182,8 +186,8 @@ def by_scipy(costs: Array) -> Array:
     return columns
 
 
-def _transport(costs: Array, p: Array, q: Array) -> Support:
-    """The support of an optimal coupling, by POT's network simplex."""
+def _transport(costs: Array, p: Array, q: Array) -> Plan:
+    """An optimal coupling, by POT's network simplex."""
     scale = costs.max() or 1.0  # the solver's tolerance is absolute
     plan, log = need("ot", "measures").emd(
         p, q, costs / scale, numItermax=PIVOTS, log=True, check_marginals=False
@@ -193,45 +197,28 @@ def _transport(costs: Array, p: Array, q: Array) -> Support:
     # Weights that differ by rounding alone would send that much mass a long way: 1e-8 instead of 0.
     rounding = 16 * EPS * math.sqrt(len(p) + len(q))
     i, j = np.nonzero(plan > rounding * np.minimum(p[:, None], q[None, :]))
-    return i, j, plan[i, j]
+    return Plan(i, j, plan[i, j])
 
 
 def sinkhorn_plan(
     costs: Array, p: Array, q: Array, epsilon: float, *, keep: bool
-) -> tuple[Support | None, float, float]:
+) -> tuple[Plan | None, float, float]:
     """A coupling near the optimal one, its cost, and a lower bound of the optimal cost.
 
     POT's Sinkhorn in the logarithmic domain with regularisation ε · mean cost, in float64, on the
     GPU where there is one. Its plan is rounded onto the marginals (Altschuler, Weed, Rigollet 2017,
     arXiv 1705.09634, algorithm 2); its potentials (f, g), made feasible by two c-transforms, give
-    Σ_i p_i f_i + Σ_j q_j g_j ≤ the optimal cost, less its rounding.
-
-    Args:
-        costs: [M, M'], not negative.
-        p: weights [M], positive, of sum 1.
-        q: weights [M'], likewise.
-        epsilon: the relative regularisation.
-        keep: whether the coupling is wanted: it is dense, M M' numbers.
-
-    Returns:
-        Rows, columns and masses of the coupling's support, or None; its cost; the lower bound.
+    Σ_i p_i f_i + Σ_j q_j g_j ≤ the optimal cost, less its rounding. The coupling is dense, M M'
+    numbers: None unless it is to be kept.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cost, ps, qs = (torch.as_tensor(v, device=device) for v in (costs, p, q))
     plan, f = ps[:, None] * qs[None, :], torch.zeros_like(ps)
     strength = epsilon * float(cost.mean())
     if strength > 0:  # otherwise all atoms are in one place
-        plan, log = need("ot", "measures").sinkhorn(
-            ps,
-            qs,
-            cost,
-            strength,
-            method="sinkhorn_log",
-            numItermax=ITERATIONS,
-            stopThr=TOLERANCE,
-            warn=False,
-            log=True,
-        )
+        how = {"method": "sinkhorn_log", "numItermax": ITERATIONS, "stopThr": TOLERANCE}
+        sinkhorn = need("ot", "measures").sinkhorn
+        plan, log = sinkhorn(ps, qs, cost, strength, warn=False, log=True, **how)
         plan, f = _rounded(plan, ps, qs), strength * log["log_u"]
     g = (cost - f[:, None]).amin(dim=0)
     f = (cost - g[None, :]).amin(dim=1)
@@ -241,7 +228,7 @@ def sinkhorn_plan(
     if not keep:
         return None, total, lower
     i, j = torch.nonzero(plan, as_tuple=True)
-    return (i.cpu().numpy(), j.cpu().numpy(), plan[i, j].cpu().numpy()), total, lower
+    return Plan(*(v.cpu().numpy() for v in (i, j, plan[i, j]))), total, lower
 
 
 def _rounded(plan: Tensor, p: Tensor, q: Tensor) -> Tensor:

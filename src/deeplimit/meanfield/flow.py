@@ -5,7 +5,7 @@ Its steps do not know width and depth.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, cast
 
@@ -16,12 +16,7 @@ from torch.optim import Optimizer
 from deeplimit._anatomy import Anatomy, model_of
 from deeplimit._anatomy.checks import check_number, shown
 from deeplimit.errors import InputError
-from deeplimit.meanfield.neurons import (
-    check_additive,
-    find_neurons,
-    particle_stacks,
-    read,
-)
+from deeplimit.meanfield.particles import ParticleLayer, particle_layers
 from deeplimit.network.blocks import check_values
 
 Role = Literal["particle", "offset", "other"]
@@ -53,15 +48,6 @@ class Coordinate:
         return 1 / (self.mass * self.scale**2)
 
 
-@dataclass(frozen=True)
-class ParticleLayer:
-    """A layer x + h (Σ_i V_i σ(w_i·x + b_i) + c) of M particles: V, M, and all its coordinates."""
-
-    outer: nn.Parameter
-    width: int
-    coordinates: tuple[Coordinate, ...]
-
-
 def coordinates(model: nn.Module | Anatomy, others: float = 1.0) -> tuple[Coordinate, ...]:
     """The coordinates of a network's trainable parameters; `particle_flow` has the formulas.
 
@@ -73,58 +59,36 @@ def coordinates(model: nn.Module | Anatomy, others: float = 1.0) -> tuple[Coordi
     expected = "a number ≥ 0, 0 to leave them as they are"
     others = check_number("others", others, expected, lambda v: math.isfinite(v) and v >= 0)
     check_values(model.named_parameters())
+    layers = particle_layers(model, trained=True)
+    stages = len({layer.stack.index for layer in layers})
     found: dict[nn.Parameter, Coordinate] = {}
-    for layer in particle_layers(model):
-        for new in layer.coordinates:
+    for layer in layers:
+        depth, h = stages * len(layer.stack.blocks), layer.stack.step
+        for new in _of_layer(layer, 1 / depth, h):
             old = found.get(new.parameter)
             if old is not None and old.scale != new.scale:
                 raise InputError(
                     "a parameter is shared by layers of different steps, or of stages of different "
                     "depth; its particles have no common scale: give each its own"
                 )
-            mass = new.mass + (old.mass if old else 0.0)
-            found[new.parameter] = Coordinate(new.parameter, new.scale, mass, new.role)
+            found[new.parameter] = replace(new, mass=new.mass + (old.mass if old else 0.0))
     if others > 0:
         rest = [p for p in model.parameters() if p not in found]
         found |= {p: Coordinate(p, 1.0, 1 / others, "other") for p in rest}
     return tuple(c for p, c in found.items() if p.requires_grad)
 
 
-def particle_layers(model: nn.Module) -> list[ParticleLayer]:
-    """The layers of a network, as means of particles."""
-    checked: set[object] = set()
-    stacks = particle_stacks(model)
-    layers = [
-        _of_block(block, 1 / (len(stacks) * len(stack.blocks)), stack.step, checked)
-        for stack in stacks
-        for block in stack.blocks
-    ]
-    if not layers:
-        raise InputError(f"{type(model).__name__} has no layers, so no particles")
-    return layers
-
-
-def _of_block(block: nn.Module, length: float, step: float, checked: set[object]) -> ParticleLayer:
-    """One layer, which must be a sum over its particles."""
-    neurons = find_neurons(block)
-    for path in (neurons.norm, neurons.last_norm):
-        if path and not isinstance(block.get_submodule(path), nn.Identity):
-            raise InputError(
-                f"a {type(block).__name__} with norms is not a mean of particles while it is "
-                "trained: a norm's statistics go by the batch, or by all of them together; build "
-                'it without ("none")'
-            )
-    reading = read(block, neurons)
-    check_additive(block, neurons, reading, checked)
-    last, width = block.get_submodule(neurons.columns), len(reading.particles)
+def _of_layer(layer: ParticleLayer, length: float, step: float) -> list[Coordinate]:
+    """Those of x + h (Σ_i V_i σ(w_i·x + b_i) + c), of M particles."""
+    neurons, mass = layer.neurons, length / len(layer.reading.particles)
+    last = layer.block.get_submodule(neurons.columns)
     outer, bias = cast(nn.Parameter, last.weight), cast(nn.Parameter | None, last.bias)
-    inner = [p for row in neurons.rows for p in block.get_submodule(row).parameters()]
-    mass = length / width
+    inner = [p for row in neurons.rows for p in layer.block.get_submodule(row).parameters()]
     found = [Coordinate(parameter, 1.0, mass, "particle") for parameter in inner]
     found.append(Coordinate(outer, step / mass, mass, "particle"))
     if bias is not None:
         found.append(Coordinate(bias, step / length, length, "offset"))
-    return ParticleLayer(outer, width, tuple(found))
+    return found
 
 
 def slope(model: nn.Module | Anatomy, *, others: float = 1.0) -> float:
@@ -137,8 +101,11 @@ def slope(model: nn.Module | Anatomy, *, others: float = 1.0) -> float:
     a layer's bias c behind V adds ‖∂L/∂c‖²/(N·h²), other parameters add others·‖∂L/∂θ‖². Along the
     flow dL/dt = −‖∇L‖²_μ.
 
-        loss(model(x), y).backward()
-        print(slope(model))
+        >>> wide = widen(model, 2)
+        >>> model(x).square().mean().backward(), wide(x).square().mean().backward()
+        (None, None)
+        >>> bool(abs(slope(wide) / slope(model) - 1) < 1e-9)
+        True
 
     Frozen parameters and those without a gradient count as 0. Source: [BPV24] arXiv 2403.12887.
 
@@ -190,6 +157,12 @@ class ParticleFlow(Optimizer):
 
     all with θ ← θ + dω/scale. `particle_flow` finds scale and mass in a network.
 
+        >>> flow = ParticleFlow([{"params": model.parameters(), "mass": 0.5}], 0.1)
+        >>> flow.param_groups[0]["scale"], flow.param_groups[0]["mass"]
+        (1.0, 0.5)
+
+    Source: [BPV24] arXiv 2403.12887; momentum and Adam are ours.
+
     Args:
         params: parameters, or groups of them that may set `scale` and `mass` (1 otherwise).
         lr: the step of the flow's time.
@@ -231,30 +204,22 @@ class ParticleFlow(Optimizer):
         return loss
 
     def _direction(self, state: dict[str, Any], velocity: Tensor, group: dict[str, Any]) -> Tensor:
-        if group["betas"] is not None:
-            return _adam(state, velocity, group["betas"], group["eps"])
-        if not group["momentum"]:
+        if group["betas"] is None and not group["momentum"]:
             return velocity
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(velocity)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer.mul_(group["momentum"]).add_(velocity)
-
-
-def _adam(
-    state: dict[str, Any], velocity: Tensor, betas: tuple[float, float], eps: float
-) -> Tensor:
-    if not state:
-        state["step"] = 0
-        state["exp_avg"] = torch.zeros_like(velocity)
-        state["exp_avg_sq"] = torch.zeros_like(velocity)
-    state["step"] += 1
-    mean: Tensor = state["exp_avg"].lerp_(velocity, 1 - betas[0])
-    square: Tensor = state["exp_avg_sq"].mul_(betas[1])
-    square.addcmul_(velocity, velocity, value=1 - betas[1])
-    corrections = [1 - beta ** state["step"] for beta in betas]
-    step: Tensor = mean / corrections[0] / ((square / corrections[1]).sqrt() + eps)
-    return step
+        names = ("momentum_buffer",) if group["betas"] is None else ("exp_avg", "exp_avg_sq")
+        if not state:
+            state.update({name: torch.zeros_like(velocity) for name in names})
+        if group["betas"] is None:
+            buffer: Tensor = state["momentum_buffer"]
+            return buffer.mul_(group["momentum"]).add_(velocity)
+        state["step"] = state.get("step", 0) + 1
+        first, second = group["betas"]
+        mean: Tensor = state["exp_avg"].lerp_(velocity, 1 - first)
+        square: Tensor = state["exp_avg_sq"].mul_(second)
+        square.addcmul_(velocity, velocity, value=1 - second)
+        least, most = (1 - beta ** state["step"] for beta in group["betas"])
+        step: Tensor = mean / least / ((square / most).sqrt() + group["eps"])
+        return step
 
 
 def particle_flow(
@@ -299,7 +264,9 @@ def particle_flow(
     In `param_groups` the learning rate of every group is lr, or lr·others; `scale` and `mass` stand
     beside it. Schedulers therefore act on the flow's time.
 
-        optimizer = particle_flow(model, 0.1)
+        >>> optimizer = particle_flow(model, 0.1)
+        >>> [(group["scale"], group["mass"]) for group in optimizer.param_groups][:2]
+        [(1.0, 0.125), (4.0, 0.125)]
 
     Args:
         model: one with `ResidualChain`s, or one that `anatomy` can read; its anatomy.

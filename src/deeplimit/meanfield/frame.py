@@ -1,29 +1,23 @@
 """A network taken apart into its particles and its frame, what is no particle; and put together."""
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy import Anatomy, anatomy, model_of
+from deeplimit._anatomy import Anatomy, anatomy, chain_stacks, model_of
 from deeplimit._anatomy.checks import shown
 from deeplimit.errors import InputError
 from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, same_grid, uniform_grid
 from deeplimit.meanfield.layers import Norms
-from deeplimit.meanfield.neurons import (
+from deeplimit.meanfield.particles import (
     BlockParticles,
     Neurons,
     ParticleLayout,
-    check_additive,
-    find_neurons,
-    particle_stacks,
-    particle_tensors,
-    read,
+    particle_layers,
     write,
 )
 from deeplimit.network.blocks import check_values
@@ -33,82 +27,142 @@ ROUNDING = 64  # in units of the precision
 
 
 @dataclass(frozen=True, eq=False)
-class Frame(ABC):
+class Place:
+    """A layer of a frame: what its particles are, and where they go.
+
+    Attributes:
+        layout: the parts of a particle.
+        neurons: where they are in the block.
+        offset: the output bias c as a density in depth, h c / Δ, or None.
+        block: of a chain, a block without its particles; in other models the block's name, since
+            it is more than they.
+        stage: the number of the chain.
+    """
+
+    layout: ParticleLayout
+    neurons: Neurons
+    offset: Tensor | None
+    block: nn.Module | str
+    stage: int
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
     """A network without its particles.
 
     Attributes:
-        template: the network, its particles left out.
-        layouts: of each layer, what its particles are.
-        offsets: of each layer the output bias c as a density in depth, h c / Δ, or None.
+        template: the network, its particles left out; of a chain its blocks.
+        places: of the layers.
         breakpoints: of the layers, s_0 … s_N.
+        step: the step size h; 1 of models whose blocks add their input.
     """
 
     template: nn.Module
-    layouts: tuple[ParticleLayout, ...]
-    offsets: tuple[Tensor | None, ...]
+    places: tuple[Place, ...]
     breakpoints: Breakpoints
+    step: float
 
     @property
-    @abstractmethod
-    def step(self) -> float:
-        """The step size h."""
+    def layouts(self) -> tuple[ParticleLayout, ...]:
+        """The parts of each layer's particles."""
+        return tuple(place.layout for place in self.places)
 
-    @abstractmethod
+    @property
+    def divisible(self) -> bool:
+        """True of chains, whose layers are their particles and nothing else."""
+        return not isinstance(self.places[0].block, str)
+
     def rest(self) -> dict[str, Tensor]:
-        """Parameters and buffers by their names, less those of the particles."""
+        """Parameters and buffers by their names, less those of the particles and output biases."""
+        gone: set[str] = set()
+        for place in self.places:
+            if isinstance(place.block, str):
+                block = self.template.get_submodule(place.block)
+                gone |= {f"{place.block}.{name}" for name in place.neurons.tensors(block)}
+        return {k: v for k, v in self.template.state_dict().items() if k not in gone}
 
-    @abstractmethod
-    def build(self, layers: Sequence[BlockParticles]) -> nn.Module:
-        """The network with these neurons in its layers."""
-
-    @abstractmethod
     def on(self, breakpoints: Breakpoints) -> "Frame":
-        """The same on another grid, each cell as the layer in which its middle lies."""
+        """The same on another grid, each cell as the layer in which its middle lies.
+
+        h becomes hN/N', so that the horizon in time stays. The depth of blocks that do more than
+        their particles cannot be divided.
+        """
+        if same_grid(breakpoints, self.breakpoints):
+            return replace(self, breakpoints=breakpoints)
+        if not self.divisible:
+            raise InputError(
+                f"the layers of {type(self.template).__name__} are more than their particles "
+                "(attention, norms), so that they cannot be divided in depth: give networks of "
+                f"equal depth, here {len(self.places)} layers"
+            )
+        places = tuple(self.places[n] for n in layers_at(self.breakpoints, breakpoints))
+        before, after = len(self.places), len(places)
+        h = self.step if before == after else self.step * before / after
+        return replace(self, places=places, breakpoints=breakpoints, step=h)
 
     def network(
         self, layers: Sequence[Tensor], weights: Sequence[Tensor], norms: Sequence[Norms]
     ) -> nn.Module:
-        """V_i = Δ m_i u_i / h for atoms of weight m_i in a cell of length Δ, and so the offsets."""
-        cells = zip(
-            self.layouts,
-            layers,
-            weights,
-            self.offsets,
-            lengths(self.breakpoints),
-            self.widths([len(particles) for particles in layers]),
-            norms,
-            strict=True,
-        )
-        readings = []
-        for layout, particles, mass, offset, length, width, norm in cells:
-            factor = length / self.step
-            # Where layers differ in width those that are missing are neurons of zeros.
-            padded = particles.new_zeros(width, layout.size)
-            padded[: len(particles)] = particles
-            padded[: len(particles), : layout.outputs] *= (factor * mass).to(particles)[:, None]
-            shift = None if offset is None else offset * factor
-            readings.append(
-                BlockParticles(layout, padded, shift, norm.padded(width).scaled(factor))
-            )
-        return self.build(readings)
+        """V_i = Δ m_i u_i / h for atoms of weight m_i in a cell of length Δ, and so the offsets.
 
-    def widths(self, least: Sequence[int]) -> list[int]:
-        """The numbers of neurons in the network's layers, which has one width for all."""
-        return [max(least)] * len(least)
+        Of a chain copies of the template and the blocks, of another model a copy of the template.
+        """
+        model, stacks = copy.deepcopy(self.template), chain_stacks(self.template)
+        widths = self._widths([len(particles) for particles in layers])
+        chains: list[list[nn.Module]] = [[] for _ in stacks]
+        sizes = zip(lengths(self.breakpoints), widths, strict=True)
+        cells = zip(self.places, layers, weights, norms, sizes, strict=True)
+        for place, particles, mass, norm, (length, width) in cells:
+            factor, layout = length / self.step, place.layout
+            # Where layers differ in width those that are missing are neurons of zeros.
+            padded = particles.new_zeros(width, sum(layout.sizes))
+            padded[: len(particles)] = particles
+            outer = padded[: len(particles), : layout.sizes[0]]
+            outer *= (factor * mass).to(particles)[:, None]
+            shift = None if place.offset is None else place.offset * factor
+            reading = BlockParticles(layout, padded, shift, norm.padded(width).scaled(factor))
+            if isinstance(place.block, str):
+                write(model.get_submodule(place.block), place.neurons, reading)
+            else:
+                block = copy.deepcopy(place.block)
+                write(block, place.neurons, reading)
+                chains[place.stage].append(block)
+        if not stacks:
+            _configure(model, widths[0])
+            return model
+        pairs = zip(stacks, chains, strict=True)
+        made = [replace(stack, blocks=tuple(own), step=self.step) for stack, own in pairs]
+        return anatomy(model).with_stacks(made, widths[0] // 2 ** self.places[0].stage)
+
+    def _widths(self, least: Sequence[int]) -> list[int]:
+        """The numbers of neurons in the layers: one for all, where the model says it once.
+
+        Twice as many in each stage of a classifier; a multiple of the state's if as a ratio.
+        """
+        if self.divisible:
+            growth = [2**place.stage for place in self.places]
+            base = max(-(-count // g) for count, g in zip(least, growth, strict=True))
+            return [base * g for g in growth]
+        config: Any = getattr(self.template, "config", None)
+        if config is None:
+            return list(least)
+        unit = config.hidden_size if hasattr(config, "mlp_ratio") else 1
+        return [-(-max(least) // unit) * unit] * len(least)
 
     def difference(self, other: "Frame") -> str | None:
         """The difference besides values; None where the frames can be mixed."""
         if type(self.template) is not type(other.template):
             return f"{type(self.template).__name__} and {type(other.template).__name__}"
-        mine, theirs = self.rest(), other.rest()
-        names = [n for n in {**mine, **theirs} if _shape(mine, n) != _shape(theirs, n)]
+        mine, theirs = ({k: v.shape for k, v in f.rest().items()} for f in (self, other))
+        names = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
         return f"the shapes of {listed(names)}" if names else None
 
     def unequal(self, other: "Frame") -> list[str]:
         """The names of parameters and buffers that differ, output biases too; on one grid."""
         mine, theirs = self.rest(), other.rest()
         names = [name for name, value in mine.items() if not torch.equal(value, theirs[name])]
-        if not all(map(_alike, self.offsets, other.offsets)):
+        pairs = zip(self.places, other.places, strict=True)
+        if not all(_alike(a.offset, b.offset) for a, b in pairs):
             names.append("the output biases of the layers")
         return names
 
@@ -122,120 +176,13 @@ class Frame(ABC):
             values[name] = _mean(same, weights) if value.is_floating_point() else value
         template = copy.deepcopy(self.template)
         template.load_state_dict(values, strict=False)
-        offsets: list[Tensor | None] = []
-        for column in zip(self.offsets, *(other.offsets for other in others), strict=True):
-            there = [offset for offset in column if offset is not None]
-            filled = [torch.zeros_like(there[0]) if c is None else c for c in column if there]
-            offsets.append(_mean(filled, weights) if there else None)
-        return replace(self, template=template, offsets=tuple(offsets))
-
-
-@dataclass(frozen=True, eq=False)
-class ChainFrame(Frame):
-    """Of a `ResidualChain` or a `ResidualClassifier`: between stem and head only layers.
-
-    Attributes:
-        h: the step size.
-        prototypes: for each layout a block without its particles, and where these are in it.
-        stages: the numbers of the chains that have layers.
-    """
-
-    h: float
-    prototypes: dict[ParticleLayout, tuple[nn.Module, Neurons]]
-    stages: tuple[int, ...]
-
-    @property
-    def step(self) -> float:
-        """The chains' own."""
-        return self.h
-
-    def rest(self) -> dict[str, Tensor]:
-        """Stem, projections and head."""
-        return self.template.state_dict()
-
-    def on(self, breakpoints: Breakpoints) -> "ChainFrame":
-        """Any grid; h becomes hN/N', so that the horizon in time stays."""
-        places = layers_at(self.breakpoints, breakpoints)
-        before, after = len(self.layouts), len(places)
-        return replace(
-            self,
-            layouts=tuple(self.layouts[n] for n in places),
-            offsets=tuple(self.offsets[n] for n in places),
-            breakpoints=breakpoints,
-            h=self.h if before == after else self.h * before / after,
-        )
-
-    def widths(self, least: Sequence[int]) -> list[int]:
-        """One width for all, of a classifier twice as many in each stage."""
-        growth = [2**m for m in self._stage_of_layers]
-        base = max(-(-count // g) for count, g in zip(least, growth, strict=True))
-        return [base * g for g in growth]
-
-    def build(self, layers: Sequence[BlockParticles]) -> nn.Module:
-        """Copies of the template and the prototypes."""
-        read = anatomy(self.template)
-        blocks: list[list[nn.Module]] = [[] for _ in read.stacks]
-        for m, reading in zip(self._stage_of_layers, layers, strict=True):
-            prototype, neurons = self.prototypes[reading.layout]
-            block = copy.deepcopy(prototype)
-            write(block, neurons, reading)
-            blocks[m].append(block)
-        stacks = [
-            replace(stack, blocks=tuple(own), step=self.h)
-            for stack, own in zip(read.stacks, blocks, strict=True)
-        ]
-        return read.with_stacks(stacks, len(layers[0].particles) // 2 ** self.stages[0])
-
-    @property
-    def _stage_of_layers(self) -> list[int]:
-        every = len(self.stages)
-        return [self.stages[int(every * (a + b) / 2)] for a, b in pairwise(self.breakpoints)]
-
-
-@dataclass(frozen=True, eq=False)
-class BlockFrame(Frame):
-    """Of a model whose blocks do more than their particles: their depth cannot be divided.
-
-    Attributes:
-        places: of each layer, the block's name in the model and where its particles are in it.
-    """
-
-    places: tuple[tuple[str, Neurons], ...]
-    step = 1.0
-
-    def rest(self) -> dict[str, Tensor]:
-        """Everything but the layers' neurons and output biases."""
-        gone: set[str] = set()
-        for name, neurons in self.places:
-            block = self.template.get_submodule(name)
-            gone |= {f"{name}.{path}" for path in particle_tensors(block, neurons)}
-        return {k: v for k, v in self.template.state_dict().items() if k not in gone}
-
-    def on(self, breakpoints: Breakpoints) -> "BlockFrame":
-        """The same grid."""
-        if not same_grid(breakpoints, self.breakpoints):
-            raise InputError(
-                f"the layers of {type(self.template).__name__} are more than their particles "
-                "(attention, norms), so that they cannot be divided in depth: give networks of "
-                f"equal depth, here {len(self.layouts)} layers"
-            )
-        return self
-
-    def build(self, layers: Sequence[BlockParticles]) -> nn.Module:
-        """A copy of the template; its configuration says the width."""
-        model = copy.deepcopy(self.template)
-        for (name, neurons), reading in zip(self.places, layers, strict=True):
-            write(model.get_submodule(name), neurons, reading)
-        _configure(model, len(layers[0].particles))
-        return model
-
-    def widths(self, least: Sequence[int]) -> list[int]:
-        """One for all where a configuration says it; a multiple of the state's if as a ratio."""
-        config: Any = getattr(self.template, "config", None)
-        if config is None:
-            return list(least)
-        unit = config.hidden_size if hasattr(config, "mlp_ratio") else 1
-        return [-(-max(least) // unit) * unit] * len(least)
+        places = []
+        for column in zip(self.places, *(other.places for other in others), strict=True):
+            offsets = [place.offset for place in column]
+            there = [offset for offset in offsets if offset is not None]
+            filled = [torch.zeros_like(there[0]) if c is None else c for c in offsets if there]
+            places.append(replace(column[0], offset=_mean(filled, weights) if there else None))
+        return replace(self, template=template, places=tuple(places))
 
 
 def _configure(model: nn.Module, width: int) -> None:
@@ -257,10 +204,6 @@ def _alike(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.allclose(a, b.to(a), rtol=0, atol=ROUNDING * torch.finfo(a.dtype).eps * size)
 
 
-def _shape(values: dict[str, Tensor], name: str) -> torch.Size | None:
-    return values[name].shape if name in values else None
-
-
 def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = values[0] * weights[0]
     for value, weight in zip(values[1:], weights[1:], strict=True):
@@ -279,69 +222,42 @@ def frame_of(model: nn.Module | Anatomy) -> tuple[Frame, list[Tensor], list[Norm
     model = model_of(model)
     floating = {n: v for n, v in model.state_dict().items() if v.is_floating_point()}
     check_values(floating.items())
-    stacks = particle_stacks(model)
-    steps = {stack.step for stack in stacks}
-    if not steps:
-        raise InputError(f"{type(model).__name__} has no layers, so that there are no particles")
+    layers = particle_layers(model)
+    steps = {layer.stack.step for layer in layers}
     if len(steps) > 1:
         raise InputError(f"the chains have step sizes {sorted(steps)}; expected layers of one step")
-    (h,) = steps
-    blocks = [block for stack in stacks for block in stack.blocks]
-    adds = stacks[0].adds
-    if adds:
-        blocks = list(dict.fromkeys(blocks))
-    found, readings = _read_all(blocks)
-    grid = uniform_grid([len(blocks)] if adds else [len(stack.blocks) for stack in stacks])
-    factors = [h / length for length in lengths(grid)]
-    cells = list(zip(readings, factors, strict=True))
-    offsets = tuple(None if r.offset is None else r.offset * factor for r, factor in cells)
-    parts = tuple(reading.layout for reading in readings), offsets, grid
-    frame: Frame
-    if adds:
-        names = {module: name for name, module in model.named_modules()}
-        pairs = list(zip(blocks, found, strict=True))
-        gone = [t for block, at in pairs for t in particle_tensors(block, at).values()]
-        template = copy.deepcopy(model, _emptied(gone))
-        places = tuple((names[block], at) for block, at in pairs)
-        frame = BlockFrame(template, *parts, places)
-    else:
-        own = anatomy(model)
-        template = own.with_stacks([replace(stack, blocks=()) for stack in own.stacks])
-        indices = tuple(stack.index for stack in stacks)
-        frame = ChainFrame(template, *parts, h, _prototypes(blocks, found, readings), indices)
-    for reading, factor in cells:  # u_i = M h V_i / Δ; N M h V_i on a uniform grid
-        reading.particles[:, : reading.layout.outputs] *= len(reading.particles) * factor
-    return frame, [r.particles for r in readings], [r.norms.scaled(factor) for r, factor in cells]
-
-
-def _prototypes(
-    blocks: Sequence[nn.Module], found: Sequence[Neurons], readings: Sequence[BlockParticles]
-) -> dict[ParticleLayout, tuple[nn.Module, Neurons]]:
-    """For each layout a block without its particles, which must be all that it has."""
-    prototypes = {}
-    for block, at, reading in zip(blocks, found, readings, strict=True):
-        own = list(particle_tensors(block, at).values())
-        besides = [name for name, p in block.named_parameters() if not any(p is q for q in own)]
-        if besides:
+    h, adds = layers[0].stack.step, layers[0].stack.adds
+    if adds:  # a block that is called several times is one layer
+        layers = list({layer.block: layer for layer in layers}.values())
+    stages = dict.fromkeys(layer.stack.index for layer in layers)
+    counts = [sum(layer.stack.index == index for layer in layers) for index in stages]
+    grid = uniform_grid(counts)
+    names = {module: name for name, module in model.named_modules()}
+    places, particles, norms, every = [], [], [], []
+    for layer, length in zip(layers, lengths(grid), strict=True):
+        factor, reading, block = h / length, layer.reading, layer.block
+        own = list(layer.neurons.tensors(block).values())
+        every += own
+        besides = [n for n, p in block.named_parameters() if not any(p is q for q in own)]
+        if besides and not adds:
             raise InputError(
                 f"{type(block).__name__} has parameters besides its particles: {listed(besides)}; "
                 "in a ResidualChain a block is a mean of particles and nothing else"
             )
-        if reading.layout not in prototypes:
-            prototypes[reading.layout] = (copy.deepcopy(block, _emptied(own)), at)
-    return prototypes
-
-
-def _read_all(blocks: Sequence[nn.Module]) -> tuple[list[Neurons], list[BlockParticles]]:
-    """Of all blocks, which must be sums over their neurons."""
-    found = [find_neurons(block) for block in blocks]
-    readings = []
-    checked: set[object] = set()
-    for block, neurons in zip(blocks, found, strict=True):
-        reading = read(block, neurons)
-        check_additive(block, neurons, reading, checked)
-        readings.append(reading)
-    return found, readings
+        offset = None if reading.offset is None else reading.offset * factor
+        where = names[block] if adds else copy.deepcopy(block, _emptied(own))
+        places.append(Place(reading.layout, layer.neurons, offset, where, layer.stack.index))
+        # u_i = M h V_i / Δ; N M h V_i on a uniform grid
+        outer = reading.particles[:, : reading.layout.sizes[0]]
+        outer *= len(reading.particles) * factor
+        particles.append(reading.particles)
+        norms.append(reading.norms.scaled(factor))
+    if adds:
+        template = copy.deepcopy(model, _emptied(every))
+    else:
+        read = anatomy(model)
+        template = read.with_stacks([replace(stack, blocks=()) for stack in read.stacks])
+    return Frame(template, tuple(places), grid, h), particles, norms
 
 
 def _emptied(tensors: Sequence[Tensor]) -> dict[int, Any]:

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from deeplimit._anatomy.checks import check_count, check_number
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 from deeplimit.meanfield.alignment import aligned
+from deeplimit.meanfield.couplings import Plan
 from deeplimit.meanfield.frame import Frame, listed
-from deeplimit.meanfield.grid import Breakpoints, layers_at, merged_grid
+from deeplimit.meanfield.grid import layers_at, merged_grid
 from deeplimit.meanfield.layers import moved_norms
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
-from deeplimit.meanfield.transport import CotDistance, Plan, belongs, cot_distance
+from deeplimit.meanfield.transport import CotDistance, belongs, cot_distance
+from deeplimit.tables import number, table
 
 FramePolicy = Literal["equal", "interpolate"]
 
@@ -54,7 +56,10 @@ def cot_geodesic(
     to the state, O(1/N) in all, the error of Euler's method. Where a's depth is a multiple of b's
     no layer of a is divided, and its end is the network's to rounding. Source: [BPV24].
 
-        halfway = cot_geodesic(model, other, 0.5).network()
+        >>> halfway = cot_geodesic(model, other, 0.5, frame="interpolate")
+        >>> ratio = cot_distance(model, halfway).distance / cot_distance(model, other).distance
+        >>> round(ratio, 9), halfway.network()(x).shape == model(x).shape
+        (0.5, True)
 
     Args:
         a: a network, or its measure.
@@ -83,15 +88,15 @@ def cot_geodesic(
         if transport is not None:
             raise InputError("align=True changes b: give transport of align_streams(a, b, batch)")
         end = aligned(start, end, batch)
-    mixed = mixed_frame([start, end], [1 - t, t], frame)
-    plans = _plans(start, end, transport)
-    layers, masses, norms = [], [], []
-    for (n, m), plan in zip(plans.layers, plans.plans or (), strict=True):
+    mixed = _mixed_frame([start, end], [1 - t, t], frame)
+    found = _plans(start, end, transport)
+    layers, norms = [], []
+    for (n, m), plan in zip(found.layers, found.plans or (), strict=True):
         between = partial(_between, plan, t)
         layers.append(between([start.layers[n], end.layers[m]]))
-        masses.append(torch.from_numpy(plan.masses))
         norms.append(moved_norms([start.norms[n], end.norms[m]], [1 - t, t], between))
-    return LayerwiseMeasure(layers, masses, plans.breakpoints, frame=mixed, norms=norms)
+    masses = [torch.from_numpy(plan.masses) for plan in found.plans or ()]
+    return LayerwiseMeasure(layers, masses, found.breakpoints, frame=mixed, norms=norms)
 
 
 def _check_policy(frame: str) -> None:
@@ -106,7 +111,7 @@ def _between(plan: Plan, t: float, ends: Sequence[Tensor]) -> Tensor:
     return (1 - t) * x[rows] + t * y[columns].to(x)
 
 
-def mixed_frame(
+def _mixed_frame(
     measures: list[LayerwiseMeasure], weights: list[float], policy: str
 ) -> Frame | None:
     """Σ_k λ_k of the frames, on the merged grid; None where none of the measures has one."""
@@ -167,10 +172,13 @@ class Merged:
     lower: tuple[float, ...]
 
     def __str__(self) -> str:
-        """The distances to the networks, and how far the objective fell."""
+        """How far the objective fell, and a row for each network."""
+        pairs = enumerate(zip(self.distances, self.lower, strict=True))
+        rows = [(str(k), number(d), number(bound)) for k, (d, bound) in pairs]
         return (
-            f"d to each network: {', '.join(f'{d:.4g}' for d in self.distances)}; Σ λ d² from "
-            f"{self.objectives[0]:.4g} to {self.objectives[-1]:.4g}"
+            f"Σ λ d² from {self.objectives[0]:.4g} to {self.objectives[-1]:.4g} in "
+            f"{several(len(self.objectives) - 1, 'iteration')}\n"
+            f"{table(('network', 'd', 'at least'), rows)}"
         )
 
 
@@ -194,7 +202,11 @@ def merge(
 
     Source: [BPV24] arXiv 2403.12887 for d; the iteration layer by layer.
 
-        joined = merge([model, other]).measure.network()
+        >>> joined = merge([model, other], frame="interpolate")
+        >>> sum(joined.distances) <= cot_distance(model, other).distance * (1 + 1e-9)
+        True
+        >>> joined.measure.network()(x).shape == model(x).shape
+        True
 
     Args:
         networks: two or more, or measures; align their streams first (`align_streams`).
@@ -217,27 +229,36 @@ def merge(
     measures = [as_measure(network) for network in networks]
     grid = merged_grid(*(measure.breakpoints for measure in measures))
     order = [start, *(k for k in range(len(measures)) if k != start)]
-    shell = mixed_frame([measures[k] for k in order], [shares[k] for k in order], frame)
-    now = _on(measures[start], grid, shell)
-    found = [cot_distance(now, measure, plans=True) for measure in measures]
-    objectives = [_objective(found, shares)]
+    shell = _mixed_frame([measures[k] for k in order], [shares[k] for k in order], frame)
+    first = measures[start]
+    places = layers_at(first.breakpoints, grid)
+    now = LayerwiseMeasure(
+        [first.layers[n] for n in places],
+        [first.masses[n] for n in places],
+        grid,
+        frame=shell,
+        norms=[first.norms[n] for n in places],
+    )
+
+    def looked_at(nu: LayerwiseMeasure) -> tuple[list[CotDistance], float]:
+        found = [cot_distance(nu, measure, plans=True) for measure in measures]
+        squares = (w * d.distance**2 for w, d in zip(shares, found, strict=True))
+        return found, math.fsum(squares)
+
+    found, objective = looked_at(now)
+    objectives = [objective]
     for _ in range(iterations):
         moved = _moved(now, measures, found, shares)
-        after = [cot_distance(moved, measure, plans=True) for measure in measures]
-        objective = _objective(after, shares)
-        if objective > objectives[-1]:  # by rounding
-            break
+        after, objective = looked_at(moved)
         fell = objectives[-1] - objective
+        if fell < 0:  # by rounding
+            break
         now, found = moved, after
         objectives.append(objective)
         if fell <= tolerance * objective:
             break
-    return Merged(
-        now,
-        tuple(d.distance for d in found),
-        tuple(objectives),
-        tuple(d.lower for d in found),
-    )
+    distances, lower = zip(*((d.distance, d.lower) for d in found), strict=True)
+    return Merged(now, distances, tuple(objectives), lower)
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -248,22 +269,6 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     if len(shares) != count or not math.isclose(sum(shares), 1, abs_tol=1e-9):
         raise InputError(f"weights {shares} given for {count} networks; expected {expected}")
     return shares
-
-
-def _on(measure: LayerwiseMeasure, grid: Breakpoints, frame: Frame | None) -> LayerwiseMeasure:
-    """The same measure, its layers divided at these breakpoints."""
-    places = layers_at(measure.breakpoints, grid)
-    return LayerwiseMeasure(
-        [measure.layers[n] for n in places],
-        [measure.masses[n] for n in places],
-        grid,
-        frame=None if frame is None else frame.on(grid),
-        norms=[measure.norms[n] for n in places],
-    )
-
-
-def _objective(found: Sequence[CotDistance], shares: Sequence[float]) -> float:
-    return math.fsum(w * d.distance**2 for w, d in zip(shares, found, strict=True))
 
 
 def _moved(
@@ -288,13 +293,9 @@ def _moved(
 def _sent(
     mass: Tensor, plans: Sequence[Plan], shares: Sequence[float], values: Sequence[Tensor]
 ) -> Tensor:
-    """Σ_k λ_k of the mean of the values where plan k sends an atom.
+    """Σ_k λ_k of the mean of the values where plan k sends an atom; without mass, its own.
 
-    Args:
-        mass: of the atoms.
-        plans: from them to the atoms of each network.
-        shares: λ_k.
-        values: [M, q] of the atoms, which those without mass keep, then [M_k, q] of each network.
+    The values are [M, q] of the atoms, then [M_k, q] of each network.
     """
     own, *goals = values
     target = torch.zeros_like(own)

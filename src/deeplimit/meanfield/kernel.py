@@ -2,20 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deeplimit._anatomy import Anatomy, Stack, chain_stacks, model_of, of_family
+from deeplimit._anatomy import Anatomy, chain_stacks, model_of, of_family
 from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, to_device
 from deeplimit.errors import InputError
-from deeplimit.meanfield.flow import particle_layers
 from deeplimit.meanfield.frame import check_batch
-from deeplimit.meanfield.neurons import find_neurons
+from deeplimit.meanfield.particles import ParticleLayer, particle_layers
 from deeplimit.network.blocks import check_values
 from deeplimit.records import Record
+from deeplimit.tables import number, table
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,10 @@ class FeatureKernel(Record):
     verdict: str
 
     def __str__(self) -> str:
-        """The verdict."""
-        return self.verdict
+        """The verdict, and a row for each layer."""
+        columns = enumerate(zip(self.widths, self.smallest, self.attenuation, strict=True))
+        rows = [(str(n), str(m), number(value), number(a)) for n, (m, value, a) in columns]
+        return f"{self.verdict}\n{table(('layer', 'particles', 'λ_min', 'attenuation'), rows)}"
 
 
 def feature_kernel(model: nn.Module | Anatomy, x: Inputs) -> FeatureKernel:
@@ -76,7 +77,9 @@ def feature_kernel(model: nn.Module | Anatomy, x: Inputs) -> FeatureKernel:
     needs besides, that the risk at initialisation is small, the budget of `certify_convergence`
     says.
 
-        print(feature_kernel(model, x))
+        >>> kernel = feature_kernel(model, x)
+        >>> kernel.widths, kernel.m > 0, kernel.attenuation[-1]
+        ((4, 4), True, 1.0)
 
     Args:
         model: a chain of two-layer residuals, or a classifier of one stage of them with a linear
@@ -93,54 +96,47 @@ def feature_kernel(model: nn.Module | Anatomy, x: Inputs) -> FeatureKernel:
     """
     model = model_of(model)
     check_values(model.named_parameters())
-    read, chain = _chain(model)
-    layers = particle_layers(model)
-    if len({layer.outer for layer in layers}) < len(layers):
-        raise InputError(
-            "layers share their output weights, so that their gradients may cancel and the kernels "
-            "bound nothing; expected layers with weights of their own"
-        )
-    head = _head_factor(read)
-    check_batch(read, x, _sample_shape(read, chain))
-    with evaluating(model), torch.no_grad():
-        states, _ = read.states(to_device(x, device_of(model)))
-        samples = _samples(states)
-        pairs = list(zip(chain.blocks, states, strict=False))
-        found = [_smallest(_features(block, state)) for block, state in pairs]
-        slopes = [_slopes(block, state, chain.step) for block, state in pairs]
-    lipschitz = sum(chain.step * steepest for steepest, _ in slopes)
-    factors = _attenuation([least for _, least in slopes])
-    eigenvalues = torch.tensor(found, dtype=factors.dtype, device=factors.device)
-    m = head * float((eigenvalues[:, None] * factors).mean(0).min()) / samples
-    attenuation = tuple(factors.amin(1).tolist())
-    widths = tuple(layer.width for layer in layers)
-    verdict = _verdict(found, widths, samples, head, m)
-    return FeatureKernel(tuple(found), widths, samples, lipschitz, attenuation, head, m, verdict)
-
-
-def _chain(model: nn.Module) -> tuple[Anatomy, Stack]:
-    """The one chain of a network of our own, of residuals with one linear first layer."""
     read, chains = of_family(model), chain_stacks(model)
     if len(chains) != 1 or read is None:
         raise InputError(
             f"the kernel of {type(model).__name__} is not known here; expected a ResidualChain, or "
             "a ResidualClassifier of one stage"
         )
-    for block in chains[0].blocks:
-        rows = find_neurons(block).rows
-        if len(rows) > 1 or not isinstance(block.get_submodule(rows[0]), nn.Linear):
+    layers, h = particle_layers(model, trained=True), chains[0].step
+    for layer in layers:
+        rows = [layer.block.get_submodule(path) for path in layer.neurons.rows]
+        if len(rows) > 1 or not isinstance(rows[0], nn.Linear):
             raise InputError(
-                f"the kernel of a {type(block).__name__} is not known here; expected residuals "
-                "V σ(W x + b), such as TwoLayerResidual"
+                f"the kernel of a {type(layer.block).__name__} is not known here; expected "
+                "residuals V σ(W x + b), such as TwoLayerResidual"
             )
-    return read, chains[0]
-
-
-def _sample_shape(read: Anatomy, chain: Stack) -> tuple[int, ...]:
-    example, block = read.example(), chain.blocks[0]
-    if isinstance(example, Tensor):
-        return tuple(example.shape[1:])
-    return (cast(nn.Linear, block.get_submodule(find_neurons(block).rows[0])).in_features,)
+    outer = {layer.block.get_submodule(layer.neurons.columns).weight for layer in layers}
+    if len(outer) < len(layers):
+        raise InputError(
+            "layers share their output weights, so that their gradients may cancel and the kernels "
+            "bound nothing; expected layers with weights of their own"
+        )
+    head, example = _head_factor(read), read.example()
+    size = dict(layers[0].reading.layout.parts)["w"]
+    check_batch(read, x, example.shape[1:] if isinstance(example, Tensor) else size)
+    with evaluating(model), torch.no_grad():
+        states, _ = read.states(to_device(x, device_of(model)))
+        samples = _samples(states)
+        pairs = list(zip(layers, states, strict=False))
+        found = [_smallest(_features(layer, state)) for layer, state in pairs]
+        slopes = [_slopes(layer.block, state, h) for layer, state in pairs]
+    lipschitz = sum(h * steepest for steepest, _ in slopes)
+    # a_n^i = Π_{l>n} s_l^i²: of the layers that a gradient has passed at layer n.
+    squares = torch.stack(
+        [least.square() for _, least in slopes[1:]] + [torch.ones_like(slopes[0][1])]
+    )
+    factors = squares.flip(0).cumprod(0).flip(0)
+    eigenvalues = torch.tensor(found, dtype=factors.dtype, device=factors.device)
+    m = head * float((eigenvalues[:, None] * factors).mean(0).min()) / samples
+    attenuation = tuple(factors.amin(1).tolist())
+    widths = tuple(len(layer.reading.particles) for layer in layers)
+    verdict = _verdict(found, widths, samples, head, m)
+    return FeatureKernel(tuple(found), widths, samples, lipschitz, attenuation, head, m, verdict)
 
 
 def _head_factor(read: Anatomy) -> float:
@@ -173,19 +169,19 @@ def _samples(states: list[Tensor]) -> int:
     return len(first)
 
 
-def _features(block: nn.Module, x: Float[Tensor, "samples d"]) -> Float[Tensor, "samples m"]:
+def _features(layer: ParticleLayer, x: Float[Tensor, "samples d"]) -> Float[Tensor, "samples m"]:
     """σ(W x + b), as the block computes it: there may be a norm before W."""
     seen: list[Tensor] = []
-    sigma = block.get_submodule(find_neurons(block).activation)
+    sigma = layer.block.get_submodule(layer.neurons.activation)
     handle = sigma.register_forward_hook(lambda _, __, features: seen.append(features))
     try:
-        block(x)
+        layer.block(x)
     finally:
         handle.remove()
     if len(seen) != 1 or seen[0].shape[:1] != x.shape[:1]:
         raise InputError(
-            f"{type(block).__name__} computes its features {len(seen)} times; expected once, as "
-            "V σ(W x + b) does"
+            f"{type(layer.block).__name__} computes its features {len(seen)} times; expected once, "
+            "as V σ(W x + b) does"
         )
     return seen[0]
 
@@ -209,14 +205,6 @@ def _slopes(
     identity = torch.eye(x.shape[1], dtype=jacobian.dtype, device=jacobian.device)
     least = torch.linalg.svdvals(identity + h * jacobian)[:, -1]
     return float(torch.linalg.matrix_norm(jacobian, 2).max()), least
-
-
-def _attenuation(least: list[Tensor]) -> Float[Tensor, "layers samples"]:
-    """a_n^i = Π_{l>n} s_l^i²: of the layers that a gradient has passed at layer n."""
-    factors = [torch.ones_like(least[0])]
-    for smallest in reversed(least[1:]):
-        factors.append(factors[-1] * smallest.square())
-    return torch.stack(factors[::-1])
 
 
 def _verdict(

@@ -5,87 +5,15 @@ Batch norms are folded into the neurons in evaluation mode, and carried for trai
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deeplimit._anatomy.block_call import is_transposed
 from deeplimit.errors import InputError
 
-
-class NeuronLayer:
-    """A linear or convolutional layer, by the hidden neurons on one side of it."""
-
-    def __init__(self, layer: nn.Module):
-        self.layer: Any = layer
-        self.transposed = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
-        known = isinstance(layer, nn.Linear | nn.Conv2d) or self.transposed
-        if not known or getattr(layer, "groups", 1) != 1:
-            raise InputError(
-                f"a hidden layer is {layer}; expected a linear layer or a convolution in one group"
-            )
-        if not cast(Tensor, layer.weight).is_floating_point():
-            raise InputError(f"a hidden layer is quantised ({type(layer).__name__})")
-
-    @property
-    def rows(self) -> Tensor:
-        """[M, *shape]: what each neuron reads."""
-        weight = widened(self.layer.weight.detach())
-        return weight.T if self.transposed else weight
-
-    @property
-    def columns(self) -> Tensor:
-        """[M, d, …]: what each neuron writes."""
-        weight = widened(self.layer.weight.detach())
-        return weight if self.transposed else weight.transpose(0, 1)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The layer's bias, if it has one."""
-        bias = getattr(self.layer, "bias", None)
-        return None if bias is None else widened(bias.detach())
-
-    def set_rows(self, rows: Tensor, bias: Tensor | None) -> None:
-        """Puts in M neurons; the sizes that the layer says of itself follow."""
-        self._set(rows.T if self.transposed else rows, bias)
-        self._say(("out_features", "out_channels", "nf"), len(rows))
-
-    def set_columns(self, columns: Tensor, bias: Tensor | None) -> None:
-        """Puts in M neurons; the sizes that the layer says of itself follow."""
-        self._set(columns if self.transposed else columns.transpose(0, 1), bias)
-        self._say(("in_features", "in_channels", "nx"), len(columns))
-
-    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
-        replace_value(self.layer, "weight", weight)
-        if bias is not None and (self.bias is not None or bool(bias.any())):
-            replace_value(self.layer, "bias", bias)
-
-    def _say(self, names: Sequence[str], size: int) -> None:
-        for name in names:
-            if hasattr(self.layer, name):
-                setattr(self.layer, name, size)
-
-
-def replace_value(module: nn.Module, name: str, value: Tensor) -> None:
-    """Puts in a value of another size; in half precision where the parameter or buffer was."""
-    old = getattr(module, name)
-    dtype = value.dtype if old is None or is_wide(old) else old.dtype
-    value = value.detach().to(dtype).contiguous().clone()
-    if name in dict(module.named_buffers(recurse=False)):
-        setattr(module, name, value)
-    else:
-        learns = old is None or old.requires_grad
-        setattr(module, name, nn.Parameter(value, requires_grad=learns))
-
-
-def is_wide(x: Tensor) -> bool:
-    """True for a tensor of more than half precision."""
-    return x.dtype.itemsize >= 4
-
-
-def widened(x: Tensor) -> Tensor:
-    """In float32 what has half precision."""
-    return x if is_wide(x) else x.float()
+Move = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,20 +46,13 @@ class Norms:
         return replace(self, inner=torch.cat([self.inner, rows]))
 
 
-def moved_norms(
-    norms: Sequence[Norms],
-    weights: Sequence[float],
-    move: Callable[[Sequence[Tensor]], Tensor],
-) -> Norms:
+def moved_norms(norms: Sequence[Norms], weights: Sequence[float], move: Move) -> Norms:
     """The norms of a layer made of others: what became of the particles becomes of their channels.
 
     Mean |γ|, β and v: a mean of neurons keeps in training mode the mean and the spread that they
-    have, which the mean of their weights alone loses (REPAIR, arXiv 2211.08403).
-
-    Args:
-        norms: of the layers.
-        weights: λ_k of the norms behind the second layer.
-        move: values [M_k, q] of the particles of each layer to those [M, q] of the new one.
+    have, which the mean of their weights alone loses (REPAIR, arXiv 2211.08403). `move` takes the
+    values [M_k, q] of the particles of each layer to those [M, q] of the new one, the weights λ_k
+    are those of the norms behind the second layer.
     """
     inner = [n.inner for n in norms if n.inner is not None]
     outer = [n.outer for n in norms if n.outer is not None]
@@ -142,6 +63,80 @@ def moved_norms(
     return Norms(move(inner) if len(inner) == len(norms) else None, mean)
 
 
+class NeuronLayer:
+    """A linear or convolutional layer by its hidden neurons: `first` where it gives them."""
+
+    def __init__(self, block: nn.Module, path: str, *, first: bool):
+        layer: Any = block.get_submodule(path)
+        transposed = is_transposed(layer)
+        known = isinstance(layer, nn.Linear | nn.Conv2d) or transposed
+        if not known or getattr(layer, "groups", 1) != 1:
+            raise InputError(
+                f"a hidden layer is {layer}; expected a linear layer or a convolution in one group"
+            )
+        if not layer.weight.is_floating_point():
+            raise InputError(f"a hidden layer is quantised ({type(layer).__name__})")
+        self.layer, self.flip = layer, transposed == first
+        given, taken = ("out_features", "out_channels", "nf"), ("in_features", "in_channels", "nx")
+        self.sizes = given if first else taken
+
+    def get(self) -> tuple[Tensor, Tensor | None]:
+        """What each neuron reads or writes [M, …], and the layer's bias, if it has one."""
+        weight, bias = _widened(self.layer.weight), getattr(self.layer, "bias", None)
+        weight = weight.transpose(0, 1) if self.flip else weight
+        return weight, None if bias is None else _widened(bias)
+
+    def put(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Puts in M neurons; the sizes that the layer says of itself follow."""
+        _replace_value(self.layer, "weight", weight.transpose(0, 1) if self.flip else weight)
+        there = getattr(self.layer, "bias", None) is not None
+        if bias is not None and (there or bool(bias.any())):
+            _replace_value(self.layer, "bias", bias)
+        for name in self.sizes:
+            if hasattr(self.layer, name):
+                setattr(self.layer, name, len(weight))
+
+
+def _replace_value(module: nn.Module, name: str, value: Tensor) -> None:
+    """Puts in a value of another size; in half precision where the parameter or buffer was."""
+    old = getattr(module, name)
+    dtype = value.dtype if old is None or is_wide(old) else old.dtype
+    value = value.detach().to(dtype).contiguous().clone()
+    if name not in module._buffers:
+        learns = old is None or old.requires_grad
+        value = nn.Parameter(value, requires_grad=learns)
+    setattr(module, name, value)
+
+
+def is_wide(x: Tensor) -> bool:
+    """True for a tensor of more than half precision."""
+    return x.dtype.itemsize >= 4
+
+
+def _widened(x: Tensor) -> Tensor:
+    """In float32 what has half precision, detached."""
+    return x.detach() if is_wide(x) else x.detach().float()
+
+
+def norm_at(block: nn.Module, path: str) -> nn.Module | None:
+    """The norm at a path of a block; None where there is none."""
+    norm = block.get_submodule(path) if path else nn.Identity()
+    return None if isinstance(norm, nn.Identity) else norm
+
+
+def _batch_norm(block: nn.Module, path: str) -> Any:
+    norm = norm_at(block, path)
+    whole = isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.running_mean is not None
+    if norm is not None and not whole:
+        raise InputError(
+            f"{path} of {type(block).__name__} is a {type(norm).__name__}, which couples the "
+            "hidden neurons or normalises their sum: the block is not a mean of particles; "
+            'expected no norm ("none"), or a batch norm ("batch") with scale, bias and running '
+            "statistics, read as in evaluation mode"
+        )
+    return norm
+
+
 def fold(
     block: nn.Module, path: str, weight: Tensor, axis: int, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -149,14 +144,15 @@ def fold(
     norm = _batch_norm(block, path)
     if norm is None:
         return weight, bias, None
-    gamma, beta, mean, variance = (
-        widened(cast(Tensor, x).detach())
-        for x in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    )
+    numbers = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    gamma, beta, mean, variance = map(_widened, numbers)
     scale = gamma / (variance + norm.eps).sqrt()
     shift = beta - mean * scale + (0 if bias is None else bias * scale)
-    channels = torch.stack([gamma.abs(), beta, variance], 1)
-    return weight * _along(scale, weight, axis), shift, channels
+    return (
+        weight * _along(scale, weight, axis),
+        shift,
+        torch.stack([gamma.abs(), beta, variance], 1),
+    )
 
 
 def unfold(
@@ -183,26 +179,10 @@ def unfold(
     gamma, beta, variance = torch.where(known[:, None], rows, nothing).T
     scale = torch.where(known, scale, one)
     norm.num_features = len(bias)
-    replace_value(norm, "weight", gamma)
-    replace_value(norm, "bias", beta)
-    replace_value(norm, "running_mean", (beta - bias) / scale)
-    replace_value(norm, "running_var", variance)
+    values = {"weight": gamma, "bias": beta, "running_var": variance}
+    for name, value in (values | {"running_mean": (beta - bias) / scale}).items():
+        _replace_value(norm, name, value)
     return weight / _along(scale, weight, axis), torch.zeros_like(bias)
-
-
-def _batch_norm(block: nn.Module, path: str) -> nn.BatchNorm2d | None:
-    norm = block.get_submodule(path) if path else nn.Identity()
-    if isinstance(norm, nn.Identity):
-        return None
-    whole = isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.running_mean is not None
-    if not whole:
-        raise InputError(
-            f"{path} of {type(block).__name__} is a {type(norm).__name__}, which couples the "
-            "hidden neurons or normalises their sum: the block is not a mean of particles; "
-            'expected no norm ("none"), or a batch norm ("batch") with scale, bias and running '
-            "statistics, read as in evaluation mode"
-        )
-    return cast(nn.BatchNorm2d, norm)
 
 
 def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -27,8 +27,11 @@ class LayerwiseMeasure:
     network's function depends on the measure alone, not on the order of the particles.
     Source: [BPV24] arXiv 2403.12887.
 
-        measure = LayerwiseMeasure.of(model)
-        same = measure.network()
+        >>> measure = LayerwiseMeasure.of(model)
+        >>> measure
+        LayerwiseMeasure(2 layers of [4] particles of [7] numbers)
+        >>> bool((measure.network()(x) - model(x)).abs().max() < 1e-12)
+        True
 
     Args:
         particles: [N, M, p], or a list of N tensors [M_n, p_n]; floating point, finite. The order
@@ -61,23 +64,23 @@ class LayerwiseMeasure:
         self.layers = _checked_particles(particles)
         self.masses = _checked_weights(weights, self.layers)
         count = len(self.layers)
-        self.breakpoints = (
-            uniform_grid([count]) if breakpoints is None else checked_grid(breakpoints, count)
-        )
+        grid = uniform_grid([count]) if breakpoints is None else checked_grid(breakpoints, count)
+        self.breakpoints = grid
         if frame is not None and not isinstance(frame, Frame):
             frame = frame_of(frame)[0]
-        if frame is not None and not same_grid(frame.breakpoints, self.breakpoints):
-            frame = frame.on(self.breakpoints)
+        if frame is not None and not same_grid(frame.breakpoints, grid):
+            frame = frame.on(grid)
         self.frame = frame
         self.norms = tuple(norms) if norms is not None else (Norms(),) * count
         widths = [None if norm.inner is None else len(norm.inner) for norm in self.norms]
         if any(w not in (None, len(x)) for w, x in zip(widths, self.layers, strict=True)):
             raise InputError(f"norms of {widths} particles given for {list(map(len, self.layers))}")
         for n, layout in enumerate(frame.layouts if frame is not None else ()):
-            if self.layers[n].shape[1] != layout.size:
+            given, size = self.layers[n].shape[1], sum(layout.sizes)
+            if given != size:
                 raise InputError(
-                    f"layer {n}: particles of {self.layers[n].shape[1]} numbers given, the frame "
-                    f"has {layout}, {layout.size} numbers"
+                    f"layer {n}: particles of {given} numbers given, the frame has {layout}, "
+                    f"{size} numbers"
                 )
 
     @classmethod
@@ -182,22 +185,20 @@ def _checked_weights(
     given: Tensor | Sequence[Tensor] | None, layers: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     if given is None:
-        return tuple(
-            torch.full((len(layer),), 1 / len(layer), dtype=torch.float64) for layer in layers
-        )
+        return tuple(torch.full((len(x),), 1 / len(x), dtype=torch.float64) for x in layers)
     if len(given) != len(layers):
         raise InputError(f"weights of {len(given)} layers given for {len(layers)}")
     masses = []
     for n, (mass, layer) in enumerate(zip(given, layers, strict=True)):
-        if mass.shape != layer.shape[:1]:
-            raise InputError(
-                f"layer {n}: weights of shape {list(mass.shape)} for {len(layer)} particles"
-            )
+        fits = mass.shape == layer.shape[:1]
         total = float(mass.double().sum())
-        if not (bool((mass >= 0).all()) and abs(total - 1) <= ROUNDING):
+        if not (fits and bool((mass >= 0).all()) and abs(total - 1) <= ROUNDING):
+            what = f"shape {list(mass.shape)}"
+            if fits:
+                what = f"sum {total:.6g}, the least {float(mass.min()):.3g}"
             raise InputError(
-                f"layer {n}: weights of sum {total:.6g}, the least {float(mass.min()):.3g}; "
-                "expected weights ≥ 0 of sum 1"
+                f"layer {n}: weights of {what} for {len(layer)} particles; expected weights ≥ 0 of "
+                "sum 1"
             )
         masses.append(mass.detach().cpu().double() / total)
     return tuple(masses)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError
 from deeplimit.meanfield.couplings import (
     Array,
+    Plan,
     exact_plan,
     sinkhorn_plan,
     squared_distances,
@@ -20,22 +22,11 @@ from deeplimit.meanfield.couplings import (
 )
 from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, merged_grid, same_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
+from deeplimit.tables import number, table
 
 MARGINALS, COSTS = 1e-8, 1e-6  # how exactly a plan of ours has its marginals, and its cost
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A coupling of two layers: atom rows[k] sends masses[k] to the other's atom columns[k].
-
-    Attributes:
-        rows, columns: indices [K].
-        masses: [K], positive, of sum 1.
-    """
-
-    rows: Array
-    columns: Array
-    masses: Array
+# W_2² of two layers by a coupling, a lower bound of it, and the coupling where it is asked for.
+Solved = tuple[float, float, Plan | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +52,17 @@ class CotDistance:
     plans: tuple[Plan, ...] | None
 
     def __str__(self) -> str:
-        """The distance, how exact it is, and where in depth most of it lies."""
+        """The distance, how exact it is, where most of it lies, and a row for each cell."""
         squares = [h * w**2 for h, w in zip(self.lengths, self.per_layer, strict=True)]
+        shares = [square / sum(squares) if self.distance else 0.0 for square in squares]
         most = max(range(len(squares)), key=squares.__getitem__)
-        share = squares[most] / sum(squares) if self.distance else 0.0
         bounds = "exact" if not self.error else f"{self.lower:.4g} or more"
+        columns = zip(self.layers, self.per_layer, shares, strict=True)
+        rows = [(f"{n} and {m}", number(w), f"{share:.0%}") for (n, m), w, share in columns]
         return (
             f"d = {self.distance:.4g} ({bounds}) over {len(squares)} cells of depth; most of it, "
-            f"{share:.0%} of d², between layers {self.layers[most][0]} and {self.layers[most][1]}"
+            f"{shares[most]:.0%} of d², between layers {self.layers[most][0]} and "
+            f"{self.layers[most][1]}\n{table(('layers', 'W_2', 'of d²'), rows)}"
         )
 
     @property
@@ -104,7 +98,9 @@ def cot_distance(
     or a residual stream in another basis, may be far apart. Stems, heads, norms and attention are
     no part of it, nor are output biases.
 
-        print(cot_distance(model, other))
+        >>> found = cot_distance(model, other)
+        >>> found.lower == found.distance > 0, cot_distance(model, model).distance
+        (True, 0.0)
 
     Args:
         a: a network, its anatomy, or its measure.
@@ -122,21 +118,19 @@ def cot_distance(
     """
     if sinkhorn is not None:
         expected = "a regularisation > 0, such as 0.01"
-        sinkhorn = check_number(
-            "sinkhorn", sinkhorn, expected, lambda v: math.isfinite(v) and v > 0
-        )
+        sinkhorn = check_number("sinkhorn", sinkhorn, expected, lambda v: 0 < v < math.inf)
     a, b = as_measure(a), as_measure(b)
     check_comparable(a, b)
     grid, pairs = _cells(a, b)
-    solved = _solve_all(a, b, pairs, sinkhorn, keep=plans)
-    d = _mean_root(grid, [cell.cost for cell in solved])
+    costs, lower, couplings = zip(*_solve_all(a, b, pairs, sinkhorn, keep=plans), strict=True)
+    d = _mean_root(grid, costs)
     return CotDistance(
         distance=d,
-        lower=min(_mean_root(grid, [cell.lower for cell in solved]), d),
-        per_layer=tuple(math.sqrt(cell.cost) for cell in solved),
+        lower=min(_mean_root(grid, lower), d),
+        per_layer=tuple(map(math.sqrt, costs)),
         breakpoints=grid,
         layers=pairs,
-        plans=tuple(cell.plan for cell in solved if cell.plan is not None) if plans else None,
+        plans=couplings if plans else None,
     )
 
 
@@ -193,15 +187,6 @@ def _couples(
     return math.isclose(math.sqrt(plan.masses @ squares), w, rel_tol=COSTS, abs_tol=rounding)
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """W_2² of two layers by a coupling, kept where it is asked for, and a lower bound of it."""
-
-    cost: float
-    lower: float
-    plan: Plan | None
-
-
 def _mean_root(grid: Sequence[float], squares: Sequence[float]) -> float:
     """√ Σ_c Δ_c v_c."""
     return math.sqrt(math.fsum(h * v for h, v in zip(lengths(tuple(grid)), squares, strict=True)))
@@ -214,15 +199,12 @@ def _solve_all(
     epsilon: float | None,
     *,
     keep: bool,
-) -> list[_Cell]:
+) -> list[Solved]:
     """Every pair of layers; those that stand at several places once."""
     keys = [(_key(a, n), _key(b, m)) for n, m in pairs]
     different = dict(zip(keys, pairs, strict=True))
     threads = min(torch.get_num_threads(), len(different))
-
-    def solve(pair: tuple[int, int]) -> _Cell:
-        return _solve(a, pair[0], b, pair[1], epsilon, keep=keep, threads=threads)
-
+    solve = partial(_solve, a, b, epsilon, keep=keep, threads=threads)
     # scipy's assignment and numpy's products let other threads run.
     with ThreadPoolExecutor(threads) as pool:
         found = dict(zip(different, pool.map(solve, different.values()), strict=True))
@@ -237,26 +219,26 @@ def _key(measure: LayerwiseMeasure, n: int) -> tuple[object, ...]:
 
 def _solve(
     a: LayerwiseMeasure,
-    n: int,
     b: LayerwiseMeasure,
-    m: int,
     epsilon: float | None,
+    pair: tuple[int, int],
     *,
     keep: bool,
     threads: int,
-) -> _Cell:
+) -> Solved:
+    n, m = pair
     equal = len(a.layers[n]) == len(b.layers[m]) and a.is_uniform(n) and b.is_uniform(m)
     (x, p, rows), (y, q, columns) = _atoms(a, n), _atoms(b, m)
-    costs = squared_distances(x, y)
+    costs, plan = squared_distances(x, y), None
     if epsilon is not None:
-        support, cost, lower = sinkhorn_plan(costs, p, q, epsilon, keep=keep)
-        if support is None:
-            return _Cell(cost, lower, None)
-        i, j, mass = support
-        return _Cell(cost, lower, Plan(rows[i], columns[j], mass))
-    (i, j, mass), gap = exact_plan(costs, p, q, equal=equal, threads=threads)
-    cost = math.fsum(mass * squared_distances_of(x[i], y[j]))
-    return _Cell(cost, max(cost - gap, 0.0), Plan(rows[i], columns[j], mass) if keep else None)
+        plan, cost, lower = sinkhorn_plan(costs, p, q, epsilon, keep=keep)
+    else:
+        plan, gap = exact_plan(costs, p, q, equal=equal, threads=threads)
+        cost = math.fsum(plan.masses * squared_distances_of(x[plan.rows], y[plan.columns]))
+        lower = max(cost - gap, 0.0)
+    if plan is None or not keep:
+        return cost, lower, None
+    return cost, lower, Plan(rows[plan.rows], columns[plan.columns], plan.masses)
 
 
 def _atoms(measure: LayerwiseMeasure, n: int) -> tuple[Array, Array, Array]:
