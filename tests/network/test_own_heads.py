@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from own_models import Own, X, Y
+from own_models import Own, Step, X, Y
 from torch import Tensor, nn
 
 from deeplimit import InputError, SoftCrossEntropy, StageCost, crop
@@ -22,13 +22,14 @@ def test_a_head_that_reads_all_states_is_refused_in_every_precision(dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_reading_runs_each_block_twice_whatever_the_head_reads(dtype: torch.dtype) -> None:
-    for kind in ("input", None):
-        model = (Own() if kind is None else Own(kind)).to(dtype)
-        block, calls = anatomy(model).blocks[2], []
-        block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        anatomy(model)
-        assert len(calls) == 2
+@pytest.mark.parametrize("kind", ["", "input"])
+def test_a_reading_runs_the_model_twice_and_each_block_once(kind: str, dtype: torch.dtype) -> None:
+    model = Own(kind).to(dtype)
+    calls = []
+    for module in (model, anatomy(model).blocks[2]):
+        module.register_forward_pre_hook(lambda module, _: calls.append(type(module)))
+    anatomy(model)
+    assert (calls.count(Own), calls.count(Step)) == (2, 1)
 
 
 @pytest.mark.slow

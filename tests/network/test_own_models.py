@@ -235,6 +235,41 @@ def test_the_blocks_may_be_given() -> None:
     torch.testing.assert_close(structure.logits(states), expected, rtol=1e-6, atol=1e-6)
 
 
+class Head(nn.Module):
+    """As wide as the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+
+@pytest.mark.parametrize("head", [Head, lambda: nn.Linear(5, 5)])
+def test_what_ends_a_sequential_is_its_head_and_one_layer_of_it_is_read(head) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), *(Step("") for _ in range(3)), head()).eval()
+    structure = anatomy(model)
+    assert structure.blocks == tuple(model[1:4])
+    for depth in (2, 1):
+        cut = crop(model, depth)
+        assert len(anatomy(cut).blocks) == depth == len(cut) - 2
+        _, logits = anatomy(cut).states(X[:, :4])
+        assert torch.equal(structure.logits(structure.states(X[:, :4])[0])[depth], logits)
+    assert anatomy(model, blocks=list(model)[1:4]).horizon == 3
+    if head is Head:
+        assert anatomy(model, blocks=list(model)[1:]).horizon == 4
+
+
+def test_a_cut_is_read_by_the_list_that_was_cut() -> None:
+    """Which is not the longest any more."""
+    model = Own().eval()
+    model.stem = nn.Sequential(model.stem, nn.Sequential(*(Step("") for _ in range(3))))
+    assert anatomy(model).name == anatomy(crop(model, 2)).name == "body"
+    assert anatomy(crop(model, 1)).horizon == 1
+
+
 MEASURES: list[Callable[[object], object]] = [
     lambda a: a.states(X),
     lambda a: StageCost(a, SoftCrossEntropy(3))(X, Y),

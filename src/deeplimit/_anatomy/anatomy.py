@@ -1,5 +1,6 @@
 """What everything else sees of a model: stem, stages of layers, what carries a state on, head."""
 
+import copy
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -14,15 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.block_call import BlockCall
 from deeplimit._anatomy.branches import parameter_ends
-from deeplimit._anatomy.evaluation import (
-    Inputs,
-    RunningStatistics,
-    evaluating,
-    to_device,
-    to_precision,
-)
+from deeplimit._anatomy.evaluation import Inputs, RunningStatistics, evaluating
+from deeplimit._anatomy.inputs import placed
 from deeplimit._anatomy.stack import Stack, chain_stacks, control
-from deeplimit._anatomy.stand_ins import state_of
+from deeplimit._anatomy.stand_ins import state_of, version
 from deeplimit.errors import InputError, several
 
 StateHook = Callable[[int, Tensor], None]
@@ -197,16 +193,19 @@ class Anatomy(ABC):
         """A small input on which the anatomy is checked; None where there is none to be had."""
         return None
 
-    def fitting_example(self) -> Inputs | None:
+    def fitting_example(self) -> Any:
         """The example where the model is: on its device, numbers with a fraction in its precision.
 
         None of a model on the meta device, which computes nothing.
         """
-        x = self.example()
-        first = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        if x is None or first is None:
-            return x
-        return None if first.is_meta else to_precision(to_device(x, first.device), first.dtype)
+        x, meta = self.example(), any(p.is_meta for p in self.model.parameters())
+        return None if x is None or meta else placed(self.model, x)
+
+    def runner(self, model: nn.Module) -> Callable[[Any], Tensor]:
+        """What runs another model as this one is run, without reading it."""
+        other = copy.copy(self)
+        other.model = model
+        return other.run
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -309,19 +308,23 @@ class Anatomy(ABC):
 
         def seen(_: int, x: Tensor) -> None:
             states.append(x)
-            versions.append(_version(x))
+            versions.append(version(x))
 
         with self.hooked(seen):
             logits = self.run(x)
-        for n, (state, version) in enumerate(zip(states, versions, strict=True)):
-            if _version(state) != version:
+        self._check_unwritten(states, versions)
+        return states, logits
+
+    def _check_unwritten(self, states: Sequence[Tensor], versions: Sequence[int]) -> None:
+        """Raises InputError where a state was written over since."""
+        for n, (state, before) in enumerate(zip(states, versions, strict=True)):
+            if version(state) != before:
                 name = type(self.model).__name__
                 who = f"layer {n}" if n < self.horizon else "what follows the last layer"
                 raise InputError(
                     f"{who} of {name} changes its input in place, which loses state {n}; write "
                     "x = x + … for x += …, and leave out inplace=True where it reads the state"
                 )
-        return states, logits
 
     def carried(self, n: int, x: Tensor, inputs: Any = None) -> Tensor:
         """State n in the shape of state n + 1 (itself within a stage)."""
@@ -424,11 +427,6 @@ def layer_numbers(layers: Iterable[SupportsIndex]) -> set[int]:
         if isinstance(n, bool):
             raise InputError(f"layer {n} given; expected whole numbers, such as [3, 7], not a mask")
     return numbers
-
-
-def _version(x: Tensor) -> int:
-    """How often a tensor was written over; in inference mode nobody counts."""
-    return 0 if x.is_inference() else x._version
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Modes of a model's modules, changed for a while and put back one by one."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,30 +14,28 @@ from deeplimit.errors import InputError
 Inputs = Tensor | Mapping[str, Tensor]
 
 
-def to_device(x: Tensor | Mapping[str, Tensor | None], device: torch.device) -> Inputs:
-    """Inputs on a device; a name that stands for None is left out."""
+def mapped(x: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Inputs with `change` made to each tensor in them; a name that stands for None is left out."""
     if isinstance(x, Tensor):
-        return x.to(device)
-    moved = ((n, v.to(device) if isinstance(v, Tensor) else v) for n, v in x.items())
-    return {name: value for name, value in moved if value is not None}
+        return change(x)
+    if isinstance(x, Mapping):
+        given = ((name, v) for name, v in x.items() if v is not None)
+        return {name: change(v) if isinstance(v, Tensor) else v for name, v in given}
+    return tuple(change(v) if isinstance(v, Tensor) else v for v in x)
 
 
-def to_precision(x: Inputs, dtype: torch.dtype) -> Inputs:
+def to_device(x: Any, device: torch.device) -> Any:
+    """Inputs on a device."""
+    return mapped(x, lambda v: v.to(device))
+
+
+def to_precision(x: Any, dtype: torch.dtype) -> Any:
     """Inputs whose numbers with a fraction are of this dtype; whole ones stay as they are."""
-    if isinstance(x, Tensor):
-        return x.to(dtype) if x.is_floating_point() else x
-    return {
-        name: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
-        for name, v in x.items()
-    }
+    return mapped(x, lambda v: v.to(dtype) if v.is_floating_point() else v)
 
 
 def begun(loader: Iterable[Any]) -> Iterator[Any]:
-    """A pass over a loader.
-
-    Raises:
-        InputError: it is none.
-    """
+    """Begins a pass over a loader; an InputError where it is none."""
     try:
         return iter(loader)
     except TypeError:
@@ -52,14 +50,8 @@ def pairs(
 ) -> Iterator[tuple[Inputs, Tensor]]:
     """The batches (x, y) of a loader that hold samples, on a device; y are classes.
 
-    Args:
-        loader: of the batches.
-        device: to put them on.
-        need: what to say where there is no sample: what needs one.
-
-    Raises:
-        InputError: no loader, a batch of another form, targets that are no classes, or no sample
-            where one is needed.
+    An InputError where they have another form, or with `need`, which says what needs one, where
+    there is no sample.
     """
     batches = samples = 0
     for batch in begun(loader):
@@ -90,13 +82,6 @@ def _described(part: Any) -> str:
     return f"a {type(part).__name__}"
 
 
-def first_samples(x: Inputs, count: int) -> Inputs:
-    """The first samples of a batch of inputs."""
-    if isinstance(x, Tensor):
-        return x[:count]
-    return {name: value[:count] for name, value in x.items()}
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's parameters are; the CPU for a model without any."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -120,20 +105,17 @@ class RunningStatistics:
     While it is in `use` they normalise by these and leave them alone; nothing else changes mode.
     States of all layers stacked have other statistics than a batch: through a batch norm in
     training mode they would be normalised by figures that no layer has.
-
-    Args:
-        modules: among them, the batch norms; those in evaluation mode are left as they are.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
-        self._norms = [
-            m
-            for m in modules
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training  # noqa: SLF001
-        ]
+        kind = nn.modules.batchnorm._BatchNorm  # noqa: SLF001
+        self._norms = [m for m in modules if isinstance(m, kind) and m.training]
         # Copies: autograd keeps what is used, unguarded against a later forward that moves the
         # statistics in place, and a replay in the backward pass must find what the forward did.
-        self._now = [(_copy(m.running_mean), _copy(m.running_var)) for m in self._norms]
+        self._now = [
+            tuple(None if v is None else v.clone() for v in (m.running_mean, m.running_var))
+            for m in self._norms
+        ]
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -148,7 +130,3 @@ class RunningStatistics:
             for norm, (mean, var) in zip(self._norms, kept, strict=True):
                 norm.training = True
                 norm.running_mean, norm.running_var = mean, var
-
-
-def _copy(statistic: torch.Tensor | None) -> torch.Tensor | None:
-    return None if statistic is None else statistic.clone()

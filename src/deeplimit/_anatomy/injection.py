@@ -51,19 +51,10 @@ def injected(
 ) -> Tensor:
     """The logits of states that are put in at the end of their stages, all blocks bypassed.
 
-    What the model carries from its stem is dropped where the first states come in. The random state
-    and running statistics are afterwards what they were.
-
-    Args:
-        model: of the blocks.
-        blocks: all of them, in order.
-        run: runs the model.
-        at: the states by their stage; those of earlier stages come first in the answer.
-        statistics: of batch norms; by default those of now.
-        read: a stage; then what enters it is returned, in place of the logits.
-
-    Raises:
-        InputError: a stage does not go on from the one before.
+    States of earlier stages come first in the answer. What the model carries from its stem is
+    dropped where the first states come in. The random state and running statistics are afterwards
+    what they were. With `read`, a stage, what enters it is returned in place of the logits; an
+    InputError where a stage does not go on from the one before.
     """
     last = {b.stage: b for b in blocks}
     rows, entered = 0, -1
@@ -105,11 +96,9 @@ def injected(
 
 def devices_of(model: nn.Module) -> list[int]:
     """The devices other than the CPU whose random state a forward may change."""
-    if not cast(
-        Any, torch.cuda
-    ).is_initialized():  # no walk through a large model for each call of its head
-        return []
-    found = {p.device for p in model.parameters()}
+    initialised = cast(Any, torch.cuda).is_initialized()
+    # No walk through a large model for each call of its head where there is no such device.
+    found = {p.device for p in model.parameters()} if initialised else set()
     return sorted({d.index or 0 for d in found if d.type == "cuda"})
 
 

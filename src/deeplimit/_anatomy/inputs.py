@@ -1,7 +1,8 @@
 """What people give to a model: how it is called, which output is read, batches of any form."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy.checks import shown
-from deeplimit._anatomy.evaluation import to_device, to_precision
+from deeplimit._anatomy.evaluation import Inputs, mapped, to_device, to_precision
 from deeplimit.errors import InputError
 
 FAILS = (
@@ -39,15 +40,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def call(model: nn.Module, x: Any) -> Tensor:
-    """What a model answers to a batch: logits where it has them, else its first tensor.
+    """Runs a model on a batch: its logits where it has them, else its first tensor.
 
-    Args:
-        model: any module.
-        x: a tensor, tensors by name (then by keyword), or a tuple (then one after the other); of
-            a model of transformers a tensor is its main input.
-
-    Raises:
-        InputError: there is no tensor in what it returns.
+    Tensors by name are given by keyword, those of a tuple one after the other; to a model of
+    transformers a tensor is its main input.
     """
     named = main_input(model)
     if isinstance(x, tuple | list) and not isinstance(x, Tensor):
@@ -118,57 +114,52 @@ def told(error: BaseException) -> str:
     return first[:200] or type(error).__name__
 
 
-TOKENS = 4
-
-
 def batch_of(x: Any) -> int:
     """How many samples there are; 0 where no tensor tells."""
     parts = [x] if isinstance(x, Tensor) else [*x.values()] if isinstance(x, Mapping) else [*x]
     return next((len(p) for p in parts if isinstance(p, Tensor) and p.dim()), 0)
 
 
-def mapped(x: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Inputs with `change` made to each tensor in them."""
-    if isinstance(x, Tensor):
-        return change(x)
-    if isinstance(x, Mapping):
-        return {k: change(v) if isinstance(v, Tensor) else v for k, v in x.items()}
-    return tuple(change(v) if isinstance(v, Tensor) else v for v in x)
-
-
 def placed(model: nn.Module, x: Any) -> Any:
     """Inputs where the model is: on its device, numbers with a fraction in its precision."""
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if first is None:
-        return x
-    if isinstance(x, Tensor | Mapping):
-        moved = to_device(x, first.device)
-        return to_precision(moved, first.dtype)
-    return mapped(x, lambda v: to_precision(v.to(first.device), first.dtype))
+    return x if first is None else to_precision(to_device(x, first.device), first.dtype)
 
 
-def first_sample(x: Any) -> Any:
-    """The first sample of a batch."""
+def first_sample(x: Any, samples: int = 1) -> Any:
+    """The first sample of a batch, or the first few."""
     count = batch_of(x)
-    return mapped(x, lambda v: v[:1] if v.dim() and len(v) == count else v)
+    return mapped(x, lambda v: v[:samples] if v.dim() and len(v) == count else v)
 
 
-def small(x: Any) -> Any:
-    """At most two samples of a batch, and of what has tokens at most so many of these."""
-    count = batch_of(x)
+def one_token(x: Any, at: int = 0) -> Any:
+    """One token of the first sample, of what has tokens."""
 
-    def less(v: Tensor) -> Tensor:
-        v = v[:2] if v.dim() and len(v) == count else v
-        return v if v.is_floating_point() or v.dim() < 2 else v[:, :TOKENS]
+    def cut(v: Tensor) -> Tensor:
+        return v if v.is_floating_point() or v.dim() < 2 else v[:, at:][:, :1]
 
-    return mapped(x, less)
+    return mapped(first_sample(x), cut)
 
 
-def first_token(x: Any) -> Any:
-    """The first token of the first sample, of what has tokens."""
-    return mapped(
-        first_sample(x), lambda v: v if v.is_floating_point() or v.dim() < 2 else v[:, :1]
-    )
+BATCH, TOKENS, SIZES = 2, 4, (64, 32, 224, 28)  # of inputs that are made
+
+
+def joined(xs: Sequence[Any], rows: int) -> Any:
+    """Several inputs as one batch of so many rows, in turn; what is no sample is the last one's."""
+    count, last = batch_of(xs[-1]), xs[-1]
+
+    def join(*parts: Any) -> Any:
+        v = parts[-1]
+        if not (isinstance(v, Tensor) and v.dim() and len(v) == count):
+            return v
+        every = torch.cat(parts)
+        return every[torch.arange(rows) % len(every)]
+
+    if isinstance(last, Tensor):
+        return join(*xs)
+    if isinstance(last, Mapping):
+        return {name: join(*(x[name] for x in xs)) for name in last}
+    return tuple(join(*parts) for parts in zip(*xs, strict=True))
 
 
 def others(model: nn.Module, x: Any) -> list[Any]:
@@ -185,11 +176,11 @@ def others(model: nn.Module, x: Any) -> list[Any]:
     tokens = {0, *(m for m in marks if isinstance(m, int) and 0 <= m < words)}
     tokens |= {m.padding_idx or 0 for m in model.modules() if isinstance(m, nn.Embedding)}
     changes: list[Callable[[Tensor], Tensor]] = [partial(_ending, t) for t in sorted(tokens)]
-    return [mapped(x, change) for change in (_otherwise, *changes)]
+    return [mapped(x, change) for change in (otherwise, *changes)]
 
 
 def _ending(token: int, x: Tensor) -> Tensor:
-    """Ends in zeros; whole numbers other than those of a mask in this token."""
+    """The same with a latter half of zeros, or of this token where it is whole numbers."""
     other = x.clone()
     if other.dim() > 1:
         counts = other.dtype != torch.bool and not other.is_floating_point() and other.max() > 1
@@ -197,7 +188,8 @@ def _ending(token: int, x: Tensor) -> Tensor:
     return other
 
 
-def _otherwise(x: Tensor) -> Tensor:
+def otherwise(x: Tensor) -> Tensor:
+    """Numbers with a fraction, or tokens, that are others."""
     other = x.flip(0).clone()
     if other.is_floating_point():
         return other * -0.7 + 0.1
@@ -213,3 +205,72 @@ def kind_of(x: Any) -> Any:
         return x.dim()
     parts = dict(x.items() if isinstance(x, Mapping) else enumerate(x))
     return frozenset((name, v.dim()) for name, v in parts.items() if isinstance(v, Tensor))
+
+
+def examples(model: nn.Module) -> Iterator[Inputs]:
+    """Small batches that the model may take, the likeliest first."""
+    generator = torch.Generator().manual_seed(0)
+    if main_input(model) is not None:
+        yield from _configured(cast(Any, model), generator)
+        return
+    weights = ((m, getattr(m, "weight", None)) for m in model.modules())
+    first, weight = next(
+        ((m, w) for m, w in weights if isinstance(w, Tensor) and w.dim() > 1), (None, None)
+    )
+    if isinstance(first, nn.Embedding):
+        yield torch.randint(first.num_embeddings, (BATCH, TOKENS), generator=generator)
+    elif isinstance(weight, Tensor) and weight.dim() >= 3:  # of a convolution
+        groups = getattr(first, "groups", 1)
+        own = getattr(model, "image_size", None) or _patched(model)
+        sizes = [own, *SIZES] if isinstance(own, int | tuple) else list(SIZES)
+        for size in sizes:
+            sides = size if isinstance(size, tuple) else (size,) * (weight.dim() - 2)
+            shape = (BATCH, weight.shape[1] * groups, *cast(tuple[int, ...], sides))
+            yield torch.randn(shape, generator=generator)
+    elif isinstance(weight, Tensor) and weight.dim() == 2:
+        yield torch.randn(BATCH, weight.shape[1], generator=generator)
+        yield torch.randn(BATCH, TOKENS, weight.shape[1], generator=generator)
+    widths = {p.shape[-1] for p in model.parameters() if p.dim()}
+    for width in sorted(widths)[:4]:
+        yield torch.randn(BATCH, width, generator=generator)
+        yield torch.randn(BATCH, TOKENS, width, generator=generator)
+
+
+def _patched(model: nn.Module) -> Any:
+    return getattr(getattr(model, "patch_embed", None), "img_size", None)
+
+
+def _configured(model: Any, generator: torch.Generator) -> Iterator[Inputs]:
+    """Inputs by the names that a model of transformers gives to them."""
+    config, main, takes = model.config, model.main_input_name, parameters_of(model)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    words = getattr(text, "vocab_size", None) or 2
+    special = {
+        getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "decoder_start")
+    }
+    allowed = [i for i in range(min(words, 1000)) if i not in special] or [0]
+    chosen = torch.randint(len(allowed), (BATCH, TOKENS), generator=generator)
+    ids = torch.tensor(allowed)[chosen]
+    vision = getattr(config, "vision_config", None) or config
+    size = getattr(vision, "image_size", None) or SIZES[0]
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    channels = getattr(vision, "num_channels", None) or 3
+    made: dict[str, Tensor] = {}
+    if main == "input_ids" or (hasattr(config, "text_config") and "input_ids" in takes):
+        made["input_ids"] = ids
+    if main == "pixel_values" or (hasattr(config, "vision_config") and "pixel_values" in takes):
+        shape = (BATCH, channels, cast(int, height), cast(int, width))
+        made["pixel_values"] = torch.randn(shape, generator=generator)
+    if main == "input_values":
+        strides = math.prod(getattr(config, "conv_stride", None) or [1])
+        made[main] = torch.randn(BATCH, max(12 * strides, 400), generator=generator)
+    if main == "input_features":
+        bands = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 80
+        length = 2 * (getattr(config, "max_source_positions", None) or 50)
+        made[main] = torch.randn(BATCH, bands, length, generator=generator)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+        made["decoder_input_ids"] = ids
+    if made:
+        yield made
+    elif isinstance(getattr(model, "dummy_inputs", None), Mapping):
+        yield dict(model.dummy_inputs)

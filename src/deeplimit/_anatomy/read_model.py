@@ -14,27 +14,23 @@ from torch.utils.hooks import RemovableHandle
 from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook, layer_numbers
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
 from deeplimit._anatomy.injection import by_stage, injected
-from deeplimit._anatomy.inputs import (
-    call,
-    first_sample,
-    first_token,
-    kind_of,
-    placed,
-)
+from deeplimit._anatomy.inputs import FAILS, call, first_sample, kind_of, one_token
 from deeplimit._anatomy.other_depths import check_kept, with_times
 from deeplimit._anatomy.passage import passing
-from deeplimit._anatomy.probing import HeadProbe, alike, check_answer, small_part, watched
+from deeplimit._anatomy.probing import SAMPLES, HeadTrial, alike, check_answer, watched
 from deeplimit._anatomy.rebuilding import check_rebuilt
 from deeplimit._anatomy.stacks import beside, find_blocks
 from deeplimit._anatomy.stand_ins import ReplayedBlock, collected, state_among, state_of
 from deeplimit.errors import InputError
 
+READ_AS = "_deeplimit_read_as"  # on a model: the example and the blocks that were given for it
+
 
 class ReadModel(Anatomy):
     """A model whose layers are modules in lists; nothing about its class is known.
 
-    Its forward is run twice on an example. Once to see which modules in lists take and return
-    states of one shape: the blocks. Then with every block *bypassed*, so that it returns its input,
+    Its forward is run on an example, to see which modules in lists take and return states of one
+    shape: the blocks. Then it is run with every block *bypassed*, so that it returns its input,
     but for the last, which answers with states that are *injected*: what comes out are their
     logits, whatever norm, pooling, projection or head follows. The states injected are the last
     ones, for which these must be the model's own logits. What stands between two stages, such as a
@@ -44,7 +40,8 @@ class ReadModel(Anatomy):
     Where the head reads nothing but states, it is run on states of many layers at once; where it
     reads each token by itself, on any of them; where it reads the inputs too, such as a mask or a
     decoder's text, it is run with the batch that the states are of, layer by layer. Which of these
-    it is, is tried out on the example, against inputs that are others.
+    it is, is tried in that second run: the states are injected beside the example and, as further
+    samples, other inputs.
 
     Args:
         model: any module.
@@ -65,27 +62,31 @@ class ReadModel(Anatomy):
     ):
         super().__init__(model)
         watch, self._example, own = watched(model, example)
-        self._blocks, self.name, self.others = find_blocks(model, watch.seen, blocks)
+        self._blocks, calls, self.name, self.others = find_blocks(model, watch, blocks)
         self._idle = [one for one in beside(self._blocks) if one not in watch.seen]
-        state = watch.seen[self._blocks[-1].module][-1].left
-        self._of_tokens = state is not None and state.dim() == 3
+        last = cast(Tensor, calls[-1].left)
+        self._check_unwritten(
+            [*(cast(Tensor, one.entered) for one in calls), last],
+            [*(one.versions[0] for one in calls), calls[-1].versions[1]],
+        )
+        self._of_tokens = last.dim() == 3
         self.tokens = self._free = False
-        self._kinds: set[Any] = set()
+        self._kinds: set[Any] = {kind_of(self._example)}
         self._refusals: dict[frozenset[int], str | None] = {}
         if not own.is_meta:
-            self._probe(self._example)
+            self._try_head(self._example, last, own)
             self._check_between()
 
-    def _probe(self, x: Any) -> None:
-        self._kinds.add(kind_of(x))
+    def _try_head(self, x: Any, last: Tensor, own: Tensor) -> None:
+        check_answer(self.model, own)
         with alike(self.model):
-            small, states, own = small_part(x, self.states)
-            check_answer(self.model, own)
-            head = HeadProbe(self.model, self._injected, small, own)
-            self.tokens = self.stages == 1 and self._of_tokens and head.reads_tokens(states[-1])
-            self._free = self.tokens or head.reads_states(states, self.state_stages)
+            head = HeadTrial(
+                self.model, lambda s, x: self._injected({self.stages - 1: s}, x), x, last, own
+            )
+            self.tokens = self.stages == 1 and self._of_tokens and head.reads_tokens()
+            self._free = self.tokens or head.reads_states()
             if not self._free:
-                head.check({self.stages - 1: states[-1]}, self.name)
+                head.check(self.name)
 
     def _check_between(self) -> None:
         """What stands between two blocks of one list must not tell a bypass from a cut.
@@ -96,18 +97,17 @@ class ReadModel(Anatomy):
         pairs = pairwise(self._blocks)
         if not any(a.container is b.container and a.stage < b.stage for a, b in pairs):
             return
-        for depth in {1, self.horizon // 2, self.horizon - 1} - {0}:
-            gone = [n for n in range(depth, self.horizon) if self._blocks[n].shortcut is None]
-            times = [0 if n in gone else 1 for n in range(self.horizon)]
-            smaller = with_times(self.model, self._blocks, times, shared=True)
-            try:
-                check_kept(self, self._blocks, smaller, gone)
-            except InputError as error:
-                raise InputError(
-                    f"{type(self.model).__name__} cannot be read: something stands between its "
-                    f"blocks, which stays where they are bypassed and goes where they are cut "
-                    f"({error})"
-                ) from error
+        gone = [n for n, b in enumerate(self._blocks) if n and b.shortcut is None]
+        times = [0 if n in gone else 1 for n in range(self.horizon)]
+        smaller = with_times(self.model, self._blocks, times, shared=True)
+        try:
+            check_kept(self, self._blocks, smaller, gone)
+        except InputError as error:
+            raise InputError(
+                f"{type(self.model).__name__} cannot be read: something stands between its "
+                f"blocks, which stays where they are bypassed and goes where they are cut "
+                f"({error})"
+            ) from error
 
     def like(self, model: nn.Module) -> "ReadModel":
         """Another model of this kind, read on the same example."""
@@ -120,12 +120,6 @@ class ReadModel(Anatomy):
     def example(self) -> Any:
         """The batch on which the model was read."""
         return self._example
-
-    def fitting_example(self) -> Any:
-        """The same where the model is now; None of one on the meta device."""
-        if any(p.is_meta for p in self.model.parameters()):
-            return None
-        return placed(self.model, self._example)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -191,7 +185,14 @@ class ReadModel(Anatomy):
             InputError: as for any model; a block was called more than once or not at all.
         """
         if kind_of(x) not in self._kinds:
-            self._probe(x)
+            self._kinds.add(kind_of(x))
+            part = first_sample(x, SAMPLES)
+            with alike(self.model):
+                try:
+                    states, logits = self.states(part)
+                except FAILS:  # it runs on the whole batch alone
+                    part, (states, logits) = x, self.states(x)
+            self._try_head(part, states[-1], logits)
         states, logits = super().states(x)
         if len(states) != self.horizon + 1:
             raise InputError(self._apart_from_example(f"{len(states)} states were seen"))
@@ -214,13 +215,12 @@ class ReadModel(Anatomy):
         stages = self._stages_of(first, len(states))
         if self.tokens:
             return self._head_of(0, torch.stack(list(states)), x, statistics)
-        if not self._free:
-            pairs = zip(states, stages, strict=True)
-            return torch.stack(
-                [self._injected({m: s}, self._driver(x), statistics) for s, m in pairs]
-            )
-        z = self._injected(by_stage(states, stages), self._driver(x), statistics)
-        return z.reshape(len(states), -1, *z.shape[1:])
+        if self._free:
+            z = self._together(by_stage(states, stages), x, statistics)
+            if z is not None:
+                return z.reshape(len(states), -1, *z.shape[1:])
+        each = zip(states, stages, strict=True)
+        return torch.stack([self._injected({m: s}, self._driver(x), statistics) for s, m in each])
 
     def head(self, x: Tensor, inputs: Any = None) -> Tensor:
         """The logits of states of the last stage; [T, C] of tokens [T, d] (`tokens`)."""
@@ -230,18 +230,48 @@ class ReadModel(Anatomy):
         self, stage: int, x: Tensor, inputs: Any, statistics: RunningStatistics | None = None
     ) -> Tensor:
         """The logits of states of any stage, or of single tokens."""
-        if not self.tokens:
-            return self._injected({stage: x}, self._driver(inputs), statistics)
-        driver = first_token(self._example if inputs is None else inputs)
-        z = self._injected({stage: x.flatten(0, -2)[:, None]}, driver, statistics)
-        return z[:, 0].reshape(*x.shape[:-1], *z.shape[2:])
+        if self.tokens:
+            driver = one_token(self._example if inputs is None else inputs)
+            z = self._injected({stage: x.flatten(0, -2)[:, None]}, driver, statistics)
+            return z[:, 0].reshape(*x.shape[:-1], *z.shape[2:])
+        return self._alone(stage, x, inputs, statistics)
+
+    def _alone(
+        self,
+        stage: int,
+        x: Tensor,
+        inputs: Any,
+        statistics: RunningStatistics | None = None,
+        read: int | None = None,
+    ) -> Tensor:
+        z = self._together({stage: x}, inputs, statistics, read) if self._free else None
+        if z is not None:
+            return z
+        return self._injected({stage: x}, self._driver(inputs), statistics, read)
+
+    def _together(
+        self,
+        at: Mapping[int, Tensor],
+        x: Any,
+        statistics: RunningStatistics | None,
+        read: int | None = None,
+    ) -> Tensor | None:
+        """The logits of states of many layers on one sample's run; None where that does not do."""
+        try:
+            z = self._injected(at, self._driver(x), statistics, read)
+            if len(z) == sum(map(len, at.values())):
+                return z
+        except FAILS:
+            pass
+        self._free = False  # the head asks the inputs how many samples there are
+        return None
 
     def carry(self, stage: int, x: Tensor, inputs: Any = None) -> Tensor:
         """What stands between two stages: the shortcut of a block, or the model's own."""
         last = next(b for b in reversed(self._blocks) if b.stage == stage)
         if last.shortcut is not None:
             return last.shortcut(x)
-        return self._injected({stage: x}, self._driver(inputs), read=stage + 1)
+        return self._alone(stage, x, inputs, read=stage + 1)
 
     def passing(
         self, first: int, x: Tensor | None, last: int
@@ -312,8 +342,12 @@ class ReadModel(Anatomy):
         return smaller
 
     def repeated(self, times: Sequence[int]) -> nn.Module:
-        """A copy with other lists; a block repeated shares nothing but what it shared before."""
-        return with_times(self.model, self._blocks, times)
+        """A copy with other lists, to be read by the same; a block repeated shares nothing new."""
+        other = with_times(self.model, self._blocks, times)
+        if self.name is not None:
+            example, _ = vars(self.model).get(READ_AS, (None, None))
+            vars(other)[READ_AS] = example, self.name
+        return other
 
     def check_removable(self, removed: Iterable[SupportsIndex]) -> None:
         """Whether the model can do without these layers, together too.

@@ -10,9 +10,8 @@ from deeplimit._anatomy.chain import ResidualChain
 from deeplimit._anatomy.chain_anatomy import ChainAnatomy
 from deeplimit._anatomy.checks import check_module
 from deeplimit._anatomy.inputs import unwrapped
-from deeplimit._anatomy.read_model import ReadModel
+from deeplimit._anatomy.read_model import READ_AS, ReadModel
 
-READ_AS = "_deeplimit_read_as"  # on a model: the example and the blocks that were given for it
 FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {ResidualChain: ChainAnatomy}
 
 Family = TypeVar("Family", bound=type[Anatomy])

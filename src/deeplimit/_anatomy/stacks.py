@@ -4,12 +4,12 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from deeplimit._anatomy.checks import shown
-from deeplimit._anatomy.stand_ins import form_of, state_among, state_of
+from deeplimit._anatomy.stand_ins import form_of, state_among, state_of, version
 from deeplimit.errors import InputError
 
 Form = Callable[[Tensor], Any]
@@ -17,8 +17,6 @@ LISTS = (nn.ModuleList, nn.Sequential)
 ACTIVATIONS = ("act3", "act2", "act", "relu", "activation")  # a block's last one, whatever its name
 TORCHS = "torch.nn.modules."
 NORMS = {TORCHS + kind for kind in ("normalization", "batchnorm", "instancenorm", "dropout")}
-Calls = dict[nn.Module, list["Seen"]]
-Place = tuple[nn.Module, nn.Module, "Seen"]  # a list, a block in it, a call of the block
 
 
 @dataclass
@@ -29,18 +27,25 @@ class Seen:
     order: int
     given: tuple[Any, ...] = ()
     left: Tensor | None = None
-    form: Form | None = None
     output: Any = None
+    versions: tuple[int, ...] = ()
 
     @property
     def keeps_shape(self) -> bool:
         """Whether the first argument and the first output are states of one shape."""
-        return (
-            self.entered is not None
-            and self.left is not None
-            and self.entered.shape == self.left.shape
-            and self.entered.dtype == self.left.dtype
-        )
+        a, b = self.entered, self.left
+        return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+Calls = dict[nn.Module, list[Seen]]
+
+
+class Place(NamedTuple):
+    """A call of a block, and the list that the block stands in."""
+
+    container: nn.Module
+    module: nn.Module
+    call: Seen
 
 
 @dataclass(frozen=True)
@@ -67,68 +72,84 @@ class Watch:
     """Sees the calls of a model's modules while it runs."""
 
     model: nn.Module
-    seen: dict[nn.Module, list[Seen]] = field(default_factory=dict)
+    seen: Calls = field(default_factory=dict)
+    answer: Tensor | None = None
 
     def run(self, forward: Callable[[], Tensor]) -> Tensor:
-        """The forward's output."""
+        """Runs the forward; its output."""
         handles = []
         for module in self.model.modules():
-            if module is self.model or _plain(module):
-                continue
-            handles.append(module.register_forward_pre_hook(self._enters, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leaves))
+            if module is not self.model and not _plain(module):
+                handles.append(module.register_forward_pre_hook(self._enters, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leaves))
         try:
-            return forward()
+            self.answer = forward()
+            return self.answer
         finally:
             for handle in handles:
                 handle.remove()
 
     def _enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        order = sum(map(len, self.seen.values()))
-        self.seen.setdefault(module, []).append(
-            Seen(state_among(args, kwargs), order, (*args, *kwargs.values()))
-        )
+        order, x = sum(map(len, self.seen.values())), state_among(args, kwargs)
+        call = Seen(x, order, (*args, *kwargs.values()), versions=(version(x),))
+        self.seen.setdefault(module, []).append(call)
 
     def _leaves(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen = self.seen[module][-1]
-        seen.left, seen.form, seen.output = state_of(output), form_of(output), output
+        seen.left, seen.output = state_of(output), output
+        seen.versions += (version(seen.left),)
 
 
-def find_blocks(
-    model: nn.Module, seen: Calls, asked: str | Iterable[nn.Module] | None
-) -> tuple[list[Block], str | None, list[str]]:
-    """The blocks of one group of lists, in order, its name, and those of the other groups.
+class Found(NamedTuple):
+    """The blocks of one group of lists, in order, with their calls, its name and the other ones."""
+
+    blocks: list[Block]
+    calls: list[Seen]
+    name: str | None
+    others: list[str]
+
+
+def find_blocks(model: nn.Module, watch: Watch, asked: str | Iterable[nn.Module] | None) -> Found:
+    """Finds the blocks of a model that has just run, by the name of a list, a pattern, or as given.
 
     Lists whose names differ in numbers only are one group, such as a stage each. Of several groups
-    the one with the most blocks is taken, the last in the forward among equals.
-
-    Args:
-        model: it has just run.
-        seen: what `Watch` saw.
-        asked: the name of a list, a pattern of names, or the blocks themselves; None: the longest.
-
-    Raises:
-        InputError: there is no stack, none of that name, or its blocks do not make one.
+    the one with the most blocks is taken, the last in the forward among equals. An InputError where
+    there is no stack, none of that name, or its blocks do not make one.
     """
-    groups = _groups(model, seen)
-    if asked is None:
+    seen = watch.seen
+    groups, name = _groups(model, seen), asked
+    if name is None:
         if not groups:
             raise InputError(_none(model, seen))
-        asked = max(groups, key=lambda n: (len(groups[n]), max(at.order for *_, at in groups[n])))
-    if isinstance(asked, str):
-        chosen = _asked(model, seen, asked, groups)
+        name = max(groups, key=lambda n: (len(groups[n]), max(at.call.order for at in groups[n])))
+    if isinstance(name, str):
+        places = _asked(model, seen, name, groups)
+        places = _less_head(places, watch.answer, least=2 if asked is None else 1)
     else:
-        asked = _distinct(asked)
-        holders = {child: one for one in _lists(model).values() for child in one.children()}
-        strange = next((b for b in asked if b not in holders or b not in seen), None)
-        if strange is not None:
+        given = _distinct(name)
+        holders = {b: one for one in _lists(model).values() for b in one.children()}
+        for strange in (b for b in given if b not in seen or b not in holders):
             raise InputError(
                 f"a {type(strange).__name__} given among the blocks is in no ModuleList or "
                 f"Sequential of {type(model).__name__}, or is not called in its forward"
             )
-        chosen = [(holders[b], b, at) for b in asked for at in seen[b]]
-    others = [name for name in groups if name != asked]
-    return _staged(model, chosen, seen), asked if isinstance(asked, str) else None, others
+        places = [Place(holders[b], b, at) for b in given for at in seen[b]]
+    places = sorted(places, key=lambda place: place.call.order)
+    blocks = _staged(model, places, seen)
+    others = [other for other in groups if other != name]
+    return Found(blocks, [p.call for p in places], name if isinstance(name, str) else None, others)
+
+
+def _less_head(places: list[Place], answer: Tensor | None, least: int) -> list[Place]:
+    """Without a last block that gives the model's answer and is of another class than all others.
+
+    It is a head of the state's own width.
+    """
+    last = max(places, key=lambda place: place.call.order)
+    others = [place for place in places if place.module is not last.module]
+    kinds = {type(place.module) for place in others}
+    head = len(others) >= least and type(last.module) not in kinds
+    return others if head and same(last.call.left, answer) else places
 
 
 def beside(blocks: Sequence[Block]) -> list[nn.Module]:
@@ -139,11 +160,7 @@ def beside(blocks: Sequence[Block]) -> list[nn.Module]:
 
 
 def _distinct(asked: Any) -> list[nn.Module]:
-    """Blocks given, each once.
-
-    Raises:
-        InputError: something else is given.
-    """
+    """Blocks given, each once; an InputError where something else is."""
     given = list(asked) if isinstance(asked, Iterable) else []
     if not given or not all(isinstance(block, nn.Module) for block in given):
         raise InputError(
@@ -177,14 +194,14 @@ def _groups(model: nn.Module, seen: Calls) -> dict[str, list[Place]]:
         if len(found) > 1:
             taken[name] = found
             prefixes.append(f"{starred}.")
-        elif len(list(found[0][0].children())) == 1:
+        elif len(list(found[0].container.children())) == 1:
             single[name] = found
     if taken:
         return taken
     for name, module in model.named_modules():
         calls = seen.get(module, ())
         if len(calls) > 1 and _is_block(module, seen):
-            return {name: [(module, module, at) for at in calls]}
+            return {name: [Place(module, module, at) for at in calls]}
     return dict(list(single.items())[:1])
 
 
@@ -192,7 +209,7 @@ def _within(lists: Iterable[nn.Module], seen: Calls) -> list[Place]:
     """The blocks of lists; those that are called again and again, if none is called once."""
     found = [(one, b) for one in lists for b in one.children() if _is_block(b, seen)]
     once = [(one, b) for one, b in found if len(seen[b]) == 1]
-    return [(one, b, at) for one, b in once or found for at in seen[b]]
+    return [Place(one, b, at) for one, b in once or found for at in seen[b]]
 
 
 def _is_block(module: nn.Module, seen: Calls) -> bool:
@@ -225,25 +242,23 @@ def _asked(
     chosen = _within(lists.values(), seen)
     alone = dict(model.named_modules()).get(asked)
     if not chosen and alone is not None and _is_block(alone, seen):
-        chosen = [(alone, alone, at) for at in seen[alone]]
+        chosen = [Place(alone, alone, at) for at in seen[alone]]
     if not chosen:
-        known = ", ".join(groups) or "none"
         raise InputError(
             f"blocks={asked!r} given; {type(model).__name__} has no such list of blocks; found: "
-            f"{known}"
+            + (", ".join(groups) or "none")
         )
     return chosen
 
 
-def _staged(model: nn.Module, chosen: list[Place], seen: Calls) -> list[Block]:
-    """The blocks in the order of their calls; a stage ends where something comes between two."""
-    chosen = sorted(chosen, key=lambda place: place[2].order)
+def _staged(model: nn.Module, places: list[Place], seen: Calls) -> list[Block]:
+    """The blocks of these calls; a stage ends where something comes between two."""
     blocks, stage = [], 0
-    followers = [*(at for *_, at in chosen[1:]), None]
-    for (container, module, at), follower in zip(chosen, followers, strict=True):
+    followers = [*(place.call for place in places[1:]), None]
+    for (container, module, at), follower in zip(places, followers, strict=True):
         shortcut = None if at.keeps_shape else shortcut_of(module)
-        blocks.append(Block(module, container, stage, cast(Form, at.form), shortcut))
-        apart = follower is not None and not _same(at.left, follower.entered)
+        blocks.append(Block(module, container, stage, form_of(at.output), shortcut))
+        apart = follower is not None and not same(at.left, follower.entered)
         if apart:
             _check_first(model, module, at, cast(Seen, follower))
         stage += apart or shortcut is not None
@@ -262,9 +277,9 @@ def _check_first(model: nn.Module, module: nn.Module, at: Seen, follower: Seen) 
     output = list(at.output.values()) if isinstance(at.output, Mapping) else at.output
     others = output[1:] if isinstance(output, tuple | list) else ()
     for i, other in enumerate(others, 1):
-        if isinstance(other, Tensor) and _same(other, follower.entered):
+        if isinstance(other, Tensor) and same(other, follower.entered):
             raise InputError(_elsewhere(model, module, i))
-    if any(isinstance(other, Tensor) and _same(at.left, other) for other in follower.given):
+    if any(isinstance(other, Tensor) and same(at.left, other) for other in follower.given):
         raise InputError(
             f"a block of {type(model).__name__} takes the state of {type(module).__name__} as "
             "another argument than its first; expected it first: forward(state, …)"
@@ -278,7 +293,7 @@ def _elsewhere(model: nn.Module, module: nn.Module, i: int) -> str:
     )
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
+def same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether it is the same tensor, or the same numbers in memory."""
     if a is None or b is None or a.shape != b.shape or a.stride() != b.stride():
         return False

@@ -98,6 +98,11 @@ def state_of(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
+def version(x: Tensor | None) -> int:
+    """How often a tensor was written over; in inference mode nobody counts."""
+    return 0 if x is None or x.is_inference() else x._version
+
+
 def with_state(output: Any, x: Tensor) -> Any:
     """What a block returned, with another state in it; what else is in it stays."""
     kind = type(output)

@@ -15,9 +15,9 @@ from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.block_call import End, left
 from deeplimit._anatomy.branches import find_end
 from deeplimit._anatomy.checks import shown
-from deeplimit._anatomy.evaluation import begun, evaluating
+from deeplimit._anatomy.evaluation import begun, evaluating, mapped
 from deeplimit._anatomy.injection import slack_of
-from deeplimit._anatomy.inputs import batch_of, first_sample, mapped, placed
+from deeplimit._anatomy.inputs import batch_of, first_sample, placed
 from deeplimit.control.batches import blame_inputs
 from deeplimit.control.least_squares import Fit, Moments, fits, fold
 from deeplimit.errors import InputError, several
