@@ -20,7 +20,7 @@ from deeplimit.report.studies import consistency_figures
 from deeplimit.report.style import logarithmic_panels
 from deeplimit.studies import ConsistencyStudy, study_consistency
 from deeplimit.studies.consistency import SPREAD, STATE, Problem
-from deeplimit.studies.flowing import flow, network_of
+from deeplimit.studies.convergence import flow, network_of
 
 TINY = {"depths": (2, 4, 8), "widths": (8, 16, 32), "atoms": 4, "draws": 2, "time": 0.3}
 

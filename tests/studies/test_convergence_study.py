@@ -15,8 +15,7 @@ from deeplimit.meanfield import LayerwiseMeasure, feature_kernel, slope
 from deeplimit.records import from_plain
 from deeplimit.report.convergence import convergence_answer, convergence_figures
 from deeplimit.studies import ConvergenceStudy, study_convergence
-from deeplimit.studies.convergence import STATE, drawn, fitted_rate
-from deeplimit.studies.flowing import risk_of
+from deeplimit.studies.convergence import STATE, drawn, fitted_rate, risk_of
 
 SMALL = {"widths": (2, 256), "distances": (0.05, 5.0), "depth": 2, "samples": 4, "time": 3.0}
 

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
         run_demo,
         study_horizon,
     )
-    from deeplimit.studies.interpolation import Interpolation, interpolate_runs
+    from deeplimit.studies.interpolation import Interpolation, interpolate_runs, merge_runs
     from deeplimit.studies.linear import LinearStudy, study_linear
-    from deeplimit.studies.merging import merge_runs
     from deeplimit.studies.rates import Family, Rate
     from deeplimit.studies.smooth import SmoothStudy, study_smooth
     from deeplimit.training.results import MergedRuns

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import torch
@@ -137,7 +137,7 @@ def compare_runs(
     for k, (i, j) in enumerate(every):
         tell(f"{runs[i].name} and {runs[j].name}", k / len(every))
         pairs.append(_pair(i, j, runs, sinkhorn))
-    return Comparison(tuple(_network(run) for run in runs), tuple(pairs), sinkhorn)
+    return Comparison(tuple(map(_network, runs)), tuple(pairs), sinkhorn)
 
 
 def compared_layers(
@@ -145,14 +145,14 @@ def compared_layers(
 ) -> tuple[ComparedLayer, ...]:
     """Says what the couplings do, layer by layer."""
     cells = zip(found.layers, found.plans or (), found.per_layer, strict=True)
-    made = []
-    for cell, ((n, m), plan, distance) in enumerate(cells):
+    ends, made = pairwise(found.breakpoints), []
+    for ((n, m), plan, distance), (start, end) in zip(cells, ends, strict=True):
         x, y = a.layers[n].cpu().double(), b.layers[m].cpu().double()
         alike = x.shape == y.shape and a.is_uniform(n) and b.is_uniform(m)
         made.append(
             ComparedLayer(
-                start=found.breakpoints[cell],
-                end=found.breakpoints[cell + 1],
+                start=start,
+                end=end,
                 first=n,
                 second=m,
                 distance=distance,
@@ -196,11 +196,7 @@ def _pair(i: int, j: int, runs: Sequence[MeasuredRun], sinkhorn: float | None) -
         found = cot_distance(a.measure, b.measure, plans=True, sinkhorn=sinkhorn)
     layers = compared_layers(a.measure, b.measure, found)
     by_number = None
-    if a.measure.depth == b.measure.depth:
-        squares = [
-            (layer.end - layer.start) * layer.by_number**2
-            for layer in layers
-            if layer.by_number is not None
-        ]
-        by_number = math.sqrt(math.fsum(squares)) if len(squares) == len(layers) else None
+    if a.measure.depth == b.measure.depth and all(c.by_number is not None for c in layers):
+        squares = ((c.end - c.start) * (c.by_number or 0.0) ** 2 for c in layers)
+        by_number = math.sqrt(math.fsum(squares))
     return ComparedPair(i, j, found.distance, found.lower, by_number, layers)

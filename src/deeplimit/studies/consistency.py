@@ -16,8 +16,10 @@ however the networks are trained. Source: [BPV24] arXiv 2403.12887.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,8 +29,8 @@ from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance
 from deeplimit.records import Record
 from deeplimit.studies import harness
-from deeplimit.studies.flowing import check_time, depths_of, flow, generator_of, network_of, normal
-from deeplimit.studies.harness import At, Machine, Point, Study
+from deeplimit.studies.convergence import check_time, flow, generator_of, network_of, normal
+from deeplimit.studies.harness import At, Machine, Point, ProgressCallback, Study, silent
 from deeplimit.studies.rates import fitted
 
 STATE = 4  # numbers in the state; a particle has 2 · 4 + 1
@@ -139,7 +141,8 @@ class Problem:
 
     def centres(self, horizon: int) -> Float[Tensor, "N K p"]:
         """The atoms at s_n = n/N."""
-        angle = math.pi / 2 * depths_of(horizon)
+        s = torch.arange(horizon, dtype=torch.float64)[:, None, None] / horizon
+        angle = math.pi / 2 * s
         return self.cosine * angle.cos() + self.sine * angle.sin()
 
     def particles(self, start: str, horizon: int, width: int, draw: int) -> Tensor:
@@ -154,6 +157,14 @@ class Problem:
         noise = SPREAD * normal(generator, layers, width, centres.shape[2])
         return centres.gather(1, which[:, :, None].expand(-1, -1, centres.shape[2])) + noise
 
+    def trained(
+        self, horizon: int, width: int, steps: int, start: str, draw: int, rate: float
+    ) -> nn.Module:
+        """Draws a network and lets it flow."""
+        model = network_of(self.particles(start, horizon, width, draw))
+        flow(model, self.x, self.y, rate, steps)
+        return model
+
 
 def study_consistency(
     *,
@@ -165,7 +176,7 @@ def study_consistency(
     learning_rate: float = 0.1,
     time: float = 2.0,
     runs: Path = Path("runs"),
-    tell: harness.ProgressCallback = harness.silent,
+    tell: ProgressCallback = silent,
 ) -> ConsistencyStudy:
     """Trains networks of every size for one flow time, in float64, and compares them.
 
@@ -187,9 +198,9 @@ def study_consistency(
             above 0.
         RunError: a risk that is not finite.
     """
-    harness.check_depths(depths)
-    harness.check_seeds(seeds)
     expected = "at least three sizes, a width for each depth, from the smallest to the largest"
+    harness.check_depths(depths)
+    harness.check_once("seeds", seeds)
     harness.check_rising("depths", depths, expected, count=3)
     harness.check_rising("widths", widths, expected, least=1.0, count=len(depths))
     if len(widths) > len(depths):
@@ -206,34 +217,27 @@ def study_consistency(
         ((seed,),) = points
         problem, total, done = Problem.of(seed, atoms), sum(n * m for n, m in sizes), 0
         measures: list[LayerwiseMeasure] = []
-        outputs: dict[str, list[Tensor]] = {"independent": [], "tied": []}
-        travelled, unscaled = [], []
+        found: dict[str, list[Any]] = {f"{quantity} {start}": [] for start, quantity, *_ in THEORY}
         for n, m in sizes:
             at.tell(f"seed {seed}, N = {n}, M = {m}", done / total)
-
-            def trained(start: str, draw: int, rate: float, n: int = n, m: int = m) -> nn.Module:
-                model = network_of(problem.particles(start, n, m, draw))
-                flow(model, problem.x, problem.y, rate, steps)
-                return model
-
+            trained = partial(problem.trained, n, m, steps)
             measures.append(LayerwiseMeasure.of(trained("atoms", 0, learning_rate)))
-            for start, rows in outputs.items():
+            for start in ("tied", "independent"):
                 models = [trained(start, draw, learning_rate) for draw in range(draws)]
                 with torch.no_grad():
-                    rows.append(torch.stack([model(problem.seen) for model in models]))
-                if start == "independent":
-                    before = problem.particles(start, n, m, 0)
-                    slow = trained(start, 0, learning_rate / (n * m))
-                    travelled.append(_from(before, models[0]))
-                    unscaled.append(_from(before, slow))
+                    outputs = torch.stack([model(problem.seen) for model in models])
+                found[f"output {start}"].append(outputs)
+            before = problem.particles("independent", n, m, 0)
+            slow = trained("independent", 0, learning_rate / (n * m))
+            found["travelled independent"].append(_from(before, models[0]))
+            found["unscaled independent"].append(_from(before, slow))
             done += n * m
-        found = {
-            "distance atoms": tuple(cot_distance(a, b).distance for a, b in pairwise(measures)),
-            "travelled independent": tuple(travelled),
-            "unscaled independent": tuple(unscaled),
-        }
-        apart = {f"output {start}": tuple(map(_apart, x, x[1:])) for start, x in outputs.items()}
-        return [found | apart]
+        found["distance atoms"] = [cot_distance(a, b).distance for a, b in pairwise(measures)]
+        for start in ("tied", "independent"):
+            found[f"output {start}"] = [
+                _apart(*pair) for pair in pairwise(found[f"output {start}"])
+            ]
+        return [{name: tuple(values) for name, values in found.items()}]
 
     def rates(found: Mapping[Point, Values], _: Path) -> dict[str, object]:
         made = []

@@ -9,30 +9,34 @@ arXiv 2403.12887.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import linear_regression
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, RunError
 from deeplimit.meanfield import (
     ConvergenceCertificate,
+    LayerwiseMeasure,
     certify_convergence,
     feature_kernel,
+    particle_flow,
 )
+from deeplimit.network import ResidualChain, TwoLayerResidual
 from deeplimit.records import Record
 from deeplimit.studies import harness
-from deeplimit.studies.flowing import check_time, flow, generator_of, network_of, normal
-from deeplimit.studies.harness import At, Machine, Point, Study
+from deeplimit.studies.harness import At, Machine, Point, ProgressCallback, Study, silent
 from deeplimit.studies.rates import looked_at
 
 Source = Literal["kernel", "slope"]
 
+ACTIVATION = "tanh"
 STATE = 16  # numbers in the state
 SIZE = 1.0  # of u, as of w·x and b
 LOOKS = 40
@@ -118,7 +122,7 @@ def study_convergence(
     learning_rate: float = 0.1,
     time: float = 30.0,
     runs: Path = Path("runs"),
-    tell: harness.ProgressCallback = harness.silent,
+    tell: ProgressCallback = silent,
 ) -> ConvergenceStudy:
     """Trains networks of every width from every initial risk, in float64, with certificates.
 
@@ -140,7 +144,7 @@ def study_convergence(
             samples, no seed or one twice.
         RunError: a risk that is not finite.
     """
-    harness.check_seeds(seeds)
+    harness.check_once("seeds", seeds)
     steps = check_time(learning_rate, time)
     rising = "from the smallest to the largest"
     harness.check_rising("widths", widths, f"whole numbers ≥ 1, {rising}", least=1.0)
@@ -150,55 +154,55 @@ def study_convergence(
             f"depth {depth} and {samples} samples given; expected at least 1 layer and 2 … {STATE} "
             "samples, which are orthogonal"
         )
-    looks = set(looked_at(steps, LOOKS))
     harness.check_fits(depth, 2 * widths[-1] * (2 * STATE + 1))  # with their gradients
 
     def measure(points: Sequence[Point], at: At) -> list[ConvergenceTraining]:
         ((width, distance, seed),) = points
         at.tell(f"M = {width}, ρ = {distance:g}, seed {seed}")
-        model, x, y = drawn(depth, width, distance, samples, seed)
-        kernel = feature_kernel(model, x)
-        recorders = [certify_convergence(model)]
-        if kernel.m > 0:
-            recorders.append(certify_convergence(model, m=kernel.m))
-        least = 0.0
+        network = drawn(depth, width, distance, samples, seed)
+        return [_trained(*network, learning_rate, steps, width=width, distance=distance, seed=seed)]
 
-        def look(step: int, risk: Tensor) -> None:
-            nonlocal least
-            if step == 0:
-                least = ENOUGH * float(risk)
-            if step in looks and float(risk) > least:
-                for recorder in recorders:
-                    recorder.record(step * learning_rate, float(risk))
-
-        flow(model, x, y, learning_rate, steps, look)
-        by_slope, *by_kernel = (recorder.certificate() for recorder in recorders)
-        return [
-            ConvergenceTraining(
-                width=width,
-                distance=distance,
-                seed=seed,
-                kernel=min(kernel.smallest),
-                kernel_m=kernel.m,
-                fitted=fitted_rate(by_slope.times, by_slope.risks),
-                by_kernel=by_kernel[0] if by_kernel else None,
-                by_slope=by_slope,
-            )
-        ]
-
+    axes = {"widths": widths, "distances": distances, "seeds": seeds}
+    sizes = {"depth": depth, "state": STATE, "samples": samples}
     study = Study(
         name="convergence",
         record=ConvergenceStudy,
-        axes={"widths": widths, "distances": distances, "seeds": seeds},
-        settings={"depth": depth, "state": STATE, "samples": samples}
-        | {"learning_rate": learning_rate, "steps": steps},
+        axes=axes,
+        settings=sizes | {"learning_rate": learning_rate, "steps": steps},
         value=ConvergenceTraining,
         measure=measure,
-        result=lambda found, _: {
-            "trainings": tuple(found[p] for p in product(widths, distances, seeds))
-        },
+        result=lambda found, _: {"trainings": tuple(found[p] for p in product(*axes.values()))},
     )
     return harness.run_study(study, runs, tell)
+
+
+def _trained(
+    model: nn.Module, x: Tensor, y: Tensor, learning_rate: float, steps: int, **named: Any
+) -> ConvergenceTraining:
+    """Trains one network, and certifies it by both ways to an m."""
+    kernel, looks, least = feature_kernel(model, x), set(looked_at(steps, LOOKS)), 0.0
+    recorders = [certify_convergence(model)]
+    if kernel.m > 0:
+        recorders.append(certify_convergence(model, m=kernel.m))
+
+    def look(step: int, risk: Tensor) -> None:
+        nonlocal least
+        if step == 0:
+            least = ENOUGH * float(risk)
+        if step in looks and float(risk) > least:
+            for recorder in recorders:
+                recorder.record(step * learning_rate, float(risk))
+
+    flow(model, x, y, learning_rate, steps, look)
+    by_slope, by_kernel, *_ = *(recorder.certificate() for recorder in recorders), None
+    return ConvergenceTraining(
+        kernel=min(kernel.smallest),
+        kernel_m=kernel.m,
+        fitted=fitted_rate(by_slope.times, by_slope.risks),
+        by_kernel=by_kernel,
+        by_slope=by_slope,
+        **named,
+    )
 
 
 def drawn(
@@ -228,3 +232,63 @@ def fitted_rate(times: Sequence[float], risks: Sequence[float]) -> float | None:
     if len(late) < 2:
         return None
     return -float(linear_regression(*zip(*late, strict=True)).slope) / 2
+
+
+def generator_of(*seeds: int) -> torch.Generator:
+    """Makes one for these seeds together."""
+    mixed = 0
+    for seed in seeds:
+        mixed = (mixed * 1_000_003 + seed + 1) % (2**62)
+    return torch.Generator().manual_seed(mixed)
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draws standard normal numbers in float64."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def network_of(particles: Float[Tensor, "N M p"]) -> nn.Module:
+    """Makes N layers x + (1/N) (1/M) Σ_i u_i tanh(w_i·x + b_i) of these particles (u, w, b)."""
+    state = (particles.shape[2] - 1) // 2
+    template = ResidualChain([TwoLayerResidual(state, 1, ACTIVATION).double()], step=1.0)
+    return LayerwiseMeasure(particles, frame=template).network()
+
+
+def risk_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Computes 1/(2D) Σ ‖z − y‖²."""
+    return torch.sum((model(x) - y).square()) / (2 * len(x))
+
+
+def flow(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    learning_rate: float,
+    steps: int,
+    look: Callable[[int, Tensor], object] = lambda *_: None,
+) -> None:
+    """Takes explicit Euler steps of the gradient flow of the risk, of this length, in place.
+
+    `look` is told the step and the risk, with the gradients there, before each step and at the end.
+    """
+    optimizer = particle_flow(model, learning_rate)
+    for step in range(steps + 1):
+        optimizer.zero_grad()
+        risk = risk_of(model, x, y)
+        if not bool(risk.isfinite()):
+            raise RunError(
+                f"the risk is not finite after {step} steps; give a smaller learning rate"
+            )
+        torch.autograd.backward(risk)
+        look(step, risk.detach())
+        if step < steps:
+            optimizer.step()
+
+
+def check_time(learning_rate: float, time: float) -> int:
+    """Counts the steps that a time takes; raises InputError unless both are above 0."""
+    harness.check_positive(learning_rate=learning_rate, time=time)
+    steps = round(time / learning_rate)
+    if steps < 1:
+        raise InputError(f"the time is {time}, less than one step of {learning_rate}")
+    return steps

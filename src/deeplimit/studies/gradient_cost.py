@@ -132,12 +132,9 @@ def measure_gradient_cost(
         raise InputError(f"steps is {steps}; expected at least 1")
     with _as_it_was(model, seed):
         study = Methods(model, loss_of, batch, evaluations, tolerance, steps, tell)
-        wanted: list[tuple[str, int | None]] = [("plain", None)]
-        if study.blocks:
-            wanted.append(("checkpointed", None))
-            wanted += [("adjoint", e) for e in EVALUATIONS]
-            wanted.append(("planned", evaluations))
-        methods = study.costs(wanted)
+        adjoints = [("adjoint", e) for e in EVALUATIONS]
+        others = [("checkpointed", None), *adjoints, ("planned", evaluations)]
+        methods = study.costs([("plain", None), *(others if study.blocks else ())])
     parameters = list(model.parameters())
     return GradientCost(
         model=name,
@@ -177,13 +174,11 @@ def _as_it_was(model: nn.Module, seed: int) -> Iterator[None]:
 
 def _described(batch: Any) -> str:
     """Names and shapes of what is in a batch."""
-    named = (
-        batch.items()
-        if isinstance(batch, Mapping)
-        else enumerate(batch if isinstance(batch, tuple | list) else (batch,))
-    )
-    return ", ".join(
-        f"{f'{name} ' if isinstance(name, str) else ''}{'×'.join(map(str, part.shape)) or 'scalar'}"
+    parts = batch if isinstance(batch, tuple | list) else (batch,)
+    named = batch.items() if isinstance(batch, Mapping) else [("", part) for part in parts]
+    shapes = [
+        (name, "×".join(map(str, part.shape)) or "scalar")
         for name, part in named
         if isinstance(part, Tensor)
-    )
+    ]
+    return ", ".join(f"{name} {shape}".strip() for name, shape in shapes)

@@ -4,10 +4,11 @@ The memory at its peak and the time are taken in passes of their own.
 """
 
 import gc
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from deeplimit.gradient import drift, layout, plan_anchors, use_adjoint, use_bac
 from deeplimit.gradient.accuracy import LossOf, Measurement
 from deeplimit.gradient.stand_ins import AdjointForward, Switch, engines, switches
 from deeplimit.network import ResidualChain
+from deeplimit.reading import one_line
 
 METHODS = ("forward", "run_step")
 
@@ -56,8 +58,9 @@ class MethodCost:
     failed: str = ""
 
 
+@dataclass
 class Methods:
-    """One model and batch, and what the first passes found out about them.
+    """One model and batch, and what the first passes find out about them.
 
     Attributes:
         reference: the exact gradient; None where plain backpropagation runs out of memory.
@@ -67,84 +70,81 @@ class Methods:
         blocks: where the adjoint stands in; none if no state can be rebuilt.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_of: LossOf,
-        batch: Any,
-        evaluations: int,
-        tolerance: float,
-        steps: int,
-        tell: Callable[[str], object],
-    ):
-        self.model, self.loss_of, self.batch = model, loss_of, batch
-        self.tolerance, self.steps, self.tell = tolerance, steps, tell
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        use_backprop(model)
-        self.plain = _own(model)
-        use_adjoint(model, evaluations=evaluations, tolerance=tolerance, on_drift="ignore")
-        tell("the exact gradient")
+    model: nn.Module
+    loss_of: LossOf
+    batch: Any
+    evaluations: int
+    tolerance: float
+    steps: int
+    tell: Callable[[str], object]
+
+    def __post_init__(self) -> None:
+        self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        use_backprop(self.model)
+        self.plain = _own(self.model)
+        self._adjoint(self.evaluations)
+        self.tell("the exact gradient")
         self.reference = self._reference()
-        self.loss = float("nan") if self.reference is None else self.reference.loss
-        (engine,) = engines(model)
+        self.loss = math.nan if self.reference is None else self.reference.loss
+        (engine,) = engines(self.model)
         engine.chains = []
         self._pass()
-        found = layout(model)
-        self.chains = tuple(tuple(chain) for chain in engine.chains)
-        self.left_plain = found.plain
-        self.blocks = [s for s in switches(model) if set(found.rebuilt) & {t.name for t in s.steps}]
-        _put(model, self.plain)
+        found = layout(self.model)
+        self.chains = tuple(map(tuple, engine.chains))
+        self.left_plain, rebuilt = found.plain, set(found.rebuilt)
+        self.blocks = [s for s in switches(self.model) if rebuilt & {t.name for t in s.steps}]
+        _put(self.model, self.plain)
 
     def costs(self, methods: Sequence[tuple[str, int | None]]) -> tuple[MethodCost, ...]:
-        """One row for each (method, evaluations): the figures, or why there are none.
+        """Measures (method, evaluations), a row for each: the figures, or why there are none.
 
         Times are taken in turns, a step of each method after the other, so that whatever else the
         machine does meets all of them.
         """
-        rows, ways = [], []
-        for method, evaluations in methods:
-            row, way = self._measured(method, evaluations)
-            rows.append(row)
-            ways.append(way)
+        measured = [self._measured(*method) for method in methods]
         self.tell("time")
-        runs = [partial(_put, self.model, way) for way in ways if way is not None]
+        runs = [partial(_put, self.model, way) for _, way in measured if way is not None]
         try:
             times = iter(median_times(runs, self._step, self.model, self.device, self.steps))
         finally:
             _put(self.model, self.plain)
-        return tuple(row if row.failed else replace(row, seconds=next(times)) for row in rows)
+        return tuple(
+            row if row.failed else replace(row, seconds=next(times)) for row, _ in measured
+        )
 
     def _measured(self, method: str, evaluations: int | None) -> tuple[MethodCost, Own | None]:
         """All but the time, and how the model is switched to this method again."""
         self.tell(method if evaluations is None else f"{method}, e = {evaluations}")
-        anchors: tuple[str, ...] = ()
+        row = MethodCost(method, evaluations, ())
         try:
-            self._switch(method, evaluations)
+            if method == "checkpointed":
+                _checkpoint(self.blocks)
+            elif evaluations is not None:
+                self._adjoint(evaluations)
             self._pass()  # warm; and blocks are told apart in an adjoint's first pass
             if method == "planned":
-                anchors = self._plan()
-            error = self._error()
-            drifts = () if evaluations is None else self._drifts(anchors)
-            memory = peak_memory(self._step, self.model, self.device)
-            kept = self._kept(None if evaluations is None else anchors)
-            row = MethodCost(method, evaluations, anchors, memory, None, error, drifts, kept)
+                row = replace(row, anchors=self._plan())
+            exact = self.reference
+            row = replace(
+                row,
+                error=None if exact is None else exact.error(exact.gradient()),
+                drift=() if evaluations is None else self._drifts(row.anchors),
+                memory=peak_memory(self._step, self.model, self.device),
+                kept=self._kept(None if evaluations is None else row.anchors),
+            )
             return row, _own(self.model)
         except RuntimeError as failure:
             if method == "plain" and not isinstance(failure, torch.OutOfMemoryError):
                 raise
-            why = [*str(failure).strip().splitlines(), "no reason given"][0]
-            failed = f"{type(failure).__name__}: {why}"
-            return MethodCost(method, evaluations, anchors, failed=failed), None
+            failed = f"{type(failure).__name__}: {one_line(failure).strip()}"
+            return MethodCost(method, evaluations, row.anchors, failed=failed), None
         finally:
             _put(self.model, self.plain)
 
-    def _switch(self, method: str, evaluations: int | None) -> None:
-        if method == "checkpointed":
-            _checkpoint(self.blocks)
-        elif evaluations is not None:
-            use_adjoint(
-                self.model, evaluations=evaluations, tolerance=self.tolerance, on_drift="ignore"
-            )
+    def _adjoint(self, evaluations: int) -> None:
+        use_adjoint(
+            self.model, evaluations=evaluations, tolerance=self.tolerance, on_drift="ignore"
+        )
 
     def _reference(self) -> Measurement | None:
         """The exact gradient; None where plain backpropagation runs out of memory."""
@@ -171,35 +171,30 @@ class Methods:
             self.model.zero_grad(set_to_none=True)
 
     def _plan(self) -> tuple[str, ...]:
-        """Switches to the fewest anchors."""
+        """Finds the fewest anchors, and switches to them."""
         if self.reference is None:
             raise torch.OutOfMemoryError("planning anchors needs plain backpropagation once")
         plan = plan_anchors(self.model, self.loss_of, self.batch, self.tolerance)
-        (engine,) = engines(self.model)
-        engine.settings = replace(engine.settings, anchors=frozenset(plan.anchors))
+        self._keep(plan.anchors)
         return plan.anchors
 
-    def _error(self) -> float | None:
-        if self.reference is None:
-            return None
-        return self.reference.error(self.reference.gradient())
+    def _keep(self, anchors: Iterable[str]) -> None:
+        (engine,) = engines(self.model)
+        engine.settings = replace(engine.settings, anchors=frozenset(anchors))
 
     def _drifts(self, anchors: tuple[str, ...]) -> tuple[float, ...]:
         """Of each chain by itself: in a pass in which all states of the others are kept."""
-        (engine,) = engines(self.model)
-        names = {name for chain in self.chains for name in chain}
-        drifts = []
+        names, drifts = {name for chain in self.chains for name in chain}, []
         for chain in self.chains:
-            others = frozenset(anchors) | (names - set(chain))
-            engine.settings = replace(engine.settings, anchors=others)
             if len(chain) > 2:  # of fewer, all states are kept
+                self._keep({*anchors} | names - {*chain})
                 self._pass()
             drifts.append(drift(self.model) if len(chain) > 2 else 0.0)
-        engine.settings = replace(engine.settings, anchors=frozenset(anchors))
+        self._keep(anchors)
         return tuple(drifts)
 
     def _kept(self, anchors: tuple[str, ...] | None) -> int:
-        """Inputs of linked blocks that are kept: all (None), or first, last and anchors."""
+        """Counts linked blocks whose inputs are kept: all (None), or first, last and anchors."""
         return sum(
             anchors is None or n in (0, len(chain) - 1) or block in anchors
             for chain in self.chains
@@ -208,7 +203,7 @@ class Methods:
 
 
 def _checkpoint(blocks: list[Switch]) -> None:
-    """Torch's non-reentrant checkpoint around each of the blocks that the adjoint found."""
+    """Puts torch's non-reentrant checkpoint around each of the blocks that the adjoint found."""
     for switch in blocks:
         if isinstance(switch, AdjointForward):
             forward = switch.block.forward
@@ -220,7 +215,7 @@ def _checkpoint(blocks: list[Switch]) -> None:
 
 
 def _own(model: nn.Module) -> Own:
-    """Finds what stands in the modules' own attributes in place of their classes' methods."""
+    """What stands in the modules' own attributes in place of their classes' methods."""
     return [
         (m, name, vars(m)[name]) for m in model.modules() for name in METHODS if name in vars(m)
     ]
@@ -228,9 +223,8 @@ def _own(model: nn.Module) -> Own:
 
 def _put(model: nn.Module, own: Own) -> None:
     """Puts that back, and takes away what was not there."""
-    for module in model.modules():
-        for name in METHODS:
-            vars(module).pop(name, None)
+    for module, name, _ in _own(model):
+        del vars(module)[name]
     for module, name, method in own:
         vars(module)[name] = method
 
@@ -247,7 +241,14 @@ def peak_memory(step: Callable[[], object], model: nn.Module, device: torch.devi
     try:
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
-        return _cuda_peak(step, device) if device.type == "cuda" else _cpu_peak(step)
+        if device.type != "cuda":
+            return _cpu_peak(step)
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        there = torch.cuda.memory_allocated(device)
+        step()
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - there
     finally:
         for p, gradient in before:
             p.grad = gradient
@@ -262,10 +263,7 @@ def median_times(
     device: torch.device,
     repetitions: int,
 ) -> list[float]:
-    """Times a step after each preparation, in turns; returns the medians in seconds.
-
-    The preparations are not timed; gradients are None before each step.
-    """
+    """Times a step after each preparation, which is not timed, in turns; medians in seconds."""
     times: list[list[float]] = [[] for _ in preparations]
     for _ in range(repetitions):
         for mine, prepare in zip(times, preparations, strict=True):
@@ -280,27 +278,17 @@ def median_times(
     return [statistics.median(mine) for mine in times]
 
 
-def _cuda_peak(step: Callable[[], object], device: torch.device) -> int:
-    _wait(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    _wait(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
 def _cpu_peak(step: Callable[[], object]) -> int:
-    """From the profiler's record of every allocation and release: glibc's own figures say little.
+    """From the profiler's record of every allocation and release.
 
-    Freed blocks below its mmap threshold stay with the process.
+    glibc's own figures say little: freed blocks below its mmap threshold stay with the process.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of its start and stop on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     held = peak = 0
-    assert recorded.profiler is not None
-    assert recorded.profiler.kineto_results is not None
-    for event in recorded.profiler.kineto_results.events():
+    profiler: Any = recorded.profiler
+    for event in profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)

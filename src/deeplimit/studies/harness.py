@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from glob import escape
 from importlib.metadata import version
-from itertools import groupby, pairwise, product
+from itertools import compress, groupby, pairwise, product
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -33,6 +33,7 @@ STUDY, POINTS = "study.json", "points.json"
 
 Value = TypeVar("Value")
 Found = TypeVar("Found", bound=Record)
+Numbers = Sequence[int] | Sequence[float]
 Point = tuple[Any, ...]  # a value of each axis, in their order
 ProgressCallback = Callable[[str, float], object]  # what is done now; the fraction done
 
@@ -76,12 +77,11 @@ class Machine:
 
 
 def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor()
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor()
 
 
 def machine() -> dict[str, str | int]:
@@ -137,11 +137,19 @@ class Study(Generic[Value, Found]):
         """Returns the points of each call."""
         alone = [name not in self.together for name in self.axes]
         every = product(*self.axes.values())
+        return [list(points) for _, points in groupby(every, lambda p: [*compress(p, alone)])]
 
-        def own(point: Point) -> Point:
-            return tuple(x for x, single in zip(point, alone, strict=True) if single)
+    def plain_settings(self) -> dict[str, Any]:
+        """Returns all that a point's value depends on, as JSON holds it."""
+        versions = {"torch": torch.__version__, "deeplimit": version("deeplimit")}
+        plain: dict[str, Any] = json.loads(json.dumps(to_plain({**self.settings, **versions})))
+        return plain
 
-        return [list(points) for _, points in groupby(every, own)]
+    def write(self, folder: Path, known: Mapping[Point, Value]) -> None:
+        """Keeps what is known in a folder."""
+        points = [[list(point), to_plain(value)] for point, value in known.items()]
+        kept = {"settings": self.plain_settings(), "points": points}
+        write_text(folder / POINTS, json.dumps(kept, allow_nan=False) + "\n")
 
 
 def run_study(study: Study[Value, Found], runs: Path, progress: ProgressCallback = silent) -> Found:
@@ -162,22 +170,19 @@ def run_study(study: Study[Value, Found], runs: Path, progress: ProgressCallback
         done = 0.0
         for group in groups:
             share = sum(map(study.cost, group)) / total
-            missing = [point for point in group if point not in known]
-            if missing:
 
-                def tell(
-                    message: str, part: float = 0.0, at: float = done, to: float = share
-                ) -> None:
-                    progress(message, at + to * part)
+            def tell(message: str, part: float = 0.0, at: float = done, to: float = share) -> None:
+                progress(message, at + to * part)
 
+            if missing := [point for point in group if point not in known]:
                 known |= zip(missing, study.measure(missing, At(folder, tell)), strict=True)
-                _write(folder, study, known)
+                study.write(folder, known)
             done += share
         names = {field.name for field in fields(cast(Any, study.record))}
         axes = {name: tuple(values) for name, values in study.axes.items()}
         own = {name: value for name, value in {**study.settings, **axes}.items() if name in names}
-        made = {**own, **study.result(known, folder)}
-        record = study.record(folder=str(folder), machine=Machine.here(), **made)
+        own |= study.result(known, folder)
+        record = study.record(folder=str(folder), machine=Machine.here(), **own)
         write_text(folder / STUDY, record.to_json() + "\n")
     return record
 
@@ -191,7 +196,7 @@ def _folder(
     with ExitStack() as held:
         folder, known = _unfinished(study, runs, held)
         if folder is None:
-            folder = new_folder(runs, study.name, lambda aside, _: _write(aside, study, {}))
+            folder = new_folder(runs, study.name, lambda aside, _: study.write(aside, {}))
             held.enter_context(alone(folder))
         else:
             progress(f"{folder} goes on: {len(known)} points are there", 0.0)
@@ -214,44 +219,22 @@ def _unfinished(
         if (path.parent / STUDY).exists():
             continue
         there = read_json(path, f"remove {path.parent}, then run the study again")
-        if there.get("settings") == _settings(study):
-            try:
+        if there.get("settings") == study.plain_settings():
+            with suppress(RunError):
                 held.enter_context(alone(path.parent))
-            except RunError:
-                continue
-            return path.parent, {
-                tuple(point): coerce(study.value, value, str(path))
-                for point, value in there["points"]
-            }
+                points = there["points"]
+                return path.parent, {tuple(p): coerce(study.value, v, str(path)) for p, v in points}
     return None, {}
 
 
-def _settings(study: Study[Any, Any]) -> dict[str, Any]:
-    """All that a point's value depends on, as JSON holds it."""
-    versions = {"torch": torch.__version__, "deeplimit": version("deeplimit")}
-    plain: dict[str, Any] = json.loads(json.dumps(to_plain({**study.settings, **versions})))
-    return plain
-
-
-def _write(folder: Path, study: Study[Any, Any], known: Mapping[Point, Any]) -> None:
-    points = [[list(point), to_plain(value)] for point, value in known.items()]
-    kept = {"settings": _settings(study), "points": points}
-    write_text(folder / POINTS, json.dumps(kept, allow_nan=False) + "\n")
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises InputError unless there is at least one seed, each once."""
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise InputError(f"seeds {_listed(seeds)} given; expected at least one, each once")
+def check_once(name: str, values: Sequence[Any]) -> None:
+    """Raises InputError unless there is at least one value, each once."""
+    if not values or len(set(values)) < len(values):
+        raise InputError(f"{name} {_listed(values)} given; expected at least one, each once")
 
 
 def check_rising(
-    name: str,
-    values: Sequence[float] | Sequence[int],
-    expected: str,
-    *,
-    least: float = 0.0,
-    count: int = 1,
+    name: str, values: Numbers, expected: str, *, least: float = 0.0, count: int = 1
 ) -> None:
     """Raises InputError unless finite values rise from `least` on, `count` of them or more."""
     rising = all(a < b for a, b in pairwise(values))

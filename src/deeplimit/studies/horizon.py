@@ -34,6 +34,7 @@ from deeplimit.training import (
     run_data,
     train,
 )
+from deeplimit.training.new_folder import name_of
 
 MULTIPLES = (1, 2, 4)
 ADDED = 0.05  # of the layers added may lie outside the tube where the count is said to stay
@@ -134,20 +135,20 @@ def study_horizon(
     Raises:
         InputError: no seed, a seed twice, or a negative radius.
     """
-    harness.check_seeds(seeds)
+    harness.check_once("seeds", seeds)
     if radius is not None and not radius >= 0:
         raise InputError(f"the tube radius is {radius}; it must be a number ≥ 0")
-
+    deeper = {k: replace(recipe, depth=tuple(k * n for n in recipe.depth)) for k in MULTIPLES}
     smallest: dict[int, RunFolder] = {}  # with its data, by its seed
 
     def measure(points: Sequence[Point], at: At) -> list[TurnpikeProfile]:
         ((multiple, seed),) = points
-        deeper = _deeper(recipe, multiple)
-        name = _name(deeper, seed)
+        name = _name(deeper[multiple], seed)
         if (at.folder / name).exists():  # it was interrupted
             run = resume(at.folder / name, quiet=quiet)
         else:
-            run = train(replace(deeper, seed=seed), runs=at.folder, name=name, quiet=quiet)
+            own = replace(deeper[multiple], seed=seed)
+            run = train(own, runs=at.folder, name=name, quiet=quiet)
         if (multiple, seed) == (MULTIPLES[0], seeds[0]):
             smallest[seed] = run
         return [profile_run(run).test]
@@ -155,12 +156,11 @@ def study_horizon(
     def counted(found: Mapping[Point, TurnpikeProfile], folder: Path) -> dict[str, object]:
         depths = []
         for multiple in MULTIPLES:
-            deeper = _deeper(recipe, multiple)
             tests = [found[multiple, seed] for seed in seeds]
             depths.append(
                 HorizonRuns(
-                    horizon=deeper.horizon,
-                    runs=tuple(_name(deeper, seed) for seed in seeds),
+                    horizon=deeper[multiple].horizon,
+                    runs=tuple(_name(deeper[multiple], seed) for seed in seeds),
                     outside=tuple(test.outside(radius) for test in tests),
                     entry=tuple(test.entry(radius) for test in tests),
                     accuracy=tuple(test.accuracy[-1] for test in tests),
@@ -175,7 +175,7 @@ def study_horizon(
         }
 
     study = Study(
-        name=f"horizon-{Path(recipe.data.rpartition(':')[2]).stem}",
+        name=f"horizon-{name_of(recipe.data)}",
         record=HorizonStudy,
         # What does not fit is refused before anything is trained.
         axes={"multiples": MULTIPLES[::-1], "seeds": seeds},
@@ -185,10 +185,6 @@ def study_horizon(
         result=counted,
     )
     return harness.run_study(study, runs)
-
-
-def _deeper(recipe: Recipe, multiple: int) -> Recipe:
-    return replace(recipe, depth=tuple(multiple * steps for steps in recipe.depth))
 
 
 def _name(recipe: Recipe, seed: int) -> str:

@@ -1,20 +1,24 @@
-"""Loss and accuracy between two networks: along the geodesic, and by averaging parameters."""
+"""Networks between others: on the geodesic of two, in the barycentre of several."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
+from deeplimit.control import verify_crop
 from deeplimit.errors import InputError
-from deeplimit.meanfield import LayerwiseMeasure, cot_distance, cot_geodesic
+from deeplimit.meanfield import LayerwiseMeasure, cot_distance, cot_geodesic, merge, narrow
 from deeplimit.meanfield.geodesic import FramePolicy
 from deeplimit.studies.comparison import ComparedLayer, compared_layers
 from deeplimit.studies.harness import ProgressCallback, silent
-from deeplimit.studies.measured_runs import SharedRuns, blamed, run_of
+from deeplimit.studies.measured_runs import SharedRuns, blamed, check_frame, run_of
 from deeplimit.training import RunFolder
+from deeplimit.training.building import evaluation_batches
 from deeplimit.training.models import of_transformers, save_network
-from deeplimit.training.results import Score
+from deeplimit.training.results import MergedRuns, Parts, Score
 from deeplimit.training.run_files import SUFFIX
 
 ROUNDING = 1e-6  # nats that a loss in single precision does not tell from none
@@ -113,36 +117,23 @@ def interpolate_runs(
         InputError: no such runs, different data, state dimensions or activations, networks that are
             not means of particles, frames that differ, a basis that is fixed, t outside [0, 1].
     """
+    check_frame(frame, align=align)
     if points < 2:
         raise InputError(f"points is {points}; expected at least 2, t = 0 and t = 1")
-    if align and frame == "equal":
-        raise InputError(
-            "align turns the second network's stem and head, which then differ from the first's; "
-            'give the frame "interpolate" with it'
-        )
-    if (save is None) != (name is None):
-        raise InputError("save and name go together: save=0.5 and the name of what is written")
-    if save is not None and not 0 <= save <= 1:
-        raise InputError(f"save is {save}; expected a t in [0, 1], such as 0.5")
-    if str(name).endswith(SUFFIX):
-        place = Path(str(name))
-        if not place.parent.is_dir():
-            raise InputError(f"name is {name}: there is no folder {place.parent}")
-        if place.exists():
-            raise InputError(f"name is {name}, which is there already; give another name")
+    _check_place(save, name)
     stored = save is not None and not str(name).endswith(SUFFIX)
-    shared = SharedRuns.open([first, second], trust=trust, stored=stored)
+    shared = SharedRuns.open([first, second], align=align, trust=trust, stored=stored)
     tell("the distance", 0.0)
+    start, end = shared.measures
     with blamed(*shared.paths):
-        start, end = shared.measures(align=align)
         transport = cot_distance(start, end, plans=True)
         cot_geodesic(start, end, 0.0, frame=frame, transport=transport)  # refused now or never
 
     def between(t: float) -> nn.Module:
         return cot_geodesic(start, end, t, frame=frame, transport=transport).network().eval()
 
-    ts = tuple(k / (points - 1) for k in range(points))
-    geodesic, naive, no_naive = [], [], ""
+    ts, no_naive = tuple(k / (points - 1) for k in range(points)), ""
+    geodesic, naive = [], []
     for k, t in enumerate(ts):
         tell(f"the geodesic at t = {t:.3g}", (k + 1) / (2 * points + 1))
         geodesic.append(shared.score(between(t)))
@@ -159,10 +150,9 @@ def interpolate_runs(
         again = LayerwiseMeasure.of(network)
         off = cot_distance(start, again).distance, cot_distance(again, end).distance
         saved = _save(network, shared.folders[0], str(name))
-    (first_path, second_path), (first_name, second_name) = shared.paths, shared.names
     return Interpolation(
-        runs=(first_path, second_path),
-        names=(first_name, second_name),
+        runs=cast(tuple[str, str], shared.paths),
+        names=cast(tuple[str, str], shared.names),
         frame=frame,
         aligned=align,
         samples=len(shared.data.test),
@@ -182,6 +172,19 @@ def interpolate_runs(
         saved_distances=off,
         lower=transport.lower,
     )
+
+
+def _check_place(save: float | None, name: str | None) -> None:
+    """Refuses a t and a place for its network before anything takes its time."""
+    if (save is None) != (name is None):
+        raise InputError("save and name go together: save=0.5 and the name of what is written")
+    if save is not None and not 0 <= save <= 1:
+        raise InputError(f"save is {save}; expected a t in [0, 1], such as 0.5")
+    place, is_file = Path(str(name)), str(name).endswith(SUFFIX)
+    if is_file and not place.parent.is_dir():
+        raise InputError(f"name is {name}: there is no folder {place.parent}")
+    if is_file and place.exists():
+        raise InputError(f"name is {name}, which is there already; give another name")
 
 
 def loss_barrier(ts: Sequence[float], losses: Sequence[float]) -> float:
@@ -204,3 +207,83 @@ def _save(model: nn.Module, like: RunFolder, name: str) -> str:
         raise InputError(f"a model of transformers is a folder; {name} given: give a plain name")
     save_network(model, place.with_suffix(""))
     return str(place)
+
+
+def merge_runs(
+    specs: Sequence[str | Path],
+    *,
+    weights: Sequence[float] | None = None,
+    width: int | None = None,
+    frame: FramePolicy = "equal",
+    align: bool = False,
+    name: str = "merged",
+    trust: bool = False,
+    tell: ProgressCallback = silent,
+) -> MergedRuns:
+    """Joins the networks of runs in a barycentre of their measures, in a new run folder.
+
+    It lies beside the first run and is one like any other: `deeplimit profile`, `refine` and
+    `interpolate` take it.
+
+    Args:
+        specs: run folders on the same data, two or more, of any widths and depths. The merged
+            network has the first one's width, and the merged grid's depth.
+        weights: λ_k ≥ 0 of sum 1; equal by default.
+        width: at most so many neurons in a layer, by `narrow`.
+        frame: "equal": stems, heads and norms must be; "interpolate" takes their weighted mean.
+        align: as in `interpolate_runs`, of all runs but the first.
+        name: of the new run folder.
+        trust: whether code that the runs' recipes name may be run.
+        tell: is told what is done now, and the fraction done.
+
+    Raises:
+        InputError: as `interpolate_runs`, wrong weights, a width below 1.
+    """
+    check_frame(frame, align=align)
+    if width is not None and width < 1:
+        raise InputError(f"width is {width}; expected a whole number ≥ 1")
+    shared = SharedRuns.open(specs, align=align, trust=trust, stored=True)
+    count = len(shared.runs)
+    tell("the barycentre", 0.0)
+    with blamed(*shared.paths):
+        joined = merge(shared.measures, weights, frame=frame)
+    measure, moved = joined.measure, None
+    if width is not None and width < max(len(layer) for layer in measure.layers):
+        narrowed = narrow(measure, width)
+        measure, moved = narrowed.measure, narrowed.distance
+    model = measure.network().eval()
+    shares = tuple([1 / count] * count if weights is None else map(float, weights))
+    networks = [*(run.model for run in shared.runs), model]
+    with suppress(InputError):  # of several shapes
+        networks.append(shared.average(shares))
+    scores = []
+    for k, network in enumerate(networks):
+        tell("accuracy on test data", (k + 1) / (count + 3))
+        scores.append(shared.score(network))
+    best = max(range(count), key=lambda k: scores[k].accuracy)
+    test = evaluation_batches(shared.data.test)
+    result = MergedRuns(
+        folder="",
+        runs=shared.paths,
+        names=shared.names,
+        weights=shares,
+        frame=frame,
+        aligned=align,
+        samples=len(shared.data.test),
+        parents=tuple(scores[:count]),
+        merged=scores[count],
+        averaged=scores[-1] if len(scores) > count + 1 else None,
+        distances=joined.distances,
+        objectives=joined.objectives,
+        depth=measure.depth,
+        width=max(len(layer) for layer in measure.layers),
+        narrowed=moved,
+        verdict=verify_crop(networks[best], model, test, shared.loss).verdict,
+        parts=Parts.of(shared.data),
+        lower=joined.lower,
+    )
+
+    def fill(new: RunFolder, to: Path) -> None:
+        new.write(replace(result, folder=str(to)))
+
+    return replace(result, folder=str(run_of(model, shared.folders[0], name, fill).path))

@@ -13,7 +13,7 @@ Source: [SAP22] arXiv 2205.14612, section 3 and figure 2.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from deeplimit.extras import need
 from deeplimit.records import Record
 from deeplimit.studies import harness, rates
-from deeplimit.studies.harness import At, Machine, Point, Study
+from deeplimit.studies.harness import At, Machine, Point, ProgressCallback, silent
 from deeplimit.studies.rates import Family, Range, Theory, Watched, looked_at, whole_range
 
 WIDTH = 4
@@ -78,7 +78,7 @@ def study_linear(
     learning_rate: float = 0.05,
     steps: int = 400,
     runs: Path = Path("runs"),
-    tell: harness.ProgressCallback = harness.silent,
+    tell: ProgressCallback = silent,
 ) -> LinearStudy:
     """Trains linear residual networks of every depth from three starts, in float64.
 
@@ -96,36 +96,23 @@ def study_linear(
         InputError: depths that do not rise, no seed or one twice, η or steps not above 0.
         RunError: a loss that is not finite.
     """
-    harness.check_depths(depths)
-    harness.check_seeds(seeds)
-    rates.check_flow(learning_rate, steps)
+    rates.check_flow(depths, seeds, learning_rate, steps)
     # Controls, states, gradient and what becomes of the controls.
     numbers = 4 * len(THEORY) * len(seeds) * WIDTH**2
     harness.check_fits(depths[-1], numbers, modules=False)
-
-    def families(found: Mapping[Point, Watched], _: Path) -> dict[str, object]:
-        rows = {start: [[found[n, start, s] for n in depths] for s in seeds] for start in THEORY}
-        made = (Family.of(start, "", depths, rows[start], own) for start, own in THEORY.items())
-        return {"families": tuple(made)}
-
-    study = Study(
-        name="linear",
-        record=LinearStudy,
+    return rates.run_rates(
+        LinearStudy,
+        "linear",
         axes={"depths": depths, "starts": tuple(THEORY), "seeds": seeds},
         # All starts and seeds at once: the matrices are small, and the time is in the calls.
         together=("starts", "seeds"),
-        settings={
-            "width": WIDTH,
-            "learning_rate": learning_rate,
-            "steps": steps,
-            "looked_at": looked_at(steps, LOOKS),
-        },
-        value=Watched,
+        settings={"width": WIDTH, "learning_rate": learning_rate, "steps": steps}
+        | {"looked_at": looked_at(steps, LOOKS)},
         measure=lambda points, at: _watched(points, learning_rate, steps, at),
-        result=families,
-        cost=lambda point: point[0],
+        theory=lambda _, start: THEORY[start],
+        runs=runs,
+        tell=tell,
     )
-    return harness.run_study(study, runs, tell)
 
 
 def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:

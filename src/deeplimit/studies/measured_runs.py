@@ -5,17 +5,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deeplimit._anatomy import anatomy, chain_stacks
 from deeplimit._anatomy.evaluation import device_of, evaluating, to_device
 from deeplimit.control import SoftCrossEntropy
 from deeplimit.data import DataSet
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, refuse
 from deeplimit.meanfield import LayerwiseMeasure, align_streams
+from deeplimit.meanfield.geodesic import FramePolicy
 from deeplimit.network.storage import architecture_of
 from deeplimit.training import RunFolder, load_model, loss_of, resume, run_data
 from deeplimit.training.building import evaluation_batches, outside, reshaped
@@ -48,12 +49,7 @@ class MeasuredRun:
 def measured(
     specs: Sequence[str | Path], seed: int = 0, *, trust: bool = False
 ) -> list[MeasuredRun]:
-    """Loads the networks of run folders, or of models as `load_model` takes them.
-
-    Raises:
-        InputError: fewer than two, no such run or model, a network that is not a mean of particles,
-            code that a run names and `trust` does not say may be run.
-    """
+    """Loads the networks of run folders, or of models as `load_model` takes them."""
     if len(specs) < 2:
         raise InputError(f"expected two runs or more, got {len(specs)}")
     paths = [str(spec) for spec in specs]
@@ -86,19 +82,28 @@ class SharedRuns:
 
     Attributes:
         runs: at least two.
-        folders: theirs.
+        folders, names, paths: theirs.
+        measures: their networks'; if asked for all in the basis of the first one's stream.
         data: as the networks see them.
         loss: the first one's.
     """
 
     runs: list[MeasuredRun]
     folders: list[RunFolder]
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    measures: list[LayerwiseMeasure]
     data: DataSet
     loss: SoftCrossEntropy
 
     @classmethod
     def open(
-        cls, specs: Sequence[str | Path], *, trust: bool = False, stored: bool = False
+        cls,
+        specs: Sequence[str | Path],
+        *,
+        align: bool = False,
+        trust: bool = False,
+        stored: bool = False,
     ) -> "SharedRuns":
         """Loads them; `stored` says that another network is going to be a run beside the first.
 
@@ -118,28 +123,16 @@ class SharedRuns:
             check_beside(folders[0].path)
             check_storable(runs[0].model)
         for other in folders[1:]:
-            _check_same(folders[0], other)
+            refuse(f"{folders[0].path} and {other.path}", _differences(folders[0], other))
         data = run_data(folders[0])
-        return cls(runs, folders, data, loss_of(folders[0].recipe, data))
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """As the user gave them."""
-        return tuple(run.path for run in self.runs)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Returns what the networks are called."""
-        return tuple(run.name for run in self.runs)
-
-    def measures(self, *, align: bool) -> list[LayerwiseMeasure]:
-        """Returns the networks' measures; aligned: all in the basis of the first one's stream."""
-        first, *others = (run.measure for run in self.runs)
+        paths, measures = tuple(run.path for run in runs), [run.measure for run in runs]
         if align:
-            samples = self.data.train.take(min(ALIGNED_ON, len(self.data.train)))
+            samples = data.train.take(min(ALIGNED_ON, len(data.train)))
             batch, _ = next(iter(evaluation_batches(samples)))
-            others = [align_streams(first, other, batch) for other in others]
-        return [first, *others]
+            with blamed(*paths):
+                measures[1:] = [align_streams(measures[0], m, batch) for m in measures[1:]]
+        names, loss = tuple(run.name for run in runs), loss_of(folders[0].recipe, data)
+        return cls(runs, folders, names, paths, measures, data, loss)
 
     @torch.no_grad()
     def score(self, model: nn.Module) -> Score:
@@ -159,35 +152,37 @@ class SharedRuns:
         return averaged([run.model for run in self.runs], weights)
 
 
-def _check_same(first: RunFolder, other: RunFolder) -> None:
-    """Raises InputError where two runs are not of the same data, or see them differently."""
-    both = f"{first.path} and {other.path}"
-    if other.recipe.data != first.recipe.data:
+def check_frame(frame: FramePolicy, *, align: bool) -> None:
+    """Raises InputError where networks are to be turned and to have one stem and head."""
+    if align and frame == "equal":
         raise InputError(
-            f"{both} were trained on different data, {first.recipe.data} and "
-            f"{other.recipe.data}; expected runs on the same"
+            "align turns the second network's stem and head, and others', which then differ from "
+            'the first\'s; give the frame "interpolate" with it'
         )
-    mine, theirs = run_data(first), run_data(other)
-    same = torch.equal(mine.test.x, theirs.test.x) and torch.equal(mine.test.y, theirs.test.y)
-    if theirs.class_names != mine.class_names or not same:
-        raise InputError(
-            f"{both} have different test samples of {first.recipe.data}; expected runs on the "
-            "same: one data_dir, and for spirals one seed"
+
+
+def _differences(first: RunFolder, other: RunFolder) -> Iterator[str]:
+    """What makes the data of two runs not the same, or seen differently."""
+    mine, theirs = first.recipe.data, other.recipe.data
+    if theirs != mine:
+        yield f"trained on different data, {mine} and {theirs}; expected runs on the same"
+    ours, others = run_data(first), run_data(other)
+    same = torch.equal(ours.test.x, others.test.x) and torch.equal(ours.test.y, others.test.y)
+    if others.class_names != ours.class_names or not same:
+        yield (
+            f"different test samples of {mine}; expected runs on the same: one data_dir, and for "
+            "spirals one seed"
         )
     if other.standardisation != first.standardisation:
-        raise InputError(
-            f"{both} standardise their samples differently, so that their networks see "
-            "different data; expected the same mean and std"
+        yield (
+            "samples standardised differently, so that the networks see different data; expected "
+            "the same mean and std"
         )
 
 
 @torch.no_grad()
 def averaged(models: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module:
-    """Computes Σ_k λ_k θ_k, the naive way: as the neurons happen to be numbered.
-
-    Raises:
-        InputError: the networks are not of one shape, so that there is no such average.
-    """
+    """Computes Σ_k λ_k θ_k, the naive way: as the neurons happen to be numbered."""
     states = [model.state_dict() for model in models]
     for state in states[1:]:
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in states[0].items()}:
@@ -195,13 +190,11 @@ def averaged(models: Sequence[nn.Module], weights: Sequence[float]) -> nn.Module
     steps = {stack.step for model in models for stack in chain_stacks(model)}
     if len(steps) > 1:
         raise InputError("the networks differ in their step size")
-    made = copy.deepcopy(models[0])
-    values = {}
-    for name, value in states[0].items():
+    made, values = copy.deepcopy(models[0]), dict(states[0])
+    for name, value in values.items():
         if value.is_floating_point():
-            mean = sum(w * s[name].double() for w, s in zip(weights, states, strict=True))
-            value = cast(Tensor, mean).to(value.dtype)
-        values[name] = value
+            mean: Any = sum(w * s[name].double() for w, s in zip(weights, states, strict=True))
+            values[name] = mean.to(value.dtype)
     made.load_state_dict(values)
     return made.eval()
 
@@ -239,16 +232,12 @@ def run_of(
 
     Its recipe is the other run's with the shape of the network, which it starts from. What `fill`
     writes appears with it, as in `RunFolder.create_from`.
-
-    Raises:
-        InputError: a network that no run folder can hold, or a name that cannot be a folder's.
     """
     check_storable(model)
     recipe = like.recipe
     epochs = max(recipe.epochs, 1)  # until there is a start
     frame = _frame_of(model, like)
     recipe = replace(recipe, start=None, frame=frame, epochs=epochs, devices=1, strategy="auto")
-    recipe = reshaped(recipe, model)
-    runs, names = like.path.parent, like.class_names
-    made = RunFolder.create_from(runs, name, recipe, model, 0, names, fill)
+    runs, recipe = like.path.parent, reshaped(recipe, model)
+    made = RunFolder.create_from(runs, name, recipe, model, 0, like.class_names, fill)
     return resume(made.path, quiet=True)

@@ -3,21 +3,26 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from statistics import fmean, linear_regression
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from deeplimit.errors import InputError, RunError
-from deeplimit.studies.harness import check_positive
+from deeplimit.records import Record
+from deeplimit.studies import harness
+from deeplimit.studies.harness import At, Numbers, Point, ProgressCallback, Study
 
 Quantity = Literal["gap", "difference"]
 Moment = Literal["initial", "final", "worst"]
 Range = tuple[float | None, float | None]
 Theory = Mapping[tuple[Quantity, Moment], Range]
 Fit = TypeVar("Fit")
+Found = TypeVar("Found", bound=Record)
 
 ANY: Range = (None, None)
 QUANTITIES: tuple[Quantity, ...] = ("gap", "difference")
@@ -100,25 +105,6 @@ class Family:
     final_loss: tuple[tuple[float, ...], ...]
     rates: tuple[Rate, ...]
 
-    @classmethod
-    def of(
-        cls,
-        start: str,
-        activation: str,
-        depths: Sequence[int],
-        watched: Sequence[Sequence[Watched]],
-        theory: Theory,
-    ) -> "Family":
-        """Fits gap and difference against N, from networks [seeds][depths]."""
-        rates = []
-        for quantity in QUANTITIES:
-            for moment, at in MOMENTS.items():
-                values = [[at(getattr(w, quantity)) for w in row] for row in watched]
-                limits = theory.get((quantity, moment), ANY)
-                rates.append(fitted(Rate, depths, values, limits, quantity, moment))
-        first, last = (tuple(tuple(w.loss[i] for w in row) for row in watched) for i in (0, -1))
-        return cls(start, activation, first, last, tuple(rates))
-
     @property
     def name(self) -> str:
         """`tanh, smooth`."""
@@ -131,26 +117,66 @@ class Family:
 
 def fitted(
     kind: Callable[..., Fit],
-    sizes: Sequence[float] | Sequence[int],
+    sizes: Numbers,
     values: Sequence[Sequence[float]],
     theory: Range,
     *names: object,
 ) -> Fit:
     """Makes a `kind` of names, values [seeds][sizes], their slopes, the mean, theory's limits."""
-    rows = tuple(map(tuple, values))
-    slopes = tuple(fitted_slope(sizes, row) for row in rows)
+    x, rows = [*map(math.log, sizes)], tuple(map(tuple, values))
+    slopes = tuple(float(linear_regression(x, [*map(math.log, row)]).slope) for row in rows)
     return kind(*names, rows, slopes, fmean(slopes), *theory)
-
-
-def fitted_slope(sizes: Sequence[float] | Sequence[int], values: Sequence[float]) -> float:
-    """Fits log value against log size by least squares."""
-    return float(linear_regression([*map(math.log, sizes)], [*map(math.log, values)]).slope)
 
 
 def whole_range(gap: Range, difference: Range) -> Theory:
     """Returns one range for each quantity, the same at every moment."""
     ranges = zip(QUANTITIES, (gap, difference), strict=True)
     return {(quantity, moment): limits for quantity, limits in ranges for moment in MOMENTS}
+
+
+def run_rates(
+    record: Callable[..., Found],
+    name: str,
+    axes: Mapping[str, Sequence[Any]],
+    settings: Mapping[str, Any],
+    measure: Callable[[Sequence[Point], At], Sequence[Watched]],
+    theory: Callable[[str, str], Theory],
+    runs: Path,
+    tell: ProgressCallback,
+    together: tuple[str, ...] = (),
+) -> Found:
+    """Runs a study over depths, seeds, starts and perhaps activations: a `Family` of each start.
+
+    The arguments are those of `Study` and `run_study`; `theory` is of an activation and a start.
+    """
+
+    def families(found: Mapping[Point, Watched], _: Path) -> dict[str, object]:
+        def network(**place: object) -> Watched:
+            return found[tuple(place[axis] for axis in axes)]
+
+        made = []
+        for activation, start in product(axes.get("activations", ("",)), axes["starts"]):
+            watched = [
+                [
+                    network(activations=activation, starts=start, seeds=seed, depths=depth)
+                    for depth in axes["depths"]
+                ]
+                for seed in axes["seeds"]
+            ]
+            first, last = (tuple(tuple(w.loss[i] for w in row) for row in watched) for i in (0, -1))
+            said, fits = theory(activation, start), []
+            for quantity, (moment, at) in product(QUANTITIES, MOMENTS.items()):
+                values = [[at(getattr(w, quantity)) for w in row] for row in watched]
+                limits = said.get((quantity, moment), ANY)
+                fits.append(fitted(Rate, axes["depths"], values, limits, quantity, moment))
+            made.append(Family(start, activation, first, last, tuple(fits)))
+        return {"families": tuple(made)}
+
+    depth = list(axes).index("depths")
+    study = Study(
+        name, record, axes, settings, Watched, measure, families, together, lambda p: p[depth]
+    )
+    return harness.run_study(study, runs, tell)
 
 
 def looked_at(steps: int, times: int) -> tuple[int, ...]:
@@ -174,8 +200,12 @@ def converged(gap: Callable[[int], Float[Tensor, "..."]], precision: float) -> F
     return torch.full_like(before, math.nan)
 
 
-def check_flow(learning_rate: float, steps: int) -> None:
-    """Raises InputError unless η is above 0 and there is a step."""
-    check_positive(learning_rate=learning_rate)
+def check_flow(
+    depths: Sequence[int], seeds: Sequence[int], learning_rate: float, steps: int
+) -> None:
+    """Raises InputError unless depths rise, there are seeds, η is above 0 and there is a step."""
+    harness.check_depths(depths)
+    harness.check_once("seeds", seeds)
+    harness.check_positive(learning_rate=learning_rate)
     if steps < 1:
         raise InputError(f"{steps} steps asked for; expected at least 1")

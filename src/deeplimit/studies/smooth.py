@@ -12,9 +12,8 @@ the gap hardly falls with N after training. Sources: [MWSB23] arXiv 2309.01213, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +30,7 @@ from deeplimit.ode.solvers import solve
 from deeplimit.ode.stages import longest_stage
 from deeplimit.records import Record
 from deeplimit.studies import harness, rates
-from deeplimit.studies.harness import At, Machine, Point, Study
+from deeplimit.studies.harness import At, Machine, Point, ProgressCallback, silent
 from deeplimit.studies.rates import ANY, Family, Range, Theory, Watched, looked_at, whole_range
 
 WIDTH, HIDDEN, SAMPLES = 8, 16, 32
@@ -94,7 +93,7 @@ def study_smooth(
     learning_rate: float = 0.1,
     steps: int = 200,
     runs: Path = Path("runs"),
-    tell: harness.ProgressCallback = harness.silent,
+    tell: ProgressCallback = silent,
 ) -> SmoothStudy:
     """Trains networks of every depth from a smooth and from an independent start, in float64.
 
@@ -117,20 +116,14 @@ def study_smooth(
     """
     for name in activations:
         choose(ACTIVATIONS, name, "the activation")
-    if not activations or len(set(activations)) < len(activations):
-        raise InputError(
-            f"activations {' '.join(activations) or '(none)'} given; expected at least one, each "
-            "once"
-        )
-    harness.check_depths(depths)
+    harness.check_once("activations", activations)
+    rates.check_flow(depths, seeds, learning_rate, steps)
     deepest = depths[-1]
     if any(deepest % depth for depth in depths):
         raise InputError(
             f"depths {' '.join(map(str, depths))} given; expected numbers that divide the largest, "
             "such as 16 32 64"
         )
-    harness.check_seeds(seeds)
-    rates.check_flow(learning_rate, steps)
     harness.check_fits(deepest, 2 * HIDDEN * (2 * WIDTH + 1))  # with their gradients
     check_kernel(deepest)
     first_chain(activations[0], "smooth", 1, 1, 0, length_scale)  # is ℓ a length?
@@ -142,33 +135,20 @@ def study_smooth(
         chain = first_chain(activation, start, depth, deepest, seed, length_scale)
         return [watch_training(chain, *regression(seed), learning_rate, steps).checked(name)]
 
-    def families(found: Mapping[Point, Watched], _: Path) -> dict[str, object]:
-        made = []
-        for activation, start in product(activations, STARTS):
-            rows = [[found[activation, start, seed, n] for n in depths] for seed in seeds]
-            made.append(Family.of(start, activation, depths, rows, theory(activation, start)))
-        return {"families": tuple(made)}
-
-    study = Study(
-        name="smooth",
-        record=SmoothStudy,
+    # All networks' controls are some of the deepest one's.
+    drawn = {"deepest": deepest, "length_scale": length_scale}
+    sizes = {"width": WIDTH, "hidden": HIDDEN, "samples": SAMPLES}
+    trained = {"learning_rate": learning_rate, "steps": steps}
+    return rates.run_rates(
+        SmoothStudy,
+        "smooth",
         axes={"activations": activations, "starts": STARTS, "seeds": seeds, "depths": depths},
-        settings={
-            "width": WIDTH,
-            "hidden": HIDDEN,
-            "samples": SAMPLES,
-            "deepest": deepest,  # all networks' controls are some of its
-            "length_scale": length_scale,
-            "learning_rate": learning_rate,
-            "steps": steps,
-            "looked_at": looked_at(steps, LOOKS),
-        },
-        value=Watched,
+        settings=sizes | drawn | trained | {"looked_at": looked_at(steps, LOOKS)},
         measure=measure,
-        result=families,
-        cost=lambda point: point[-1],
+        theory=theory,
+        runs=runs,
+        tell=tell,
     )
-    return harness.run_study(study, runs, tell)
 
 
 def first_chain(
