@@ -42,6 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "data": set(),
     "gradient": {"_anatomy"},
     "control": {"_anatomy"},
+    "integrations": {"_anatomy", "control"},
     "ode": {"_anatomy", "network"},
     "meanfield": {"_anatomy", "network"},
     "training": {"data", "gradient", "control", "ode", "meanfield", "network", "_anatomy"},

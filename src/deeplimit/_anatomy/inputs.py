@@ -23,7 +23,13 @@ FAILS = (
     TypeError,
     ValueError,
 )
-ANSWERS = ("logits", "prediction_logits", "seq_relationship_logits", "last_hidden_state")
+ANSWERS = (
+    "sentence_embedding",
+    "logits",
+    "prediction_logits",
+    "seq_relationship_logits",
+    "last_hidden_state",
+)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -88,8 +94,11 @@ def answer(model: nn.Module, output: Any) -> Tensor:
 
 def _named(takes: Mapping[str, inspect.Parameter], x: Mapping[str, Any]) -> bool:
     """Whether a mapping is for the parameters of a forward, and not for its first one."""
-    anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    return anything or any(name in takes for name in x)
+    if any(name in takes for name in x):
+        return True
+    own = list(takes.values())[1:]  # without self
+    needed = any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in own)
+    return not needed and any(p.kind is p.VAR_KEYWORD for p in own)
 
 
 def main_input(model: nn.Module) -> str | None:

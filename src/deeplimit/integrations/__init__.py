@@ -1,0 +1,1 @@
+"""Thin pieces in the form that other libraries ask for."""
