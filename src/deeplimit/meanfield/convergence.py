@@ -1,7 +1,7 @@
 """The certificate of convergence: a rate fixed at the start, and whether training keeps to it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,13 +80,12 @@ class ConvergenceRecorder:
             "a number above 0: a kernel that is singular guarantees no rate; leave m out for half "
             "of m̂ at the first record"
         )
-        self._m = m
         if m is not None:
-            self._m = check_number("m", m, expected, lambda v: math.isfinite(v) and v > 0)
-        self._every = coordinates(model, others)
+            m = check_number("m", m, expected, lambda v: 0 < v < math.inf)
+        self._m, self._every = m, coordinates(model, others)
         LayerwiseMeasure.of(model)  # what has no measure is refused before any training
         self._records: list[_Record] = []
-        self._thetas: list[Tensor] = []
+        self._before: list[Tensor] = []
 
     def record(self, time: float, risk: float | Tensor) -> None:
         """Takes down the state of the training: after `loss.backward()`, before the step.
@@ -105,10 +104,31 @@ class ConvergenceRecorder:
         expected = "a number, one for the whole batch"
         value = check_number("the risk", risk, expected, lambda _: True)
         when = check_number("time", time, "a number that grows", lambda _: True)
-        now = self._measured(when, value)
-        if not self._records and self._m is None:
-            self._m = now.slope**2 / (4 * now.risk)
-        self._records.append(now)
+        last = self._records[-1] if self._records else None
+        if not math.isfinite(when) or (last is not None and when <= last.time):
+            after = "" if last is None else f" after {last.time:g}"
+            raise InputError(f"time {when:g} given{after}; expected finite times that grow")
+        excess = self._excess(value)
+        check_values(self.model.named_parameters())
+        slope = slope_of(self._every)
+        if last is None and not (excess > 0 and slope > 0):
+            raise InputError(
+                f"at the start the risk is {excess:g} above its infimum, the slope {slope:g}: with "
+                "one of them 0 there is nothing to certify"
+            )
+        measure = LayerwiseMeasure.of(self.model)
+        now = [c.parameter.detach().clone() for c in self._every]
+        if last is None:
+            self._start, distance, path = (measure, now), 0.0, 0.0
+            self._m = slope**2 / (4 * excess) if self._m is None else self._m
+        else:
+            start, thetas = self._start
+            path = last.path + length(self._moved(self._before, now))
+            # COT of the particles, and Euclidean of what belongs to none.
+            others = [(c, move) for c, move in self._moved(thetas, now) if c.role != "particle"]
+            distance = math.hypot(cot_distance(start, measure).distance, length(others))
+        self._before = now
+        self._records.append(_Record(when, excess, slope, distance, path))
 
     def certificate(self) -> ConvergenceCertificate:
         """The answer for what was recorded so far.
@@ -120,33 +140,8 @@ class ConvergenceRecorder:
             raise InputError("nothing was recorded; call record(time, risk) after each backward()")
         return _certificate(self._records, self._m)
 
-    def _measured(self, time: float, risk: float) -> "_Record":
-        first = not self._records
-        if not math.isfinite(time) or (not first and time <= self._records[-1].time):
-            last = "" if first else f" after {self._records[-1].time:g}"
-            raise InputError(f"time {time:g} given{last}; expected finite times that grow")
-        excess = self._excess(risk)
-        check_values(self.model.named_parameters())
-        slope = slope_of(self._every)
-        if first and not (excess > 0 and slope > 0):
-            raise InputError(
-                f"at the start the risk is {excess:g} above its infimum, the slope {slope:g}: with "
-                "one of them 0 there is nothing to certify"
-            )
-        measure = LayerwiseMeasure.of(self.model)
-        before, self._thetas = self._thetas, [c.parameter.detach().clone() for c in self._every]
-        if first:
-            self._start, self._start_thetas = measure, self._thetas
-            return _Record(time, excess, slope, 0.0, 0.0)
-        path = self._records[-1].path + length(self._moved(before))
-        # COT of the particles, and Euclidean of what belongs to none.
-        others = [(c, move) for c, move in self._moved(self._start_thetas) if c.role != "particle"]
-        distance = math.hypot(cot_distance(self._start, measure).distance, length(others))
-        return _Record(time, excess, slope, distance, path)
-
-    def _moved(self, since: Sequence[Tensor]) -> Iterator[tuple[Coordinate, Tensor]]:
-        for c, now, then in zip(self._every, self._thetas, since, strict=True):
-            yield c, now - then
+    def _moved(self, then: list[Tensor], now: list[Tensor]) -> Iterator[tuple[Coordinate, Tensor]]:
+        return zip(self._every, map(torch.sub, now, then), strict=True)
 
     def _excess(self, risk: float) -> float:
         """The risk above its infimum; within rounding of it, 0."""
@@ -203,13 +198,10 @@ def certify_convergence(
 
     It speaks of the gradient flow: steps of `particle_flow` without momentum and betas, small
     enough that the risk falls, on all the data. Then d ≤ R follows from m̂ ≥ m; d > R by itself says
-    that the steps were no gradient flow. A record takes as long as `cot_distance`: about a second
-    for 16 layers of 512 particles.
-
-    m̂ is a mean of the kernel's eigenvalues, weighted by the error in their directions. Fast ones go
-    first, so that m̂ falls even where all is well: half of m̂ at the start suits kernels whose
-    eigenvalues are near to one another (samples far apart, many particles). The m of
-    `feature_kernel` waits for the slowest direction; its budget is larger, its curve slower.
+    that the steps were no gradient flow. A record takes as long as `cot_distance`. m̂ is a mean of
+    the kernel's eigenvalues, weighted by the error in their directions, and falls even where all is
+    well, fast ones first: half of m̂ at the start suits kernels whose eigenvalues are near to one
+    another (samples far apart, many particles); the m of `feature_kernel` waits for the slowest.
 
     Where others > 0 what is trained besides the particles belongs to the flow: its gradient to the
     slope and its change to the distance, d² + Σ ‖θ_t − θ_0‖²/others, as does a bias c behind V.
@@ -242,13 +234,12 @@ def _certificate(records: list[_Record], m: float) -> ConvergenceCertificate:
         conditions = [{"risk": r.risk > curve * (1 + ABOVE)} for r, curve in pairs]
     names = [tuple(name for name, violated in c.items() if violated) for c in conditions]
     broken_at = next((k for k, found in enumerate(names) if found), None)
-    if broken_at is None:
-        verdict = (
-            f"holds for {len(records)} records up to t = {last.time:.3g}: m̂ stayed above m = "
-            f"{m:.3g}, the distance travelled is {last.distance:.3g} of R = {budget:.3g}; risk "
-            f"{last.risk:.3g}, guaranteed {guaranteed[-1]:.3g}"
-        )
-    else:
+    verdict = (
+        f"holds for {len(records)} records up to t = {last.time:.3g}: m̂ stayed above m = {m:.3g}, "
+        f"the distance travelled is {last.distance:.3g} of R = {budget:.3g}; risk {last.risk:.3g}, "
+        f"guaranteed {guaranteed[-1]:.3g}"
+    )
+    if broken_at is not None:
         r = records[broken_at]
         reasons = {
             "rate": f"m̂ = {r.rate or 0:.3g} is below m = {m:.3g}",
@@ -259,13 +250,9 @@ def _certificate(records: list[_Record], m: float) -> ConvergenceCertificate:
         }
         why = " and ".join(reasons[name] for name in names[broken_at])
         verdict = f"broken since record {broken_at} (t = {r.time:.3g}): {why}"
+    times, risks, slopes, distances, paths = zip(*records, strict=True)
     return ConvergenceCertificate(
-        times=tuple(r.time for r in records),
-        risks=tuple(r.risk for r in records),
-        slopes=tuple(r.slope for r in records),
-        rates=tuple(r.rate for r in records),
-        distances=tuple(r.distance for r in records),
-        path_lengths=tuple(r.path for r in records),
+        *(times, risks, slopes, tuple(r.rate for r in records), distances, paths),
         guaranteed=tuple(guaranteed),
         m=m,
         budget=budget,

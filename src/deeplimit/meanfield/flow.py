@@ -57,7 +57,7 @@ def coordinates(model: nn.Module | Anatomy, others: float = 1.0) -> tuple[Coordi
     """
     model = model_of(model)
     expected = "a number ≥ 0, 0 to leave them as they are"
-    others = check_number("others", others, expected, lambda v: math.isfinite(v) and v >= 0)
+    others = check_number("others", others, expected, lambda v: 0 <= v < math.inf)
     check_values(model.named_parameters())
     layers = particle_layers(model, trained=True)
     stages = len({layer.stack.index for layer in layers})
@@ -236,30 +236,19 @@ def particle_flow(
     A layer x + h Σ_i V_i σ(w_i·x + b_i), one of N, is a mean of M particles ω_i = (u_i, w_i, b_i)
     with u_i = N·M·h·V_i, and the flow of the risk L moves each by
 
-        dω_{n,i}/dt = −N·M·∂L/∂ω_{n,i}.
+        dω_{n,i}/dt = −N·M·∂L/∂ω_{n,i},    that is    dV/dt = −∂L/∂V / (N·M·h²)
 
-    Since ∂L/∂u = ∂L/∂V · ∂V/∂u = ∂L/∂V/(N·M·h) and dV = du/(N·M·h), in the weights that a network
-    holds this is
-
-        dV/dt = −N·M·(N·M·h)^{−2} ∂L/∂V = −∂L/∂V / (N·M·h²),
-        dw/dt = −N·M·∂L/∂w,    db/dt = −N·M·∂L/∂b;
-
-    the first is −∂L/∂V/(N·M) for h = 1 and −(N/M)·∂L/∂V for h = 1/N. What moves is the measure:
-    splitting every particle in two (2M of half the V) changes nothing, doubling the depth (each
-    layer twice, at h/2) moves the risk's course by O(1/N).
-
-    With momentum v ← βv + N·M·∂L/∂ω, ω ← ω − lr·v. Adam divides by the size of the gradient, so
-    that N·M drops out of it; each of its steps moves every number of (u, w, b) by about lr, hence V
-    by lr/(N·M·h), and ε stands beside √v̂ of N·M·∂L/∂ω. Both keep what is said above, but follow no
-    gradient flow: the certificate of convergence speaks of the plain one.
+    and dw/dt = −N·M·∂L/∂w, db/dt = −N·M·∂L/∂b. What moves is the measure: splitting every particle
+    in two (2M of half the V) changes nothing, doubling the depth (each layer twice, at h/2) moves
+    the risk's course by O(1/N). Momentum and Adam, as in `ParticleFlow`, keep this, but follow no
+    gradient flow: the certificate of convergence speaks of the plain one. A step of Adam moves
+    every number of (u, w, b) by about lr, hence V by lr/(N·M·h).
 
     Convolutional two-layer residuals without norms (a particle is a hidden channel) and the MLPs of
     transformers (a hidden neuron) go the same way; h = 1 where a model has no step. Layers may
-    differ in width. Stages divide the depth evenly, as in `LayerwiseMeasure`.
-
-    Parameters that belong to no particle (stem, head, attention, norms) take an ordinary step of
-    lr·others, −lr·others·∂L/∂θ or Adam's. A layer's bias c behind V is the same for all particles;
-    it moves as the point N·h·c of mass 1/N, by −∂L/∂c/(N·h²).
+    differ in width. Stages divide the depth evenly, as in `LayerwiseMeasure`. Parameters that
+    belong to no particle (stem, head, attention, norms) take an ordinary step of lr·others. A
+    layer's bias c behind V, the same for all particles, moves as the point N·h·c of mass 1/N.
 
     In `param_groups` the learning rate of every group is lr, or lr·others; `scale` and `mass` stand
     beside it. Schedulers therefore act on the flow's time.
@@ -284,28 +273,25 @@ def particle_flow(
     Source: [BPV24] arXiv 2403.12887; momentum and Adam are ours.
     """
     _check(lr, momentum, betas, eps)
-    every = coordinates(model, others)
-    if not every:
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
+    for c in coordinates(model, others):
+        settings = (lr * others, 1.0, 1.0) if c.role == "other" else (lr, c.scale, c.mass)
+        groups.setdefault(settings, []).append(c.parameter)
+    if not groups:
         raise InputError(
             f"no parameter of this {type(model_of(model)).__name__} is to be trained; set "
             "requires_grad"
         )
-    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
-    for c in every:
-        settings = (lr * others, 1.0, 1.0) if c.role == "other" else (lr, c.scale, c.mass)
-        groups.setdefault(settings, []).append(c.parameter)
-    made = [
-        {"params": parameters, "lr": rate, "scale": scale, "mass": mass}
-        for (rate, scale, mass), parameters in groups.items()
-    ]
+    names = ("lr", "scale", "mass")
+    made = [{"params": p, **dict(zip(names, s, strict=True))} for s, p in groups.items()]
     return ParticleFlow(made, lr, momentum=momentum, betas=betas, eps=eps)
 
 
 def _check(lr: float, momentum: float, betas: tuple[float, float] | None, eps: float) -> None:
-    above = lambda v: math.isfinite(v) and v > 0  # noqa: E731
-    check_number("lr", lr, "a number above 0, a step of the flow's time", above)
+    expected = "a number above 0, a step of the flow's time"
+    check_number("lr", lr, expected, lambda v: 0 < v < math.inf)
     check_number("momentum", momentum, "0 ≤ momentum < 1", lambda v: 0 <= v < 1)
-    check_number("eps", eps, "a number above 0", above)
+    check_number("eps", eps, "a number above 0", lambda v: 0 < v < math.inf)
     if betas is None:
         return
     pair = isinstance(betas, Sequence) and len(betas) == 2

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Literal, get_args
 
 import torch
@@ -19,8 +20,7 @@ from deeplimit.meanfield.alignment import aligned
 from deeplimit.meanfield.couplings import Plan
 from deeplimit.meanfield.frame import Frame, listed
 from deeplimit.meanfield.grid import layers_at, merged_grid
-from deeplimit.meanfield.layers import moved_norms
-from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
+from deeplimit.meanfield.measure import Cell, LayerwiseMeasure, Network, as_measure, remade
 from deeplimit.meanfield.transport import CotDistance, belongs, cot_distance
 from deeplimit.tables import number, table
 
@@ -49,12 +49,11 @@ def cot_geodesic(
     is no longer the geodesic. The batch norms' channels of coupled neurons are averaged likewise
     (|γ|, β and the running variance), whatever `frame` is; this acts in training mode alone.
 
-    For unequal depths the layers are the cells of the merged grid, at every t. The measures are
-    exact there too: μ_0 and μ_1 are those of a and b, and the distances are as above. The output of
-    `.network()` at t = 0 and 1 is not that of a and b: a layer that the grid divides in parts of θh
-    and (1 − θ)h takes two steps where the network made one, which adds θ(1 − θ)h² φ′(x)φ(x) + O(h³)
-    to the state, O(1/N) in all, the error of Euler's method. Where a's depth is a multiple of b's
-    no layer of a is divided, and its end is the network's to rounding. Source: [BPV24].
+    For unequal depths the layers are the cells of the merged grid, at every t. The measures and
+    distances are exact there too; the output of `.network()` at t = 0 and 1 is not that of a and b:
+    a layer that the grid divides in parts of θh and (1 − θ)h takes two steps where the network made
+    one, which adds θ(1 − θ)h² φ′(x)φ(x) + O(h³) to the state, O(1/N) in all. Where a's depth is a
+    multiple of b's no layer of a is divided. Source: [BPV24] arXiv 2403.12887.
 
         >>> halfway = cot_geodesic(model, other, 0.5, frame="interpolate")
         >>> ratio = cot_distance(model, halfway).distance / cot_distance(model, other).distance
@@ -90,13 +89,13 @@ def cot_geodesic(
         end = aligned(start, end, batch)
     mixed = _mixed_frame([start, end], [1 - t, t], frame)
     found = _plans(start, end, transport)
-    layers, norms = [], []
-    for (n, m), plan in zip(found.layers, found.plans or (), strict=True):
-        between = partial(_between, plan, t)
-        layers.append(between([start.layers[n], end.layers[m]]))
-        norms.append(moved_norms([start.norms[n], end.norms[m]], [1 - t, t], between))
-    masses = [torch.from_numpy(plan.masses) for plan in found.plans or ()]
-    return LayerwiseMeasure(layers, masses, found.breakpoints, frame=mixed, norms=norms)
+    plans = found.plans or ()
+    cells: list[Cell] = [
+        ([(start, n), (end, m)], [1 - t, t], partial(_between, plan, t))
+        for (n, m), plan in zip(found.layers, plans, strict=True)
+    ]
+    masses = [torch.from_numpy(plan.masses) for plan in plans]
+    return remade(cells, masses, found.breakpoints, mixed)
 
 
 def _check_policy(frame: str) -> None:
@@ -232,13 +231,8 @@ def merge(
     shell = _mixed_frame([measures[k] for k in order], [shares[k] for k in order], frame)
     first = measures[start]
     places = layers_at(first.breakpoints, grid)
-    now = LayerwiseMeasure(
-        [first.layers[n] for n in places],
-        [first.masses[n] for n in places],
-        grid,
-        frame=shell,
-        norms=[first.norms[n] for n in places],
-    )
+    same: list[Cell] = [([(first, n)], [1.0], itemgetter(0)) for n in places]
+    now = remade(same, [first.masses[n] for n in places], grid, shell)
 
     def looked_at(nu: LayerwiseMeasure) -> tuple[list[CotDistance], float]:
         found = [cot_distance(nu, measure, plans=True) for measure in measures]
@@ -278,16 +272,12 @@ def _moved(
     shares: Sequence[float],
 ) -> LayerwiseMeasure:
     """Σ_k λ_k T_k of every atom; the grid is fine enough for one cell to be one layer of each."""
-    layers, norms = [], []
-    for cell, atoms in enumerate(now.layers):
+    cells: list[Cell] = []
+    for cell, mass in enumerate(now.masses):
         plans = [(distance.plans or ())[cell] for distance in found]
-        move = partial(_sent, now.masses[cell], plans, shares)
-        meeting = [d.layers[cell][1] for d in found]
-        goals = list(zip(measures, meeting, strict=True))
-        layers.append(move([atoms, *(measure.layers[m] for measure, m in goals)]))
-        channels = [now.norms[cell], *(measure.norms[m] for measure, m in goals)]
-        norms.append(moved_norms(channels, [0.0, *shares], move))
-    return LayerwiseMeasure(layers, now.masses, now.breakpoints, frame=now.frame, norms=norms)
+        goals = [(measure, d.layers[cell][1]) for measure, d in zip(measures, found, strict=True)]
+        cells.append(([(now, cell), *goals], [0.0, *shares], partial(_sent, mass, plans, shares)))
+    return remade(cells, now.masses, now.breakpoints, now.frame)
 
 
 def _sent(

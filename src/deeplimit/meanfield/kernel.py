@@ -67,15 +67,11 @@ def feature_kernel(model: nn.Module | Anatomy, x: Inputs) -> FeatureKernel:
 
     with λ_n = λ_min(K_n) and smallest singular values s, at the network as it is. Each a_n becomes
     e^{−2L_x} or more as h → 0, and m [BPV24]'s e^{−2L_x} min_n λ_n/D or more. For
-    (1/D) Σ ‖z − y‖² m is twice that, for PyTorch's `mse_loss` 2/C times; for other losses, the soft
-    cross-entropy say, K_n says whether the width suffices, not m. K_n has rank M_n at most: λ_n = 0
-    where M_n < D or two samples have the same state, and m = 0 where that is so in every layer:
-    nothing is shown then, and the kernel of all layers together may be positive definite still. In
-    float32 an eigenvalue below D·10⁻⁷ of the largest counts as 0.
-
-    The output weights V do not enter K_n but do enter a_n, by layers of large slope. What [BPV24]
-    needs besides, that the risk at initialisation is small, the budget of `certify_convergence`
-    says.
+    (1/D) Σ ‖z − y‖² m is twice that, for PyTorch's `mse_loss` 2/C times; for other losses K_n says
+    whether the width suffices, not m. K_n has rank M_n at most: λ_n = 0 where M_n < D or two
+    samples have the same state, and m = 0, which shows nothing, where that is so in every layer.
+    In float32 an eigenvalue below D·10⁻⁷ of the largest counts as 0. What [BPV24] needs besides,
+    that the risk at initialisation is small, the budget of `certify_convergence` says.
 
         >>> kernel = feature_kernel(model, x)
         >>> kernel.widths, kernel.m > 0, kernel.attenuation[-1]
@@ -121,11 +117,11 @@ def feature_kernel(model: nn.Module | Anatomy, x: Inputs) -> FeatureKernel:
     check_batch(read, x, example.shape[1:] if isinstance(example, Tensor) else size)
     with evaluating(model), torch.no_grad():
         states, _ = read.states(to_device(x, device_of(model)))
-        samples = _samples(states)
+        _check_states(states)
         pairs = list(zip(layers, states, strict=False))
         found = [_smallest(_features(layer, state)) for layer, state in pairs]
         slopes = [_slopes(layer.block, state, h) for layer, state in pairs]
-    lipschitz = sum(h * steepest for steepest, _ in slopes)
+    samples, lipschitz = len(states[0]), sum(h * steepest for steepest, _ in slopes)
     # a_n^i = Π_{l>n} s_l^i²: of the layers that a gradient has passed at layer n.
     squares = torch.stack(
         [least.square() for _, least in slopes[1:]] + [torch.ones_like(slopes[0][1])]
@@ -147,26 +143,24 @@ def _head_factor(read: Anatomy) -> float:
     if not isinstance(head, nn.Linear):
         raise InputError(f"the head is {type(head).__name__}; expected a linear head, or none")
     classes, width = head.weight.shape
-    if classes > width:
-        return 0.0
-    return float(torch.linalg.svdvals(head.weight.detach().double())[-1]) ** 2
+    least = torch.linalg.svdvals(head.weight.detach().double())[-1]
+    return 0.0 if classes > width else float(least) ** 2
 
 
-def _samples(states: list[Tensor]) -> int:
-    first = states[0]
-    if first.dim() != 2:
-        raise InputError(
-            f"states of shape {list(first.shape)} found; the kernel needs [samples, d], one vector "
-            "per sample"
+def _check_states(states: list[Tensor]) -> None:
+    shape = list(states[0].shape)
+    if len(shape) != 2 or shape[0] < 2:
+        what = (
+            f"states of shape {shape} found; the kernel needs [samples, d], one vector per sample"
         )
-    if len(first) < 2:
-        raise InputError(
-            f"a batch of {len(first)} given; the kernel needs at least 2 samples, at best all that "
-            "the risk is the mean of"
-        )
+        if len(shape) == 2:
+            what = (
+                f"a batch of {shape[0]} given; the kernel needs at least 2 samples, at best all "
+                "that the risk is the mean of"
+            )
+        raise InputError(what)
     if not all(bool(torch.isfinite(state).all()) for state in states):
         raise InputError("the states are not finite; check the data, or take smaller weights")
-    return len(first)
 
 
 def _features(layer: ParticleLayer, x: Float[Tensor, "samples d"]) -> Float[Tensor, "samples m"]:
@@ -210,7 +204,7 @@ def _slopes(
 def _verdict(
     smallest: list[float], widths: tuple[int, ...], samples: int, head: float, m: float
 ) -> str:
-    if m > 0 and math.isfinite(m):
+    if 0 < m < math.inf:
         worst = min(range(len(smallest)), key=smallest.__getitem__)
         singular = sum(value == 0 for value in smallest)
         besides = f"; {singular} of {len(smallest)} layers add nothing" if singular else ""
@@ -218,18 +212,18 @@ def _verdict(
             f"the width suffices for {samples} samples at this start: m ≥ {m:.3g} "
             f"(λ_min = {smallest[worst]:.3g}, in layer {worst}{besides})"
         )
+    why = "a layer does not let the gradient through (singular I + h ∂φ/∂x)"
     if max(widths) < samples:
-        return (
-            f"no rate is guaranteed: no layer has more than {max(widths)} particles for {samples} "
-            f"samples, so that every layer's kernel is singular; {samples} or more per layer are "
-            "sufficient, not necessary: layers whose kernels are singular may have one between "
-            "them that is not"
+        why = (
+            f"no layer has more than {max(widths)} particles for {samples} samples, so that every "
+            f"layer's kernel is singular; {samples} or more per layer are sufficient, not "
+            "necessary: layers whose kernels are singular may have one between them that is not"
         )
-    if not any(smallest):
-        return (
-            "no rate is guaranteed: every layer's kernel is singular to working precision; take "
-            "more particles, samples that differ, or float64"
+    elif not any(smallest):
+        why = (
+            "every layer's kernel is singular to working precision; take more particles, samples "
+            "that differ, or float64"
         )
-    if head == 0:
-        return "no rate is guaranteed: the head has more outputs than the state has numbers"
-    return "no rate is guaranteed: a layer does not let the gradient through (singular I + h ∂φ/∂x)"
+    elif head == 0:
+        why = "the head has more outputs than the state has numbers"
+    return f"no rate is guaranteed: {why}"

@@ -9,7 +9,7 @@ from deeplimit._anatomy import Anatomy
 from deeplimit.errors import InputError, several
 from deeplimit.meanfield.frame import Frame, frame_of
 from deeplimit.meanfield.grid import checked_grid, lengths, same_grid, uniform_grid
-from deeplimit.meanfield.layers import Norms
+from deeplimit.meanfield.layers import Move, Norms, moved_norms
 
 ROUNDING = 1e-5  # of the sum of a layer's weights, in float32
 
@@ -159,11 +159,27 @@ class LayerwiseMeasure:
 
 
 Network = LayerwiseMeasure | nn.Module | Anatomy
+# What a layer is made of, (measure, n), the weights of their last norms, and how.
+Cell = tuple[Sequence[tuple[LayerwiseMeasure, int]], Sequence[float], Move]
 
 
 def as_measure(network: Network) -> LayerwiseMeasure:
     """A measure, or that of a network."""
     return network if isinstance(network, LayerwiseMeasure) else LayerwiseMeasure.of(network)
+
+
+def remade(
+    cells: Iterable[Cell],
+    masses: Sequence[Tensor],
+    breakpoints: Iterable[float],
+    frame: Frame | None,
+) -> LayerwiseMeasure:
+    """A measure of layers made of others: what becomes of particles becomes of their norms."""
+    layers, norms = [], []
+    for sources, weights, move in cells:
+        layers.append(move([measure.layers[n] for measure, n in sources]))
+        norms.append(moved_norms([measure.norms[n] for measure, n in sources], weights, move))
+    return LayerwiseMeasure(layers, masses, breakpoints, frame=frame, norms=norms)
 
 
 def _checked_particles(given: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -88,15 +88,14 @@ def cot_distance(
     Exact: for equal numbers of equal atoms an assignment problem per layer, otherwise a transport
     problem; for unequal depths on the merged grid of both (64 and 63 layers: 126 cells). Costs are
     squared Euclidean distances of particles, in float64, relatively accurate to 1e-10 also for
-    networks that are close and where single particles are very far; d = 0 for equal measures. That
-    no coupling costs less is proven by potentials of the dual problem, whatever the solver did.
-    W_2 ≤ d for the joint laws of (s, ω), since the coupling does not move mass in depth. O(N M³) at
-    worst, O(M²) memory in each of torch's threads; layers that meet more than once are solved once.
-    Source: [BPV24] arXiv 2403.12887.
+    networks that are close and where single particles are very far. That no coupling costs less is
+    proven by potentials of the dual problem, whatever the solver did. O(N M³) at worst, O(M²)
+    memory in each of torch's threads; layers that meet more than once are solved once.
+    W_2 ≤ d for the joint laws of (s, ω), since the coupling does not move mass in depth.
 
     It is a distance of parameters: networks of one function, such as a ReLU neuron with u/c and cw,
     or a residual stream in another basis, may be far apart. Stems, heads, norms and attention are
-    no part of it, nor are output biases.
+    no part of it, nor are output biases. Source: [BPV24] arXiv 2403.12887.
 
         >>> found = cot_distance(model, other)
         >>> found.lower == found.distance > 0, cot_distance(model, model).distance
@@ -136,20 +135,18 @@ def cot_distance(
 
 def check_comparable(a: LayerwiseMeasure, b: LayerwiseMeasure) -> None:
     """Raises InputError unless the layers that meet have particles of one kind."""
-    for n, m in _cells(a, b)[1]:
-        p, q = a.layers[n].shape[1], b.layers[m].shape[1]
-        if a.frame is not None and b.frame is not None:
-            mine, theirs = a.frame.layouts[n], b.frame.layouts[m]
+    for pair in _cells(a, b)[1]:
+        frames = (a.frame, b.frame)
+        sides = list(zip((a, b), pair, strict=True))
+        sizes = [f"particles of {side.layers[n].shape[1]} numbers" for side, n in sides]
+        kinds = [str(f.layouts[n]) for f, n in zip(frames, pair, strict=True) if f is not None]
+        for mine, theirs in (kinds, sizes) if len(kinds) == 2 else (sizes,):
             if mine != theirs:
                 raise InputError(
-                    f"layer {n} of the one has {mine}, layer {m} of the other {theirs}; expected "
-                    "networks of one state dimension and activation (widths and depths may differ)"
+                    f"layer {pair[0]} of the one has {mine}, layer {pair[1]} of the other "
+                    f"{theirs}; expected networks of one state dimension and activation (widths "
+                    "and depths may differ)"
                 )
-        if p != q:
-            raise InputError(
-                f"layer {n} of the one has particles of {p} numbers, layer {m} of the other of "
-                f"{q}; expected the same (widths and depths may differ)"
-            )
 
 
 def belongs(found: CotDistance, a: LayerwiseMeasure, b: LayerwiseMeasure) -> bool:
@@ -177,8 +174,7 @@ def _couples(
     x, y = _array(a.layers[n]), _array(b.layers[m])
     if x.shape[1] != y.shape[1] or plan.rows.max() >= len(x) or plan.columns.max() >= len(y):
         return False
-    sides = ((plan.rows, a.masses[n]), (plan.columns, b.masses[m]))
-    for indices, masses in sides:
+    for indices, masses in ((plan.rows, a.masses[n]), (plan.columns, b.masses[m])):
         sums = np.bincount(indices, plan.masses, minlength=len(masses))
         if np.abs(sums - _array(masses)).sum() > MARGINALS:
             return False

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import overload
 
 import torch
@@ -12,8 +13,8 @@ from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import check_count
 from deeplimit.extras import need
 from deeplimit.meanfield.couplings import squared_distances
-from deeplimit.meanfield.layers import Move, moved_norms
-from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
+from deeplimit.meanfield.layers import moved_norms
+from deeplimit.meanfield.measure import Cell, LayerwiseMeasure, Network, as_measure, remade
 from deeplimit.tables import number, table
 
 
@@ -70,17 +71,14 @@ def widen(network: Network, factor: int) -> LayerwiseMeasure | nn.Module:
         InputError: a factor that is no whole number ≥ 1, and as `LayerwiseMeasure.of`.
     """
     check_count("factor", factor)
+
+    def repeated(values: Sequence[Tensor]) -> Tensor:
+        return values[0].repeat_interleave(factor, dim=0)
+
     measure = as_measure(network)
-    wide = LayerwiseMeasure(
-        [layer.repeat_interleave(factor, dim=0) for layer in measure.layers],
-        [mass.repeat_interleave(factor) / factor for mass in measure.masses],
-        measure.breakpoints,
-        frame=measure.frame,
-        norms=[
-            moved_norms([norm], [1.0], lambda x: x[0].repeat_interleave(factor, dim=0))
-            for norm in measure.norms
-        ],
-    )
+    cells: list[Cell] = [([(measure, n)], [1.0], repeated) for n in range(measure.depth)]
+    masses = [mass.repeat_interleave(factor) / factor for mass in measure.masses]
+    wide = remade(cells, masses, measure.breakpoints, measure.frame)
     return wide if isinstance(network, LayerwiseMeasure) else wide.network()
 
 
@@ -93,10 +91,9 @@ def narrow(network: Network, width: int, *, seed: int = 0) -> Narrowed:
         d² = Σ_n Δ_n Σ_i m_{n,i} min_j |ω_{n,i} − c_j|²
 
     is reported exactly; that the atoms are the best ones is not known (k-means ends in a local
-    minimum). Its function changes as much as that distance allows: test it. A point of a geodesic
-    that was narrowed is no longer on the geodesic, and the path of such networks has no constant
-    speed. Layers that are narrow enough stay as they are. The batch norm's channel of an atom has
-    the means of |γ|, β and running variance of its particles; they act in training mode alone.
+    minimum). Its function changes as much as that distance allows: test it. A narrowed point of a
+    geodesic is no longer on it. Layers that are narrow enough stay as they are. The batch norm's
+    channel of an atom has the means of |γ|, β and running variance of its particles.
 
     Source: quantisation in W_2 is k-means (Pollard 1982); scikit-learn's `KMeans`.
 
@@ -119,9 +116,8 @@ def narrow(network: Network, width: int, *, seed: int = 0) -> Narrowed:
     cells = list(zip(measure.layers, measure.masses, strict=True))
     found = [_quantised(layer, mass, width, seed) for layer, mass in cells]
     layers, masses, errors, nearest = zip(*found, strict=True)
-    moves = map(_means, measure.masses, masses, nearest)
-    pairs = zip(measure.norms, moves, strict=True)
-    norms = [moved_norms([norm], [1.0], move) for norm, move in pairs]
+    pairs = zip(measure.norms, measure.masses, masses, nearest, strict=True)
+    norms = [moved_norms([norm], [1.0], partial(_means, *given)) for norm, *given in pairs]
     total = math.fsum(h * e for h, e in zip(measure.lengths, errors, strict=True))
     return Narrowed(
         LayerwiseMeasure(layers, masses, measure.breakpoints, frame=measure.frame, norms=norms),
@@ -130,16 +126,12 @@ def narrow(network: Network, width: int, *, seed: int = 0) -> Narrowed:
     )
 
 
-def _means(mass: Tensor, weights: Tensor, nearest: Tensor) -> Move:
+def _means(mass: Tensor, weights: Tensor, nearest: Tensor, values: Sequence[Tensor]) -> Tensor:
     """Values of the particles to their means by atom; those of an atom without mass are 0."""
-
-    def move(values: Sequence[Tensor]) -> Tensor:
-        (x,) = values
-        share = mass / weights[nearest].clamp(min=torch.finfo(weights.dtype).tiny)
-        means = x.new_zeros(len(weights), x.shape[1])
-        return means.index_add_(0, nearest.to(x.device), share.to(x)[:, None] * x)
-
-    return move
+    (x,) = values
+    share = mass / weights[nearest].clamp(min=torch.finfo(weights.dtype).tiny)
+    means = x.new_zeros(len(weights), x.shape[1])
+    return means.index_add_(0, nearest.to(x.device), share.to(x)[:, None] * x)
 
 
 def _quantised(
