@@ -84,7 +84,7 @@ def test_a_language_model_is_cut_by_its_loss(here: Path) -> None:
     assert RunFolder.open("runs/trained").cut().choice.limit == 0.05
     refused = command("crop", "runs/rise", "--points", "1")
     assert refused.code == 2
-    assert "accuracy given, which is not what text:" in refused.err
+    assert "is measured by its loss; give rise, in nats a token" in refused.err
 
 
 def test_a_classifier_of_texts(here: Path) -> None:

@@ -17,9 +17,9 @@ from cli_commands import Done, command, contents, npz
 from deeplimit.errors import InputError
 from deeplimit.records import to_plain
 from deeplimit.training import Recipe, RunFolder, load_model, resume, train
-from deeplimit.training.healing import Plan
+from deeplimit.training.results import Plan
 from deeplimit.training.run_folder import load_named
-from deeplimit.training.trust import Named, sources
+from deeplimit.training.specification import Named, sources
 from deeplimit.training.verifying import verify_run
 
 pytestmark = pytest.mark.slow

@@ -31,7 +31,6 @@ from deeplimit.records import read_record, to_plain
 from deeplimit.training import Recipe
 from deeplimit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from deeplimit.training.given_model import load_weights
-from deeplimit.training.healing import Plan
 from deeplimit.training.library_models import transformers_model
 from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor, standardisation_beside
 from deeplimit.training.progress import COLUMNS, to_csv
@@ -39,6 +38,7 @@ from deeplimit.training.results import (
     Cut,
     Healing,
     MergedRuns,
+    Plan,
     Profiles,
     Reference,
     Refinement,

@@ -36,8 +36,8 @@ from deeplimit.training import (
     resume,
     train,
 )
+from deeplimit.training.loop import DriftWatch
 from deeplimit.training.progress import Observer
-from deeplimit.training.watching import DriftWatch
 
 pytestmark = pytest.mark.slow
 

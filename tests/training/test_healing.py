@@ -29,8 +29,8 @@ from deeplimit.training import (
     train,
 )
 from deeplimit.training.building import Fade
-from deeplimit.training.healing import Plan
 from deeplimit.training.loop import Training
+from deeplimit.training.results import Plan
 
 RECIPE = Recipe(
     data="digits", depth=(6,), width=32, hidden=16, epochs=8, stage_cost=0.0, device="cpu"
@@ -137,6 +137,7 @@ def test_what_it_writes_is_what_it_says(run: RunFolder, data: DataSet, tmp_path:
     crop_run(folder, 3)  # another cut, which nobody has healed
     assert folder.healing() is None
     assert RunFolder.open(folder.path).results().healing is None
+    assert not [*folder.path.glob("heal*")]
 
 
 @pytest.mark.slow

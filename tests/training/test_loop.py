@@ -36,10 +36,9 @@ from deeplimit.training import (
     train,
 )
 from deeplimit.training.building import prepare
-from deeplimit.training.determinism import fitting_threads, seed_draws
 from deeplimit.training.fit import fit
 from deeplimit.training.loop import Training
-from deeplimit.training.processes import launch
+from deeplimit.training.processes import fitting_threads, launch, seed_draws
 from deeplimit.training.progress import Observer
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 from deeplimit.cli.options import STYLE, documented, options_of, parsed
 from deeplimit.errors import InputError
 from deeplimit.training import Recipe, recipe_for
-from deeplimit.training.trust import Named
+from deeplimit.training.specification import Named
 from deeplimit.verbs import resume, train
 from deeplimit.verbs.answer import Answer, Trust
 

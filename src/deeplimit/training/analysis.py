@@ -3,15 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit.control import (
-    CutChoice,
     SoftCrossEntropy,
     bridge_of,
     choose_cut,
@@ -19,13 +17,14 @@ from deeplimit.control import (
     layers_to_remove,
     picture_trajectories,
     turnpike_profile,
-    verify_crop,
 )
 from deeplimit.control.verdict import unchanged
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, RunError, several
 from deeplimit.terminal import tell
 from deeplimit.training.building import (
+    WindowLoss,
+    compared,
     evaluation_batches,
     loss_of,
     measure_of,
@@ -34,14 +33,12 @@ from deeplimit.training.building import (
     tolerance_of,
 )
 from deeplimit.training.companions import together
-from deeplimit.training.determinism import fitting_threads
 from deeplimit.training.fit import launched, train_in
-from deeplimit.training.processes import device_type, first_process_does, launch
+from deeplimit.training.processes import device_type, first_process_does, fitting_threads, launch
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Cut, Parts, Profiles, Reference
-from deeplimit.training.run_files import RECIPE, alone
+from deeplimit.training.run_files import RECIPE, SUFFIX, alone
 from deeplimit.training.run_folder import RunFolder
-from deeplimit.training.texts import WindowLoss
 
 BRIDGED = 1024  # training samples, which a bridge is fitted on
 
@@ -55,13 +52,10 @@ def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
         folder: a finished run.
         data: the run's data where it is loaded already.
     """
-    return _profile(folder, folder.network or folder.model(), data or run_data(folder))
-
-
-def _profile(folder: RunFolder, model: nn.Module, data: DataSet) -> Profiles:
-    loss, picture = measure_of(folder.recipe, data), None
-    model = model.to(usable_device(folder.recipe))
-    with fitting_threads(folder.recipe):
+    data, recipe, picture = data or run_data(folder), folder.recipe, None
+    model = (folder.network or folder.model()).to(usable_device(recipe))
+    loss = measure_of(recipe, data)
+    with fitting_threads(recipe):
         train, validation, test = (
             turnpike_profile(model, evaluation_batches(split), loss)
             for split in (data.train, data.validation, data.test)
@@ -128,93 +122,65 @@ def crop_run(
             f"a cut to {several(to, 'layer')}; the network has {layers}: give {least} … {layers}, "
             "auto"
         )
-    data = data or run_data(folder)
+    data, recipe = data or run_data(folder), folder.recipe
     if (accuracy if data.vocabulary else rise) is not None:
-        of, give = ("accuracy", "rise, nats") if data.vocabulary else ("rise", "accuracy, points")
-        raise InputError(f"{of} given, which is not what {data.name} measures; give {give}")
-    most = tolerance_of(folder.recipe, data, rise if data.vocabulary else accuracy)
+        told, of, give = ("rise", "its accuracy", "points")
+        if data.vocabulary:
+            told, of, give = ("points", "its loss", "rise, in nats a token")
+        raise InputError(f"{told} given, but {data.name} is measured by {of}; give {give}")
+    most = tolerance_of(recipe, data, rise if data.vocabulary else accuracy)
+    choice = tolerance = fitted = None
+    model = model.to(usable_device(recipe))
     if to != "auto":
-        return _cut(folder, model, data, range(to, layers), most, bridge=bridge)
-    profiles = folder.profiles() or _profile(folder, model, data)
-    return _cut_automatically(folder, model, data, profiles, most, budget, bridge=bridge)
-
-
-def _cut_automatically(
-    folder: RunFolder,
-    model: nn.Module,
-    data: DataSet,
-    profiles: Profiles,
-    most: float,
-    budget: dict[str, Any],
-    *,
-    bridge: bool = False,
-) -> Cut:
-    """Cuts what the profiles say, within a tolerance or a budget."""
-    structure, choice = anatomy(model), None
-    if budget or structure.stages > 1 or data.vocabulary:
-        with fitting_threads(folder.recipe):
-            validation = evaluation_batches(data.validation)
-            model = model.to(usable_device(folder.recipe))
-            limit = budget or {"rise" if data.vocabulary else "accuracy": most}
-            loss = WindowLoss() if data.vocabulary else None
-            choice = choose_cut(model, profiles.validation, validation, loss=loss, **limit)
-        removed = list(choice.removed)
+        removed = tuple(range(to, layers))
     else:
-        removed = _possible(structure, layers_to_remove(profiles.validation, most))
-    tolerance = None if budget or data.vocabulary else most
-    return _cut(folder, model, data, removed, most, tolerance, choice, bridge=bridge)
-
-
-def _cut(
-    folder: RunFolder,
-    model: nn.Module,
-    data: DataSet,
-    removed: Iterable[int],
-    most: float,
-    tolerance: float | None = None,
-    choice: CutChoice | None = None,
-    *,
-    bridge: bool = False,
-) -> Cut:
-    """Takes layers out, measures what that costs, writes both."""
-    gone = tuple(removed)
-    model = model.to(usable_device(folder.recipe))
-    with fitting_threads(folder.recipe):
-        fitted = None
-        if bridge and gone:
-            fitted = evaluation_batches(data.train.take(min(BRIDGED, len(data.train))))
-        cropped = crop(model, remove=gone, bridge=fitted)
-        loss, test = measure_of(folder.recipe, data), evaluation_batches(data.test)
-        report = verify_crop(model, cropped, test, loss, tolerance=most)
-    if not gone and report.verdict is not None:
+        folder = replace(folder, network=model)
+        profiles = folder.profiles() or profile_run(folder, data=data)
+        if budget or structure.stages > 1 or data.vocabulary:
+            limit: dict[str, Any] = budget or {"rise" if data.vocabulary else "accuracy": most}
+            loss, validation = None, evaluation_batches(data.validation)
+            if data.vocabulary:
+                loss = WindowLoss()
+            with fitting_threads(recipe):
+                choice = choose_cut(model, profiles.validation, validation, loss=loss, **limit)
+            removed = choice.removed
+        else:
+            removed = _possible(structure, layers_to_remove(profiles.validation, most))
+        tolerance = None if budget or data.vocabulary else most
+    if bridge and removed:
+        fitted = evaluation_batches(data.train.take(min(BRIDGED, len(data.train))))
+    with fitting_threads(recipe):
+        cropped = crop(model, remove=removed, bridge=fitted)
+    report = compared(recipe, data, model, cropped, most=most)
+    if not removed and report.verdict is not None:
         report = replace(report, verdict=unchanged(report.verdict))
-    cut = Cut(gone, tolerance, report, choice, Parts.of(data), bridge_of(cropped))
+    cut = Cut(removed, tolerance, report, choice, Parts.of(data), bridge_of(cropped))
     with folder.commit() as new:
-        new.write_cropped(cropped, gone)
+        new.write_cropped(cropped, removed)
         new.write(cut)
+        if new.healing() is None:  # of another cut
+            new.files.drop("healed", f"healed{SUFFIX}", "heal.json")
     return cut
 
 
-def _possible(structure: Anatomy, removed: Iterable[int]) -> list[int]:
+def _possible(structure: Anatomy, removed: Iterable[int]) -> tuple[int, ...]:
     """Less the layers that a model cannot do without; of a model with blocks one at least stays."""
-    possible = [n for n in removed if structure.layers[n].removable]
-    try:
-        structure.check_removable(possible)
-    except InputError:
-        return possible[1:]
-    return possible
+    possible = tuple(n for n in removed if structure.layers[n].removable)
+    return possible if _removable(structure, possible) else possible[1:]
 
 
 def _least(structure: Anatomy) -> int:
     """How many of the first layers have to stay when all behind them go."""
     layers = structure.horizon
-    for least in range(layers):
-        try:
-            structure.check_removable(range(least, layers))
-        except InputError:
-            continue
-        return least
-    return layers
+    return next((k for k in range(layers) if _removable(structure, range(k, layers))), layers)
+
+
+def _removable(structure: Anatomy, layers: Iterable[int]) -> bool:
+    try:
+        structure.check_removable(layers)
+    except InputError:
+        return False
+    return True
 
 
 def usable_device(recipe: Recipe) -> torch.device:
@@ -239,64 +205,58 @@ def complete(folder: RunFolder, *, quiet: bool = False) -> None:
     Raises:
         RunError, KeyboardInterrupt: as `train`.
     """
-    with alone(folder.path):
-        _complete(folder, quiet=quiet)
-
-
-def _complete(folder: RunFolder, *, quiet: bool) -> None:
-    fabric = launch(folder.recipe)
-    if folder.recipe.control == "none" and not fabric.is_global_zero:
-        return
+    recipe, path = folder.recipe, folder.path
 
     def measure() -> Cut | None:
         """Profiles and cuts; returns the cut if there is a control of it to train."""
         profiles, cut = folder.profiles(), folder.cut()
         if profiles is None or cut is None:
-            model, data = folder.network or folder.model(), run_data(folder)
-            with folder.commit() as new:
-                profiles = profiles or _profile(new, model, data)
-                most = tolerance_of(folder.recipe, data)
-                cut = _cut_automatically(new, model, data, profiles, most, {})
-        if folder.recipe.control == "none":
+            network, data = folder.network or folder.model(), run_data(folder)
+            with replace(folder, network=network, data=data).commit() as new:
+                if profiles is None:
+                    profile_run(new)
+                cut = cut or crop_run(new)
+        if recipe.control == "none":
             return None
         reference = folder.reference()
         return None if reference is not None and reference.is_of(cut) else cut
 
-    try:
-        if folder.recipe.control == "none":
-            measure()
+    with alone(path):
+        fabric = launch(recipe)
+        if recipe.control == "none" and not fabric.is_global_zero:
             return
-        with together(f"deeplimit train --resume {folder.path} goes on"):
-            cut = first_process_does(fabric, measure)
-            if cut is not None:
-                _train_control(fabric, folder, cut, quiet=quiet)
-    except KeyboardInterrupt as stop:
-        going_on = f"stopped after the training; deeplimit train --resume {folder.path} goes on"
-        stop.args = (str(stop) or going_on,)
-        raise
+        try:
+            if recipe.control == "none":
+                measure()
+                return
+            with together(f"deeplimit train --resume {path} goes on"):
+                cut = first_process_does(fabric, measure)
+                if cut is not None:
+                    _train_control(fabric, folder, cut, quiet=quiet)
+        except KeyboardInterrupt as stop:
+            going_on = f"stopped after the training; deeplimit train --resume {path} goes on"
+            stop.args = (str(stop) or going_on,)
+            raise
 
 
 def _train_control(fabric: Fabric, folder: RunFolder, cut: Cut, *, quiet: bool) -> None:
     """Trains both networks without stage cost; writes reference.json."""
-    say = tell if not quiet and fabric.is_global_zero else _nothing
+    speaks = not quiet and fabric.is_global_zero
     if not cut.removed:
-        say("Control: no layer was removed, so there is nothing to compare")
+        if speaks:
+            tell("Control: no layer was removed, so there is nothing to compare")
         return
     plain = replace(folder.recipe, stage_cost=0.0, stage_cost_layers=None, control="none")
     title = f"Control: the same network without stage cost, {several(plain.horizon, 'layer')}"
-    full = _train_beside(folder, plain, "without-stage-cost", title, quiet=quiet)
-    depth, small = first_process_does(fabric, lambda: _depth_of(folder.cropped())), None
-    if 0 in depth:
-        say("Control: a stage of the cut has no layer, so no such network is trained")
-    else:
-        small = _train_beside(
-            folder,
-            replace(plain, depth=depth),
-            f"plain-{'-'.join(map(str, depth))}",
-            "Control: a network of the cut's depth without stage cost, "
-            f"{several(sum(depth), 'layer')}",
-            quiet=quiet,
-        )
+    full, small = _train_beside(folder, plain, "without-stage-cost", title, quiet=quiet), None
+    depth = first_process_does(fabric, lambda: cast(Any, folder.cropped()).architecture.depths)
+    if 0 not in depth:
+        layers = several(sum(depth), "layer")
+        title = f"Control: a network of the cut's depth without stage cost, {layers}"
+        suffix = f"plain-{'-'.join(map(str, depth))}"
+        small = _train_beside(folder, replace(plain, depth=depth), suffix, title, quiet=quiet)
+    elif speaks:
+        tell("Control: a stage of the cut has no layer, so no such network is trained")
     first_process_does(fabric, lambda: _compare(folder, cut.removed, full, small))
 
 
@@ -344,28 +304,13 @@ def _compare(
     folder: RunFolder, removed: tuple[int, ...], full: RunFolder, small: RunFolder | None
 ) -> None:
     """Measures the control on test data; writes reference.json."""
-    data, device = run_data(folder), usable_device(folder.recipe)
-    loss, test = loss_of(folder.recipe, data), evaluation_batches(data.test)
-    with fitting_threads(folder.recipe):
-        model = (full.network or full.model()).to(device)
-        pairs = [(model, crop(model, remove=removed))]
-        if small is not None:
-            pairs.append(((small.network or small.model()).to(device), folder.cropped()))
-        tolerance = folder.recipe.points / 100
-        reports = [verify_crop(*pair, test, loss, tolerance=tolerance) for pair in pairs]
-        reference = Reference(
-            turnpike_profile(model, test, loss),
-            reports[0],
-            reports[1] if small is not None else None,
-            removed,
-        )
+    recipe, data, device = folder.recipe, run_data(folder), usable_device(folder.recipe)
+    model, other = (full.network or full.model()).to(device), None
+    report = compared(recipe, data, model, crop(model, remove=removed))
+    if small is not None:
+        plain = (small.network or small.model()).to(device)
+        other = compared(recipe, data, plain, folder.cropped())
+    with fitting_threads(recipe):
+        profile = turnpike_profile(model, evaluation_batches(data.test), loss_of(recipe, data))
+    reference = Reference(profile, report, other, removed)
     folder.write(reference)
-
-
-def _depth_of(cropped: Any) -> tuple[int, ...]:
-    depths: tuple[int, ...] = cropped.architecture.depths
-    return depths
-
-
-def _nothing(_: str) -> None:
-    """Says nothing."""

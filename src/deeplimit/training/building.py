@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit.control import Distillation, SoftCrossEntropy, StageCost
+from deeplimit.control import Distillation, SoftCrossEntropy, StageCost, verify_crop
 from deeplimit.control.verdict import check_rise, check_tolerance
+from deeplimit.control.verifying import CropResult
 from deeplimit.data import Augmentation, DataSet, Split, iter_batches, load_dataset
 from deeplimit.errors import InputError
 from deeplimit.gradient import use_adjoint
@@ -25,24 +29,22 @@ from deeplimit.network.initialisation import check_kernel
 from deeplimit.network.storage import architecture_of
 from deeplimit.network.storage import load as load_own
 from deeplimit.training.given_model import check_model, given_model
+from deeplimit.training.processes import fitting_threads
 from deeplimit.training.recipe import OWN_STARTS, Recipe
 from deeplimit.training.run_files import RunFiles, as_vouched
-from deeplimit.training.run_folder import RunFolder
-from deeplimit.training.texts import RISE, WindowLoss, reader_of
+from deeplimit.training.run_folder import RunFolder, reader_of
 
 EVALUATION_BATCH = 256
 LOGITS = 2**25  # of a batch of texts: 128 MiB in 32 bits
+RISE = 0.05  # nats a token by which a cut may raise the loss: a perplexity 5 % higher
 CACHE = ".data"  # in the folder of the runs: decoded images, memory-mapped by later runs
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """Learning from another network, as in `Distillation`.
+    """Learning from another network, with w and τ as in `Distillation`.
 
     Attributes:
-        teacher: the network.
-        weight: w.
-        temperature: τ.
         learns: whether the teacher learns beside.
     """
 
@@ -56,10 +58,7 @@ class Teaching:
 class Fade:
     """Layers that lose their step size while the network trains, as in `Fading`.
 
-    Attributes:
-        layers: which.
-        end: the part of the training at whose end their step is 0.
-        begin: the part up to which it is 1; between the two it goes down in equal parts.
+    It is 1 up to the part `begin` of the training, goes down in equal parts, and is 0 from `end`.
     """
 
     layers: tuple[int, ...]
@@ -73,14 +72,10 @@ class Fade:
 
 @dataclass(frozen=True)
 class Start:
-    """All that a training starts from.
+    """All that a training starts from: the model at its initial parameters.
 
-    Attributes:
-        recipe: with the standardisation settled.
-        data: standardised, where the model does not do it itself.
-        model: at its initial parameters.
-        teaching: from whom it learns beside the labels.
-        fade: which of its layers fade out.
+    The recipe has the standardisation settled; the data are standardised, where the model does not
+    do it itself.
     """
 
     recipe: Recipe
@@ -120,8 +115,7 @@ def prepare(recipe: Recipe, data: DataSet) -> Start:
         InputError: recipe and data do not go together, or there is no such model.
     """
     loss_of(recipe, data)
-    spec = recipe.model
-    if spec is None:
+    if recipe.model is None:
         start = Start(recipe, data, build_model(recipe, data))
     else:
         model, scale = given_model(recipe, data)
@@ -130,7 +124,7 @@ def prepare(recipe: Recipe, data: DataSet) -> Start:
             data = data.standardised(scale)
         start = Start(recipe, data, model)
         sample = next(iter(evaluation_batches(data.train.take(1))))[0]
-        check_model(model, sample, data, spec, recipe)
+        check_model(model, sample, data, recipe.model or "", recipe)
     training_batches(recipe, data, 0, 0, recipe.devices)
     return start
 
@@ -146,13 +140,13 @@ def build_model(recipe: Recipe, data: DataSet) -> ResidualClassifier | CifarResN
         InputError: the kind of network does not go with the data, or a file not with the recipe.
     """
     architecture = _architecture(recipe, data)
-    if recipe.start is not None:
-        model = _begun(recipe.start, architecture)
-    else:
+    if recipe.start is None:
         model = _initial(recipe, architecture, data)
-    # A run's own start has the frame already.
-    own = recipe.start is not None and recipe.start.name in OWN_STARTS
-    if recipe.frame is not None and not own:
+    else:
+        model = _begun(recipe.start, architecture)
+        if recipe.start.name in OWN_STARTS:  # a run's own has the frame already
+            return model
+    if recipe.frame is not None:
         _take_frame(model, recipe.frame)
     return model
 
@@ -259,25 +253,28 @@ def build_objective(
     if recipe.gradient == "adjoint":
         use_adjoint(model, evaluations=recipe.evaluations, on_drift="ignore")
     freeze_frame(recipe, model)
-    loss = loss_of(recipe, data)
+    return stage_cost(recipe, data, model, teaching)
+
+
+def stage_cost(
+    recipe: Recipe, data: DataSet, model: nn.Module, teaching: Teaching | None = None
+) -> StageCost:
+    """The recipe's stage cost around a model as it is."""
+    costs: dict[str, Any] = {
+        "weight": recipe.stage_cost,
+        "control_cost": recipe.control_cost,
+        "layers": recipe.stage_cost_layers,
+    }
     if teaching is None:
-        return StageCost(
-            model,
-            loss,
-            recipe.stage_cost,
-            control_cost=recipe.control_cost,
-            layers=recipe.stage_cost_layers,
-        )
+        return StageCost(model, loss_of(recipe, data), **costs)
     return Distillation(
         model,
-        loss,
+        loss_of(recipe, data),
         teaching.teacher,
         teacher_weight=teaching.weight,
         temperature=teaching.temperature,
         learns=teaching.learns,
-        weight=recipe.stage_cost,
-        control_cost=recipe.control_cost,
-        layers=recipe.stage_cost_layers,
+        **costs,
     )
 
 
@@ -286,9 +283,40 @@ def loss_of(recipe: Recipe, data: DataSet) -> SoftCrossEntropy:
     return SoftCrossEntropy(data.classes, recipe.softness)
 
 
+class WindowLoss(nn.Module):
+    """The mean cross-entropy of each window's next tokens, in nats: [B, L, C] and [B, L] give [B].
+
+    A sample is a window then: its tokens are not independent of each other.
+    """
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean over the tokens of a window whose target is not −100."""
+        values = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        counts = (targets != IGNORED).sum(1).clamp(min=1)
+        return values.view_as(targets).sum(1) / counts
+
+
 def measure_of(recipe: Recipe, data: DataSet) -> SoftCrossEntropy | WindowLoss:
     """What a network is measured by: its loss, or of a language model the loss of each window."""
     return loss_of(recipe, data) if data.vocabulary is None else WindowLoss()
+
+
+def compared(
+    recipe: Recipe,
+    data: DataSet,
+    before: nn.Module,
+    after: nn.Module,
+    *,
+    most: float | None = None,
+    loss: nn.Module | None = None,
+) -> CropResult:
+    """Two networks on test data; judged by what may be lost, as the recipe says if not given."""
+    most = tolerance_of(recipe, data) if most is None else most
+    loss, test = loss or measure_of(recipe, data), evaluation_batches(data.test)
+    with fitting_threads(recipe), torch.no_grad():
+        return verify_crop(before, after, test, loss, tolerance=most)
 
 
 def tolerance_of(recipe: Recipe, data: DataSet, asked: float | None = None) -> float:
@@ -340,18 +368,14 @@ def _architecture(recipe: Recipe, data: DataSet) -> Architecture | CifarArchitec
             "are too coarse before they are standardised; give the precision 32-true or 64-true, "
             "or take away the features' means"
         )
+    names = ("hidden", "activation", "norm", "step", "scheme", "reduction")
     return Architecture(
-        kind=recipe.kind,
-        shape=data.shape,
-        classes=data.classes,
+        recipe.kind,
+        data.shape,
+        data.classes,
         depths=recipe.depth,
         width=data.classes if recipe.kind == "logit" else recipe.width,
-        hidden=recipe.hidden,
-        activation=recipe.activation,
-        norm=recipe.norm,
-        step=recipe.step,
-        scheme=recipe.scheme,
-        reduction=recipe.reduction,
+        **{name: getattr(recipe, name) for name in names},
     )
 
 

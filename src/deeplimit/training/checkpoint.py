@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from deeplimit.errors import InputError
 from deeplimit.files import write_text, write_whole
 from deeplimit.network.weights import read_pickled
+from deeplimit.reading import one_line
 from deeplimit.records import coerce
 from deeplimit.training.progress import Row
 
@@ -40,14 +41,10 @@ WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after some epochs.
+    """A run after some epochs: the states of network, optimiser and schedule, steps, metrics.
 
-    Attributes:
-        model: the network's state_dict, whole whatever the strategy; keys of the bare network.
-        optimizer: the optimiser's state by parameter names.
-        scheduler: the schedule's state.
-        step: optimisation steps done.
-        rows: the metrics of the epochs done.
+    The network's is whole whatever the strategy, with keys of the bare network; the optimiser's is
+    by parameter names.
     """
 
     model: dict[str, Any]
@@ -95,19 +92,14 @@ def restore(
                 raise TypeError(f"{name} of the schedule is {value!r:.40}")
         scheduler.load_state_dict(checkpoint.scheduler)
     except Exception as error:  # whatever a state that is another network's leads to
-        raise InputError(
-            f"the checkpoint is not of the network in recipe.toml ({_line(error)}); give the run "
-            "its own recipe back"
-        ) from error
+        what = f"the checkpoint is not of the network in recipe.toml ({one_line(error)})"
+        raise InputError(f"{what}; give the run its own recipe back") from error
 
 
 def _divide(optimizer: Optimizer, model: nn.Module, saved: Sequence[dict[str, Any]]) -> None:
-    """Divides an optimiser's one group as it was when the checkpoint was taken.
-
-    A network that was refined has several: learning rates differ with what a parameter is for.
-    """
+    """Divides an optimiser's one group as it was when the checkpoint was taken."""
     if len(saved) == len(optimizer.param_groups):
-        return
+        return  # else the network was refined: rates differ with what a parameter is for
     named = dict(model.named_parameters())
     (group,) = optimizer.param_groups
     optimizer.param_groups[:] = [
@@ -139,44 +131,40 @@ def load_checkpoint(run: Path) -> Checkpoint | None:
     Raises:
         InputError: there are checkpoints, but none is whole, or they are of another version.
     """
-    folder = run / FOLDER
-    paths = _newest_first(folder)
     problems = []
-    for path in paths:
-        try:
-            return _load(path)
-        except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
-            problems.append(f"{path.name}: {_line(error)}")
-    if problems or (folder / LATEST).exists():
+    for path in _newest_first(run / FOLDER):
+        checkpoint, problem = _tried(path)
+        if checkpoint is not None:
+            return checkpoint
+        problems.append(f"{path.name}: {problem}")
+    if problems or (run / FOLDER / LATEST).exists():
+        why = "; ".join(problems) or "none of the files is left"
         raise InputError(
-            f"{folder}: no whole checkpoint ({'; '.join(problems) or 'none of the files is left'});"
-            f" the run cannot go on: train again from {run / 'recipe.toml'}"
+            f"{run / FOLDER}: no whole checkpoint ({why}); the run cannot go on: train again from "
+            f"{run / 'recipe.toml'}"
         )
     return None
 
 
 def checkpoint_problems(run: Path) -> dict[Path, str]:
     """What is wrong with each of a run's checkpoints, in a line; nothing where it is whole."""
-    return {path: _problem(path) for path in sorted(_newest_first(run / FOLDER))}
+    return {path: _tried(path)[1] for path in sorted(_newest_first(run / FOLDER))}
 
 
-def _problem(path: Path) -> str:
+def _tried(path: Path) -> tuple[Checkpoint | None, str]:
+    """A checkpoint, or what is wrong with it."""
     try:
-        _load(path)
-    except Exception as error:  # as in `load_checkpoint`
-        return _line(error)
-    return ""
-
-
-def _load(path: Path) -> Checkpoint:
-    content = read_pickled(path, "damaged", "go on from the one before")
-    if content.pop("format") != FORMAT:
-        raise InputError("it is of another version of deeplimit")
-    checkpoint = Checkpoint(**content)
-    for name, kind in (("model", dict), ("optimizer", dict), ("scheduler", dict), ("step", int)):
-        coerce(kind, getattr(checkpoint, name), name)
-    rows = coerce(tuple[dict[str, float | None], ...], checkpoint.rows, "rows")
-    return replace(checkpoint, rows=list(rows))
+        content = read_pickled(path, "damaged", "go on from the one before")
+        if content.pop("format") != FORMAT:
+            raise InputError("it is of another version of deeplimit")
+        checkpoint = Checkpoint(**content)
+        kinds = {"model": dict, "optimizer": dict, "scheduler": dict, "step": int}
+        for name, kind in kinds.items():
+            coerce(kind, getattr(checkpoint, name), name)
+        rows = coerce(tuple[dict[str, float | None], ...], checkpoint.rows, "rows")
+        return replace(checkpoint, rows=list(rows)), ""
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
+        return None, one_line(error)
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -188,7 +176,3 @@ def _newest_first(folder: Path) -> list[Path]:
         latest = (folder / LATEST).read_text().strip()
         paths.sort(key=lambda path: path.name > latest)
     return paths
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -50,12 +50,15 @@ def join(fabric: Fabric) -> None:
         return
     world = int(os.environ.get("WORLD_SIZE", fabric.world_size))
     if os.environ.get("LOCAL_WORLD_SIZE", str(world)) == str(world):
-        _talk_on_loopback()
+        # All processes are on this machine: their connections too.
+        for name in {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
     own = isinstance(environment, LightningEnvironment) and strategy.num_nodes == 1
     if own and (PARENT in os.environ or not environment.creates_processes_externally):
         children: list[subprocess.Popen[bytes]] = []
         store, rank = _meet(fabric.world_size, children)
-        watch = Watch.start_with(store.clone(), rank, fabric.world_size, children, patience)
+        watch = Watch(store.clone(), rank, fabric.world_size, children, patience)
         with watch.at_work(AGAIN):
             backend = "nccl" if strategy.root_device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(
@@ -71,7 +74,7 @@ def join(fabric: Fabric) -> None:
     fabric.launch()
     if torch.distributed.is_initialized() and fabric.world_size > 1:
         shared: Any = _get_default_store()
-        Watch.start_with(shared.clone(), fabric.global_rank, fabric.world_size, [], patience)
+        Watch(shared.clone(), fabric.global_rank, fabric.world_size, [], patience)
 
 
 def _patience() -> float:
@@ -80,14 +83,6 @@ def _patience() -> float:
         if float(given) >= SOON:
             return float(given)
     raise InputError(f"{TIMEOUT} is {given!r}; expected seconds, at least {SOON:g}")
-
-
-def _talk_on_loopback() -> None:
-    """All processes are on this machine: their connections too."""
-    names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
-    for name in names:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def _meet(world: int, children: list[subprocess.Popen[bytes]]) -> tuple[Any, int]:
@@ -107,15 +102,8 @@ def _meet(world: int, children: list[subprocess.Popen[bytes]]) -> tuple[Any, int
     elif os.getppid() != int(os.environ[PARENT]):
         raise ProcessLost(_told(0, world, "is gone", AGAIN), aloud=rank == 1)
     distributed: Any = torch.distributed
-    store = distributed.TCPStore(
-        LOOPBACK,
-        int(os.environ["MASTER_PORT"]),
-        world,
-        rank == 0,
-        timeout=COLLECTIVE,
-        wait_for_workers=False,
-        **listening,
-    )
+    address = (LOOPBACK, int(os.environ["MASTER_PORT"]), world, rank == 0)
+    store = distributed.TCPStore(*address, timeout=COLLECTIVE, wait_for_workers=False, **listening)
     return store, rank
 
 
@@ -137,22 +125,16 @@ class Watch(threading.Thread):
         self.store, self.rank, self.world, self.children = store, rank, world, children
         self.patience = int(patience / BEAT)
         self.remedy = ""  # something only while the main thread works together with the others
-        self.beats = 0
         self.stopping = threading.Event()
         self.silent = dict.fromkeys(range(1, world) if rank == 0 else [0], (0, 0))
         self.gone: dict[int, str] = {}
-
-    @classmethod
-    def start_with(cls, *args: Any) -> "Watch":
-        """Begins to watch."""
-        cls.current = cls(*args)
+        Watch.current = self
         # The first sign comes before the first collective: who is stopped right after that is
         # missed like anybody else.
-        cls.current.look()
-        cls.current.start()
+        self.look()
+        self.start()
         # At its end Python drops threads wherever they are; in the store's C++ that is an abort.
-        atexit.register(cls.current.stop)
-        return cls.current
+        atexit.register(self.stop)
 
     def run(self) -> None:
         """Until the process ends."""
@@ -184,7 +166,6 @@ class Watch(threading.Thread):
                     self.gone.setdefault(k, f"gave no sign of life for {self.patience * BEAT:g} s")
         except RuntimeError:  # the store went with the process that held it
             self.gone.setdefault(0, "is gone")
-        self.beats += 1
 
     @contextmanager
     def at_work(self, remedy: str) -> Iterator[None]:
@@ -197,18 +178,19 @@ class Watch(threading.Thread):
         try:
             yield
         except KeyboardInterrupt:
-            self.end_children()
+            self._end_children()
             raise
         except RuntimeError as error:
-            if not _failed_together(error) or not self._missed():
-                raise
-            told = self._message()
-            self.end_children()
-            raise ProcessLost(told, aloud=self._speaks()) from None
+            collective = isinstance(error, torch.distributed.DistError)
+            if not (collective or "gloo" in str(error).lower()) or not self._missed():
+                raise  # this process's own work failed
+            lost = self._lost()
+            self._end_children()
+            raise lost from None
         finally:
             self.remedy = before
 
-    def end_children(self) -> None:
+    def _end_children(self) -> None:
         """Ends the processes that this one started."""
         for child in self.children:
             child.terminate()
@@ -231,41 +213,29 @@ class Watch(threading.Thread):
                 self.gone.setdefault(k, "is gone")
         return bool(self.gone)
 
-    def _message(self) -> str:
+    def _lost(self) -> ProcessLost:
         k = min(self.gone)
-        return _told(k, self.world, self.gone[k], self.remedy or AGAIN)
-
-    def _speaks(self) -> bool:
-        return self.rank == 0 or (self.rank == 1 and 0 in self.gone)
+        aloud = self.rank == 0 or (self.rank == 1 and 0 in self.gone)
+        return ProcessLost(_told(k, self.world, self.gone[k], self.remedy or AGAIN), aloud=aloud)
 
     def _end(self) -> None:
-        told = self._message()
-        if self._speaks():
+        lost = self._lost()
+        if lost.aloud:
             shown = "\033[?25h\n" if sys.stderr.isatty() else ""  # the cursor that a bar hid
-            print(f"{shown}deeplimit: {told}", file=sys.stderr, flush=True)
+            print(f"{shown}deeplimit: {lost}", file=sys.stderr, flush=True)
         for child in self.children:
             child.kill()
             child.wait()
         os._exit(1)
 
 
-@contextmanager
-def together(remedy: str) -> Iterator[None]:
+def together(remedy: str) -> AbstractContextManager[None]:
     """Work that all processes share; `remedy` says how to go on where one of them is lost.
 
     Raises:
-        ProcessLost: one is.
+        ProcessLost: by its with statement: one is.
     """
-    if Watch.current is None:
-        yield
-        return
-    with Watch.current.at_work(remedy):
-        yield
-
-
-def _failed_together(error: RuntimeError) -> bool:
-    """Whether a collective failed, not this process's own work."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+    return nullcontext() if Watch.current is None else Watch.current.at_work(remedy)
 
 
 def _ended(code: int) -> str:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit.control import StageCost
 from deeplimit.errors import InputError, describe_error
 from deeplimit.gradient.accuracy import LossOf
-from deeplimit.training import LoadedModel
-from deeplimit.training.building import loss_of, run_data, training_batches
+from deeplimit.training.building import run_data, stage_cost, training_batches
+from deeplimit.training.library_models import LoadedModel
 from deeplimit.training.recipe import check_seed
 from deeplimit.training.run_folder import RunFolder
 
@@ -81,14 +80,11 @@ def example(
         if loaded.run is not None:
             _refuse(asked, "the run has its own data", but="batch")
             made = _of_run(RunFolder.open(loaded.run), loaded.model, asked)
-            return Example(move_data_to_device(made.batch, device), made.loss_of)
-        if loaded.batch is not None:
+        elif loaded.batch is not None:
             _refuse(asked, f"{loaded.spec} returned its own batch")
-        inputs = _inputs(loaded, asked) if loaded.batch is None else loaded.batch
-        inputs = move_data_to_device(inputs, device)
-        if loaded.loss_of is not None:
-            return Example(inputs, loaded.loss_of)
-        made = _completed(loaded, inputs)
+            made = _completed(loaded, move_data_to_device(loaded.batch, device))
+        else:
+            made = _completed(loaded, move_data_to_device(_inputs(loaded, asked), device))
         return Example(move_data_to_device(made.batch, device), made.loss_of)
 
 
@@ -111,8 +107,7 @@ def _refuse(asked: BatchRequest, why: str, but: str = "") -> None:
 
 def _of_run(run: RunFolder, model: nn.Module, asked: BatchRequest) -> Example:
     """The first batch of the run's own training, and what it minimises."""
-    recipe = run.recipe
-    data = run_data(run)
+    recipe, data = run.recipe, run_data(run)
     x, y = next(iter(training_batches(recipe, data, 0)))
     if asked.samples is not None:
         if asked.samples > len(y):
@@ -120,18 +115,11 @@ def _of_run(run: RunFolder, model: nn.Module, asked: BatchRequest) -> Example:
                 f"batch is {asked.samples}; the run's own is {len(y)}: give at most that"
             )
         x, y = x[: asked.samples], y[: asked.samples]
-    objective = StageCost(
-        model,
-        loss_of(recipe, data),
-        recipe.stage_cost,
-        control_cost=recipe.control_cost,
-        layers=recipe.stage_cost_layers,
-    )
+    objective = stage_cost(recipe, data, model)
 
     def loss(_: nn.Module, batch: Any) -> Tensor:
         objective.draws.manual_seed(recipe.seed)  # the same layers in every pass
-        cost: Tensor = objective(*batch)[0]
-        return cost
+        return cast(Tensor, objective(*batch)[0])
 
     return Example((x, y), loss)
 
@@ -155,7 +143,7 @@ def _inputs(loaded: LoadedModel, asked: BatchRequest) -> Any:
             f"{loaded.spec}: what goes into it is not known; give a shape such as 3,224,224, a "
             f"length for tokens, or {FUNCTION}"
         )
-    return torch.randn(count, *shape, dtype=_dtype(model))
+    return _numbers(model, count, shape)
 
 
 def _named_inputs(
@@ -171,31 +159,29 @@ def _named_inputs(
         inputs[name] = torch.randint(config.get_text_config().vocab_size, (count, length))
         if config.is_encoder_decoder:
             inputs["labels"] = inputs[name].clone()
-    elif asked.length is not None and asked.shape is None:
-        if name == "pixel_values":
-            raise InputError("length given, but the model takes images; give a shape: 3,224,224")
-        inputs[name] = torch.randn(count, asked.length, dtype=_dtype(model))
+    elif asked.length is not None and name == "pixel_values":
+        raise InputError("length given, but the model takes images; give a shape: 3,224,224")
     else:
-        shape = asked.shape or _image(config)
-        inputs[name] = torch.randn(count, *shape, dtype=_dtype(model))
+        size = getattr(config, "image_size", None) or IMAGE
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        image = (getattr(config, "num_channels", 3), height, width)
+        length = None if asked.length is None else (asked.length,)
+        inputs[name] = _numbers(model, count, asked.shape or length or image)
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False  # in training nothing is generated
     return inputs
 
 
-def _image(config: Any) -> tuple[int, ...]:
-    size = getattr(config, "image_size", None) or IMAGE
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return (getattr(config, "num_channels", 3), height, width)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
+def _numbers(model: nn.Module, count: int, shape: tuple[int, ...]) -> Tensor:
+    """Random numbers, of the model's precision."""
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
-    return next(floating, torch.float32)
+    return torch.randn(count, *shape, dtype=next(floating, torch.float32))
 
 
 def _completed(loaded: LoadedModel, inputs: Any) -> Example:
     """Inputs with what the loss needs, and the loss, both from what the model gives for them."""
+    if loaded.loss_of is not None:
+        return Example(inputs, loaded.loss_of)
     if isinstance(inputs, tuple | list):
         if len(inputs) != 2:
             raise InputError(
@@ -210,20 +196,14 @@ def _completed(loaded: LoadedModel, inputs: Any) -> Example:
     except Exception as error:
         raise InputError(
             f"{loaded.spec} does not run on its batch: {describe_error(error)}; see shape and "
-            f"length, or "
-            f"{FUNCTION}"
+            f"length, or {FUNCTION}"
         ) from error
     if _loss(output) is not None:
         return Example(inputs, _own)
-    tensor = _first_tensor(output)
-    if tensor is None:
-        raise InputError(
-            f"{loaded.spec} returns {type(output).__name__} without a tensor; {FUNCTION}, and "
-            "(model, batch, loss_of) its loss too"
-        )
+    tensor, logits = _first_tensor(output), _parts(output).get("logits")
     labels = "labels" in inspect.signature(model.forward).parameters
-    if isinstance(inputs, Mapping) and labels and isinstance(_part(output, "logits"), Tensor):
-        return Example({**inputs, "labels": _classes(_part(output, "logits"))}, _own)
+    if isinstance(inputs, Mapping) and labels and isinstance(logits, Tensor):
+        return Example({**inputs, "labels": _classes(logits)}, _own)
     if tensor.dim() == 2 and tensor.shape[1] > 1:
         return Example((inputs, _classes(tensor)), _of_targets)
     return Example(inputs, _mean_square)
@@ -238,21 +218,28 @@ def _run(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
-def _part(output: Any, name: str) -> Any:
-    return output.get(name) if isinstance(output, Mapping) else None
+def _parts(output: Any) -> Mapping[Any, Any]:
+    """What a model returned, by names or by places."""
+    if isinstance(output, Mapping):
+        return output
+    return dict(enumerate(output if isinstance(output, tuple | list) else [output]))
 
 
 def _loss(output: Any) -> Tensor | None:
-    found = _part(output, "loss")
+    found = _parts(output).get("loss")
     return found if isinstance(found, Tensor) and found.dim() == 0 else None
 
 
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    parts = output.values() if isinstance(output, Mapping) else output
-    parts = parts if isinstance(parts, tuple | list) or isinstance(output, Mapping) else ()
-    return next((part for part in parts if isinstance(part, Tensor)), None)
+def _first_tensor(output: Any) -> Tensor:
+    tensors = (part for part in _parts(output).values() if isinstance(part, Tensor))
+    tensor = next(tensors, None)
+    if tensor is None:
+        kind = type(output).__name__
+        raise InputError(
+            f"the model returned {kind} without a tensor; {FUNCTION}, and (model, batch, loss_of) "
+            "its loss too"
+        )
+    return tensor
 
 
 def _own(model: nn.Module, batch: Any) -> Tensor:
@@ -263,20 +250,10 @@ def _own(model: nn.Module, batch: Any) -> Tensor:
     return found
 
 
-def _output(model: nn.Module, inputs: Any) -> Tensor:
-    """The first tensor that the model returns."""
-    output = _run(model, inputs)
-    tensor = _first_tensor(output)
-    if tensor is None:
-        kind = type(output).__name__
-        raise InputError(f"the model returned {kind} without a tensor; {FUNCTION}")
-    return tensor
-
-
 def _of_targets(model: nn.Module, batch: Any) -> Tensor:
     """Cross-entropy for classes, mean squared error for other targets."""
     inputs, targets = batch
-    output = _output(model, inputs)
+    output = _first_tensor(_run(model, inputs))
     if targets.is_floating_point():
         return F.mse_loss(output, targets)
     return F.cross_entropy(output.flatten(0, -2), targets.flatten())
@@ -284,4 +261,4 @@ def _of_targets(model: nn.Module, batch: Any) -> Tensor:
 
 def _mean_square(model: nn.Module, batch: Any) -> Tensor:
     """A loss for what has neither labels nor classes."""
-    return _output(model, batch).square().mean()
+    return _first_tensor(_run(model, batch)).square().mean()

@@ -1,12 +1,10 @@
 """Training a recipe from its start, or from where a run was stopped."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control import StageCost
@@ -15,10 +13,16 @@ from deeplimit.interruption import interruptible
 from deeplimit.training.building import Start, evaluation_batches, load_data, loss_of, prepare
 from deeplimit.training.checkpoint import load_checkpoint
 from deeplimit.training.companions import together
-from deeplimit.training.determinism import fitting_threads, repeatable
 from deeplimit.training.loop import Training
-from deeplimit.training.processes import first_process_does, launch, place, shared
-from deeplimit.training.progress import Observer, Row, observer
+from deeplimit.training.processes import (
+    first_process_does,
+    fitting_threads,
+    launch,
+    place,
+    repeatable,
+    shared,
+)
+from deeplimit.training.progress import observer
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.run_files import alone
 from deeplimit.training.run_folder import RunFolder
@@ -79,24 +83,18 @@ def resume(path: str | Path, *, quiet: bool = False, trust: bool = False) -> Run
 
 
 def launched(start: Start) -> Fabric:
-    """The processes of a training, as `launch` starts them."""
-    return launch(start.recipe, unused=shared(start.recipe) and _leaves_out(start))
+    """The processes of a training, as `launch` starts them.
 
-
-def _leaves_out(start: Start) -> bool:
-    """Whether some parameter has no gradient: layers that fade to nothing, parts of a given model.
-
-    Asked of one sample in evaluation mode.
+    Some parameter may have no gradient: of layers that fade to nothing, of parts of a given model.
     """
-    if start.fade is not None and start.fade.layers:
-        return True
-    if start.recipe.model is None:
-        return False
-    with evaluating(start.model) as model, torch.enable_grad():
-        x, y = next(iter(evaluation_batches(start.data.train.take(1))))
-        cost, _ = StageCost(model, loss_of(start.recipe, start.data), weight=0.0)(x, y)
-        learnt = [p for p in model.parameters() if p.requires_grad]
-        return None in torch.autograd.grad(cost, learnt, allow_unused=True)
+    recipe, unused = start.recipe, start.fade is not None
+    if shared(recipe) and not unused and recipe.model is not None:
+        with evaluating(start.model) as model, torch.enable_grad():
+            x, y = next(iter(evaluation_batches(start.data.train.take(1))))
+            cost, _ = StageCost(model, loss_of(recipe, start.data), weight=0.0)(x, y)
+            learnt = [p for p in model.parameters() if p.requires_grad]
+            unused = None in torch.autograd.grad(cost, learnt, allow_unused=True)
+    return launch(recipe, unused=unused)
 
 
 def fit(
@@ -111,14 +109,8 @@ def fit(
 ) -> Training:
     """Trains to the end, from a folder's last good checkpoint where it has one.
 
-    Args:
-        fabric: of this process.
-        start: what is trained.
-        folder: for checkpoints and metrics; without it nothing is written.
-        title: what is trained, in words.
-        command: what to call to go on once it was stopped.
-        until: stop after so many epochs, with the schedule of all; without it go to the end.
-        quiet: no progress on stderr.
+    Without a folder nothing is written. `command` is what to call to go on once it was stopped;
+    with `until` it stops after so many epochs, with the schedule of all.
 
     Raises:
         RunError, KeyboardInterrupt: as `train`.
@@ -129,19 +121,31 @@ def fit(
     if checkpoint is not None:
         training.restore(checkpoint)
     done = len(training.rows)
-    quiet = quiet or not fabric.is_global_zero
+    told = {"quiet": quiet or not fabric.is_global_zero, "text": bool(start.data.vocabulary)}
     with (
-        observer(recipe.epochs, training.steps_per_epoch, done, quiet=quiet) as seen,
+        observer(recipe.epochs, training.steps_per_epoch, done, **told) as seen,
         repeatable(fabric.device),
         fitting_threads(recipe),
         interruptible() as check,
     ):
-        seen.start(f"{title}, {_planned(recipe, done)}")
+        epochs = several(recipe.epochs, "epoch")
+        if done >= recipe.epochs:
+            epochs = f"{epochs}: finished already, nothing to train"
+        elif done:
+            epochs = f"{epochs}, going on after {done}"
+        seen.start(f"{title}, {epochs}")
         try:
             while len(training.rows) < (recipe.epochs if until is None else until):
-                _run_epoch(training, seen, check)
+                try:
+                    training.run_epoch(seen, check)
+                except RuntimeError:
+                    check()  # the others were stopped by the same signal, and so is this process
+                    raise
         except KeyboardInterrupt as stop:
-            stop.args = (_stopped(training, command),)
+            done = len(training.rows)
+            where = "after the last epoch" if done >= recipe.epochs else f"in epoch {done + 1}"
+            after = f"after epoch {done}" if done else "from the start"
+            stop.args = (f"stopped {where}{f'; {command} goes on {after}' if command else ''}",)
             raise
         except torch.OutOfMemoryError as error:
             raise RunError(
@@ -149,14 +153,6 @@ def fit(
                 "with a smaller batch size or on more devices"
             ) from error
     return training
-
-
-def _run_epoch(training: Training, seen: Observer, check: Callable[[], None]) -> None:
-    try:
-        training.run_epoch(seen, check)
-    except RuntimeError:
-        check()  # the others were stopped by the same signal, and so is this process
-        raise
 
 
 def train_in(
@@ -170,56 +166,27 @@ def train_in(
 ) -> RunFolder:
     """Trains in a run folder that there is, from its last good checkpoint; writes the network.
 
-    Args:
-        fabric: of this process.
-        start: what is trained.
-        folder: the run's.
-        title: what is trained, in words.
-        going_on: the run folder whose resumption goes on with this; by default this one.
-        quiet: no progress on stderr.
+    The run has, then, what this process has of it: its data, and the first one the whole network.
+    `going_on` is the run folder whose resumption goes on with this; by default this one.
 
     Raises:
         RunError, KeyboardInterrupt: as `train`.
     """
-    folder = replace(folder, recipe=start.recipe)
+    recipe, network, rows = start.recipe, start.model, None
+    folder = replace(folder, recipe=recipe)
     command = f"deeplimit train --resume {going_on or folder.path}"
+    layers = f"{recipe.kind} network of {several(recipe.horizon, 'layer')}"
+    title = title or f"{folder.path}: {recipe.model or layers} on {recipe.data}"
+
+    def finish() -> None:
+        with folder.commit() as new:
+            new.write_metrics(rows or ())
+            new.write_model(network)
+
     with together(f"{command} goes on"), alone(folder.path):
-        if start.recipe.epochs == 0:
-            first_process_does(fabric, lambda: _finish(folder, start.model, []))
-            return _trained(fabric, folder, start, start.model)
-        title = title or f"{folder.path}: {_network(start.recipe)} on {start.recipe.data}"
-        training = fit(fabric, start, folder.path, title=title, command=command, quiet=quiet)
-        first_process_does(fabric, lambda: _finish(folder, training.end(), training.rows))
-    return _trained(fabric, folder, start, training.network)
-
-
-def _trained(fabric: Fabric, folder: RunFolder, start: Start, network: nn.Module) -> RunFolder:
-    """The run with what this process has of it: its data, and the first one the whole network."""
+        if recipe.epochs:
+            training = fit(fabric, start, folder.path, title=title, command=command, quiet=quiet)
+            network, rows = training.end(), training.rows
+        first_process_does(fabric, finish)
     whole = network.eval() if fabric.is_global_zero else None
     return replace(folder, data=start.data, network=whole)
-
-
-def _finish(folder: RunFolder, model: nn.Module, rows: Sequence[Row]) -> None:
-    with folder.commit() as new:
-        new.write_metrics(rows)
-        new.write_model(model)
-
-
-def _network(recipe: Recipe) -> str:
-    if recipe.model is not None:
-        return recipe.model
-    return f"{recipe.kind} network of {several(recipe.horizon, 'layer')}"
-
-
-def _planned(recipe: Recipe, done: int) -> str:
-    what = several(recipe.epochs, "epoch")
-    if done >= recipe.epochs:
-        return f"{what}: finished already, nothing to train"
-    return what if done == 0 else f"{what}, going on after {done}"
-
-
-def _stopped(training: Training, command: str) -> str:
-    done = len(training.rows)
-    where = f"in epoch {done + 1}" if done < training.recipe.epochs else "after the last epoch"
-    after = f"after epoch {done}" if done else "from the start"
-    return f"stopped {where}; {command} goes on {after}" if command else f"stopped {where}"

@@ -17,9 +17,9 @@ from deeplimit.network.weights import read_pickled, read_safetensors
 from deeplimit.training.library_models import UNTRAINED, LoadedModel
 from deeplimit.training.recipe import Recipe, check_seed
 from deeplimit.training.run_folder import load_named
-from deeplimit.training.texts import check_causal, check_words, task_of
-from deeplimit.training.trust import Named
+from deeplimit.training.specification import Named
 
+CAUSAL = 1e-3  # of the largest logit by which a later token may change one; more is no rounding
 NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
 PARALLEL = "module."  # before every name in those of DataParallel
 
@@ -61,15 +61,12 @@ def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisati
     Raises:
         InputError: no such model or weights, or figures that do not go with the model or the data.
     """
-    spec = recipe.model or ""
-    loaded = load_named(
-        spec,
-        seed=recipe.seed,
-        classes=data.classes,
-        new_head=recipe.new_head,
-        task=task_of(data),
-    )
-    model = loaded.model
+    spec, task = recipe.model or "", "IMAGE_CLASSIFICATION"
+    if data.is_text:
+        task = "SEQUENCE_CLASSIFICATION" if data.vocabulary is None else "CAUSAL_LM"
+    more: dict[str, Any] = {"new_head": recipe.new_head, "task": task}
+    loaded = load_named(spec, seed=recipe.seed, classes=data.classes, **more)
+    model: Any = loaded.model
     if recipe.weights is not None:
         load_weights(model, recipe.weights, spec)
     elif recipe.epochs == 0 and loaded.weights == UNTRAINED:
@@ -80,15 +77,18 @@ def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisati
     if recipe.stack is not None:
         anatomy(model, blocks=recipe.stack)
     if data.is_text and loaded.weights != UNTRAINED and not recipe.new_head:
-        check_words(model, data, spec)
-    _name_classes(model, data.class_names)
-    if data.is_text:
+        _check_words(model, data, spec)
+    names = data.class_names
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "id2label", None) == {i: f"LABEL_{i}" for i in range(len(names))}:
+        config.id2label = dict(enumerate(names))  # of a new head of transformers
+        config.label2id = {name: i for i, name in enumerate(names)}
+    if data.is_text or hasattr(model, "standardise"):
         if recipe.mean is not None:
-            raise InputError(f"mean given, but {recipe.data} is text; leave mean and std out")
-        return model, None
-    if hasattr(model, "standardise"):
-        if recipe.mean is not None:
-            raise InputError(f"mean given, but {spec} standardises its own inputs; leave it out")
+            why = (
+                f"{recipe.data} is text" if data.is_text else f"{spec} standardises its own inputs"
+            )
+            raise InputError(f"mean given, but {why}; leave mean and std out")
         return model, None
     if recipe.mean is not None and recipe.std is not None:
         scale = Standardisation(recipe.mean, recipe.std)
@@ -99,15 +99,6 @@ def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisati
         scale = Standardisation(tuple(mean.tolist()), tuple(std.tolist()))
     scale.check(data.shape)
     return model, scale
-
-
-def _name_classes(model: Any, names: tuple[str, ...]) -> None:
-    """Names the classes of a new head, LABEL_0 and so on in transformers, as the data does."""
-    config: Any = getattr(model, "config", None)
-    labels = getattr(config, "id2label", None)
-    if labels == {i: f"LABEL_{i}" for i in range(len(names))}:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: i for i, name in enumerate(names)}
 
 
 def load_weights(model: nn.Module, path: Path, spec: str) -> None:
@@ -121,7 +112,8 @@ def load_weights(model: nn.Module, path: Path, spec: str) -> None:
         weights: Any = read_safetensors(path, remedy)[0]
     else:
         weights = read_pickled(path, "no readable weights", remedy)
-    weights = next((weights[n] for n in NESTED if _is_state(weights, n)), weights)
+    nested = (weights.get(name) for name in NESTED) if isinstance(weights, Mapping) else ()
+    weights = next((part for part in nested if isinstance(part, Mapping)), weights)
     if not isinstance(weights, Mapping):
         raise InputError(f"{path} holds {type(weights).__name__}; expected a state_dict")
     weights = {str(name).removeprefix(PARALLEL): tensor for name, tensor in weights.items()}
@@ -135,22 +127,12 @@ def load_weights(model: nn.Module, path: Path, spec: str) -> None:
         ) from error
 
 
-def _is_state(weights: Any, name: str) -> bool:
-    return isinstance(weights, Mapping) and isinstance(weights.get(name), Mapping)
-
-
 def check_model(model: nn.Module, x: Inputs, data: DataSet, spec: str, recipe: Recipe) -> None:
-    """Runs a model on a sample of its data.
-
-    Args:
-        model: any.
-        x: one, as the model is to see it.
-        data: where it is from.
-        spec: what to call the model.
-        recipe: of its training; its data, and its gradient.
+    """Runs a model, called `spec`, on a sample of its data as it is to see it.
 
     Raises:
-        InputError: it has no anatomy, does not take such samples, or tells other classes apart.
+        InputError: it has no anatomy, does not take such samples, tells other classes apart, or
+            cannot have the recipe's gradient.
     """
     samples = "×".join(map(str, data.shape)) + (" tokens" if data.is_text else "")
     reads_tokens = (
@@ -163,18 +145,16 @@ def check_model(model: nn.Module, x: Inputs, data: DataSet, spec: str, recipe: R
         try:
             logits = call(model, x)
         except Exception as error:  # whatever the user's model raises
+            remedy = (
+                "give a model for such images, such as a config.json with their image_size and "
+                "num_channels, or a module:function that resizes them"
+            )
             raise InputError(
                 f"{spec} does not take the samples of {recipe.data}, {samples}: "
-                f"{describe_error(error)}; "
-                + (
-                    "give a smaller length"
-                    if data.is_text
-                    else "give a model for such images, such as a config.json with their "
-                    "image_size and num_channels, or a module:function that resizes them"
-                )
+                f"{describe_error(error)}; {'give a smaller length' if data.is_text else remedy}"
             ) from error
         if data.vocabulary is not None and isinstance(x, Tensor):
-            check_causal(model, x, logits, spec)
+            _check_causal(model, x, logits, spec)
     structure = anatomy(model, x, recipe.stack)
     if structure.tokens and data.vocabulary is None:
         raise InputError(reads_tokens)
@@ -188,4 +168,28 @@ def check_model(model: nn.Module, x: Inputs, data: DataSet, spec: str, recipe: R
         raise InputError(
             f"{spec} tells {heads} classes apart, {recipe.data} has {data.classes}; give a model "
             f"with a head for {data.classes} classes, as module:function if need be"
+        )
+
+
+def _check_causal(model: nn.Module, x: Tensor, logits: Tensor, spec: str) -> None:
+    """Refuses a model whose answer to a token of x [1, L] depends on those after it."""
+    other = x.clone()
+    other[:, -1] = (x[:, -1] + 1) % logits.shape[-1]
+    apart = (call(model, other) - logits)[:, :-1].abs().max()
+    if apart > CAUSAL * logits.abs().max():
+        raise InputError(
+            f"{spec} looks at the tokens that follow, so it is an encoder and no model of the next "
+            "token; give a decoder such as Llama or GPT-2, or a text classifier and --data "
+            "table:FILE"
+        )
+
+
+def _check_words(model: Any, data: DataSet, spec: str) -> None:
+    """Refuses labels in words that a trained classifier does not know, whose order none says."""
+    names = [str(name) for name in getattr(model.config, "id2label", {}).values()]
+    words = not all(name.isdigit() for name in data.class_names)
+    if data.vocabulary is None and words and names != [*data.class_names]:
+        raise InputError(
+            f"{data.name}: labels {', '.join(data.class_names[:4])}, while {spec} calls its "
+            f"classes {', '.join(names[:4])}; number them in the model's order, from 0 on"
         )

@@ -4,17 +4,16 @@ import copy
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.anatomy import layer_numbers
 from deeplimit._anatomy.evaluation import device_of, to_device
-from deeplimit.control import crop, verify_crop
+from deeplimit.control import crop
 from deeplimit.control.distillation import check_teaching
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, several
@@ -24,48 +23,22 @@ from deeplimit.training.building import (
     Fade,
     Start,
     Teaching,
+    compared,
     evaluation_batches,
-    measure_of,
     run_data,
     tolerance_of,
 )
-from deeplimit.training.determinism import fitting_threads
 from deeplimit.training.fit import fit, launched
 from deeplimit.training.given_model import check_model
-from deeplimit.training.processes import place, processes
+from deeplimit.training.processes import alone_in, place
 from deeplimit.training.recipe import Recipe
-from deeplimit.training.results import Healing, Parts
+from deeplimit.training.results import Healing, Parts, Plan
 from deeplimit.training.run_files import alone
 from deeplimit.training.run_folder import RunFolder
-
-Teacher = Literal["full", "beside", "none"]
 
 UNDERWAY, PLAN = "heal", "plan.json"
 FADE = 0.45  # of the training; see benchmarks/results/pretrained_budget.json
 GENTLER = 10  # how much smaller than the run's the learning rate is by default
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a run's cut is to be healed; kept while that goes on.
-
-    Attributes:
-        removed: the layers that were taken out.
-        teacher: whether the full network teaches, or does so while it learns beside.
-        teacher_weight: w of `Distillation`.
-        temperature: τ of `Distillation`.
-        epochs: passes over the training data.
-        learning_rate: the largest of the one-cycle schedule.
-        fade: the part of the training in which the layers fade out; 0: they are cut before it.
-    """
-
-    removed: tuple[int, ...]
-    teacher: Teacher
-    teacher_weight: float
-    temperature: float
-    epochs: int
-    learning_rate: float
-    fade: float = 0.0
 
 
 def heal(
@@ -155,7 +128,7 @@ def heal_run(
     *,
     epochs: int = 1,
     learning_rate: float | None = None,
-    teacher: Teacher = "full",
+    teacher: Literal["full", "beside", "none"] = "full",
     teacher_weight: float = 0.5,
     temperature: float = 2.0,
     fade: float | None = None,
@@ -228,7 +201,7 @@ def resume_heal(
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run, trust=trust)
     path = folder.path
-    file = folder.path / UNDERWAY / PLAN
+    file = path / UNDERWAY / PLAN
     if not file.is_file():
         raise InputError(f"{path}: no healing was stopped; start one: deeplimit heal {path}")
     plan = read_record(Plan, file, f"start again: deeplimit heal {path}")
@@ -238,40 +211,28 @@ def resume_heal(
             f"{folder.path}: cut otherwise since its healing was stopped; start again: "
             f"deeplimit heal {path}"
         )
-    with alone(folder.path):
+    with alone(path):
         return _heal(folder, plan, run_data(folder), quiet=quiet)
 
 
 def _recipe(folder: RunFolder, plan: Plan) -> Recipe:
     """The run's own, shorter and gentler, in one process."""
-    if processes() > 1:
-        raise InputError("deeplimit heal works in one process; start it without torchrun")
     recipe = folder.recipe
     if recipe.gradient == "adjoint" and anatomy(folder.cropped()).horizon == 0:
         recipe = replace(recipe, gradient="backprop", evaluations=Recipe.evaluations)
-    return place(
-        replace(
-            recipe,
-            epochs=plan.epochs,
-            learning_rate=plan.learning_rate,
-            devices=1,
-            strategy="auto",
-        )
-    )
+    recipe = replace(recipe, epochs=plan.epochs, learning_rate=plan.learning_rate)
+    return alone_in("deeplimit heal", recipe)
 
 
 def _heal(folder: RunFolder, plan: Plan, data: DataSet, *, quiet: bool) -> Healing:
-    recipe = _recipe(folder, plan)
+    recipe, cut = _recipe(folder, plan), folder.cut()
     full, cropped = folder.model(), folder.cropped()
-    beside = plan.teacher == "beside"
-    teaching = Teaching(full, plan.teacher_weight, plan.temperature, learns=beside)
-    start = Start(
-        recipe,
-        data,
-        copy.deepcopy(full if plan.fade else cropped),
-        None if plan.teacher == "none" else teaching,
-        _fade(plan.removed, plan.fade),
-    )
+    teaching = None
+    if plan.teacher != "none":
+        learns = plan.teacher == "beside"
+        teaching = Teaching(full, plan.teacher_weight, plan.temperature, learns=learns)
+    begun = copy.deepcopy(full if plan.fade else cropped)
+    start = Start(recipe, data, begun, teaching, _fade(plan.removed, plan.fade))
     layers = f"{anatomy(cropped).horizon} of {several(anatomy(full).horizon, 'layer')}"
     training = fit(
         launched(start),
@@ -284,25 +245,16 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, *, quiet: bool) -> Heali
     healed = training.end().eval()
     if plan.fade:
         healed = crop(healed, remove=plan.removed)
-    device = device_of(healed)
-    cut = folder.cut()
     asked = None if cut is None else cut.tolerance
     if cut is not None and cut.choice is not None and cut.choice.budget == "rise":
         asked = cut.choice.limit
-    tolerance = tolerance_of(folder.recipe, data, asked)
-    with fitting_threads(recipe), torch.no_grad():
-        from_full, from_cropped = (
-            verify_crop(
-                before.to(device),
-                healed,
-                evaluation_batches(data.test),
-                measure_of(recipe, data),
-                tolerance=tolerance,
-            )
-            for before in (full, cropped)
-        )
-    parts = Parts.of(data)
-    healing = Healing(**vars(plan), from_full=from_full, from_cropped=from_cropped, parts=parts)
+    most, device = tolerance_of(folder.recipe, data, asked), device_of(healed)
+    healing = Healing(
+        **vars(plan),
+        from_full=compared(recipe, data, full.to(device), healed, most=most),
+        from_cropped=compared(recipe, data, cropped.to(device), healed, most=most),
+        parts=Parts.of(data),
+    )
     with folder.commit() as new:
         new.write_healed(healed, plan.removed)
         new.write(healing)

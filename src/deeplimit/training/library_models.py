@@ -20,11 +20,13 @@ from deeplimit.memory import require
 from deeplimit.reading import reading
 from deeplimit.records import coerce
 from deeplimit.training.preprocessor import standardisation_beside
+from deeplimit.training.specification import LIBRARIES, no_such_type
 
 CONFIG = "config.json"
 REMEDY = "expected a config.json with a model_type, or a folder that has one"
 LARGEST_DEPTH = 10_000  # layers in a config; of more a network would be built until the memory ends
 UNTRAINED = "random, untrained"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 # With the head whose loss is its training's, where the model has one of these.
 TASKS = ("IMAGE_CLASSIFICATION", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM")
@@ -74,31 +76,28 @@ def transformers_model(
 ) -> LoadedModel:
     """A model type with its default config, a config.json, or a folder, on disk or cached.
 
-    Args:
-        name: which.
-        classes: asks for a model for the task, in 32 bits, with so many classes; what is untrained
-            gets a head for them.
-        new_head: a trained head for another number of classes is replaced too.
-        task: as transformers calls it: of images, of texts, or of the next token.
+    With `classes` it is one for the task, in 32 bits, with so many of them: what is untrained gets
+    a head for them; a trained head for another number is replaced where `new_head` says so.
 
     Raises:
         InputError: transformers is not installed, there is no such config, it cannot be built or
             names code, the weights are not all there, the preprocessor_config.json is damaged, or
             it is no model for the task with so many classes.
     """
-    hf = _library("transformers", "pip install 'deeplimit[hub]'")
+    hf = _library("transformers")
     spec = f"transformers:{name}"
     with quiet(hf):
         config, folder = _config(hf, name)
-        folder = folder if folder is not None and _has_weights(folder) else None
-        if classes is None:
-            kind = _model_class(hf, config)
-        else:
-            kind = _class_for(hf, config, spec, task, trained=folder is not None)
-            if task != "CAUSAL_LM":
-                if folder is not None and not new_head:
-                    _check_head(config, kind, classes, spec)
-                config.num_labels = classes
+        asked = None if classes is None else task
+        kind = _class_of(hf, config, spec, asked, trained=folder is not None)
+        if classes is not None and task != "CAUSAL_LM":
+            of_this_class = kind.__name__ in (config.architectures or ())
+            if folder and not new_head and of_this_class and config.num_labels != classes:
+                raise InputError(
+                    f"{spec} tells {config.num_labels} classes apart, the data has {classes}; give "
+                    "other data, or --new-head in deeplimit train to put a new head in its place"
+                )
+            config.num_labels = classes
         build, weights = partial(kind, config), UNTRAINED
         if folder is not None:
             build, weights = partial(_trained, kind, folder, config, new_head=new_head), "trained"
@@ -110,54 +109,36 @@ def transformers_model(
         return LoadedModel(spec, model, weights, standardisation=scale)
 
 
-def torchvision_model(name: str, classes: int | None = None) -> LoadedModel:
-    """An untrained model of torchvision; with `classes`, its head is for so many.
+def other_model(source: str, name: str, classes: int | None = None) -> LoadedModel:
+    """An untrained model of torchvision or timm; with `classes`, its head is for so many.
 
     Raises:
-        InputError: torchvision cannot be imported, or has no such model.
+        InputError: the library cannot be imported, or has no such model.
     """
-    models = _library("torchvision.models", "install the one that goes with your torch")
-    if name not in models.list_models():
-        raise InputError(
-            f"torchvision has no model {name!r}{did_you_mean(name, models.list_models())}"
-        )
-    head = {} if classes is None else {"num_classes": classes}
-    spec, build = f"torchvision:{name}", partial(models.get_model, name, weights=None, **head)
-    return LoadedModel(spec, _built(spec, build, build), UNTRAINED, input_shape=(3, 224, 224))
-
-
-def timm_model(name: str, classes: int | None = None) -> LoadedModel:
-    """An untrained model of timm; with `classes`, its head is for so many.
-
-    Raises:
-        InputError: timm cannot be imported, or has no such model.
-    """
-    timm = _library("timm", "install the one that goes with your torch")
-    if not timm.is_model(name):
-        raise InputError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
-    head = {} if classes is None else {"num_classes": classes}
-    spec, build = f"timm:{name}", partial(timm.create_model, name, pretrained=False, **head)
+    library = _library("timm" if source == "timm" else "torchvision.models")
+    if source == "timm":
+        known, make = library.is_model(name), partial(library.create_model, pretrained=False)
+    else:
+        known, make = name in library.list_models(), partial(library.get_model, weights=None)
+    if not known:
+        near = did_you_mean(name, library.list_models())
+        raise InputError(f"{source} has no model {name!r}{near}")
+    spec = f"{source}:{name}"
+    build = partial(make, name, **({} if classes is None else {"num_classes": classes}))
     model = _built(spec, build, build)
     settings: Any = getattr(model, "default_cfg", {})
     shape = tuple(settings.get("input_size", (3, 224, 224)))
     return LoadedModel(spec, model, UNTRAINED, input_shape=shape)
 
 
-LIBRARIES: dict[str, Callable[..., LoadedModel]] = {
-    "transformers": transformers_model,
-    "torchvision": torchvision_model,
-    "timm": timm_model,
-}
-
-
-def _library(name: str, remedy: str) -> Any:
+def _library(name: str) -> Any:
     """Imported only now: these are not among what deeplimit needs."""
     try:
         return pkgutil.resolve_name(f"{name}:")
     except (ImportError, RuntimeError, OSError) as error:  # a build for another torch: the latter
         package = name.partition(".")[0]
         raise InputError(
-            f"{package} cannot be imported ({describe_error(error)}); {remedy}"
+            f"{package} cannot be imported ({describe_error(error)}); {LIBRARIES[package]}"
         ) from error
 
 
@@ -177,7 +158,7 @@ def quiet(hf: Any) -> Iterator[None]:
 
 
 def _config(hf: Any, name: str) -> tuple[Any, Path | None]:
-    """The config, and the folder that may have weights beside it."""
+    """The config, and the folder with weights beside it."""
     path = Path(name)
     if name in hf.CONFIG_MAPPING and not (path / CONFIG).is_file():
         return hf.AutoConfig.for_model(name), None
@@ -185,18 +166,13 @@ def _config(hf: Any, name: str) -> tuple[Any, Path | None]:
         try:
             path = Path(hf.utils.cached_file(name, CONFIG, local_files_only=True)).parent
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"transformers:{name}: no file or folder of that name, no model type"
-                f"{did_you_mean(name, hf.CONFIG_MAPPING)}, and nothing in the hub's cache; fetch "
-                f"it first "
-                f"(hf download {name}), or give a config.json"
-            ) from error
+            raise no_such_type(name, hf.CONFIG_MAPPING) from error
     file = path / CONFIG if path.is_dir() else path
     with reading(file, "no config of transformers", REMEDY):
         _check_code(hf, file, json.loads(file.read_text(encoding="utf-8")))
         config = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         _check_config(file, config)
-    return config, path if path.is_dir() else None
+    return config, path if any(file for form in WEIGHTS for file in path.glob(form)) else None
 
 
 def _check_code(hf: Any, path: Path, said: Any) -> None:
@@ -227,20 +203,13 @@ def _check_config(path: Path, config: Any) -> None:
     coerce(tuple[str, ...] | None, config.architectures, f"{path}: architectures")
     for name, value in config.to_dict().items():
         counts = value if isinstance(value, list | tuple) else [value]
-        if "layer" in name or "depth" in name:
-            for count in counts:
-                if isinstance(count, int) and count > LARGEST_DEPTH:
-                    raise InputError(
-                        f"{path}: {name} is {count:g}; expected at most {LARGEST_DEPTH}"
-                    )
+        counts = [n for n in counts if isinstance(n, int) and n > LARGEST_DEPTH]
+        if counts and ("layer" in name or "depth" in name):
+            raise InputError(f"{path}: {name} is {counts[0]:g}; expected at most {LARGEST_DEPTH}")
 
 
 def _trained(kind: Any, folder: Path, config: Any, *, new_head: bool) -> Any:
-    """The model with the weights in a folder; those of another class may lack its head.
-
-    Raises:
-        InputError: they say to be of this class, and some are missing, or some layer is too many.
-    """
+    """The model with the weights in a folder; those of another class may lack its head."""
     model, found = kind.from_pretrained(
         folder,
         config=config,
@@ -263,42 +232,26 @@ def _trained(kind: Any, folder: Path, config: Any, *, new_head: bool) -> Any:
     return model
 
 
-def _has_weights(folder: Path) -> bool:
-    return any(any(folder.glob(form)) for form in ("*.safetensors", "pytorch_model*.bin"))
+def _class_of(hf: Any, config: Any, spec: str, task: str | None, *, trained: bool) -> Any:
+    """The config's own class where it does the task, else that of its family which does.
 
-
-def _model_class(hf: Any, config: Any) -> Any:
-    """The config's own class, or the first of its family that comes with a loss."""
-    own = _own_class(hf, config)
-    if own is not None:
-        return own
-    mappings = [getattr(hf, f"MODEL_FOR_{task}_MAPPING") for task in TASKS]
-    for mapping in [*mappings, hf.MODEL_MAPPING]:
-        found = mapping.get(type(config), None)
-        if found is not None:
-            return found[0] if isinstance(found, tuple) else found
-    raise InputError(
-        f"{type(config).__name__} belongs to no model of transformers that can be built by itself; "
-        "give a model type such as gpt2 or vit"
-    )
-
-
-def _own_class(hf: Any, config: Any, task: str = "") -> Any:
-    """The first class of models that the config names, and transformers has."""
+    Without a task it is the config's own, else the first of its family that comes with a loss.
+    """
+    named, lacks, such = ("", "", "") if task is None else DOES[task]
     for name in config.architectures or ():
-        found = getattr(hf, name, None) if re.search(task, name) else None
+        found = getattr(hf, name, None) if re.search(named, name) else None
         if isinstance(found, type) and issubclass(found, hf.PreTrainedModel):
             return found
-    return None
-
-
-def _class_for(hf: Any, config: Any, spec: str, task: str, *, trained: bool) -> Any:
-    """The config's own class where it does the task, else that of its family which does."""
-    named, lacks, such = DOES[task]
-    own = _own_class(hf, config, named)
-    if own is not None:
-        return own
-    found = getattr(hf, f"MODEL_FOR_{task}_MAPPING").get(type(config), None)
+    tasks = TASKS if task is None else [task]
+    mappings = [getattr(hf, f"MODEL_FOR_{one}_MAPPING") for one in tasks]
+    mappings += [hf.MODEL_MAPPING] if task is None else []
+    family = (mapping.get(type(config), None) for mapping in mappings)
+    found = next((one for one in family if one is not None), None)
+    if found is None and task is None:
+        raise InputError(
+            f"{type(config).__name__} belongs to no model of transformers that can be built by "
+            "itself; give a model type such as gpt2 or vit"
+        )
     if found is None:
         raise InputError(
             f"{spec} {lacks}: transformers has no such model for {type(config).__name__}; give "
@@ -314,21 +267,8 @@ def _class_for(hf: Any, config: Any, spec: str, task: str, *, trained: bool) -> 
     return found[0] if isinstance(found, tuple) else found
 
 
-def _check_head(config: Any, kind: Any, classes: int, spec: str) -> None:
-    """A head that was trained must be for the data's classes."""
-    if kind.__name__ in (config.architectures or ()) and config.num_labels != classes:
-        raise InputError(
-            f"{spec} tells {config.num_labels} classes apart, the data has {classes}; give "
-            "other data, or --new-head in deeplimit train to put a new head in its place"
-        )
-
-
 def _built(spec: str, build: Callable[[], nn.Module], outline: Callable[[], nn.Module]) -> Any:
-    """The model in training mode, if this machine has the memory for it.
-
-    Raises:
-        InputError: it has not, or the model cannot be built.
-    """
+    """The model in training mode, if this machine has the memory for it."""
     try:
         with torch.device("meta"):
             count = sum(p.numel() for p in outline().parameters())
@@ -343,6 +283,5 @@ def _built(spec: str, build: Callable[[], nn.Module], outline: Callable[[], nn.M
     except Exception as error:
         raise InputError(
             f"{spec} cannot be built: {describe_error(error)}; a function of yours that returns "
-            f"the model "
-            "can be given as module:function"
+            "the model can be given as module:function"
         ) from error

@@ -1,4 +1,4 @@
-"""The loop: an epoch of steps, its evaluation, its checkpoint."""
+"""The loop: an epoch of steps, its evaluation, its checkpoint, and what goes wrong on the way."""
 
 import copy
 import math
@@ -13,39 +13,34 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
+from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control import Fading, turnpike_profile
 from deeplimit.control.soft_cross_entropy import check_loss
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, RunError
+from deeplimit.gradient import drift
+from deeplimit.gradient.stand_ins import engines, switches
 from deeplimit.training.building import (
-    Fade,
     Start,
     build_objective,
     evaluation_batches,
     training_batches,
 )
 from deeplimit.training.checkpoint import Checkpoint, capture, restore, save_checkpoint
-from deeplimit.training.determinism import seed_draws, seed_epoch
-from deeplimit.training.processes import first_process_does, over_processes
+from deeplimit.training.processes import first_process_does, over_processes, seed_draws, seed_epoch
 from deeplimit.training.progress import Observer, Row
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.run_folder import write_metrics
-from deeplimit.training.watching import DriftWatch, check_validation, loss_not_finite
 
 Batch = tuple[Inputs, Tensor]
-
-
 MOMENTUM = 0.9  # of sgd; the one-cycle schedule moves it between 0.85 and 0.95
 
 
 class Training:
     """All that changes while a network is trained, in one process of possibly several.
 
-    Args:
-        fabric: of this process.
-        start: what is trained.
-        folder: where checkpoints and metrics go; nowhere without it.
+    Checkpoints and metrics go into the folder, if there is one.
 
     Attributes:
         objective: the stage cost around the network that is trained; under fsdp its parameters are
@@ -54,8 +49,7 @@ class Training:
             epoch's end: what is evaluated, checkpointed and saved. It lives in 32 bits.
         learning: what the optimiser moves: the network, or with a teacher that learns both.
         drift: what watches the rebuilt states under the adjoint.
-        rows: metrics of the epochs done.
-        steps: optimisation steps done.
+        rows, steps: metrics of the epochs done, and optimisation steps done.
     """
 
     def __init__(self, fabric: Fabric, start: Start, folder: Path | None):
@@ -66,9 +60,10 @@ class Training:
         self.steps_per_epoch = len(self._batches(epoch=0))
         self.network = start.model
         model = copy.deepcopy(start.model).train()
-        self.fade = start.fade or Fade((), 1.0)
-        # Before the adjoint, which then rebuilds the states of a faded block too.
-        self._fadings = [Fading(m, self.fade.layers) for m in (self.network, model)]
+        self.fade, self._fadings = start.fade, list[Fading]()
+        if self.fade is not None:
+            # Before the adjoint, which then rebuilds the states of a faded block too.
+            self._fadings = [Fading(m, self.fade.layers) for m in (self.network, model)]
         self.objective = build_objective(recipe, data, model, start.teaching)
         self.drift = None
         if recipe.gradient == "adjoint":
@@ -109,9 +104,8 @@ class Training:
     def run_epoch(self, observer: Observer, check: Callable[[], None]) -> None:
         """One pass over the training data, evaluated, with a checkpoint.
 
-        Args:
-            observer: told of every step and of the epoch.
-            check: called after every step and at the end; may raise to stop.
+        The observer is told of every step and of the epoch; `check` is called after every step and
+        at the end, and may raise to stop.
 
         Raises:
             RunError: a loss that is not finite, or a disk that is full; the last good checkpoint is
@@ -159,17 +153,17 @@ class Training:
 
     def _step(self, batch: Batch, observer: Observer) -> Tensor:
         """One optimisation step; sums of loss, hits and samples in this process's part."""
-        step = self.fade.step(self.steps / (self.recipe.epochs * self.steps_per_epoch))
-        for fading in self._fadings:
-            fading.set_step(step)
+        if self.fade is not None:
+            step = self.fade.step(self.steps / (self.recipe.epochs * self.steps_per_epoch))
+            for fading in self._fadings:
+                fading.set_step(step)
         self.stepper.zero_grad(set_to_none=True)
         cost, logits = self.module(*batch)
         self.fabric.backward(cost)
         self.steps += 1
         # While the parameters are still those that made the cost, and in all processes together.
         if not math.isfinite(over_processes(self.fabric, cost.detach(), "mean").item()):
-            structure, done = self.objective.anatomy, len(self.rows)
-            raise loss_not_finite(self.fabric, self.module, structure, batch, self.steps, done)
+            raise self._loss_not_finite(batch)
         if self.drift is not None:
             self.drift.look(observer)
         self.stepper.step()
@@ -179,6 +173,28 @@ class Training:
             hits = (logits.argmax(-1) == batch[1]).double()
             count = (batch[1] != IGNORED).double().sum()
             return torch.stack([losses.sum(), hits.sum(), count])
+
+    def _loss_not_finite(self, batch: Batch) -> RunError:
+        """The error for a batch whose cost is not finite; all processes call it together.
+
+        The parameters must still be those that the cost was computed with.
+        """
+        structure = self.objective.anatomy
+        with torch.no_grad(), structure.recording() as states:
+            self.module(*batch)
+        sizes = torch.stack([state.abs().max().float() for state in states])
+        sizes = sizes.where(sizes.isfinite(), math.inf)
+        largest = over_processes(self.fabric, sizes, "max").tolist()
+        layer = next((n for n, size in enumerate(largest) if math.isinf(size)), None)
+        where = "the first state that is not finite is"
+        if layer is None:
+            layer = largest.index(max(largest))
+            where = f"the states are finite, the largest number in them, {largest[layer]:.2g}, is"
+        done = len(self.rows)
+        return RunError(
+            f"the loss is not finite at step {self.steps} (epoch {done + 1}): {where} at layer "
+            f"{layer} of {structure.horizon}; {_remedy(done, self.steps)}"
+        )
 
     def _of_network(self, weights: dict[str, Any]) -> dict[str, Any]:
         """Without those of a teacher that learns."""
@@ -190,10 +206,16 @@ class Training:
     def _validate(self) -> Row:
         """The metrics of the whole network on validation data."""
         loader = evaluation_batches(self.data.validation)
-        profile = turnpike_profile(
-            self.network, loader, check_loss(self.objective.loss), updates=False
-        )
-        check_validation(profile, len(self.rows))
+        loss = check_loss(self.objective.loss)
+        profile = turnpike_profile(self.network, loader, loss, updates=False)
+        # A network may have become worthless without its training loss showing it.
+        bad = next((n for n, loss in enumerate(profile.loss) if not math.isfinite(loss)), None)
+        if bad is not None:
+            done = len(self.rows)
+            raise RunError(
+                f"the validation loss is not finite after epoch {done + 1}: the first layer where "
+                f"it is not is layer {bad} of {profile.horizon}; {_remedy(done)}"
+            )
         entry = profile.entry()
         return {
             "validation_loss": profile.loss[-1],
@@ -213,3 +235,53 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     if recipe.optimizer == "sgd":
         return SGD(model.parameters(), momentum=MOMENTUM, nesterov=True, **settings)
     return AdamW(model.parameters(), fused=True, **settings)
+
+
+def _remedy(done: int, step: int = 0) -> str:
+    kept = f"the checkpoint after epoch {done} is kept; " if done else ""
+    if step == 1:  # nothing has been learnt, so the learning rate is not to blame
+        return "look for huge numbers in the data, or give smaller costs or a smaller step"
+    return f"{kept}train with a smaller learning rate"
+
+
+class DriftWatch:
+    """Looks at the drift of every step, in all processes together; says so when it is too large,
+    and again when it is ten times larger.
+
+    The engines themselves are to keep silent: each would speak for its own process.
+
+    Attributes:
+        largest: the largest drift since it was last put back to 0.
+    """
+
+    def __init__(self, fabric: Fabric, model: nn.Module):
+        self.fabric, self.model = fabric, model
+        self.largest = 0.0
+        self._told = 0.0
+        blocks = [step.name for switch in switches(model) for step in switch.steps]
+        names = {module: name for name, module in model.named_modules()}
+        layers = [names[layer.controls[0]] for layer in anatomy(model).layers]
+        # Layers by their numbers in the whole network, then what else is rebuilt, by its name.
+        self._places = [*layers, *(name for name in blocks if name not in layers)]
+        self._words = [f"layer {n}" for n in range(len(layers))] + self._places[len(layers) :]
+
+    def look(self, observer: Observer) -> None:
+        """After a backward pass; all processes call it together."""
+        drifts = torch.zeros(len(self._places), dtype=torch.float64, device=self.fabric.device)
+        engine, mine = engines(self.model)[0], drift(self.model)
+        at = engine.meter.drift_at
+        drifts[self._places.index(at) if at else 0] = math.inf if math.isnan(mine) else mine
+        drifts = over_processes(self.fabric, drifts, "max")
+        found, place = float(drifts.max()), self._words[int(drifts.argmax())]
+        self.largest = max(self.largest, found)
+        bound = engine.meter.error_bound(found)
+        if bound <= engine.settings.tolerance or found < 10 * self._told:
+            return
+        self._told = found
+        if self.fabric.is_global_zero:
+            observer.warn(
+                f"drift {found:.2g} at {place}: rebuilt states are off by that part of a "
+                f"layer's update, so the gradient may be off by up to {bound:.2g} of its size. "
+                f"Train with evaluations {engine.settings.evaluations + 1} instead of "
+                f"{engine.settings.evaluations}, a smaller step, or the gradient backprop"
+            )

@@ -38,14 +38,14 @@ from deeplimit.reading import parse_json
 from deeplimit.records import coerce
 from deeplimit.training.library_models import (
     IMAGES,
-    LIBRARIES,
     LoadedModel,
+    other_model,
     quiet,
     transformers_model,
 )
 from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor
 from deeplimit.training.run_files import SUFFIX, as_vouched
-from deeplimit.training.trust import FORMS, check_code
+from deeplimit.training.specification import LIBRARIES, check_code
 
 REMOVED = "deeplimit.removed"
 
@@ -58,34 +58,23 @@ def load_single(
     new_head: bool = False,
     task: str = IMAGES,
 ) -> LoadedModel:
-    """Loads the model of any specification but a run folder's; nothing is downloaded.
-
-    Raises:
-        InputError: as `load_model`.
-    """
+    """Loads the model of a specification that `check_single` has seen, but for a run folder's."""
     source, _, name = spec.partition(":")
     if source not in LIBRARIES and spec.endswith(SUFFIX):
-        return _of_file(Path(spec))
-    if not source or not name:
-        raise InputError(f"the model is {spec!r}; expected {FORMS}")
+        return _of_file(as_vouched(Path(spec)))
     with torch.random.fork_rng(devices=[]):
-        module = None if source in LIBRARIES else _imported(spec, source, name)
-        if source == "transformers" and Path(name).is_dir():
-            name = str(as_vouched(Path(name)))
+        module = None if source in LIBRARIES else _imported(spec, source)
         torch.manual_seed(seed)  # only now: a module may draw numbers while it is imported
         if module is not None:
             return _of_function(spec, module, name)
-        more: dict[str, Any] = {}
-        if source == "transformers":
-            more = {"new_head": new_head, "task": task}
-        return LIBRARIES[source](name, classes, **more)
+        if source != "transformers":
+            return other_model(source, name, classes)
+        name = str(as_vouched(Path(name))) if Path(name).is_dir() else name
+        return transformers_model(name, classes, new_head=new_head, task=task)
 
 
 def _of_file(path: Path) -> LoadedModel:
     """One of our networks by itself."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; the model is given as {FORMS}")
-    path = as_vouched(path)
     try:
         model = load(path)
     except InputError as error:
@@ -123,10 +112,8 @@ def _of_function(spec: str, module: Any, name: str) -> LoadedModel:
     return LoadedModel(spec, model, "as the function returned them", None, batch, loss_of)
 
 
-def _imported(spec: str, name: str, function: str) -> Any:
+def _imported(spec: str, name: str) -> Any:
     """The user's module; the current folder is looked through as by `python -m`."""
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise InputError(f"{spec!r} names no module and function; expected {FORMS}")
     check_code(spec, name)
     here = os.getcwd()
     if here not in sys.path:
@@ -134,15 +121,7 @@ def _imported(spec: str, name: str, function: str) -> Any:
     try:
         return pkgutil.resolve_name(f"{name}:")
     except Exception as error:
-        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
-        if missing is None or not f"{name}.".startswith(f"{missing}."):
-            raise InputError(f"{name} cannot be imported: {describe_error(error)}") from error
-        remedy = did_you_mean(name, LIBRARIES) or f"; expected {FORMS}"
-        if name.endswith(".py"):
-            remedy = f"; leave out .py: {name.removesuffix('.py')}:{function}"
-        raise InputError(
-            f"no module {name!r}, neither in this folder nor installed{remedy}"
-        ) from error
+        raise InputError(f"{name} cannot be imported: {describe_error(error)}") from error
 
 
 def save_network(
@@ -153,21 +132,10 @@ def save_network(
     standardisation: Standardisation | None = None,
     tokenizer: str | None = None,
 ) -> None:
-    """Writes a network to `place`.safetensors or the folder `place`, whole or not at all.
+    """Writes any network to `place`.safetensors or the folder `place`, whole or not at all.
 
-    Between the removal of an old folder and the appearance of the new one there is none.
-
-    Args:
-        model: any network.
-        place: a path without suffix.
-        removed: the layers of the run's model that it lacks.
-        standardisation: of its inputs, written beside a model of transformers as its
-            preprocessor_config.json.
-        tokenizer: of a model of transformers that reads texts: the folder whose tokenizer is
-            written beside it.
-
-    Raises:
-        RunError: the disk is full or cannot be written to.
+    Of a model of transformers the standardisation of its inputs and the tokenizer in a folder are
+    written beside it; of one that is not ours to build, which layers of the run's it lacks.
     """
     if architecture_of(model) is not None:
         save(model, _file(place))
@@ -180,10 +148,7 @@ def save_network(
 def load_network(place: Path, rebuild: Callable[[], nn.Module]) -> nn.Module:
     """What `save_network` wrote, on the CPU and in evaluation mode.
 
-    Args:
-        place: a path without suffix, at which there is a network.
-        rebuild: makes the run's model again, whatever its weights; called where only weights were
-            saved.
+    Where only weights were saved `rebuild` makes the run's model again, whatever its weights.
 
     Raises:
         InputError: it is damaged, or does not fit the model.
@@ -203,8 +168,7 @@ def load_network(place: Path, rebuild: Callable[[], nn.Module]) -> nn.Module:
     except Exception as error:  # a layer that is not there, another shape, damaged metadata
         raise InputError(
             f"{path}: not the weights of the model in recipe.toml ({describe_error(error)}); give "
-            f"the "
-            "run its own model back, or train again"
+            "the run its own model back, or train again"
         ) from error
     return model.eval()
 

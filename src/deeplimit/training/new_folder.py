@@ -1,10 +1,11 @@
 """New folders that appear with what belongs into them, under a name that nobody has."""
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 from deeplimit.errors import InputError
@@ -23,13 +24,9 @@ def name_of(data: str) -> str:
 def new_folder(runs: Path, name: str, fill: Callable[[Path, Path], object]) -> Path:
     """A folder in `runs` that appears with all that `fill` writes: NAME, or NAME-2, NAME-3, ….
 
-    What is killed before leaves nothing that is in the way, and goes when the next one is made.
-
-    Args:
-        runs: where to; made if need be.
-        name: the folder's.
-        fill: given the folder as it is now, and the path that it will have. Called once more where
-            somebody else was quicker under that name.
+    `fill` is given the folder as it is now and the path that it will have, and called once more
+    where somebody else was quicker under that name. What is killed before leaves nothing that is in
+    the way, and goes when the next one is made.
 
     Raises:
         InputError: the name is no folder's name, or the folder cannot be made or written to.
@@ -37,7 +34,8 @@ def new_folder(runs: Path, name: str, fill: Callable[[Path, Path], object]) -> P
     check_name(name)
     with _aside(runs, name) as aside:
         while True:
-            path = _free(runs, name)
+            names = chain([name], (f"{name}-{number}" for number in count(2)))
+            path = next(runs / one for one in names if not os.path.lexists(runs / one))
             aside.mkdir()
             fill(aside, path)
             try:
@@ -56,10 +54,22 @@ def check_name(name: str) -> None:
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise InputError(f"the name {name!r} cannot be a folder's; give a plain one")
     if (length := len(name.encode())) > LONGEST:
-        raise InputError(
-            f"the name {name[:20]}… has {length} bytes; expected at most {LONGEST}: give a shorter "
-            "one"
-        )
+        what = f"the name {name[:20]}… has {length} bytes; expected at most {LONGEST}"
+        raise InputError(f"{what}: give a shorter one")
+
+
+def check_runs(runs: Path) -> None:
+    """Raises InputError where no folder can be made, as far as can be told without making one."""
+    if runs.is_symlink() and not runs.exists():
+        return  # told in full by who makes it
+    there = runs.absolute()
+    nearest = next(path for path in (there, *there.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise _no_folder(runs, "a file is in the way", ANOTHER)
+    if not os.access(nearest, os.W_OK):
+        read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY
+        reason = os.strerror(errno.EROFS) if read_only else "it may not be written to"
+        raise _no_folder(runs, reason, ANOTHER)
 
 
 def check_place(runs: Path, remedy: str = ANOTHER) -> None:
@@ -71,6 +81,10 @@ def check_place(runs: Path, remedy: str = ANOTHER) -> None:
 def check_beside(run: Path) -> None:
     """Raises InputError where nothing can be written beside a run; before long work."""
     check_place(run.resolve().parent, elsewhere(run))
+
+
+def _no_folder(place: Path, reason: str | None, remedy: str) -> InputError:
+    return InputError(f"{place}: no run folder can be made there ({reason}); {remedy}")
 
 
 @contextmanager
@@ -88,15 +102,7 @@ def _aside(runs: Path, name: str, remedy: str = ANOTHER) -> Iterator[Path]:
         remove(aside)
         yield aside
     except OSError as error:
-        place = runs / name if runs.is_dir() else runs
         reason = "a file is in the way" if isinstance(error, FileExistsError) else error.strerror
-        raise InputError(
-            f"{place}: no run folder can be made there ({reason}); {remedy}"
-        ) from error
+        raise _no_folder(runs / name if runs.is_dir() else runs, reason, remedy) from error
     finally:
         remove(aside)
-
-
-def _free(runs: Path, name: str) -> Path:
-    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
-    return next(runs / name for name in names if not os.path.lexists(runs / name))

@@ -11,10 +11,8 @@ from deeplimit.reading import read_json
 from deeplimit.records import coerce
 
 PREPROCESSOR = "preprocessor_config.json"
-READ = (
-    *("do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor"),
-    "rescale_offset",
-)
+FLAGS = {"rescale_offset": False, "do_rescale": True, "do_normalize": True}
+READ = (*FLAGS, "image_mean", "image_std", "rescale_factor")
 ALIKE = 0.9  # a name so near to one of these is that one, misspelt; do_resize is not
 REMEDY = "correct the file; or delete it, and give --mean and --std where they are not the data's"
 
@@ -38,10 +36,6 @@ def standardisation_beside(folder: Path, channels: int) -> Standardisation | Non
     The library computes (f·p − mean) / std of pixels p in 0 … 255, with f the rescale_factor, or 1
     without do_rescale; without do_normalize mean is 0 and std is 1.
 
-    Args:
-        folder: of the weights.
-        channels: of the model's images.
-
     Raises:
         InputError: the file is damaged, or a field is misspelt, missing or impossible.
     """
@@ -62,10 +56,10 @@ def _standardisation(said: Any, channels: int) -> Standardisation:
         near = did_you_mean(name, READ, cutoff=ALIKE)
         if name not in READ and near:
             raise InputError(f"unknown field {name}{near}")
-    flags = {"rescale_offset": False, "do_rescale": True, "do_normalize": True}
-    for name, default in flags.items():
-        value = default if said.get(name) is None else said[name]
-        flags[name] = coerce(bool, value, name)
+    flags = {
+        name: coerce(bool, default if said.get(name) is None else said[name], name)
+        for name, default in FLAGS.items()
+    }
     if flags["rescale_offset"]:
         raise InputError("rescale_offset is true, which is not known here")
     factor = 1.0

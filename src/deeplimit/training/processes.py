@@ -1,13 +1,15 @@
-"""One process or several: the device, the strategy, and what only the first process does."""
+"""One process or several: the device, the strategy, what only the first does; same numbers."""
 
 import atexit
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import DoublePrecision
@@ -21,6 +23,8 @@ from deeplimit.errors import InputError, RunError
 from deeplimit.training.companions import join
 from deeplimit.training.recipe import Recipe
 
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+SMALL = 2**14  # entries of a residual function's matrix that one thread multiplies in microseconds
 Result = TypeVar("Result")
 
 
@@ -40,10 +44,10 @@ def place(recipe: Recipe) -> Recipe:
                 "out under torchrun"
             )
         recipe = replace(recipe, devices=int(local))
-        if recipe.batch_size % processes():
+        if recipe.batch_size % (world := processes()):
             raise InputError(
-                f"batch_size is {recipe.batch_size}, which {processes()} processes cannot share "
-                f"equally; give a multiple of {processes()}"
+                f"batch_size is {recipe.batch_size}, which {world} processes cannot share equally; "
+                f"give a multiple of {world}"
             )
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device is cuda, but torch sees none here; give cpu or auto")
@@ -53,6 +57,13 @@ def place(recipe: Recipe) -> Recipe:
             "device(s) here; give at most as many, or the device cpu"
         )
     return recipe
+
+
+def alone_in(verb: str, recipe: Recipe) -> Recipe:
+    """The recipe for a verb that works in one process; InputError where there are several."""
+    if processes() > 1:
+        raise InputError(f"{verb} works in one process; start it without torchrun")
+    return place(replace(recipe, devices=1, strategy="auto"))
 
 
 def processes() -> int:
@@ -76,12 +87,8 @@ def launch(recipe: Recipe, *, unused: bool = False) -> Fabric:
     """Starts the processes that the recipe asks for, unless torchrun did.
 
     The command of this process is run once more for each further device: from here on several
-    processes run the same program, `fabric.global_rank` tells them apart.
-
-    Args:
-        recipe: of the run.
-        unused: some parameter may be without a gradient in some step, for which ddp, unless it
-            knows, waits in vain.
+    processes run the same program, `fabric.global_rank` tells them apart. Where some parameter may
+    be `unused`, without a gradient in some step, ddp has to know, or waits in vain.
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = recipe.strategy
@@ -92,14 +99,15 @@ def launch(recipe: Recipe, *, unused: bool = False) -> Fabric:
         )
     elif unused and shared(recipe):
         strategy = "ddp_find_unused_parameters_true"
-    double = recipe.precision == "64-true"  # as an object: by name it is refused under fsdp
+    kind: dict[str, Any] = {"precision": recipe.precision}
+    if recipe.precision == "64-true":  # as an object: by name it is refused under fsdp
+        kind = {"plugins": DoublePrecision()}
     fabric = Fabric(
         accelerator=device_type(recipe),
         devices=recipe.devices,
         num_nodes=machines,
         strategy=strategy,
-        precision=None if double else recipe.precision,
-        plugins=DoublePrecision() if double else None,
+        **kind,
     )
     join(fabric)
     atexit.unregister(_leave)
@@ -148,3 +156,61 @@ def first_process_does(fabric: Fabric, action: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return cast(Result, result)
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms on CUDA; torch's random state and switches are put back after.
+
+    An operation without a deterministic algorithm warns and runs. On the CPU the same number of
+    threads is enough.
+    """
+    cuda = device.type == "cuda"
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory  # type: ignore[attr-defined]
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        if not cuda:
+            yield
+            return
+        os.environ.setdefault(CUBLAS, ":4096:8")
+        # As slow as it is needless: nothing here reads memory that it has not written.
+        memory.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+        try:
+            with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=True):
+                yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warns)
+            memory.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+
+def seed_epoch(seed: int, epoch: int, process: int) -> None:
+    """Makes what torch draws in an epoch a function of (seed, epoch, process).
+
+    So a checkpoint needs no random state, and a resumed run draws what an unbroken one does.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, process]).generate_state(1)[0]))
+
+
+def seed_draws(draws: torch.Generator, seed: int, epoch: int) -> None:
+    """The same for what all processes draw alike."""
+    sequence = np.random.SeedSequence([seed, epoch], spawn_key=(1,))
+    draws.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+@contextmanager
+def fitting_threads(recipe: Recipe) -> Iterator[None]:
+    """One thread for networks of vectors with small layers, torch's own number for others.
+
+    Sharing such small products gains nothing on a free machine; on a busy one the threads wait for
+    each other (20 times slower on two busy cores). Afterwards the number is what it was.
+    """
+    before = torch.get_num_threads()
+    small = recipe.kind in ("logit", "vector") and recipe.width * max(recipe.hidden, 1) <= SMALL
+    torch.set_num_threads(1 if small and recipe.model is None else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

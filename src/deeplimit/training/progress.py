@@ -2,11 +2,11 @@
 
 import csv
 import io
+import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,36 +25,28 @@ Row = dict[str, float | None]
 def to_csv(rows: Sequence[Row]) -> str:
     """Returns the text of metrics.csv; None is an empty cell, numbers keep every digit."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _cell(name, row.get(name)) for name in COLUMNS} for row in rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        given = ((int if name in WHOLE else float, row.get(name)) for name in COLUMNS)
+        writer.writerow("" if value is None else kind(value) for kind, value in given)
     return text.getvalue()
 
 
 def from_csv(text: str) -> tuple[Row, ...]:
     """Returns the rows in the text of metrics.csv; ValueError where it is not one."""
-    reader = csv.DictReader(io.StringIO(text), strict=True)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    columns, *rows = csv.reader(io.StringIO(text), strict=True)
+    if tuple(columns) != COLUMNS:
         raise ValueError(f"the columns are not {', '.join(COLUMNS)}")
-    rows = list(reader)
-    if any(None in row for row in rows):  # where the reader puts cells too many
-        raise ValueError("a row has more cells than there are columns")
-    return tuple({name: _number(row[name]) for name in COLUMNS} for row in rows)
-
-
-def _cell(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return str(int(value)) if name in WHOLE else repr(float(value))
-
-
-def _number(cell: str | None) -> float | None:
-    if cell is None:
-        raise ValueError("a row is cut short")
-    number = float(cell) if cell else None
-    if number != number:
-        raise ValueError(f"{cell} is no number")
-    return number
+    found = []
+    for cells in rows:
+        if len(cells) != len(COLUMNS):
+            raise ValueError(f"a row has {len(cells)} cells; there are {len(COLUMNS)} columns")
+        numbers = [float(cell) if cell else None for cell in cells]
+        if any(number != number for number in numbers):
+            raise ValueError("a cell is no number")
+        found.append(dict(zip(COLUMNS, numbers, strict=True)))
+    return tuple(found)
 
 
 REFRESH = 0.25  # seconds between two looks at the running loss, each of which waits for the device
@@ -68,12 +60,7 @@ class Observer:
     def __enter__(self) -> "Observer":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def start(self, message: str) -> None:
@@ -98,8 +85,8 @@ class Observer:
 class Lines(Observer):
     """One plain line per epoch, for logs."""
 
-    def __init__(self, epochs: int):
-        self.epochs = epochs
+    def __init__(self, epochs: int, *, text: bool = False):
+        self.epochs, self.text = epochs, text
 
     def start(self, message: str) -> None:
         """Says it."""
@@ -107,8 +94,8 @@ class Lines(Observer):
 
     def epoch(self, row: Row) -> None:
         """A line."""
-        told = f"epoch {row['epoch']:.0f}/{self.epochs}  {described(row)}  {row['seconds']:.1f} s"
-        tell(told)
+        shown = described(row, text=self.text)
+        tell(f"epoch {row['epoch']:.0f}/{self.epochs}  {shown}  {row['seconds']:.1f} s")
 
     def warn(self, message: str) -> None:
         """A line."""
@@ -118,8 +105,16 @@ class Lines(Observer):
 class Bar(Observer):
     """A bar over all steps, with the running loss and accuracy, the entry, the time left."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, epochs_done: int, console: Console):
-        self.epochs = epochs
+    def __init__(
+        self,
+        epochs: int,
+        steps_per_epoch: int,
+        epochs_done: int,
+        console: Console,
+        *,
+        text: bool = False,
+    ):
+        self.epochs, self.text = epochs, text
         self.seen = 0.0
         self.validated = ""
         self.progress = Progress(
@@ -149,14 +144,14 @@ class Bar(Observer):
         if time.monotonic() - self.seen > REFRESH:
             loss, accuracy = figures()
             self.seen = time.monotonic()
-            text = f"loss {loss:.3f}  accuracy {accuracy:.1%}{self.validated}"
-            self.progress.update(self.task, figures=text)
+            figures_now = f"loss {loss:.3f}  {measured(loss, accuracy, text=self.text)}"
+            self.progress.update(self.task, figures=figures_now + self.validated)
 
     def epoch(self, row: Row) -> None:
         """Shows the metrics of the epoch."""
-        self.validated = f"  {validated(row)}"
+        self.validated = f"  {validated(row, text=self.text)}"
         following = min(int(row["epoch"] or 0) + 1, self.epochs)
-        self.progress.update(self.task, figures=described(row), epoch=following)
+        self.progress.update(self.task, figures=described(row, text=self.text), epoch=following)
 
     def warn(self, message: str) -> None:
         """Says it above the bar."""
@@ -167,22 +162,33 @@ class Bar(Observer):
         self.progress.stop()
 
 
-def described(row: Row) -> str:
-    """Loss and accuracy in training, accuracy and entry on validation data, drift if there is."""
+def described(row: Row, *, text: bool = False) -> str:
+    """Loss and accuracy, or perplexity, in training and on validation data, entry, drift."""
     drift = "" if row.get("drift") is None else f"  drift {row['drift']:.2g}"
-    return f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1%}  {validated(row)}{drift}"
+    now = measured(row["loss"], row["accuracy"], text=text)
+    return f"loss {row['loss']:.3f}  {now}  {validated(row, text=text)}{drift}"
 
 
-def validated(row: Row) -> str:
-    """Accuracy and entry on validation data."""
+def validated(row: Row, *, text: bool = False) -> str:
+    """Accuracy or perplexity, and entry, on validation data."""
     entry = "none yet" if row["entry"] is None else f"{row['entry']:.0f}"
-    return f"validation: {row['validation_accuracy']:.1%}, entry {entry}"
+    now = measured(row["validation_loss"], row["validation_accuracy"], text=text)
+    return f"validation: {now.removeprefix('accuracy ')}, entry {entry}"
 
 
-def observer(epochs: int, steps_per_epoch: int, epochs_done: int, *, quiet: bool) -> Observer:
+def measured(loss: float | None, accuracy: float | None, *, text: bool) -> str:
+    """The accuracy; of next tokens, which are judged by their loss, the perplexity."""
+    return (
+        f"perplexity {math.exp(min(loss or 0.0, 99.0)):.4g}" if text else f"accuracy {accuracy:.1%}"
+    )
+
+
+def observer(
+    epochs: int, steps_per_epoch: int, epochs_done: int, *, quiet: bool, text: bool = False
+) -> Observer:
     """What fits: silence, a bar where stderr is a terminal, or lines."""
     if quiet:
         return Observer()
     if sys.stderr.isatty():
-        return Bar(epochs, steps_per_epoch, epochs_done, Terminal(stderr=True))
-    return Lines(epochs)
+        return Bar(epochs, steps_per_epoch, epochs_done, Terminal(stderr=True), text=text)
+    return Lines(epochs, text=text)

@@ -4,6 +4,7 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from deeplimit.errors import InputError
 from deeplimit.network.shape import check_shape
 from deeplimit.reading import read_toml
 from deeplimit.records import coerce, field_types, from_plain, to_plain
-from deeplimit.training.trust import Named
+from deeplimit.training.specification import Named
 
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
 LARGEST = 1e18  # optimisers square gradients, and so what multiplies them, in 32 bits: up to 3e38
@@ -24,14 +25,14 @@ POSITIVE = ("step", "length_scale", "learning_rate")
 COSTS = ("stage_cost", "control_cost", "weight_decay")
 PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
 # What says how a network of ours is built; nothing where the model is given.
-SHAPE = (
+NETWORK = (
     *("kind", "depth", "width", "hidden", "reduction"),
-    *("initialisation", "length_scale", "start", "frame"),
+    *("initialisation", "length_scale", "start", "frame", *PUBLISHED),
 )
-NETWORK = (*SHAPE, *PUBLISHED)
 FORMAT = 1
 TABLES = ("format", "versions", "recipe", "data")
 OWN_STARTS = ("start", "start.safetensors")  # in a run folder
+TEXTS = ("text:", "table:")  # of data that a tokenizer reads
 
 
 @dataclass(frozen=True)
@@ -159,17 +160,15 @@ class Recipe:
         if self.frame is not None:  # wherever the recipe is read again
             object.__setattr__(self, "frame", self.frame.absolute())
         self._check_ranges()
-        for wrong, message in [*self._conflicts_of_model(), *self._conflicts()]:
+        for wrong, name, what in self._conflicts():
             if wrong:
-                raise InputError(message)
+                value = getattr(self, name, None)
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise InputError(f"{name} is {shown}{what}" if name else what)
 
     @classmethod
     def from_toml(cls, path: str | Path, *, trust: bool = False) -> "Recipe":
-        """The recipe in a recipe.toml.
-
-        Args:
-            path: the file.
-            trust: whether code that it names, a model module:function, may be run.
+        """The recipe in a recipe.toml; whose code, a model module:function, runs only with trust.
 
         Raises:
             InputError: the file is not one, is of another version, or has a field that is unknown,
@@ -183,11 +182,7 @@ class Recipe:
         return tomli_w.dumps(
             {
                 "format": FORMAT,
-                "versions": {
-                    "deeplimit": version("deeplimit"),
-                    "torch": version("torch"),
-                    "python": platform.python_version(),
-                },
+                "versions": _versions(),
                 "recipe": {name: value for name, value in fields if value is not None},
                 "data": {"class_names": list(class_names)},
             }
@@ -211,15 +206,12 @@ class Recipe:
         for name in ("data", "model"):
             kind, colon, path = (getattr(self, name) or "").rpartition(":")
             # Else it is a name: of a data set, a function, a model that a library knows.
-            if (
-                kind in ("", "npz", "text", "table", "transformers")
-                and path
-                and Path(path).exists()
-            ):
-                known = name == "data" and not colon
-                changed |= {} if known else {name: f"{kind}{colon}{Path(path).absolute()}"}
+            known = kind not in ("", "npz", "text", "table", "transformers")
+            if known or (name == "data" and not colon) or not path or not Path(path).exists():
+                continue
+            changed[name] = f"{kind}{colon}{Path(path).absolute()}"
         if isinstance(self.model, Named) and "model" in changed:
-            changed["model"] = self.model.spelt(changed["model"])
+            changed["model"] = Named(changed["model"], self.model.file, trust=self.model.trust)
         return replace(self, **changed)
 
     @property
@@ -229,16 +221,8 @@ class Recipe:
 
     def _check_ranges(self) -> None:
         """Each number by itself."""
-        check_shape(
-            self.kind,
-            self.depth,
-            width=self.width,
-            hidden=self.hidden,
-            reduction=self.reduction,
-            step=self.step,
-            name="depth",
-            least=1,
-        )
+        shape = {n: getattr(self, n) for n in ("width", "hidden", "reduction", "step")}
+        check_shape(self.kind, self.depth, **shape, name="depth", least=1)
         least = LEAST | {"epochs": 1 if self.model is None and self.start is None else 0}
         for name, number in least.items():
             value = getattr(self, name)
@@ -254,122 +238,107 @@ class Recipe:
                     f"{name} is {value:g}; expected at most {LARGEST:g}, whose square a number of "
                     "32 bits holds: give a smaller one"
                 )
+        if not 0 < self.softness < 1:
+            raise InputError(
+                f"softness is {self.softness:g}; expected a number above 0 and below 1 − 1/C for C "
+                "classes, such as 0.05"
+            )
+        if not 0 <= self.points < 50:
+            raise InputError(
+                f"points is {self.points:g}; expected from 0 to less than 50 points of accuracy, "
+                "such as 0.5"
+            )
         check_seed(self.seed)
 
-    def _conflicts_of_model(self) -> Iterator[tuple[bool, str]]:
-        """What does not go with a given model, or without one, and how it is said."""
+    def _conflicts(self) -> Iterator[tuple[bool, str, str]]:
+        """What does not go together: whether it is so, a field, and what to say of its value."""
+        kind = f"a {self.kind} network"
         if self.model is not None:
+            built = f", but the model is {self.model}, which is built already; leave"
             for name in NETWORK:
-                value = getattr(self, name)
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                yield (
-                    value != getattr(Recipe, name),
-                    f"{name} is {shown}, but the model is {self.model}, which is built already; "
-                    f"leave {name} out",
-                )
+                yield getattr(self, name) != getattr(Recipe, name), name, f"{built} {name} out"
         else:
-            yield (
-                self.weights is not None,
-                f"weights is {self.weights}, but no model is given; a network of deeplimit's own, "
-                "or published weights of a CIFAR ResNet, is a model by itself: "
-                f"model {self.weights}",
+            of_weights = (
+                ", but no model is given; a network of deeplimit's own, or published weights of a "
+                f"CIFAR ResNet, is a model by itself: model {self.weights}"
             )
-            yield (
-                self.stack is not None,
-                f"stack is {self.stack}, but no model is given: a {self.kind} network has one; "
-                "leave stack out",
-            )
+            of_stack = f", but no model is given: {kind} has one; leave stack out"
+            yield self.weights is not None, "weights", of_weights
+            yield self.stack is not None, "stack", of_stack
             name = "new_head" if self.new_head else "mean or std"
             yield (
                 self.new_head or self.mean is not None or self.std is not None,
-                f"{name} given, but no model: a {self.kind} network has a head for the data and "
-                f"standardises its own inputs; leave {name} out",
+                "",
+                f"{name} given, but no model: {kind} has a head for the data and standardises its "
+                f"own inputs; leave {name} out",
             )
-        yield (
-            (self.mean is None) != (self.std is None),
-            "mean and std go together; give both, or neither",
-        )
-
-    def _conflicts(self) -> Iterator[tuple[bool, str]]:
-        """What else is wrong, or does not go together, and how it is said."""
-        yield not self.data, "data is empty; expected the name of a data set, such as digits"
+        lonely = (self.mean is None) != (self.std is None)
+        yield lonely, "", "mean and std go together; give both, or neither"
+        yield not self.data, "data", "empty; expected the name of a data set, such as digits"
         yield (
             self.initialisation != "smooth" and self.length_scale != Recipe.length_scale,
-            f"length_scale is {self.length_scale:g}, but the initialisation {self.initialisation} "
-            "has none; give the initialisation smooth, or leave length_scale at "
-            f"{Recipe.length_scale:g}",
+            "length_scale",
+            f", but the initialisation {self.initialisation} has none; give the initialisation "
+            f"smooth, or leave length_scale at {Recipe.length_scale:g}",
         )
         linear = "" if self.hidden else " with hidden 0"
         yield (
             self.frame is not None and (self.kind not in ("vector", "logit") or not self.hidden),
-            f"frame is {self.frame}, but the layers of a {self.kind} network{linear} are no means "
-            "of particles alone; leave it out, or give the kind vector or logit with hidden "
-            "particles",
+            "frame",
+            f", but the layers of {kind}{linear} are no means of particles alone; leave it out, or "
+            "give the kind vector or logit with hidden particles",
         )
         # The published architecture leaves no choice; a field must not be silently ignored.
         for name, fixed in PUBLISHED.items():
-            yield (
-                self.kind == "cifar-resnet" and getattr(self, name) != fixed,
-                f"{name} is {getattr(self, name)}; a cifar-resnet has {name} {fixed}. Leave it "
-                "out, or give the kind convolutional",
-            )
+            other = self.kind == "cifar-resnet" and getattr(self, name) != fixed
+            remedy = "Leave it out, or give the kind convolutional"
+            yield other, name, f"; a cifar-resnet has {name} {fixed}. {remedy}"
         yield (
             self.gradient == "backprop" and self.evaluations != Recipe.evaluations,
-            f"evaluations is {self.evaluations}, but the gradient backprop rebuilds no state; "
-            f"give the gradient adjoint, or leave evaluations at {Recipe.evaluations}",
+            "evaluations",
+            ", but the gradient backprop rebuilds no state; give the gradient adjoint, or leave "
+            f"evaluations at {Recipe.evaluations}",
         )
         yield (
             self.gradient == "adjoint" and self.kind == "cifar-resnet",
-            "gradient is adjoint: the states of a cifar-resnet cannot be rebuilt, because of the "
-            "ReLU after every addition; give the gradient backprop, or the kind convolutional",
-        )
-        yield (
-            not 0 < self.softness < 1,
-            f"softness is {self.softness:g}; expected a number above 0 and below 1 − 1/C for C "
-            "classes, such as 0.05",
+            "gradient",
+            ": the states of a cifar-resnet cannot be rebuilt, because of the ReLU after every "
+            "addition; give the gradient backprop, or the kind convolutional",
         )
         yield (
             self.stage_cost_layers is not None and self.stage_cost == 0,
-            f"stage_cost_layers is {self.stage_cost_layers}, but stage_cost is 0: no layer has a "
-            "loss; leave it out, or give a stage_cost above 0",
+            "stage_cost_layers",
+            ", but stage_cost is 0: no layer has a loss; leave it out, or give a stage_cost above "
+            "0",
         )
-        for option, forms in {"rise": ("text:",), "length": ("text:", "table:")}.items():
-            given = getattr(self, option)
-            yield (
-                given is not None and not self.data.startswith(forms),
-                f"{option} is {given}, but {self.data} is no text ({', '.join(forms)}…), to which "
-                f"it belongs; leave {option} out",
-            )
-        yield (
-            not 0 <= self.points < 50,
-            f"points is {self.points:g}; expected from 0 to less than 50 points of accuracy, such "
-            "as 0.5",
-        )
+        for name, forms in {"rise": TEXTS[:1], "length": TEXTS}.items():
+            given = getattr(self, name) is not None and not self.data.startswith(forms)
+            what = f", but {self.data} is no text ({', '.join(forms)}…), to which it belongs"
+            yield given, name, f"{what}; leave {name} out"
         # The control is the same network less its stage cost, and one of another depth.
-        name = "start" if self.model is None else "model"
+        plain, name = self.control == "plain", "start" if self.model is None else "model"
         yield (
-            self.control == "plain" and getattr(self, name) is not None,
-            f"control is plain, but {name} is {getattr(self, name)}: a network that starts from "
-            "weights has no like of another depth that starts from scratch; leave control at none",
+            plain and getattr(self, name) is not None,
+            "control",
+            f", but {name} is {getattr(self, name)}: a network that starts from weights has no "
+            "like of another depth that starts from scratch; leave control at none",
         )
         yield (
-            self.control == "plain" and self.stage_cost == 0,
-            "control is plain, but stage_cost is 0: the network is its own control; leave control "
-            "at none, or give a stage_cost above 0",
+            plain and self.stage_cost == 0,
+            "control",
+            ", but stage_cost is 0: the network is its own control; leave control at none, or give "
+            "a stage_cost above 0",
         )
         yield (
             self.batch_size % self.devices != 0,
-            f"batch_size is {self.batch_size}, which {self.devices} devices cannot share equally; "
-            f"give a multiple of {self.devices}",
+            "batch_size",
+            f", which {self.devices} devices cannot share equally; give a multiple of "
+            f"{self.devices}",
         )
 
 
 def read_recipe(path: Path, *, trust: bool = False) -> tuple[Recipe, tuple[str, ...]]:
-    """Reads a recipe.toml: the recipe, and the names of the classes that it was run on.
-
-    Raises:
-        InputError: as `Recipe.from_toml`.
-    """
+    """Reads a recipe.toml: the recipe, and the names of the classes that it was run on."""
     if path.is_dir():
         raise InputError(f"{path} is a folder, expected a recipe.toml: give {path / 'recipe.toml'}")
     tables = read_toml(path, "correct or replace it")
@@ -407,6 +376,12 @@ def _beside(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
             place = (folder / value).resolve()
             found[name] = f"{kind}{colon}{place}" if name == "model" else str(place)
     return found
+
+
+@cache
+def _versions() -> dict[str, str]:
+    named = {name: version(name) for name in ("deeplimit", "torch")}
+    return named | {"python": platform.python_version()}
 
 
 def check_seed(seed: int) -> None:

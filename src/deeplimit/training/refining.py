@@ -3,19 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from deeplimit.control import verify_crop
 from deeplimit.control.verifying import CropResult
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError
 from deeplimit.network.storage import architecture_of
 from deeplimit.ode import refine
 from deeplimit.training.building import (
-    evaluation_batches,
+    compared,
     freeze_frame,
     loss_of,
     reshaped,
@@ -29,12 +27,11 @@ from deeplimit.training.checkpoint import (
     restore,
     save_checkpoint,
 )
-from deeplimit.training.determinism import fitting_threads
 from deeplimit.training.fit import resume
 from deeplimit.training.loop import build_optimizer
 from deeplimit.training.models import of_transformers
 from deeplimit.training.new_folder import check_beside
-from deeplimit.training.processes import place, processes
+from deeplimit.training.processes import alone_in
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Refinement
 from deeplimit.training.run_folder import RunFolder
@@ -72,8 +69,7 @@ def refine_run(
             not finished.
         RunError, KeyboardInterrupt: as `train`.
     """
-    if processes() > 1:
-        raise InputError("deeplimit refine works in one process; start it without torchrun")
+    recipe = _recipe(folder.recipe, epochs, learning_rate)
     check_beside(folder.path)
     model = folder.model()
     if architecture_of(model) is None and not of_transformers(model):
@@ -81,16 +77,14 @@ def refine_run(
             f"a run folder cannot store another depth of a {type(model).__name__}; refine it in "
             "Python: deeplimit.refine"
         )
-    recipe = _recipe(folder.recipe, epochs, learning_rate)
     data = run_data(folder)
     optimizer = _optimiser_of(folder, model) if epochs else None
     deeper = refine(model, factor, optimizer=optimizer)
-    report = _compared(recipe, data, model, deeper)
     name = f"{folder.path.resolve().name}-x{factor}" if name is None else name
     refinement = Refinement(
         source=str(folder.path.resolve()),
         factor=factor,
-        report=report,
+        report=_compared(recipe, data, model, deeper),
         epochs=epochs,
         learning_rate=recipe.learning_rate,
         carried=optimizer is not None,
@@ -125,7 +119,7 @@ def _recipe(recipe: Recipe, epochs: int, learning_rate: float | None) -> Recipe:
     # A network of our own needs an epoch unless there is a start, which is not written yet.
     epochs = max(epochs, 1)
     changed = replace(recipe, epochs=epochs, learning_rate=rate, start=None)
-    return place(replace(changed, devices=1, strategy="auto"))
+    return alone_in("deeplimit refine", changed)
 
 
 def _optimiser_of(folder: RunFolder, model: nn.Module) -> Optimizer | None:
@@ -152,5 +146,6 @@ def _beginning(
 
 
 def _compared(recipe: Recipe, data: DataSet, before: nn.Module, after: nn.Module) -> CropResult:
-    with fitting_threads(recipe), torch.no_grad():
-        return verify_crop(before, after, evaluation_batches(data.test), loss_of(recipe, data))
+    """By accuracy, of tokens too."""
+    loss, most = loss_of(recipe, data), recipe.points / 100
+    return compared(recipe, data, before, after, most=most, loss=loss)

@@ -69,29 +69,24 @@ class Cut:
 
     @property
     def needed(self) -> int | None:
-        """Validation samples without which `tolerance` cannot be told; None if there are so many.
-
-        None too where no depth was chosen from them.
-        """
+        """Validation samples without which `tolerance` cannot be told, where they are too few."""
         if self.tolerance is None or self.parts is None:
             return None
         return samples_needed(self.tolerance, self.parts.validation)
 
 
 @dataclass(frozen=True)
-class Healing:
-    """A cut network that was trained a little more.
+class Plan:
+    """How a run's cut is to be healed; kept while that goes on.
 
     Attributes:
         removed: the layers that had been taken out.
-        teacher: whether the full network taught it, or did so while it learned beside it.
-        teacher_weight: w, the weight of what the teacher says; 0 without one.
-        temperature: τ, at which both networks' answers were compared.
-        epochs, learning_rate: of the training.
-        from_full: the full network and the healed one, on test data.
-        fade: the part of the training in which the layers faded out; 0: they were cut before it.
-        from_cropped: the network as it was cut and the healed one, on test data.
-        parts: of the data; None in a healing saved before they were.
+        teacher: whether the full network teaches it, or does so while it learns beside it.
+        teacher_weight: w of `Distillation`, the weight of what the teacher says; 0 without one.
+        temperature: τ of `Distillation`, at which both networks' answers are compared.
+        epochs: passes over the training data.
+        learning_rate: the largest of the one-cycle schedule.
+        fade: the part of the training in which the layers fade out; 0: they are cut before it.
     """
 
     removed: tuple[int, ...]
@@ -100,9 +95,21 @@ class Healing:
     temperature: float
     epochs: int
     learning_rate: float
+    fade: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Healing(Plan):
+    """A cut network that was trained a little more, as its plan says.
+
+    Attributes:
+        from_full: the full network and the healed one, on test data.
+        from_cropped: the network as it was cut and the healed one, on test data.
+        parts: of the data; None in a healing saved before they were.
+    """
+
     from_full: CropResult
     from_cropped: CropResult
-    fade: float = 0.0
     parts: Parts | None = None
 
 
@@ -131,12 +138,7 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Score:
-    """A network on held-out samples.
-
-    Attributes:
-        loss: mean loss in nats.
-        accuracy: a fraction in [0, 1].
-    """
+    """Mean loss in nats and accuracy, a fraction, of a network on held-out samples."""
 
     loss: float
     accuracy: float
@@ -149,22 +151,19 @@ class MergedRuns:
     Attributes:
         folder: the new run folder, with the merged network.
         runs: as they were given.
-        names: what they are called.
-        weights: λ_k.
+        names, weights: what they are called, and λ_k.
         frame: what became of stem, head and norms: "equal", or "interpolate".
         aligned: whether the others were taken in the first one's basis of the stream.
-        samples: of the test data.
-        parents: the networks themselves.
-        merged: what was made of them.
+        samples, parts: of the test data, and of all data.
+        parents, merged: the networks themselves, and what was made of them.
         averaged: the plain average of their parameters; None for networks of several shapes.
         distances: d from the barycentre to each of them.
         objectives: Σ_k λ_k d² at the start and after each iteration.
         depth, width: of the merged network; of the widest layer.
         narrowed: d from the barycentre to the network of fewer neurons; None if it is as wide.
         verdict: on the best of the networks and what was made of them, on test data.
-        parts: of the data.
-        lower: proven bounds of the distances from below. All three are None in a result saved
-            before they were there.
+        lower: proven bounds of the distances from below. It, parts and verdict are None in a result
+            saved before they were there.
     """
 
     folder: str
@@ -242,13 +241,7 @@ class RunResults:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that is trained, cut and shown.
-
-    Attributes:
-        run: the run folder.
-        page: its page.
-        results: all results in the folder.
-    """
+    """A run that is trained, cut and shown: its folder, its page and what is in the folder."""
 
     run: Path
     page: Path

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -46,7 +46,7 @@ class RunFile(NamedTuple):
     """A file that a run may hold.
 
     Attributes:
-        remedy: says how it is written again where it is damaged, of the run in {}.
+        remedy: how it is written again where it is damaged, of the run in {}.
         result: the attribute of `RunResults` that it is, whose type says what is in it.
     """
 
@@ -109,7 +109,7 @@ def elsewhere(folder: Path) -> str:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds a run folder for writing. A process that has it may take it again.
+    """Holds a run folder for writing; a process that has it may take it again.
 
     Who only reads need not hold it. The operating system gives it back when a process ends, however
     that ends. Of several processes that train together the first one holds it.
@@ -151,38 +151,21 @@ class Vouched:
 
 @dataclass(frozen=True)
 class Manifest:
-    """run.json.
-
-    Attributes:
-        format: of this file.
-        files: what it vouches for, by paths in the run folder.
-    """
+    """run.json: what it vouches for, by paths in the run folder."""
 
     format: int
     files: dict[str, Vouched]
 
-    def of(self, name: str) -> dict[str, Vouched]:
-        """Of the file of this name, or of those in the folder."""
-        return {n: v for n, v in self.files.items() if n == name or n.startswith(f"{name}/")}
 
+class Found(NamedTuple):
+    """Where a file or folder of a run lies now, and how it is.
 
-@dataclass(frozen=True)
-class Found:
-    """A file or folder of a run.
-
-    Attributes:
-        path: where it lies now.
-        state: "sound": as run.json says; "changed": otherwise than it says; "growing": a training
-            writes it, or was stopped; "unknown": run.json says nothing of it, or there is none.
+    "sound": as run.json says; "changed": otherwise than it says; "growing": a training writes it,
+    or was stopped; "unknown": run.json says nothing of it, or there is none.
     """
 
     path: Path
     state: State
-
-    @property
-    def refused(self) -> bool:
-        """Whether no verb may read it."""
-        return self.state in ("changed", "unknown")
 
 
 @dataclass(frozen=True)
@@ -212,97 +195,101 @@ class RunFiles:
             yield self
             return
         with alone(self.folder):
-            clean_leftovers(self.folder)
             try:
+                with _writing(self.folder):
+                    _clean(self.folder)
                 yield replace(self, open=True)
-                try:
+                with _writing(self.folder):
                     _publish(self.folder)
-                except OSError as error:
-                    raise cannot_write(self.folder, error) from error
             finally:
                 remove(self.folder / STAGING)
 
     def place(self, name: str) -> Path:
-        """Where to write a file or folder in an open commit.
-
-        Raises:
-            RunError: the disk is full or cannot be written to.
-        """
+        """Where to write a file or folder in an open commit; RunError where that cannot be."""
         staging = self.folder / STAGING
-        try:
+        with _writing(self.folder / name):
             staging.mkdir(exist_ok=True)
-        except OSError as error:
-            raise cannot_write(self.folder / name, error) from error
         return staging / name
 
-    def drop(self, name: str) -> None:
-        """Lets a folder disappear with the commit."""
-        self.place(name).mkdir()
+    def drop(self, *names: str) -> None:
+        """Lets files or folders disappear with the commit."""
+        for name in names:
+            if (self.folder / name).exists():
+                self.place(name).mkdir()
 
     def forget(self, name: str) -> None:
-        """Vouches for a file no more, for it is going to grow again.
-
-        Raises:
-            RunError: as `commit`.
-        """
+        """Vouches for a file no more, for it is going to grow again; errors as `commit`."""
         manifest = read_manifest(self.folder)
         if manifest is not None and name in manifest.files:
             with self.commit() as files:
                 others = {n: v for n, v in manifest.files.items() if n != name}
-                _write_manifest(files.place(MANIFEST), replace(manifest, files=others))
+                _write_manifest(files.place(MANIFEST), others)
+
+    def sound(self, *names: str) -> Path | None:
+        """Where the first of these lies; InputError if it is not what run.json vouches for."""
+        found = self.find(*names)
+        if found is None or found.state in ("sound", "growing"):
+            return found and found.path
+        raise _not_vouched_for(self.folder / found.path.name, found.state)
 
     def find(self, *names: str) -> Found | None:
-        """The first of these files or folders that is there; None without any."""
+        """The first of these files or folders that is there; None without any.
+
+        A file that is not as it should be may be on its move just now: then it is looked at again.
+        """
         new = (self.folder / STAGING / name for name in names)
-        if self.open and (found := next(filter(Path.exists, new), None)):
-            return Found(found, "sound")
+        if self.open and (path := next(filter(Path.exists, new), None)):
+            dropped = path.is_dir() and not any(path.iterdir())
+            return None if dropped else Found(path, "sound")
         for pause in PAUSES:
             time.sleep(pause)
-            last = self._first(self.folder, names)
-            moving = (self.folder / COMMITTED).is_dir()
-            if (last is None and not moving) or (last is not None and not last.refused):
-                return last
+            before = self._moment()
+            found = self._first(self.folder, names)
+            if found is not None and found.state in ("sound", "growing"):
+                return found
+            if before is not None and before == self._moment():  # nothing moved in between
+                return found
         # Nobody moves it any more: a process was killed.
         moved = self._first(self.folder / COMMITTED, names)
-        return moved if moved is not None and moved.state == "sound" else last
+        return moved if moved is not None and moved.state == "sound" else found
 
-    def _first(self, root: Path, names: Sequence[str]) -> Found | None:
+    def _moment(self) -> tuple[int, ...] | None:
+        """Which commit was the last; None while the files of one move, which end with run.json."""
+        if (self.folder / COMMITTED).exists():
+            return None
+        try:
+            seen = (self.folder / MANIFEST).stat()
+        except FileNotFoundError:
+            return ()
+        return seen.st_ino, seen.st_mtime_ns
+
+    def _first(self, root: Path, names: tuple[str, ...]) -> Found | None:
         manifest = read_manifest(self.folder)
-        there = (name for name in names if (root / name).exists())
-        name = next(there, None)
+        name = next((name for name in names if (root / name).exists()), None)
         return None if name is None else Found(root / name, _state(manifest, root, name))
 
 
 def as_vouched(path: Path) -> Path:
-    """Where a file or a folder lies that may be a run's.
-
-    Raises:
-        InputError: it is, and not the one that run.json vouches for.
-    """
+    """Where a file or folder lies; InputError if a run's, and not what run.json vouches for."""
     found = RunFiles(path.parent).find(path.name) if (path.parent / RECIPE).is_file() else None
     if found is not None and found.state == "changed":
-        raise not_vouched_for(path, found)
+        raise _not_vouched_for(path, found.state)
     return path if found is None else found.path
 
 
-def not_vouched_for(path: Path, found: Found) -> InputError:
-    """The error for a file of a run that is not what run.json says."""
+def _not_vouched_for(path: Path, state: State) -> InputError:
     what = f"{MANIFEST} does not vouch for it"
-    if found.state == "changed":
+    if state == "changed":
         what = f"damaged or changed: not what {MANIFEST} vouches for"
     return InputError(f"{path}: {what}; {remedy(path.parent, path.name)}")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """What run.json says; None without one.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """What run.json says; None without one, InputError where it is damaged."""
+    remedy = f"if the other files are right: {ACCEPT.format(folder)}"
     for path in (folder / COMMITTED / MANIFEST, folder / MANIFEST):
         if not path.exists():
             continue
-        remedy = f"if the other files are right: {ACCEPT.format(folder)}"
         try:
             manifest = read_record(Manifest, path, remedy)
         except InputError:
@@ -320,23 +307,22 @@ def read_manifest(folder: Path) -> Manifest | None:
 def accept(folder: Path) -> None:
     """Writes run.json for the files as they are, whatever it said before."""
     with RunFiles(folder).commit() as files:
-        found = {
-            n: v for name in files_in(folder) for n, v in _vouched(folder / name, folder).items()
-        }
-        _write_manifest(files.place(MANIFEST), Manifest(FORMAT, found))
+        found = [_vouched(folder / name, folder) for name in files_in(folder)]
+        _write_manifest(files.place(MANIFEST), {n: v for one in found for n, v in one.items()})
 
 
-def clean_leftovers(folder: Path) -> None:
-    """Finishes or drops what a killed process left in a run folder; to be called under its lock.
-
-    Raises:
-        RunError: the disk cannot be written to.
-    """
-    remove(folder / STAGING)
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        _move(folder)
+        yield
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(path, error) from error
+
+
+def _clean(folder: Path) -> None:
+    """Finishes or drops what a killed process left in a run folder, under its lock."""
+    remove(folder / STAGING)
+    _move(folder)
     for path in [*folder.rglob(".*.new")]:
         if ASIDE.fullmatch(path.name):
             remove(path)
@@ -350,9 +336,10 @@ def _publish(folder: Path) -> None:
     tops = {path.name for path in staging.iterdir()}
     flush(staging, staging.stat().st_mode & 0o666)
     if MANIFEST not in tops:
-        before = read_manifest(folder) or Manifest(FORMAT, {})
-        kept = {n: v for n, v in before.files.items() if PurePosixPath(n).parts[0] not in tops}
-        _write_manifest(staging / MANIFEST, Manifest(FORMAT, kept | _vouched(staging, staging)))
+        before = read_manifest(folder)
+        files = before.files if before is not None else {}
+        kept = {n: v for n, v in files.items() if PurePosixPath(n).parts[0] not in tops}
+        _write_manifest(staging / MANIFEST, kept | _vouched(staging, staging))
     os.rename(staging, folder / COMMITTED)
     flush_folder(folder)
     _move(folder)
@@ -378,9 +365,8 @@ def _move(folder: Path) -> None:
     flush_folder(folder)
 
 
-def _write_manifest(path: Path, manifest: Manifest) -> None:
-    plain = asdict(manifest)
-    plain["files"] = dict(sorted(plain["files"].items()))
+def _write_manifest(path: Path, files: dict[str, Vouched]) -> None:
+    plain = asdict(Manifest(FORMAT, dict(sorted(files.items()))))
     write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -409,7 +395,8 @@ def _vouched(place: Path, root: Path) -> dict[str, Vouched]:
 
 
 def _state(manifest: Manifest | None, root: Path, name: str) -> State:
-    wanted = {} if manifest is None else manifest.of(name)
+    files = {} if manifest is None else manifest.files
+    wanted = {n: v for n, v in files.items() if n == name or n.startswith(f"{name}/")}
     if not wanted:
         return "growing" if name == METRICS else "unknown"
     try:

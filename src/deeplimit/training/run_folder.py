@@ -8,12 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
 
+from deeplimit.data.registry import find_source
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text
 from deeplimit.records import read_record, to_json
-from deeplimit.training.new_folder import name_of, new_folder
+from deeplimit.training.new_folder import check_name, check_runs, name_of, new_folder
 from deeplimit.training.progress import Row, from_csv, to_csv
-from deeplimit.training.recipe import Recipe, read_recipe
+from deeplimit.training.recipe import TEXTS, Recipe, read_recipe
 from deeplimit.training.run_files import (
     METRICS,
     RECIPE,
@@ -21,10 +22,9 @@ from deeplimit.training.run_files import (
     SUFFIX,
     RunFiles,
     as_vouched,
-    not_vouched_for,
     remedy,
 )
-from deeplimit.training.trust import FORMS, Named, is_run
+from deeplimit.training.specification import Named, check_single, is_run
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -33,20 +33,10 @@ if TYPE_CHECKING:
     from deeplimit.data import DataSet, Standardisation
     from deeplimit.meanfield import ConvergenceCertificate
     from deeplimit.ode import DepthLimit
+    from deeplimit.training import results as of
     from deeplimit.training.library_models import LoadedModel
-    from deeplimit.training.results import (
-        Cut,
-        Healing,
-        MergedRuns,
-        Profiles,
-        Reference,
-        Refinement,
-        RunResults,
-    )
 else:  # a folder is opened, and refused, without torch
-    Module = DataSet = Standardisation = TrajectoryPicture = ConvergenceCertificate = Any
-    DepthLimit = LoadedModel = Cut = Healing = MergedRuns = Profiles = Reference = Any
-    Refinement = RunResults = Any
+    Module = DataSet = Standardisation = Any
 
 
 @dataclass(frozen=True)
@@ -115,46 +105,29 @@ class RunFolder:
         """Makes a new folder as `create` does, whose run starts from a network.
 
         That is start.safetensors or start/, and named in the recipe as it lies beside: the folder
-        may be moved.
-
-        Args:
-            runs: as in `create`, and so are name, recipe and class_names.
-            name: of the folder.
-            recipe: of the run.
-            model: the network.
-            epochs: of the run.
-            class_names: of the data.
-            fill: writes what else belongs into the folder, before it appears at the path given.
+        may be moved. What else belongs into it `fill` writes, before it appears at the path given.
         """
-        from deeplimit.training.models import save_network
-        from deeplimit.training.texts import reader_of
-
         recipe = replace(recipe.with_absolute_paths(), control="none")  # which starts from scratch
 
         def begin(path: Path, to: Path) -> None:
-            with RunFiles(path).commit() as files:
-                place = files.place("start")
-                scale = cls(path, recipe).standardisation
-                save_network(model, place, standardisation=scale, tokenizer=reader_of(recipe))
-                file = Path("start" if place.is_dir() else f"start{SUFFIX}")
+            with cls(path, recipe).commit() as new:
+                new.write_network("start", model)
+                folder = new.files.place("start").is_dir()
+                file = Path("start" if folder else f"start{SUFFIX}")
                 if recipe.model is None:
                     own = replace(recipe, epochs=epochs, start=file)
                 else:
-                    spec = f"{'transformers:' if place.is_dir() else ''}{file}"
+                    spec = f"{'transformers:' if folder else ''}{file}"
                     own = replace(recipe, epochs=epochs, model=spec, weights=None, new_head=False)
                 if fill is not None:
-                    fill(cls(path, own, in_commit=True), to)
-                write_text(files.place(RECIPE), own.to_toml(class_names))
+                    fill(replace(new, recipe=own), to)
+                write_text(new.files.place(RECIPE), own.to_toml(class_names))
 
         return cls.open(new_folder(Path(runs), name, begin))
 
     @classmethod
     def open(cls, path: str | Path, *, trust: bool = False) -> "RunFolder":
-        """Opens an existing run.
-
-        Args:
-            path: its folder.
-            trust: whether code that its recipe names, a model module:function, may be run.
+        """Opens an existing run; code that its recipe names, module:function, runs only with trust.
 
         Raises:
             InputError: no such folder, no recipe.toml in it, or one of another version.
@@ -177,10 +150,8 @@ class RunFolder:
     def commit(self) -> Iterator["RunFolder"]:
         """What is written in the with statement, into the folder that it yields, appears together.
 
-        At its end, or not at all; a commit inside another one is a part of that.
-
-        Raises:
-            RunError: the disk is full or cannot be written to; the run is as before.
+        At its end, or not at all; a commit inside another one is a part of that. Errors as of
+        `RunFiles.commit`.
         """
         with self.files.commit() as files:
             yield replace(self, in_commit=files.open)
@@ -209,34 +180,32 @@ class RunFolder:
 
     def write_model(self, model: Module) -> None:
         """Writes the network: model.safetensors, of transformers model/."""
-        self._write_network("model", model)
+        self.write_network("model", model)
 
     def write_cropped(self, model: Module, removed: Sequence[int] = ()) -> None:
         """Writes the network less the layers removed: cropped.safetensors or cropped/."""
-        self._write_network("cropped", model, removed)
+        self.write_network("cropped", model, removed)
 
     def write_healed(self, model: Module, removed: Sequence[int] = ()) -> None:
         """Writes the healed network: healed.safetensors or healed/."""
-        self._write_network("healed", model, removed)
+        self.write_network("healed", model, removed)
 
-    def _write_network(self, name: str, model: Module, removed: Sequence[int] = ()) -> None:
+    def write_network(self, name: str, model: Module, removed: Sequence[int] = ()) -> None:
+        """Writes a network: NAME.safetensors or NAME/."""
         from deeplimit.training.models import save_network
-        from deeplimit.training.texts import reader_of
 
-        more: Any = {"standardisation": self.standardisation}
-        more["tokenizer"] = reader_of(self.recipe, self.files)
+        scale, reader = self.standardisation, reader_of(self.recipe, self.files)
         with self.files.commit() as files:
-            save_network(model, files.place(name), removed=removed, **more)
+            place = files.place(name)
+            save_network(model, place, removed=removed, standardisation=scale, tokenizer=reader)
 
     def _network(self, name: str, missing: str) -> Module:
         from deeplimit.training.models import load_network
 
-        found = self.files.find(name, name + SUFFIX)
-        if found is None:
+        path = self.files.sound(name, name + SUFFIX)
+        if path is None:
             raise InputError(f"{self.path}: no {name}{SUFFIX} yet; {missing.format(self.path)}")
-        if found.refused:
-            raise not_vouched_for(self.path / found.path.name, found)
-        return self._as_said(load_network(found.path.with_name(name), self._untrained))
+        return self._as_said(load_network(path.with_name(name), self._untrained))
 
     def _untrained(self) -> Module:
         """The recipe's model, whatever its weights."""
@@ -254,56 +223,47 @@ class RunFolder:
             anatomy(model, blocks=self.recipe.stack)
         return model
 
-    def profiles(self) -> Profiles | None:
+    def profiles(self) -> "of.Profiles | None":
         """Returns what `profile_run` measured: profile.json."""
-        return cast("Profiles | None", self._read("profile"))
+        return cast("of.Profiles | None", self._read("profile"))
 
-    def picture(self) -> TrajectoryPicture | None:
+    def picture(self) -> "TrajectoryPicture | None":
         """Returns the trajectories that `profile_run` projected: trajectories.json."""
         return cast("TrajectoryPicture | None", self._read("trajectories"))
 
-    def cut(self) -> Cut | None:
+    def cut(self) -> "of.Cut | None":
         """Returns the last cut: crop.json."""
-        return cast("Cut | None", self._read("crop"))
+        return cast("of.Cut | None", self._read("crop"))
 
-    def healing(self) -> Healing | None:
+    def healing(self) -> "of.Healing | None":
         """Returns how the last cut was healed; None where it was not, or another cut was."""
-        return self._healing_of(self.cut())
-
-    def _healing_of(self, cut: Cut | None) -> Healing | None:
-        found: Healing | None = self._read("heal")
+        cut, found = self.cut(), self._read("heal")
         return found if found and cut and found.removed == cut.removed else None
 
-    def depth_limit(self) -> DepthLimit | None:
+    def depth_limit(self) -> "DepthLimit | None":
         """Returns what `deeplimit ode` measured: ode.json."""
         return cast("DepthLimit | None", self._read("ode"))
 
-    def certificate(self) -> ConvergenceCertificate | None:
+    def certificate(self) -> "ConvergenceCertificate | None":
         """Returns what `certify_convergence` said of a training of this network."""
         return cast("ConvergenceCertificate | None", self._read("certificate"))
 
-    def refinement(self) -> Refinement | None:
+    def refinement(self) -> "of.Refinement | None":
         """Returns how this run's network was made from another one's: refine.json."""
-        return cast("Refinement | None", self._read("refine"))
+        return cast("of.Refinement | None", self._read("refine"))
 
-    def merging(self) -> MergedRuns | None:
+    def merging(self) -> "of.MergedRuns | None":
         """Returns of which networks this run's was made: merge.json."""
-        return cast("MergedRuns | None", self._read("merge"))
+        return cast("of.MergedRuns | None", self._read("merge"))
 
-    def reference(self) -> Reference | None:
+    def reference(self) -> "of.Reference | None":
         """Returns what the control of a cut reached: reference.json."""
-        return cast("Reference | None", self._read("reference"))
+        return cast("of.Reference | None", self._read("reference"))
 
     def _read(self, stem: str) -> Any:
-        name = f"{stem}.json"
-        found = self.files.find(name)
-        if found is None:
-            return None
-        kind = result_kinds()[stem]
-        result = read_record(kind, found.path, remedy(self.path, name))
-        if found.refused:
-            raise not_vouched_for(self.path / name, found)
-        return result
+        path = self.files.sound(f"{stem}.json")
+        what = remedy(self.path, f"{stem}.json")
+        return None if path is None else read_record(result_kinds()[stem], path, what)
 
     def write(self, result: Any) -> None:
         """Writes a result, of a type that `RunResults` holds, to the JSON file for it."""
@@ -315,37 +275,47 @@ class RunFolder:
 
     def metrics(self) -> tuple[Row, ...]:
         """Returns the rows of metrics.csv; none before the first epoch's end."""
-        found = self.files.find(METRICS)
-        if found is None:
-            return ()
-        path = self.path / METRICS
+        path = self.files.sound(METRICS)
         try:
-            rows = from_csv(found.path.read_text(encoding="utf-8"))
+            return () if path is None else from_csv(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, csv.Error) as error:
-            what = remedy(self.path, METRICS)
-            raise InputError(f"{path}: damaged ({error}); {what}") from error
-        if found.refused:
-            raise not_vouched_for(path, found)
-        return rows
+            what = f"{self.path / METRICS}: damaged ({error})"
+            raise InputError(f"{what}; {remedy(self.path, METRICS)}") from error
 
     def write_metrics(self, rows: Sequence[Row]) -> None:
         """Writes metrics.csv, all rows of it."""
         with self.files.commit() as files:
             write_text(files.place(METRICS), to_csv(rows))
 
-    def results(self) -> RunResults:
+    def results(self) -> "of.RunResults":
         """Reads all results that there are."""
         from deeplimit.training.results import RunResults
 
-        found = {f.result: self._read(s) for s, f in RUN_FILES.items() if f.result and s != "heal"}
+        found = {f.result: self._read(stem) for stem, f in RUN_FILES.items() if f.result}
         return RunResults(
             name=self.path.resolve().name,
             recipe=self.recipe.settings(),
             class_names=self.class_names,
             metrics=self.metrics(),
-            healing=self._healing_of(found["cut"]),
-            **found,
+            **found | {"healing": self.healing()},
         )
+
+
+def reader_of(recipe: Recipe, run: RunFiles | None = None) -> str | None:
+    """The folder, or the hub's name, of the model whose tokenizer reads a recipe's texts.
+
+    It is the run's own, once there is one, so that the folder which it came from may go.
+    """
+    if not recipe.data.startswith(TEXTS):
+        return None
+    own = None if run is None else run.find("model")
+    if own is not None and own.path.is_dir():
+        return str(own.path)
+    kind, _, name = (recipe.model or "").partition(":")
+    if kind != "transformers":
+        found = Path(recipe.model or "") / "model"  # of a run
+        return str(as_vouched(found)) if found.is_dir() else None
+    return str(as_vouched(Path(name))) if Path(name).is_dir() else name
 
 
 @cache
@@ -357,30 +327,38 @@ def result_kinds() -> dict[str, type[Any]]:
     return {stem: get_args(hints[f.result])[0] for stem, f in RUN_FILES.items() if f.result}
 
 
-def load_named(
-    spec: str,
-    *,
-    seed: int = 0,
-    classes: int | None = None,
-    new_head: bool = False,
-    trust: bool = False,
-    task: str = "IMAGE_CLASSIFICATION",
-) -> LoadedModel:
-    """Loads the model of a recipe as `load_model` does; code runs only if its mark says so.
+def check_spec(spec: str, *, trust: bool = False) -> None:
+    """Refuses a model's name that nothing stands behind, as far as files tell; none is loaded.
 
     Raises:
-        InputError: as `load_model`.
+        InputError: no such run folder, file, module or library, or no such model in it.
     """
+    check_single(spec)
+    if is_run(spec):
+        RunFolder.open(spec, trust=trust)
+
+
+def check_recipe(recipe: Recipe, runs: Path, name: str | None) -> None:
+    """Raises InputError where data, model, weights or folder of a run cannot be there."""
+    find_source(recipe.data, recipe.data_dir)
+    if recipe.model is not None:
+        check_spec(recipe.model, trust=getattr(recipe.model, "trust", False))
+    if name is not None:
+        check_name(name)
+    check_runs(runs)
+
+
+def load_named(spec: str, *, trust: bool = False, **asked: Any) -> "LoadedModel":
+    """Loads the model of a recipe as `load_model` does; code runs only if its mark says so."""
     from deeplimit.training.library_models import LoadedModel
     from deeplimit.training.models import load_single
 
+    check_single(spec)
     if not is_run(spec):
-        return load_single(spec, seed=seed, classes=classes, new_head=new_head, task=task)
-    if not Path(spec).exists():
-        raise InputError(f"{spec}: no such folder; the model is given as {FORMS}")
+        return load_single(spec, **asked)
     run = RunFolder.open(spec, trust=trust or (isinstance(spec, Named) and spec.trust))
-    model = run.model().train()
-    return LoadedModel(spec, model, "trained", run=run.path, standardisation=run.standardisation)
+    scale = run.standardisation
+    return LoadedModel(spec, run.model().train(), "trained", run.path, standardisation=scale)
 
 
 def write_metrics(path: Path, rows: Sequence[Row]) -> None:

@@ -28,14 +28,11 @@ DAMAGED = "delete it; deeplimit train --resume {} goes on from the one before"
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """A file of a run.
+    """A file of a run, by its path in the folder.
 
-    Attributes:
-        name: its path in the run folder.
-        state: "sound": as run.json says, or its own checksums do; "changed", "missing"; "growing":
-            metrics.csv of a training that is not at its end; "unknown": put there by somebody else,
-            or run.json was lost.
-        remedy: what to do; empty where nothing is wrong.
+    It is "sound": as run.json says, or its own checksums do; "changed", "missing"; "growing":
+    metrics.csv of a training that is not at its end; "unknown": put there by somebody else, or
+    run.json was lost. What to do says the remedy, which is empty where nothing is wrong.
     """
 
     name: str
@@ -75,7 +72,10 @@ def verify_run(path: str | Path, *, accepting: bool = False) -> Verification:
     if not (folder / RECIPE).is_file():
         raise InputError(f"{path}: no {RECIPE} in it; expected a folder of `deeplimit train`")
     if accepting:
-        _check_readable(folder)
+        read_recipe(folder / RECIPE)  # and the results, before somebody vouches for them
+        for stem, kind in result_kinds().items():
+            if (file := folder / f"{stem}.json").is_file():
+                read_record(kind, file, RUN_FILES[stem].remedy.format(folder))
         accept(folder)
     manifest = read_manifest(folder)
     moved = [path.name for path in folder.glob(f"{COMMITTED}/*")]
@@ -93,12 +93,3 @@ def verify_run(path: str | Path, *, accepting: bool = False) -> Verification:
             what = f"{problem}; {DAMAGED.format(folder)}" if problem else ""
             checked.append(CheckedFile(name, "changed" if problem else "sound", what))
     return Verification(str(path), tuple(checked))
-
-
-def _check_readable(folder: Path) -> None:
-    """Reads recipe and results before somebody vouches for them."""
-    read_recipe(folder / RECIPE)
-    for stem, kind in result_kinds().items():
-        path = folder / f"{stem}.json"
-        if path.is_file():
-            read_record(kind, path, RUN_FILES[stem].remedy.format(folder))

@@ -13,9 +13,9 @@ from typing_extensions import Doc
 from deeplimit.errors import InputError
 from deeplimit.rank import is_first_process
 from deeplimit.training import Recipe, RunFolder, recipe_for
-from deeplimit.training.names import check_recipe
 from deeplimit.training.recipe import LARGEST_SEED
-from deeplimit.training.trust import is_run
+from deeplimit.training.run_folder import check_recipe
+from deeplimit.training.specification import is_run
 
 if TYPE_CHECKING:
     from deeplimit.training.results import RunResults

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from deeplimit.errors import InputError
 from deeplimit.training import RunFolder
-from deeplimit.training.names import check_spec
+from deeplimit.training.run_folder import check_spec
 from deeplimit.verbs.answer import (
     COUNT,
     POSITIVE,

@@ -9,8 +9,9 @@ from typing_extensions import Doc
 
 from deeplimit.errors import InputError, RunError
 from deeplimit.training import Recipe, RunFolder
-from deeplimit.training.names import check_recipe, check_runs
+from deeplimit.training.new_folder import check_runs
 from deeplimit.training.run_files import RECIPE
+from deeplimit.training.run_folder import check_recipe
 from deeplimit.verbs.answer import (
     COUNT,
     FRACTION,

@@ -1,4 +1,4 @@
-"""Code that a file names: it is run only where the user said so.
+"""What a model's specification may be: told, and code refused, before anything is imported.
 
 A specification `module:function` is code. Typed on the command line or written in a program it is
 the user's own; out of a recipe.toml it is whoever's wrote the file. `Named` says which on its way
@@ -9,21 +9,30 @@ says nothing any more, and its code is not run.
 import importlib.util
 import os
 import pkgutil
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, did_you_mean
 from deeplimit.rank import is_first_process
 from deeplimit.terminal import tell
+from deeplimit.training.run_files import SUFFIX
 
 FORMS = (
     "a run folder, module:function, transformers:NAME, torchvision:NAME, timm:NAME or a "
     ".safetensors file of a network"
 )
+# Where to get a library whose models can be named.
+LIBRARIES = {
+    "transformers": "pip install 'deeplimit[hub]'",
+    "torchvision": "install the one that goes with your torch",
+    "timm": "install the one that goes with your torch",
+}
+MODEL_TYPE = re.compile(r'"([\w.-]+)"[,:]\s*"\w+Config"')
 
 
 class Named(str):
@@ -48,14 +57,72 @@ class Named(str):
         """As the user typed it, or wrote it in a program; what is marked already stays as it is."""
         return spec if isinstance(spec, Named) else cls(spec)
 
-    def spelt(self, spec: str) -> "Named":
-        """Another spelling of the same."""
-        return Named(spec, self.file, trust=self.trust)
-
 
 def is_run(spec: str) -> bool:
     """Whether a specification is the path of a run folder, there or not."""
-    return Path(spec).is_dir() or not (":" in spec or spec.endswith(".safetensors"))
+    return Path(spec).is_dir() or not (":" in spec or spec.endswith(SUFFIX))
+
+
+def check_single(spec: str) -> None:
+    """Refuses a specification that nothing stands behind, as far as files tell; none is loaded.
+
+    Raises:
+        InputError: no such folder, file, module or library, or no such type of model.
+    """
+    source, _, name = spec.partition(":")
+    if is_run(spec) or (source not in LIBRARIES and spec.endswith(SUFFIX)):
+        if not Path(spec).exists():
+            what = "file" if spec.endswith(SUFFIX) else "folder"
+            raise InputError(f"{spec}: no such {what}; the model is given as {FORMS}")
+    elif not source or not name:
+        raise InputError(f"the model is {spec!r}; expected {FORMS}")
+    elif source not in LIBRARIES:
+        _check_module(spec, source, name)
+    elif importlib.util.find_spec(source) is None:
+        raise InputError(
+            f"{source} cannot be imported (there is no such module); {LIBRARIES[source]}"
+        )
+    elif source == "transformers":
+        _check_type(name)
+
+
+def _check_module(spec: str, module: str, function: str) -> None:
+    """Raises InputError where no module is to be found; none is run."""
+    parts = module.split(".")
+    if not all(part.isidentifier() for part in parts):
+        raise InputError(f"{spec!r} names no module and function; expected {FORMS}")
+    if module in sys.modules or len([*_chain(module)]) == len(parts):
+        return
+    remedy = did_you_mean(module, LIBRARIES) or f"; expected {FORMS}"
+    if module.endswith(".py"):
+        remedy = f"; leave out .py: {module.removesuffix('.py')}:{function}"
+    raise InputError(f"no module {module!r}, neither in this folder nor installed{remedy}")
+
+
+def _check_type(name: str) -> None:
+    """A model type, a path, or a name whose files are in the hub's cache."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    if Path(name).exists() or (cache / f"models--{name.replace('/', '--')}").exists():
+        return
+    found = importlib.util.find_spec("transformers")
+    folder = Path(found.origin).parent if found is not None and found.origin else Path()
+    types = {
+        kind
+        for file in (folder / "models" / "auto").glob("*a*to*_*.py")
+        for kind in MODEL_TYPE.findall(file.read_text(encoding="utf-8", errors="replace"))
+    }
+    if types and name not in types:
+        raise no_such_type(name, types)
+
+
+def no_such_type(name: str, types: Iterable[str]) -> InputError:
+    """The error for a model of transformers of which there are no files."""
+    return InputError(
+        f"transformers:{name}: no file or folder of that name, no model type"
+        f"{did_you_mean(name, types)}, and nothing in the hub's cache; fetch it first (hf download "
+        f"{name}), or give a config.json"
+    )
 
 
 def check_code(spec: str, module: str) -> None:
@@ -79,11 +146,6 @@ def check_code(spec: str, module: str) -> None:
 def sources(module: str) -> list[str]:
     """The files that importing a module runs, those of packages above it first; none is run."""
     return [found.origin or "no file" for found in _chain(module) if found.loader is not None]
-
-
-def parts_found(module: str) -> int:
-    """How many parts of a dotted name are there: all of them, or the module cannot be imported."""
-    return sum(1 for _ in _chain(module))
 
 
 @contextmanager
