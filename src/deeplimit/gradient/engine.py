@@ -152,14 +152,19 @@ class Engine:
         """Nodes and graphs belong to forward passes of the original."""
         return self.__dict__ | {"chains": None, "paused": False}
 
-    def way(self, step: Step, position: int) -> Literal["plain", "kept", "rebuilt"]:
+    def way(self, step: Step, position: int) -> Literal["plain", "kept", "coded", "rebuilt"]:
         """How the backward pass comes by the input of a step at this position of its chain.
 
         It is decided here for every block: in autograd's own graph (plain), kept, or rebuilt from
-        the next one's. The last of a chain, which nothing follows, is kept whatever this says.
+        the next one's by the code of its update or by a fixed point. The last of a chain, which
+        nothing follows, is kept whatever this says.
         """
         if step.plain is not None:
             return "plain"
         every = self.settings.anchor_every
         at_anchor = step.name in self.settings.anchors or (every and position % every == 0)
-        return "kept" if position == 0 or at_anchor or step.data_dependent_shape else "rebuilt"
+        if position == 0 or at_anchor or step.data_dependent_shape:
+            return "kept"
+        if self.settings.bits:
+            return "coded"
+        return "rebuilt" if step.adds else "kept"

@@ -56,6 +56,7 @@ class Step:
         inner: candidates inside it, which are preferred if they turn out to be residual.
         named: chosen by the user, or a step of our own chain: residual by definition.
         plain: why it is run as it is; None as long as nothing speaks against the adjoint.
+        adds: whether it adds its input to its output, once that is known.
         known: whether it has run once with gradients.
         data_dependent_shape: whether shapes in it depend on numbers, so that its input is kept.
         linked: whether it was linked to another.
@@ -66,6 +67,7 @@ class Step:
     inner: tuple["Step", ...] = ()
     named: bool = False
     plain: str | None = None
+    adds: bool = True
     known: bool = False
     data_dependent_shape: bool = False
     linked: bool = False
@@ -83,10 +85,11 @@ class FirstRun:
         input: what the step is to be given in place of x: the graph of one without a gradient
             would not show the way through.
         kinked: whether the step is not differentiable everywhere.
+        coded: whether states are coded, for which a block need not add its input.
     """
 
-    def __init__(self, step: Step, function: Any, x: Tensor):
-        self.step, self._x = step, x
+    def __init__(self, step: Step, function: Any, x: Tensor, *, coded: bool):
+        self.step, self._x, self.coded = step, x, coded
         self.input = x
         if not step.named and not x.requires_grad:
             self.input = x.detach().requires_grad_().clone()  # a leaf could not be edited in place
@@ -113,17 +116,23 @@ class FirstRun:
                 x.copy_(self.input)  # as the step would have done to its own input
         y = state_of(output)
         step.known = True
-        inner = [s.name for s in step.inner if s.known and s.plain is None]
-        if inner:
-            step.plain = f"holds residual blocks of its own ({inner[0]}, …)"
+        inner = [s for s in step.inner if s.known and s.plain is None]
+        step.adds = step.named or (y is not None and adds_input(y, self.input))
+        # Parts that add nothing are preferred only if they are a chain, and no branch of a block.
+        own = [s for s in inner if s.adds or (s.linked and not step.adds)]
+        if own:
+            step.plain = f"holds {'residual' if own[0].adds else 'linked'} blocks of its own"
+            step.plain += f" ({own[0].name}, …)"
         elif y is None or y.shape != x.shape or y.dtype != x.dtype:
             was = "no tensor" if y is None else f"{tuple(y.shape)}, {y.dtype}"
             step.plain = f"turns a state {tuple(x.shape)}, {x.dtype} into {was}"
         elif self.edited:
             step.plain = "changes its own input in place"
-        elif not step.named and not adds_input(y, self.input):
+        elif not (step.adds or self.coded):
             step.plain = "does not add its input to its output: not a residual block"
         else:
+            for part in inner:
+                part.plain = f"is part of {step.name}"
             step.data_dependent_shape = self._seen.data_dependent_shape
             self.kinked = bool(step.inner) or self._seen.compared or has_kinks(y, self.input)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deeplimit.errors import InputError, RunError
+from deeplimit.gradient.codes import BITS
 from deeplimit.gradient.private_torch import at_end_of_backward, graph_task
 
 OnDrift = Literal["warn", "raise", "ignore"]
@@ -19,6 +20,13 @@ OnDrift = Literal["warn", "raise", "ignore"]
 # benchmarks/results/adjoint_accuracy.json.
 SAFETY = 2.0
 KINKED = 2.5
+# The same for coded states: gradient error ≤ CODED·response, or CODED_KINKED·√response:
+# benchmarks/results/coded_states.json.
+CODED = 5.0
+CODED_KINKED = 2.5
+
+
+NOT_FINITE = ": its update x_{n+1} − x_n is not finite, or beyond 3e38"
 
 
 class AdjointError(RunError):
@@ -42,6 +50,7 @@ class Settings:
     tolerance: float = 1e-2
     on_drift: OnDrift = "warn"
     anchors: frozenset[str] = frozenset()
+    bits: int = 0
 
     def __post_init__(self) -> None:
         e, every = self.evaluations, self.anchor_every
@@ -59,6 +68,8 @@ class Settings:
         ):
             if not right:
                 raise InputError(wrong)
+        if self.bits not in (0, *BITS):
+            raise InputError(f"bits is {self.bits!r}; expected 0 (no codes), 2, 4 or 8")
 
 
 @dataclass(eq=False)
@@ -70,6 +81,8 @@ class BackwardPass:
         settings: those in force when it began.
         drifts: (block, drift) at each kept state.
         differences: (block, how far beyond rounding) of replays from exact inputs.
+        coded: (block, drift, response) at each coded state.
+        infinite: (block, whether its update was not finite).
         unmeasured: segments rebuilt whose kept state has not been reached, with the last block.
     """
 
@@ -77,6 +90,8 @@ class BackwardPass:
     settings: Settings
     drifts: list[tuple[str, Tensor]] = field(default_factory=list)
     differences: list[tuple[str, Tensor]] = field(default_factory=list)
+    coded: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    infinite: list[tuple[str, Tensor]] = field(default_factory=list)
     unmeasured: dict[int, str] = field(default_factory=dict)
 
 
@@ -86,6 +101,10 @@ class DriftMeter:
     Attributes:
         drift: the largest of the last backward pass; NaN if it ended before a kept state.
         drift_at: the block before which it was found.
+        response: of the last backward pass, √Σ r_n² over its coded states, whose blocks' updates
+            came out wrong by r_n = ‖Φ_n(x̂_n) − Φ_n(x_n)‖ / ‖Φ_n(x_n)‖, on some entries; at least
+            ‖x̂_n − x_n‖ / ‖x_n‖.
+        bound: what the gradient's relative error may be up to, by all of these.
         kinked: whether a block is not differentiable everywhere (ReLU, max-pooling).
         residual: how many blocks were found to be residual so far.
         linked: whether one was linked to another.
@@ -96,6 +115,7 @@ class DriftMeter:
 
     def __init__(self) -> None:
         self.drift, self.drift_at = 0.0, ""
+        self.response = self.bound = 0.0
         self.residual, self.linked, self.kinked = 0, False, False
         self.learnt, self.warned = False, False
         self.refused: list[str] = []
@@ -103,7 +123,8 @@ class DriftMeter:
 
     def __getstate__(self) -> dict[str, Any]:
         """What was learnt, without the backward passes of the original."""
-        return self.__dict__ | {"drift": 0.0, "drift_at": "", "_passes": {}}
+        none = {"drift": 0.0, "drift_at": "", "response": 0.0, "bound": 0.0, "_passes": {}}
+        return self.__dict__ | none
 
     def this_pass(self, settings: Settings) -> BackwardPass:
         """The backward pass that a replay belongs to; at its end it is looked at."""
@@ -118,15 +139,27 @@ class DriftMeter:
     def error_bound(self, drift: float) -> float:
         """What the gradient's relative error stayed below on all networks tried, at this drift.
 
-        2·drift for blocks twice differentiable. Where a kink is met, units flip, as many as the
-        drift says, and the gradient is off by their share's root: 2.5·√drift.
+        Of states rebuilt by a fixed point: 2·drift for blocks twice differentiable. Where a kink
+        is met, units flip, as many as the drift says, and the gradient is off by their share's
+        root: 2.5·√drift.
         """
         return max(SAFETY * drift, KINKED * math.sqrt(drift) if self.kinked else 0.0)
+
+    def coded_bound(self, response: float) -> float:
+        """What it stayed below where states were coded, at this response of the blocks to them.
+
+        Errors of codes are independent from state to state, so that squares add up.
+        """
+        kinked = CODED_KINKED * math.sqrt(response) if self.kinked else 0.0
+        return max(CODED * response, kinked)
 
     def _finish(self, done: BackwardPass) -> None:
         """Takes the largest drift of a backward pass that has ended, and says what it means."""
         self._passes = {key: other for key, other in self._passes.items() if other is not done}
-        self.drift, self.drift_at = 0.0, ""
+        self.drift, self.drift_at, self.response, self.bound = 0.0, "", 0.0, 0.0
+        infinite, name = _largest(done.infinite, nan=0.0)
+        if infinite:
+            raise AdjointError(name + NOT_FINITE)
         beyond, name = _largest(done.differences, nan=-math.inf)
         if beyond > 0:
             raise AdjointError(
@@ -146,8 +179,20 @@ class DriftMeter:
             )
             return
         self.drift, self.drift_at = _largest(done.drifts, nan=math.inf)
-        if done.settings.tolerance < self.error_bound(self.drift):
+        self.bound = self.error_bound(self.drift)
+        if done.coded:
+            self._add_coded(done)
+        if not self.bound <= done.settings.tolerance:
             self._report_drift(done.settings)
+
+    def _add_coded(self, done: BackwardPass) -> None:
+        """Takes the coded states' drift and response into account."""
+        drift, at = _largest([(name, drift) for name, drift, _ in done.coded], nan=math.inf)
+        if drift > self.drift:
+            self.drift, self.drift_at = drift, at
+        squares = torch.stack([r.double().square().cpu() for *_, r in done.coded]).sum()
+        self.response = float(squares.sqrt().nan_to_num(math.inf))
+        self.bound = math.hypot(self.bound, self.coded_bound(self.response))
 
     def _report_useless(self, settings: Settings) -> None:
         """Says once that nothing is saved, and why."""
@@ -160,12 +205,14 @@ class DriftMeter:
         self.learnt = False
 
     def _report_drift(self, settings: Settings) -> None:
-        more = f"{settings.evaluations + 1} instead of {settings.evaluations}"
+        more = f"More evaluations ({settings.evaluations + 1} instead of {settings.evaluations})"
+        if self.response and settings.bits < BITS[-1]:
+            more = f"More bits ({settings.bits * 2} instead of {settings.bits})"
         message = (
             f"drift {self.drift:.2g} at {self.drift_at}: rebuilt states are off by that part of a "
             "layer's update, so the gradient's relative error may be up to "
-            f"{self.error_bound(self.drift):.2g}, beyond the tolerance {settings.tolerance:g}. "
-            f"More evaluations ({more}), anchor_every, or plan_anchors(model, loss_of, batch, "
+            f"{self.bound:.2g}, beyond the tolerance {settings.tolerance:g}. "
+            f"{more}, anchor_every, or plan_anchors(model, loss_of, batch, "
             "tolerance) bring it down; gradient_error measures it"
         )
         if settings.on_drift == "raise":
@@ -205,6 +252,20 @@ def norms(x: Tensor) -> Tensor:
         x = x.flatten(1)  # twice as fast as over several dimensions
     found: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype)
     return found
+
+
+def relative(gap: Tensor, update: Tensor) -> Tensor:
+    """Root mean square over entries of gap_i / √(u_i² + m²), with the median m of the |u_i| > 0.
+
+    For entries of one size it is ‖gap‖/‖u‖. A few huge ones, a channel or a sample, neither hide
+    what the others feel nor count for more than their own relative error. Where many are 0, m is
+    that of √p·|u_i|, with p the share of those that are not.
+    """
+    size = update.abs()
+    share = (size > 0).to(gap.dtype).mean()
+    usual = torch.where(size > 0, size, torch.nan).nanmedian().nan_to_num() * share.sqrt()
+    ratios = torch.where(gap == 0, 0.0, gap.square() / (size.square() + usual.square()))
+    return ratios.mean().sqrt() if gap.numel() else gap.new_zeros(())
 
 
 def relative_drift(gap: Tensor, updates: list[Tensor]) -> Tensor:

@@ -3,21 +3,31 @@
 import operator
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deeplimit.errors import InputError
+from deeplimit.gradient.codes import Code, Feedback
 from deeplimit.gradient.engine import Engine, Turn
 from deeplimit.gradient.learning import Step
-from deeplimit.gradient.meter import AdjointError, BackwardPass, norm, norms, relative_drift
+from deeplimit.gradient.meter import (
+    NOT_FINITE,
+    AdjointError,
+    BackwardPass,
+    norm,
+    norms,
+    relative,
+    relative_drift,
+)
 from deeplimit.gradient.private_torch import checkpoint, checkpoint_around, version_of
 from deeplimit.gradient.replay_context import Arguments, ReplayContext, state_of
 
 # A step, its own function, and where a fixed point for its input may start (from its output).
 Call = tuple[Step, Callable[..., Any], Callable[[Tensor], Tensor] | None]
 MANY = 16
+SAMPLED = 256
 
 
 class _Inside(threading.local):
@@ -52,7 +62,11 @@ class Node:
     Attributes:
         x: the input x_n, while it is kept: at the start of a chain, at anchors, at the end.
         next: the node whose input is this one's output, once that is proven.
-        rebuilt: x̃_n in the backward pass, until the node before has used it.
+        rebuilt: x̃_n in the backward pass, until the node before has used it; for a coded state x̂_n
+            in the precision of codes, and refined: x̃_n where the block is evaluated for it too.
+        code: of the update that this run made, where its input is coded, with feedback: what the
+            codes of this run of states share, and change: some entries of the update itself.
+        origin: the code that its input came out of.
         chain: names of the steps linked so far, shared by all nodes of the chain.
         segment: shared by the nodes whose states are rebuilt from the same kept one; place: in it.
         around: somebody else's checkpoint, inside which it runs; alone: whether it is the first
@@ -71,25 +85,34 @@ class Node:
         self.x: Tensor | None = x
         self.next: Node | None = None
         self.rebuilt: Tensor | None = None
+        self.refined: Tensor | None = None
+        self.code: Code | None = None
+        self.feedback: Feedback | None = None
+        self.origin: Code | None = None
+        self.sample: Sample | None = None
         self.position = self.place = 0
         self.chain = [step.name]
         self.segment: Segment | None = None
         self._arguments = arguments
         self._requires_grad, self._x_version = x.requires_grad, x._version
+        self._dtype = x.dtype
         self._parameters = modules.parameters(step.name)
         self._versions = list(map(version_of, self._parameters))
         self._context = ReplayContext(modules, x.device)
         self._ran = self._edits = False
         self.kept_entries: Tensor | None = None
 
-    def run(self) -> Any:
-        """Runs the step in the forward pass, under a checkpoint that calls `replay`."""
+    def link(self) -> None:
+        """Links it to the node whose output is its input, before it runs."""
         assert self.x is not None
         before: Node | None = self.engine.links.match(self.x)
         if before is not None:
             self._follow(before)
         elif self.engine.chains is not None:
             self.engine.chains.append(self.chain)
+
+    def run(self) -> Any:
+        """Runs the step in the forward pass, under a checkpoint that calls `replay`."""
         return checkpoint(
             self,
             use_reentrant=False,
@@ -124,10 +147,12 @@ class Node:
         before = turns.begin_replay()
         try:
             self._check_unchanged()
-            if self.x is None:
-                self._replay_rebuilt(found)
-            else:
+            if self.x is not None:
                 self._replay_kept(found)
+            elif self.code is not None:
+                self._replay_coded(found, self.code)
+            else:
+                self._replay_rebuilt(found)
         except (LookupError, TypeError, ValueError) as error:
             raise self._error(
                 f": cannot be run again ({type(error).__name__}: {error}); a block that takes from "
@@ -164,14 +189,20 @@ class Node:
                 missing.append(node)
                 node = node.next
             assert node is not None  # only a link lets an input go
-            state = node.state()
+            found = node
             for node in reversed(missing):
-                state = node.rebuild(state)
-            self.rebuilt = state
+                node.rebuilt = node.rebuild()
+                if node.next is not None and node.next is not found:
+                    node.next.rebuilt = None
+        assert self.rebuilt is not None
         return self.rebuilt
 
-    def rebuild(self, target: Tensor) -> Tensor:
+    def rebuild(self) -> Tensor:
         """x̃_n from x_{n+1}, without a gradient that has come to this node."""
+        after = self.next
+        assert after is not None
+        if self.code is not None:
+            return self._decoded(self.code)
         if self.step.modules.scattered():
             raise self._error(
                 ": its state is needed although the loss does not depend on its output, and its "
@@ -179,6 +210,7 @@ class Node:
                 "as an anchor"
             )
         self._check_unchanged()
+        target = after.state().to(self._dtype)
         return self._approach(target, self.engine.settings.evaluations)
 
     def _follow(self, before: "Node") -> None:
@@ -195,15 +227,41 @@ class Node:
         self.position, self.alone = before.position + 1, apart
         self.chain = before.chain
         self.chain.append(self.step.name)
-        if (
-            before.segment is not None
-            and self.engine.way(before.step, before.position) == "rebuilt"
-        ):
+        way = self.engine.way(before.step, before.position)
+        if way == "coded" and before.segment is not None:
+            way = before.encode(self)
+        if before.segment is not None and way in ("coded", "rebuilt"):
             before.x = before.kept_entries = None
             self.segment, self.place = before.segment, before.place + 1
             self.segment.length = self.place + 1
         else:
             self.segment = Segment()
+
+    def encode(self, after: "Node") -> Literal["coded", "kept"]:
+        """Codes x_{n+1} − x_n, if these are tensors like any other."""
+        x, y = self.x, after.x
+        assert x is not None
+        assert y is not None
+        if type(x) is not Tensor or type(y) is not Tensor or x.device != y.device:
+            return "kept"  # divided among processes, or wrapped in something
+        with torch.no_grad():
+            if self.feedback is None:
+                self.feedback = Feedback(x)
+            self.code = self.feedback.code(x, y, self.engine.settings.bits)
+            self.sample = Sample.of(x, y, self.feedback.dtype)
+            if x.device.type == "cpu" and not self.code.finite():
+                at = (~(y - x).isfinite()).nonzero()[:1].flatten().tolist()
+                raise self._error(NOT_FINITE + (f" at {at}" if at else ""))
+        after.feedback, after.origin = self.feedback, self.code
+        return "coded"
+
+    def _decoded(self, code: Code) -> Tensor:
+        """x̂_n = x̂_{n+1} − q_n, from the state at which this run of codes ends."""
+        after, feedback = self.next, self.feedback
+        assert after is not None
+        assert feedback is not None
+        state = after.state()
+        return feedback.before(feedback.end(state) if after.code is None else state, code)
 
     def _replay_kept(self, found: BackwardPass) -> None:
         """The exact input is here: an ordinary checkpoint's replay, and a look at the drift."""
@@ -219,19 +277,20 @@ class Node:
         after = self.next
         if after is None:
             return
-        if after.rebuilt is not None and after.segment is not None and after.segment.updates:
+        rebuilt = after.rebuilt if after.refined is None else after.refined
+        if rebuilt is not None and after.segment is not None and after.segment.updates:
             found.unmeasured.pop(id(after.segment), None)
-            off = relative_drift(after.rebuilt - y, after.segment.updates)
+            off = relative_drift(rebuilt - y, after.segment.updates)
             found.drifts.append((after.step.name, off))
             after.segment.updates.clear()
-        after.rebuilt = None
+        after.rebuilt = after.refined = None
 
     def _replay_rebuilt(self, found: BackwardPass) -> None:
         """x̃_n by the fixed point z ↦ x_{n+1} − Φ_n(z), its last evaluation with gradients."""
         after, segment = self.next, self.segment
         assert after is not None
         assert segment is not None
-        target = after.state()
+        target = after.state().to(self._dtype)
         z = self._approach(target, self.engine.settings.evaluations - 1)
         y = self._evaluate(z.detach().requires_grad_(self._requires_grad))
         self._check_repeats(z, y)
@@ -241,7 +300,39 @@ class Node:
         self.rebuilt = torch.sub(target, increment, out=increment)
         # The kept state that the segment ends at will tell how well.
         found.unmeasured[id(segment)] = self.step.name
-        after.rebuilt = None  # it has served; a second backward pass rebuilds it again
+        after.rebuilt = after.refined = None  # it has served; another backward pass rebuilds it
+
+    def _replay_coded(self, found: BackwardPass, code: Code) -> None:
+        """x̂_n by its code, as it is or as the start of the fixed point among what it can have been.
+
+        Each step of z ↦ x_{n+1} − Φ_n(z) is taken back into |z − x̂_n| ≤ s/2, where x_n is, and
+        stands if it came nearer to the entries of x_n that are known: some blocks do not contract.
+        """
+        after, feedback, origin = self.next, self.feedback, self.origin
+        assert after is not None
+        assert feedback is not None
+        assert self.sample is not None
+        target = after.state() if after.refined is None else after.refined
+        target = target.to(feedback.dtype)
+        x = z = self._decoded(code)
+        evaluations = self.engine.settings.evaluations if self.step.adds else 1
+        for _ in range(evaluations - 1):
+            leaf = z.to(self._dtype)
+            with torch.no_grad():
+                moved = feedback.confined(target - self._evaluate(leaf) + leaf, x, origin)
+                z = self.sample.nearer(moved, z)
+        leaf = z.to(self._dtype)
+        y = self._evaluate(leaf.detach().requires_grad_(self._requires_grad))
+        self._check_repeats(leaf, y)
+        now = Sample.of(leaf, y, feedback.dtype)
+        found.coded.append((self.step.name, *self.sample.compared(now)))
+        if x.device.type != "cpu":
+            found.infinite.append((self.step.name, ~code.finite()))
+        if evaluations > 1:
+            moved = feedback.confined(target - y + leaf, x, origin)
+            self.refined = self.sample.nearer(moved, z)
+        self.rebuilt = x
+        after.rebuilt = after.refined = None
 
     def _approach(self, target: Tensor, evaluations: int) -> Tensor:
         """z^j = x_{n+1} − Φ_n(z^{j−1}) after so many evaluations, from the scheme's own start."""
@@ -327,10 +418,38 @@ class Node:
         return AdjointError(self.step.name + message)
 
 
-def _some(x: Tensor) -> Tensor:
-    """At most 64 entries, from all over it."""
+class Sample(NamedTuple):
+    """Some entries of a state and of its update."""
+
+    x: Tensor
+    u: Tensor
+
+    @staticmethod
+    def of(x: Tensor, y: Tensor, dtype: torch.dtype) -> "Sample":
+        """Those of x and y − x."""
+        state = _some(x, SAMPLED).to(dtype)
+        return Sample(state, _some(y, SAMPLED).to(dtype) - state)
+
+    def nearer(self, z: Tensor, x: Tensor) -> Tensor:
+        """The one of the two that is nearer to the state; nothing waits for the answer."""
+        gaps = (norm(_some(state, SAMPLED) - self.x) for state in (z, x))
+        return torch.where(torch.lt(*gaps), z, x)
+
+    def compared(self, now: "Sample") -> tuple[Tensor, Tensor]:
+        """The drift of the state that came again, and the response of the block to it.
+
+        Of what else a block gives beside its state nothing is known but that it is given the state:
+        the response is no smaller than the state's own relative error.
+        """
+        off = now.x - self.x
+        response = torch.maximum(relative(now.u - self.u, self.u), relative(off, self.x))
+        return relative(off, self.u), response
+
+
+def _some(x: Tensor, count: int = 64) -> Tensor:
+    """At most so many entries, from all over it."""
     x, size = x.detach(), x.numel()
-    every = -(-size // 64) or 1
+    every = -(-size // count) | 1  # odd, or it could be one channel alone
     if type(x) is Tensor and x.is_contiguous():
         return x.as_strided((-(-size // every),), (every,)).clone()  # half of a slice's time
     return x.flatten()[::every].clone()

@@ -79,6 +79,7 @@ class StandIn:
             return self._run_first(call, arguments, x)
         version = x._version
         node = Node(engine, call, arguments, x)
+        node.link()
         output = node.run()
         if x._version != version:
             raise AdjointError(
@@ -100,15 +101,17 @@ class StandIn:
         """
         meter, (step, function, _) = self.engine.meter, call
         meter.learnt = True
-        first = FirstRun(step, function, x)
+        first = FirstRun(step, function, x, coded=bool(self.engine.settings.bits))
         node = None
+        if not step.inner:
+            copy = first.input.detach().clone()  # in case the step edits its input
+            node = Node(self.engine, call, arguments, first.input)
+            node.link()
         with first.watching():
-            if step.inner:
+            if node is None:
                 args, kwargs = arguments.at(first.input)
                 output = function(*args, **kwargs)
             else:
-                copy = first.input.detach().clone()  # in case the step edits its input
-                node = Node(self.engine, call, arguments, first.input)
                 output = node.run()
                 if first.edited:
                     node.replace_input(copy)
