@@ -198,3 +198,11 @@ def test_models_without_branches_are_refused() -> None:
         crop(chain, remove=[(0, "mlp")], granularity="branch")
     with pytest.raises(InputError, match="bridge is fitted for layers"):
         crop(llama(), remove=[(0, "mlp")], bridge=[TEXTS], granularity="branch")
+
+
+def test_the_mlp_of_a_block_that_flattens_its_tokens_is_called_so() -> None:
+    sizes = {"hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "ffn_dim": 20}
+    model = made("OPTForCausalLM", "OPTConfig", vocab_size=40, word_embed_proj_dim=12, **sizes)
+    named, told = (crop(model, remove=[(1, name)], granularity="branch") for name in ("fc1", "mlp"))
+    assert torch.equal(answers(named, TEXTS), answers(told, TEXTS))
+    assert not torch.equal(answers(named, TEXTS), answers(model, TEXTS))

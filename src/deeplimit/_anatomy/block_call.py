@@ -13,12 +13,16 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeplimit._anatomy.injection import slack_of
-from deeplimit._anatomy.stand_ins import state_among, state_of, with_state
+from deeplimit._anatomy.stand_ins import (
+    state_among,
+    state_of,
+    with_argument,
+    with_state,
+)
 
 if TYPE_CHECKING:
     from deeplimit._anatomy.anatomy import Anatomy
 
-TRIED = 8  # modules of a block that could be folded into, from its end
 Change = Callable[[Tensor], Tensor]
 
 
@@ -149,19 +153,10 @@ class BlockCall:
         read: nn.Module | None = None,
         x: Tensor | None = None,
     ) -> Tensor:
-        """The state that leaves the layer, called again as it was.
-
-        Args:
-            changes: what to make of the states that modules return.
-            at: a module; then what enters it, in place of what leaves the layer.
-            values: other values of parameters, by their names in the block.
-            read: a module; then what leaves it.
-            x: another state that enters.
-        """
+        """The state that leaves the layer, called again as it was."""
         args, kwargs = self._call
         if x is not None:
-            args = tuple(x if v is self.x else v for v in args)
-            kwargs = {k: x if v is self.x else v for k, v in kwargs.items()}
+            args, kwargs = with_argument(args, kwargs, self.x, x)
         found: list[Tensor] = []
         with ExitStack() as stack:
             for module, change in (changes or {}).items():
@@ -206,14 +201,7 @@ class BlockCall:
         *,
         clipped: bool = True,
     ) -> End | None:
-        """The end x = y + gain ⊙ m, if noise added to what a module returns comes out so.
-
-        Args:
-            module: in the block.
-            silent: other modules that return zeros meanwhile.
-            at: where it comes out, as in `again`.
-            clipped: whether a ReLU may follow, to which a constant is added then.
-        """
+        """The end x = y + gain ⊙ m, if noise added to what a module returns comes out so."""
         m, out = self.outputs[module], self.without(silent, at)
         axis = axis_of(module, m)
         own = (-1, 1) if axis is None else (axis,)

@@ -81,12 +81,18 @@ def mixes_tokens(call: BlockCall, branch: Branch, silent: Collection[nn.Module])
     Nothing where states are no tokens [B, L, d], or there is one only.
     """
     x, m = call.x, call.outputs[branch.end]
-    if x is None or x.dim() != 3 or x.shape[1] < 2 or m.shape[:2] != x.shape[:2]:
+    if x is None or x.dim() != 3 or x.shape[1] < 2:
+        return ""
+    flat = m.shape[:1] == (len(x) * x.shape[1],)  # some blocks take all tokens as one batch
+    if not flat and m.shape[:2] != x.shape[:2]:
         return ""
     other = x.clone()
     other[:, 0] += torch.linspace(-1, 1, x.shape[-1]).to(x)
     zeros = dict.fromkeys(silent, torch.zeros_like)
-    a, b = (call.again(zeros, read=branch.end, x=state) for state in (x, other))
+    a, b = (
+        call.again(zeros, read=branch.end, x=state).reshape(*x.shape[:2], -1)
+        for state in (x, other)
+    )
     return "mlp" if a[:, 1:].equal(b[:, 1:]) else "attention"
 
 
@@ -149,13 +155,7 @@ def _is_linear(call: BlockCall, module: nn.Module, own: list[nn.Parameter]) -> b
 
 
 def find_end(structure: "Anatomy", n: int, x: Any) -> End | str:
-    """The last module of layer n that a map can be folded into; or why there is none.
-
-    Args:
-        structure: of the model.
-        n: the layer.
-        x: a batch to try it on.
-    """
+    """The last module of layer n that a map can be folded into; or why there is none."""
     layer = structure.layers[n]
     if len(layer.controls) > 1:
         return f"the step of layer {n} uses {len(layer.controls)} blocks"

@@ -149,15 +149,7 @@ class ByBranch(Anatomy):
         return tuple((n, part.name) for n, parts in enumerate(self.parts) for part in parts)
 
     def numbers(self, wanted: Iterable[Any]) -> set[int]:
-        """The numbers of branches, counted through the model.
-
-        Args:
-            wanted: pairs (layer, name), the name "attention" or "mlp" where it says which; a number
-                is all branches of that layer.
-
-        Raises:
-            InputError: one that is not there.
-        """
+        """The numbers of branches, counted through the model."""
         found: set[int] = set()
         for one in wanted:
             n, name = one if isinstance(one, tuple | list) and len(one) == 2 else (one, None)
@@ -187,21 +179,13 @@ class ByBranch(Anatomy):
         return [n for n, parts in enumerate(self.parts) if parts and gone.count(n) == len(parts)]
 
     def check_removable(self, removed: Iterable[SupportsIndex]) -> None:
-        """Whether the model can do without these branches, and without layers that have no other.
-
-        Raises:
-            InputError: as for layers.
-        """
+        """As of layers; nor layers that the model needs, all of whose branches go."""
         removed = list(removed)
         super().check_removable(removed)
         self.structure.check_removable(self.whole({int(i) for i in removed}))
 
     def leave_out(self, removed: set[int]) -> nn.Module:
-        """A copy less some branches; less a layer where all its branches go.
-
-        Raises:
-            InputError: the model cannot do without one.
-        """
+        """A copy less some branches; less a layer where all its branches go."""
         gone: dict[int, list[Part]] = {}
         for i in sorted(removed):
             n, name = self.pairs[i]
@@ -228,7 +212,7 @@ class ByBranch(Anatomy):
         """Changes a copy in place: modules that do nothing, or a last projection of zeros."""
         path = {m: name for name, m in block.named_modules()}[part.branch.end]
         x = self.structure.fitting_example()
-        run = _runner(self.structure, model)
+        run = self.structure.runner(model)
         with evaluating(model), torch.no_grad():
             seen: dict[str, tuple[Any, Tensor]] = {}
             handles = [
@@ -366,10 +350,3 @@ def _seen(seen: dict[str, tuple[Any, Tensor]], name: str) -> Callable[..., None]
 def _zeros(_: nn.Module, __: Any, output: Any) -> Any:
     first = output[0] if isinstance(output, tuple | list) else output
     return with_state(output, torch.zeros_like(first))
-
-
-def _runner(structure: Anatomy, model: nn.Module) -> Callable[[Any], Tensor]:
-    """The model run as the other one is, without reading it again."""
-    other = copy.copy(structure)
-    other.model = model
-    return other.run

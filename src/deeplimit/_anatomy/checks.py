@@ -24,11 +24,7 @@ def check_module(model: object) -> None:
 def check_number(
     name: str, value: Any, expected: str, fits: Callable[[float], bool] = math.isfinite
 ) -> float:
-    """The value as a float; a tensor of one number is one.
-
-    Raises:
-        InputError: it is no real number, or does not fit.
-    """
+    """The value as a float; a tensor of one number is one."""
     single = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
     real = single or (isinstance(value, Real) and not isinstance(value, bool))
     value = value.detach().item() if single else value
@@ -38,11 +34,7 @@ def check_number(
 
 
 def check_count(name: str, number: Any, least: int = 1, most: int | None = None) -> int:
-    """The number as Python's own; a whole number of NumPy or a tensor of one is one.
-
-    Raises:
-        InputError: it is no whole number in this range.
-    """
+    """The number as Python's own; a whole number of NumPy or a tensor of one is one."""
     try:
         whole = None if isinstance(number, bool) else operator.index(number)
     except TypeError:
@@ -66,11 +58,7 @@ IGNORED = -100  # as a target: what PyTorch's cross-entropy and transformers tak
 
 
 def classes_of(y: object) -> Tensor:
-    """Targets as whole numbers of 64 bits, whatever whole numbers they were.
-
-    Raises:
-        InputError: no tensor, or one with another number.
-    """
+    """Targets as whole numbers of 64 bits, whatever whole numbers they were."""
     if not isinstance(y, Tensor):
         raise InputError(f"{shown(y)} given as the targets; expected a tensor: torch.as_tensor(y)")
     if y.dtype == torch.int64:
@@ -85,12 +73,7 @@ def classes_of(y: object) -> Tensor:
 
 
 def fitted(logits: Tensor, y: object) -> Tensor:
-    """Targets of logits [..., C] as `classes_of`: [...], each 0 … C − 1 or −100.
-
-    Raises:
-        InputError: another shape, or a number that is no class. Not looked for where it would wait
-            for a device.
-    """
+    """Targets of logits [..., C] as `classes_of`: [...], each 0 … C − 1 or −100."""
     targets, classes = classes_of(y), logits.shape[-1]
     if logits.shape[:-1] != targets.shape:
         raise InputError(

@@ -15,11 +15,6 @@ def set_depths(model: nn.Module, before: Mapping[str, int], kept: Mapping[str, l
 
     That is the `config` nearest to the lists of blocks, and the model's own; of a model of timm
     the arguments that build it again.
-
-    Args:
-        model: with other lists.
-        before: how many blocks there were in each list, by its name.
-        kept: per list, the old blocks that stand there now; one repeated is there several times.
     """
     configs: dict[int, Any] = {}
     for name in before:
@@ -101,13 +96,6 @@ def set_layers(
     The count of layers is the new one; of lists with an entry for each layer those of the layers
     kept remain; what tells layers apart otherwise is in the table `UNUSUAL`. Of a model with
     encoder and decoder the keys of the other one stay.
-
-    Args:
-        config: any object with attributes.
-        kept: the old layers that stand there now, in order; one may be there several times.
-        before: how many layers there were.
-        path: the name of their list.
-        apart: only keys with the name of the part; the rest is another part's.
     """
     part, other = ("decoder", "encoder") if "decoder" in path else ("encoder", "decoder")
     counts = [

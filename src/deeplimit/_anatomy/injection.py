@@ -1,4 +1,4 @@
-"""Bypass and inject: a model's own forward without its blocks, and with states put in."""
+"""A model's own forward without some of its blocks, and with states put in: bypass and inject."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,12 +10,30 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy.evaluation import RunningStatistics
 from deeplimit._anatomy.stacks import Block
-from deeplimit._anatomy.stand_ins import StandIn, in_turn, standing_in, state_among
+from deeplimit._anatomy.stand_ins import (
+    StandIn,
+    in_turn,
+    own_call,
+    standing_in,
+    state_among,
+    state_of,
+    with_argument,
+)
 from deeplimit.errors import InputError
 
 # Of the logits' rounding, what the same head may make of the same state in another call. Sums in
 # half precision are rounded once, at their end.
 SLACK, HALF_SLACK = 100, 4
+
+
+@contextmanager
+def _instead(blocks: Sequence[Block], functions: Sequence[StandIn | None]) -> Iterator[None]:
+    """Calls functions for blocks, of which one module may be several; where one is None, itself."""
+    turns: dict[nn.Module, list[StandIn | None]] = {}
+    for block, function in zip(blocks, functions, strict=True):
+        turns.setdefault(block.module, []).append(function)
+    with standing_in({module: in_turn(module, own) for module, own in turns.items() if any(own)}):
+        yield
 
 
 @contextmanager
@@ -26,19 +44,36 @@ def bypassing(blocks: Sequence[Block], gone: Iterable[int]) -> Iterator[None]:
         return block.form(cast(Tensor, state_among(args, kwargs)))
 
     gone = set(gone)
-    functions = [partial(bypass, b) if n in gone else None for n, b in enumerate(blocks)]
-    with standing_in(_by_module(blocks, functions)):
+    with _instead(
+        blocks, [partial(bypass, b) if n in gone else None for n, b in enumerate(blocks)]
+    ):
         yield
 
 
-def _by_module(
-    blocks: Sequence[Block], functions: Sequence[StandIn | None]
-) -> dict[nn.Module, StandIn]:
-    """What stands in for each module, which may be several blocks; nothing where all are None."""
-    turns: dict[nn.Module, list[StandIn | None]] = {}
-    for block, function in zip(blocks, functions, strict=True):
-        turns.setdefault(block.module, []).append(function)
-    return {module: in_turn(module, own) for module, own in turns.items() if any(own)}
+@contextmanager
+def passing(
+    blocks: Sequence[Block], first: int, x: Tensor | None, last: int
+) -> Iterator[list[Tensor]]:
+    """Runs blocks first … last − 1 alone, from x or the model's own state; collects x_last."""
+    left: list[Tensor] = []
+
+    def stand_in(n: int, own: StandIn, *args: Any, **kwargs: Any) -> Any:
+        block, h = blocks[n], cast(Tensor, state_among(args, kwargs))
+        if n == first and x is not None:
+            args, kwargs = with_argument(args, kwargs, h, x)
+            h = x
+        if n == last:
+            left.append(h)
+        if first <= n < last:
+            output = own(*args, **kwargs)
+            if n == last - 1 == len(blocks) - 1:
+                left.append(cast(Tensor, state_of(output)))
+            return output
+        return block.form(h if block.shortcut is None else block.shortcut(h))
+
+    functions = [partial(stand_in, n, own_call(b.module)) for n, b in enumerate(blocks)]
+    with _instead(blocks, functions):
+        yield left
 
 
 def injected(
@@ -87,9 +122,13 @@ def injected(
             rows = len(h)
         return h
 
-    stand_ins = _by_module(blocks, [partial(bypass, b) for b in blocks])
+    functions = [partial(bypass, b) for b in blocks]
     statistics = statistics or RunningStatistics(model.modules())
-    with torch.random.fork_rng(devices_of(model)), statistics.use(), standing_in(stand_ins):
+    with (
+        torch.random.fork_rng(devices_of(model)),
+        statistics.use(),
+        _instead(blocks, functions),
+    ):
         logits = run()
     return logits if read is None else taken[0]
 

@@ -31,12 +31,6 @@ def relisted(
 
     The blocks left out are not copied; one repeated shares nothing but what it shared before. What
     else stands in a list stays where it is.
-
-    Args:
-        model: left as it is.
-        places: (list, block) of each.
-        times: how often each is to stand there.
-        shared: parameters and buffers are not copied.
     """
     once = Counter(block for _, block in places)  # one called again and again stays as it is
     count = {b: n for (_, b), n in zip(places, times, strict=True) if once[b] == 1}
@@ -117,11 +111,7 @@ def with_times(
 def check_kept(
     structure: Anatomy, blocks: Sequence[Block], smaller: nn.Module, removed: Iterable[int]
 ) -> None:
-    """A smaller model is, on the example, the model with the layers removed bypassed.
-
-    Raises:
-        InputError: it does not run, or the layers kept do something else.
-    """
+    """A smaller model is, on the example, the model with the layers removed bypassed."""
     model, example = structure.model, structure.example()
     gone = sorted(removed)
     if not gone or any(p.is_meta for p in model.parameters()):

@@ -13,20 +13,80 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook, layer_numbers
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
-from deeplimit._anatomy.injection import by_stage, injected
+from deeplimit._anatomy.injection import by_stage, injected, passing
 from deeplimit._anatomy.inputs import FAILS, call, first_sample, kind_of, one_token
 from deeplimit._anatomy.other_depths import check_kept, with_times
-from deeplimit._anatomy.passage import passing
 from deeplimit._anatomy.probing import SAMPLES, HeadTrial, alike, check_answer, watched
 from deeplimit._anatomy.rebuilding import check_rebuilt
-from deeplimit._anatomy.stacks import beside, find_blocks
+from deeplimit._anatomy.stacks import Block, beside, find_blocks
 from deeplimit._anatomy.stand_ins import ReplayedBlock, collected, state_among, state_of
 from deeplimit.errors import InputError
 
 READ_AS = "_deeplimit_read_as"  # on a model: the example and the blocks that were given for it
 
 
-class ReadModel(Anatomy):
+class OfBlocks(Anatomy):
+    """A model whose layers are modules: `_blocks`, in order."""
+
+    @property
+    def _blocks(self) -> Sequence[Block]:
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """All residual blocks in order."""
+        return tuple(block.module for block in self._blocks)
+
+    @property
+    def stages(self) -> int:
+        """One for each run of blocks between which nothing stands and the shape stays."""
+        last = self._blocks[-1]
+        return last.stage + 1 + (last.shortcut is not None)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """A layer is a block; one that changes the shape takes a state of the stage before."""
+        return tuple(
+            Layer(b.stage, (b.module,), removable=b.shortcut is None) for b in self._blocks
+        )
+
+    @property
+    def _end(self) -> nn.Module:
+        """What returns the last state."""
+        return self._blocks[-1].module
+
+    def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
+        """The inputs of the blocks, and what comes out at the end."""
+        numbers: dict[nn.Module, list[int]] = {}
+        for n, block in enumerate(self.blocks):
+            numbers.setdefault(block, []).append(n)
+        calls: Counter[nn.Module] = Counter()
+
+        def enters(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            own = numbers[block]
+            n = own[calls[block] % len(own)]
+            calls[block] += 1
+            hook(n, cast(Tensor, state_among(args, kwargs)))
+
+        def leaves(end: nn.Module, _: tuple[Any, ...], y: Any) -> None:
+            if calls[end] % len(numbers.get(end, [0])) == 0:
+                hook(len(self._blocks), cast(Tensor, state_of(y)))
+
+        handles = [b.register_forward_pre_hook(enters, with_kwargs=True) for b in numbers]
+        return [*handles, self._end.register_forward_hook(leaves)]
+
+    def past(self, n: int) -> Callable[[Tensor], Tensor]:
+        """The shortcut of a block that changes the shape, else the state itself."""
+        return self._blocks[n].shortcut or super().past(n)
+
+    def passing(
+        self, first: int, x: Tensor | None, last: int
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Some of the blocks; the others are bypassed."""
+        return passing(self._blocks, first, x, last)
+
+
+class ReadModel(OfBlocks):
     """A model whose layers are modules in lists; nothing about its class is known.
 
     Its forward is run on an example, to see which modules in lists take and return states of one
@@ -62,7 +122,7 @@ class ReadModel(Anatomy):
     ):
         super().__init__(model)
         watch, self._example, own = watched(model, example)
-        self._blocks, calls, self.name, self.others = find_blocks(model, watch, blocks)
+        self._found, calls, self.name, self.others = find_blocks(model, watch, blocks)
         self._idle = [one for one in beside(self._blocks) if one not in watch.seen]
         last = cast(Tensor, calls[-1].left)
         self._check_unwritten(
@@ -77,6 +137,10 @@ class ReadModel(Anatomy):
             self._try_head(self._example, last, own)
             self._check_between()
 
+    @property
+    def _blocks(self) -> list[Block]:
+        return self._found
+
     def _try_head(self, x: Any, last: Tensor, own: Tensor) -> None:
         check_answer(self.model, own)
         with alike(self.model):
@@ -89,19 +153,12 @@ class ReadModel(Anatomy):
                 head.check(self.name)
 
     def _check_between(self) -> None:
-        """What stands between two blocks of one list must not tell a bypass from a cut.
-
-        Raises:
-            InputError: it does: it stays where blocks are bypassed, and goes where they are cut.
-        """
+        """Raises InputError where what stands between blocks tells a bypass from a cut."""
         pairs = pairwise(self._blocks)
         if not any(a.container is b.container and a.stage < b.stage for a, b in pairs):
             return
-        gone = [n for n, b in enumerate(self._blocks) if n and b.shortcut is None]
-        times = [0 if n in gone else 1 for n in range(self.horizon)]
-        smaller = with_times(self.model, self._blocks, times, shared=True)
         try:
-            check_kept(self, self._blocks, smaller, gone)
+            self._tried({n for n, b in enumerate(self._blocks) if n and b.shortcut is None})
         except InputError as error:
             raise InputError(
                 f"{type(self.model).__name__} cannot be read: something stands between its "
@@ -121,24 +178,6 @@ class ReadModel(Anatomy):
         """The batch on which the model was read."""
         return self._example
 
-    @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        """All residual blocks in order."""
-        return tuple(block.module for block in self._blocks)
-
-    @property
-    def stages(self) -> int:
-        """One for each run of blocks between which nothing stands and the shape stays."""
-        last = self._blocks[-1]
-        return last.stage + 1 + (last.shortcut is not None)
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """A layer is a block; one that changes the shape takes a state of the stage before."""
-        return tuple(
-            Layer(b.stage, (b.module,), removable=b.shortcut is None) for b in self._blocks
-        )
-
     def control(self, n: int) -> list[nn.Parameter]:
         """All parameters of a layer of tokens, whose attention and MLP each add to the state.
 
@@ -147,29 +186,13 @@ class ReadModel(Anatomy):
         return list(self.blocks[n].parameters()) if self._of_tokens else super().control(n)
 
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
-        """The inputs of the blocks, and what comes out at the end."""
-        numbers: dict[nn.Module, list[int]] = {}
-        for n, block in enumerate(self.blocks):
-            numbers.setdefault(block, []).append(n)
-        calls: Counter[nn.Module] = Counter()
-
-        def enters(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            own = numbers[block]
-            n = own[calls[block] % len(own)]
-            calls[block] += 1
-            hook(n, cast(Tensor, state_among(args, kwargs)))
-
-        def leaves(block: nn.Module, _: tuple[Any, ...], y: Any) -> None:
-            if calls[block] % len(numbers[block]) == 0:
-                hook(self.horizon, cast(Tensor, state_of(y)))
-
-        handles = [b.register_forward_pre_hook(enters, with_kwargs=True) for b in numbers]
+        """As of any blocks; an InputError where one runs that did not on the example."""
 
         def wakes(_: nn.Module, __: tuple[Any, ...]) -> None:
             raise InputError(self._apart_from_example("one more than in its example runs"))
 
-        handles += [module.register_forward_pre_hook(wakes) for module in self._idle]
-        return [*handles, self.blocks[-1].register_forward_hook(leaves)]
+        idle = [module.register_forward_pre_hook(wakes) for module in self._idle]
+        return [*super().register_state_hook(hook), *idle]
 
     def _apart_from_example(self, what: str) -> str:
         return (
@@ -179,11 +202,7 @@ class ReadModel(Anatomy):
         )
 
     def states(self, x: Any) -> tuple[list[Tensor], Tensor]:
-        """The states x_0 … x_N and the model's own logits for a batch of inputs.
-
-        Raises:
-            InputError: as for any model; a block was called more than once or not at all.
-        """
+        """As of any model; an InputError where a block is not called, or more than once."""
         if kind_of(x) not in self._kinds:
             self._kinds.add(kind_of(x))
             part = first_sample(x, SAMPLES)
@@ -205,11 +224,7 @@ class ReadModel(Anatomy):
         statistics: RunningStatistics | None = None,
         x: Any = None,
     ) -> Tensor:
-        """The logits z_n [len(states), B, …] of the states first, first + 1, …, or of those named.
-
-        Raises:
-            InputError: no states; the head reads the inputs too, and x is not given.
-        """
+        """As of any model; an InputError where the head reads the inputs too and x is None."""
         if not states:
             raise InputError("no states given; expected at least one")
         stages = self._stages_of(first, len(states))
@@ -262,7 +277,8 @@ class ReadModel(Anatomy):
             if len(z) == sum(map(len, at.values())):
                 return z
         except FAILS:
-            pass
+            if x is None:
+                raise
         self._free = False  # the head asks the inputs how many samples there are
         return None
 
@@ -272,16 +288,6 @@ class ReadModel(Anatomy):
         if last.shortcut is not None:
             return last.shortcut(x)
         return self._alone(stage, x, inputs, read=stage + 1)
-
-    def passing(
-        self, first: int, x: Tensor | None, last: int
-    ) -> AbstractContextManager[list[Tensor]]:
-        """Some of the blocks; the others are bypassed."""
-        return passing(self._blocks, first, x, last)
-
-    def past(self, n: int) -> Callable[[Tensor], Tensor]:
-        """The shortcut of a block that changes the shape, else the state itself."""
-        return self._blocks[n].shortcut or super().past(n)
 
     def _driver(self, x: Any) -> Any:
         """The inputs that the model is run with while states are injected."""
@@ -331,31 +337,29 @@ class ReadModel(Anatomy):
     ) -> Tensor:
         return injected(self.model, self._blocks, partial(self.run, x), at, statistics, read)
 
-    def leave_out(self, removed: set[int]) -> nn.Module:
-        """A copy with shorter lists; the blocks left out are not copied.
-
-        Raises:
-            InputError: the blocks kept do something else than before.
-        """
-        smaller = self.repeated([0 if n in removed else 1 for n in range(self.horizon)])
-        check_kept(self, self._blocks, smaller, removed)
+    def _tried(self, gone: Collection[int], *, shared: bool = True) -> nn.Module:
+        """A copy with shorter lists; an InputError where the blocks kept do something else."""
+        times = [n not in gone for n in range(self.horizon)]
+        smaller = with_times(self.model, self._blocks, times, shared=shared)
+        check_kept(self, self._blocks, smaller, gone)
         return smaller
 
+    def leave_out(self, removed: set[int]) -> nn.Module:
+        """A copy with shorter lists, to be read by the same ones."""
+        return self._remembered(self._tried(removed, shared=False))
+
     def repeated(self, times: Sequence[int]) -> nn.Module:
-        """A copy with other lists, to be read by the same; a block repeated shares nothing new."""
-        other = with_times(self.model, self._blocks, times)
+        """A copy with other lists; a block repeated shares nothing but what it shared before."""
+        return self._remembered(with_times(self.model, self._blocks, times))
+
+    def _remembered(self, other: nn.Module) -> nn.Module:
         if self.name is not None:
             example, _ = vars(self.model).get(READ_AS, (None, None))
             vars(other)[READ_AS] = example, self.name
         return other
 
     def check_removable(self, removed: Iterable[SupportsIndex]) -> None:
-        """Whether the model can do without these layers, together too.
-
-        Raises:
-            InputError: one that does not exist or that it needs; all layers, or all of a list that
-                cannot be empty; the model is quantised, or its layers depend on their place.
-        """
+        """As of any model; together too, and of no model that is quantised."""
         gone = layer_numbers(removed)
         super().check_removable(gone)
         name = type(self.model).__name__
@@ -363,8 +367,15 @@ class ReadModel(Anatomy):
             raise InputError(
                 f"{name} is quantised; cut the model it was made from, then quantise the result"
             )
-        emptied = [own for own in self._lists() if gone.issuperset(own)]
-        for own in [range(self.horizon), *emptied]:
+        lists: dict[nn.Module, list[int]] = {}
+        for n, block in enumerate(self._blocks):
+            lists.setdefault(block.container, []).append(n)
+        emptied = [
+            own
+            for one, own in lists.items()
+            if gone.issuperset(own) and len(own) == len(list(one.children()))
+        ]
+        for own in [list(range(self.horizon)), *emptied]:
             if gone.issuperset(own) and (len(own) == self.horizon or self._refusal(own)):
                 raise InputError(
                     f"all layers {own[0]} … {own[-1]} to be removed; {name} keeps at least one of "
@@ -379,19 +390,9 @@ class ReadModel(Anatomy):
         """Why these layers cannot be removed, tried on a copy that shares the parameters."""
         gone = frozenset(removed)
         if gone not in self._refusals:
-            times = [0 if n in gone else 1 for n in range(self.horizon)]
             self._refusals[gone] = None
             try:
-                smaller = with_times(self.model, self._blocks, times, shared=True)
-                check_kept(self, self._blocks, smaller, gone)
-                check_rebuilt(self, smaller)
+                check_rebuilt(self, self._tried(gone))
             except InputError as error:
                 self._refusals[gone] = str(error)
         return self._refusals[gone]
-
-    def _lists(self) -> list[list[int]]:
-        """Which layers each list holds that has nothing else in it."""
-        lists: dict[nn.Module, list[int]] = {}
-        for n, block in enumerate(self._blocks):
-            lists.setdefault(block.container, []).append(n)
-        return [own for one, own in lists.items() if len(own) == len(list(one.children()))]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy.anatomy import Anatomy
 from deeplimit._anatomy.evaluation import evaluating
+from deeplimit._anatomy.injection import gap
 from deeplimit.errors import InputError
 
-SLACK = 100  # of the logits' rounding
 SHOWN = 6
 # What evaluation does not see: a rate of stochastic depth follows from the number of layers.
 _UNTOLD = re.compile("^training$|drop")
@@ -26,13 +26,6 @@ def check_rebuilt(structure: Anatomy, changed: nn.Module) -> None:
     family's example its logits must be the model's. What differs for the model as it was before is
     not held against the change. Models without a configuration pass; parameters and random state
     are left alone.
-
-    Args:
-        structure: of the model before.
-        changed: the model after.
-
-    Raises:
-        InputError: it is not; the message names what differs, and the keys that may say it.
     """
     if not _described(changed):
         return
@@ -84,11 +77,9 @@ def _differences(structure: Anatomy, model: nn.Module) -> dict[str, str]:
     if x is None:
         return found
     with evaluating(model), evaluating(rebuilt), torch.no_grad():
-        a, b = (_reading(structure, one).run(x).float() for one in (model, rebuilt))
-        own = next(p for p in model.parameters() if p.is_floating_point()).dtype
-        limit = SLACK * torch.finfo(own).eps * (1 + float(a.abs().max()))
-        gap = float((a - b).abs().max())
-    return {} if gap <= limit else {"the logits": f"by {gap:.2g}"}
+        a, b = (structure.runner(one)(x) for one in (model, rebuilt))
+        apart = gap(a, b)
+    return {} if apart is None else {"the logits": apart}
 
 
 def _unread(config: Any) -> dict[str, str]:
@@ -142,13 +133,6 @@ def _take_buffers(model: nn.Module, rebuilt: nn.Module) -> None:
         if name in buffers and buffers[name].shape == buffer.shape:
             place, _, key = name.rpartition(".")
             rebuilt.get_submodule(place)._buffers[key] = buffers[name]
-
-
-def _reading(structure: Anatomy, model: nn.Module) -> Anatomy:
-    """The same anatomy on another model, unchecked."""
-    other = copy.copy(structure)
-    other.model = model
-    return other
 
 
 def _starred(name: str) -> str:

@@ -70,9 +70,6 @@ class Stack:
         """Its longest run of blocks of one class and of parameters of the same names and shapes.
 
         None where there is none; of blocks with a common step and scheme all must be alike.
-
-        Args:
-            fixed: numbers of layers that do not count.
         """
         numbered = [(n, b) for n, b in enumerate(self.blocks, self.first) if n not in fixed]
         # Numbers that follow one another: a block that changes the shape lies between stages only.

@@ -103,6 +103,14 @@ def version(x: Tensor | None) -> int:
     return 0 if x is None or x.is_inference() else x._version
 
 
+def with_argument(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], before: Tensor | None, x: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments with another state in place of the one before."""
+    named = {name: x if v is before else v for name, v in kwargs.items()}
+    return tuple(x if v is before else v for v in args), named
+
+
 def with_state(output: Any, x: Tensor) -> Any:
     """What a block returned, with another state in it; what else is in it stays."""
     kind = type(output)

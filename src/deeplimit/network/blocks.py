@@ -111,12 +111,7 @@ def rescale_last_layer(block: nn.Module, factor: float) -> None:
 
 
 def parameter_groups(blocks: Sequence[nn.Module]) -> dict[str, tuple[nn.Parameter, ...]]:
-    """For each parameter's name within a block that parameter of every block, in order.
-
-    Raises:
-        InputError: the blocks' parameters have other names or shapes, are on the meta device, or
-            are not finite.
-    """
+    """For each parameter's name within a block that parameter of every block, in order."""
     every = [dict(block.named_parameters()) for block in blocks]
     for n, own in enumerate(every):
         for (name, p), (other, q) in zip(own.items(), every[0].items(), strict=False):
@@ -136,11 +131,7 @@ def parameter_groups(blocks: Sequence[nn.Module]) -> dict[str, tuple[nn.Paramete
 
 
 def check_values(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Whether parameters have values.
-
-    Raises:
-        InputError: one is on the meta device or has a number that is not finite.
-    """
+    """Whether parameters have values."""
     for name, parameter in named:
         if parameter.is_meta:
             raise InputError(

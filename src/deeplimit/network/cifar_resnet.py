@@ -6,20 +6,18 @@ load as they are (the layout of pytorch_resnet_cifar10).
 
 import copy
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from deeplimit._anatomy.anatomy import Anatomy, Layer, StateHook
+from deeplimit._anatomy.anatomy import Layer
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit._anatomy.passage import passing
+from deeplimit._anatomy.read_model import OfBlocks
 from deeplimit._anatomy.registry import register
 from deeplimit._anatomy.stacks import Block
 from deeplimit.errors import InputError
@@ -212,52 +210,39 @@ EXAMPLE_SIZE = (8, 8)
 
 
 @register(CifarResNet)
-class CifarResNetAnatomy(Anatomy):
+class CifarResNetAnatomy(OfBlocks):
     """Every residual block is a layer; in place of a strided one its shortcut can stand."""
 
     model: CifarResNet
-    stages = len(CHANNELS)
     rebuildable = False  # for the ReLU after every addition
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The residual blocks; a strided block starts from a state of the stage before it."""
-        return tuple(
-            Layer(m - isinstance(block.shortcut, Shortcut), (block,))
+    def _blocks(self) -> list[Block]:
+        return [
+            Block(block, stage, m - changes, lambda x: x, block.shortcut if changes else None)
             for m, stage in enumerate(self.model.stages)
             for block in stage
             if isinstance(block, BasicBlock)
-        )
-
-    def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
-        """The inputs of the blocks, and the last stage's output."""
-        horizon = self.horizon
-        handles = [
-            layer.controls[0].register_forward_pre_hook(lambda _, args, n=n: hook(n, args[0]))
-            for n, layer in enumerate(self.layers)
+            for changes in [isinstance(block.shortcut, Shortcut)]
         ]
-        last = self.model.stages[-1]
-        return [*handles, last.register_forward_hook(lambda _, __, y: hook(horizon, y))]
 
-    def passing(
-        self, first: int, x: Tensor | None, last: int
-    ) -> AbstractContextManager[list[Tensor]]:
-        """Some of the blocks; in place of the others stand their shortcuts."""
-        blocks = [
-            Block(block, block, layer.stage, lambda x: x, cast(BasicBlock, block).shortcut)
-            for layer in self.layers
-            for block in layer.controls
-        ]
-        return passing(blocks, first, x, last)
+    @property
+    def stages(self) -> int:
+        """Those of the network, with blocks in them or not."""
+        return len(CHANNELS)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The residual blocks, each of which can go."""
+        return tuple(replace(layer, removable=True) for layer in super().layers)
+
+    @property
+    def _end(self) -> nn.Module:
+        return self.model.stages[-1]
 
     def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Option A: every second pixel, padded with zero channels."""
         return Shortcut(CHANNELS[stage], CHANNELS[stage + 1]).forward(x)
-
-    def past(self, n: int) -> Callable[[Tensor], Tensor]:
-        """The block's shortcut, the state itself where the shape stays."""
-        (block,) = self.layers[n].controls
-        return cast(BasicBlock, block).shortcut
 
     def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Pool and linear layer."""

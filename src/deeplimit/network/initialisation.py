@@ -28,14 +28,6 @@ def initialise(
 
     Stage by stage, among its alike blocks; stem, head and what stands between stages keep theirs.
     No random number is drawn. "independent" changes nothing.
-
-    Args:
-        model: the network as it was built.
-        initialisation: "smooth" as `smooth_start`, "identical" as `identical_start`.
-        length_scale: ℓ of `smooth_start`; not read otherwise.
-
-    Raises:
-        InputError: ℓ is not a positive number.
     """
     for stack in anatomy(model).stacks:
         alike = stack.alike()

@@ -25,21 +25,7 @@ def check_shape(
     name: str = "depths",
     least: int = 0,
 ) -> None:
-    """What is known of a network before its data are.
-
-    Args:
-        kind: one of `Kind`, or cifar-resnet, which has three stages.
-        depths: the residual steps of each stage.
-        width: numbers in a state, or channels of the first stage.
-        hidden: particles, or hidden channels.
-        reduction: how much the stem shrinks an image, a power of 2.
-        step: the step size h.
-        name: what the depths are called where they were given.
-        least: of the steps of a stage.
-
-    Raises:
-        InputError: a number out of range, or other stages than such a network has.
-    """
+    """What is known of a network before its data are."""
     shown = " ".join(map(str, depths)) or "empty"
     if not depths or min(depths) < least:
         raise InputError(

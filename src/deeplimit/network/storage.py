@@ -60,11 +60,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
 
 
 def write_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Writes a state_dict with metadata, whole.
-
-    Raises:
-        RunError: the disk is full or cannot be written to.
-    """
+    """Writes a state_dict with metadata, whole."""
     # Copies: parameters that share memory may not lie in one file.
     weights = {
         name: w.detach().cpu().contiguous().clone() for name, w in model.state_dict().items()
@@ -136,11 +132,7 @@ def load(path: str | Path) -> ResidualClassifier | CifarResNet:
 def _built(
     architecture: Architecture | CifarArchitecture, weights: dict[str, Tensor]
 ) -> ResidualClassifier | CifarResNet:
-    """The network, if there are weights for all of it: else it might fill the memory, or the day.
-
-    Raises:
-        ValueError: the architecture is larger, or weights are of several precisions.
-    """
+    """The network, if there are weights for all of it: else it might fill the memory."""
     if sum(architecture.depths) > len(weights):  # a layer has at least one
         raise ValueError(f"{sum(architecture.depths)} layers, but {len(weights)} tensors")
     with torch.device("meta"):

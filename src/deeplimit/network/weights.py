@@ -12,11 +12,7 @@ from deeplimit.reading import reading
 
 
 def read_safetensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors in a safetensors file, on the CPU, and its metadata.
-
-    Raises:
-        InputError: no such file, a damaged one, or one larger than the memory.
-    """
+    """The tensors in a safetensors file, on the CPU, and its metadata."""
     fault = "damaged or not a safetensors file"
     with reading(path, fault, remedy), safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -26,14 +22,6 @@ def read_pickled(path: Path, fault: str, remedy: str) -> Any:
     """What torch.save wrote, of tensors and plain values only, on the CPU.
 
     torch.load looks at no checksum, and would unpack what torch.save never packs.
-
-    Args:
-        path: the file.
-        fault: what is wrong with it where it cannot be read.
-        remedy: what to do then.
-
-    Raises:
-        InputError: no such file, a damaged or compressed one, or one larger than the memory.
     """
     with reading(path, fault, remedy):
         if zipfile.is_zipfile(path):
