@@ -14,7 +14,7 @@ from vision_families import vision
 from deeplimit import use_adjoint
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.ode import discretization_gap
-from deeplimit.ode.stages import longest_stage, stages
+from deeplimit.ode.field import longest_stage, stages
 
 pytestmark = pytest.mark.slow
 

@@ -28,7 +28,7 @@ from deeplimit.network import (
 )
 from deeplimit.ode import smoothness
 from deeplimit.ode._smoothness import ROUGH, SMOOTH
-from deeplimit.ode.stages import stages
+from deeplimit.ode.field import stages
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: LinearResidual(12),

@@ -1,7 +1,4 @@
-"""Training as a gradient flow of measures: its metric, its slope, and an optimiser.
-
-Its steps do not know width and depth.
-"""
+"""Training as a gradient flow of measures, whose steps do not know width and depth."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -29,18 +26,12 @@ class Coordinate:
     With the squared length Σ mass ‖dω‖² the gradient flow of a risk L moves θ by
 
         dθ/dt = −rate ∂L/∂θ,    rate = 1/(mass · scale²).
-
-    Attributes:
-        parameter: θ.
-        scale: ∂ω/∂θ: N·M·h for the output weights of particles, 1 for their inner weights.
-        mass: of one particle, 1/(N·M).
-        role: a part of particles, the bias that all particles of a layer share, or neither.
     """
 
     parameter: nn.Parameter
-    scale: float
-    mass: float
-    role: Role
+    scale: float  # ∂ω/∂θ: N·M·h for the output weights of particles, 1 for their inner weights
+    mass: float  # of one particle, 1/(N·M)
+    role: Role  # a part of particles, the bias that all of a layer's share, or neither
 
     @property
     def rate(self) -> float:

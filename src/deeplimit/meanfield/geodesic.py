@@ -18,8 +18,7 @@ from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.errors import InputError, several
 from deeplimit.meanfield.alignment import aligned
 from deeplimit.meanfield.couplings import Plan
-from deeplimit.meanfield.frame import Frame, listed
-from deeplimit.meanfield.grid import layers_at, merged_grid
+from deeplimit.meanfield.frame import Frame, layers_at, listed, merged_grid
 from deeplimit.meanfield.measure import Cell, LayerwiseMeasure, Network, as_measure, remade
 from deeplimit.meanfield.transport import CotDistance, belongs, cot_distance
 from deeplimit.tables import number, table

@@ -1,7 +1,4 @@
-"""The layers of a block, by its hidden neurons: linear ones, convolutions, batch norms.
-
-Batch norms are folded into the neurons in evaluation mode, and carried for training mode.
-"""
+"""The layers of a block, by its hidden neurons: linear ones, convolutions, batch norms."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +20,10 @@ class Norms:
     A channel γ (z − μ) / √(v + ε) + β has three numbers (|γ|, β, v); γ's sign is the weights', and
     μ is what leaves evaluation mode as the particles have it, so that these numbers act in training
     mode alone. They are no part of a particle, nor of d.
-
-    Attributes:
-        inner: [M, 3], the channel of each particle; None where there is no norm, or none is known.
-        outer: [d, 3], of the norm behind the second layer, |γ| and β as densities in depth.
     """
 
-    inner: Tensor | None = None
-    outer: Tensor | None = None
+    inner: Tensor | None = None  # [M, 3], of each particle; None where no norm is, or none known
+    outer: Tensor | None = None  # [d, 3], behind the second layer, |γ| and β as densities in depth
 
     def scaled(self, factor: float) -> "Norms":
         """Of `factor` times the residual function."""

@@ -7,8 +7,14 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy
 from deeplimit.errors import InputError, several
-from deeplimit.meanfield.frame import Frame, frame_of
-from deeplimit.meanfield.grid import checked_grid, lengths, same_grid, uniform_grid
+from deeplimit.meanfield.frame import (
+    Frame,
+    checked_grid,
+    frame_of,
+    lengths,
+    same_grid,
+    uniform_grid,
+)
 from deeplimit.meanfield.layers import Move, Norms, moved_norms
 
 ROUNDING = 1e-5  # of the sum of a layer's weights, in float32
@@ -23,8 +29,7 @@ class LayerwiseMeasure:
 
     with ω = (u, w, b) and ψ(x, ω) = u σ(w·x + b). A finite network is N layers of M equal atoms.
     The horizon is normalised to 1: a layer h Σ_i V_i σ(w_i·x + b_i) in a cell of length Δ_n has the
-    particles u_i = M h V_i / Δ_n, which is N·M·h·V_i where the layers have equal lengths. The
-    network's function depends on the measure alone, not on the order of the particles.
+    particles u_i = M h V_i / Δ_n, which is N·M·h·V_i where the layers have equal lengths.
     Source: [BPV24] arXiv 2403.12887.
 
         >>> measure = LayerwiseMeasure.of(model)
@@ -107,14 +112,11 @@ class LayerwiseMeasure:
     def network(self) -> nn.Module:
         """Builds the network, a new one: the layers' sums V_i = Δ_n m_i u_i / h in the frame.
 
-        Weights are folded into the output weights, so that a network of weighted atoms computes
-        the same; read by `of` it is another measure, with equal weights and longer u. A model has
-        one width (of several stages, one that doubles): narrower layers are filled up with neurons
-        of zeros. Batch norms inside residual functions come back as they were, with γ > 0; a
-        channel of γ = 0, whose weights no particle knows, with statistics that do nothing, mean 0
-        and variance 1.
-
-        `LayerwiseMeasure.of(model).network()` computes what the model does, in both modes.
+        `LayerwiseMeasure.of(model).network()` computes what the model does, in both modes. Weights
+        are folded into the output weights; read by `of` it then is another measure, with equal
+        weights and longer u. A model has one width (of several stages, one that doubles): narrower
+        layers are filled up with neurons of zeros. Batch norms inside residual functions come back
+        with γ > 0; a channel of γ = 0 with statistics that do nothing, mean 0 and variance 1.
 
         Raises:
             InputError: the measure has no frame.

@@ -15,12 +15,7 @@ from deeplimit.meanfield.layers import NeuronLayer, Norms, fold, is_wide, norm_a
 
 @dataclass(frozen=True)
 class ParticleLayout:
-    """The parts of a layer's particles.
-
-    Attributes:
-        parts: the names and shapes of what it consists of, in order; "u" is the output weight.
-        activation: σ.
-    """
+    """The parts of a layer's particles, names and shapes, first the output weight "u"; and σ."""
 
     parts: tuple[tuple[str, tuple[int, ...]], ...]
     activation: str
@@ -48,17 +43,10 @@ class ParticleLayout:
 
 @dataclass(frozen=True)
 class Neurons:
-    """The places of a block's hidden neurons: columns · σ(norm(rows x)), paths in the block.
+    """The places of a block's hidden neurons: last_norm(columns · σ(norm(rows x))), as paths."""
 
-    Attributes:
-        within: the module that is a sum over neurons, "" for the whole block.
-        rows: the first layers, one, or a gate and what it multiplies.
-        activation, columns: σ and the second layer.
-        norm, last_norm: batch norms behind the first and the second layer, where there are such.
-    """
-
-    within: str
-    rows: tuple[str, ...]
+    within: str  # the module that is a sum over neurons, "" for the whole block
+    rows: tuple[str, ...]  # one layer, or a gate and what it multiplies
     activation: str
     columns: str
     norm: str = ""
@@ -95,16 +83,12 @@ PATTERNS = (
 class BlockParticles:
     """A block's neurons with the step and the count left in: φ(x) = Σ_i ψ(x, ω_i) + offset.
 
-    Attributes:
-        particles: [M, p], detached copies; those of half precision, for which u = N·M·h·V may be
-            too large, in float32.
-        offset: the output bias [d], or None.
-        norms: of its batch norms what acts in training mode.
+    Half precision, for which u = N·M·h·V may be too large, is read in float32.
     """
 
     layout: ParticleLayout
-    particles: Tensor
-    offset: Tensor | None
+    particles: Tensor  # [M, p], detached copies
+    offset: Tensor | None  # the output bias [d]
     norms: Norms = field(default_factory=Norms)
 
 

@@ -20,7 +20,7 @@ from deeplimit.meanfield.couplings import (
     squared_distances,
     squared_distances_of,
 )
-from deeplimit.meanfield.grid import Breakpoints, layers_at, lengths, merged_grid, same_grid
+from deeplimit.meanfield.frame import Breakpoints, layers_at, lengths, merged_grid, same_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 from deeplimit.tables import number, table
 

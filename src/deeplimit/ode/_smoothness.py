@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy, Stack
 from deeplimit.errors import InputError, several
 from deeplimit.network.blocks import parameter_groups
-from deeplimit.ode.stages import stages, with_values
+from deeplimit.ode.field import stages, with_values
 from deeplimit.records import Record
 from deeplimit.tables import number, table
 
@@ -112,28 +112,16 @@ def smoothness(model: nn.Module | Anatomy) -> Smoothness:
     for independent draws of mean 0, 0 for identical layers, up to √2 for controls of alternating
     sign; for a Gaussian process in depth of length scale ℓ (`smooth_start`) it is
     √(1 − exp(−1/(2N²ℓ²))), about 1/(√2 Nℓ): the controls change by their own size within about
-    1/(√2 roughness) layers.
+    1/(√2 roughness) layers. The verdict is that of the roughest stage: smooth up to 0.25 (a length
+    scale of at least 2.8 layers), rough from 0.7 on (of at most 0.86 layers), in between neither.
 
-    The verdict is that of the roughest stage: smooth up to 0.25 (a length scale of at least 2.8
-    layers), rough from 0.7 on (of at most 0.86 layers), in between neither; `SMOOTH` says why.
-    Every second layer taken with step 2h moved the last state of chains of linear, two-layer and
-    convolutional residuals (N = 8 … 128, h = 4/N), relative to ‖x_N − x_0‖, by at most 0.25 (0.15
-    from N = 16 on) for verdicts "smooth", at least 0.34 and about 1 for "rough"
-    (benchmarks/results/smoothness_calibration.json). Published CIFAR ResNets and a ViT's random
-    start: 0.99 … 1.00.
+    What it does not see: the size of the steps (`discretization_gap` does), and functions that are
+    alike with unlike θ, such as layers whose neurons are permuted. θ are the parameters; running
+    statistics of norms are not among them.
 
         >>> found = smoothness(chain)
         >>> found.kind, round(found.stages[0].roughness, 2), len(found.stages[0].overall)
         ('between', 0.33, 3)
-
-    What it does not see: the size of the steps (`discretization_gap` does), and functions that are
-    alike with unlike θ. Neurons permuted in every layer by itself make a smooth network rough
-    (0.97 … 0.99 seen), though every φ is the same function; interpolating its controls in `refine`
-    then is wrong (the last state moved by 0.20 … 0.28), leaving out every second layer is not (at
-    most 0.13). Training from an independent start does the like: on digits the controls stay
-    rough, 0.97 … 0.99, while the layers learn functions that are alike (moved by 0.11 … 0.49 at
-    next to no loss of accuracy); from a smooth start they stay smooth, 0.05 … 0.20. θ are the
-    parameters; running statistics of norms are not among them.
 
     Source: [SAP22] arXiv 2205.14612, [MWSB23] arXiv 2309.01213, where ‖θ_{n+1} − θ_n‖ = O(1/N) is
     what makes a network tend to an ODE; measures and limits are ours.

@@ -20,6 +20,7 @@ from deeplimit._anatomy.checks import check_count
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.errors import InputError
 from deeplimit.memory import OBJECTS, require
+from deeplimit.ode.field import stages, with_values
 from deeplimit.ode.optimiser_state import (
     ONE,
     Origin,
@@ -29,7 +30,6 @@ from deeplimit.ode.optimiser_state import (
     mixed,
     scaled,
 )
-from deeplimit.ode.stages import stages, with_values
 
 Model = TypeVar("Model", bound=nn.Module, default=nn.Module)
 Mean = dict[int, Fraction]  # the blocks that a new one is the mean of, with their weights

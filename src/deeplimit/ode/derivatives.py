@@ -18,11 +18,7 @@ class Derivatives:
     """∂_xφ and ∂_sφ + ∂_xφ·φ of a vector field at many places (n, c), s = s_n + c h, at once.
 
     Samples are independent of each other. Small layers are put together with `torch.vmap`, if that
-    gives what the layers give one by one.
-
-    Args:
-        field: φ and θ.
-        example: a state [samples, …].
+    gives what the layers give one by one on an example [samples, …].
     """
 
     def __init__(self, field: VectorField, example: Tensor):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,8 @@ from deeplimit._anatomy.chain import Euler
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.errors import InputError, RunError
 from deeplimit.ode.derivatives import Derivatives
-from deeplimit.ode.field import Interpolation, Recorded, VectorField, record
+from deeplimit.ode.field import Interpolation, VectorField, longest_stage, record, stages
 from deeplimit.ode.solvers import ADVICE, solve_by_layer
-from deeplimit.ode.stages import longest_stage, stages
 from deeplimit.records import Record
 from deeplimit.tables import number, table
 
@@ -121,8 +120,7 @@ def discretization_gap(
     O(1/N²) for Heun. `bound` is formula (3) of [SAP22], a sum of the local errors
     ∫ (s_{n+1} − s) x″(s) ds, each carried on by factors 1 + hL_n ≤ e^{hL}. `integral_bound` is that
     sum before ‖x″‖ and L_n are replaced by their largest values: at most `bound`, and attained by
-    φ = λx, λ > 0, for every N. For one L and h → 0 it is (h/2) ∫_0^{s_n} e^{L(s_n − s)} ‖x″(s)‖ ds;
-    at h > 0 the latter is no bound where ‖x″‖ falls within an interval.
+    φ = λx, λ > 0, for every N.
 
         >>> found = discretization_gap(chain, x)
         >>> 0 < max(found.gap) <= found.integral_bound[-1] <= found.bound[-1]
@@ -132,7 +130,6 @@ def discretization_gap(
 
     L and the suprema are the largest values at finitely many points (`segment_points`, four of each
     interval): what is called a bound is one as far as these are representative, and no proof.
-
     Everything runs in float64 and evaluation mode on a copy of the model. The Neural ODE is solved
     with adaptive steps that start anew at each node, twice: by dopri5, and by dopri8 at a hundredth
     of its tolerance, until the two differ by less than 1 % of the largest gap, or by rounding.
@@ -158,22 +155,24 @@ def discretization_gap(
         raise InputError(f"the interpolation is {interpolation!r}; expected one of {expected}")
     read = anatomy(model)
     with sdpa_kernel(SDPBackend.MATH):  # the others have no forward-mode derivative
-        found = record(read, x, _chosen(read, stage))
-        own, states = found.stage, torch.stack(found.states)
-        field = VectorField(own, linear=interpolation == "linear", call=found.call)
-        _check_field(field, found)
-        solution = _solve(field, found, states, tell)
-        gaps = _norms(states - solution.nodes)
+        field, states = record(read, x, _chosen(read, stage), linear=interpolation == "linear")
+        own = field.stage
+
+        def say(message: str) -> None:
+            tell(f"stage {own.index}, {message}")
+
+        nodes, path, error, solver = _solve(field, states, say)
+        gaps = _norms(states - nodes)
         bounds: dict[str, Any] = dict.fromkeys(BOUNDS)
         if bound and isinstance(own.scheme, Euler):
             try:
-                bounds = _bounds(field, states, solution, seed, tell)
-            except NotImplementedError as error:
-                reason = str(error).partition("\n")[0]
+                bounds = _bounds(field, states, nodes, path, seed, say)
+            except NotImplementedError as missing:
+                reason = str(missing).partition("\n")[0]
                 raise InputError(
                     f"no bound for blocks of class {type(own.blocks[0]).__name__}: {reason} Give "
                     "bound=False for the gap alone"
-                ) from error
+                ) from missing
     return DiscretizationGap(
         stage=own.index,
         horizon=own.horizon,
@@ -183,10 +182,10 @@ def discretization_gap(
         samples=states.shape[1],
         gap=_numbers(gaps.amax(1)),
         mean_gap=_numbers(gaps.mean(1)),
-        state_norm=_numbers(_norms(solution.nodes).mean(1)),
+        state_norm=_numbers(_norms(nodes).mean(1)),
         segment_points=len(SEGMENT),
-        solver=solution.solver,
-        solver_error=solution.error,
+        solver=solver,
+        solver_error=error,
         **bounds,
     )
 
@@ -203,37 +202,15 @@ def _chosen(read: Anatomy, index: int | None) -> Stack:
     return every[index]
 
 
-def _check_field(field: VectorField, found: Recorded) -> None:
-    """Raises InputError unless the first block with another's parameters does what that one did."""
-    own, states = found.stage, found.states
-    for n in range(own.horizon):
-        controls = [field.control(m) for m in range(n, n + own.scheme.nodes)]
-        after = own.scheme.step([partial(field, theta) for theta in controls], states[n], own.step)
-        if not torch.allclose(after, states[n + 1], rtol=1e-6, atol=1e-6 * _size(states[n + 1])):
-            raise InputError(
-                f"layer {own.first + n} is not what the first of stage {own.index} is with its "
-                "parameters (another activation, mask, index, …); the Neural ODE is defined for "
-                "layers that differ in their parameters only"
-            )
-
-
-class _Solution(NamedTuple):
-    """x(s_n) [N + 1, samples, …]; x(s_n + c h) for c in FRACTIONS [N, 4, samples, …]."""
-
-    nodes: Tensor
-    path: Tensor
-    error: float
-    solver: str
-
-
 def _solve(
-    field: VectorField, found: Recorded, states: Tensor, tell: Callable[[str], None]
-) -> _Solution:
-    own, x = found.stage, states[0]
-    run = partial(solve_by_layer, field, x, scale=_size(states) or 1.0)
-    tolerance = TOLERANCE / own.horizon
+    field: VectorField, states: Tensor, tell: Callable[[str], None]
+) -> tuple[Tensor, Tensor, float, str]:
+    """x(s_n) [N + 1, samples, …]; x(s_n + c h) for c in FRACTIONS; the error; what solved it."""
+    x = states[0]
+    run = partial(solve_by_layer, field, x, scale=float(states.square().mean().sqrt()) or 1.0)
+    tolerance = TOLERANCE / field.horizon
     while True:
-        tell(f"the Neural ODE through {own.horizon} layers at tolerance {tolerance:.0e}")
+        tell(f"the Neural ODE through {field.horizon} layers at tolerance {tolerance:.0e}")
         path = run(fractions=FRACTIONS, solver="dopri5", tolerance=tolerance)
         fine = run(solver="dopri8", tolerance=FINER * tolerance)
         nodes = torch.cat([x[None], fine[:, -1]])
@@ -242,7 +219,7 @@ def _solve(
         allowed = max(SHARE * gap, ROUNDING * float(_norms(nodes).max()))
         if error <= allowed:
             solver = f"dopri8 at {FINER * tolerance:.0e}, checked by dopri5 at {tolerance:.0e}"
-            return _Solution(nodes, path, error, solver)
+            return nodes, path, error, solver
         if tolerance <= FINEST:
             raise RunError(
                 f"dopri5 and dopri8 differ by {error:.1e} at tolerance {tolerance:.0e}, with a gap "
@@ -253,17 +230,20 @@ def _solve(
 
 
 def _bounds(
-    field: VectorField, states: Tensor, solution: _Solution, seed: int, tell: Callable[[str], None]
+    field: VectorField,
+    states: Tensor,
+    nodes: Tensor,
+    path: Tensor,
+    seed: int,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """The figures of a `DiscretizationGap` that are None where no bounds are asked for."""
     h, horizon = field.step, field.horizon
     tell("the bounds: second derivatives of the states")
     derivatives = Derivatives(field, states[0])
     places = [(n, c) for n in range(horizon) for c in FRACTIONS]
-    bend = derivatives.accelerations(places, solution.path.flatten(0, 1))
-    bend = bend.view(horizon, len(FRACTIONS), -1)
-
-    segments = torch.stack([torch.lerp(states, solution.nodes, c)[:-1] for c in SEGMENT], 1)
+    bend = derivatives.accelerations(places, path.flatten(0, 1)).view(horizon, len(FRACTIONS), -1)
+    segments = torch.stack([torch.lerp(states, nodes, c)[:-1] for c in SEGMENT], 1)
     places = [(n, 0.0) for n in range(horizon) for _ in SEGMENT]
 
     def told(done: int) -> None:
@@ -271,7 +251,6 @@ def _bounds(
 
     norms, residuals = derivatives.jacobian_norms(places, segments.flatten(0, 1), seed, told)
     norms = norms.view(horizon, len(SEGMENT), -1)
-
     lipschitz, worst = float(norms.max()), float(bend.max())
     weights, left = bend.new_tensor(WEIGHTS), 1 - bend.new_tensor(FRACTIONS)
     local = h**2 * torch.einsum("c,ncb->nb", weights * left, bend)
@@ -293,11 +272,6 @@ def _norms(states: Tensor) -> Tensor:
     """‖x‖ of each sample's whole state: [n, samples, …] → [n, samples]."""
     norms: Tensor = torch.linalg.vector_norm(states.flatten(2), dim=2)
     return norms
-
-
-def _size(states: Tensor) -> float:
-    """The size of a component: the root mean square."""
-    return float(states.square().mean().sqrt())
 
 
 def _numbers(values: Tensor) -> tuple[float, ...]:

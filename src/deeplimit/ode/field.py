@@ -1,9 +1,9 @@
-"""The vector field φ(x, θ(s)) of a stage, and the stage as the network itself runs through it."""
+"""The stages of a model that are dynamical systems: their vector field, and their own states."""
 
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Literal, cast
 
@@ -14,16 +14,49 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from deeplimit._anatomy import Anatomy, ReplayedBlock, Stack, anatomy
+from deeplimit._anatomy import Anatomy, ReplayedBlock, Stack, anatomy, model_of
 from deeplimit._anatomy.chain import ResidualChain
 from deeplimit._anatomy.evaluation import Inputs, device_of, to_device, to_precision
 from deeplimit._anatomy.stand_ins import state_among, state_of
 from deeplimit.errors import InputError
-from deeplimit.ode.stages import stages
+from deeplimit.network.blocks import check_values
 
 Interpolation = Literal["linear", "constant"]
 Control = dict[str, Tensor]
 Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # a state, and a block's arguments with it
+
+
+def stages(model: nn.Module | Anatomy) -> tuple[Stack, ...]:
+    """The stages of a model that have at least two layers whose blocks are alike.
+
+    A chain is one stage; of blocks that add their input it is the longest run, in each stage, of
+    one class and of parameters of the same names and shapes.
+    """
+    read = anatomy(model)
+    fixed = set(read.fixed)
+    found = [run for stack in read.stacks if (run := stack.alike(fixed)) is not None]
+    long = tuple(run for run in found if run.horizon > 1)
+    if not long:
+        there = "alike layers in its stages: " + ", ".join(str(run.horizon) for run in found)
+        there = there if found else "it has no layers, or those of a stage differ"
+        raise InputError(
+            f"{type(read.model).__name__} has no stage of two layers or more whose blocks have the "
+            f"same class and the same shapes of parameters ({there}): its controls are no "
+            "points of one curve in depth; give a network with two alike layers in a stage"
+        )
+    return long
+
+
+def longest_stage(model: nn.Module | Anatomy) -> Stack:
+    """The stage with the most layers, the first of these."""
+    return max(stages(model), key=lambda stage: stage.horizon)
+
+
+def with_values(model: nn.Module | Anatomy) -> nn.Module:
+    """The model, or the one that an anatomy reads; its parameters have values."""
+    module = model_of(model)
+    check_values(module.named_parameters())
+    return module
 
 
 class VectorField:
@@ -35,15 +68,9 @@ class VectorField:
     θ_0 … θ_{N−1} only: θ is θ_{N−1} on the last interval. Heun's have θ_0 … θ_N. At a node θ is the
     limit from the side of the interval it is asked of.
 
-    Args:
-        stage: blocks of one class and of the same shapes, in evaluation mode.
-        linear: piecewise linear; piecewise constant otherwise.
-        call: a call of the first block, whose masks, positions and the like are those of all.
-
-    Attributes:
-        horizon: N.
-        step: h.
-        evaluations: how often φ was evaluated so far.
+    The stage's blocks are of one class and of the same shapes, in evaluation mode; the masks,
+    positions and the like of the first one's `call` are those of all. `evaluations` counts how
+    often φ was evaluated so far.
     """
 
     def __init__(self, stage: Stack, *, linear: bool = True, call: Call | None = None):
@@ -56,11 +83,12 @@ class VectorField:
                     f"the buffer {name!r} holds {first[name].dtype} that differ from block to "
                     "block; there is nothing between them"
                 )
-        self.horizon, self.step, self.evaluations = stage.horizon, stage.step, 0
+        self.stage, self.horizon, self.step = stage, stage.horizon, stage.step
+        self.evaluations = 0
         self._fixed = {name: t for name, t in first.items() if name not in names}
         self._nodes = [{name: t[name] for name in names} for t in every]
         alone = torch.empty(0)
-        self._linear, self._adds, self._call = linear, stage.adds, call or (alone, (alone,), {})
+        self._linear, self._call = linear, call or (alone, (alone,), {})
         self._block = stage.blocks[0]
         if isinstance(vars(self._block).get("forward"), ReplayedBlock):
             del self._block.forward  # no forward-mode derivative, and here nothing is replayed
@@ -91,7 +119,7 @@ class VectorField:
         theta = self._fixed | control
         out = functional_call(self._block, theta, args, kwargs, tie_weights=False)
         y = cast(Tensor, state_of(out))
-        return y - x if self._adds else y
+        return y - x if self.stage.adds else y
 
     def _ends(self, n: int) -> tuple[Control, Control]:
         left = self._nodes[n]
@@ -131,24 +159,9 @@ class PlainBatchNorm(TorchFunctionMode):
         return y if bias is None else y + bias.view(shape)
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """A stage of a copy of the model, in float64 and evaluation mode, and what it did.
-
-    Attributes:
-        stage: the copy's.
-        states: x_0 … x_N.
-        call: of its first block.
-    """
-
-    stage: Stack
-    states: list[Tensor]
-    call: Call
-
-
 @torch.no_grad()
-def record(read: Anatomy, x: Inputs, stage: Stack) -> Recorded:
-    """Runs a copy of the model on x; keys and values are not cached."""
+def record(read: Anatomy, x: Inputs, stage: Stack, *, linear: bool) -> tuple[VectorField, Tensor]:
+    """Runs a copy of the model in float64 and evaluation mode on x: its field, and x_0 … x_N."""
     _check_mode(read.model)
     other = copy.deepcopy(read.model).double().eval()
     structure = anatomy(other)  # which runs the model on an example: before the hooks
@@ -189,7 +202,18 @@ def record(read: Anatomy, x: Inputs, stage: Stack) -> Recorded:
                 f"state {n} of stage {own.index} is not finite (NaN or infinite); its distance "
                 "to the Neural ODE is not defined: give an x and a model without"
             )
-    return Recorded(own, states, entered[0])
+    field = VectorField(own, linear=linear, call=entered[0])
+    for n in range(own.horizon):
+        controls = [field.control(m) for m in range(n, n + own.scheme.nodes)]
+        after = own.scheme.step([partial(field, theta) for theta in controls], states[n], own.step)
+        near = 1e-6 * float(states[n + 1].square().mean().sqrt())
+        if not torch.allclose(after, states[n + 1], rtol=1e-6, atol=near):
+            raise InputError(
+                f"layer {own.first + n} is not what the first of stage {own.index} is with its "
+                "parameters (another activation, mask, index, …); the Neural ODE is defined for "
+                "layers that differ in their parameters only"
+            )
+    return field, torch.stack(states)
 
 
 def _check_mode(model: nn.Module) -> None:

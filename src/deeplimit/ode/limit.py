@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from deeplimit._anatomy import Anatomy, Stack, anatomy
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.ode._smoothness import Smoothness, smoothness
 from deeplimit.ode.discretization import DiscretizationGap, discretization_gap
-from deeplimit.ode.field import Interpolation
+from deeplimit.ode.field import Interpolation, stages
 from deeplimit.ode.solvers import TOLERANCE, Solver, SolverAccuracy, solver_accuracies
-from deeplimit.ode.stages import stages
 from deeplimit.records import Record
 from deeplimit.tables import number, table
 
@@ -102,19 +100,14 @@ def depth_limit(
     read = anatomy(model)
     found = stages(read)
     options: dict[str, Any] = {"interpolation": interpolation, "bound": bound, "seed": seed}
-    gaps = []
-    for index in (stage.index for stage in found):
-        say = partial(_said, tell, index)
-        gaps.append(discretization_gap(read, x, stage=index, tell=say, **options))
+    gaps = tuple(
+        discretization_gap(read, x, stage=stage.index, tell=tell, **options) for stage in found
+    )
     accuracies: tuple[SolverAccuracy, ...] = ()
     if loader is not None and solvers:
         tell("accuracy with other solvers")
         accuracies = solver_accuracies(read, loader, solvers, tolerance=tolerance)
-    return DepthLimit(smooth, tuple(gaps), tuple(map(_curves, found)), accuracies)
-
-
-def _said(tell: Callable[[str], None], stage: int, message: str) -> None:
-    tell(f"stage {stage}, {message}")
+    return DepthLimit(smooth, gaps, tuple(map(_curves, found)), accuracies)
 
 
 def _curves(stage: Stack) -> ControlCurves:

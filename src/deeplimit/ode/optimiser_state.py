@@ -33,16 +33,13 @@ DECOUPLED = "decoupled_weight_decay"  # Adam can be told to decay as AdamW does
 class Origin:
     """A parameter's value is ρ Σ w_i θ_i; its gradient is, to first order, γ Σ w_i ∂L/∂θ_i.
 
-    Attributes:
-        sources: the θ_i with their weights w_i, which add up to 1; the first says in which of an
-            optimiser's groups the parameter belongs.
-        gradient: γ.
-        size: ρ, so that an update of ρ Σ w_i δθ_i does what the δθ_i did.
+    The weights of the sources add up to 1; the first source says in which of an optimiser's groups
+    the parameter belongs.
     """
 
-    sources: tuple[tuple[nn.Parameter, Fraction], ...]
-    gradient: Fraction = ONE
-    size: Fraction = ONE
+    sources: tuple[tuple[nn.Parameter, Fraction], ...]  # (θ_i, w_i)
+    gradient: Fraction = ONE  # γ
+    size: Fraction = ONE  # ρ, so that an update of ρ Σ w_i δθ_i does what the δθ_i did
 
 
 Origins = dict[nn.Parameter, Origin]
@@ -68,15 +65,10 @@ def scaled(tensor: Tensor, by: Fraction) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """The powers of γ and ρ with which an optimiser's figures go.
+    """The powers of γ and ρ with which an optimiser's figures go."""
 
-    Attributes:
-        moments: the power of γ of each entry of a parameter's state.
-        settings: the powers of γ and ρ of each entry of a group.
-    """
-
-    moments: Mapping[str, int]
-    settings: Mapping[str, tuple[int, int]]
+    moments: Mapping[str, int]  # of γ, for each entry of a parameter's state
+    settings: Mapping[str, tuple[int, int]]  # of γ and ρ, for each entry of a group
 
     def factors(self, group: Mapping[str, Any], origin: Origin) -> dict[str, Fraction]:
         """The factors on a group's settings for a parameter of this origin."""

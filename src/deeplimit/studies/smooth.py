@@ -25,9 +25,8 @@ from deeplimit.errors import InputError
 from deeplimit.network import ResidualChain, TwoLayerResidual, anatomy
 from deeplimit.network.blocks import ACTIVATIONS, choose
 from deeplimit.network.initialisation import check_kernel, smooth_start
-from deeplimit.ode.field import VectorField
+from deeplimit.ode.field import VectorField, longest_stage
 from deeplimit.ode.solvers import solve
-from deeplimit.ode.stages import longest_stage
 from deeplimit.records import Record
 from deeplimit.studies import harness, rates
 from deeplimit.studies.harness import At, Machine, Point, ProgressCallback, silent
