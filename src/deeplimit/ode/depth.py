@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -238,6 +239,13 @@ def _resampled(
     inner = checked_optimiser(optimizer, _averageable(model))
     read = anatomy(model)
     runs, blocks = _changing(read), _blocks(read)
+    alike = {n for run in runs for n in run.layers} | set(read.fixed)
+    if others := [str(n) for n in range(read.horizon) if n not in alike]:
+        warnings.warn(
+            f"left as they are in {type(read.model).__name__}: layers {', '.join(others)}, whose "
+            "blocks differ in class or shape from the others of their stage",
+            stacklevel=4,
+        )
     _check_untied(read.model, blocks)
     _check_forward(read.model)
     adding = all(run.adds for run in runs)
