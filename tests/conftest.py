@@ -1,4 +1,4 @@
-"""Shared fixtures; shapes in annotations are checked by beartype while the suite runs."""
+"""Shared fixtures; annotations, and shapes in them, are checked while the suite runs."""
 
 import signal
 import socket
@@ -9,9 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
-install_import_hook("deeplimit", "beartype.beartype")
+# Annotations are checked at every call: types by beartype, and shapes by jaxtyping where a file has
+# some. Its check costs tens of times as much; it bears names that only a type checker imports.
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+SHAPED = [
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for path in SOURCE.rglob("*.py")
+    if any(mark in path.read_text("utf-8") for mark in ("from jaxtyping", "if TYPE_CHECKING:"))
+]
+beartype_package("deeplimit", conf=BeartypeConf(claw_is_pep526=False))
+install_import_hook(SHAPED, "beartype.beartype")
 
 # A suite that runs in the background has Ctrl-C ignored, its children too; some tests press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

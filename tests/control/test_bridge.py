@@ -219,7 +219,7 @@ def test_a_batch_norm_is_left_with_the_statistics_of_what_it_normalises() -> Non
 def test_the_fits_of_moments_are_those_of_rows() -> None:
     torch.manual_seed(3)
     m, u = torch.randn(50, 4).double() + 1, torch.randn(50, 4).double()
-    moments = Moments.none(4, m.device)
+    moments = Moments(4, m.device)
     for part in range(0, 50, 7):
         moments.add(m[part : part + 7], u[part : part + 7], u[part : part + 7])
     gain = torch.tensor([1.0, 2, 0.5, -1]).double()

@@ -11,24 +11,8 @@ from deeplimit import control
 
 pytestmark = pytest.mark.slow
 
-NAMES = (
-    "Distillation",
-    "EarlyExit",
-    "Fading",
-    "SoftCrossEntropy",
-    "StageCost",
-    "at_depth",
-    "choose_cut",
-    "crop",
-    "dissipativity",
-    "exit_depths",
-    "picture_trajectories",
-    "turnpike_profile",
-    "verify_crop",
-)
 
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", control.__all__)
 def test_an_example_runs(name: str) -> None:
     family = sample("vector")
     known = {name: getattr(control, name) for name in control.__all__}
@@ -36,5 +20,5 @@ def test_an_example_runs(name: str) -> None:
     known |= {"torch": torch, "anatomy": deeplimit.anatomy, "loader": loader, "x": family.x}
     known["model"] = family.model.eval()
     example = doctest.DocTestParser().get_doctest(known[name].__doc__, known, name, None, 0)
-    assert example.examples
+    assert example.examples, f"{name} has none"
     assert doctest.DocTestRunner().run(example).failed == 0

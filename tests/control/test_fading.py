@@ -8,7 +8,7 @@ from torch import nn
 
 from deeplimit import Heun, InputError, ResidualChain, crop
 from deeplimit.control import Fading
-from deeplimit.control.fading import FadedForward
+from deeplimit.control.cropping import FadedForward
 from deeplimit.network import Architecture, CifarArchitecture, TwoLayerResidual
 
 GONE = (1, 3)

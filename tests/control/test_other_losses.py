@@ -20,8 +20,7 @@ from deeplimit import (
     verify_crop,
 )
 from deeplimit.control import CropResult, CutChoice, TurnpikeProfile, verifying
-from deeplimit.control.paired import judge_losses, quantile
-from deeplimit.control.verdict import Z
+from deeplimit.control.verdict import Z, judge_losses, quantile
 
 pytestmark = pytest.mark.slow
 

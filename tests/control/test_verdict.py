@@ -11,11 +11,11 @@ from scipy.stats import multinomial
 from torch import Tensor, nn
 
 from deeplimit import crop, verify_crop
-from deeplimit.control.paired import PairedAnswers
 from deeplimit.control.verdict import (
     Verdict,
     Z,
     judge,
+    judge_answers,
     loss_bounds,
     samples_to_exclude,
     unchanged,
@@ -129,17 +129,13 @@ def test_tokens_that_repeat_one_another_count_as_their_texts_do() -> None:
     rng = torch.Generator().manual_seed(0)
     before, after = (torch.rand(80, generator=rng) < share for share in (0.9, 0.8))
     targets = torch.arange(80) % 10
-    texts, tokens = PairedAnswers(), PairedAnswers()
-    texts.add(before, after, targets, torch.arange(80))
-    for part in (slice(0, 30), slice(30, 80)):
-        rows = [x[part].repeat_interleave(7) for x in (before, after, targets)]
-        tokens.add(*rows, torch.arange(len(before[part])).repeat_interleave(7))
-    one, seven = texts.verdict(0.01), tokens.verdict(0.01)
+    right = torch.stack([before, after])
+    one = judge_answers(right, targets, 0.01, torch.arange(80))
+    rows = [x.repeat_interleave(7, -1) for x in (right, targets)]
+    seven = judge_answers(*rows, 0.01, torch.arange(80).repeat_interleave(7))
     assert (seven.samples, seven.lost) == (7 * one.samples, 7 * one.lost)
     # As uncertain as 80 texts, up to the factor 80/79 of their variance.
-    alone = PairedAnswers()
-    alone.add(before, after, targets)
-    bounds = alone.verdict(0.01)
+    bounds = judge_answers(right, targets, 0.01)
     assert seven.at_most == pytest.approx(bounds.at_most, rel=0.01)
     assert seven.at_least == pytest.approx(bounds.at_least, rel=0.03)
     assert seven.word == bounds.word

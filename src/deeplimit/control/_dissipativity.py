@@ -8,21 +8,26 @@ import torch
 from torch import Tensor
 
 from deeplimit._anatomy import Anatomy
-from deeplimit._anatomy.checks import IGNORED, shown
-from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating
-from deeplimit.control.batches import aligned_batches, blame_inputs
+from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.evaluation import Inputs, evaluating
+from deeplimit.control.batches import blame_inputs
+from deeplimit.control.losses import ClassLoss
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.stage_cost import StageCost
-from deeplimit.control.token_losses import CountedTokens
 from deeplimit.errors import InputError, several
 from deeplimit.tables import Shown, number, table
 
 ROUNDING = 1e-12
+NEED = "the check needs at least one sample that counts"
 
 
 @dataclass(frozen=True)
 class DissipativityReport(Shown):
     """The dissipation inequality per layer n = 0 … N−1; positive margins hold.
+
+        >>> report = dissipativity(StageCost(model, SoftCrossEntropy(4)), loader)
+        >>> report.margins[report.layer] >= report.margin
+        True
 
     Attributes:
         samples: number of samples.
@@ -128,34 +133,25 @@ def dissipativity(
     gamma = stage_cost.weight
     r = stage_cost.control_cost if control_cost is None else control_cost
     misstated = 0.0 if minimum is None else minimum - loss.minimum
-    device = device_of(stage_cost)
 
-    def measure(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return loss.excess(z, targets) - misstated, loss.distance(z, targets)
+    def measure(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        above = loss.excess(z, targets) - misstated
+        return {"excess": above, "distance": loss.distance(z, targets)}
 
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    count = 0
+    of, rows, count = ClassLoss(loss), [], 0
     with evaluating(stage_cost):
-        for x, y in aligned_batches(structure, loader, shift=stage_cost.shift):
+        for x, y in of.batches(structure, loader, NEED, shift=stage_cost.shift):
             states, output = structure.states(x)
-            if structure.tokens:
-                counted = CountedTokens(y, loss.classes)
-                above, apart = counted.measured(structure, x, states[:-1], None, measure)
-            else:
-                counts = (y := loss.fitted(output, y)) != IGNORED
-                logits = structure.logits(states[:-1], x=x).double()[:, counts]
-                above, apart = measure(logits, y[counts].expand(len(logits), -1))
+            figures = of.measured(structure, x, y, [output], *states[:-1], measure=measure)
+            above, apart = figures["excess"][:-1], figures["distance"][:-1]
             blame_inputs(x, above)
-            if above.shape[1] == 0:  # no token counts
-                continue
-            count += above.shape[1]
-            margin = (above - class_k_bound(loss, apart)).amin(1)
-            rows.append((above.sum(1), apart.sum(1), margin))
-    if count == 0:
-        raise InputError("the loader gave no batch with a sample that counts; the check needs one")
+            if above.shape[1]:  # of a batch in which no token counts there is no margin
+                margin = (above - class_k_bound(loss, apart)).amin(1)
+                rows.append((above.sum(1), apart.sum(1), margin))
+                count += above.shape[1]
     excesses, distances, least = (torch.stack(column) for column in zip(*rows, strict=True))
     excess, distance = excesses.sum(0) / count, distances.sum(0) / count
-    control = torch.tensor(_control_squares(structure), dtype=torch.float64, device=device)
+    control = torch.tensor(_control_squares(structure), dtype=torch.float64)
     supply = gamma * excess + r / 2 * control
     bound = gamma * class_k_bound(loss, distance) + abs(r) / 2 * control
     return DissipativityReport(

@@ -26,11 +26,8 @@ def aligned_batches(
     """The batches (x, y) of a loader on the model's device; y as `aligned` makes it.
 
     A batch that is a mapping is taken apart: y is what it calls "labels". Targets of another number
-    that is `ignored` become −100.
-
-    Raises:
-        InputError: a batch of another form, or as `aligned`; where it is said what `need`s samples,
-            none, or none whose target counts.
+    that is `ignored` become −100. Where it is said what `need`s samples there has to be one that
+    counts.
     """
     counts = False
     opened = (_labelled(structure, batch) for batch in begun(loader))
@@ -48,9 +45,6 @@ def any_batches(structure: Anatomy, loader: Iterable[Any], need: str) -> Iterato
 
     Of a batch that is a mapping x is what the model's forward takes and is no target, and y the
     whole batch.
-
-    Raises:
-        InputError: a batch of another form, or no sample.
     """
     device, empty = device_of(structure.model), True
     for batch in begun(loader):
@@ -122,20 +116,12 @@ def _labelled(structure: Anatomy, batch: Any) -> Any:
 
 
 def aligned(structure: Anatomy, x: Inputs, y: object, *, shift: bool, look: bool = True) -> Tensor:
-    """The targets of a batch as classes, each where the logits are that predict it.
+    """The targets y [B], or [B, L], as classes, each where the logits are that predict it.
 
-    Args:
-        structure: of the model.
-        x: inputs.
-        y: targets [B], or [B, L] of tokens.
-        shift: y [B, L] are the inputs themselves, as transformers' labels are: the target at t
-            becomes y_{t+1}, and none where t or t + 1 is padding, or t is the last.
-        look: whether to look for targets that are to be shifted and are not, or are already.
-
-    Raises:
-        InputError: targets that are no classes; so many of them that it is no chance are the inputs
-            at their own places, and not the next ones, or with `shift` the other way round; `shift`
-            of a model that has no logits for every token.
+    With `shift` they are the inputs themselves, as transformers' labels are: the target at t
+    becomes y_{t+1}, and none where t or t + 1 is padding, or t is the last. Where it is to `look`,
+    targets are refused that are the inputs at their own places, and not the next ones, or with
+    `shift` the other way round, if they are so many that it is no chance.
     """
     y = classes_of(y)
     if not structure.tokens:
@@ -174,13 +160,13 @@ def _check(given: Tensor, y: Tensor, *, shift: bool) -> None:
         )
 
 
-def blame_inputs(x: Any, figures: Tensor) -> None:
-    """Nothing where figures of a batch are finite; of a network that diverged nothing either.
+def blame_inputs(x: Any, figures: Tensor | None = None) -> None:
+    """Refuses inputs of which a number is NaN or infinite.
 
-    Raises:
-        InputError: a figure is NaN or +∞, and a number of the inputs is NaN or infinite.
+    Where figures of the batch are given it looks only if one of them is NaN or infinite too; of a
+    network that diverged by itself nothing is said.
     """
-    if figures.numel() == 0 or bool(figures.detach().amax().isfinite()):
+    if figures is not None and (not figures.numel() or bool(figures.detach().amax().isfinite())):
         return
     parts = {f"x[{i}]": v for i, v in enumerate(x)} if isinstance(x, tuple) else x
     for name, value in ({"x": x} if isinstance(x, Tensor) else parts).items():

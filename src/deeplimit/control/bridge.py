@@ -1,10 +1,11 @@
 """Bridging a cut: what the removed layers did, fitted and folded into what stands before them."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -15,10 +16,10 @@ from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.block_call import End, left
 from deeplimit._anatomy.branches import find_end
 from deeplimit._anatomy.checks import shown
-from deeplimit._anatomy.evaluation import begun, evaluating, mapped
+from deeplimit._anatomy.evaluation import begun, evaluating
 from deeplimit._anatomy.injection import slack_of
-from deeplimit._anatomy.inputs import batch_of, first_sample, placed
-from deeplimit.control.batches import blame_inputs
+from deeplimit._anatomy.inputs import batch_of, placed
+from deeplimit.control.batches import blame_inputs, first_part
 from deeplimit.control.least_squares import Fit, Moments, fits, fold
 from deeplimit.errors import InputError, several
 from deeplimit.tables import Shown
@@ -67,6 +68,10 @@ class Gap(Shown):
 class Bridge(Shown):
     """What was fitted for each run of removed layers.
 
+        >>> bridge = bridge_of(crop(model, remove=[2, 3], bridge=loader))
+        >>> [(gap.start, gap.stop) for gap in bridge.gaps]
+        [(2, 4)]
+
     Attributes:
         gaps: in order.
         samples: how many were used; every fourth of them was held out.
@@ -87,7 +92,11 @@ _BRIDGES: WeakKeyDictionary[nn.Module, Bridge] = WeakKeyDictionary()
 
 
 def bridge_of(cropped: nn.Module) -> Bridge | None:
-    """What was fitted for a model that `crop` returned; None where nothing was asked for."""
+    """Tells what was fitted for a model that `crop` returned; None where nothing was asked for.
+
+    >>> bridge_of(crop(model, remove=[2])) is None
+    True
+    """
     return _BRIDGES.get(cropped)
 
 
@@ -109,15 +118,7 @@ def bridge(
     positive; elsewhere it is enough that y + T m + c is not. Gaps are fitted in order, each in the
     model that is bridged so far. ReplaceMe, arXiv 2505.02819; Prune&Comp, arXiv 2507.18212.
 
-    Args:
-        structure: of the model before the cut.
-        smaller: its cut.
-        removed: the layers that are gone.
-        loader: batches (x, y) or x, of which the inputs are used; gone through once per gap.
-
-    Raises:
-        InputError: no gap, none that can be bridged, fewer than two samples, batches of another
-            form, inputs or states that are not finite.
+    The inputs of the loader's batches, (x, y) or x, are gone through once per gap.
     """
     gone = sorted(removed)
     if not gone:
@@ -131,7 +132,7 @@ def bridge(
     with evaluating(structure.model), evaluating(student.model):
         for start, stop in _runs(gone):
             place = start - 1 - sum(n < start for n in gone)
-            work = _Gap(structure, student, start, stop, place, loader)
+            work = _Gap(structure, student, loader, start, stop, place)
             gaps.append(work.bridged())
             samples, rows = max(samples, work.samples), max(rows, work.rows)
     if all(gap.reason for gap in gaps):
@@ -141,10 +142,10 @@ def bridge(
 
 
 def _runs(gone: Sequence[int]) -> list[tuple[int, int]]:
-    """The maximal runs, each from … to, exclusively."""
-    cuts = [i + 1 for i, (n, m) in enumerate(pairwise(gone)) if m != n + 1]
-    ends = [0, *cuts, len(gone)]
-    return [(gone[i], gone[j - 1] + 1) for i, j in pairwise(ends)]
+    """The maximal runs of sorted layers, each from … to, exclusively."""
+    starts = [n for n in gone if n - 1 not in gone]
+    stops = [n + 1 for n in gone if n + 1 not in gone]
+    return list(zip(starts, stops, strict=True))
 
 
 def _inputs(structure: Anatomy, loader: Iterable[Any]) -> Iterator[Any]:
@@ -161,51 +162,44 @@ def _inputs(structure: Anatomy, loader: Iterable[Any]) -> Iterator[Any]:
                     "a tensor, tensors by name, or a tuple"
                 )
         if batch_of(x):
-            parts = x if isinstance(x, Mapping) else enumerate(x if isinstance(x, tuple) else [x])
-            for name, value in dict(parts).items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    blame_inputs({f"input {name}": value}, value.abs())
+            blame_inputs(x)
             yield placed(structure.model, x)
 
 
+@dataclass
 class _Gap:
     """One run of removed layers start … stop − 1; `place` is the layer before, in the student."""
 
-    def __init__(
-        self,
-        structure: Anatomy,
-        student: Anatomy,
-        start: int,
-        stop: int,
-        place: int,
-        loader: Iterable[Any],
-    ):
-        self.structure, self.student, self.loader = structure, student, loader
-        self.start, self.stop, self.place = start, stop, place
-        self.samples = self.rows = 0
+    structure: Anatomy
+    student: Anatomy
+    loader: Iterable[Any]
+    start: int
+    stop: int
+    place: int
+    samples: int = 0
+    rows: int = 0
 
     def bridged(self) -> Gap:
         """The gap, and the student changed."""
         first = next(_inputs(self.structure, self.loader), None)
         if first is None:
             raise InputError("the loader for bridge gave no sample; a bridge is fitted on some")
-        end: End | str
-        end = self._refusal(first) or find_end(self.student, self.place, _few(first))
+        few = first_part(first, 2)
+        end = self._refusal(few) or find_end(self.student, self.place, few)
         if isinstance(end, str):
             return Gap(self.start, self.stop, "nothing", reason=end)
         seen, held = self._moments(end)
-        chosen, before, after = _choice(seen, held, end)
-        if not before:
-            chosen = None
-        if chosen is not None:
-            fit = next(f for f in fits(seen.plus(held), end) if f.named == chosen.named)
-            if not self._fold(end, fit, seen.plus(held), _few(first)):
-                reason = f"{end.name} does not do what its weight says"
-                return Gap(self.start, self.stop, "nothing", reason=reason)
-            return Gap(
-                self.start, self.stop, cast(Kind, fit.kind), end.name, fit.ridge, before, after
-            )
-        return Gap(self.start, self.stop, "nothing", end.name, 0.0, before, before)
+        before = held.residual(None)
+        after, chosen = min(((held.residual(f), f) for f in fits(seen, end)), key=itemgetter(0))
+        if not after < before:
+            return Gap(self.start, self.stop, "nothing", end.name, 0.0, before, before)
+        seen.merge(held)
+        fit = next(f for f in fits(seen, end) if f.named == chosen.named)
+        if not self._fold(end, fit, seen, few):
+            reason = f"{end.name} does not do what its weight says"
+            return Gap(self.start, self.stop, "nothing", reason=reason)
+        kind = cast(Kind, fit.kind)
+        return Gap(self.start, self.stop, kind, end.name, fit.ridge, before, after)
 
     def _refusal(self, x: Any) -> str | None:
         """Why there is nothing that could be fitted: what stands before the gap, or in it."""
@@ -217,7 +211,7 @@ class _Gap:
             for n in range(self.start - 1, self.stop):
                 hook = partial(away.__setitem__, n)
                 stack.callback(self.structure.register_leaving_hook(n, hook).remove)
-            self.structure.run(_few(x))
+            self.structure.run(x)
         for n in range(self.start, self.stop):
             if not {n - 1, n} <= away.keys() or n not in entered:
                 return f"no state is seen around layer {n}"
@@ -225,21 +219,20 @@ class _Gap:
                 return f"something stands between layers {n - 1} and {n}"
             if away[n].shape != away[n - 1].shape:
                 return f"layer {n} changes the shape of the state"
-        if len(away[self.stop - 1]) != batch_of(_few(x)):
+        if len(away[self.stop - 1]) != batch_of(x):
             return "its states do not begin with the samples"
         return None
 
     def _moments(self, end: End) -> tuple[Moments, Moments]:
         """Of the samples that are fitted, and of those held out."""
-        parts: tuple[Moments, Moments] | None = None
+        seen, held = (Moments(len(end.gain), end.gain.device) for _ in range(2))
         for x in _inputs(self.structure, self.loader):
             m, y, here = self._student_parts(end, x)
             there = left(self.structure, self.stop - 1, partial(self.structure.run, x))
             assert there is not None
-            count = len(there)
-            target, own, state = end.state_rows(there), end.rows(m), end.state_rows(here)
+            target, own = end.state_rows(there), end.rows(m)
             if y is None:
-                change = target - state
+                change = target - end.state_rows(here)
             else:
                 sum_ = end.rows(y) + own
                 change = torch.where(target > 0, target - sum_, -sum_.relu())
@@ -248,39 +241,35 @@ class _Gap:
                     f"states around layers {self.start} … {self.stop - 1} are not finite, to which "
                     "nothing can be fitted; the model diverges on the data for bridge"
                 )
-            per = len(own) // count
-            sample = torch.arange(len(own), device=own.device) // per
+            per = len(own) // len(there)
+            sample = torch.arange(len(own), device=own.device) // per + self.samples
             counts = _counting(x, there, self.structure.name)
-            counts = counts.to(own.device) if counts is not None else torch.ones_like(sample) > 0
-            held = (self.samples + sample) % HELD == 1
-            if parts is None:
-                d = own.shape[1]
-                parts = Moments.none(d, own.device), Moments.none(d, own.device)
-            for part, chosen in zip(parts, (counts & ~held, counts & held), strict=True):
-                part.add(own[chosen], change[chosen], target[chosen])
-            self.samples += count
+            counts = torch.ones_like(sample) > 0 if counts is None else counts.to(own.device)
+            out = sample % HELD == 1
+            for moments, chosen in ((seen, counts & ~out), (held, counts & out)):
+                moments.add(own[chosen], change[chosen], target[chosen])
+            self.samples += len(there)
             self.rows += int(counts.sum())
-        assert parts is not None
-        if self.samples < 2 or not (parts[0].count and parts[1].count):
+        if self.samples < 2 or not (seen.count and held.count):
             raise InputError(
                 f"{several(self.samples, 'sample')}, {several(self.rows, 'state')} given for "
                 "bridge; expected at least two samples that count: every fourth is held out"
             )
-        return parts
+        return seen, held
 
     def _student_parts(self, end: End, x: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         """What the block before the gap adds, what it adds it to where a ReLU follows, the sum."""
         found: dict[str, Tensor] = {}
+        alone = end.rest is self.student.layers[self.place].controls[0]
+
+        def added(_: nn.Module, __: Any, output: Tensor) -> None:
+            found["m"] = output.clone()
+
+        def rest(_: nn.Module, args: Any, output: Tensor) -> None:
+            found["y"] = (args[0] if alone else output).clone()
+
         with ExitStack() as stack:
-
-            def added(_: nn.Module, __: Any, output: Tensor) -> None:
-                found["m"] = output.clone()
-
-            def rest(_: nn.Module, args: Any, output: Tensor) -> None:
-                found["y"] = (args[0] if alone else output).clone()
-
             stack.callback(end.module.register_forward_hook(added).remove)
-            alone = end.rest is self.student.layers[self.place].controls[0]
             if end.rest is not None:
                 stack.callback(end.rest.register_forward_hook(rest).remove)
             here = left(self.student, self.place, partial(self.student.run, x))
@@ -289,17 +278,15 @@ class _Gap:
 
     def _fold(self, end: End, fit: Fit, moments: Moments, x: Any) -> bool:
         """Whether the end gives then, on some samples, what it should; it is as it was if not."""
-        modules = [end.module, *([end.convolution] if end.convolution is not None else [])]
-        kept = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
+        modules = [m for m in (end.module, end.convolution) if m is not None]
+        kept = [copy.deepcopy(m.state_dict()) for m in modules]
         m, _, _ = self._student_parts(end, x)
         rows = end.rows(m)
         expected = rows + (rows @ fit.a.T + fit.c) / end.gain
         # Of what is added up in the weights, which may be more than what comes of it.
         size = 1 + float(fit.a.abs().sum(1).max()) if fit.kind == "linear" else 1.0
-        limit = slack_of(m.dtype) * size
-        limit *= float(expected.abs().max() + rows.abs().max())
-        offsets = (0.0,) if end.mixes else (0.0, 1.0)
-        for offset in offsets:
+        limit = slack_of(m.dtype) * size * float(expected.abs().max() + rows.abs().max())
+        for offset in (0.0,) if end.mixes else (0.0, 1.0):
             fold(end, fit.a, fit.c, moments.covariance(), offset)
             after = end.rows(self._student_parts(end, x)[0])
             if bool((after - expected).abs().max() <= limit):
@@ -309,29 +296,11 @@ class _Gap:
         return False
 
 
-def _choice(seen: Moments, held: Moments, end: End) -> tuple[Fit | None, float, float]:
-    """The fit of the samples seen that is best on those held out, and the residuals there."""
-    before = held.residual(None)
-    tried = [(held.residual(fit), fit) for fit in fits(seen, end)]
-    least, best = min(tried, key=lambda pair: pair[0])
-    return (best if least < before else None), before, min(least, before)
-
-
-def _few(x: Any) -> Any:
-    """The first two samples."""
-    count = batch_of(x)
-    if count < 2:
-        return first_sample(x)
-    return mapped(x, lambda v: v[:2] if v.dim() and len(v) == count else v)
-
-
 def _counting(x: Any, state: Tensor, name: str | None) -> Tensor | None:
     """Which states are of no padding, in a row; None where none is known to be."""
     if not isinstance(x, Mapping) or state.dim() != 3:
         return None
     masks = MASKS if "decoder" not in (name or "") else MASKS[::-1]
-    for key in masks:
-        mask = x.get(key)
-        if isinstance(mask, Tensor) and mask.shape == state.shape[:2]:
-            return mask.flatten() != 0
-    return None
+    found = (x[key] for key in masks if isinstance(x.get(key), Tensor))
+    mask = next((mask for mask in found if mask.shape == state.shape[:2]), None)
+    return None if mask is None else mask.flatten() != 0

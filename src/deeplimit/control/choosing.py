@@ -15,10 +15,10 @@ from deeplimit._anatomy.by_branch import ByBranch, check_granularity
 from deeplimit._anatomy.checks import check_number
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control.cropping import check_profile
-from deeplimit.control.cut_choice import Budget, CutChoice
+from deeplimit.control.cut_choice import QUALITY, Budget, CutChoice, Spending
 from deeplimit.control.losses import Loss, sample_loss
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.trials import QUALITY, MayGo, Spending, Trials
+from deeplimit.control.trials import MayGo, Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
 from deeplimit.control.verdict import check_rise, check_tolerance
 from deeplimit.errors import InputError
@@ -90,7 +90,6 @@ def choose_cut(
     """
     given = (accuracy, rise, blocks, multiply_adds, latency)
     check_granularity(granularity)
-    budget, limit = _the_one(dict(zip(NAMES, given, strict=True)))
     structure = anatomy(model)
     check_profile(profile, structure.horizon)
     orders, protected = _orders(structure, profile), _protected(structure.horizon, protect)
@@ -101,9 +100,15 @@ def choose_cut(
             k: [i for n in own for i, at in enumerate(of) if at == n] for k, own in orders.items()
         }
         protected = {i for i, n in enumerate(of) if n in protected}
-    _check(budget, limit, structure.horizon, data=loader is not None)
+    budget, limit = _budget(
+        dict(zip(NAMES, given, strict=True)), structure.horizon, data=loader is not None
+    )
+
+    def may_go(gone: Collection[int], n: int) -> bool:
+        beside = not (contiguous and gone) or n in (min(gone) - 1, max(gone) + 1)
+        return n not in protected and beside
+
     with evaluating(structure.model):
-        may_go = _permitted(protected, contiguous=contiguous)
         trials = None
         if loader is not None:
             judged = sample_loss(_loss_of(profile, loss, budget))
@@ -115,23 +120,22 @@ def choose_cut(
             trials = Trials(structure, loader, judged, shift=shift)
         most = limit if budget == "rise" else loss_tolerance(limit) * profile.loss_range
         spending = Spending(structure, trials, budget, limit, most, len(orders))
-        cuts: dict[str, tuple[int, ...]] = {}
-        ranked = next(iter(orders.values()))
+        cuts: list[tuple[str, tuple[int, ...]]] = []
         runs = _runs(structure, may_go) if contiguous else [range(structure.horizon)]
-        for (score, order), (i, run) in product(orders.items(), enumerate(runs)):
+        for (score, order), run in product(orders.items(), runs):
             possible = _possible(structure, [n for n in order if n in run], may_go)
             removed = spending.bisected(list(islice(possible, spending.most)))
             if removed is not None:
-                cuts[f"{score} {i}"] = removed
+                cuts.append((score, removed))
+        ranked = next(iter(orders.values()))
         if trials is not None:
-            least = min(map(len, cuts.values()), default=0)
+            least = min((len(cut) for _, cut in cuts), default=0)
             removed = spending.one_by_one(trials.order(ranked, may_go), least)
             if removed is not None:
-                cuts["trial"] = removed
+                cuts.append(("trial", removed))
         if not cuts:
             raise InputError(spending.unmet())
-        best = _best(cuts, profile, trials, budget, ranked)
-        choice = spending.choice(best.split()[0], cuts[best])
+        choice = spending.choice(*_best(cuts, profile, trials, ranked, quality=spending.quality))
     if isinstance(structure, ByBranch):
         whole = tuple(structure.whole(choice.removed))
         pairs = tuple(structure.pairs[i] for i in choice.removed)
@@ -154,30 +158,15 @@ def _orders(structure: Anatomy, profile: TurnpikeProfile) -> dict[str, list[int]
 
 
 def _protected(horizon: int, protect: Iterable[SupportsIndex]) -> set[int]:
-    """The layers that stay.
-
-    Raises:
-        InputError: one that is not there.
-    """
-    kept = set()
-    for n in layer_numbers(protect):
+    """The layers that stay, each counted from the front."""
+    layers = layer_numbers(protect)
+    for n in layers:
         if not -horizon <= n < horizon:
             raise InputError(
                 f"layer {n} to be protected; the model has layers 0 … {horizon - 1}, or "
                 f"-{horizon} … -1"
             )
-        kept.add(n % horizon)
-    return kept
-
-
-def _permitted(kept: Collection[int], *, contiguous: bool) -> MayGo:
-    """Whether a layer may go after others."""
-
-    def may_go(gone: Collection[int], n: int) -> bool:
-        beside = not (contiguous and gone) or n in (min(gone) - 1, max(gone) + 1)
-        return n not in kept and beside
-
-    return may_go
+    return {n % horizon for n in layers}
 
 
 def _runs(structure: Anatomy, may_go: MayGo) -> list[range]:
@@ -205,41 +194,29 @@ def _possible(structure: Anatomy, order: Iterable[int], may_go: MayGo) -> Iterat
 
 
 def _best(
-    cuts: dict[str, tuple[int, ...]],
+    cuts: list[tuple[str, tuple[int, ...]]],
     profile: TurnpikeProfile,
     trials: Trials | None,
-    budget: Budget,
     ranked: list[int],
-) -> str:
-    """The name of the cut to be taken."""
+    *,
+    quality: bool,
+) -> tuple[str, tuple[int, ...]]:
+    """The cut to be taken, with its score; among equals the first."""
     if trials is None:
-        for name, cut in cuts.items():
+        for score, cut in cuts:
             depth = profile.horizon - len(cut)
-            at_the_end = name.startswith("tail") and min(cut, default=depth) == depth
+            at_the_end = score == "tail" and min(cut, default=depth) == depth
             if at_the_end and profile.depth_within() <= depth:
-                return name
-        return min(cuts, key=lambda name: sum(map(ranked.index, cuts[name])))
+                return score, cut
+        return min(cuts, key=lambda named: sum(map(ranked.index, named[1])))
 
-    def worth(score: str) -> tuple[float, float, float]:
-        removed = cuts[score]
-        many = float(len(removed)) if budget in QUALITY else 0.0
-        outcome = trials.outcome(removed)
+    def worth(named: tuple[str, tuple[int, ...]]) -> tuple[float, float, float]:
+        outcome = trials.outcome(named[1])
         good = -outcome.loss if math.isnan(outcome.accuracy) else outcome.accuracy
-        return many, good, -trials.divergence(removed)
+        many = float(len(named[1])) if quality else 0.0
+        return many, good, -trials.divergence(named[1])
 
     return max(cuts, key=worth)
-
-
-def _the_one(given: dict[Budget, int | float | None]) -> tuple[Budget, float]:
-    named = [(name, value) for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        found = " and ".join(name for name, _ in named) or "none"
-        raise InputError(
-            f"a cut is chosen under one budget: {', '.join(NAMES[:-1])} or {NAMES[-1]}; "
-            f"{found} given"
-        )
-    name, value = named[0]
-    return name, check_number(name, value, "a number", lambda _: True)
 
 
 def _loss_of(profile: TurnpikeProfile, loss: Loss | None, budget: Budget) -> Loss | None:
@@ -258,25 +235,34 @@ def _loss_of(profile: TurnpikeProfile, loss: Loss | None, budget: Budget) -> Los
     return SoftCrossEntropy(profile.classes, profile.softness) if counts else None
 
 
-def _check(budget: Budget, limit: float, horizon: int, *, data: bool) -> None:
-    """Raises InputError for a budget out of range or without the data that it takes."""
+def _budget(
+    given: dict[Budget, int | float | None], horizon: int, *, data: bool
+) -> tuple[Budget, float]:
+    """The one budget that is given, in its range, with the data that it takes."""
+    named = [(name, value) for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        found = " and ".join(name for name, _ in named) or "none"
+        raise InputError(
+            f"a cut is chosen under one budget: {', '.join(NAMES[:-1])} or {NAMES[-1]}; "
+            f"{found} given"
+        )
+    budget, value = named[0]
+    limit = check_number(budget, value, "a number", lambda _: True)
     if budget == "blocks":
         if not (1 <= limit <= horizon and limit.is_integer()):
             raise InputError(
                 f"{limit:g} blocks are to be kept; the model has {horizon}: 1 … {horizon}"
             )
-        return
-    if budget == "accuracy":
-        check_tolerance(limit)
-    elif budget == "rise":
-        check_rise(limit)
+    elif budget in QUALITY:
+        (check_tolerance if budget == "accuracy" else check_rise)(limit)
     elif not 0 < limit <= 1:
         raise InputError(
             f"a fraction of {limit:g} of the {budget.replace('_', '-')} is to be kept; expected "
             "one above 0 up to 1"
         )
-    if not data:
+    if budget != "blocks" and not data:
         raise InputError(
             f"the budget {budget} is measured on data; give a loader of data that did not train "
             "the model"
         )
+    return budget, limit

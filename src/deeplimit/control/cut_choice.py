@@ -1,18 +1,31 @@
-"""What a choice of layers to cut removes, and what that spends of its budget."""
+"""What a choice of layers to cut removes, and what cuts spend of its budget."""
 
+import math
+from bisect import bisect_left
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from statistics import NormalDist
+from typing import Any, Literal, cast
 
-from deeplimit.control.verdict import samples_needed
+from deeplimit._anatomy import Anatomy
+from deeplimit.control.trials import Trials
+from deeplimit.control.verdict import CONFIDENCE, FEW, samples_needed
 from deeplimit.errors import several
 from deeplimit.tables import Shown
 
 Budget = Literal["accuracy", "rise", "blocks", "multiply_adds", "latency"]
+QUALITY: tuple[Budget, ...] = ("accuracy", "rise")  # of which most layers go; of others fewest
+Score = Literal["influence", "update", "tail", "turnpike", "trial"]
 
 
 @dataclass(frozen=True)
 class CutChoice(Shown):
-    """The layers to be removed under a budget; `crop(model, remove=choice.removed)` removes them.
+    """The layers to be removed under a budget; `crop(model, choice)` removes them.
+
+        >>> profile = turnpike_profile(model, loader, SoftCrossEntropy(4))
+        >>> choice = choose_cut(model, profile, blocks=2)
+        >>> choice.limit, sum(choice.layers_after)
+        (2.0, 2)
 
     Figures that take data are None where none were given, and the latencies where latency was not
     the budget. Those of accuracy are of the data that the choice was made on: they flatter it, so
@@ -42,7 +55,7 @@ class CutChoice(Shown):
     """
 
     removed: tuple[int, ...]
-    score: Literal["influence", "update", "tail", "turnpike", "trial"]
+    score: Score
     budget: Budget
     limit: float
     layers_before: tuple[int, ...]
@@ -75,8 +88,7 @@ class CutChoice(Shown):
         stages = zip(self.layers_after, self.layers_before, strict=True)
         kept = ", ".join(f"{after} of {before}" for after, before in stages)
         of = "layers" if self.branches is None else "branches"
-        parts = [f"{of} kept per stage: {kept} (by {self.score})"]
-        parts += self._judged()
+        parts = [f"{of} kept per stage: {kept} (by {self.score})", *self._judged()]
         if self.multiply_adds_before is not None:
             parts.append(
                 f"multiply-adds {self.multiply_adds_before:,} → {self.multiply_adds_after:,}"
@@ -87,22 +99,17 @@ class CutChoice(Shown):
         return "; ".join(parts)
 
     def _judged(self) -> list[str]:
-        """The accuracies, and how many samples could tell of what was asked, if any did.
-
-        Without classes the losses.
-        """
-        if self.samples is None:
+        """The accuracies, or losses, and how many samples could tell of what was asked."""
+        name, scale, form = "accuracy", 100, ".2f"
+        figures = (self.accuracy_before, self.accuracy_after)
+        if None in figures:
+            name, scale, form = "loss", 1, ".4g"
+            figures = (self.loss_before, self.loss_after)
+        if self.samples is None or None in figures:
             return []
-        on = several(self.samples, "sample")
-        if self.accuracy_before is not None and self.accuracy_after is not None:
-            name, unit = "accuracy", " %"
-            shown = [f"{100 * a:.2f}" for a in (self.accuracy_before, self.accuracy_after)]
-        elif self.loss_before is not None and self.loss_after is not None:
-            name, unit = "loss", ""
-            shown = [f"{a:.4g}" for a in (self.loss_before, self.loss_after)]
-        else:
-            return []
+        shown = [f"{scale * cast(float, value):{form}}" for value in figures]
         shown = shown if self.removed or self.branches else shown[:1]
+        unit, on = " %" if scale == 100 else "", several(self.samples, "sample")
         parts = [f"{name} {' → '.join(shown)}{unit} of {on}"]
         if self.needed is not None:
             parts.append(
@@ -110,3 +117,131 @@ class CutChoice(Shown):
                 f"{self.needed:,} could"
             )
         return parts
+
+
+class Spending:
+    """What cuts of so many `orders` spend of one budget; `rise` is the loss's part in it.
+
+    Attributes:
+        quality: whether accuracy or loss is limited, and most layers go, or a cost, and fewest do.
+        most: layers that may have to go.
+    """
+
+    def __init__(
+        self,
+        structure: Anatomy,
+        trials: Trials | None,
+        budget: Budget,
+        limit: float,
+        rise: float,
+        orders: int,
+    ):
+        self.structure, self._trials = structure, trials
+        self.budget, self.limit, self._rise = budget, limit, rise
+        self.quality = budget in QUALITY
+        # Of an order that is bisected so many cuts are tried; one that is walked along stops at the
+        # first cut that loses, so that none before it counts.
+        tried = orders * math.ceil(math.log2(structure.horizon + 1)) + 1
+        self._z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / tried)
+        self.most = structure.horizon - (int(limit) if budget == "blocks" else 0)
+
+    @property
+    def trials(self) -> Trials:
+        """The trials, where there are data."""
+        return cast(Trials, self._trials)
+
+    def bisected(self, order: list[int]) -> tuple[int, ...] | None:
+        """The beginning of an order that meets the budget; None if none does."""
+        sizes = range(int(self.quality), len(order) + 1)
+        k = bisect_left(sizes, 1, key=lambda size: self._turned(order[:size]))
+        return tuple(order[:k]) if self.quality or k < len(sizes) else None
+
+    def one_by_one(self, order: Iterator[int], least: int) -> tuple[int, ...] | None:
+        """The same for an order that is expensive to go on with; costs are met from `least` on."""
+        gone: list[int] = []
+        if self.quality:
+            for n in order:
+                if self._turned([*gone, n]):
+                    break
+                gone.append(n)
+            return tuple(gone)
+        while len(gone) < least or not self._turned(gone):
+            more = next(order, None)
+            if more is None:
+                return None
+            gone.append(more)
+        return tuple(gone)
+
+    def _turned(self, removed: Collection[int]) -> bool:
+        """Whether a cut loses, where quality is limited; whether it fits, where a cost is."""
+        if self.budget == "blocks":
+            return len(removed) == self.most
+        if not self.quality:
+            if not removed:
+                return self.limit >= 1
+            before, after = self._costs(removed)
+            return before == 0 or after / before <= self.limit
+        if self.trials.samples < FEW:
+            return True
+        outcome = self.trials.outcome(removed)
+        lost = outcome.lost + self._z * outcome.error
+        risen = outcome.risen + self._z * outcome.risen_error
+        # A cut whose loss is not a number loses.
+        return (self.budget == "accuracy" and lost > self.limit) or not risen <= self._rise
+
+    def _costs(self, removed: Collection[int]) -> tuple[float, float]:
+        """Of the model and its cut: latencies, or else multiply-adds."""
+        if self.budget == "latency":
+            return self.trials.latencies(removed)
+        whole, cut = map(self.trials.multiply_adds, ((), removed))
+        return float(whole), float(cut)
+
+    def choice(self, score: str, cut: tuple[int, ...]) -> CutChoice:
+        """All figures of a cut."""
+        removed = tuple(sorted(cut))
+        figures: dict[str, Any] = {}
+        if self._trials is not None:
+            whole, outcome = self._trials.outcome(()), self._trials.outcome(removed)
+            figures |= {
+                "samples": self._trials.samples,
+                "multiply_adds_before": self._trials.multiply_adds(()),
+                "multiply_adds_after": self._trials.multiply_adds(removed),
+            }
+            if self.quality or math.isnan(whole.accuracy):
+                figures |= {
+                    "loss_before": whole.loss,
+                    "loss_after": outcome.loss,
+                    "loss_error": outcome.risen_error,
+                }
+            if not math.isnan(whole.accuracy):
+                figures |= {
+                    "accuracy_before": whole.accuracy,
+                    "accuracy_after": outcome.accuracy,
+                    "accuracy_error": outcome.error,
+                }
+        if self.budget == "latency":
+            figures["latency_before"], figures["latency_after"] = self.trials.latencies(removed)
+        return CutChoice(
+            removed=removed,
+            score=cast(Score, score),
+            budget=self.budget,
+            limit=self.limit,
+            layers_before=self._kept(()),
+            layers_after=self._kept(removed),
+            **figures,
+        )
+
+    def _kept(self, removed: Collection[int]) -> tuple[int, ...]:
+        """Layers of each stage."""
+        stages = [s.stage for n, s in enumerate(self.structure.layers) if n not in removed]
+        return tuple(map(stages.count, range(self.structure.stages)))
+
+    def unmet(self) -> str:
+        """Says why no cut meets the budget, and what to do."""
+        horizon, fixed = self.structure.horizon, self.structure.fixed
+        name = type(self.structure.model).__name__
+        asked = f"at most {self.limit:g} of the {self.budget.replace('_', '-')} is to be kept"
+        if self.budget == "blocks":
+            asked = f"{int(self.limit)} of {several(horizon, 'layer')} are to be kept"
+        why = f"; layers {', '.join(map(str, fixed))} cannot be removed" if fixed else ""
+        return f"{asked}, which {name} cannot reach by removing layers{why}; give a larger budget"

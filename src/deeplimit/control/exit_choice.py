@@ -25,6 +25,9 @@ STEPS = 20  # of the sequence of thresholds, from no disagreement up to twice th
 class ExitChoice(Shown):
     """Thresholds of early exits with a bounded risk; for `EarlyExit(model, choice.thresholds)`.
 
+        >>> exit_depths(model, loader, risk=0.2, confidence=0.8).horizon
+        4
+
     Attributes:
         horizon: N, the number of layers.
         thresholds: (depth, confidence from which a sample leaves there), in order; none where no

@@ -28,29 +28,18 @@ class Fit:
         return self.kind, self.ridge
 
 
-@dataclass
 class Moments:
-    """Sums over rows, in float64: z zᵀ and z uᵀ with z = (m, 1), ‖u‖² and ‖x‖².
+    """Sums over rows, in float64: with z = (m, 1) z zᵀ and z uᵀ; ‖u‖², and ‖x‖² of the targets."""
 
-    Attributes:
-        count: of rows.
-        gram: [d + 1, d + 1].
-        cross: [d + 1, d].
-        squares: Σ ‖u‖².
-        size: Σ ‖x‖² of the targets.
-    """
+    def __init__(self, d: int, device: torch.device):
+        self.gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
+        self.cross = self.gram[:, :d].clone()
+        self.squares = self.size = 0.0
 
-    count: int
-    gram: Tensor
-    cross: Tensor
-    squares: float
-    size: float
-
-    @classmethod
-    def none(cls, d: int, device: torch.device) -> "Moments":
-        """Of no row."""
-        gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
-        return cls(0, gram, gram[:, :d].clone(), 0.0, 0.0)
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return int(self.gram[-1, -1])
 
     def add(self, m: Tensor, u: Tensor, x: Tensor) -> None:
         """Rows [n, d] more."""
@@ -59,17 +48,13 @@ class Moments:
         self.cross += z.T @ u
         self.squares += float(u.square().sum())
         self.size += float(x.square().sum())
-        self.count += len(m)
 
-    def plus(self, other: "Moments") -> "Moments":
-        """Of both."""
-        return Moments(
-            self.count + other.count,
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.squares + other.squares,
-            self.size + other.size,
-        )
+    def merge(self, other: "Moments") -> None:
+        """Those of other rows more."""
+        self.gram += other.gram
+        self.cross += other.cross
+        self.squares += other.squares
+        self.size += other.size
 
     def covariance(self) -> Tensor:
         """Of m, [d, d]."""
@@ -117,15 +102,10 @@ def fits(moments: Moments, end: End) -> Iterator[Fit]:
 def fold(end: End, a: Tensor, c: Tensor, covariance: Tensor, offset: float = 0.0) -> None:
     """Changes an end in place so that it gives m + (a m + c) / gain in place of m.
 
-    Of a batch norm behind a convolution the latter takes the map, and the norm's running statistics
-    become those of what it normalises then, so that it can be trained on.
-
-    Args:
-        end: to be changed.
-        a: [d, d], diagonal where the end does not mix channels.
-        c: [d], zero where it has no bias.
-        covariance: of m, [d, d].
-        offset: what a norm adds to its weight before it multiplies by it.
+    Where it does not mix channels a is diagonal, and where it has no bias c is zero. A norm may add
+    an `offset` to its weight before it multiplies by it. Of a batch norm behind a convolution the
+    latter takes the map, and the norm's running statistics become those of what it normalises then,
+    with the `covariance` of m, so that it can be trained on.
     """
     module = cast(Any, end.module)
     t = torch.eye(len(c), dtype=a.dtype, device=a.device) + a / end.gain[:, None]

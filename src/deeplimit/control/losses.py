@@ -1,7 +1,9 @@
 """Losses: what a stage cost adds up, and what a loss says of single samples."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -13,27 +15,18 @@ from deeplimit._anatomy.checks import IGNORED, fitted, shown
 from deeplimit._anatomy.inputs import FAILS, told
 from deeplimit.control.batches import aligned_batches, any_batches, part
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.token_losses import CountedTokens, drop_ignored, widened
+from deeplimit.control.token_losses import CountedTokens, widened
 from deeplimit.errors import InputError, several
 
 Loss = SoftCrossEntropy | Callable[[Any, Any], Tensor]
+Figures = dict[str, Tensor]
 
 MANY = 2**26  # numbers of targets that are kept, to find the best constant answer to them
 ROUNDING = 1000  # times the precision: what adding up in another order may change
 
 
 class AnyLoss(nn.Module):
-    """ℓ(z, y), a number: what a stage cost adds up of a loss whose minimisers are not known.
-
-    Args:
-        function: called with what the model answers to a state, of the form of its own answer, and
-            with the batch's targets as they were given; it returns a scalar tensor, the mean over
-            the batch.
-
-    Raises:
-        InputError: no function, or a class of losses; when it is called: what it returns is no
-            scalar.
-    """
+    """ℓ(z, y), a number: what a stage cost adds up of a loss whose minimisers are not known."""
 
     def __init__(self, function: Callable[[Any, Any], Tensor]):
         super().__init__()
@@ -41,7 +34,7 @@ class AnyLoss(nn.Module):
         self.function = function
 
     def mean(self, z: Tensor, y: Any) -> Tensor:
-        """ℓ(z, y)."""
+        """ℓ(z, y); raises InputError unless it is one number."""
         value = self.function(z, y)
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
             shape = f"shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
@@ -50,15 +43,6 @@ class AnyLoss(nn.Module):
                 "number, the mean over the batch (reduction='mean')"
             )
         return value
-
-
-def as_loss(loss: Loss) -> SoftCrossEntropy | AnyLoss:
-    """The loss of a stage cost.
-
-    Raises:
-        InputError: as `AnyLoss`.
-    """
-    return loss if isinstance(loss, SoftCrossEntropy) else AnyLoss(loss)
 
 
 def check_losses(values: Tensor) -> None:
@@ -84,18 +68,18 @@ def check_callable(loss: object) -> None:
 
 
 class ClassLoss:
-    """What is measured of classifiers, whose samples have a class each, tokens too.
+    """Measures classifiers, whose samples have a class each, tokens too, by a cross-entropy.
 
-    Args:
-        loss: a soft cross-entropy, `nn.CrossEntropyLoss`, or None for the plain cross-entropy.
+    Attributes:
+        soft: the loss itself, where its minimisers are known.
     """
 
     of_classes = True
 
     def __init__(self, loss: SoftCrossEntropy | nn.CrossEntropyLoss | None):
         self.soft = loss if isinstance(loss, SoftCrossEntropy) else None
-        self._plain = nn.CrossEntropyLoss() if loss is None or self.soft else _single(loss)
-        self._ignored = getattr(self._plain, "ignore_index", IGNORED)
+        self._smoothing = float(getattr(loss, "label_smoothing", 0.0))
+        self._ignored = int(getattr(loss, "ignore_index", IGNORED))
 
     def batches(
         self, structure: Anatomy, loader: Iterable[Any], need: str, *, shift: bool
@@ -103,69 +87,85 @@ class ClassLoss:
         """The batches (x, y) of a loader, as `aligned_batches`."""
         return aligned_batches(structure, loader, need, shift=shift, ignored=self._ignored)
 
-    def fitted(self, z: Tensor, y: Tensor) -> Tensor:
-        """The targets; raises InputError where they are none of these logits."""
-        return fitted(z, y) if self.soft is None else self.soft.fitted(z, y)
+    def measured(
+        self,
+        structure: Anatomy,
+        x: Any,
+        y: Tensor,
+        outputs: Sequence[Tensor],
+        *states: Tensor,
+        measure: Callable[[Tensor, Tensor], Figures] | None = None,
+    ) -> Figures:
+        """Figures [n, S] of the samples of a batch that count, by their names, and "targets" [S].
 
-    def rows(self, structure: Anatomy, y: Tensor, *outputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Logits [S, C] of each of the outputs, and targets [S], of samples that count.
-
-        Where there are logits for every token they come in chunks.
+        Of states through the head, and of outputs behind them, of which there is one at least.
+        They are the "loss" and the "guess", or what measure(z [S, C] in float64, targets [S]) says;
+        where there are logits for every token it is asked in chunks of these.
         """
+        measure = measure or self.figures
         if structure.tokens:
-            return CountedTokens(y, outputs[0].shape[-1]).chunks(*outputs)
-        return iter([drop_ignored(y, *outputs)])
+            counted = CountedTokens(y, outputs[0].shape[-1])
+            head = partial(structure.head, inputs=x)
+            rows = [counted.measured(s, measure, head) for s in states]
+            rows += [counted.measured(z, measure) for z in outputs]
+            targets = counted.targets
+        else:
+            y = (fitted if self.soft is None else self.soft.fitted)(outputs[0], y)
+            counts, below = y != IGNORED, structure.logits(states, x=x) if states else ()
+            targets = y[counts]
+            rows = [measure(z[counts].double(), targets) for z in chain(below, outputs)]
+        figures = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return {name: values.cpu() for name, values in (figures | {"targets": targets}).items()}
 
-    def each(self, z: Tensor, y: Tensor) -> Tensor:
-        """The loss of each sample, for logits [..., S, C] and targets [..., S], in float64."""
-        z = z.double()
-        if self.soft is not None:
-            return cast(Tensor, self.soft(z, y))
-        weight, smoothing = self._plain.weight, self._plain.label_smoothing
-        values: Tensor = F.cross_entropy(
-            z.flatten(0, -2),
-            y.flatten(),
-            weight=None if weight is None else weight.double(),
-            reduction="none",
-            label_smoothing=smoothing,
-        )
-        return values.reshape(y.shape)
+    def figures(self, z: Tensor, y: Tensor) -> Figures:
+        """The "loss" of logits z [S, C], and the "guess", the class of the largest."""
+        if self.soft is None:
+            loss = F.cross_entropy(z, y, reduction="none", label_smoothing=self._smoothing)
+        else:
+            loss = self.soft(z, y)
+        return {"loss": loss, "guess": z.argmax(-1)}
 
-    def apart(self, z: Tensor, w: Tensor) -> Tensor:
-        """Σ KL(softmax z ‖ softmax w) over samples."""
-        own, other = z.double().log_softmax(-1), w.double().log_softmax(-1)
-        return F.kl_div(other, own, reduction="sum", log_target=True)
+    def apart(self, structure: Anatomy, y: Tensor, z: Tensor, w: Tensor) -> float:
+        """The mean of KL(softmax z ‖ softmax w) over the samples that count."""
+        counts, total = y != IGNORED, 0.0
+        if structure.tokens:
+            rows = CountedTokens(y, z.shape[-1]).chunks(z, w)
+        else:
+            rows = iter([(z[counts], w[counts], y)])
+        for own, other, _ in rows:
+            p, q = own.double().log_softmax(-1), other.double().log_softmax(-1)
+            total += float(F.kl_div(q, p, reduction="sum", log_target=True))
+        return total / max(int(counts.sum()), 1)
 
     def softness_and_minimum(self, classes: int) -> tuple[float, float]:
-        """The loss's ε, 0 of one without, and the least value that it can take."""
-        smoothing = self._plain.label_smoothing
-        if self.soft is None and (smoothing == 0 or self._plain.weight is not None):
+        """The loss's ε, 0 of one without minimisers, and the least value that it can take."""
+        if self.soft is None and self._smoothing == 0:
             return 0.0, 0.0
-        soft = self.soft or SoftCrossEntropy(classes, smoothing * (classes - 1) / classes)
+        soft = self.soft or SoftCrossEntropy(classes, self._smoothing * (classes - 1) / classes)
         return (soft.softness if self.soft else 0.0), soft.minimum
 
 
 class OtherLoss:
-    """What is measured with a loss of which nothing is known but the values it returns.
+    """Measures by a loss of which nothing is known but the values it returns.
 
-    Args:
-        loss: ℓ(outputs, targets), or ℓ(outputs, batch) where the loader gives mappings. It returns
-            a value per sample (its mean over what comes behind the first dimension counts), or the
-            mean over the batch: a loss with a `reduction` is asked for "none" then, any other is
-            called sample by sample.
+    ℓ(outputs, targets), or ℓ(outputs, batch) where the loader gives mappings, returns a value per
+    sample (its mean over what comes behind the first dimension counts), or the mean over the batch:
+    a loss with a `reduction` is asked for "none" then, any other is called sample by sample.
     """
 
-    of_classes = False
-    soft = None
+    of_classes, soft = False, None
 
     def __init__(self, loss: Callable[[Any, Any], Tensor]):
         check_callable(loss)
-        self._function = _single(loss)
+        self._function: Any = loss
+        if getattr(loss, "reduction", None) == "mean":
+            self._function = copy.copy(loss)
+            self._function.reduction = "none"
 
     def batches(
         self, structure: Anatomy, loader: Iterable[Any], need: str, *, shift: bool
     ) -> Iterator[tuple[Any, Any]]:
-        """The batches (x, y) of a loader, y as it is, as `any_batches`."""
+        """The batches (x, y) of a loader, as `any_batches`."""
         if shift:
             raise InputError(
                 "shift=True given with a loss that knows no classes; leave it out, and shift the "
@@ -173,13 +173,18 @@ class OtherLoss:
             )
         return any_batches(structure, loader, need)
 
-    def fitted(self, _: Tensor, y: Any) -> Any:
-        """The targets as they are."""
-        return y
+    def measured(
+        self, structure: Anatomy, x: Any, y: Any, outputs: Sequence[Tensor], *states: Tensor
+    ) -> Figures:
+        """The "loss" [n, S] of the samples of a batch, of states through the head, and of outputs.
 
-    def rows(self, _: Anatomy, y: Any, *outputs: Tensor) -> Iterator[tuple[Any, ...]]:
-        """The outputs and the targets as they are."""
-        return iter([(*outputs, y)])
+        Of tokens layer by layer: the outputs of all of them may not fit.
+        """
+        if structure.tokens:
+            below: Iterable[Tensor] = (structure.logits([s], x=x)[0] for s in states)
+        else:
+            below = structure.logits(states, x=x) if states else ()
+        return {"loss": torch.stack([self.each(z, y) for z in chain(below, outputs)]).cpu()}
 
     def each(self, z: Tensor, y: Any) -> Tensor:
         """The loss of each sample of a batch, in float64.
@@ -194,18 +199,24 @@ class OtherLoss:
         count = len(z)
         singles = (slice(i, i + 1) for i in range(count))
         values = [self._value(z[i], part(y, i, count)).double() for i in singles]
+        wrong = ""
         if any(v.numel() != 1 for v in values):
-            raise InputError(_no_samples("does not take single samples"))
-        alone = torch.stack([v.reshape(()) for v in values])
-        limit = ROUNDING * torch.finfo(value.dtype).eps * float(alone.abs().max())
-        if bool((alone.mean() - value).abs() > limit):
-            means = f"{float(value):.4g}, their mean is {float(alone.mean()):.4g}"
-            raise InputError(_no_samples(f"of a batch is no mean of its samples' ({means})"))
+            wrong = "does not take single samples"
+        else:
+            alone = torch.stack([v.reshape(()) for v in values])
+            limit = ROUNDING * torch.finfo(value.dtype).eps * float(alone.abs().max())
+            if bool((alone.mean() - value).abs() > limit):
+                means = f"{float(value):.4g}, their mean is {float(alone.mean()):.4g}"
+                wrong = f"of a batch is no mean of its samples' ({means})"
+        if wrong:
+            raise InputError(
+                f"the loss {wrong}; return a value per sample instead (reduction='none')"
+            )
         return alone
 
-    def apart(self, z: Tensor, w: Tensor) -> Tensor:
-        """Σ_i mean ‖z_i − w_i‖² over samples, the mean over an answer's numbers."""
-        return (z.double() - w.double()).square().flatten(1).mean(1).sum()
+    def apart(self, _: Anatomy, _y: Any, z: Tensor, w: Tensor) -> float:
+        """The mean of (z − w)²."""
+        return float((z.double() - w.double()).square().mean())
 
     def _value(self, z: Tensor, y: Any) -> Tensor:
         try:
@@ -231,22 +242,27 @@ SampleLoss = ClassLoss | OtherLoss
 
 
 def sample_loss(loss: Loss | None) -> SampleLoss:
-    """What a loss says of single samples; None is the plain cross-entropy.
+    """The loss of single samples; None is the plain cross-entropy.
 
     Raises:
         InputError: it is none.
     """
-    if loss is F.cross_entropy:
-        loss = None
     if isinstance(loss, nn.CrossEntropyLoss) and loss.weight is not None:
         raise InputError(
             "the cross-entropy weighs classes: its mean is none of its samples'; give "
             "nn.CrossEntropyLoss() without weight, or a function that returns w[y] · ℓ of each "
             "sample"
         )
+    if loss is F.cross_entropy:
+        loss = None
     if loss is None or isinstance(loss, SoftCrossEntropy | nn.CrossEntropyLoss):
         return ClassLoss(loss)
     return OtherLoss(loss)
+
+
+def joined(batches: Sequence[Figures]) -> Figures:
+    """The figures of the samples of several batches."""
+    return {name: torch.cat([batch[name] for batch in batches], -1) for name in batches[0]}
 
 
 class ConstantAnswer:
@@ -263,9 +279,8 @@ class ConstantAnswer:
 
     def add(self, z: Tensor, y: Any) -> None:
         """Remembers the targets of a batch, up to `MANY` numbers in all."""
-        if self._targets is None:
-            return
-        if not isinstance(y, Tensor) or y.shape != z.shape:
+        fits = isinstance(y, Tensor) and y.shape == z.shape
+        if self._targets is None or not fits:
             self._targets = None
             return
         self._targets.append(y)
@@ -277,27 +292,13 @@ class ConstantAnswer:
         """The loss of the best of these on each sample; None where no answer is one."""
         if not self._targets:
             return None
-        every = torch.cat(self._targets).double()
+        loss, every = cast(OtherLoss, self._loss), torch.cat(self._targets).double()
         mean = every.mean(0)
         answers = [mean, every.median(0).values]
         if bool(((every >= 0) & (every <= 1)).all()):
             answers.append(mean.logit(eps=1e-6))
-        tried = []
-        for answer in answers:
-            z = answer.to(self._dtype)
-            values = [self._loss.each(z.expand(y.shape), y).cpu() for y in self._targets]
-            tried.append(torch.cat(values))
+        tried = [
+            torch.cat([loss.each(z.expand(y.shape), y).cpu() for y in self._targets])
+            for z in (answer.to(self._dtype) for answer in answers)
+        ]
         return min(tried, key=lambda values: float(values.mean()))
-
-
-def _single(loss: Any) -> Any:
-    """The loss with a value per sample, where it can be asked for that."""
-    if getattr(loss, "reduction", None) != "mean":
-        return loss
-    loss = copy.copy(loss)
-    loss.reduction = "none"
-    return loss
-
-
-def _no_samples(what: str) -> str:
-    return f"the loss {what}; return a value per sample instead (reduction='none')"

@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -11,17 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy
+from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control.batches import blame_inputs
 from deeplimit.control.losses import (
     ClassLoss,
     ConstantAnswer,
+    Figures,
     Loss,
     SampleLoss,
     check_callable,
     sample_loss,
 )
-from deeplimit.control.token_losses import CountedTokens, drop_ignored
+from deeplimit.control.token_losses import CountedTokens
 from deeplimit.control.turnpike import TurnpikeProfile
 
 NEED = "a profile needs at least one sample that counts"
@@ -66,57 +66,29 @@ def turnpike_profile(
     check_callable(loss)
     of = sample_loss(loss)
     structure = anatomy(model)
-    model = structure.model
-    sums: dict[str, Tensor] = {}
+    sums: Figures = {}
     constant, classes = ConstantAnswer(of), 0
-    with evaluating(model):
+    with evaluating(structure.model):
         for x, y in of.batches(structure, loader, NEED, shift=shift):
-            classes = _measure(structure, x, y, of, sums, constant, updates=updates)
+            states, output = structure.states(x)
+            constant.add(output, y)
+            classes = output.shape[-1] if of.of_classes else 0
+            batch = _sums(structure, x, y, of, states, output)
+            blame_inputs(x, batch["loss"])
+            if updates and len(states) > 1:
+                batch |= _changes(structure, x, states, _samples(structure, x, y, of, states))
+            del states, output  # before those of the next batch are there
+            for name, value in batch.items():
+                sums[name] = sums[name] + value if name in sums else value
         least = constant.losses()
-    return _profile(sums, of, classes, least, updates=updates)
-
-
-def _measure(
-    structure: Anatomy,
-    x: Any,
-    y: Any,
-    of: SampleLoss,
-    sums: dict[str, Tensor],
-    constant: ConstantAnswer,
-    *,
-    updates: bool,
-) -> int:
-    """Adds a batch to the sums; returns the number of classes."""
-    states, output = structure.states(x)
-    y = y if structure.tokens else of.fitted(output, y)
-    constant.add(output, y)
-    kept = states if updates else []
-    if isinstance(of, ClassLoss) and structure.tokens:
-        batch = _of_tokens(structure, x, y, of, states, output, kept)
-    else:
-        batch = _of_samples(structure, x, y, of, states, output, kept)
-    blame_inputs(x, batch["loss"])
-    for name, value in batch.items():
-        sums[name] = sums[name] + value if name in sums else value
-    return output.shape[-1] if of.of_classes else 0
-
-
-def _profile(
-    sums: Mapping[str, Tensor],
-    of: SampleLoss,
-    classes: int,
-    constant: Tensor | None,
-    *,
-    updates: bool,
-) -> TurnpikeProfile:
-    """The profile from sums over samples."""
     n = int(sums["count"])
     softness, minimum = math.nan, math.nan
     if isinstance(of, ClassLoss):
         softness, minimum = of.softness_and_minimum(classes)
 
-    def mean(name: str, count: Any = n) -> tuple[float, ...]:
-        return tuple((sums[name] / count).tolist()) if name in sums else ()
+    def mean(name: str, over: str = "count") -> tuple[Any, ...]:
+        found = (sums[name] / sums[over]).tolist() if name in sums else ()
+        return tuple(tuple(v) if isinstance(v, list) else v for v in found)
 
     def error(name: str) -> tuple[float, ...]:
         if name not in sums:
@@ -124,7 +96,6 @@ def _profile(
         spread = sums[f"{name} squared"] / n - (sums[f"{name} gap"] / n) ** 2
         return tuple((spread.clamp(min=0) / n).sqrt().tolist())
 
-    per_class = sums["class distance"] / sums["of class"] if "of class" in sums else torch.zeros(0)
     return TurnpikeProfile(
         samples=n,
         classes=classes,
@@ -133,115 +104,71 @@ def _profile(
         loss=mean("loss"),
         accuracy=mean("accuracy"),
         distance=mean("distance"),
-        class_distance=tuple(tuple(row) for row in per_class.tolist()),
-        relative_update=mean("update", sums["updated"]),
+        class_distance=mean("class distance", "of class"),
+        relative_update=mean("update", "updated"),
         loss_error=error("loss"),
         accuracy_error=error("accuracy"),
-        influence=mean("influence", sums["updated"]) if updates else None,
-        constant=None if constant is None else float(constant.mean()),
+        influence=mean("influence", "updated") if updates else None,
+        constant=None if least is None else float(least.mean()),
     )
 
 
-def _of_samples(
-    structure: Anatomy,
-    x: Any,
-    y: Any,
-    of: SampleLoss,
-    states: list[Tensor],
-    output: Tensor,
-    kept: list[Tensor],
-) -> dict[str, Tensor]:
-    """Sums over the samples of a batch; of states `kept` what the layers do to them."""
-    padding = _padding(x, states)
-    if isinstance(of, ClassLoss):
-        *states, padding, output, y = drop_ignored(y, *states, padding, output)
-        kept = states if kept else []
-    below = states[:-1]
-    if structure.tokens:  # layer by layer: the outputs of all of them may not fit
-        outputs: Iterable[Tensor] = (structure.logits([s], 0, x=x)[0] for s in below)
-    else:
-        outputs = structure.logits(below, x=x) if below else ()
-    rows = [_figures(of, z, y) for z in chain(outputs, [output])]
-    figures = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    sums = _summed(figures) | _changes(structure, x, kept, partial(_flat, padding))
-    if of.soft is not None:
-        own = F.one_hot(y, of.soft.classes).double()
-        sums["class distance"] = (figures["distance"] @ own).cpu()
-        sums["of class"] = own.sum(0).cpu()
+def _sums(
+    structure: Anatomy, x: Any, y: Any, of: SampleLoss, states: list[Tensor], output: Tensor
+) -> Figures:
+    """Sums over the samples of a batch: of figures [N + 1, S], and of their gaps to layer N's."""
+    if not isinstance(of, ClassLoss):
+        return _summed(of.measured(structure, x, y, [output], *states[:-1]))
+    soft = of.soft
+
+    def measure(z: Tensor, y: Tensor) -> Figures:
+        return of.figures(z, y) | ({} if soft is None else {"distance": soft.distance(z, y)})
+
+    figures = of.measured(structure, x, y, [output], *states[:-1], measure=measure)
+    targets, guess = figures.pop("targets"), figures.pop("guess")
+    sums = _summed(figures | {"accuracy": (guess == targets).double()})
+    if soft is not None and not structure.tokens:
+        own = F.one_hot(targets, soft.classes).double()
+        sums |= {"class distance": figures["distance"] @ own, "of class": own.sum(0)}
     return sums
 
 
-def _of_tokens(
-    structure: Anatomy,
-    x: Any,
-    y: Tensor,
-    of: ClassLoss,
-    states: list[Tensor],
-    output: Tensor,
-    kept: list[Tensor],
-) -> dict[str, Tensor]:
-    """The same of the tokens that count."""
-    counted = CountedTokens(y, output.shape[-1])
-    names: list[str] = []
-
-    def measure(z: Tensor, targets: Tensor) -> list[Tensor]:
-        figures = _figures(of, z, targets)
-        names[:] = figures
-        return list(figures.values())
-
-    values = counted.measured(structure, x, states[:-1], output, measure)
-    figures = dict(zip(names, values, strict=True))
-    return _summed(figures) | _changes(structure, x, kept, counted.of)
-
-
-def _figures(of: SampleLoss, z: Tensor, y: Any) -> dict[str, Tensor]:
-    """What is measured of each sample."""
-    figures = {"loss": of.each(z, y)}
-    if of.of_classes:
-        figures["accuracy"] = (z.argmax(-1) == y).double()
-    if of.soft is not None:
-        figures["distance"] = of.soft.distance(z.double(), y)
-    return figures
-
-
-def _summed(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over samples of figures [N + 1, S], and of their gaps to those of layer N."""
+def _summed(figures: Figures) -> Figures:
     sums = {"count": torch.tensor(figures["loss"].shape[1])}
     for name, values in figures.items():
         gap = values - values[-1]
-        sums[name] = values.sum(1).cpu()
-        sums[f"{name} gap"], sums[f"{name} squared"] = gap.sum(1).cpu(), gap.square().sum(1).cpu()
+        sums |= {name: values.sum(1), f"{name} gap": gap.sum(1)}
+        sums[f"{name} squared"] = gap.square().sum(1)
     return sums
 
 
-def _padding(x: Any, states: list[Tensor]) -> Tensor:
-    """Where states [B, L, d] are of padding, [B, L]: not of a sample, whatever a layer does there.
-
-    Without an attention mask no token is; of states of another form [B, 0].
-    """
+def _samples(
+    structure: Anatomy, x: Any, y: Any, of: SampleLoss, states: list[Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """Makes of a state the rows [S, …] of the samples that count, zero where there is padding."""
+    if of.of_classes and structure.tokens:
+        return CountedTokens(y, classes=1).of
     mask: Tensor | None = x.get("attention_mask") if isinstance(x, Mapping) else None
-    shape = states[0].shape[:2]
-    if mask is None or mask.shape != shape or any(s.shape[:2] != shape for s in states):
-        return torch.zeros(len(states[0]), 0, dtype=torch.bool, device=states[0].device)
-    return mask == 0
+    if mask is not None and any(s.shape[:2] != mask.shape for s in states):
+        mask = None
+    counts = y != IGNORED if of.of_classes else slice(None)
 
+    def rows(state: Tensor) -> Tensor:
+        state = state if mask is None else state.masked_fill((mask == 0)[..., None], 0)
+        return state[counts].flatten(1)
 
-def _flat(padding: Tensor, state: Tensor) -> Tensor:
-    if padding.shape[1]:
-        state = state.masked_fill(padding[..., None], 0)
-    return state.flatten(1)
+    return rows
 
 
 def _changes(
     structure: Anatomy, x: Any, states: list[Tensor], rows: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
+) -> Figures:
     """Relative update and influence, summed over samples with x_n ≠ 0, and their number, per layer.
 
     Σ_i ‖x_{n+1} − x_n‖ / ‖x_n‖ and Σ_i (1 − cos), the latter as half the squared distance of the
-    two directions: exactly zero for a layer that does nothing, and exact near zero. `rows` makes
-    samples [S, …] of a state.
+    two directions: exactly zero for a layer that does nothing, and exact near zero.
     """
-    updates, influences, counts = [], [], []
+    table = []
     for n in range(len(states) - 1):
         before = rows(structure.carried(n, states[n], x)).double()
         after = rows(states[n + 1]).double()
@@ -250,11 +177,9 @@ def _changes(
         turned = (F.normalize(after, dim=1) - F.normalize(before, dim=1)).square().sum(1) / 2
         # A state that becomes zero has no direction left: orthogonal to what it was.
         turned = turned.where(after.any(1), 1.0)
-        updates.append(ratio.where(size != 0, 0.0).sum())
-        influences.append(turned.where(size != 0, 0.0).sum())
-        counts.append((size != 0).sum())
-    none = torch.zeros(0, dtype=torch.float64)
-    return {
-        name: torch.stack(values).cpu() if values else none
-        for name, values in (("update", updates), ("influence", influences), ("updated", counts))
-    }
+        moved = size != 0
+        table.append(
+            torch.stack([v.where(moved, 0.0).sum() for v in (ratio, turned, moved.double())])
+        )
+    update, influence, updated = torch.stack(table, 1).cpu()
+    return {"update": update, "influence": influence, "updated": updated}

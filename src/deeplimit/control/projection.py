@@ -21,6 +21,9 @@ NEED = "a picture needs at least one sample"
 class TrajectoryPicture(Shown):
     """Points in a plane, layer by layer: [N + 1][P][2].
 
+        >>> picture_trajectories(model, loader, SoftCrossEntropy(4)).plane
+        'logits'
+
     Attributes:
         points: for layer n and sample i, its two coordinates.
         labels: the class of each of the P samples.
@@ -44,9 +47,8 @@ class TrajectoryPicture(Shown):
             several(len(self.points) - 1, "layer"),
             several(len(self.labels), "sample"),
         )
-        return (
-            f"{samples} through {layers} in the plane of {self.plane}, {self.explained:.0%} shown"
-        )
+        shown = f"{self.explained:.0%} shown"
+        return f"{samples} through {layers} in the plane of {self.plane}, {shown}"
 
 
 @torch.no_grad()
@@ -74,53 +76,41 @@ def picture_trajectories(
     """
     check_loss(loss)
     structure = anatomy(model)
-    model = structure.model
     if structure.tokens:
         raise InputError(
-            f"{type(model).__name__} has logits for every token; the picture is of classifiers"
+            f"{type(structure.model).__name__} has logits for every token; the picture is of "
+            "classifiers"
         )
-    layers: list[Tensor] = []
-    labels: list[Tensor] = []
-    plane = False
-    with evaluating(model):
-        for x, y in pairs(loader, device_of(model), NEED):
+    rows: list[tuple[Tensor, Tensor]] = []
+    with evaluating(structure.model):
+        for x, y in pairs(loader, device_of(structure.model), NEED):
             states, _ = structure.states(x)
             logits = structure.logits(states, x=x)
             blame_inputs(x, logits)
-            y = loss.fitted(logits[-1], y)
+            rows.append((logits.double().cpu(), loss.fitted(logits[-1], y).cpu()))
             plane = loss.classes == 2 and torch.equal(logits[0], states[0])
-            layers.append(logits.double().cpu())
-            labels.append(y.cpu())
-            if sum(map(len, labels)) >= samples:
+            if sum(len(own) for _, own in rows) >= samples:
                 break
+    layers, labels = zip(*rows, strict=True)
     z = torch.cat(layers, dim=1)[:, :samples]
-    targets = torch.cat(labels)[:samples]
-    classes = torch.arange(loss.classes)
-    targets_logits = loss.minimiser(classes, torch.float64)
+    goal, explained = loss.minimiser(torch.arange(loss.classes), torch.float64), 1.0
     if plane:
         reach = float(z.abs().max())
-        ends = targets_logits[:, None, :] + torch.tensor([[-reach], [reach]], dtype=torch.float64)
-        return _picture(z, targets, "state", 1.0, ends)
-    centred = z - z.mean(-1, keepdim=True)
-    flat = centred.reshape(-1, loss.classes)
-    centre = flat.mean(0)
-    _, spread, axes = torch.linalg.svd(flat - centre, full_matrices=False)
-    axes = axes[:2] if len(axes) > 1 else torch.cat([axes, torch.zeros_like(axes)])
-    explained = float(spread[:2].square().sum() / spread.square().sum().clamp(min=1e-300))
-    goal = targets_logits - targets_logits.mean(-1, keepdim=True)
-    ends = ((goal - centre) @ axes.T)[:, None, :].expand(-1, 2, -1)
-    return _picture((centred - centre) @ axes.T, targets, "logits", explained, ends)
-
-
-def _picture(
-    points: Tensor, labels: Tensor, plane: str, explained: float, ends: Tensor
-) -> TrajectoryPicture:
+        ends = goal[:, None] + torch.tensor([[-reach], [reach]], dtype=torch.float64)
+    else:
+        centred = z - z.mean(-1, keepdim=True)
+        flat = centred.reshape(-1, loss.classes)
+        centre = flat.mean(0)
+        _, spread, axes = torch.linalg.svd(flat - centre, full_matrices=False)
+        axes = axes[:2] if len(axes) > 1 else torch.cat([axes, torch.zeros_like(axes)])
+        explained = float(spread[:2].square().sum() / spread.square().sum().clamp(min=1e-300))
+        z = (centred - centre) @ axes.T
+        goal = (goal - goal.mean(-1, keepdim=True) - centre) @ axes.T
+        ends = goal[:, None].expand(-1, 2, -1)
     return TrajectoryPicture(
-        points=tuple(
-            tuple((round(a, 4), round(b, 4)) for a, b in layer) for layer in points.tolist()
-        ),
-        labels=tuple(labels.tolist()),
-        plane=plane,
+        points=tuple(tuple((round(a, 4), round(b, 4)) for a, b in layer) for layer in z.tolist()),
+        labels=tuple(torch.cat(labels)[:samples].tolist()),
+        plane="state" if plane else "logits",
         explained=explained,
         minimisers=tuple(((a, b), (c, d)) for (a, b), (c, d) in ends.tolist()),
     )

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from deeplimit._anatomy.checks import IGNORED, check_count, check_number, classes_of, fitted, shown
 from deeplimit.errors import InputError
 
+Logits = Float[Tensor, "*batch classes"]
+Targets = Int[Tensor, "*batch"]
+Values = Float[Tensor, "*batch"]
+
 
 class SoftCrossEntropy(nn.Module):
     """ℓ(z, y) = −Σ_c q_c log softmax(z)_c with q_y = 1 − ε and q_c = ε/(C−1) for c ≠ y.
@@ -55,18 +59,15 @@ class SoftCrossEntropy(nn.Module):
     @property
     def minimum(self) -> float:
         """H(q) = −(1−ε) log(1−ε) − ε log(ε/(C−1))."""
-        return -(1 - self.softness) * math.log1p(-self.softness) - self.softness * math.log(
-            self.other
-        )
+        own, others = math.log1p(-self.softness), math.log(self.other)
+        return -(1 - self.softness) * own - self.softness * others
 
     @property
     def contrast(self) -> float:
         """How far the target's logit stands above the others on Z*_y: log((1−ε)(C−1)/ε)."""
         return math.log((1 - self.softness) / self.other)
 
-    def forward(
-        self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
-    ) -> Float[Tensor, "*batch"]:
+    def forward(self, logits: Logits, targets: Targets) -> Values:
         """ℓ(z, y) for each sample."""
         targets = self.fitted(logits, targets)
         smoothing = self.softness * self.classes / (self.classes - 1)
@@ -78,17 +79,13 @@ class SoftCrossEntropy(nn.Module):
         )
         return values.reshape(targets.shape)
 
-    def mean(
-        self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
-    ) -> Float[Tensor, ""]:
+    def mean(self, logits: Logits, targets: Targets) -> Float[Tensor, ""]:
         """The mean of ℓ(z, y) over the samples that count; 0 where none does."""
         targets = classes_of(targets)
         values: Tensor = self(logits, targets)
         return values.sum() / (targets != IGNORED).sum().clamp(min=1)
 
-    def excess(
-        self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
-    ) -> Float[Tensor, "*batch"]:
+    def excess(self, logits: Logits, targets: Targets) -> Values:
         """ℓ(z, y) − H(q) = KL(q ‖ softmax z) for each sample, without cancellation near 0.
 
         With g_c = log q_c − log softmax(z)_c and Σ q = Σ softmax = 1 it is
@@ -100,9 +97,7 @@ class SoftCrossEntropy(nn.Module):
         values: Tensor = (log_q.exp() * (torch.expm1(-gap) + gap)).sum(-1)
         return values.masked_fill(targets == IGNORED, 0)
 
-    def minimiser(
-        self, targets: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
-    ) -> Float[Tensor, "*batch classes"]:
+    def minimiser(self, targets: Targets, dtype: torch.dtype | None = None) -> Logits:
         """The point log q^{(y)} of Z*_y, whose exponentials sum to 1; some point for y = −100."""
         targets = classes_of(targets)
         targets = targets.masked_fill(targets == IGNORED, 0)
@@ -110,9 +105,7 @@ class SoftCrossEntropy(nn.Module):
         point: Tensor = own * self.contrast + math.log(self.other)
         return point
 
-    def distance(
-        self, logits: Float[Tensor, "*batch classes"], targets: Int[Tensor, "*batch"]
-    ) -> Float[Tensor, "*batch"]:
+    def distance(self, logits: Logits, targets: Targets) -> Values:
         """dist(z, Z*_y) = ‖P(z − log q^{(y)})‖ for each sample, P = I − 11ᵀ/C."""
         targets = self.fitted(logits, targets)
         apart = logits - self.minimiser(targets, logits.dtype)

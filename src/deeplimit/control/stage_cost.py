@@ -1,21 +1,23 @@
-"""Training as optimal control: the terminal cost plus a stage cost at every layer."""
+"""Training as optimal control: the terminal cost, a stage cost at every layer, a teacher."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deeplimit._anatomy import Anatomy, anatomy
-from deeplimit._anatomy.anatomy import Head, RunningCost
-from deeplimit._anatomy.checks import check_count, check_number
+from deeplimit._anatomy.anatomy import Head
+from deeplimit._anatomy.checks import IGNORED, check_count, check_number
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
 from deeplimit.control.batches import aligned, blame_inputs
-from deeplimit.control.losses import Loss, as_loss
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
+from deeplimit.control.losses import AnyLoss, Loss
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, widened
 from deeplimit.control.wrapping import AroundWatch, check_bare
 from deeplimit.errors import InputError
@@ -109,7 +111,7 @@ class StageCost(nn.Module):
             check_number(name, value, "a number ≥ 0", lambda v: 0 <= v < math.inf)
             for name, value in (("weight γ", weight), ("control cost r", control_cost))
         )
-        self.loss = as_loss(loss)
+        self.loss = loss if isinstance(loss, SoftCrossEntropy) else AnyLoss(loss)
         check_bare(model.model if isinstance(model, Anatomy) else model)
         self.anatomy: Anatomy = anatomy(model)
         self.model = self.anatomy.model
@@ -158,39 +160,33 @@ class StageCost(nn.Module):
 
     def _run(self, x: Inputs, y: Any) -> tuple[Tensor, Tensor | None]:
         """The model's logits, and Σ_{n<N} mean_i ℓ(z_n^i, y^i) where it has a weight."""
+        structure, loss = self.anatomy, self.loss
         if not self.weight:
-            return self.anatomy.run(x), None
+            return structure.run(x), None
         layers = self._drawn()
-        if self.anatomy.replayed and torch.is_grad_enabled():
-            with self.anatomy.collect_stage_costs(self._mean_loss(y), x, layers) as costs:
-                logits = self.anatomy.run(x)
-            return logits, self._estimate(torch.stack(costs).sum()) if costs else None
+        # All layers' from the sum over the drawn ones.
+        share = structure.horizon / max(len(layers), 1)
+        if structure.replayed and torch.is_grad_enabled():
+            with structure.collect_stage_costs(self._mean_loss(y), x, layers) as costs:
+                logits = structure.run(x)
+            return logits, share * torch.stack(costs).sum() if costs else None
         # Before the model runs, as under the adjoint, where the first layers' costs are computed
         # before the later projections' statistics move.
         statistics = RunningStatistics(self.model.modules())
-        states, logits = self.anatomy.states(x)
-        if len(states) == 1:
+        states, logits = structure.states(x)
+        if not layers:
             return logits, None
         states = [states[n] for n in layers]
-        if self.anatomy.tokens:
-            head = partial(self._head, x, statistics)
-            if isinstance(self.loss, SoftCrossEntropy):
-                counted = CountedTokens(y, self.loss.classes)
-                total = counted.mean_loss(self.loss, head, *states, kept=True)
-            else:
-                mean_loss = self._mean_loss(y)
-                total = torch.stack([mean_loss(head, s) for s in states]).sum()
-            return logits, self._estimate(total)
-        z = widened(self.anatomy.logits(states, layers, statistics, x))
-        if isinstance(self.loss, SoftCrossEntropy):
-            total = len(z) * self.loss.mean(z, y.expand(len(z), *y.shape))
-        else:
-            total = torch.stack([self.loss.mean(own, y) for own in z]).sum()
-        return logits, self._estimate(total)
+        if structure.tokens:
 
-    def _head(self, x: Any, statistics: RunningStatistics, tokens: Tensor) -> Tensor:
-        """The logits of tokens, in the backward pass too with the statistics from before."""
-        return self.anatomy.logits([tokens], 0, statistics, x)[0]
+            def head(tokens: Tensor) -> Tensor:  # in the backward pass too with these statistics
+                return structure.logits([tokens], 0, statistics, x)[0]
+
+            return logits, share * self._mean_loss(y, kept=True)(head, *states)
+        z = widened(structure.logits(states, layers, statistics, x))
+        if isinstance(loss, SoftCrossEntropy):
+            return logits, share * len(z) * loss.mean(z, y.expand(len(z), *y.shape))
+        return logits, share * torch.stack([loss.mean(own, y) for own in z]).sum()
 
     def _drawn(self) -> Sequence[int]:
         """The layers n < N whose loss this pass takes."""
@@ -204,27 +200,21 @@ class StageCost(nn.Module):
             )
         return torch.randperm(every, generator=self.draws)[: self.layers].sort().values.tolist()
 
-    def _estimate(self, drawn: Tensor) -> Tensor:
-        """Of all layers, from the sum over the drawn ones."""
-        if self.layers is None or not torch.is_grad_enabled():
-            return drawn
-        return drawn * max(1.0, self.anatomy.horizon / self.layers)
-
-    def _mean_loss(self, y: Any) -> RunningCost:
-        """mean_i ℓ(z^i, y^i) of a state, through the head."""
+    def _mean_loss(self, y: Any, *, kept: bool = False) -> Callable[..., Tensor]:
+        """(head, x, …) ↦ Σ mean_i ℓ(head(x)^i, y^i) over states x."""
         loss = self.loss
-        if not self.anatomy.tokens:
-            return lambda head, x: loss.mean(widened(head(x)), y)
-        if isinstance(loss, SoftCrossEntropy):
-            counted = CountedTokens(y, loss.classes)
-            return lambda head, x: counted.mean_loss(loss, head, x)
+        if self.anatomy.tokens and isinstance(loss, SoftCrossEntropy):
+            return partial(CountedTokens(y, loss.classes).mean_loss, loss, kept=kept)
 
-        def cost(head: Head, x: Tensor) -> Tensor:
-            # Its logits are made again in the backward pass: those of all layers do not fit.
-            made = checkpoint(lambda s: loss.mean(widened(head(s)), y), x, use_reentrant=False)
-            return cast(Tensor, made)
+        def mean(head: Head, x: Tensor) -> Tensor:
+            return loss.mean(widened(head(x)), y)
 
-        return cost
+        def total(head: Head, *states: Tensor) -> Tensor:
+            # Logits are made again in the backward pass: those of all layers do not fit.
+            costs = [checkpoint(mean, head, x, use_reentrant=False) for x in states]
+            return torch.stack(costs).sum()
+
+        return total if self.anatomy.tokens else mean
 
     def extra_repr(self) -> str:
         """γ, r, and k where there is one."""
@@ -237,3 +227,98 @@ def _squared_norm(controls: list[nn.Parameter]) -> Tensor:
     square = torch.stack([theta.square().sum() for theta in controls]).sum()
     whole: Callable[[], Tensor] | None = getattr(square, "full_tensor", None)  # of a DTensor
     return square if whole is None else whole()
+
+
+class Distillation(StageCost):
+    """The stage cost's objective J, mixed with what a teacher answers for the same batch:
+
+        (1 − w)·J + w·τ²·mean_i KL( softmax(z̄^i/τ) ‖ softmax(z^i/τ) )
+
+    z are the model's logits, z̄ the teacher's. τ² keeps the size of the second gradient as τ grows.
+    A teacher that learns beside the student, on the same batches, adds its own mean_i ℓ(z̄^i, y^i);
+    nothing of the student's loss reaches it.
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
+
+        >>> taught = Distillation(crop(model, 2), SoftCrossEntropy(4), model, teacher_weight=0.5)
+        >>> cost, logits = taught(*loader[0])
+        >>> cost.backward()
+
+    `cost, logits = distillation(x, y)` as for `StageCost`, and it is used in its place.
+
+    Args:
+        model: the student, a classifier that `anatomy` can read.
+        loss: ℓ of the stage cost.
+        teacher: a classifier of the same classes that `anatomy` can read; a copy of it stays in
+            evaluation mode and does not learn, unless it is to.
+        learns: whether the teacher learns beside; its parameters are then the objective's too.
+        teacher_weight: w, from 0 to 1.
+        temperature: τ > 0.
+        weight: γ of the stage cost, here 0 by default.
+        control_cost: r of the stage cost.
+        layers: as of `StageCost`.
+        shift: likewise.
+
+    Raises:
+        InputError: as `StageCost`; w or τ out of range, or a teacher without anatomy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: SoftCrossEntropy,
+        teacher: nn.Module,
+        *,
+        learns: bool = False,
+        teacher_weight: float = 0.5,
+        temperature: float = 2.0,
+        weight: float = 0.0,
+        control_cost: float = 0.0,
+        layers: int | None = None,
+        shift: bool = False,
+    ):
+        check_loss(loss)
+        super().__init__(model, loss, weight, control_cost=control_cost, layers=layers, shift=shift)
+        check_teaching(teacher_weight, temperature)
+        self.learns = learns
+        self.teacher = copy.deepcopy(teacher)
+        if not learns:
+            self.teacher.eval().requires_grad_(requires_grad=False)
+        self.teacher_weight, self.temperature = teacher_weight, temperature
+        self._answer = anatomy(self.teacher).run
+
+    def train(self, mode: bool = True) -> "Distillation":  # noqa: FBT001, FBT002
+        """Sets the mode of the student, and of a teacher that learns; another stays as it is."""
+        super().train(mode)
+        if not self.learns:
+            self.teacher.eval()
+        return self
+
+    def _cost(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        cost, logits = super()._cost(x, y)
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            taught = self._answer(x)
+        if taught.shape != logits.shape:
+            raise InputError(
+                f"the teacher's logits have shape {tuple(taught.shape)}, the student's "
+                f"{tuple(logits.shape)}; give a teacher of the same classes"
+            )
+        answers = (widened(logits), widened(taught.detach()))
+        own, other = (F.log_softmax(z / self.temperature, dim=-1) for z in answers)
+        apart = F.kl_div(own, other, reduction="none", log_target=True).sum(-1)
+        counts = y != IGNORED
+        apart = apart.where(counts, 0).sum() / counts.sum().clamp(min=1)
+        w = self.teacher_weight
+        cost = (1 - w) * cost + w * self.temperature**2 * apart
+        return cost + self.loss.mean(widened(taught), y) if self.learns else cost, logits
+
+    def extra_repr(self) -> str:
+        """γ, r, w and τ."""
+        more = f"teacher_weight={self.teacher_weight:g}, temperature={self.temperature:g}"
+        return f"{super().extra_repr()}, {more}"
+
+
+def check_teaching(teacher_weight: float, temperature: float) -> None:
+    """Raises InputError for a w or τ out of range."""
+    check_number("teacher_weight", teacher_weight, "a number from 0 to 1", lambda w: 0 <= w <= 1)
+    if not 0 < check_number("temperature", temperature, "a number above 0") < math.inf:
+        raise InputError(f"temperature is {temperature:g}; expected a number above 0")

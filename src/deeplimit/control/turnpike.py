@@ -42,6 +42,10 @@ class TurnpikeProfile(Shown):
     Of another loss than the soft cross-entropy there are no minimisers and no distances, and of one
     that knows no classes no accuracies: these are empty then.
 
+        >>> profile = turnpike_profile(model, loader, SoftCrossEntropy(4))
+        >>> len(profile.loss) == profile.horizon + 1, profile.outside() <= profile.horizon + 1
+        (True, True)
+
     Where there are logits for every token a sample is a token whose target is not −100. Tokens of
     one text are no independent samples: the standard errors are then too small.
 
@@ -125,14 +129,11 @@ class TurnpikeProfile(Shown):
 
         n_in(δ) = min{n : d_k ≤ δ for n ≤ k ≤ n_out}.
         """
-        limit = self._limit(radius)
-        last = self.exit(radius)
+        limit, last = self._limit(radius), self.exit(radius)
         if last is None:
             return None
-        first = last
-        while first > 0 and self.distance[first - 1] <= limit:
-            first -= 1
-        return first
+        outside = (n for n in range(last, -1, -1) if not self.distance[n] <= limit)
+        return next(outside, -1) + 1
 
     def outside(self, radius: float | None = None) -> int:
         """Number of layers 0 … N outside the tube, the count that the turnpike theorem bounds."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal
 
+from torch import Tensor
+
 from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError, several
 from deeplimit.tables import Shown
@@ -29,6 +31,10 @@ Word = Literal["kept", "unresolved", "lost", "nothing learnt"]
 @dataclass(frozen=True)
 class Verdict(Shown):
     """What held-out data say of a change of network, at 95 %, paired by sample.
+
+        >>> verdict = verify_crop(model, crop(model, 2), loader).verdict
+        >>> verdict.at_least <= verdict.at_most
+        True
 
     Attributes:
         word: "kept": they exclude that more accuracy was lost than the tolerance; "lost": they show
@@ -65,37 +71,29 @@ class Verdict(Shown):
 
     def __str__(self) -> str:
         """One sentence: the word, what it rests on, and what to do."""
-        asked, least, most = map(self._amount, (self.tolerance, self.at_least, self.at_most))
         on = several(self.samples, "sample")
-        what = "a loss of more than" if self.loss is None else "a rise of the loss by more than"
-        of = " of accuracy" if self.loss is None else ""
-        if self.word == "nothing learnt" and self.loss is not None:
-            return (
-                f"Nothing learnt: on {on} the network before has a mean loss of {self.loss:.4g}, "
-                f"which is not shown to be better than that of a constant answer, "
-                f"{self.constant:.4g}; train it first"
-            )
-        if self.word == "nothing learnt":
-            return (
-                f"Nothing learnt: on {on} the network before is right for "
-                f"{100 * self.accuracy:.2f} %, which is not shown to be better than always "
-                f"answering the largest class, {100 * self.largest_class:.2f} %; train it first"
-            )
-        if self.word == "kept":
-            return f"Kept: {on} exclude {what} {asked}{of}; it is at most {most} (95 %)"
-        if self.word == "lost":
-            return (
-                f"Lost: {on} show {what} {asked}{of}, from {least} to {most} (95 %); heal it, for "
-                "longer if it was, or cut less"
-            )
+        limits = (self.tolerance, self.at_least, self.at_most)
+        if self.loss is None:
+            # Points, with two digits behind the point at most: 1 point, 0.75 points.
+            asked, least, most = (several(round(100 * v, 2), "point") for v in limits)
+            what, of = "a loss of more than", " of accuracy"
+            own = f"is right for {100 * self.accuracy:.2f} %"
+            other = f"always answering the largest class, {100 * self.largest_class:.2f} %"
+        else:
+            asked, least, most = (f"{v:.4g}" for v in limits)
+            what, of = "a rise of the loss by more than", ""
+            own = f"has a mean loss of {self.loss:.4g}"
+            other = f"that of a constant answer, {self.constant or 0.0:.4g}"
         more = f"about {self.needed:,} samples would" if self.needed else "no number of them would"
-        return (
-            f"Unresolved: {on} exclude {what} {most}{of} (95 %), not one of more than {asked}; "
-            f"{more} resolve it"
-        )
-
-    def _amount(self, value: float) -> str:
-        return _points(value) if self.loss is None else f"{value:.4g}"
+        return {
+            "nothing learnt": f"Nothing learnt: on {on} the network before {own}, which is not "
+            f"shown to be better than {other}; train it first",
+            "kept": f"Kept: {on} exclude {what} {asked}{of}; it is at most {most} (95 %)",
+            "lost": f"Lost: {on} show {what} {asked}{of}, from {least} to {most} (95 %); heal it, "
+            "for longer if it was, or cut less",
+            "unresolved": f"Unresolved: {on} exclude {what} {most}{of} (95 %), not one of more "
+            f"than {asked}; {more} resolve it",
+        }[self.word]
 
 
 def unchanged(verdict: Verdict) -> Verdict:
@@ -116,26 +114,19 @@ def judge(
     right_in_largest: int,
     effect: float = 1.0,
 ) -> Verdict:
-    """The verdict on two networks' answers to the same samples.
+    """The verdict on counts of two networks' answers, of which b are `lost` and c `gained`.
 
-    Args:
-        tolerance: the accuracy that may be lost, a fraction.
-        samples: n.
-        lost: b.
-        gained: c.
-        right: samples for which the network before is right.
-        largest: samples of the largest class.
-        right_in_largest: those of them for which the network before is right.
-        effect: n over the number of independent samples that tell as much; above 1 for tokens.
+    The network before is `right` so often, and so often for the samples of the `largest` class. As
+    much as n samples, n / `effect` independent ones tell.
     """
     counts = (samples / effect, lost / effect, gained / effect)
     at_least, at_most = loss_bounds(*counts)
-    needed = None
+    word, needed = word_of(at_least, at_most, tolerance), None
     # McNemar's score test of the network against the constant answer.
     ahead, behind = right - right_in_largest, largest - right_in_largest
     if ahead - behind <= Z * math.sqrt(ahead + behind):
-        word: Word = "nothing learnt"
-    elif (word := word_of(at_least, at_most, tolerance)) == "unresolved":
+        word = "nothing learnt"
+    elif word == "unresolved":
         needed = _needed(tolerance, *counts, effect)
     return Verdict(
         word=word,
@@ -149,6 +140,101 @@ def judge(
         largest_class=largest / samples,
         needed=needed,
     )
+
+
+def judge_answers(
+    right: Tensor, targets: Tensor, tolerance: float, groups: Tensor | None = None
+) -> Verdict:
+    """The verdict on answers of two networks, [2, n], right or not, to samples of these classes.
+
+    Tokens of one text are no independent samples. Where samples come in groups, [n], the verdict
+    rests on as many independent ones as would leave the accuracy lost as uncertain as those do.
+    """
+    before, after = right
+    largest = targets == targets.bincount().argmax()
+    lost, gained = before & ~after, after & ~before
+    return judge(
+        tolerance=tolerance,
+        samples=len(targets),
+        lost=int(lost.sum()),
+        gained=int(gained.sum()),
+        right=int(before.sum()),
+        largest=int(largest.sum()),
+        right_in_largest=int((before & largest).sum()),
+        effect=1.0 if groups is None else _effect(lost.double() - gained.double(), groups),
+    )
+
+
+def _effect(lost: Tensor, groups: Tensor) -> float:
+    """The variance of the mean of `lost` by groups over that by samples, at least 1."""
+    if not bool(lost.any()):
+        return 1.0
+    mean, sizes = lost.mean(), groups.bincount()
+    count = int(sizes.count_nonzero())
+    alone = float((lost - mean).square().sum())
+    if count == 1 or alone <= 0:
+        return len(lost) / count
+    together = float((groups.bincount(lost) - mean * sizes).square().sum())
+    return max(together / alone * count / (count - 1), 1.0)
+
+
+def judge_losses(
+    before: Tensor, after: Tensor, constant: Tensor | None = None, tolerance: float | None = None
+) -> Verdict:
+    """The verdict on two networks' losses [n] of the same samples, beside a constant answer's.
+
+    By default the mean may rise by 1 % of `range_of` it.
+    """
+    rise, samples = after - before, len(before)
+    best = None if constant is None else float(constant.mean())
+    own = float(before.mean())
+    if tolerance is None:
+        tolerance = LOSS_TOLERANCE * range_of(own, best)
+    mean, error = mean_and_error(rise)
+    spread, alike = quantile(samples) * error, not bool(rise.any())
+    if alike:  # certainty would be too much to say: as where no answer differs
+        spread = Z**2 / (samples + Z**2) * range_of(own, best)
+    word, needed = word_of(mean - spread, mean + spread, tolerance), None
+    ahead, its_error = (1.0, 0.0) if constant is None else mean_and_error(constant - before)
+    if not ahead > quantile(samples) * its_error:  # NaN is not ahead either
+        word = "nothing learnt"
+    elif samples < FEW:
+        word = "unresolved"
+    if word == "unresolved":
+        gap = abs(tolerance - mean)
+        apart = spread / gap if gap > 0 else math.inf
+        more = samples * (apart if alike else apart**2)
+        needed = rounded_up(max(more, FEW)) if more <= MANY else None
+    return Verdict(
+        word=word,
+        tolerance=tolerance,
+        samples=samples,
+        lost=int((rise > 0).sum()),
+        gained=int((rise < 0).sum()),
+        at_least=mean - spread,
+        at_most=mean + spread,
+        accuracy=math.nan,
+        largest_class=math.nan,
+        needed=needed,
+        loss=own,
+        constant=best,
+    )
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """The mean of samples and its standard error; NaN of none."""
+    return float(values.mean()), float(values.std(correction=0)) / math.sqrt(max(len(values), 1))
+
+
+def quantile(samples: int) -> float:
+    """By how many standard errors, of so many samples, a mean may be off: one-sided, at 95 %.
+
+    Student's t in powers of 1/(n − 1), right to three digits from 11 samples on, and the factor
+    of the standard deviation without correction.
+    """
+    free = max(samples - 1, 1)
+    t = Z + (Z**3 + Z) / (4 * free) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * free**2)
+    return t * math.sqrt(samples / free)
 
 
 def range_of(own: float, constant: float | None) -> float:
@@ -178,6 +264,22 @@ def loss_bounds(
     return -_upper(samples, gained, lost), _upper(samples, lost, gained)
 
 
+def _upper(n: float | int, b: float | int, c: float | int) -> float:
+    """The largest Δ that the test does not exclude."""
+
+    def excluded(delta: float) -> bool:
+        first = (2 * n - b + c) * delta - b - c
+        q = (math.sqrt(first**2 + 8 * n * c * delta * (1 - delta)) - first) / (4 * n)
+        variance = n * (2 * q + delta * (1 - delta))
+        return n * delta - (b - c) >= Z * math.sqrt(max(variance, 0.0))
+
+    inside, outside = max((b - c) / n, -1.0), 1.0
+    while outside - inside > 1e-12:
+        middle = (inside + outside) / 2
+        inside, outside = (inside, middle) if excluded(middle) else (middle, outside)
+    return outside
+
+
 def samples_to_exclude(tolerance: float | int) -> int | None:
     """The least number of samples that exclude a loss above the tolerance: none of them differs.
 
@@ -195,29 +297,12 @@ def samples_needed(tolerance: float | int, samples: int) -> int | None:
     return least if least > samples else None
 
 
-def _upper(n: float | int, b: float | int, c: float | int) -> float:
-    """The largest Δ that the test does not exclude."""
-
-    def excluded(delta: float) -> bool:
-        first = (2 * n - b + c) * delta - b - c
-        q = (math.sqrt(first**2 + 8 * n * c * delta * (1 - delta)) - first) / (4 * n)
-        variance = n * (2 * q + delta * (1 - delta))
-        return n * delta - (b - c) >= Z * math.sqrt(max(variance, 0.0))
-
-    inside, outside = max((b - c) / n, -1.0), 1.0
-    while outside - inside > 1e-12:
-        middle = (inside + outside) / 2
-        inside, outside = (inside, middle) if excluded(middle) else (middle, outside)
-    return outside
-
-
 def _needed(tolerance: float, n: float, b: float, c: float, effect: float) -> int | None:
     """Samples that would resolve it, to two digits, if as large a part of them differs."""
 
     def resolved(samples: float) -> bool:
         more = samples / effect
-        at_least, at_most = loss_bounds(more, b * more / n, c * more / n)
-        return at_most <= tolerance or at_least > tolerance
+        return word_of(*loss_bounds(more, b * more / n, c * more / n), tolerance) != "unresolved"
 
     least, most = n * effect, float(MANY)
     if not resolved(most):
@@ -234,28 +319,18 @@ def rounded_up(number: float | int) -> int:
     return math.ceil(number / digits) * digits
 
 
-def _points(fraction: float) -> str:
-    """A fraction in points, with two digits behind the point at most: 1 point, 0.75 points."""
-    return several(round(100 * fraction, 2), "point")
-
-
 def check_tolerance(accuracy: float) -> float:
-    """The fraction of accuracy that may be lost.
-
-    Raises:
-        InputError: it is none, or given in percentage points.
-    """
+    """The fraction of accuracy that may be lost, if it is one, and not percentage points."""
     accuracy = check_number("accuracy", accuracy, "a fraction, such as 0.005", lambda _: True)
     if not 0 <= accuracy < TOO_MUCH:
         raise InputError(
             f"{several(100 * accuracy, 'point')} of accuracy may be lost; expected from 0 to less "
-            "than "
-            f"{100 * TOO_MUCH:g} points: in Python a fraction, 0.005 for half a point"
+            f"than {100 * TOO_MUCH:g} points: in Python a fraction, 0.005 for half a point"
         )
     return accuracy
 
 
 def check_rise(rise: float) -> float:
-    """By how much a mean loss may rise; raises InputError for what is no number ≥ 0."""
+    """By how much a mean loss may rise, if it is a number ≥ 0."""
     expected = "a number ≥ 0, in units of the loss"
     return check_number("the rise of the loss that is allowed", rise, expected, lambda r: r >= 0)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -18,10 +18,23 @@ from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import device_of, evaluating
 from deeplimit._anatomy.inputs import batch_of
 from deeplimit.control.batches import blame_inputs, first_part
-from deeplimit.control.losses import ConstantAnswer, Loss, SampleLoss, check_losses, sample_loss
-from deeplimit.control.paired import PairedAnswers, judge_losses, mean_and_error
+from deeplimit.control.losses import (
+    ConstantAnswer,
+    Figures,
+    Loss,
+    check_losses,
+    joined,
+    sample_loss,
+)
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE
-from deeplimit.control.verdict import Verdict, check_rise, check_tolerance
+from deeplimit.control.verdict import (
+    Verdict,
+    check_rise,
+    check_tolerance,
+    judge_answers,
+    judge_losses,
+    mean_and_error,
+)
 from deeplimit.errors import InputError, several
 from deeplimit.tables import Shown, number, percent, table
 
@@ -32,6 +45,10 @@ NEED = "a crop is verified on at least one sample that counts"
 @dataclass(frozen=True)
 class CropResult(Shown):
     """A network before and after a cut, on the same held-out samples.
+
+        >>> result = verify_crop(model, crop(model, 2), loader)
+        >>> result.horizon_before - result.horizon_after
+        2
 
     Accuracies and agreement are NaN where the loss knows no classes. Where there are logits for
     every token the samples of `samples`, accuracy, loss and agreement are tokens (exp(loss) is the
@@ -90,8 +107,8 @@ class CropResult(Shown):
         ]
         if not self.has_accuracy:
             del rows[1]
-        lines = [table([several(self.samples, "sample"), "before", "after"], rows)]
-        return "\n".join([*lines, *([] if self.verdict is None else [str(self.verdict)])])
+        made = table([several(self.samples, "sample"), "before", "after"], rows)
+        return made if self.verdict is None else f"{made}\n{self.verdict}"
 
     @property
     def has_accuracy(self) -> bool:
@@ -142,75 +159,65 @@ def verify_crop(
     structure = anatomy(model)
     device = device_of(structure.model)
     after = cropped if device_of(cropped) == device else copy.deepcopy(cropped).to(device)
+    smaller, first, texts = structure.like(after), None, 0
+    rows: list[Figures] = []
+    constant = ConstantAnswer(of)
     with evaluating(structure.model), evaluating(after):
-        batches = of.batches(structure, loader, NEED, shift=shift)
-        return _verified(structure, structure.like(after), batches, of, tolerance)
-
-
-def _verified(
-    structure: Anatomy,
-    cropped: Anatomy,
-    batches: Iterator[tuple[Any, Any]],
-    of: SampleLoss,
-    tolerance: float | None,
-) -> CropResult:
-    run_before, run_after = structure.run, cropped.run
-    answers, constant = PairedAnswers(), ConstantAnswer(of)
-    losses: list[Tensor] = []
-    same, batch = 0, 0
-    sample: Any = {}
-    for x, y in batches:
-        if not batch:
-            sample, batch = x, batch_of(x)
-        z, w = run_before(x), run_after(x)
-        if z.shape != w.shape:
-            raise InputError(
-                f"the {'logits' if of.of_classes else 'outputs'} have shape {list(z.shape)} before "
-                f"the cut and {list(w.shape)} after it; give a network and its own crop"
-            )
-        blame_inputs(x, z)
-        y = of.fitted(z, y)
-        constant.add(z, y)
-        rows = [_compared(of, *part) for part in of.rows(structure, y, z, w)]
-        pair, *hits = map(torch.cat, zip(*rows, strict=True))
-        losses.append(pair.cpu())
-        if hits:
-            before, after, equal, targets = hits
-            texts = (y != IGNORED).nonzero()[:, 0] if structure.tokens else None
-            answers.add(before, after, targets, texts)
-            same += int(equal.sum())
-    first, second = torch.cat(losses).unbind(1)
-    check_losses(first)
-    count = len(first)
-    # Each layer of one is as large as the other's, or they are not alike.
-    alike = _forms(structure.model) == _forms(cropped.model)
-    times = latencies([run_before] if alike else [run_before, run_after], sample)
-    accuracies = [math.nan] * 4
+        for x, y in of.batches(structure, loader, NEED, shift=shift):
+            first = x if first is None else first
+            z, w = structure.run(x), smaller.run(x)
+            if z.shape != w.shape:
+                raise InputError(
+                    f"the {'logits' if of.of_classes else 'outputs'} have shape {list(z.shape)} "
+                    f"before the cut and {list(w.shape)} after it; give a network and its own crop"
+                )
+            blame_inputs(x, z)
+            constant.add(z, y)
+            rows.append(of.measured(structure, x, y, [z, w]))
+            if of.of_classes and structure.tokens:
+                rows[-1]["text"] = (y != IGNORED).nonzero()[:, 0].cpu() + texts
+                texts += len(y)
+        table = joined(rows)
+        losses = table["loss"]
+        check_losses(losses[0])
+        # Each layer of one is as large as the other's, or they are not alike.
+        alike = _forms(structure.model) == _forms(after)
+        times = latencies([structure.run] if alike else [structure.run, smaller.run], first)
+        products = [multiply_adds(own, first_part(first, 1)) for own in (structure, smaller)]
+        best = constant.losses()
     if of.of_classes:
-        verdict = answers.verdict(tolerance or 0.0)
-        accuracies = [*answers.accuracies(), same / count]
+        right = table["guess"] == table["targets"]
+        verdict = judge_answers(right, table["targets"], tolerance or 0.0, table.get("text"))
+        accuracies = right.double().mean(1).tolist()
+        error = mean_and_error(right[1].double() - right[0].double())[1]
+        agreement = float((table["guess"][0] == table["guess"][1]).double().mean())
     else:
-        verdict = judge_losses(first, second, constant.losses(), tolerance)
+        verdict = judge_losses(losses[0], losses[1], best, tolerance)
+        accuracies, error, agreement = [math.nan, math.nan], math.nan, math.nan
+    means = losses.mean(1).tolist()
+    parameters = [
+        sum(p.numel() for p in network.parameters()) for network in (structure.model, after)
+    ]
     return CropResult(
-        samples=count,
+        samples=losses.shape[1],
         horizon_before=structure.horizon,
-        horizon_after=cropped.horizon,
+        horizon_after=smaller.horizon,
         accuracy_before=accuracies[0],
         accuracy_after=accuracies[1],
-        accuracy_error=accuracies[2],
-        loss_before=float(first.mean()),
-        loss_after=float(second.mean()),
-        agreement=accuracies[3],
-        parameters_before=sum(p.numel() for p in structure.model.parameters()),
-        parameters_after=sum(p.numel() for p in cropped.model.parameters()),
-        multiply_adds_before=multiply_adds(structure, first_part(sample, 1)),
-        multiply_adds_after=multiply_adds(cropped, first_part(sample, 1)),
+        accuracy_error=error,
+        loss_before=means[0],
+        loss_after=means[1],
+        agreement=agreement,
+        parameters_before=parameters[0],
+        parameters_after=parameters[1],
+        multiply_adds_before=products[0],
+        multiply_adds_after=products[1],
         latency_before=times[0],
         latency_after=times[-1],
-        latency_batch=batch,
-        device=str(device_of(structure.model)),
+        latency_batch=batch_of(first),
+        device=str(device),
         verdict=verdict,
-        loss_error=mean_and_error(second - first)[1],
+        loss_error=mean_and_error(losses[1] - losses[0])[1],
     )
 
 
@@ -222,15 +229,6 @@ def multiply_adds(model: nn.Module | Anatomy, x: Any) -> int:
     with torch.no_grad(), written_out, FlopCounterMode(display=False) as counter:
         run(x)
     return int(counter.get_total_flops()) // 2
-
-
-def _compared(of: SampleLoss, z: Tensor, w: Tensor, y: Any) -> tuple[Tensor, ...]:
-    """Of samples, for outputs before (z) and after (w): losses; what is right, what is the same."""
-    losses = torch.stack([of.each(z, y), of.each(w, y)], 1)
-    if not of.of_classes:
-        return (losses,)
-    first, second = z.argmax(-1), w.argmax(-1)
-    return losses, first == y, second == y, first == second, y
 
 
 def _forms(model: nn.Module) -> tuple[str, list[tuple[torch.Size, torch.dtype]]]:

@@ -285,7 +285,8 @@ class ResidualClassifierAnatomy(ChainAnatomy):
         return list(self.model.projections)
 
     @property
-    def _parts(self) -> tuple[nn.Module, nn.Module]:
+    def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
+        """The classifier's own."""
         return self.model.stem, self.model.head
 
     def example(self) -> Inputs | None:
