@@ -51,7 +51,12 @@ def checked_grid(breakpoints: Iterable[float], layers: int) -> Breakpoints:
     grid = tuple(map(float, breakpoints))
     if len(grid) != layers + 1:
         raise InputError(
+<<<<<<< HEAD
             f"{len(grid)} breakpoints given for {layers} layers; expected {layers + 1}"
+=======
+            f"{len(grid)} breakpoints given for {layers} layers, {grid}; expected 0 = s_0 < s_1 < "
+            f"… < s_{layers} = 1"
+>>>>>>> cf738d5 (Measures: wrong breakpoints are told in one line; changelog)
         )
     rising = all(b - a > NEAR for a, b in pairwise(grid))  # not for NaN either
     if grid[0] != 0 or grid[-1] != 1 or not rising:
