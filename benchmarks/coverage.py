@@ -138,8 +138,11 @@ def _fill(row: Row, member: Member, model: torch.nn.Module, batch: Any) -> None:
         except TimeoutError:
             raise
         except Exception as error:
-            row[name] = "crash"
-            _worse(row, "crash", f"{name}: {one_line(error)}")
+            # What a model keeps of a run with its graph is no second one's, whoever runs it.
+            kept = "through the graph a second time" in str(error)
+            row[name] = "refused" if kept else "crash"
+            why = "the model keeps the graph of its last run" if kept else one_line(error)
+            _worse(row, row[name], f"{name}: {why}")
             continue
         row[name] = f"{found:.1e}" if isinstance(found, float) else str(found)
         if name == "z":

@@ -149,6 +149,13 @@ FOREIGN = {
 }
 
 
+def test_breakpoints_that_differ_by_rounding_are_one() -> None:
+    near, far = (LayerwiseMeasure(A.layers, breakpoints=(0.0, s, 1.0)) for s in (0.3, 0.1 + 0.2))
+    assert near.breakpoints != far.breakpoints
+    assert cot_distance(near, far).layers == ((0, 0), (1, 1))
+    assert cot_geodesic(near, far, 0.5).depth == 2
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_plans_of_other_networks_are_refused(name: str) -> None:
     theirs_a, theirs_b, a, b = FOREIGN[name]

@@ -206,3 +206,17 @@ def test_models_whose_blocks_are_no_steps_are_refused() -> None:
         )
     with pytest.raises(InputError, match="meta device"):
         refine(empty, 2)
+
+
+def test_layers_unlike_the_others_are_said_to_stay() -> None:
+    class Step(nn.Module):
+        def __init__(self, hidden: int) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(5, hidden), nn.Linear(hidden, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.outer(torch.tanh(self.inner(x)))
+
+    model = nn.Sequential(nn.Linear(4, 5), Step(7), Step(7), Step(6), nn.Linear(5, 3)).double()
+    with pytest.warns(UserWarning, match="left as they are in Sequential: layers 2, whose blocks"):
+        assert anatomy(refine(model, 2)).horizon == 5

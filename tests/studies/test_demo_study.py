@@ -15,20 +15,26 @@ from deeplimit.training import RunFolder, crop_run, profile_run
 pytestmark = pytest.mark.slow
 
 
-def test_the_control_differs_in_stage_cost_and_depth_alone(tmp_path: Path) -> None:
-    small = replace(demo_recipe(), depth=(4,), hidden=16, epochs=3, learning_rate=1e-2)
-    small = replace(small, stage_cost=1.0)
-    folder = run_demo(small, runs=tmp_path, quiet=True)
-    assert folder.path == tmp_path / "demo"
+SMALL = replace(demo_recipe(), depth=(4,), hidden=16, epochs=3, learning_rate=1e-2, stage_cost=1.0)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return run_demo(SMALL, runs=tmp_path_factory.mktemp("runs"), quiet=True)
+
+
+def test_the_control_differs_in_stage_cost_and_depth_alone(demo: RunFolder) -> None:
+    small, folder, runs = SMALL, demo, demo.path.parent
+    assert folder.path.name == "demo"
     assert folder.recipe == small
     cut, reference = folder.cut(), folder.reference()
     assert cut is not None
     assert reference is not None
     assert cut.removed
     depth = cut.report.horizon_after
-    control = RunFolder.open(tmp_path / "demo-without-stage-cost")
+    control = RunFolder.open(runs / "demo-without-stage-cost")
     assert control.recipe == replace(small, stage_cost=0.0, control="none")
-    assert RunFolder.open(tmp_path / f"demo-plain-{depth}").recipe == replace(
+    assert RunFolder.open(runs / f"demo-plain-{depth}").recipe == replace(
         small, stage_cost=0.0, control="none", depth=(depth,)
     )
 
@@ -39,13 +45,12 @@ def test_the_control_differs_in_stage_cost_and_depth_alone(tmp_path: Path) -> No
     assert reference.report.accuracy_after == again.accuracy_after
 
 
-def test_a_second_demo_leaves_the_first_alone(tmp_path: Path) -> None:
-    small = replace(demo_recipe(), depth=(4,), hidden=16, epochs=3, learning_rate=1e-2)
-    small = replace(small, stage_cost=1.0)  # so that there is a cut
-    run_demo(small, runs=tmp_path, quiet=True)
-    second = run_demo(small, runs=tmp_path, quiet=True)
+def test_a_second_demo_leaves_the_first_alone(demo: RunFolder) -> None:
+    before = {path: path.read_bytes() for path in demo.path.iterdir() if path.is_file()}
+    second = run_demo(SMALL, runs=demo.path.parent, quiet=True)
+    assert before == {path: path.read_bytes() for path in demo.path.iterdir() if path.is_file()}
     assert second.path.name == "demo-2"
-    assert {path.name for path in tmp_path.iterdir()} >= {
+    assert {path.name for path in demo.path.parent.iterdir()} >= {
         "demo",
         "demo-without-stage-cost",
         "demo-2",

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from deeplimit.errors import RunError
 from deeplimit.records import Record
-from deeplimit.studies.harness import At, Machine, Point, Study, run_study
+from deeplimit.studies.harness import Machine, Point, Study, Tell, run_study
 
 BREAKS_AT = ("b", 2)
 
@@ -29,10 +29,10 @@ class Sums(Record):
 def study(
     visited: list[Point], *, power: int = 1, breaks: type[BaseException] | None = None
 ) -> Study[float, Sums]:
-    def measure(points: Sequence[Point], at: At) -> list[float]:
+    def measure(points: Sequence[Point], _: Path, tell: Tell) -> list[float]:
         if BREAKS_AT in points and breaks is not None:
             raise breaks("broken")
-        at.tell(f"letter {points[0][0]}", 0.5)
+        tell(f"letter {points[0][0]}", 0.5)
         visited.extend(points)
         return [number**power / 3 for _, number in points]
 
@@ -65,9 +65,9 @@ def test_points_that_differ_in_an_axis_may_be_measured_together(tmp_path: Path) 
     at_once = study(visited)
     calls: list[int] = []
 
-    def measure(points: Sequence[Point], at: At) -> Sequence[float]:
+    def measure(points: Sequence[Point], folder: Path, tell: Tell) -> Sequence[float]:
         calls.append(len(points))
-        return at_once.measure(points, at)
+        return at_once.measure(points, folder, tell)
 
     both = Study(**(vars(at_once) | {"measure": measure, "together": ("numbers",)}))
     assert run_study(both, tmp_path).total == pytest.approx(4)

@@ -1,7 +1,7 @@
 """How chains are read: a bare one, and several between a stem and a head."""
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
-from deeplimit._anatomy.chain import ResidualChain
+from deeplimit._anatomy.chain import ResidualChain, chains_in
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
-from deeplimit._anatomy.stack import Stack
+from deeplimit._anatomy.read_model import ReadModel
+from deeplimit._anatomy.stack import Stack, stacks_of
 from deeplimit._anatomy.stand_ins import standing_in
 
 
@@ -40,9 +41,13 @@ class ChainAnatomy(Anatomy):
         return ()
 
     @property
-    def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
-        """Of a chain neither does anything."""
+    def _parts(self) -> tuple[nn.Module, nn.Module]:
         return nn.Identity(), nn.Identity()
+
+    @property
+    def stem_and_head(self) -> tuple[nn.Module, nn.Module] | None:
+        """Of a chain neither does anything."""
+        return self._parts
 
     @property
     def stages(self) -> int:
@@ -93,12 +98,11 @@ class ChainAnatomy(Anatomy):
         Inside a step only what lies between the stages and the head is used: one state at a time
         meets them, and no other module need be looked at.
         """
-        used = [*self._projections, self.stem_and_head[1]]
-        statistics = RunningStatistics(m for module in used for m in module.modules())
+        statistics = RunningStatistics(m for module in self._used for m in module.modules())
 
         def charge(stage: int, state: Tensor) -> Tensor:
             with statistics.use():
-                return cost(partial(self._head_of, stage), state)
+                return cost(lambda s: self._head_of(stage, s, x), state)
 
         collected: list[Tensor] = []
         with ExitStack() as exits:
@@ -109,6 +113,11 @@ class ChainAnatomy(Anatomy):
                 paid.append(exits.enter_context(charged))
             yield collected
             collected += [c for costs in paid for c in costs]
+
+    @property
+    def _used(self) -> Sequence[nn.Module]:
+        """What lies between the stages, and the head."""
+        return [*self._projections, self._parts[1]]
 
     @contextmanager
     def passing(self, first: int, x: Tensor | None, last: int) -> Iterator[list[Tensor]]:
@@ -136,7 +145,7 @@ class ChainAnatomy(Anatomy):
         y: Tensor = self._projections[stage](x)
         return y
 
-    def _head_of(self, stage: int, x: Tensor) -> Tensor:
+    def _head_of(self, stage: int, x: Tensor, inputs: Inputs) -> Tensor:
         """The logits of states of any stage."""
         for m in range(stage, self.stages - 1):
             x = self.carry(m, x)
@@ -144,7 +153,7 @@ class ChainAnatomy(Anatomy):
 
     def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
         """The classifier's head; of a chain the state itself."""
-        logits: Tensor = self.stem_and_head[1](x)
+        logits: Tensor = self._parts[1](x)
         return logits
 
     def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
@@ -155,6 +164,70 @@ class ChainAnatomy(Anatomy):
         """The same with shorter chains."""
         smaller: nn.Module = self.model.without(removed)
         return copy.deepcopy(smaller)
+
+
+class HeldChains(ChainAnatomy):
+    """Chains among other layers of a model, which are run as the model's own forward runs them."""
+
+    def __init__(self, model: nn.Module, example: Any = None):
+        super().__init__(model)
+        self._around = ReadModel(model, example, [chain for _, chain in chains_in(model)])
+        self.run, self.example = self._around.run, self._around.example  # type: ignore[method-assign]
+        self.carry, self.head = self._around.carry, self._around.head  # type: ignore[method-assign]
+        self._head_of = self._around.head_of  # type: ignore[method-assign]
+
+    @property
+    def _chains(self) -> list[Any]:
+        return list(self._around.blocks)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The chains, in the order of their calls."""
+        return stacks_of(self._chains)
+
+    @property
+    def stem_and_head(self) -> None:
+        """They are no modules."""
+        return None
+
+    @property
+    def _used(self) -> Sequence[nn.Module]:
+        return [self.model]
+
+    def like(self, model: nn.Module) -> Anatomy:
+        """Another model, read on the same example."""
+        return type(self)(model, self.example())
+
+    def states(self, x: Any) -> tuple[list[Tensor], Tensor]:
+        """As of any model."""
+        self._around.try_kind(x)
+        return super().states(x)
+
+    def logits(
+        self,
+        states: Sequence[Tensor],
+        first: int | Sequence[int] = 0,
+        statistics: RunningStatistics | None = None,
+        x: Any = None,
+    ) -> Tensor:
+        """As of any model; an InputError where the head reads the inputs too and x is None."""
+        return self._around.logits(states, self._stages_of(first, len(states)), statistics, x)
+
+    def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
+        """The model with chains over other blocks."""
+        return self._with(map(chain_with, self._chains, stacks))
+
+    def leave_out(self, removed: set[int]) -> nn.Module:
+        """The same with shorter chains."""
+        return self._with(
+            copy.deepcopy(chain.without(n - stack.first for n in removed if n in stack.layers))
+            for chain, stack in zip(self._chains, self.stacks, strict=True)
+        )
+
+    def _with(self, chains: Iterable[nn.Module]) -> nn.Module:
+        memo = {id(old): new for old, new in zip(self._chains, chains, strict=True)}
+        other: nn.Module = copy.deepcopy(self.model, memo)
+        return other
 
 
 def _shifted(hook: StateHook, first: int, end: int | None) -> StateHook:

@@ -201,17 +201,22 @@ class ReadModel(OfBlocks):
             "can be read where every block runs"
         )
 
+    def try_kind(self, x: Any) -> None:
+        """Tries the head on inputs of a kind that it was not tried on."""
+        if kind_of(x) in self._kinds:
+            return
+        self._kinds.add(kind_of(x))
+        part = first_sample(x, SAMPLES)
+        with alike(self.model):
+            try:
+                states, logits = self.states(part)
+            except FAILS:  # it runs on the whole batch alone
+                part, (states, logits) = x, self.states(x)
+        self._try_head(part, states[-1], logits)
+
     def states(self, x: Any) -> tuple[list[Tensor], Tensor]:
         """As of any model; an InputError where a block is not called, or more than once."""
-        if kind_of(x) not in self._kinds:
-            self._kinds.add(kind_of(x))
-            part = first_sample(x, SAMPLES)
-            with alike(self.model):
-                try:
-                    states, logits = self.states(part)
-                except FAILS:  # it runs on the whole batch alone
-                    part, (states, logits) = x, self.states(x)
-            self._try_head(part, states[-1], logits)
+        self.try_kind(x)
         states, logits = super().states(x)
         if len(states) != self.horizon + 1:
             raise InputError(self._apart_from_example(f"{len(states)} states were seen"))
@@ -229,7 +234,7 @@ class ReadModel(OfBlocks):
             raise InputError("no states given; expected at least one")
         stages = self._stages_of(first, len(states))
         if self.tokens:
-            return self._head_of(0, torch.stack(list(states)), x, statistics)
+            return self.head_of(0, torch.stack(list(states)), x, statistics)
         if self._free:
             z = self._together(by_stage(states, stages), x, statistics)
             if z is not None:
@@ -239,9 +244,9 @@ class ReadModel(OfBlocks):
 
     def head(self, x: Tensor, inputs: Any = None) -> Tensor:
         """The logits of states of the last stage; [T, C] of tokens [T, d] (`tokens`)."""
-        return self._head_of(self.stages - 1, x, inputs)
+        return self.head_of(self.stages - 1, x, inputs)
 
-    def _head_of(
+    def head_of(
         self, stage: int, x: Tensor, inputs: Any, statistics: RunningStatistics | None = None
     ) -> Tensor:
         """The logits of states of any stage, or of single tokens."""
@@ -316,7 +321,7 @@ class ReadModel(OfBlocks):
         statistics = RunningStatistics(self.model.modules())
 
         def charge(stage: int, state: Tensor) -> Tensor:
-            return cost(lambda s: self._head_of(stage, s, x, statistics), state)
+            return cost(lambda s: self.head_of(stage, s, x, statistics), state)
 
         costs: dict[nn.Module, list[Callable[[Tensor], Tensor] | None]] = {}
         for n, b in enumerate(self._blocks):

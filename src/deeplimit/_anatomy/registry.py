@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deeplimit._anatomy.anatomy import Anatomy
-from deeplimit._anatomy.chain import ResidualChain
-from deeplimit._anatomy.chain_anatomy import ChainAnatomy
+from deeplimit._anatomy.chain import ResidualChain, chains_in
+from deeplimit._anatomy.chain_anatomy import ChainAnatomy, HeldChains
 from deeplimit._anatomy.checks import check_module
 from deeplimit._anatomy.inputs import unwrapped
 from deeplimit._anatomy.read_model import READ_AS, ReadModel
@@ -68,14 +68,15 @@ def anatomy(
     own = of_family(model)
     if own is not None:
         return own
-    asked = example is not None or blocks is not None
     before = vars(model).get(READ_AS, (None, None))
-    structure = ReadModel(
-        model,
-        before[0] if example is None else example,
-        before[1] if blocks is None else blocks,
-    )
-    if asked:
+    given = example if example is not None else before[0]
+    meant = blocks if blocks is not None else before[1]
+    structure: Anatomy
+    if meant is None and chains_in(model):
+        structure = HeldChains(model, given)
+    else:
+        structure = ReadModel(model, given, meant)
+    if example is not None or blocks is not None:
         vars(model)[READ_AS] = structure.example(), structure.name
     return structure
 

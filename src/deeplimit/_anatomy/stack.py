@@ -1,13 +1,13 @@
 """A stage read as a dynamical system: blocks with one step, and their controls."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy.chain import SCHEMES, Scheme, chains_in
+from deeplimit._anatomy.chain import SCHEMES, ResidualChain, Scheme, chains_in
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # noqa: SLF001
 
@@ -82,8 +82,13 @@ class Stack:
 
 def chain_stacks(model: nn.Module) -> tuple[Stack, ...]:
     """The chains that a model holds or is, those without layers too; none of any other model."""
+    return stacks_of([chain for _, chain in chains_in(model)])
+
+
+def stacks_of(chains: Iterable[ResidualChain]) -> tuple[Stack, ...]:
+    """Chains that follow one another."""
     first, found = 0, []
-    for m, (_, chain) in enumerate(chains_in(model)):
+    for m, chain in enumerate(chains):
         found.append(Stack(m, first, tuple(chain), chain.step, chain.scheme, adds=False))
         first += chain.horizon
     return tuple(found)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from deeplimit._anatomy.chain import ResidualChain
 from deeplimit._anatomy.checks import shown
 from deeplimit._anatomy.stand_ins import form_of, state_among, state_of, version
 from deeplimit.errors import InputError
@@ -127,7 +128,8 @@ def find_blocks(model: nn.Module, watch: Watch, asked: str | Iterable[nn.Module]
         places = _less_head(places, watch.answer, least=2 if asked is None else 1)
     else:
         given = _distinct(name)
-        holders = {b: one for one in _lists(model).values() for b in one.children()}
+        holders: dict[nn.Module, nn.Module] = {b: b for b in given if isinstance(b, ResidualChain)}
+        holders |= {b: one for one in _lists(model).values() for b in one.children()}
         for strange in (b for b in given if b not in seen or b not in holders):
             raise InputError(
                 f"a {type(strange).__name__} given among the blocks is in no ModuleList or "
@@ -258,10 +260,9 @@ def _staged(model: nn.Module, places: list[Place], seen: Calls) -> list[Block]:
     for (container, module, at), follower in zip(places, followers, strict=True):
         shortcut = None if at.keeps_shape else shortcut_of(module)
         blocks.append(Block(module, container, stage, form_of(at.output), shortcut))
-        apart = follower is not None and not same(at.left, follower.entered)
-        if apart:
-            _check_first(model, module, at, cast(Seen, follower))
-        stage += apart or shortcut is not None
+        if apart := follower is not None and not same(at.left, follower.entered):
+            _check_first(model, module, at, follower)
+        stage += apart or shortcut is not None or isinstance(module, ResidualChain)
     for one in beside(blocks):
         if len(seen.get(one, ())) > 1:
             raise InputError(

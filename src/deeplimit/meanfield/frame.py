@@ -1,7 +1,6 @@
 """A network taken apart into its particles and its frame, what is no particle; and put together."""
 
 import copy
-import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -49,18 +48,12 @@ def uniform_grid(depths: Sequence[int]) -> Breakpoints:
 def checked_grid(breakpoints: Iterable[float], layers: int) -> Breakpoints:
     """0 = s_0 < s_1 < … < s_N = 1."""
     grid = tuple(map(float, breakpoints))
-    if len(grid) != layers + 1:
+    rising = all(b - a > NEAR for a, b in pairwise(grid))  # not for NaN either
+    if len(grid) != layers + 1 or grid[0] != 0 or grid[-1] != 1 or not rising:
         raise InputError(
-<<<<<<< HEAD
-            f"{len(grid)} breakpoints given for {layers} layers; expected {layers + 1}"
-=======
             f"{len(grid)} breakpoints given for {layers} layers, {grid}; expected 0 = s_0 < s_1 < "
             f"… < s_{layers} = 1"
->>>>>>> cf738d5 (Measures: wrong breakpoints are told in one line; changelog)
         )
-    rising = all(b - a > NEAR for a, b in pairwise(grid))  # not for NaN either
-    if grid[0] != 0 or grid[-1] != 1 or not rising:
-        raise InputError(f"breakpoints {grid} given; expected 0 = s_0 < s_1 < … < s_N = 1")
     return grid
 
 
@@ -71,17 +64,17 @@ def lengths(grid: Breakpoints) -> tuple[float, ...]:
 
 def merged_grid(*grids: Breakpoints) -> Breakpoints:
     """The breakpoints of all of them: n/64 and n/63 give 126 cells."""
-    every = sorted({s for grid in grids for s in grid})
-    kept = [every[0]]
-    kept += [s for s in every[1:-1] if s - kept[-1] > NEAR and every[-1] - s > NEAR]
-    return (*kept, every[-1])
+    first, *inner, last = sorted({s for grid in grids for s in grid})
+    kept = [first]
+    for s in inner:
+        if s - kept[-1] > NEAR and last - s > NEAR:
+            kept.append(s)
+    return (*kept, last)
 
 
 def same_grid(a: Breakpoints, b: Breakpoints) -> bool:
     """True where the cells are the same ones."""
-    return len(a) == len(b) and all(
-        math.isclose(s, r, rel_tol=0, abs_tol=NEAR) for s, r in zip(a, b, strict=True)
-    )
+    return len(a) == len(b) and all(abs(s - r) <= NEAR for s, r in zip(a, b, strict=True))
 
 
 def layers_at(grid: Breakpoints, finer: Breakpoints) -> tuple[int, ...]:

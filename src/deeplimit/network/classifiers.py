@@ -285,8 +285,7 @@ class ResidualClassifierAnatomy(ChainAnatomy):
         return list(self.model.projections)
 
     @property
-    def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
-        """The classifier's own."""
+    def _parts(self) -> tuple[nn.Module, nn.Module]:
         return self.model.stem, self.model.head
 
     def example(self) -> Inputs | None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -156,24 +157,23 @@ def tie(model: Model | Anatomy, every: int, *, optimizer: Optimizer | None = Non
     inner = checked_optimiser(optimizer, module)
     runs, blocks = stages(model), _blocks(model)
     _check_untied(module, blocks)
-    new = copy.deepcopy(module)
-    others = _blocks(new)
     numbers = {block: n for n, block in enumerate(blocks)}
     found = [[numbers[block] for block in run.blocks] for run in runs]
     groups = [run[n : n + every] for run in found for n in range(0, len(run), every)]
     groups += [[n] for n in set(range(len(blocks))).difference(*found)]  # of no stage
     origins: Origins = {}
+    memo: dict[int, nn.Parameter] = {}
     for group in groups:
-        own, *more = (others[n] for n in group)
-        # The gradient of what m layers share is the sum of theirs, m times their mean.
-        origins |= _fill(
-            own,
-            {blocks[n]: Fraction(1, len(group)) for n in group},
-            partial(_scale, (), Fraction(len(group))),
-        )
-        for name, parameter in own.named_parameters(remove_duplicate=False):
-            for other in more:
-                _put(other, name, parameter)
+        weights = (Fraction(1, len(group)),) * len(group)
+        for name, parameter in blocks[group[0]].named_parameters():
+            sources = [blocks[n].get_parameter(name) for n in group]
+            shared = copy.deepcopy(parameter)
+            shared.copy_(mixed(sources, weights))
+            # The gradient of what m layers share is the sum of theirs, m times their mean.
+            pairs = tuple(zip(sources, weights, strict=True))
+            origins[shared] = Origin(pairs, gradient=Fraction(len(group)))
+            memo |= {id(source): shared for source in sources}
+    new = copy.deepcopy(module, memo)
     carry_over(inner, module, new, origins)
     return new
 
@@ -220,7 +220,9 @@ def untie(model: Model | Anatomy, *, optimizer: Optimizer | None = None) -> Mode
         named = dict(block.named_parameters(remove_duplicate=False))
         for name, source in named.items():
             if holders[source] > 1:
-                _put(other, name, own.setdefault(source, copy.deepcopy(source)))
+                path, _, leaf = name.rpartition(".")
+                parameter = own.setdefault(source, copy.deepcopy(source))
+                setattr(other.get_submodule(path), leaf, parameter)
         parts = {name: {"gradient": Fraction(1, holders[source])} for name, source in named.items()}
         origins |= _fill(other, {block: ONE}, parts.__getitem__)
     carry_over(inner, module, new, origins)
@@ -238,6 +240,13 @@ def _resampled(
     inner = checked_optimiser(optimizer, _averageable(model))
     read = anatomy(model)
     runs, blocks = _changing(read), _blocks(read)
+    alike = {n for run in runs for n in run.layers} | set(read.fixed)
+    if others := [str(n) for n in range(read.horizon) if n not in alike]:
+        warnings.warn(
+            f"left as they are in {type(read.model).__name__}: layers {', '.join(others)}, whose "
+            "blocks differ in class or shape from the others of their stage",
+            stacklevel=4,
+        )
     _check_untied(read.model, blocks)
     _check_forward(read.model)
     adding = all(run.adds for run in runs)
@@ -362,11 +371,6 @@ def _fill(block: nn.Module, sources: Mapping[nn.Module, Fraction], factors: Fact
 
 def _scale(ends: Collection[str], by: Fraction, name: str) -> Mapping[str, Fraction]:
     return {"size" if name in ends else "gradient": by}
-
-
-def _put(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(block.get_submodule(path), leaf, parameter)
 
 
 def _blocks(model: nn.Module | Anatomy) -> list[nn.Module]:

@@ -25,12 +25,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deeplimit._anatomy.checks import check_count
 from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance
 from deeplimit.records import Record
 from deeplimit.studies import harness
 from deeplimit.studies.convergence import check_time, flow, generator_of, network_of, normal
-from deeplimit.studies.harness import At, Machine, Point, ProgressCallback, Study, silent
+from deeplimit.studies.harness import Machine, Point, ProgressCallback, Study, Tell, silent
 from deeplimit.studies.rates import fitted
 
 STATE = 4  # numbers in the state; a particle has 2 · 4 + 1
@@ -207,19 +208,18 @@ def study_consistency(
         raise InputError(f"{len(widths)} widths given; expected {expected}")
     if atoms < 1 or any(width % atoms for width in widths):
         raise InputError(f"atoms is {atoms}; expected a number that divides every width")
-    if draws < 1:
-        raise InputError(f"draws is {draws}; expected at least 1")
+    check_count("draws", draws)
     steps, sizes = check_time(learning_rate, time), list(zip(depths, widths, strict=True))
     for depth, width in sizes:
         harness.check_fits(depth, draws * width * (2 * STATE + 1))
 
-    def measure(points: Sequence[Point], at: At) -> list[Values]:
+    def measure(points: Sequence[Point], _: Path, tell: Tell) -> list[Values]:
         ((seed,),) = points
         problem, total, done = Problem.of(seed, atoms), sum(n * m for n, m in sizes), 0
         measures: list[LayerwiseMeasure] = []
         found: dict[str, list[Any]] = {f"{quantity} {start}": [] for start, quantity, *_ in THEORY}
         for n, m in sizes:
-            at.tell(f"seed {seed}, N = {n}, M = {m}", done / total)
+            tell(f"seed {seed}, N = {n}, M = {m}", done / total)
             trained = partial(problem.trained, n, m, steps)
             measures.append(LayerwiseMeasure.of(trained("atoms", 0, learning_rate)))
             for start in ("tied", "independent"):

@@ -31,7 +31,7 @@ from deeplimit.meanfield import (
 from deeplimit.network import ResidualChain, TwoLayerResidual
 from deeplimit.records import Record
 from deeplimit.studies import harness
-from deeplimit.studies.harness import At, Machine, Point, ProgressCallback, Study, silent
+from deeplimit.studies.harness import Machine, Point, ProgressCallback, Study, Tell, silent
 from deeplimit.studies.rates import looked_at
 
 Source = Literal["kernel", "slope"]
@@ -156,9 +156,9 @@ def study_convergence(
         )
     harness.check_fits(depth, 2 * widths[-1] * (2 * STATE + 1))  # with their gradients
 
-    def measure(points: Sequence[Point], at: At) -> list[ConvergenceTraining]:
+    def measure(points: Sequence[Point], _: Path, tell: Tell) -> list[ConvergenceTraining]:
         ((width, distance, seed),) = points
-        at.tell(f"M = {width}, ρ = {distance:g}, seed {seed}")
+        tell(f"M = {width}, ρ = {distance:g}, seed {seed}")
         network = drawn(depth, width, distance, samples, seed)
         return [_trained(*network, learning_rate, steps, width=width, distance=distance, seed=seed)]
 

@@ -1,14 +1,13 @@
 """The cost of every way to a gradient on one batch: memory, time, error and drift."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deeplimit.errors import InputError
+from deeplimit._anatomy.checks import check_count
 from deeplimit.gradient import use_backprop
 from deeplimit.gradient.accuracy import LossOf
 from deeplimit.studies.gradient_methods import MethodCost, Methods
@@ -128,13 +127,23 @@ def measure_gradient_cost(
         InputError: a number out of range, a model without candidates for blocks, or one that does
             not run on the batch.
     """
-    if steps < 1:
-        raise InputError(f"steps is {steps}; expected at least 1")
-    with _as_it_was(model, seed):
-        study = Methods(model, loss_of, batch, evaluations, tolerance, steps, tell)
-        adjoints = [("adjoint", e) for e in EVALUATIONS]
-        others = [("checkpointed", None), *adjoints, ("planned", evaluations)]
-        methods = study.costs([("plain", None), *(others if study.blocks else ())])
+    check_count("steps", steps)
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            study = Methods(model, loss_of, batch, evaluations, tolerance, steps, tell)
+            adjoints = [("adjoint", e) for e in EVALUATIONS]
+            others = [("checkpointed", None), *adjoints, ("planned", evaluations)]
+            methods = study.costs([("plain", None), *(others if study.blocks else ())])
+        finally:
+            use_backprop(model)
+            with torch.no_grad():
+                for buffer, copy in buffers:
+                    buffer.copy_(copy)
+            for p, gradient in gradients:
+                p.grad = gradient
     parameters = list(model.parameters())
     return GradientCost(
         model=name,
@@ -152,24 +161,6 @@ def measure_gradient_cost(
         left_plain=tuple(LeftPlain(*entry) for entry in study.left_plain.items()),
         methods=methods,
     )
-
-
-@contextmanager
-def _as_it_was(model: nn.Module, seed: int) -> Iterator[None]:
-    """Afterwards buffers, gradients and random state are what they were."""
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            use_backprop(model)
-            with torch.no_grad():
-                for buffer, copy in buffers:
-                    buffer.copy_(copy)
-            for p, gradient in gradients:
-                p.grad = gradient
 
 
 def _described(batch: Any) -> str:

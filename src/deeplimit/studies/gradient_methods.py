@@ -122,9 +122,13 @@ class Methods:
             elif evaluations is not None:
                 self._adjoint(evaluations)
             self._pass()  # warm; and blocks are told apart in an adjoint's first pass
-            if method == "planned":
-                row = replace(row, anchors=self._plan())
             exact = self.reference
+            if method == "planned":
+                if exact is None:
+                    raise torch.OutOfMemoryError("planning needs plain backpropagation once")
+                plan = plan_anchors(self.model, self.loss_of, self.batch, self.tolerance)
+                self._keep(plan.anchors)
+                row = replace(row, anchors=plan.anchors)
             row = replace(
                 row,
                 error=None if exact is None else exact.error(exact.gradient()),
@@ -169,14 +173,6 @@ class Methods:
         else:
             self._step()
             self.model.zero_grad(set_to_none=True)
-
-    def _plan(self) -> tuple[str, ...]:
-        """Finds the fewest anchors, and switches to them."""
-        if self.reference is None:
-            raise torch.OutOfMemoryError("planning anchors needs plain backpropagation once")
-        plan = plan_anchors(self.model, self.loss_of, self.batch, self.tolerance)
-        self._keep(plan.anchors)
-        return plan.anchors
 
     def _keep(self, anchors: Iterable[str]) -> None:
         (engine,) = engines(self.model)

@@ -17,10 +17,11 @@ from glob import escape
 from importlib.metadata import version
 from itertools import compress, groupby, pairwise, product
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
+from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import remove, write_text
 from deeplimit.memory import OBJECTS, require
@@ -36,6 +37,7 @@ Found = TypeVar("Found", bound=Record)
 Numbers = Sequence[int] | Sequence[float]
 Point = tuple[Any, ...]  # a value of each axis, in their order
 ProgressCallback = Callable[[str, float], object]  # what is done now; the fraction done
+Tell = Callable[..., None]  # the same of one measurement, without a fraction at its start
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,6 @@ def silent(message: str, done: float) -> None:
     """Shows no progress."""
 
 
-class At(NamedTuple):
-    """The place that a point is measured at.
-
-    Attributes:
-        folder: of the study.
-        tell: shows what is done now, and the fraction of this measurement that is done.
-    """
-
-    folder: Path
-    tell: Callable[..., None]
-
-
 @dataclass(frozen=True)
 class Study(Generic[Value, Found]):
     """An experiment over axes.
@@ -116,7 +106,8 @@ class Study(Generic[Value, Found]):
         settings: all else that decides what is measured at a point, by name. Axes and settings that
             are fields of the record go into it.
         value: the annotation of what is measured at a point, as `records` reads it.
-        measure: measures one point, or the points that differ in the axes of `together` alone.
+        measure: measures one point, or the points that differ in the axes of `together` alone. It
+            is given the study's folder, and what shows what is done now, and the fraction done.
         result: makes the record's other fields of all points; theory's ranges and the verdict come
             in here.
         together: the axes whose points are measured in one call.
@@ -128,7 +119,7 @@ class Study(Generic[Value, Found]):
     axes: Mapping[str, Sequence[Any]]
     settings: Mapping[str, Any]
     value: Any
-    measure: Callable[[Sequence[Point], At], Sequence[Value]]
+    measure: Callable[[Sequence[Point], Path, Tell], Sequence[Value]]
     result: Callable[[Mapping[Point, Value], Path], Mapping[str, Any]]
     together: tuple[str, ...] = ()
     cost: Callable[[Point], float] = lambda _: 1.0
@@ -175,7 +166,7 @@ def run_study(study: Study[Value, Found], runs: Path, progress: ProgressCallback
                 progress(message, at + to * part)
 
             if missing := [point for point in group if point not in known]:
-                known |= zip(missing, study.measure(missing, At(folder, tell)), strict=True)
+                known |= zip(missing, study.measure(missing, folder, tell), strict=True)
                 study.write(folder, known)
             done += share
         names = {field.name for field in fields(cast(Any, study.record))}
@@ -253,9 +244,8 @@ def check_depths(depths: Sequence[int]) -> None:
 def check_positive(**numbers: float) -> None:
     """Raises InputError unless all are numbers above 0."""
     for name, value in numbers.items():
-        if not (math.isfinite(value) and value > 0):
-            said = name.replace("_", " ")
-            raise InputError(f"the {said} is {value}; it must be a number above 0")
+        said = f"the {name.replace('_', ' ')}"
+        check_number(said, value, "a number above 0", lambda v: 0 < v < math.inf)
 
 
 def check_fits(depth: int, numbers: int, *, modules: bool = True) -> None:

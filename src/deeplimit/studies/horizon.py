@@ -18,12 +18,12 @@ from statistics import fmean, stdev
 
 from torch import Tensor
 
+from deeplimit._anatomy.checks import check_number
 from deeplimit.control import TurnpikeProfile
 from deeplimit.control.verdict import CONFIDENCE, Word, Z
-from deeplimit.errors import InputError
 from deeplimit.records import Record
 from deeplimit.studies import harness
-from deeplimit.studies.harness import At, Machine, Point, Study
+from deeplimit.studies.harness import Machine, Point, Study, Tell
 from deeplimit.training import (
     Recipe,
     RunFolder,
@@ -136,19 +136,19 @@ def study_horizon(
         InputError: no seed, a seed twice, or a negative radius.
     """
     harness.check_once("seeds", seeds)
-    if radius is not None and not radius >= 0:
-        raise InputError(f"the tube radius is {radius}; it must be a number ≥ 0")
+    if radius is not None:
+        check_number("the tube radius", radius, "a number ≥ 0", lambda r: r >= 0)
     deeper = {k: replace(recipe, depth=tuple(k * n for n in recipe.depth)) for k in MULTIPLES}
     smallest: dict[int, RunFolder] = {}  # with its data, by its seed
 
-    def measure(points: Sequence[Point], at: At) -> list[TurnpikeProfile]:
+    def measure(points: Sequence[Point], folder: Path, _: Tell) -> list[TurnpikeProfile]:
         ((multiple, seed),) = points
         name = _name(deeper[multiple], seed)
-        if (at.folder / name).exists():  # it was interrupted
-            run = resume(at.folder / name, quiet=quiet)
+        if (folder / name).exists():  # it was interrupted
+            run = resume(folder / name, quiet=quiet)
         else:
             own = replace(deeper[multiple], seed=seed)
-            run = train(own, runs=at.folder, name=name, quiet=quiet)
+            run = train(own, runs=folder, name=name, quiet=quiet)
         if (multiple, seed) == (MULTIPLES[0], seeds[0]):
             smallest[seed] = run
         return [profile_run(run).test]

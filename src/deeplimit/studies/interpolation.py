@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import nn
 
+from deeplimit._anatomy.checks import check_count
 from deeplimit.control import verify_crop
 from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance, cot_geodesic, merge, narrow
@@ -120,8 +121,16 @@ def interpolate_runs(
     check_frame(frame, align=align)
     if points < 2:
         raise InputError(f"points is {points}; expected at least 2, t = 0 and t = 1")
-    _check_place(save, name)
-    stored = save is not None and not str(name).endswith(SUFFIX)
+    if (save is None) != (name is None):
+        raise InputError("save and name go together: save=0.5 and the name of what is written")
+    if save is not None and not 0 <= save <= 1:
+        raise InputError(f"save is {save}; expected a t in [0, 1], such as 0.5")
+    place, is_file = Path(str(name)), str(name).endswith(SUFFIX)
+    if is_file and not place.parent.is_dir():
+        raise InputError(f"name is {name}: there is no folder {place.parent}")
+    if is_file and place.exists():
+        raise InputError(f"name is {name}, which is there already; give another name")
+    stored = save is not None and not is_file
     shared = SharedRuns.open([first, second], align=align, trust=trust, stored=stored)
     tell("the distance", 0.0)
     start, end = shared.measures
@@ -144,12 +153,17 @@ def interpolate_runs(
             naive.append(shared.score(average))
     except InputError as error:
         naive, no_naive = [], str(error)
-    saved = off = None
+    off = None
     if save is not None:
         network = between(save)
         again = LayerwiseMeasure.of(network)
         off = cot_distance(start, again).distance, cot_distance(again, end).distance
-        saved = _save(network, shared.folders[0], str(name))
+        if not is_file:
+            place = run_of(network, shared.folders[0], str(name)).path
+        elif of_transformers(network):
+            raise InputError(f"a model of transformers is a folder, not {name}: give a plain name")
+        else:
+            save_network(network, place.with_suffix(""))
     return Interpolation(
         runs=cast(tuple[str, str], shared.paths),
         names=cast(tuple[str, str], shared.names),
@@ -167,24 +181,11 @@ def interpolate_runs(
         width=max(len(plan.rows) for plan in transport.plans or ()),
         barrier=loss_barrier(ts, [score.loss for score in geodesic]),
         naive_barrier=loss_barrier(ts, [score.loss for score in naive]) if naive else None,
-        saved=saved,
+        saved=None if save is None else str(place),
         saved_at=save,
         saved_distances=off,
         lower=transport.lower,
     )
-
-
-def _check_place(save: float | None, name: str | None) -> None:
-    """Refuses a t and a place for its network before anything takes its time."""
-    if (save is None) != (name is None):
-        raise InputError("save and name go together: save=0.5 and the name of what is written")
-    if save is not None and not 0 <= save <= 1:
-        raise InputError(f"save is {save}; expected a t in [0, 1], such as 0.5")
-    place, is_file = Path(str(name)), str(name).endswith(SUFFIX)
-    if is_file and not place.parent.is_dir():
-        raise InputError(f"name is {name}: there is no folder {place.parent}")
-    if is_file and place.exists():
-        raise InputError(f"name is {name}, which is there already; give another name")
 
 
 def loss_barrier(ts: Sequence[float], losses: Sequence[float]) -> float:
@@ -196,17 +197,6 @@ def loss_barrier(ts: Sequence[float], losses: Sequence[float]) -> float:
     first, last = losses[0], losses[-1]
     above = (value - (1 - t) * first - t * last for t, value in zip(ts, losses, strict=True))
     return max(0.0, *above)
-
-
-def _save(model: nn.Module, like: RunFolder, name: str) -> str:
-    """Writes the network; returns where."""
-    if not name.endswith(SUFFIX):
-        return str(run_of(model, like, name).path)
-    place = Path(name)
-    if of_transformers(model):
-        raise InputError(f"a model of transformers is a folder; {name} given: give a plain name")
-    save_network(model, place.with_suffix(""))
-    return str(place)
 
 
 def merge_runs(
@@ -240,8 +230,8 @@ def merge_runs(
         InputError: as `interpolate_runs`, wrong weights, a width below 1.
     """
     check_frame(frame, align=align)
-    if width is not None and width < 1:
-        raise InputError(f"width is {width}; expected a whole number ≥ 1")
+    if width is not None:
+        check_count("width", width)
     shared = SharedRuns.open(specs, align=align, trust=trust, stored=True)
     count = len(shared.runs)
     tell("the barycentre", 0.0)

@@ -24,7 +24,7 @@ from torch import Tensor
 from deeplimit.extras import need
 from deeplimit.records import Record
 from deeplimit.studies import harness, rates
-from deeplimit.studies.harness import At, Machine, Point, ProgressCallback, silent
+from deeplimit.studies.harness import Machine, Point, ProgressCallback, Tell, silent
 from deeplimit.studies.rates import Family, Range, Theory, Watched, looked_at, whole_range
 
 WIDTH = 4
@@ -108,7 +108,7 @@ def study_linear(
         together=("starts", "seeds"),
         settings={"width": WIDTH, "learning_rate": learning_rate, "steps": steps}
         | {"looked_at": looked_at(steps, LOOKS)},
-        measure=lambda points, at: _watched(points, learning_rate, steps, at),
+        measure=lambda points, _, tell: _watched(points, tell, learning_rate, steps),
         theory=lambda _, start: THEORY[start],
         runs=runs,
         tell=tell,
@@ -171,10 +171,8 @@ def linear_gap(
 
     On the last interval θ(s) = θ_{N−1}. Since ẋ = θ(s) x is linear, x(s_{n+1}) = P_n x(s_n) with
     a propagator P_n that does not depend on x: those of all intervals, networks and seeds are one
-    call of the solver, over one interval, instead of N intervals one after the other as
-    `deeplimit.ode.discretization_gap` has to solve them; that takes seconds for N = 512, and here
-    hundreds of gaps are needed. A Runge–Kutta method of fourth order, with steps halved
-    until the gap changes by less than a millionth; NaN if it never does.
+    call of the solver, by a Runge–Kutta method of fourth order, to a millionth (`converged`).
+    `deeplimit.ode.discretization_gap` solves N intervals one after the other, which takes seconds.
     """
 
     def gap(steps: int) -> Tensor:
@@ -208,7 +206,7 @@ def largest_difference(controls: Float[Tensor, "... N d d"]) -> Float[Tensor, ".
     return torch.amax(torch.linalg.matrix_norm(controls.diff(dim=-3)), dim=-1)
 
 
-def _watched(points: Sequence[Point], learning_rate: float, steps: int, at: At) -> list[Watched]:
+def _watched(points: Sequence[Point], tell: Tell, eta: float, steps: int) -> list[Watched]:
     """Trains all networks (N, start, seed) of one depth."""
     horizon = points[0][0]
     controls = torch.stack([first_controls(start, horizon, seed) for _, start, seed in points])
@@ -217,12 +215,12 @@ def _watched(points: Sequence[Point], learning_rate: float, steps: int, at: At) 
     for step in range(steps + 1):
         x = states(controls)
         if step in looks:
-            at.tell(f"N = {horizon}", step / steps)
+            tell(f"N = {horizon}", step / steps)
             loss = (x[:, -1] - targets).square().sum(dim=(-2, -1)) / 2
             figures = loss, linear_gap(controls, x), largest_difference(controls)
             seen.append(torch.stack(figures))
         if step < steps:
-            controls = controls - learning_rate * scaled_gradient(controls, x, targets)
+            controls = controls - eta * scaled_gradient(controls, x, targets)
     every = torch.stack(seen, dim=-1).movedim(0, 1)  # [networks, 3, looks]
     return [
         Watched(*map(tuple, one)).checked(f"{start} start, N = {horizon}")

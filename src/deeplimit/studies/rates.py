@@ -15,7 +15,7 @@ from torch import Tensor
 from deeplimit.errors import InputError, RunError
 from deeplimit.records import Record
 from deeplimit.studies import harness
-from deeplimit.studies.harness import At, Numbers, Point, ProgressCallback, Study
+from deeplimit.studies.harness import Numbers, Point, ProgressCallback, Study, Tell
 
 Quantity = Literal["gap", "difference"]
 Moment = Literal["initial", "final", "worst"]
@@ -139,7 +139,7 @@ def run_rates(
     name: str,
     axes: Mapping[str, Sequence[Any]],
     settings: Mapping[str, Any],
-    measure: Callable[[Sequence[Point], At], Sequence[Watched]],
+    measure: Callable[[Sequence[Point], Path, Tell], Sequence[Watched]],
     theory: Callable[[str, str], Theory],
     runs: Path,
     tell: ProgressCallback,

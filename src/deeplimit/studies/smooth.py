@@ -29,7 +29,7 @@ from deeplimit.ode.field import VectorField, longest_stage
 from deeplimit.ode.solvers import solve
 from deeplimit.records import Record
 from deeplimit.studies import harness, rates
-from deeplimit.studies.harness import At, Machine, Point, ProgressCallback, silent
+from deeplimit.studies.harness import Machine, Point, ProgressCallback, Tell, silent
 from deeplimit.studies.rates import ANY, Family, Range, Theory, Watched, looked_at, whole_range
 
 WIDTH, HIDDEN, SAMPLES = 8, 16, 32
@@ -127,10 +127,10 @@ def study_smooth(
     check_kernel(deepest)
     first_chain(activations[0], "smooth", 1, 1, 0, length_scale)  # is ℓ a length?
 
-    def measure(points: Sequence[Point], at: At) -> list[Watched]:
+    def measure(points: Sequence[Point], _: Path, tell: Tell) -> list[Watched]:
         ((activation, start, seed, depth),) = points
         name = f"{activation}, {start} start, seed {seed}, N = {depth}"
-        at.tell(name)
+        tell(name)
         chain = first_chain(activation, start, depth, deepest, seed, length_scale)
         return [watch_training(chain, *regression(seed), learning_rate, steps).checked(name)]
 
@@ -204,10 +204,9 @@ def watch_training(
 def neural_ode_gap(chain: ResidualChain, x: Float[Tensor, "samples d"]) -> float:
     """Computes the largest ‖x_n − x(s_n)‖ over n and the samples, θ(s) linear between the controls.
 
-    On the last interval θ(s) = θ_{N−1}. A Runge–Kutta method of fourth order, with steps halved
-    until the gap changes by less than a thousandth; NaN if it never does.
-    (`deeplimit.ode.discretization_gap` controls its error within every interval: that takes seconds
-    for 128 layers, with ReLU minutes, and here hundreds of gaps are needed.)
+    On the last interval θ(s) = θ_{N−1}. By a Runge–Kutta method of fourth order, to a thousandth
+    (`converged`); `deeplimit.ode.discretization_gap` controls its error within every interval,
+    which takes seconds for 128 layers, with ReLU minutes.
     """
     states = torch.stack(chain.trajectory(x))
     field = VectorField(anatomy(chain).stacks[0])
