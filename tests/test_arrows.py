@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "rank": set(),
     "reading": {"memory"},
     "records": {"reading"},
-    "tables": {"records"},
+    "tables": set(),
     "terminal": set(),
     "_anatomy": set(),
     "network": {"_anatomy"},

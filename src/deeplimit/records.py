@@ -5,6 +5,7 @@ import math
 import types
 from dataclasses import fields, is_dataclass
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -17,7 +18,10 @@ EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class Record:
-    """A frozen dataclass that goes to JSON and comes back the same."""
+    """A frozen dataclass that goes to JSON and comes back the same; a notebook shows its text."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
     def to_json(self) -> str:
         """Returns the text of JSON: tuples are lists, NaN is null, ±∞ the strings ±inf."""

@@ -1,18 +1,8 @@
-"""Records that show themselves: a table of text in a terminal, the same in a notebook."""
+"""Tables of text, of at most a screen, and the numbers in them."""
 
 from collections.abc import Sequence
-from html import escape
-
-from deeplimit.records import Record
 
 LINES = 20  # of a table, at most: a screen
-
-
-class Shown(Record):
-    """A record whose text is at most a screen."""
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], lines: int = LINES) -> str:

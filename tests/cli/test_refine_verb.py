@@ -39,7 +39,7 @@ def test_a_run_is_refined_and_trained_on(run: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--factor", "0"], "factor is 0; expected a whole number ≥ 1"),
+        (["--factor", "0"], "--factor is 0; expected at least 1"),
         (["--factor", "9" * 12], "layers does not fit into memory"),
         (["--epochs", "-2"], "epochs is -2; expected at least 0"),
         (["--name", "a/b"], "the name 'a/b' cannot be a folder's"),

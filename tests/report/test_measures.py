@@ -16,7 +16,7 @@ from rich.console import Console
 from deeplimit.meanfield import ConvergenceCertificate, certify_convergence, particle_flow
 from deeplimit.network import ResidualChain, TwoLayerResidual
 from deeplimit.report import render_page
-from deeplimit.report.certificate import (
+from deeplimit.report.convergence import (
     certificate_figures,
     rate_figure,
     risk_figure,

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from typing_extensions import Doc
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
-from deeplimit.verbs.answer import Within
+from deeplimit.verbs.answer import Within, option
 
 # No --no-json beside --json, and no way to spell out None: leave the option out.
 STYLE = (FlagCreatePairsOff, DisallowNone)
@@ -37,9 +37,12 @@ def options_of(function: Callable[..., Any]) -> type[Any]:
             inner = get_type_hints(hints[name], include_extras=True)
             own += [(f.name, parsed(inner[f.name]), f) for f in fields(hints[name])]
             continue
-        positional = parameter.kind is not parameter.KEYWORD_ONLY
-        hint = parsed(hints[name], explained.get(name), positional=positional)
-        own.append((name, hint, _with_default(parameter.default)))
+        said = explained.get(name)
+        if said and parameter.default is True:  # the option is --no-NAME
+            said = f"Do not {said[0].lower()}{said[1:]}"
+        hint = parsed(hints[name], said, positional=parameter.kind is not parameter.KEYWORD_ONLY)
+        required = parameter.default is inspect.Parameter.empty
+        own.append((name, hint, field() if required else field(default=parameter.default)))
     own.append(("json", Json, field(default=False)))
     namespace = {"__doc__": description, "__module__": function.__module__}
     return make_dataclass(
@@ -48,30 +51,26 @@ def options_of(function: Callable[..., Any]) -> type[Any]:
 
 
 def call(function: Callable[..., Any], options: Any, hidden: Mapping[str, Any]) -> Any:
-    """Calls a function with what was parsed, and what of `hidden` it takes."""
-    check_numbers(function, options)
-    hints = get_type_hints(function)
-    given = {}
+    """Calls a function with what was parsed, and what of `hidden` it takes.
+
+    Raises:
+        InputError: a number that is not within what its annotation says.
+    """
+    given, hints = {}, get_type_hints(function, include_extras=True)
     for name in inspect.signature(function).parameters:
-        kind = hints[name]
-        if is_dataclass(kind):
+        hint = hints[name]
+        kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if name in HIDDEN:
+            given[name] = hidden[name]
+        elif is_dataclass(kind):
             values = {f.name: getattr(options, f.name) for f in fields(kind)}
             given[name] = kind(**values)  # type: ignore[operator]
-        elif name not in HIDDEN:
-            given[name] = getattr(options, name)
-        elif name in hidden:
-            given[name] = hidden[name]
+        else:
+            value = given[name] = getattr(options, name)
+            for note in notes:
+                if isinstance(note, Within) and value is not None:
+                    note.check(option(name), value)
     return function(**given)
-
-
-def check_numbers(function: Callable[..., Any], options: Any) -> None:
-    """Raises InputError for a number that is not within what its annotation says."""
-    for name, hint in get_type_hints(function, include_extras=True).items():
-        value = getattr(options, name, None)
-        for note in get_args(hint)[1:] if get_origin(hint) is Annotated else ():
-            if isinstance(note, Within) and value is not None:
-                for number in value if isinstance(value, tuple) else (value,):
-                    note.check(f"--{name.replace('_', '-')}", number)
 
 
 def documented(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
@@ -89,9 +88,10 @@ def parsed(hint: Any, explained: str | None = None, *, positional: bool = False)
     kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     metavar = next((note for note in reversed(notes) if isinstance(note, str)), None)
     shared = next((note.documentation for note in notes if isinstance(note, Doc)), None)
-    told = arg(metavar=metavar, help=explained or shared)
+    told = arg(metavar=metavar, help=explained or shared, help_behavior_hint=default_hint)
     return Annotated[kind, Positional, told] if positional else Annotated[kind, told]
 
 
-def _with_default(default: Any) -> Any:
-    return field() if default is inspect.Parameter.empty else field(default=default)
+def default_hint(value: str) -> str:
+    """None says nothing, as the text says what is done then; True is that of a --no-NAME."""
+    return "" if value in ("", "None", "True") else f"(default: {value})"

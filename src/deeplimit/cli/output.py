@@ -1,6 +1,5 @@
 """Where a verb's words go: results to stdout, everything else to stderr, and from one process."""
 
-import json as json_text
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,13 +19,12 @@ def emit(result: Any, *shown: Any, json: bool) -> None:
 
     JSON is that of the run folder's files: tuples are lists, NaN is null.
     """
-    from deeplimit.records import to_plain
+    from deeplimit.records import to_json
     from deeplimit.terminal import Terminal, visible_json
 
     try:
         if json:
-            text = json_text.dumps(to_plain(result), allow_nan=False, ensure_ascii=False)
-            print(visible_json(text))
+            print(visible_json(to_json(result)))
         else:
             console = Terminal(soft_wrap=True, highlight=False, markup=False)
             for part in shown:

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
-from deeplimit.cli.options import STYLE, documented, options_of, parsed
+from deeplimit.cli.options import STYLE, default_hint, documented, options_of, parsed
 from deeplimit.errors import InputError
 from deeplimit.training import Recipe, recipe_for
 from deeplimit.training.specification import Named
 from deeplimit.verbs import resume, train
-from deeplimit.verbs.answer import Answer, Trust
+from deeplimit.verbs.answer import Answer, Trust, option, unusual
 
 DEFAULT_DATA = "digits"
 
@@ -24,9 +24,9 @@ class Train(options_of(train)):  # type: ignore[misc]
     data: Annotated[str, Positional, arg(metavar="DATA")] = DEFAULT_DATA
     """digits, spirals, mnist, cifar10, hub:OWNER/NAME, npz:FILE, or a folder in the data folder;
     for a model of text text:FILE, or table:FILE with columns text and label."""
-    recipe: Annotated[Path | None, arg(metavar="FILE")] = None
+    recipe: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=default_hint)] = None
     """Take data set and defaults from this recipe.toml; options given beside it override it."""
-    resume: Annotated[Path | None, arg(metavar="RUN")] = None
+    resume: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint=default_hint)] = None
     """Go on with the run in this folder, by its own recipe; goes with no other option but json
     and trust."""
     trust: parsed(Trust) = False  # type: ignore[valid-type]
@@ -69,7 +69,7 @@ def parse_train(args: list[str]) -> Train:
     model = defaults.model  # as it was before the parser had it: with where it comes from
     if made.trust and isinstance(model, Named):
         model = Named(model, model.file, trust=True)
-    settings: dict[str, Any] = {"model": model}
+    settings: dict[str, Any] = {"model": model}  # of fields that the checker does not know
     return replace(made, **settings)
 
 
@@ -86,14 +86,11 @@ def _parse(args: list[str], defaults: Train) -> Train:
 
 def _refuse_others(given: Train, nothing: Train) -> None:
     """A run goes on by its own recipe: an option that would silently be ignored is refused."""
-    changed: dict[str, Any] = {
-        field.name: getattr(given, field.name)
-        for field in fields(given)
-        if getattr(given, field.name) != getattr(nothing, field.name)
-        and field.name not in ("resume", "trust", "json")
-    }
-    for name, value in changed.items():
-        what = "data set" if name == "data" else f"--{name.replace('_', '-')}"
+    for name in unusual(vars(given), vars(nothing)):
+        if name in ("resume", "trust", "json"):
+            continue
+        value = getattr(given, name)
+        what = "data set" if name == "data" else option(name)
         words = " ".join(map(str, value)) if isinstance(value, tuple) else value
         raise InputError(
             f"{what} {words} and --resume {given.resume} given; a run goes on by its own recipe: "

@@ -1,10 +1,12 @@
-"""The verbs: a table of names, functions and renderers, and how a command line becomes a call."""
+"""The verbs: a table of names and functions, one of results and renderers, and how a command line
+becomes a call.
+"""
 
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
+from pkgutil import resolve_name
 from typing import Any
 
 from deeplimit.errors import InputError, did_you_mean
@@ -31,16 +33,71 @@ class Verb:
     """A verb of the command.
 
     Attributes:
+        file: in verbs/, of the function of that name; its parameters are the options
+            (`options_of`).
         summary: what it is for, in a line.
-        function: FILE:NAME in the package; its parameters are the options (`options_of`).
-        shown: FILE:NAME in report/, which renders the result.
         doing: what its progress is called.
     """
 
+    file: str
     summary: str
-    function: str
-    shown: str = ""
     doing: str = "measuring"
+
+
+STUDIES = {
+    name: Verb("studies", summary, "training")
+    for name, summary in {
+        "consistency": "Does training stop depending on width and depth as both grow?",
+        "convergence": "Where does training converge at a rate known before it starts?",
+        "horizon": "Does the number of layers in use stay bounded as the network gets deeper?",
+        "linear": "Do linear residuals stay near a Neural ODE while they train?",
+        "smooth": "Do two-layer residuals stay near a Neural ODE if they start smooth in depth?",
+    }.items()
+}
+VERBS = {
+    "demo": Verb("runs", "All of it on data that need no download, within a minute."),
+    "train": Verb("runs", "Train too deep, measure the turnpike, cut to the depth that is enough."),
+    "profile": Verb("runs", "Measure the turnpike of a trained network, layer by layer."),
+    "crop": Verb("runs", "Cut a trained network to fewer layers."),
+    "heal": Verb("runs", "Train a cut network a little more, with the full one as its teacher."),
+    "gradient": Verb(
+        "networks", "What memory-free gradients would save on a model, and at what error."
+    ),
+    "ode": Verb("networks", "How far a network is from its Neural ODE, and how smooth in depth."),
+    "refine": Verb(
+        "runs", "Make a trained network deeper, as its Neural ODE says, and train on from there."
+    ),
+    "compare": Verb(
+        "measures",
+        "How far networks are from one another, whatever their widths and depths.",
+        "comparing",
+    ),
+    "interpolate": Verb("measures", "Loss and accuracy along the geodesic between two networks."),
+    "merge": Verb("measures", "Join trained networks in one.", "merging"),
+    "report": Verb("runs", "Write the page of a run again."),
+    "verify": Verb(
+        "runs", "Check that the files of a run are what they were when they were written."
+    ),
+    "study": Verb("", f"Experiments over several runs: {', '.join(STUDIES)}."),
+}
+SHOWN = {  # the class of a result: FILE:NAME in report/, which renders it
+    "Comparison": "measures:comparison_summary",
+    "ConsistencyStudy": "studies:consistency_summary",
+    "ConvergenceStudy": "convergence:convergence_summary",
+    "Cut": "console:crop_summary",
+    "DepthLimit": "depth_limit:depth_limit_summary",
+    "Finished": "console:finished_summary",
+    "GradientCost": "gradient_cost:gradient_summary",
+    "Healing": "console:healing_summary",
+    "HorizonStudy": "studies:horizon_table",
+    "Interpolation": "measures:interpolation_summary",
+    "LinearStudy": "studies:rates_summary",
+    "MergedRuns": "measures:merge_summary",
+    "Profiles": "console:profile_summary",
+    "Refinement": "console:refinement_summary",
+    "SmoothStudy": "studies:rates_summary",
+    "Verification": "console:verification_lines",
+}
 
 
 def parse(args: list[str]) -> Command:
@@ -52,30 +109,18 @@ def parse(args: list[str]) -> Command:
     """
     if args == ["--version"]:
         return _print_version
+    if args[:1] == ["study"]:
+        return _choose(STUDIES, "deeplimit study", "Experiments over several runs.", args[1:])
     return _choose(VERBS, "deeplimit", DESCRIPTION, args)
 
 
-def options(verb: Verb) -> type[Any]:
-    """The dataclass of a verb's options."""
-    from deeplimit.cli.options import options_of
-
-    made = _function(verb)
-    return made if isinstance(made, type) else options_of(made)
+def function_of(name: str, verb: Verb) -> Callable[..., Any]:
+    """The function of a verb."""
+    function: Callable[..., Any] = resolve_name(f"deeplimit.verbs.{verb.file}:{name}")
+    return function
 
 
-def answer(verb: Verb, given: Any) -> None:
-    """Calls a verb's function, and prints what it returns."""
-    from deeplimit.cli.options import call
-    from deeplimit.cli.output import progress
-
-    function = _function(verb)
-    silent = given.json or "tell" not in signature(function).parameters  # or has its own bars
-    with progress(quiet=silent, doing=verb.doing) as tell:
-        found = call(function, given, {"tell": tell, "quiet": given.json})
-    show(verb, found, json=given.json)
-
-
-def show(verb: Verb, found: Any, *, json: bool) -> None:
+def show(found: Any, *, json: bool) -> None:
     """Prints an answer: a table, and where files are.
 
     Raises:
@@ -83,33 +128,19 @@ def show(verb: Verb, found: Any, *, json: bool) -> None:
     """
     from deeplimit.cli.output import emit
 
-    if found.result is not None:  # the first of several processes has it
-        table = [] if json else [_report(verb.shown)(found.result, *found.beside)]
-        emit(found.result, *table, *found.written, json=json)
+    result = found.result
+    if result is not None:  # the first of several processes has it
+        shown = f"deeplimit.report.{SHOWN[type(result).__name__]}"
+        table = [] if json else [resolve_name(shown)(result, *found.beside)]
+        emit(result, *table, *found.written, json=json)
     if found.fault:
         raise InputError(found.fault)
-
-
-def _function(verb: Verb) -> Any:
-    return pkgutil.resolve_name(f"deeplimit.{verb.function}")
-
-
-def _report(name: str) -> Callable[..., Any]:
-    shown: Callable[..., Any] = pkgutil.resolve_name(f"deeplimit.report.{name}")
-    return shown
 
 
 def _choose(verbs: dict[str, Verb], prog: str, description: str, args: list[str]) -> Command:
     if args and args[0] in verbs:
         name, *words = args
-        if name == "study":
-            return _choose(STUDIES, "deeplimit study", "Experiments over several runs.", words)
-        if name == "train":
-            from deeplimit.cli.train import parse_train
-
-            made = parse_train(words)
-            return lambda: show(verbs[name], made.answer(), json=made.json)
-        return _parse_options(verbs[name], f"{prog} {name}", words)
+        return _parsed(name, verbs[name], prog, words)
     if args and not args[0].startswith("-"):
         raise InputError(
             f"{prog} has no verb {args[0]!r}{did_you_mean(args[0], verbs)}; expected one of "
@@ -124,118 +155,33 @@ def _choose(verbs: dict[str, Verb], prog: str, description: str, args: list[str]
     return lambda: None
 
 
-def _parse_options(verb: Verb, prog: str, args: list[str]) -> Command:
+def _parsed(name: str, verb: Verb, prog: str, args: list[str]) -> Command:
+    if verb is VERBS["train"]:
+        from deeplimit.cli.train import parse_train
+
+        made = parse_train(args)
+        return lambda: show(made.answer(), json=made.json)
     import tyro
 
-    from deeplimit.cli.options import STYLE
+    from deeplimit.cli.options import STYLE, options_of
 
-    kind = options(verb)
-    given = tyro.cli(kind, prog=prog, args=args, config=STYLE)
-    return given if callable(given) else partial(answer, verb, given)
+    function = function_of(name, verb)
+    given = tyro.cli(options_of(function), prog=f"{prog} {name}", args=args, config=STYLE)
+    return partial(_answer, function, given, verb.doing)
+
+
+def _answer(function: Callable[..., Any], given: Any, doing: str) -> None:
+    """Calls a verb's function, and prints what it returns."""
+    from deeplimit.cli.options import call
+    from deeplimit.cli.output import progress
+
+    silent = given.json or "tell" not in signature(function).parameters  # or has its own bars
+    with progress(quiet=silent, doing=doing) as tell:
+        found = call(function, given, {"tell": tell, "quiet": given.json})
+    show(found, json=given.json)
 
 
 def _print_version() -> None:
     from deeplimit import __version__
 
     print(f"deeplimit {__version__}")
-
-
-STUDIES = {
-    "consistency": Verb(
-        "Does training stop depending on width and depth as both grow?",
-        "verbs.studies:consistency",
-        "studies:consistency_summary",
-        "training",
-    ),
-    "convergence": Verb(
-        "Where does training converge at a rate known before it starts?",
-        "verbs.studies:convergence",
-        "convergence:convergence_summary",
-        "training",
-    ),
-    "horizon": Verb(
-        "Does the number of layers in use stay bounded as the network gets deeper?",
-        "verbs.studies:horizon",
-        "studies:horizon_table",
-    ),
-    "linear": Verb(
-        "Do linear residuals stay near a Neural ODE while they train?",
-        "verbs.studies:linear",
-        "studies:rates_summary",
-        "training",
-    ),
-    "smooth": Verb(
-        "Do two-layer residuals stay near a Neural ODE if they start smooth in depth?",
-        "verbs.studies:smooth",
-        "studies:rates_summary",
-        "training",
-    ),
-}
-VERBS = {
-    "demo": Verb(
-        "All of it on data that need no download, within a minute.",
-        "verbs.runs:demo",
-        "console:finished_summary",
-    ),
-    "train": Verb(
-        "Train too deep, measure the turnpike, cut to the depth that is enough.",
-        "verbs.runs:train",
-        "console:finished_summary",
-    ),
-    "profile": Verb(
-        "Measure the turnpike of a trained network, layer by layer.",
-        "verbs.runs:profile",
-        "console:profile_summary",
-    ),
-    "crop": Verb(
-        "Cut a trained network to fewer layers.", "verbs.runs:crop", "console:crop_summary"
-    ),
-    "heal": Verb(
-        "Train a cut network a little more, with the full one as its teacher.",
-        "verbs.runs:heal",
-        "console:healing_summary",
-    ),
-    "gradient": Verb(
-        "What memory-free gradients would save on a model, and at what error.",
-        "verbs.networks:gradient",
-        "gradient_cost:gradient_summary",
-    ),
-    "ode": Verb(
-        "How far a network is from its Neural ODE, and how smooth in depth.",
-        "verbs.networks:ode",
-        "depth_limit:depth_limit_summary",
-    ),
-    "refine": Verb(
-        "Make a trained network deeper, as its Neural ODE says, and train on from there.",
-        "verbs.runs:refine",
-        "console:refinement_summary",
-    ),
-    "compare": Verb(
-        "How far networks are from one another, whatever their widths and depths.",
-        "verbs.measures:compare",
-        "measures:comparison_summary",
-        "comparing",
-    ),
-    "interpolate": Verb(
-        "Loss and accuracy along the geodesic between two networks.",
-        "verbs.measures:interpolate",
-        "measures:interpolation_summary",
-    ),
-    "merge": Verb(
-        "Join trained networks in one.",
-        "verbs.measures:merge",
-        "measures:merge_summary",
-        "merging",
-    ),
-    "report": Verb(
-        "Write the page of a run again.", "verbs.runs:report", "console:finished_summary"
-    ),
-    "verify": Verb(
-        "Check that the files of a run are what they were when they were written.",
-        "verbs.runs:verify",
-        "console:verification_lines",
-    ),
-    "study": Verb(
-        "Experiments over several runs: consistency, convergence, horizon, linear, smooth.", ""
-    ),
-}

@@ -15,14 +15,15 @@ from deeplimit.control.losses import ClassLoss
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.stage_cost import StageCost
 from deeplimit.errors import InputError, several
-from deeplimit.tables import Shown, number, table
+from deeplimit.records import Record
+from deeplimit.tables import number, table
 
 ROUNDING = 1e-12
 NEED = "the check needs at least one sample that counts"
 
 
 @dataclass(frozen=True)
-class DissipativityReport(Shown):
+class DissipativityReport(Record):
     """The dissipation inequality per layer n = 0 … N−1; positive margins hold.
 
         >>> report = dissipativity(StageCost(model, SoftCrossEntropy(4)), loader)

@@ -22,7 +22,7 @@ from deeplimit._anatomy.inputs import batch_of, placed
 from deeplimit.control.batches import blame_inputs, first_part
 from deeplimit.control.least_squares import Fit, Moments, fits, fold
 from deeplimit.errors import InputError, several
-from deeplimit.tables import Shown
+from deeplimit.records import Record
 
 Kind = Literal["nothing", "scale", "channels", "linear"]
 HELD = 4  # every so many-th sample is held out
@@ -30,7 +30,7 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @dataclass(frozen=True)
-class Gap(Shown):
+class Gap(Record):
     """What stands for one run of removed layers.
 
     Attributes:
@@ -65,7 +65,7 @@ class Gap(Shown):
 
 
 @dataclass(frozen=True)
-class Bridge(Shown):
+class Bridge(Record):
     """What was fitted for each run of removed layers.
 
         >>> bridge = bridge_of(crop(model, remove=[2, 3], bridge=loader))

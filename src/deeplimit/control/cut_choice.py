@@ -11,7 +11,7 @@ from deeplimit._anatomy import Anatomy
 from deeplimit.control.trials import Trials
 from deeplimit.control.verdict import CONFIDENCE, FEW, samples_needed
 from deeplimit.errors import several
-from deeplimit.tables import Shown
+from deeplimit.records import Record
 
 Budget = Literal["accuracy", "rise", "blocks", "multiply_adds", "latency"]
 QUALITY: tuple[Budget, ...] = ("accuracy", "rise")  # of which most layers go; of others fewest
@@ -19,7 +19,7 @@ Score = Literal["influence", "update", "tail", "turnpike", "trial"]
 
 
 @dataclass(frozen=True)
-class CutChoice(Shown):
+class CutChoice(Record):
     """The layers to be removed under a budget; `crop(model, choice)` removes them.
 
         >>> profile = turnpike_profile(model, loader, SoftCrossEntropy(4))

@@ -14,7 +14,8 @@ from deeplimit.control.batches import any_batches, first_part
 from deeplimit.control.early_exit import at_depth, check_rows, confidences
 from deeplimit.control.verifying import multiply_adds
 from deeplimit.errors import InputError, several
-from deeplimit.tables import Shown, percent, table
+from deeplimit.records import Record
+from deeplimit.tables import percent, table
 
 NEED = "exits are chosen on samples"
 MOST = 4  # exits: each costs a run of the head on the samples that reach it
@@ -22,7 +23,7 @@ STEPS = 20  # of the sequence of thresholds, from no disagreement up to twice th
 
 
 @dataclass(frozen=True)
-class ExitChoice(Shown):
+class ExitChoice(Record):
     """Thresholds of early exits with a bounded risk; for `EarlyExit(model, choice.thresholds)`.
 
         >>> exit_depths(model, loader, risk=0.2, confidence=0.8).horizon

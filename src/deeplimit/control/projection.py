@@ -11,14 +11,14 @@ from deeplimit._anatomy.evaluation import Inputs, device_of, evaluating, pairs
 from deeplimit.control.batches import blame_inputs
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.errors import InputError, several
-from deeplimit.tables import Shown
+from deeplimit.records import Record
 
 Point = tuple[float, float]
 NEED = "a picture needs at least one sample"
 
 
 @dataclass(frozen=True)
-class TrajectoryPicture(Shown):
+class TrajectoryPicture(Record):
     """Points in a plane, layer by layer: [N + 1][P][2].
 
         >>> picture_trajectories(model, loader, SoftCrossEntropy(4)).plane

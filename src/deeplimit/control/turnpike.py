@@ -18,7 +18,8 @@ from deeplimit.control.verdict import (
     range_of,
 )
 from deeplimit.errors import InputError, several
-from deeplimit.tables import Shown, number, percent, table
+from deeplimit.records import Record
+from deeplimit.tables import number, percent, table
 
 ACCURACY_TOLERANCE = 0.005
 TUBE = 0.2
@@ -33,7 +34,7 @@ def loss_tolerance(accuracy: float) -> float:
 
 
 @dataclass(frozen=True)
-class TurnpikeProfile(Shown):
+class TurnpikeProfile(Record):
     """Per layer n = 0 … N, over all samples: loss, accuracy, distance to the minimisers, update.
 
     z_n are the logits of the state x_n, carried through the remaining projection shortcuts and the

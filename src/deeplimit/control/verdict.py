@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError, several
-from deeplimit.tables import Shown
+from deeplimit.records import Record
 
 CONFIDENCE = 0.95
 Z = NormalDist().inv_cdf(CONFIDENCE)  # one-sided: 1.645
@@ -29,7 +29,7 @@ Word = Literal["kept", "unresolved", "lost", "nothing learnt"]
 
 
 @dataclass(frozen=True)
-class Verdict(Shown):
+class Verdict(Record):
     """What held-out data say of a change of network, at 95 %, paired by sample.
 
         >>> verdict = verify_crop(model, crop(model, 2), loader).verdict

@@ -36,14 +36,15 @@ from deeplimit.control.verdict import (
     mean_and_error,
 )
 from deeplimit.errors import InputError, several
-from deeplimit.tables import Shown, number, percent, table
+from deeplimit.records import Record
+from deeplimit.tables import number, percent, table
 
 LATENCY_ROUNDS = 7
 NEED = "a crop is verified on at least one sample that counts"
 
 
 @dataclass(frozen=True)
-class CropResult(Shown):
+class CropResult(Record):
     """A network before and after a cut, on the same held-out samples.
 
         >>> result = verify_crop(model, crop(model, 2), loader)

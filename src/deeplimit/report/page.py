@@ -12,26 +12,16 @@ from plotly.offline import get_plotlyjs
 
 from deeplimit.files import write_text
 from deeplimit.records import to_json
-from deeplimit.report import answer, language
-from deeplimit.report.certificate import certificate_answer, certificate_figures
-from deeplimit.report.depth_limit import SOLVERS, depth_limit_figures, solver_rows
-from deeplimit.report.language import perplexity, verdict_sentence
-from deeplimit.report.numbers import percent, significant
-from deeplimit.report.states import leaving, states_caption, thin, trajectory_figure
-from deeplimit.report.training import Measure, training_caption, training_figure
-from deeplimit.report.turnpike import (
-    accuracy_caption,
-    accuracy_figure,
-    class_caption,
-    class_figure,
-    distance_caption,
-    distance_figure,
-    influence_figure,
-    loss_caption,
-    loss_figure,
-    update_caption,
-    update_figure,
+from deeplimit.report import (
+    answer,
+    convergence,
+    depth_limit,
+    language,
+    states,
+    training,
+    turnpike,
 )
+from deeplimit.report.numbers import percent, significant
 from deeplimit.training.results import Profiles, RunResults
 
 CONFIG = {"displayModeBar": False, "responsive": True}
@@ -51,9 +41,9 @@ class Panel:
 
 def render_page(results: RunResults) -> str:
     """The page as HTML; parts that the results do not have are left out."""
-    limit, certificate, profiles = results.depth_limit, results.certificate, results.profiles
+    limit, proof, profiles = results.depth_limit, results.certificate, results.profiles
     of_text = profiles is not None and not profiles.test.accuracy
-    solvers = [("", row) for row in solver_rows(limit.solvers)] if limit else []
+    solvers = [("", row) for row in depth_limit.solver_rows(limit.solvers)] if limit else []
     recipe = _flat(results.recipe)
     return _rendered(
         "page.html.j2",
@@ -64,10 +54,10 @@ def render_page(results: RunResults) -> str:
         layer_table=_layer_table(profiles) if profiles else None,
         states=states_panel(results),
         training_panels=training_panels(results),
-        limit_panels=_panels(depth_limit_figures(limit)) if limit else [],
-        solver_table=(SOLVERS, solvers) if solvers else None,
-        certificate=certificate_answer(certificate) if certificate else "",
-        certificate_panels=_panels(certificate_figures(certificate)) if certificate else [],
+        limit_panels=_panels(depth_limit.depth_limit_figures(limit)) if limit else [],
+        solver_table=(depth_limit.SOLVERS, solvers) if solvers else None,
+        certificate=convergence.certificate_answer(proof) if proof else "",
+        certificate_panels=_panels(convergence.certificate_figures(proof)) if proof else [],
         recipe=[(key, value) for key, value in recipe if not (of_text and key == "points")],
     )
 
@@ -80,7 +70,7 @@ def _rendered(template: str, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["sentence"] = verdict_sentence
+    environment.filters["sentence"] = language.verdict_sentence
     environment.globals["words"] = answer
     return environment.get_template(template).render(context)
 
@@ -111,7 +101,7 @@ def _layer_table(profiles: Profiles) -> tuple[tuple[str, ...], list[tuple[str, l
         columns["accuracy"] = [percent(a, profile.samples) for a in profile.accuracy]
         columns["distance"] = [*map(significant, profile.distance)]
     else:
-        columns["perplexity"] = [*map(perplexity, profile.loss)]
+        columns["perplexity"] = [*map(language.perplexity, profile.loss)]
     columns["update after"] = [*(f"{significant(100 * u)} %" for u in profile.relative_update), ""]
     rows = zip(*columns.values(), strict=True)
     return tuple(columns), [(marks.get(n, ""), list(cells)) for n, cells in enumerate(rows)]
@@ -136,26 +126,28 @@ def layer_panels(results: RunResults) -> list[Panel]:
     profiles, cut = results.profiles, results.cut
     networks = (profiles, cut, results.reference)
     test, names = profiles.test, results.class_names
-    loss, update = loss_figure(*networks), update_figure(*networks)
+    loss, update = turnpike.loss_figure(*networks), turnpike.update_figure(*networks)
     if not test.accuracy:
-        influence = influence_figure(profiles, cut)
+        influence = turnpike.influence_figure(profiles, cut)
         return _panels(
             [
                 ("loss", loss, language.loss_caption(profiles)),
                 ("influence", influence, language.influence_caption(test)),
-                ("update", update, update_caption(profiles)),
+                ("update", update, turnpike.update_caption(profiles)),
             ]
         )
-    excess = loss_figure(*networks, log=True)
+    excess = turnpike.loss_figure(*networks, log=True)
     shown = [
-        ("loss", loss, loss_caption(profiles, cut, log=False)),
-        ("excess", excess, loss_caption(profiles, cut, log=True)),
-        ("accuracy", accuracy_figure(*networks), accuracy_caption(*networks)),
-        ("distance", distance_figure(*networks), distance_caption(profiles)),
-        ("update", update, update_caption(profiles)),
+        ("loss", loss, turnpike.loss_caption(profiles, cut, log=False)),
+        ("excess", excess, turnpike.loss_caption(profiles, cut, log=True)),
+        ("accuracy", turnpike.accuracy_figure(*networks), turnpike.accuracy_caption(*networks)),
+        ("distance", turnpike.distance_figure(*networks), turnpike.distance_caption(profiles)),
+        ("update", update, turnpike.update_caption(profiles)),
     ]
     if test.class_distance:
-        shown.append(("classes", class_figure(test, names), class_caption(test, names)))
+        shown.append(
+            ("classes", turnpike.class_figure(test, names), turnpike.class_caption(test, names))
+        )
     return _panels(shown)
 
 
@@ -163,12 +155,12 @@ def training_panels(results: RunResults) -> list[Panel]:
     """Loss, accuracy and, once the tube has been entered, the entry over epochs."""
     metrics = results.metrics
     samples = results.profiles.validation.samples if results.profiles else 0
-    measures: tuple[Measure, ...] = get_args(Measure)
+    measures: tuple[training.Measure, ...] = get_args(training.Measure)
     return _panels(
         (
             f"training-{measure}",
-            training_figure(metrics, measure),
-            training_caption(metrics, measure, samples),
+            training.training_figure(metrics, measure),
+            training.training_caption(metrics, measure, samples),
         )
         for measure in measures
         if any(row.get(measure) is not None for row in metrics)
@@ -179,8 +171,8 @@ def states_panel(results: RunResults) -> dict[str, Any] | None:
     """The states: a panel, figures of test data to show at each layer, marks along the slider."""
     if results.picture is None:
         return None
-    picture, profiles = thin(results.picture), results.profiles
-    figure = trajectory_figure(picture, results.class_names)
+    picture, profiles = states.thin(results.picture), results.profiles
+    figure = states.trajectory_figure(picture, results.class_names)
     figure.layout.sliders = ()
     horizon = len(picture.points) - 1
     layers, ticks, validation = [], [], None
@@ -194,7 +186,8 @@ def states_panel(results: RunResults) -> dict[str, Any] | None:
             ]
         if test.horizon == horizon and entry is not None:
             ticks = [{"at": round(entry / max(1, horizon), 4), "text": f"entry {entry}"}]
-    caption = states_caption(picture, len(results.picture.labels), leaving(picture), validation)
+    of, leaving = len(results.picture.labels), states.leaving(picture)
+    caption = states.states_caption(picture, of, leaving, validation)
     (panel,) = _panels([("states", figure, caption)])
     return {"panel": panel, "layers": layers, "ticks": ticks, "horizon": horizon}
 

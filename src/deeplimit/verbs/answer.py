@@ -2,11 +2,11 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from typing_extensions import Doc
 
@@ -17,12 +17,10 @@ from deeplimit.training.recipe import LARGEST_SEED
 from deeplimit.training.run_folder import check_recipe
 from deeplimit.training.specification import is_run
 
-if TYPE_CHECKING:
-    from deeplimit.training.results import RunResults
-
 PAGE = "report.html"
 
 # Parameters that several verbs have; a text by itself is what stands for the value in the help.
+RUNS = Path("runs")
 Progress = Callable[[str, float], None]  # what is done now, and the part of all that is done
 Model = Annotated[
     str,
@@ -34,6 +32,7 @@ Model = Annotated[
     ),
 ]
 Figure = Annotated[Path | None, "FILE"]  # a page to write
+Runs = Annotated[Path, "DIR", Doc("Folder for the run folders.")]
 Run = Annotated[str | Path, "RUN", Doc("The run folder that train wrote.")]
 Shape = Annotated[
     str | None,
@@ -63,12 +62,13 @@ class Within:
     above: bool = False
     below: bool = False
 
-    def check(self, name: str, value: int | float) -> None:
-        """Raises InputError for another number."""
-        low = self.least < value if self.above else self.least <= value
-        high = value < self.most if self.below else value <= self.most
-        if not (low and high):
-            raise InputError(f"{name} is {value}; expected {self}")
+    def check(self, name: str, value: Any) -> None:
+        """Raises InputError for another number, or where it is one of several."""
+        for number in value if isinstance(value, tuple) else (value,):
+            low = self.least < number if self.above else self.least <= number
+            high = number < self.most if self.below else number <= self.most
+            if not (low and high):
+                raise InputError(f"{name} is {number}; expected {self}")
 
     def __str__(self) -> str:
         """What is expected, in words."""
@@ -106,32 +106,33 @@ class Answer:
 
 def show(folder: RunFolder) -> Answer:
     """Writes the page from what is in the folder; several processes leave it to the first."""
-    if not is_first_process():
-        return Answer(None)
-    from deeplimit.training.results import Finished
-
-    with folder.commit() as new:
-        results, page = _renewed(new)
-    return Answer(Finished(folder.path, page, results), (_page_line(page),))
+    return _renewed(folder) if is_first_process() else Answer(None)
 
 
 def renew_page(folder: RunFolder) -> str:
     """Writes the page from what is in the folder; says where it is."""
-    with folder.commit() as new:
-        return _page_line(_renewed(new)[1])
+    return _renewed(folder).written[0]
 
 
-def _renewed(folder: RunFolder) -> tuple["RunResults", Path]:
-    """The page written in an open commit; the results on it, and where it will be."""
+def _renewed(folder: RunFolder) -> Answer:
     from deeplimit.report import write_page
+    from deeplimit.training.results import Finished
 
-    results = folder.results()
-    write_page(results, folder.files.place(PAGE))
-    return results, folder.path / PAGE
+    page = folder.path / PAGE
+    with folder.commit() as new:
+        results = new.results()
+        write_page(results, new.files.place(PAGE))
+    return Answer(Finished(folder.path, page, results), (f"The page is at {page.resolve()}",))
 
 
-def _page_line(page: Path) -> str:
-    return f"The page is at {page.resolve()}"
+def unusual(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """The names among `given` whose values are not the defaults."""
+    return [name for name, value in given.items() if value != defaults[name]]
+
+
+def option(name: str) -> str:
+    """How a parameter is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Elsewhere:
     """Of a MODEL: mean of each channel that it was trained with, as in deeplimit train."""
     std: tuple[float, ...] | None = None
     """Of a MODEL: standard deviation of each channel, likewise."""
-    runs: Annotated[Path, "DIR"] = Path("runs")
+    runs: Runs = RUNS
     """Of a MODEL: folder for the run folder."""
     name: Annotated[str | None, "NAME"] = None
     """Of a MODEL: the run folder's name; by default the data set's."""
@@ -190,28 +191,18 @@ class Elsewhere:
                 raise InputError(
                     f"{run} is the folder of a model, not of a run: write transformers:{run}"
                 )
-            for field in fields(self):
-                if getattr(self, field.name) != field.default:
-                    option = f"--{field.name.replace('_', '-')}"
-                    raise InputError(
-                        f"{option} given, but {run} is a run folder, which has its own; leave "
-                        f"{option} out"
-                    )
+            for name in unusual(vars(self), vars(Elsewhere())):
+                raise InputError(
+                    f"{option(name)} given, but {run} is a run folder, which has its own; leave "
+                    f"{option(name)} out"
+                )
             return RunFolder.open(run, trust=trust)
         if self.data is None:
             raise InputError(
                 f"{run} is a model, not a run folder: give its data too, such as --data cifar10"
             )
-        recipe = replace(
-            recipe_for(self.data, run),
-            epochs=0,
-            length=self.length,
-            data_dir=self.data_dir,
-            weights=self.weights,
-            stack=self.stack,
-            mean=self.mean,
-            std=self.std,
-        )
+        own = {n: value for n, value in vars(self).items() if n not in ("data", "runs", "name")}
+        recipe = replace(recipe_for(self.data, run), epochs=0, **own)
         check_recipe(recipe, self.runs, self.name)
         return recipe
 

@@ -1,7 +1,6 @@
 """Verbs on one network, of a run or elsewhere: its gradients, its Neural ODE."""
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from deeplimit.errors import InputError
@@ -18,16 +17,13 @@ from deeplimit.verbs.answer import (
     Shape,
     Trust,
     check_figure,
+    option,
     renew_page,
     silent,
 )
 
 if TYPE_CHECKING:
     from torch.nn import Module
-
-    from deeplimit.studies import GradientCost
-    from deeplimit.training import LoadedModel
-    from deeplimit.training.run_files import RunFiles
 
 RESULT, FIGURE = "gradient.json", "gradient.html"
 STAGES = 8  # of gradient: the exact one, six methods, the times of all
@@ -79,12 +75,13 @@ def gradient(
     check_spec(model, trust=trust)
     check_figure(figure)
     sizes = _sizes(shape)
+    from deeplimit.report import gradient_cost_figure
+    from deeplimit.report.page import write_figures, write_result
     from deeplimit.studies import measure_gradient_cost
     from deeplimit.training import BatchRequest, example, load_model
     from deeplimit.training.run_files import RunFiles
 
-    wish = BatchRequest(batch, sizes, length, seed)
-    where = _device(device)
+    wish, where = BatchRequest(batch, sizes, length, seed), _device(device)
     loaded = load_model(model, seed=seed, trust=trust)
     made = example(loaded, wish, where)
     run = None if loaded.run is None else RunFiles(loaded.run)
@@ -102,24 +99,16 @@ def gradient(
             seed=seed,
             tell=lambda message: tell(message, next(done, STAGES) / STAGES),
         )
-        return Answer(cost, _write_cost(cost, figure, files))
-
-
-def _write_cost(
-    cost: "GradientCost", figure: Path | None, files: "RunFiles | None"
-) -> tuple[str, ...]:
-    """The files; what to say of them."""
-    from deeplimit.report import gradient_cost_figure
-    from deeplimit.report.page import write_figures, write_result
-
-    title = f"{cost.model}: memory, time and error of gradients"
-    figures = [("gradient", gradient_cost_figure(cost), "")]
-    if files is not None:
-        write_result(files.place(RESULT), cost)
-        if figure is None:
-            page = files.place(FIGURE)
-            return (write_figures(page, title, figures, to=files.folder / FIGURE),)
-    return () if figure is None else (write_figures(figure, title, figures),)
+        page, to = figure, None
+        if files is not None:
+            write_result(files.place(RESULT), cost)
+            if figure is None:
+                page, to = files.place(FIGURE), files.folder / FIGURE
+        if page is None:
+            return Answer(cost)
+        title = f"{cost.model}: memory, time and error of gradients"
+        figures = [("gradient", gradient_cost_figure(cost), "")]
+        return Answer(cost, (write_figures(page, title, figures, to=to),))
 
 
 def ode(
@@ -130,7 +119,7 @@ def ode(
     solver: Annotated[str | None, "SOLVER"] = None,
     steps: Annotated[tuple[int, ...], "K", COUNT] = (),
     tolerance: Annotated[float | None, POSITIVE] = None,
-    batch: Annotated[int | None, "N"] = None,
+    batch: Annotated[int | None, "N", COUNT] = None,
     shape: Shape = None,
     length: Annotated[int | None, "L"] = None,
     seed: Seed = 0,
@@ -151,8 +140,7 @@ def ode(
 
     Args:
         interpolation: Of the controls between the layers.
-        bound: Compute the bounds on the distance too; of a large model they take twenty times as
-            long.
+        bound: Compute the bounds on the distance; of a large model they take twenty times as long.
         solver: Of a run: a method of torchdiffeq, such as euler, midpoint, heun2, rk4 (with
             --steps) or dopri5, dopri8, bosh3 (adaptive); by default euler and rk4 with fewer and
             more steps, dopri5.
@@ -164,31 +152,29 @@ def ode(
         seed: Of random parameters and inputs.
         figure: Of a model: write the figures to this HTML file, which opens offline.
     """
-    if batch is not None and batch < 1:
-        raise InputError(f"batch is {batch}; expected at least 1")
     check_spec(model, trust=trust)
-    sizes = _sizes(shape)
+    wish = (batch, _sizes(shape), length, seed)
     from deeplimit.ode import depth_limit
     from deeplimit.ode.solvers import TOLERANCE
-    from deeplimit.training import load_model
+    from deeplimit.report.depth_limit import depth_limit_figures
+    from deeplimit.report.page import write_figures
+    from deeplimit.training import BatchRequest, example, load_model
+    from deeplimit.training.example_batch import inputs_of
 
     asked = {"solver": solver, "steps": steps or None, "tolerance": tolerance}
+    own = {"shape": shape, "length": length, "figure": figure}
     loaded = load_model(model, seed=seed, trust=trust)
-    network = loaded.model.eval()
+    network, written = loaded.model.eval(), []
     folder = None if loaded.run is None else RunFolder.open(loaded.run)
-    written = []
     with nullcontext() if folder is None else folder.commit() as new:
         if new is None:
-            _no_solver(model, asked, "accuracy needs a run, with its test data")
+            _refuse(asked, f" for {model}: accuracy needs a run, with its test data")
             check_figure(figure)
-            given = {"x": _batch_of(loaded, batch, sizes, length, seed)}
+            given: dict[str, Any] = {
+                "x": inputs_of(example(loaded, BatchRequest(*wish), "cpu").batch)
+            }
         else:
-            for option, value in {"shape": shape, "length": length, "figure": figure}.items():
-                if value is not None:
-                    raise InputError(
-                        f"--{option} given, but {model} is a run folder, which has its own data "
-                        f"and page; leave --{option} out"
-                    )
+            _refuse(own, f", but {model} is a run folder, which has its own data and page")
             given = _test_data_of(new, network, model, batch or SAMPLES, asked)
         limit = depth_limit(
             network,
@@ -203,26 +189,9 @@ def ode(
             new.write(limit)
             written.append(renew_page(new))
     if folder is None and figure is not None:
-        from deeplimit.report.depth_limit import depth_limit_figures
-        from deeplimit.report.page import write_figures
-
         title = f"{model} and its Neural ODE"
         written.append(write_figures(figure, title, depth_limit_figures(limit)))
     return Answer(limit, tuple(written))
-
-
-def _batch_of(
-    loaded: "LoadedModel",
-    batch: int | None,
-    sizes: tuple[int, ...] | None,
-    length: int | None,
-    seed: int,
-) -> Any:
-    """One batch, the user's own or random."""
-    from deeplimit.training import BatchRequest, example
-    from deeplimit.training.example_batch import inputs_of
-
-    return inputs_of(example(loaded, BatchRequest(batch, sizes, length, seed), "cpu").batch)
 
 
 def _test_data_of(
@@ -235,18 +204,19 @@ def _test_data_of(
 
     test = run_data(folder).test
     x, _ = next(iter(evaluation_batches(test.take(min(batch, len(test))))))
-    chains = [chain for _, chain in chains_in(network)]
-    if not chains:
-        _no_solver(name, asked, "its layers are not a chain of residual functions")
+    depths = [len(chain) for _, chain in chains_in(network)]
+    if not depths:
+        _refuse(asked, f" for {name}: its layers are not a chain of residual functions")
         return {"x": x}
-    solvers = _solvers(max(map(len, chains)), **asked)
+    solvers = _solvers(max(depths), **asked)
     return {"x": x, "loader": evaluation_batches(test), "solvers": solvers}
 
 
-def _no_solver(name: str, asked: dict[str, Any], why: str) -> None:
-    for option, value in asked.items():
+def _refuse(asked: dict[str, Any], why: str) -> None:
+    """Raises InputError for an option that would be ignored."""
+    for name, value in asked.items():
         if value is not None:
-            raise InputError(f"--{option} given for {name}: {why}; leave it out")
+            raise InputError(f"{option(name)} given{why}; leave {option(name)} out")
 
 
 def _solvers(
@@ -255,31 +225,26 @@ def _solvers(
     """What is asked for; by default fewer and more steps than the network's."""
     from deeplimit.ode.solvers import FIXED, TOLERANCE, check_solver
 
-    within = TOLERANCE if tolerance is None else tolerance
-    if solver is not None:
-        asked = [(solver, k) for k in steps or (None,)]
-        for name, k in asked:
-            check_solver(name, k, within)
-        if solver in FIXED and tolerance is not None:
-            raise InputError(
-                f"--tolerance given, but {solver} takes steps of one size; leave it out, "
-                "or name an adaptive solver, such as dopri5"
-            )
-        return asked
-    if steps:
+    if solver is None and steps:
         raise InputError("--steps given without --solver; name one, such as --solver rk4")
-    check_solver("dopri5", None, within)
     fewer = sorted({max(depth // 4, 1), max(depth // 2, 1), 2 * depth})
     rough = sorted({max(depth // 8, 1), max(depth // 4, 1)})
-    return [("euler", k) for k in fewer] + [("rk4", k) for k in rough] + [("dopri5", None)]
+    runs = [*(("euler", k) for k in fewer), *(("rk4", k) for k in rough), ("dopri5", None)]
+    asked = runs if solver is None else [(solver, k) for k in steps or (None,)]
+    for name, k in asked:
+        check_solver(name, k, TOLERANCE if tolerance is None else tolerance)
+    if solver in FIXED and tolerance is not None:
+        raise InputError(
+            f"--tolerance given, but {solver} takes steps of one size; leave it out, "
+            "or name an adaptive solver, such as dopri5"
+        )
+    return asked
 
 
 def _sizes(shape: str | None) -> tuple[int, ...] | None:
     """The numbers in "3,224,224"."""
-    if shape is None:
-        return None
     try:
-        return tuple(int(size) for size in shape.split(","))
+        return None if shape is None else tuple(int(size) for size in shape.split(","))
     except ValueError:
         raise InputError(f"shape is {shape!r}; expected sizes such as 3,224,224") from None
 

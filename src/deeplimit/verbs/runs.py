@@ -1,9 +1,8 @@
 """Verbs on a run: train it, look at it, cut it, heal it, make it deeper, check its files."""
 
-from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
@@ -17,18 +16,19 @@ from deeplimit.verbs.answer import (
     FRACTION,
     PART,
     POSITIVE,
+    RUNS,
     Answer,
     Elsewhere,
     Run,
+    Runs,
     Seed,
     Trust,
     Within,
+    option,
     renew_page,
     show,
+    unusual,
 )
-
-if TYPE_CHECKING:
-    from deeplimit.training.verifying import Verification
 
 Source = Annotated[
     str | Path,
@@ -39,11 +39,13 @@ Source = Annotated[
     ),
 ]
 
+BESIDE = ("run", "of", "resume", "trust", "quiet")  # what of heal's parameters is no setting of it
+
 
 def train(
     recipe: Recipe,
     *,
-    runs: Annotated[Path, "DIR"] = Path("runs"),
+    runs: Runs = RUNS,
     name: Annotated[str | None, "NAME"] = None,
     quiet: bool = False,
 ) -> Answer:
@@ -66,7 +68,6 @@ def train(
 
     Args:
         recipe: What to train.
-        runs: Folder for the run folders.
         name: The run folder's name; by default the data set's. A name that is taken gets -2, -3, …
         quiet: No progress on stderr.
 
@@ -99,7 +100,7 @@ def _finished(folder: RunFolder, *, quiet: bool) -> Answer:
     return show(folder)
 
 
-def demo(*, seed: Seed = 0, runs: Annotated[Path, "DIR"] = Path("runs")) -> Answer:
+def demo(*, seed: Seed = 0, runs: Runs = RUNS) -> Answer:
     """Show all of it on scikit-learn's digits, within a minute.
 
     Trains 20 layers with a stage cost, measures the turnpike, cuts to the depth that is enough. As
@@ -109,7 +110,6 @@ def demo(*, seed: Seed = 0, runs: Annotated[Path, "DIR"] = Path("runs")) -> Answ
 
     Args:
         seed: Seed of the initial parameters and of the order of the samples.
-        runs: Folder for the run folder.
     """
     check_runs(runs)
     from deeplimit.studies import demo_recipe, run_demo
@@ -191,14 +191,9 @@ def crop(
         bridge: Fit what the removed layers did on training data, by least squares, and fold it into
             the weights before them; heal then starts from there.
     """
-    budgets: dict[str, Any] = {
-        "blocks": blocks,
-        "multiply_adds": multiply_adds,
-        "latency": latency,
-    }
-    given = [f"--{name.replace('_', '-')}" for name, value in budgets.items() if value is not None]
-    given += ["--to"] * (to != "auto") + ["--points"] * (points is not None)
-    given += ["--rise"] * (rise is not None)
+    budgets: dict[str, Any] = {"blocks": blocks, "multiply_adds": multiply_adds, "latency": latency}
+    asked = budgets | {"to": None if to == "auto" else to, "points": points, "rise": rise}
+    given = [option(name) for name, value in asked.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} given; a cut follows from one of them: give one")
     if points is not None:
@@ -255,16 +250,14 @@ def heal(
             at all.
         resume: Go on with a healing that was stopped, by its own settings; goes with json alone.
     """
-    settings: dict[str, Any] = {
-        "epochs": epochs,
-        "learning_rate": learning_rate,
-        "teacher": teacher,
-        "teacher_weight": teacher_weight,
-        "fade": fade,
-        "temperature": temperature,
-    }
+    settings = {name: value for name, value in locals().items() if name not in BESIDE}
     if resume:
-        _refuse_others(settings | vars(of))
+        defaults = {name: one.default for name, one in signature(heal).parameters.items()}
+        for changed in unusual(settings | vars(of), defaults | vars(Elsewhere())):
+            raise InputError(
+                f"{option(changed)} and --resume given; a healing goes on by its own settings: "
+                "leave one of them out"
+            )
         with RunFolder.open(run, trust=trust).commit() as new:
             from deeplimit.training import resume_heal
 
@@ -348,21 +341,6 @@ def verify(run: Run, *, accept: bool = False) -> Answer:
     from deeplimit.training.verifying import verify_run
 
     found = verify_run(Path(run), accepting=accept)
-    return Answer(found, fault=f"{run}: {_told(found)}" if found.wrong else "")
-
-
-def _told(found: "Verification") -> str:
-    what = "; ".join(f"{file.name} is {file.state}: {file.remedy}" for file in found.wrong)
-    return f"{len(found.wrong)} of {len(found.files)} files not as they were written: {what}"
-
-
-def _refuse_others(given: Mapping[str, Any]) -> None:
-    """A healing goes on by its own settings: an option that would be ignored is refused."""
-    defaults = {name: one.default for name, one in signature(heal).parameters.items()}
-    defaults |= vars(Elsewhere())
-    for name, value in given.items():
-        if value != defaults[name]:
-            raise InputError(
-                f"--{name.replace('_', '-')} and --resume given; a healing goes on by its own "
-                "settings: leave one of them out"
-            )
+    wrong = "; ".join(f"{file.name} is {file.state}: {file.remedy}" for file in found.wrong)
+    told = f"{run}: {len(found.wrong)} of {len(found.files)} files not as they were written: "
+    return Answer(found, fault=told + wrong if wrong else "")

@@ -1,8 +1,8 @@
 """Verbs of studies: experiments over several networks, each with theory's answer beside it."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any
 
 from typing_extensions import Doc
@@ -10,21 +10,27 @@ from typing_extensions import Doc
 from deeplimit.verbs.answer import Answer, Progress, silent
 
 FIGURE = "study.html"
-Runs = Annotated[Path, "DIR", Doc("Folder for the study's folder.")]
+RUNS = Path("runs")
 Numbers = tuple[int, ...]
-Figures = Callable[[Any], Sequence[tuple[str, Any, str]]]
+Runs = Annotated[Path, "DIR", Doc("Folder for the study's folder.")]
+Depths = Annotated[Numbers, Doc("Numbers of layers N, from the smallest to the largest.")]
+Seeds = Annotated[Numbers, Doc("One training of everything for each of these seeds.")]
+Time = Annotated[float, Doc("How long the flow is.")]
+Step = Annotated[float, Doc("Step of the flow's time.")]
+LayerStep = Annotated[float, Doc("Step η of the gradient flow; a layer's own is η N.")]
+Steps = Annotated[int, Doc("Steps of the gradient flow.")]
 
 
 def consistency(
     *,
-    depths: Numbers = (8, 16, 32, 64),
+    depths: Depths = (8, 16, 32, 64),
     widths: Numbers = (64, 128, 256, 512),
-    seeds: Numbers = (0, 1, 2),
+    seeds: Seeds = (0, 1, 2),
     draws: int = 16,
     atoms: int = 16,
-    learning_rate: float = 0.1,
-    time: float = 2.0,
-    runs: Runs = Path("runs"),
+    learning_rate: Step = 0.1,
+    time: Time = 2.0,
+    runs: Runs = RUNS,
     tell: Progress = silent,
 ) -> Answer:
     """Does training stop depending on width and depth as both grow?
@@ -38,42 +44,25 @@ def consistency(
       deeplimit study consistency --depths 8 16 32 --widths 64 128 256 --seeds 0
 
     Args:
-        depths: Numbers of layers N, from the smallest to the largest.
         widths: Numbers of particles M of each layer, one for each depth.
-        seeds: One regression and one initial measure for each of these seeds.
         draws: Independent samples of every size, over which outputs are compared.
         atoms: Atoms of the initial measure; every width is a multiple.
-        learning_rate: Step of the flow's time.
-        time: How long the flow is.
     """
-    from deeplimit.report.studies import consistency_figures
-    from deeplimit.studies import study_consistency
-
-    found = study_consistency(
-        depths=depths,
-        widths=widths,
-        seeds=seeds,
-        draws=draws,
-        atoms=atoms,
-        learning_rate=learning_rate,
-        time=time,
-        runs=runs,
-        tell=tell,
-    )
+    settings = dict(locals())
     title = "Does training stop depending on width and depth?"
-    return _drawn(found, title, consistency_figures)
+    return _studied("consistency", title, "studies:consistency_figures", settings)
 
 
 def convergence(
     *,
     widths: Numbers = (4, 8, 16, 32, 64, 128, 256),
     distances: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0),
-    seeds: Numbers = (0, 1, 2),
+    seeds: Seeds = (0, 1, 2),
     depth: int = 8,
     samples: int = 8,
-    learning_rate: float = 0.1,
-    time: float = 30.0,
-    runs: Runs = Path("runs"),
+    learning_rate: Step = 0.1,
+    time: Time = 30.0,
+    runs: Runs = RUNS,
     tell: Progress = silent,
 ) -> Answer:
     """Where does training converge at a rate that is known before it starts?
@@ -89,28 +78,12 @@ def convergence(
         widths: Numbers of particles M, from the smallest to the largest.
         distances: How far the targets are from the first outputs, root mean square; the risk starts
             at half the square.
-        seeds: One training of every cell for each of these seeds.
         depth: Number of layers N.
         samples: Number of samples D, 2 to 16.
-        learning_rate: Step of the flow's time.
-        time: How long the flow is.
     """
-    from deeplimit.report.convergence import convergence_figures
-    from deeplimit.studies import study_convergence
-
-    found = study_convergence(
-        widths=widths,
-        distances=distances,
-        seeds=seeds,
-        depth=depth,
-        samples=samples,
-        learning_rate=learning_rate,
-        time=time,
-        runs=runs,
-        tell=tell,
-    )
+    settings = dict(locals())
     title = "Where training converges at a rate known before it starts"
-    return _drawn(found, title, convergence_figures)
+    return _studied("convergence", title, "convergence:convergence_figures", settings)
 
 
 def horizon(
@@ -118,12 +91,12 @@ def horizon(
     data: Annotated[str, "DATA"] = "digits",
     data_dir: Annotated[Path | None, "DIR"] = None,
     depth: Numbers = (10,),
-    seeds: Numbers = (0, 1, 2),
+    seeds: Seeds = (0, 1, 2),
     stage_cost: float = 0.1,
     control_cost: float = 0.0,
     radius: float | None = None,
     epochs: int | None = None,
-    runs: Runs = Path("runs"),
+    runs: Runs = RUNS,
 ) -> Answer:
     """Does the number of layers in use stay bounded as the network gets deeper?
 
@@ -137,7 +110,6 @@ def horizon(
         data: Name of the data set, as for train.
         data_dir: Folder that holds the data sets' folders; without it DEEPLIMIT_DATA says where.
         depth: The smallest of the three depths; several numbers are several stages.
-        seeds: One training at every depth for each of these seeds.
         stage_cost: Weight γ of the loss at every layer.
         control_cost: Weight r of the squared norm of every layer's control.
         radius: Radius δ of the tube; by default a fifth of the distance of zero logits.
@@ -159,11 +131,11 @@ def horizon(
 
 def linear(
     *,
-    depths: Numbers = (8, 16, 32, 64, 128, 256, 512),
-    seeds: Numbers = (0, 1, 2),
-    learning_rate: float = 0.05,
-    steps: int = 400,
-    runs: Runs = Path("runs"),
+    depths: Depths = (8, 16, 32, 64, 128, 256, 512),
+    seeds: Seeds = (0, 1, 2),
+    learning_rate: LayerStep = 0.05,
+    steps: Steps = 400,
+    runs: Runs = RUNS,
     tell: Progress = silent,
 ) -> Answer:
     """Do linear residual networks stay near a Neural ODE while they train?
@@ -174,37 +146,21 @@ def linear(
     start only. Leaves study.json and study.html in DIR/linear; takes a minute. For example:
       deeplimit study linear
       deeplimit study linear --depths 8 16 32 64 --seeds 0
-
-    Args:
-        depths: Numbers of layers N, from the smallest to the largest.
-        seeds: One training from every start at every depth for each of these seeds.
-        learning_rate: Step η of the gradient flow; a layer's own is η N.
-        steps: Steps of the gradient flow.
     """
-    from deeplimit.report.studies import rates_figures
-    from deeplimit.studies import study_linear
-
-    found = study_linear(
-        depths=depths,
-        seeds=seeds,
-        learning_rate=learning_rate,
-        steps=steps,
-        runs=runs,
-        tell=tell,
-    )
+    settings = dict(locals())
     title = "Linear residuals: distance to the Neural ODE against depth"
-    return _drawn(found, title, rates_figures)
+    return _studied("linear", title, "studies:rates_figures", settings)
 
 
 def smooth(
     *,
     activations: tuple[str, ...] = ("tanh", "gelu", "relu"),
-    depths: Numbers = (16, 32, 64, 128),
-    seeds: Numbers = (0, 1, 2),
+    depths: Depths = (16, 32, 64, 128),
+    seeds: Seeds = (0, 1, 2),
     length_scale: float = 0.5,
-    learning_rate: float = 0.1,
-    steps: int = 200,
-    runs: Runs = Path("runs"),
+    learning_rate: LayerStep = 0.1,
+    steps: Steps = 200,
+    runs: Runs = RUNS,
     tell: Progress = silent,
 ) -> Answer:
     """Do trained two-layer residual networks stay near a Neural ODE if they start smooth in depth?
@@ -219,30 +175,18 @@ def smooth(
     Args:
         activations: Activation functions σ: relu, gelu, tanh or silu.
         depths: Numbers of layers N, from the smallest to the largest, which all others divide.
-        seeds: One training from every start at every depth for each of these seeds.
         length_scale: Length scale ℓ of the smooth start, as a fraction of the whole depth.
-        learning_rate: Step η of the gradient flow; a layer's own is η N.
-        steps: Steps of gradient descent.
     """
-    from deeplimit.report.studies import rates_figures
-    from deeplimit.studies import study_smooth
-
-    found = study_smooth(
-        activations=activations,
-        depths=depths,
-        seeds=seeds,
-        length_scale=length_scale,
-        learning_rate=learning_rate,
-        steps=steps,
-        runs=runs,
-        tell=tell,
-    )
+    settings = dict(locals())
     title = "Two-layer residuals: distance to the Neural ODE against depth"
-    return _drawn(found, title, rates_figures)
+    return _studied("smooth", title, "studies:rates_figures", settings)
 
 
-def _drawn(study: Any, title: str, figures: Figures) -> Answer:
-    """Writes the page of a study's figures beside its study.json."""
+def _studied(name: str, title: str, figures: str, settings: dict[str, Any]) -> Answer:
+    """Makes a study with these settings, and the page of its figures beside its study.json."""
     from deeplimit.report.page import write_figures
 
-    return Answer(study, (write_figures(Path(study.folder) / FIGURE, title, figures(study)),))
+    study = resolve_name(f"deeplimit.studies:study_{name}")(**settings)
+    drawn = resolve_name(f"deeplimit.report.{figures}")(study)
+    page = write_figures(Path(study.folder) / FIGURE, title, drawn)
+    return Answer(study, (page,))
