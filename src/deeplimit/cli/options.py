@@ -40,7 +40,8 @@ def options_of(function: Callable[..., Any]) -> type[Any]:
         said = explained.get(name)
         if said and parameter.default is True:  # the option is --no-NAME
             said = f"Do not {said[0].lower()}{said[1:]}"
-        hint = parsed(hints[name], said, positional=parameter.kind is not parameter.KEYWORD_ONLY)
+        positional = parameter.kind is not parameter.KEYWORD_ONLY
+        hint = parsed(hints[name], said, parameter.default, positional=positional)
         required = parameter.default is inspect.Parameter.empty
         own.append((name, hint, field() if required else field(default=parameter.default)))
     own.append(("json", Json, field(default=False)))
@@ -83,15 +84,18 @@ def documented(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     return description.strip(), {name: " ".join(text.split()) for name, text in entries}
 
 
-def parsed(hint: Any, explained: str | None = None, *, positional: bool = False) -> Any:
+def parsed(
+    hint: Any, explained: str | None = None, default: Any = None, *, positional: bool = False
+) -> Any:
     """An annotation that says to the parser what a function's says to people."""
     kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     metavar = next((note for note in reversed(notes) if isinstance(note, str)), None)
     shared = next((note.documentation for note in notes if isinstance(note, Doc)), None)
-    told = arg(metavar=metavar, help=explained or shared, help_behavior_hint=default_hint)
+    words = "" if default is True else default_hint
+    told = arg(metavar=metavar, help=explained or shared, help_behavior_hint=words)
     return Annotated[kind, Positional, told] if positional else Annotated[kind, told]
 
 
 def default_hint(value: str) -> str:
-    """None says nothing, as the text says what is done then; True is that of a --no-NAME."""
-    return "" if value in ("", "None", "True") else f"(default: {value})"
+    """None says nothing: the text of such an option says what is done without it."""
+    return "" if value in ("", "None") else f"(default: {value})"
