@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_commands import SMALL, process
+from cli_commands import SMALL, interrupted, process
 
 from deeplimit import __version__
+from deeplimit.cli import main
 from deeplimit.errors import RunError
 from deeplimit.training import RunFolder, resume
 
@@ -38,10 +39,24 @@ def test_wrong_input_in_a_process(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(number: signal.Signals, tmp_path: Path) -> None:
-    """Ctrl-C and SIGTERM: 128 and the signal, and the line says how to go on. As long as it works
-    another process that wants to write into the run is told so, one that only reads is not."""
+def said_how_to_go_on(lines: list[str], run: Path, name: str) -> None:
+    assert lines[-1].startswith("deeplimit: stopped in epoch ")
+    assert f"deeplimit train --resume {name}" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+    assert len(RunFolder.open(run).metrics()) >= 2
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    """128 and the signal, and the line says how to go on."""
+    args = ["train", "digits", *SMALL, "--epochs", "100000", "--runs", tmp_path]
+    done = interrupted(*args, at="epoch 2/")
+    assert done.code == 128 + signal.SIGINT
+    said_how_to_go_on(done.err.splitlines(), tmp_path / "digits", str(tmp_path / "digits"))
+
+
+def test_terminated(tmp_path: Path) -> None:
+    """SIGTERM likewise. As long as it works another process that wants to write into the run is
+    told so, one that only reads is not."""
     args = ["train", "digits", *SMALL, "--epochs", "100000"]
     with subprocess.Popen(
         [*COMMAND, *args],
@@ -54,35 +69,30 @@ def test_interrupted(number: signal.Signals, tmp_path: Path) -> None:
         for line in running.stderr:
             if "epoch 2/" in line:
                 break
-        if number is signal.SIGTERM:
-            folder = tmp_path / "runs" / "digits"
-            with pytest.raises(RunError, match=r"runs/digits: another process is working on"):
-                resume(folder)
-            assert RunFolder.open(folder).results().profiles is None
-        running.send_signal(number)
+        run = tmp_path / "runs" / "digits"
+        with pytest.raises(RunError, match=r"runs/digits: another process is working on"):
+            resume(run)
+        assert RunFolder.open(run).results().profiles is None
+        running.send_signal(signal.SIGTERM)
         rest = running.stderr.read().splitlines()
-    assert running.returncode == 128 + number
-    assert rest[-1].startswith("deeplimit: stopped in epoch ")
-    assert "deeplimit train --resume runs/digits" in rest[-1]
-    assert not any("Traceback" in line for line in rest)
-    assert len(RunFolder.open(tmp_path / "runs" / "digits").metrics()) >= 2
+    assert running.returncode == 128 + signal.SIGTERM
+    said_how_to_go_on(rest, run, "runs/digits")
 
 
-def test_nobody_reads_the_result(run: Path) -> None:
-    """As in `deeplimit crop … --json | head -0`: the work is done, and nothing complains."""
+def test_nobody_reads_the_result(run: Path, tmp_path: Path) -> None:
+    """As in `deeplimit crop … --json | head -0`: the work is done, and nothing complains, not when
+    stdout is flushed at the end either."""
     read, write = os.pipe()
     os.close(read)
-    with os.fdopen(write, "w") as out:
-        done = subprocess.run(
-            [*COMMAND, "crop", str(run), "--to", "2", "--json"],
-            stdout=out,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ONE_THREAD,
-            timeout=240,
-            check=False,
-        )
-    assert (done.returncode, done.stderr) == (0, "")
+    told = tmp_path / "stderr"
+    with (
+        told.open("w") as err,
+        os.fdopen(write, "w") as out,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = main(["crop", str(run), "--to", "2", "--json"])
+    assert (code, told.read_text()) == (0, "")
     cut = RunFolder.open(run).cut()
     assert cut is not None
     assert cut.removed == (2,)

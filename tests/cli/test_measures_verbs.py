@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,30 +18,30 @@ from deeplimit.network.storage import load
 from deeplimit.records import from_plain
 from deeplimit.report.numbers import percent
 from deeplimit.studies import Comparison, Interpolation, MergedRuns, compare_runs
-from deeplimit.training import RunFolder, loss_of, run_data
+from deeplimit.training import RunFolder, loss_of, recipe_for, run_data, train
 from deeplimit.training.building import evaluation_batches
 from deeplimit.training.verifying import verify_run
 
 pytestmark = pytest.mark.slow
 
-OTHERS = {
-    "seed": ["--seed", "1"],
-    "deep": ["--depth", "2", "--hidden", "6", "--seed", "1"],
-    "narrow": ["--width", "32"],
-    "narrower": ["--width", "32", "--seed", "1"],
-    "tanh": ["--activation", "tanh"],
-    "linear": ["--hidden", "0"],
+SETTINGS = {"depth": (3,), "hidden": 8, "epochs": 1, "batch_size": 128, "learning_rate": 0.03}
+OTHERS: dict[str, dict[str, object]] = {
+    "seed": {"seed": 1},
+    "deep": {"depth": (2,), "hidden": 6, "seed": 1},
+    "narrow": {"width": 32},
+    "narrower": {"width": 32, "seed": 1},
+    "tanh": {"activation": "tanh"},
+    "linear": {"hidden": 0},
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small runs that differ in one thing or two."""
+    """A folder of small runs that differ in one thing or two; trained, not yet measured."""
     folder = tmp_path_factory.mktemp("pairs")
-    for name, options in {"first": [], **OTHERS}.items():
-        words = [*SMALL, "--epochs", "1", *options]
-        done = command("train", "digits", *words, "--runs", folder, "--name", name)
-        assert done.code == 0, done.err
+    for name, changes in {"first": {}, **OTHERS}.items():
+        recipe = replace(recipe_for("digits"), device="cpu", **(SETTINGS | changes))
+        train(recipe, runs=folder, name=name, quiet=True)
     return folder
 
 

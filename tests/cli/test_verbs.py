@@ -14,7 +14,7 @@ from cli_commands import SMALL, Done, command, contents
 from deeplimit.cli import main
 from deeplimit.cli.options import options_of
 from deeplimit.cli.train import Train
-from deeplimit.cli.verbs import STUDIES, VERBS, function_of
+from deeplimit.cli.verbs import STUDIES, VERBS, function_of, summary_of
 from deeplimit.network.storage import load
 from deeplimit.training import RunFolder, recipe_for
 
@@ -242,10 +242,7 @@ def test_a_terminal_that_lacks_letters(run: Path) -> None:
     assert "Depth 3 ? 2" in written.getvalue().decode("latin-1")
 
 
-HELP = {
-    **{name: verb for name, verb in VERBS.items() if verb.file},
-    **{f"study {name}": verb for name, verb in STUDIES.items()},
-}
+HELP = [*VERBS[:-1], *(f"study {name}" for name in STUDIES)]
 POSITIONAL = {
     "train": {"data": "DATA"},
     "gradient": {"model": "MODEL"},
@@ -275,7 +272,7 @@ def test_help_names_and_explains_every_option(verb: str) -> None:
     assert done.err == ""
     said = explained(done.out)
     positional = {"run": "RUN"} | POSITIONAL.get(verb, {})
-    function = function_of(verb.split()[-1], HELP[verb])
+    function = function_of(verb.split()[-1])
     for field in dataclasses.fields(Train if verb == "train" else options_of(function)):
         name = positional.get(field.name, f"--{field.name.replace('_', '-')}")
         assert len(said[name].split()) >= 4, f"{name} is not explained"
@@ -299,9 +296,9 @@ def test_help_shows_the_defaults_of_the_data_set(data: str) -> None:
 def test_help_teaches() -> None:
     done = command("--help")
     assert done.code == 0
-    for name, verb in VERBS.items():
-        assert name in done.out
-        assert verb.summary.split()[-1] in done.out
+    for verb in VERBS:
+        assert verb in done.out
+        assert summary_of(verb).split()[-1] in done.out
     assert "deeplimit demo" in done.out
     assert "report.html" in done.out
     assert "2 wrong input" in done.out

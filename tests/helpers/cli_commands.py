@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -29,6 +30,27 @@ class Done:
 def command(*args: str | Path) -> Done:
     """The command in this process."""
     out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(arg) for arg in args])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+class Pressing(io.StringIO):
+    """What is said on stderr; Ctrl-C is pressed once it says so much."""
+
+    def __init__(self, at: str):
+        super().__init__()
+        self.at = at
+
+    def write(self, text: str) -> int:
+        if self.at in text:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
+
+
+def interrupted(*args: str | Path, at: str) -> Done:
+    """The command in this process, stopped by Ctrl-C."""
+    out, err = io.StringIO(), Pressing(at)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(arg) for arg in args])
     return Done(code, out.getvalue(), err.getvalue())

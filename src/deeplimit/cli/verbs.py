@@ -1,9 +1,6 @@
-"""The verbs: a table of names and functions, one of results and renderers, and how a command line
-becomes a call.
-"""
+"""The verbs: their names, a table of results and renderers, how a command line becomes a call."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pkgutil import resolve_name
@@ -28,57 +25,17 @@ Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 Ctrl-C, 143 SIGTERM.
 Version: deeplimit --version"""
 
 
-@dataclass(frozen=True)
-class Verb:
-    """A verb of the command.
-
-    Attributes:
-        file: in verbs/, of the function of that name; its parameters are the options
-            (`options_of`).
-        summary: what it is for, in a line.
-        doing: what its progress is called.
-    """
-
-    file: str
-    summary: str
-    doing: str = "measuring"
-
-
-STUDIES = {
-    name: Verb("studies", summary, "training")
-    for name, summary in {
-        "consistency": "Does training stop depending on width and depth as both grow?",
-        "convergence": "Where does training converge at a rate known before it starts?",
-        "horizon": "Does the number of layers in use stay bounded as the network gets deeper?",
-        "linear": "Do linear residuals stay near a Neural ODE while they train?",
-        "smooth": "Do two-layer residuals stay near a Neural ODE if they start smooth in depth?",
-    }.items()
-}
-VERBS = {
-    "demo": Verb("runs", "All of it on data that need no download, within a minute."),
-    "train": Verb("runs", "Train too deep, measure the turnpike, cut to the depth that is enough."),
-    "profile": Verb("runs", "Measure the turnpike of a trained network, layer by layer."),
-    "crop": Verb("runs", "Cut a trained network to fewer layers."),
-    "heal": Verb("runs", "Train a cut network a little more, with the full one as its teacher."),
-    "gradient": Verb(
-        "networks", "What memory-free gradients would save on a model, and at what error."
-    ),
-    "ode": Verb("networks", "How far a network is from its Neural ODE, and how smooth in depth."),
-    "refine": Verb(
-        "runs", "Make a trained network deeper, as its Neural ODE says, and train on from there."
-    ),
-    "compare": Verb(
-        "measures",
-        "How far networks are from one another, whatever their widths and depths.",
-        "comparing",
-    ),
-    "interpolate": Verb("measures", "Loss and accuracy along the geodesic between two networks."),
-    "merge": Verb("measures", "Join trained networks in one.", "merging"),
-    "report": Verb("runs", "Write the page of a run again."),
-    "verify": Verb(
-        "runs", "Check that the files of a run are what they were when they were written."
-    ),
-    "study": Verb("", f"Experiments over several runs: {', '.join(STUDIES)}."),
+STUDIES = ("consistency", "convergence", "horizon", "linear", "smooth")
+# Functions in verbs/ whose parameters are the options (`options_of`); "study" stands for STUDIES.
+VERBS = (
+    *("demo", "train", "profile", "crop", "heal", "gradient", "ode", "refine"),
+    *("compare", "interpolate", "merge", "report", "verify", "study"),
+)
+DOING = {  # what a verb's progress is called
+    **dict.fromkeys(VERBS, "measuring"),
+    **dict.fromkeys(STUDIES, "training"),
+    "compare": "comparing",
+    "merge": "merging",
 }
 SHOWN = {  # the class of a result: FILE:NAME in report/, which renders it
     "Comparison": "measures:comparison_summary",
@@ -114,9 +71,10 @@ def parse(args: list[str]) -> Command:
     return _choose(VERBS, "deeplimit", DESCRIPTION, args)
 
 
-def function_of(name: str, verb: Verb) -> Callable[..., Any]:
-    """The function of a verb."""
-    function: Callable[..., Any] = resolve_name(f"deeplimit.verbs.{verb.file}:{name}")
+def function_of(verb: str) -> Callable[..., Any]:
+    """The function of a verb, or of a study."""
+    room = "deeplimit.verbs.studies" if verb in STUDIES else "deeplimit.verbs"
+    function: Callable[..., Any] = resolve_name(f"{room}:{verb}")
     return function
 
 
@@ -137,10 +95,9 @@ def show(found: Any, *, json: bool) -> None:
         raise InputError(found.fault)
 
 
-def _choose(verbs: dict[str, Verb], prog: str, description: str, args: list[str]) -> Command:
+def _choose(verbs: tuple[str, ...], prog: str, description: str, args: list[str]) -> Command:
     if args and args[0] in verbs:
-        name, *words = args
-        return _parsed(name, verbs[name], prog, words)
+        return _parsed(args[0], f"{prog} {args[0]}", args[1:])
     if args and not args[0].startswith("-"):
         raise InputError(
             f"{prog} has no verb {args[0]!r}{did_you_mean(args[0], verbs)}; expected one of "
@@ -149,14 +106,21 @@ def _choose(verbs: dict[str, Verb], prog: str, description: str, args: list[str]
     from tyro.extras import SubcommandApp
 
     listing = SubcommandApp()  # for --help, and to say what is wrong with an option
-    for name, verb in verbs.items():
-        listing.command(name=name, help=verb.summary)(lambda: None)
+    for verb in verbs:
+        listing.command(name=verb, help=summary_of(verb))(lambda: None)
     listing.cli(prog=prog, description=description, args=args)
     return lambda: None
 
 
-def _parsed(name: str, verb: Verb, prog: str, args: list[str]) -> Command:
-    if verb is VERBS["train"]:
+def summary_of(verb: str) -> str:
+    """The line that says what a verb is for."""
+    if verb == "study":
+        return f"Experiments over several runs: {', '.join(STUDIES)}."
+    return (function_of(verb).__doc__ or "").split("\n")[0]
+
+
+def _parsed(verb: str, prog: str, args: list[str]) -> Command:
+    if verb == "train":
         from deeplimit.cli.train import parse_train
 
         made = parse_train(args)
@@ -165,9 +129,9 @@ def _parsed(name: str, verb: Verb, prog: str, args: list[str]) -> Command:
 
     from deeplimit.cli.options import STYLE, options_of
 
-    function = function_of(name, verb)
-    given = tyro.cli(options_of(function), prog=f"{prog} {name}", args=args, config=STYLE)
-    return partial(_answer, function, given, verb.doing)
+    function = function_of(verb)
+    given = tyro.cli(options_of(function), prog=prog, args=args, config=STYLE)
+    return partial(_answer, function, given, DOING[verb])
 
 
 def _answer(function: Callable[..., Any], given: Any, doing: str) -> None:

@@ -114,6 +114,15 @@ def renew_page(folder: RunFolder) -> str:
     return _renewed(folder).written[0]
 
 
+def profiled(folder: RunFolder) -> str:
+    """Profiles a run that was made just now, and writes its page; says where it is."""
+    from deeplimit.training import profile_run
+
+    with folder.commit() as new:
+        profile_run(new)
+        return renew_page(new)
+
+
 def _renewed(folder: RunFolder) -> Answer:
     from deeplimit.report import write_page
     from deeplimit.training.results import Finished

@@ -17,7 +17,7 @@ from deeplimit.verbs.answer import (
     Trust,
     Within,
     check_figure,
-    renew_page,
+    profiled,
     silent,
 )
 
@@ -116,7 +116,6 @@ def interpolate(
     from deeplimit.report.measures import interpolation_figures
     from deeplimit.report.page import write_figures
     from deeplimit.studies import interpolate_runs
-    from deeplimit.training import profile_run
 
     found = interpolate_runs(
         first,
@@ -136,9 +135,7 @@ def interpolate(
     title = f"From {found.names[0]} to {found.names[1]}{turned}"
     written = [write_figures(place, title, interpolation_figures(found), found)]
     if found.saved is not None and Path(found.saved).is_dir():
-        with RunFolder.open(found.saved).commit() as new:
-            profile_run(new)
-            written.append(renew_page(new))
+        written.append(profiled(RunFolder.open(found.saved)))
     return Answer(found, tuple(written))
 
 
@@ -177,7 +174,6 @@ def merge(
     for run in runs:
         RunFolder.open(run, trust=trust)
     from deeplimit.studies import merge_runs
-    from deeplimit.training import profile_run
 
     found = merge_runs(
         runs,
@@ -189,10 +185,7 @@ def merge(
         trust=trust,
         tell=tell,
     )
-    with RunFolder.open(found.folder).commit() as new:
-        profile_run(new)
-        page = renew_page(new)
-    return Answer(found, (page,))
+    return Answer(found, (profiled(RunFolder.open(found.folder)),))
 
 
 def check_several(runs: Sequence[object]) -> None:

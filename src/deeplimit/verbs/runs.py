@@ -25,6 +25,7 @@ from deeplimit.verbs.answer import (
     Trust,
     Within,
     option,
+    profiled,
     renew_page,
     show,
     unusual,
@@ -309,14 +310,12 @@ def refine(
             factor.
     """
     folder = RunFolder.open(run, trust=trust)
-    from deeplimit.training import profile_run, refine_run
+    from deeplimit.training import refine_run
 
     made = refine_run(
         folder, factor, epochs=epochs, learning_rate=learning_rate, name=name, quiet=quiet
     )
-    with made.commit() as new:
-        profile_run(new)
-        page = renew_page(new)
+    page = profiled(made)
     refinement = made.refinement()
     if refinement is None:
         raise RunError(f"{made.path}: its refine.json is gone; refine again: {run}")

@@ -7,10 +7,21 @@ from typing import Annotated, Any
 
 from typing_extensions import Doc
 
-from deeplimit.verbs.answer import Answer, Progress, silent
+from deeplimit.verbs.answer import RUNS, Answer, Progress, silent
 
 FIGURE = "study.html"
-RUNS = Path("runs")
+TITLES = {
+    "consistency": "Does training stop depending on width and depth?",
+    "convergence": "Where training converges at a rate known before it starts",
+    "linear": "Linear residuals: distance to the Neural ODE against depth",
+    "smooth": "Two-layer residuals: distance to the Neural ODE against depth",
+}
+FIGURES = {  # FILE:NAME in report/
+    "consistency": "studies:consistency_figures",
+    "convergence": "convergence:convergence_figures",
+    "linear": "studies:rates_figures",
+    "smooth": "studies:rates_figures",
+}
 Numbers = tuple[int, ...]
 Runs = Annotated[Path, "DIR", Doc("Folder for the study's folder.")]
 Depths = Annotated[Numbers, Doc("Numbers of layers N, from the smallest to the largest.")]
@@ -48,9 +59,7 @@ def consistency(
         draws: Independent samples of every size, over which outputs are compared.
         atoms: Atoms of the initial measure; every width is a multiple.
     """
-    settings = dict(locals())
-    title = "Does training stop depending on width and depth?"
-    return _studied("consistency", title, "studies:consistency_figures", settings)
+    return _studied("consistency", locals())
 
 
 def convergence(
@@ -81,9 +90,7 @@ def convergence(
         depth: Number of layers N.
         samples: Number of samples D, 2 to 16.
     """
-    settings = dict(locals())
-    title = "Where training converges at a rate known before it starts"
-    return _studied("convergence", title, "convergence:convergence_figures", settings)
+    return _studied("convergence", locals())
 
 
 def horizon(
@@ -147,9 +154,7 @@ def linear(
       deeplimit study linear
       deeplimit study linear --depths 8 16 32 64 --seeds 0
     """
-    settings = dict(locals())
-    title = "Linear residuals: distance to the Neural ODE against depth"
-    return _studied("linear", title, "studies:rates_figures", settings)
+    return _studied("linear", locals())
 
 
 def smooth(
@@ -177,16 +182,14 @@ def smooth(
         depths: Numbers of layers N, from the smallest to the largest, which all others divide.
         length_scale: Length scale ℓ of the smooth start, as a fraction of the whole depth.
     """
-    settings = dict(locals())
-    title = "Two-layer residuals: distance to the Neural ODE against depth"
-    return _studied("smooth", title, "studies:rates_figures", settings)
+    return _studied("smooth", locals())
 
 
-def _studied(name: str, title: str, figures: str, settings: dict[str, Any]) -> Answer:
+def _studied(name: str, settings: dict[str, Any]) -> Answer:
     """Makes a study with these settings, and the page of its figures beside its study.json."""
     from deeplimit.report.page import write_figures
 
     study = resolve_name(f"deeplimit.studies:study_{name}")(**settings)
-    drawn = resolve_name(f"deeplimit.report.{figures}")(study)
-    page = write_figures(Path(study.folder) / FIGURE, title, drawn)
+    figures = resolve_name(f"deeplimit.report.{FIGURES[name]}")(study)
+    page = write_figures(Path(study.folder) / FIGURE, TITLES[name], figures)
     return Answer(study, (page,))
