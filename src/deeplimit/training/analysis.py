@@ -34,7 +34,7 @@ from deeplimit.training.building import (
 )
 from deeplimit.training.companions import together
 from deeplimit.training.fit import launched, train_in
-from deeplimit.training.processes import device_type, first_process_does, fitting_threads, launch
+from deeplimit.training.processes import first_process_does, fitting_threads, launch
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Cut, Parts, Profiles, Reference
 from deeplimit.training.run_files import RECIPE, SUFFIX, alone
@@ -170,7 +170,7 @@ def _possible(structure: Anatomy, removed: Iterable[int]) -> tuple[int, ...]:
 
 
 def _least(structure: Anatomy) -> int:
-    """How many of the first layers have to stay when all behind them go."""
+    """The number of first layers that have to stay when all behind them go."""
     layers = structure.horizon
     return next((k for k in range(layers) if _removable(structure, range(k, layers))), layers)
 
@@ -185,8 +185,8 @@ def _removable(structure: Anatomy, layers: Iterable[int]) -> bool:
 
 def usable_device(recipe: Recipe) -> torch.device:
     """The recipe's device where this machine has it, else the CPU."""
-    usable = device_type(recipe) == "cpu" or torch.cuda.is_available()
-    return torch.device(device_type(recipe) if usable else "cpu")
+    cuda = recipe.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def complete(folder: RunFolder, *, quiet: bool = False) -> None:

@@ -109,7 +109,7 @@ def run_data(folder: RunFolder) -> DataSet:
 
 
 def prepare(recipe: Recipe, data: DataSet) -> Start:
-    """What a recipe trains on its data; nothing is written.
+    """Makes all that a recipe trains on its data; nothing is written.
 
     Raises:
         InputError: recipe and data do not go together, or there is no such model.
@@ -228,14 +228,14 @@ def _take_frame(model: nn.Module, path: Path) -> None:
 
 
 def freeze_frame(recipe: Recipe, model: nn.Module) -> None:
-    """What is in no stage does not learn, where the recipe has a frame."""
+    """Freezes all that is in no stage, where the recipe has a frame."""
     if recipe.frame is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("stages."))
 
 
 def outside(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is in no stage."""
+    """Returns the values that are in no stage."""
     return {name: value for name, value in values.items() if not name.startswith("stages.")}
 
 
@@ -246,7 +246,7 @@ def _shape(value: Tensor | None) -> str:
 def build_objective(
     recipe: Recipe, data: DataSet, model: nn.Module, teaching: Teaching | None = None
 ) -> StageCost:
-    """What is minimised: the stage cost around a model, switched to the recipe's gradient.
+    """Makes the objective: the stage cost around a model, switched to the recipe's gradient.
 
     Of how far rebuilt states are off the training itself tells: for all processes together.
     """
@@ -299,7 +299,7 @@ class WindowLoss(nn.Module):
 
 
 def measure_of(recipe: Recipe, data: DataSet) -> SoftCrossEntropy | WindowLoss:
-    """What a network is measured by: its loss, or of a language model the loss of each window."""
+    """Returns the loss reported: the recipe's, or of a language model that of each window."""
     return loss_of(recipe, data) if data.vocabulary is None else WindowLoss()
 
 
@@ -320,7 +320,7 @@ def compared(
 
 
 def tolerance_of(recipe: Recipe, data: DataSet, asked: float | None = None) -> float:
-    """What may be lost, as asked or as the recipe says: a fraction of the accuracy, or nats."""
+    """Returns the loss allowed, asked for or the recipe's: a fraction of the accuracy, or nats."""
     if data.vocabulary is None:
         return check_tolerance(recipe.points / 100 if asked is None else asked)
     usual = RISE if recipe.rise is None else recipe.rise

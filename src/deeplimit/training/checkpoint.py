@@ -147,7 +147,7 @@ def load_checkpoint(run: Path) -> Checkpoint | None:
 
 
 def checkpoint_problems(run: Path) -> dict[Path, str]:
-    """What is wrong with each of a run's checkpoints, in a line; nothing where it is whole."""
+    """Says in a line why each of a run's checkpoints cannot be read; nothing where it can."""
     return {path: _tried(path)[1] for path in sorted(_newest_first(run / FOLDER))}
 
 

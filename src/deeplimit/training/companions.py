@@ -203,7 +203,7 @@ class Watch(threading.Thread):
                 child.wait()
 
     def _missed(self) -> bool:
-        """Whether another process is gone, looked for until it is known."""
+        """Looks for a process that is gone until it is known; says whether there is one."""
         for _ in range(int(SOON / BEAT) + 2):
             if self.gone:
                 return True

@@ -32,7 +32,7 @@ class Example:
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """What the user asks of a batch; None is left to the model.
+    """A batch as the user asks for it; None is left to the model.
 
     Attributes:
         samples: how many.
@@ -89,7 +89,7 @@ def example(
 
 
 def inputs_of(batch: Any) -> Inputs:
-    """What goes into the model, of a batch: without targets, and tensors only."""
+    """Returns the part of a batch that goes into the model: tensors, without targets."""
     if isinstance(batch, tuple | list):
         batch = batch[0]
     if isinstance(batch, Mapping):
@@ -98,7 +98,7 @@ def inputs_of(batch: Any) -> Inputs:
 
 
 def _refuse(asked: BatchRequest, why: str, but: str = "") -> None:
-    """What would silently be ignored."""
+    """Refuses options that would silently be ignored."""
     given = {"batch": asked.samples, "shape": asked.shape, "length": asked.length}
     for name, value in given.items():
         if value is not None and name != but:
@@ -149,7 +149,7 @@ def _inputs(loaded: LoadedModel, asked: BatchRequest) -> Any:
 def _named_inputs(
     model: nn.Module, config: Any, name: str, count: int, asked: BatchRequest
 ) -> dict[str, Any]:
-    """What a transformers model calls its main input: tokens, images or something continuous."""
+    """Makes the main input of a transformers model: tokens, images or something continuous."""
     inputs: dict[str, Any] = {}
     if name == "input_ids":
         if asked.shape is not None:
@@ -219,7 +219,7 @@ def _run(model: nn.Module, inputs: Any) -> Any:
 
 
 def _parts(output: Any) -> Mapping[Any, Any]:
-    """What a model returned, by names or by places."""
+    """Returns the parts of a model's output, by names or by places."""
     if isinstance(output, Mapping):
         return output
     return dict(enumerate(output if isinstance(output, tuple | list) else [output]))

@@ -46,7 +46,7 @@ COPIES = 3  # of the parameters: themselves, their gradients, and the gradients 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a specification stands for.
+    """A model that a specification names, and what is known of it.
 
     Attributes:
         spec: as the user gave it.

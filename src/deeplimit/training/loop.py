@@ -28,7 +28,7 @@ from deeplimit.training.building import (
     training_batches,
 )
 from deeplimit.training.checkpoint import Checkpoint, capture, restore, save_checkpoint
-from deeplimit.training.processes import first_process_does, over_processes, seed_draws, seed_epoch
+from deeplimit.training.processes import first_process_does, seed_draws, seed_epoch
 from deeplimit.training.progress import Observer, Row
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.run_folder import write_metrics
@@ -53,7 +53,8 @@ class Training:
     """
 
     def __init__(self, fabric: Fabric, start: Start, folder: Path | None):
-        self.fabric, self.folder = fabric, folder
+        self.fabric: Any = fabric
+        self.folder = folder
         recipe, data = self.recipe, self.data = start.recipe, start.data
         self.rows: list[Row] = []
         self.steps = 0
@@ -128,7 +129,7 @@ class Training:
             sums += self._step(self.fabric.to_device(batch), observer)
             observer.step(figures)
             check()
-        sums = over_processes(self.fabric, sums, "sum")
+        sums = self.fabric.all_reduce(sums, reduce_op="sum")
         weights, optimizer = capture(self.learning, self.optimizer)
 
         def judge() -> Row:
@@ -162,7 +163,7 @@ class Training:
         self.fabric.backward(cost)
         self.steps += 1
         # While the parameters are still those that made the cost, and in all processes together.
-        if not math.isfinite(over_processes(self.fabric, cost.detach(), "mean").item()):
+        if not math.isfinite(self.fabric.all_reduce(cost.detach(), reduce_op="mean").item()):
             raise self._loss_not_finite(batch)
         if self.drift is not None:
             self.drift.look(observer)
@@ -184,7 +185,7 @@ class Training:
             self.module(*batch)
         sizes = torch.stack([state.abs().max().float() for state in states])
         sizes = sizes.where(sizes.isfinite(), math.inf)
-        largest = over_processes(self.fabric, sizes, "max").tolist()
+        largest = self.fabric.all_reduce(sizes, reduce_op="max").tolist()
         layer = next((n for n, size in enumerate(largest) if math.isinf(size)), None)
         where = "the first state that is not finite is"
         if layer is None:
@@ -255,7 +256,8 @@ class DriftWatch:
     """
 
     def __init__(self, fabric: Fabric, model: nn.Module):
-        self.fabric, self.model = fabric, model
+        self.fabric: Any = fabric
+        self.model = model
         self.largest = 0.0
         self._told = 0.0
         blocks = [step.name for switch in switches(model) for step in switch.steps]
@@ -271,7 +273,7 @@ class DriftWatch:
         engine, mine = engines(self.model)[0], drift(self.model)
         at = engine.meter.drift_at
         drifts[self._places.index(at) if at else 0] = math.inf if math.isnan(mine) else mine
-        drifts = over_processes(self.fabric, drifts, "max")
+        drifts = self.fabric.all_reduce(drifts, reduce_op="max")
         found, place = float(drifts.max()), self._words[int(drifts.argmax())]
         self.largest = max(self.largest, found)
         bound = engine.meter.error_bound(found)

@@ -86,7 +86,7 @@ def _of_file(path: Path) -> LoadedModel:
 
 
 def _of_function(spec: str, module: Any, name: str) -> LoadedModel:
-    """What the user's function returns: a model, (model, batch) or (model, batch, loss_of)."""
+    """Calls the user's function for a model, (model, batch) or (model, batch, loss_of)."""
     found = getattr(module, name, None)
     if not callable(found):
         if found is not None:
@@ -146,7 +146,7 @@ def save_network(
 
 
 def load_network(place: Path, rebuild: Callable[[], nn.Module]) -> nn.Module:
-    """What `save_network` wrote, on the CPU and in evaluation mode.
+    """Loads what `save_network` wrote, on the CPU and in evaluation mode.
 
     Where only weights were saved `rebuild` makes the run's model again, whatever its weights.
 

@@ -31,7 +31,7 @@ def preprocessor(scale: Standardisation) -> dict[str, Any]:
 
 
 def standardisation_beside(folder: Path, channels: int) -> Standardisation | None:
-    """What the file says of images in [0, 1]; None where there is none.
+    """Reads from the file how images in [0, 1] are standardised; None where there is none.
 
     The library computes (f·p − mean) / std of pixels p in 0 … 255, with f the rescale_factor, or 1
     without do_rescale; without do_normalize mean is 0 and std is 1.

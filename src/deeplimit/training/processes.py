@@ -14,7 +14,6 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import DoublePrecision
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -67,17 +66,17 @@ def alone_in(verb: str, recipe: Recipe) -> Recipe:
 
 
 def processes() -> int:
-    """How many processes torchrun started on all machines; 1 without it."""
+    """Returns the number of processes of torchrun on all machines; 1 without it."""
     return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
 
 
 def shared(recipe: Recipe) -> bool:
-    """Whether the work goes through a strategy for several processes."""
+    """Says whether the work goes through a strategy for several processes."""
     return recipe.strategy != "auto" or recipe.devices > 1 or processes() > 1
 
 
 def device_type(recipe: Recipe) -> str:
-    """Which kind of device the recipe means here: cpu or cuda."""
+    """Returns which kind of device the recipe means here: cpu or cuda."""
     if recipe.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return recipe.device
@@ -135,11 +134,6 @@ def shard(stage_cost: StageCost, mesh: DeviceMesh) -> StageCost:
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(stage_cost, mesh=mesh["data_parallel"])
     return stage_cost
-
-
-def over_processes(fabric: Fabric, tensor: Tensor, operation: str) -> Tensor:
-    """The sum or the mean of a tensor over all processes, which all call it."""
-    return cast(Tensor, fabric.all_reduce(tensor, reduce_op=operation))
 
 
 def first_process_does(fabric: Fabric, action: Callable[[], Result]) -> Result:

@@ -186,7 +186,7 @@ def measured(loss: float | None, accuracy: float | None, *, text: bool) -> str:
 def observer(
     epochs: int, steps_per_epoch: int, epochs_done: int, *, quiet: bool, text: bool = False
 ) -> Observer:
-    """What fits: silence, a bar where stderr is a terminal, or lines."""
+    """Chooses silence, a bar where stderr is a terminal, or lines."""
     if quiet:
         return Observer()
     if sys.stderr.isatty():

@@ -82,13 +82,13 @@ class Recipe:
     norm: Literal["batch", "group", "none"] = "batch"
     """Norm layers of a convolutional network; logit, vector: not read."""
     reduction: int = 4
-    """How much the stem of a convolutional network shrinks the image: 1, 2, 4, …; else not read."""
+    """Factor by which the stem of a convolutional network shrinks the image: 1, 2, 4, …."""
     step: float = 1.0
     """Step size h: 1 is a standard residual network, T/N discretises a Neural ODE on [0, T]."""
     scheme: Literal["euler", "heun"] = "euler"
-    """How a residual function moves the state."""
+    """Scheme by which a residual function moves the state."""
     initialisation: Literal["independent", "smooth", "identical"] = "independent"
-    """How the layers of a stage start: each drawn by itself, as one smooth curve in depth (a
+    """Start of the layers of a stage: each drawn by itself, as one smooth curve in depth (a
     Gaussian process), or all alike. Last layers start at zero with each."""
     length_scale: float = 0.5
     """Depth over which layers of a smooth start stay alike, in units of the whole stage; for a
@@ -150,7 +150,7 @@ class Recipe:
     """Processes, one per device, that share every batch; a batch norm sees its process's part. One
     that gives no sign of life for 120 s (DEEPLIMIT_TIMEOUT) counts as lost: the others end."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes share the work: ddp copies the network, fsdp divides it. auto: ddp."""
+    """Way in which processes share the work: ddp copies the network, fsdp divides it. auto: ddp."""
 
     def __post_init__(self) -> None:
         for name, kind in field_types(Recipe).items():
@@ -251,7 +251,7 @@ class Recipe:
         check_seed(self.seed)
 
     def _conflicts(self) -> Iterator[tuple[bool, str, str]]:
-        """What does not go together: whether it is so, a field, and what to say of its value."""
+        """Yields for each conflict whether it is there, a field, and the words on its value."""
         kind = f"a {self.kind} network"
         if self.model is not None:
             built = f", but the model is {self.model}, which is built already; leave"
@@ -368,7 +368,7 @@ def read_recipe(path: Path, *, trust: bool = False) -> tuple[Recipe, tuple[str, 
 
 
 def _beside(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What a network starts from, if it is in the recipe's own folder, wherever that was moved."""
+    """Finds a start in the recipe's own folder, wherever that was moved."""
     found = dict(settings)
     kind, colon, model = str(settings.get("model", "")).rpartition(":")
     for name, value in (("start", str(settings.get("start", ""))), ("model", model)):

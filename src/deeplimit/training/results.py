@@ -1,4 +1,4 @@
-"""What a run leaves: numbers only; `deeplimit.report` renders them."""
+"""Results that a run leaves: numbers only; `deeplimit.report` renders them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +77,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run's cut is to be healed; kept while that goes on.
+    """The plan by which a run's cut is healed; kept while that goes on.
 
     Attributes:
         removed: the layers that had been taken out.
@@ -205,7 +205,7 @@ class Reference:
     removed: tuple[int, ...] | None = None
 
     def is_of(self, cut: Cut) -> bool:
-        """Whether it is the control of this cut, not of one that was made before."""
+        """Says whether it is the control of this cut, not of one that was made before."""
         if self.removed is not None:
             return self.removed == cut.removed
         return self.report.horizon_after == cut.report.horizon_after

@@ -143,7 +143,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Vouched:
-    """What run.json says of a file."""
+    """A file as run.json has it."""
 
     size: int
     sha256: str
@@ -195,9 +195,13 @@ class RunFiles:
             yield self
             return
         with alone(self.folder):
+            remove(self.folder / STAGING)  # what a killed process left is dropped, or finished
             try:
                 with _writing(self.folder):
-                    _clean(self.folder)
+                    _move(self.folder)
+                    for path in [*self.folder.rglob(".*.new")]:
+                        if ASIDE.fullmatch(path.name):
+                            remove(path)
                 yield replace(self, open=True)
                 with _writing(self.folder):
                     _publish(self.folder)
@@ -214,6 +218,7 @@ class RunFiles:
     def drop(self, *names: str) -> None:
         """Lets files or folders disappear with the commit."""
         for name in names:
+            remove(self.folder / STAGING / name)
             if (self.folder / name).exists():
                 self.place(name).mkdir()
 
@@ -266,7 +271,17 @@ class RunFiles:
     def _first(self, root: Path, names: tuple[str, ...]) -> Found | None:
         manifest = read_manifest(self.folder)
         name = next((name for name in names if (root / name).exists()), None)
-        return None if name is None else Found(root / name, _state(manifest, root, name))
+        if name is None:
+            return None
+        files = {} if manifest is None else manifest.files
+        wanted = {n: v for n, v in files.items() if n == name or n.startswith(f"{name}/")}
+        if not wanted:
+            return Found(root / name, "growing" if name == METRICS else "unknown")
+        try:
+            sound = _vouched(root / name, root) == wanted
+        except OSError:  # moved just now, or not to be read
+            sound = False
+        return Found(root / name, "sound" if sound else "changed")
 
 
 def as_vouched(path: Path) -> Path:
@@ -285,7 +300,7 @@ def _not_vouched_for(path: Path, state: State) -> InputError:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """What run.json says; None without one, InputError where it is damaged."""
+    """Reads run.json; None without one, InputError where it is damaged."""
     remedy = f"if the other files are right: {ACCEPT.format(folder)}"
     for path in (folder / COMMITTED / MANIFEST, folder / MANIFEST):
         if not path.exists():
@@ -317,15 +332,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(path, error) from error
-
-
-def _clean(folder: Path) -> None:
-    """Finishes or drops what a killed process left in a run folder, under its lock."""
-    remove(folder / STAGING)
-    _move(folder)
-    for path in [*folder.rglob(".*.new")]:
-        if ASIDE.fullmatch(path.name):
-            remove(path)
 
 
 def _publish(folder: Path) -> None:
@@ -392,14 +398,3 @@ def _vouched(place: Path, root: Path) -> dict[str, Vouched]:
     with place.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {place.relative_to(root).as_posix(): Vouched(file.tell(), digest)}
-
-
-def _state(manifest: Manifest | None, root: Path, name: str) -> State:
-    files = {} if manifest is None else manifest.files
-    wanted = {n: v for n, v in files.items() if n == name or n.startswith(f"{name}/")}
-    if not wanted:
-        return "growing" if name == METRICS else "unknown"
-    try:
-        return "sound" if _vouched(root / name, root) == wanted else "changed"
-    except OSError:  # moved just now, or not to be read
-        return "changed"

@@ -148,7 +148,7 @@ class RunFolder:
 
     @contextmanager
     def commit(self) -> Iterator["RunFolder"]:
-        """What is written in the with statement, into the folder that it yields, appears together.
+        """Makes all that is written into the folder that it yields appear together.
 
         At its end, or not at all; a commit inside another one is a part of that. Errors as of
         `RunFiles.commit`.
@@ -158,7 +158,7 @@ class RunFolder:
 
     @property
     def standardisation(self) -> Standardisation | None:
-        """What the run does to the samples before its network sees them; None for nothing."""
+        """The standardisation of samples before the network sees them; None for none."""
         mean, std = self.recipe.mean, self.recipe.std
         if mean is None or std is None:
             return None
@@ -262,8 +262,9 @@ class RunFolder:
 
     def _read(self, stem: str) -> Any:
         path = self.files.sound(f"{stem}.json")
-        what = remedy(self.path, f"{stem}.json")
-        return None if path is None else read_record(result_kinds()[stem], path, what)
+        if path is None:
+            return None
+        return read_record(result_kinds()[stem], path, remedy(self.path, f"{stem}.json"))
 
     def write(self, result: Any) -> None:
         """Writes a result, of a type that `RunResults` holds, to the JSON file for it."""

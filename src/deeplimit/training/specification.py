@@ -1,4 +1,4 @@
-"""What a model's specification may be: told, and code refused, before anything is imported.
+"""Forms of a model's specification; faults and code in one are told before an import.
 
 A specification `module:function` is code. Typed on the command line or written in a program it is
 the user's own; out of a recipe.toml it is whoever's wrote the file. `Named` says which on its way
@@ -59,7 +59,7 @@ class Named(str):
 
 
 def is_run(spec: str) -> bool:
-    """Whether a specification is the path of a run folder, there or not."""
+    """Says whether a specification is the path of a run folder, there or not."""
     return Path(spec).is_dir() or not (":" in spec or spec.endswith(SUFFIX))
 
 
@@ -78,6 +78,8 @@ def check_single(spec: str) -> None:
         raise InputError(f"the model is {spec!r}; expected {FORMS}")
     elif source not in LIBRARIES:
         _check_module(spec, source, name)
+    elif source in sys.modules:
+        return  # the library itself knows better
     elif importlib.util.find_spec(source) is None:
         raise InputError(
             f"{source} cannot be imported (there is no such module); {LIBRARIES[source]}"
@@ -182,7 +184,7 @@ def _chain(module: str) -> Iterator[ModuleSpec]:
 
 
 def _inside(name: str, places: list[str]) -> ModuleSpec | None:
-    """What a name is in the folders of its package; several make a package without a file."""
+    """Finds a name in the folders of its package; several make a package without a file."""
     loaded: ModuleSpec | None = getattr(sys.modules.get(name), "__spec__", None)
     if loaded is not None:
         return loaded

@@ -42,7 +42,7 @@ class CheckedFile:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify_run` found: every file of a run."""
+    """Every file of a run, as `verify_run` found it."""
 
     run: str
     files: tuple[CheckedFile, ...]
