@@ -237,8 +237,7 @@ class RunFolder:
 
     def healing(self) -> "of.Healing | None":
         """Returns how the last cut was healed; None where it was not, or another cut was."""
-        cut, found = self.cut(), self._read("heal")
-        return found if found and cut and found.removed == cut.removed else None
+        return _of_cut(self.cut(), self._read("heal"))
 
     def depth_limit(self) -> "DepthLimit | None":
         """Returns what `deeplimit ode` measured: ode.json."""
@@ -293,13 +292,18 @@ class RunFolder:
         from deeplimit.training.results import RunResults
 
         found = {f.result: self._read(stem) for stem, f in RUN_FILES.items() if f.result}
+        found["healing"] = _of_cut(found["cut"], found["healing"])
         return RunResults(
             name=self.path.resolve().name,
             recipe=self.recipe.settings(),
             class_names=self.class_names,
             metrics=self.metrics(),
-            **found | {"healing": self.healing()},
+            **found,
         )
+
+
+def _of_cut(cut: "of.Cut | None", healing: "of.Healing | None") -> "of.Healing | None":
+    return healing if healing and cut and healing.removed == cut.removed else None
 
 
 def reader_of(recipe: Recipe, run: RunFiles | None = None) -> str | None:
