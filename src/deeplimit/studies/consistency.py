@@ -32,7 +32,7 @@ from deeplimit.records import Record
 from deeplimit.studies import harness
 from deeplimit.studies.convergence import check_time, flow, generator_of, network_of, normal
 from deeplimit.studies.harness import Machine, Point, ProgressCallback, Study, Tell, silent
-from deeplimit.studies.rates import fitted
+from deeplimit.studies.rates import Slopes
 
 STATE = 4  # numbers in the state; a particle has 2 · 4 + 1
 SAMPLES, SEEN = 16, 64  # trained on; looked at
@@ -50,8 +50,8 @@ THEORY = (
 Values = dict[str, tuple[float, ...]]  # of a seed: by quantity and start, one for each size or pair
 
 
-@dataclass(frozen=True)
-class ConsistencyRate:
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyRate(Slopes):
     """One quantity against the size of the network.
 
     Attributes:
@@ -61,26 +61,17 @@ class ConsistencyRate:
             unscaled: the same with steps that are not scaled by N·M.
         against: what it is fitted against, in words.
         sizes: its values, one for each column of `values`.
-        values: [seeds][columns].
-        slopes: of log value against log size, for each seed.
-        slope: their mean.
-        low, high: what the theory says of it.
     """
 
     start: str
     quantity: str
     against: str
     sizes: tuple[float, ...]
-    values: tuple[tuple[float, ...], ...]
-    slopes: tuple[float, ...]
-    slope: float
-    low: float
-    high: float
 
     @property
-    def within(self) -> bool:
-        """True if the slope is as the theory says."""
-        return self.low <= self.slope <= self.high
+    def within(self) -> bool | None:
+        """True if the slope, the mean of all seeds', is as the theory says."""
+        return self.allow(self.slope)
 
 
 @dataclass(frozen=True)
@@ -244,8 +235,8 @@ def study_consistency(
         for start, quantity, against, size, theory in THEORY:
             rows = [found[(seed,)][f"{quantity} {start}"] for seed in seeds]
             columns = tuple(size(n, m) for n, m in sizes)[: len(rows[0])]
-            names = start, quantity, against, columns
-            made.append(fitted(ConsistencyRate, columns, rows, theory, *names))
+            names = {"start": start, "quantity": quantity, "against": against, "sizes": columns}
+            made.append(ConsistencyRate.fitted(columns, rows, theory, **names))
         return {"rates": tuple(made)}
 
     settings = {"depths": tuple(depths), "widths": tuple(widths), "draws": draws, "atoms": atoms}

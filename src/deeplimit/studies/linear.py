@@ -22,10 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deeplimit.extras import need
-from deeplimit.records import Record
 from deeplimit.studies import harness, rates
-from deeplimit.studies.harness import Machine, Point, ProgressCallback, Tell, silent
-from deeplimit.studies.rates import Family, Range, Theory, Watched, looked_at, whole_range
+from deeplimit.studies.harness import Point, ProgressCallback, Tell, silent
+from deeplimit.studies.rates import Range, Theory, Watched, looked_at, whole_range
 
 WIDTH = 4
 SPREAD = 0.5  # of the controls and of B − I: small, so that the initial loss is
@@ -48,27 +47,9 @@ THEORY: dict[str, Theory] = {
 }
 
 
-@dataclass(frozen=True)
-class LinearStudy(Record):
-    """Holds what `study_linear` finds; attributes not named here are its arguments.
-
-    Attributes:
-        folder: where study.json is.
-        width: d.
-        looked_at: the steps at which gap and smoothness were measured.
-        families: one for each start: smooth, independent, alternating.
-        machine: that the study was run on.
-    """
-
-    folder: str
-    width: int
-    learning_rate: float
-    steps: int
-    looked_at: tuple[int, ...]
-    depths: tuple[int, ...]
-    seeds: tuple[int, ...]
-    families: tuple[Family, ...]
-    machine: Machine | None = None
+@dataclass(frozen=True, kw_only=True)
+class LinearStudy(rates.DepthStudy):
+    """Holds what `study_linear` finds of its starts, smooth, independent and alternating."""
 
 
 def study_linear(

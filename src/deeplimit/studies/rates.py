@@ -15,13 +15,13 @@ from torch import Tensor
 from deeplimit.errors import InputError, RunError
 from deeplimit.records import Record
 from deeplimit.studies import harness
-from deeplimit.studies.harness import Numbers, Point, ProgressCallback, Study, Tell
+from deeplimit.studies.harness import Machine, Numbers, Point, ProgressCallback, Study, Tell
 
 Quantity = Literal["gap", "difference"]
 Moment = Literal["initial", "final", "worst"]
 Range = tuple[float | None, float | None]
 Theory = Mapping[tuple[Quantity, Moment], Range]
-Fit = TypeVar("Fit")
+Fit = TypeVar("Fit", bound="Slopes")
 Found = TypeVar("Found", bound=Record)
 
 ANY: Range = (None, None)
@@ -33,35 +33,58 @@ MOMENTS: dict[Moment, Callable[[tuple[float, ...]], float]] = {
 }
 
 
-@dataclass(frozen=True)
-class Rate:
-    """One quantity at one moment of training, against N.
+@dataclass(frozen=True, kw_only=True)
+class Slopes:
+    """A quantity against the size of the network.
 
     Attributes:
-        quantity: gap, max_n ‖x_n − x(s_n)‖ to the Neural ODE; or difference, max_n ‖θ_{n+1} − θ_n‖.
-        moment: of training: initial, final, or the worst of those looked at.
-        values: [seeds][depths].
-        slopes: of log value against log N by least squares, one for each seed.
+        values: [seeds][sizes].
+        slopes: of log value against log size by least squares, one for each seed.
         slope: that of the geometric mean over the seeds, which is the mean of the slopes.
         low, high: what the theory says of the slope; None where it sets no limit.
     """
 
-    quantity: Quantity
-    moment: Moment
     values: tuple[tuple[float, ...], ...]
     slopes: tuple[float, ...]
     slope: float
     low: float | None
     high: float | None
 
-    @property
-    def within(self) -> bool | None:
-        """True if the slope of every seed is as the theory says; None where it says nothing."""
+    @classmethod
+    def fitted(
+        cls: type[Fit], at: Numbers, values: Sequence[Sequence[float]], theory: Range, /, **own: Any
+    ) -> Fit:
+        """Fits values [seeds][sizes] against the sizes; what else it has is its own."""
+        x, rows = [*map(math.log, at)], tuple(map(tuple, values))
+        slopes = tuple(float(linear_regression(x, [*map(math.log, row)]).slope) for row in rows)
+        own |= {"slope": fmean(slopes), "low": theory[0], "high": theory[1]}
+        return cls(values=rows, slopes=slopes, **own)
+
+    def allow(self, *slopes: float) -> bool | None:
+        """Returns True if slopes are as the theory says; None where it says nothing."""
         if self.low is None and self.high is None:
             return None
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high
-        return all(low <= slope <= high for slope in self.slopes)
+        return all(low <= slope <= high for slope in slopes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate(Slopes):
+    """One quantity at one moment of training, against N.
+
+    Attributes:
+        quantity: gap, max_n ‖x_n − x(s_n)‖ to the Neural ODE; or difference, max_n ‖θ_{n+1} − θ_n‖.
+        moment: of training: initial, final, or the worst of those looked at.
+    """
+
+    quantity: Quantity
+    moment: Moment
+
+    @property
+    def within(self) -> bool | None:
+        """True if the slope of every seed is as the theory says; None where it says nothing."""
+        return self.allow(*self.slopes)
 
 
 @dataclass(frozen=True)
@@ -115,23 +138,33 @@ class Family:
         return next(r for r in self.rates if (r.quantity, r.moment) == (quantity, moment))
 
 
-def fitted(
-    kind: Callable[..., Fit],
-    sizes: Numbers,
-    values: Sequence[Sequence[float]],
-    theory: Range,
-    *names: object,
-) -> Fit:
-    """Makes a `kind` of names, values [seeds][sizes], their slopes, the mean, theory's limits."""
-    x, rows = [*map(math.log, sizes)], tuple(map(tuple, values))
-    slopes = tuple(float(linear_regression(x, [*map(math.log, row)]).slope) for row in rows)
-    return kind(*names, rows, slopes, fmean(slopes), *theory)
-
-
 def whole_range(gap: Range, difference: Range) -> Theory:
     """Returns one range for each quantity, the same at every moment."""
     ranges = zip(QUANTITIES, (gap, difference), strict=True)
     return {(quantity, moment): limits for quantity, limits in ranges for moment in MOMENTS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthStudy(Record):
+    """Families of networks of several depths; what is not named here is the study's argument.
+
+    Attributes:
+        folder: where study.json is.
+        width: d.
+        looked_at: the steps at which gap and smoothness were measured.
+        families: one for each activation and start.
+        machine: that the study was run on.
+    """
+
+    folder: str
+    width: int
+    learning_rate: float
+    steps: int
+    looked_at: tuple[int, ...]
+    depths: tuple[int, ...]
+    seeds: tuple[int, ...]
+    families: tuple[Family, ...]
+    machine: Machine | None = None
 
 
 def run_rates(
@@ -168,7 +201,8 @@ def run_rates(
             for quantity, (moment, at) in product(QUANTITIES, MOMENTS.items()):
                 values = [[at(getattr(w, quantity)) for w in row] for row in watched]
                 limits = said.get((quantity, moment), ANY)
-                fits.append(fitted(Rate, axes["depths"], values, limits, quantity, moment))
+                names = {"quantity": quantity, "moment": moment}
+                fits.append(Rate.fitted(axes["depths"], values, limits, **names))
             made.append(Family(start, activation, first, last, tuple(fits)))
         return {"families": tuple(made)}
 

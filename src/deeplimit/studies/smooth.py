@@ -27,10 +27,9 @@ from deeplimit.network.blocks import ACTIVATIONS, choose
 from deeplimit.network.initialisation import check_kernel, smooth_start
 from deeplimit.ode.field import VectorField, longest_stage
 from deeplimit.ode.solvers import solve
-from deeplimit.records import Record
 from deeplimit.studies import harness, rates
-from deeplimit.studies.harness import Machine, Point, ProgressCallback, Tell, silent
-from deeplimit.studies.rates import ANY, Family, Range, Theory, Watched, looked_at, whole_range
+from deeplimit.studies.harness import Point, ProgressCallback, Tell, silent
+from deeplimit.studies.rates import ANY, Range, Theory, Watched, looked_at, whole_range
 
 WIDTH, HIDDEN, SAMPLES = 8, 16, 32
 # Of V, small as the initial loss should be. With 1 a seed's curve after training is so bent that
@@ -56,31 +55,19 @@ def theory(activation: str, start: str) -> Theory:
     return {**whole_range(gap=ANY, difference=NO_FALL), ("gap", "final"): HARDLY_FALLS}
 
 
-@dataclass(frozen=True)
-class SmoothStudy(Record):
-    """Holds what `study_smooth` finds; attributes not named here are its arguments.
+@dataclass(frozen=True, kw_only=True)
+class SmoothStudy(rates.DepthStudy):
+    """Holds what `study_smooth` finds.
 
     Attributes:
-        folder: where study.json is.
-        width, hidden: d and the number of units of each block.
+        hidden: units of each block.
         samples: of the regression.
-        looked_at: the steps at which gap and smoothness were measured.
-        families: one for each activation and start.
-        machine: that the study was run on.
+        length_scale: ℓ.
     """
 
-    folder: str
-    width: int
     hidden: int
     samples: int
     length_scale: float
-    learning_rate: float
-    steps: int
-    looked_at: tuple[int, ...]
-    depths: tuple[int, ...]
-    seeds: tuple[int, ...]
-    families: tuple[Family, ...]
-    machine: Machine | None = None
 
 
 def study_smooth(
