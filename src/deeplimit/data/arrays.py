@@ -207,7 +207,7 @@ def _array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
 
 
 def _faults(x: np.ndarray, labels: int) -> Iterator[str]:
-    """What keeps x from being the samples of so many labels."""
+    """Says what keeps x from being the samples of so many labels."""
     if x.ndim == 4 and x.dtype != np.uint8:
         yield f"images x are of type {x.dtype}, expected uint8 in 0 … 255: convert them"
     if x.ndim == 4 and 0 in x.shape[1:]:

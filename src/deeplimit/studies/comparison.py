@@ -117,6 +117,9 @@ def compare_runs(
 ) -> Comparison:
     """Measures the layer-conditional distances of networks of any widths and depths, two by two.
 
+    >>> compare_runs([first, second]).distance(0, 1) > 0
+    True
+
     Args:
         specs: run folders, or models as `load_model` takes them; two or more.
         sinkhorn: as in `cot_distance`, for layers too wide for the exact solver.

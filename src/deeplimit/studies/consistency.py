@@ -174,6 +174,10 @@ def study_consistency(
 
     study.json is left in a folder of its own, `consistency`; one that was interrupted goes on.
 
+    >>> small = {"depths": (2, 3, 4), "widths": (4, 8, 12), "atoms": 4, "draws": 1, "time": 0.1}
+    >>> study_consistency(**small, seeds=(0,), runs=runs).rate("distance", "atoms").slope < 0
+    True
+
     Args:
         depths: N, from the smallest to the largest.
         widths: M, one for each depth.

@@ -128,6 +128,10 @@ def study_convergence(
 
     study.json is left in a folder of its own, `convergence`; one that was interrupted goes on.
 
+    >>> found = study_convergence(widths=(64,), distances=(0.03,), depth=2, time=0.4, runs=runs)
+    >>> found.held(64, 0.03, "slope")
+    1.0
+
     Args:
         widths: M, from the smallest to the largest; below and above the number of samples.
         distances: ρ: how far the targets are from the first outputs; L(μ_0) = ρ²/2.

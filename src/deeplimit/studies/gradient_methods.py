@@ -211,7 +211,7 @@ def _checkpoint(blocks: list[Switch]) -> None:
 
 
 def _own(model: nn.Module) -> Own:
-    """What stands in the modules' own attributes in place of their classes' methods."""
+    """Finds what stands in the modules' own attributes in place of their classes' methods."""
     return [
         (m, name, vars(m)[name]) for m in model.modules() for name in METHODS if name in vars(m)
     ]

@@ -106,7 +106,11 @@ class HorizonStudy(Record):
 
 
 def horizon_recipe(data: str) -> Recipe:
-    """Returns the data set's recipe; for digits to convergence, in a state of 32 numbers."""
+    """Returns the data set's recipe; for digits to convergence, in a state of 32 numbers.
+
+    >>> horizon_recipe("digits").epochs
+    300
+    """
     recipe = recipe_for(data)
     return replace(recipe, width=32, epochs=300) if data == "digits" else recipe
 
@@ -124,6 +128,11 @@ def study_horizon(
     Everything else, step size and costs per layer included, stays as the recipe says. The counts
     are of test data. The runs and study.json are left in a folder of their own,
     horizon-DATA; a study that was interrupted goes on.
+
+    >>> recipe = replace(horizon_recipe("digits"), depth=(1,), epochs=1)
+    >>> found = study_horizon(recipe, seeds=(0,), runs=runs, quiet=True)
+    >>> [networks.horizon for networks in found.depths]
+    [1, 2, 4]
 
     Args:
         recipe: of the smallest network; its own seed is not used.
@@ -217,12 +226,20 @@ def _added(depths: Sequence[HorizonRuns]) -> list[float]:
 
 
 def demo_recipe(seed: int = 0) -> Recipe:
-    """Returns twenty layers on scikit-learn's digits: far too deep, trained in seconds."""
+    """Returns twenty layers on scikit-learn's digits: far too deep, trained in seconds.
+
+    >>> demo_recipe().depth
+    (20,)
+    """
     return replace(recipe_for("digits"), depth=(20,), control="plain", seed=seed)
 
 
 def run_demo(recipe: Recipe, *, runs: Path = Path("runs"), quiet: bool = False) -> RunFolder:
-    """Trains, profiles and cuts a network, and trains its control (`complete`)."""
+    """Trains, profiles and cuts a network, and trains its control (`complete`).
+
+    >>> run_demo(replace(demo_recipe(), depth=(2,), epochs=1), runs=runs, quiet=True).path.name
+    'demo'
+    """
     folder = train(recipe, runs=runs, name="demo", quiet=quiet)
     complete(folder, quiet=quiet)
     return folder

@@ -101,6 +101,9 @@ def interpolate_runs(
 
     Beside it the naive average of the parameters, for networks of one shape.
 
+    >>> interpolate_runs(first, second, points=3, frame="interpolate").ts
+    (0.0, 0.5, 1.0)
+
     Args:
         first: a run folder, of t = 0.
         second: another on the same data, of t = 1; any width and depth.
@@ -214,6 +217,9 @@ def merge_runs(
 
     It lies beside the first run and is one like any other: `deeplimit profile`, `refine` and
     `interpolate` take it.
+
+    >>> merge_runs([first, second], frame="interpolate", name="both").weights
+    (0.5, 0.5)
 
     Args:
         specs: run folders on the same data, two or more, of any widths and depths. The merged

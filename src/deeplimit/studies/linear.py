@@ -65,6 +65,10 @@ def study_linear(
 
     study.json is left in a folder of its own, `linear`; a study that was interrupted goes on.
 
+    >>> found = study_linear(depths=(2, 4), seeds=(0,), steps=2, runs=runs)
+    >>> [family.start for family in found.families]
+    ['smooth', 'independent', 'alternating']
+
     Args:
         depths: N, from the smallest to the largest.
         seeds: at least one; each draws its own controls and its own B.

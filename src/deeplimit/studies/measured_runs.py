@@ -162,7 +162,7 @@ def check_frame(frame: FramePolicy, *, align: bool) -> None:
 
 
 def _differences(first: RunFolder, other: RunFolder) -> Iterator[str]:
-    """What makes the data of two runs not the same, or seen differently."""
+    """Says why two runs are not of the same data, or see them differently."""
     mine, theirs = first.recipe.data, other.recipe.data
     if theirs != mine:
         yield f"trained on different data, {mine} and {theirs}; expected runs on the same"

@@ -85,6 +85,10 @@ def study_smooth(
 
     study.json is left in a folder of its own, `smooth`; a study that was interrupted goes on.
 
+    >>> found = study_smooth(activations=["tanh"], depths=(2, 4), seeds=(0,), steps=1, runs=runs)
+    >>> [family.name for family in found.families]
+    ['tanh, smooth', 'tanh, independent']
+
     Args:
         activations: σ, names in `network.blocks.ACTIVATIONS`.
         depths: N, from the smallest to the largest, which all others divide.
