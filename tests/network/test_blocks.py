@@ -7,7 +7,7 @@ from model_families import shaken
 from torch import Tensor, nn
 
 from deeplimit import InputError
-from deeplimit._anatomy.stack import control
+from deeplimit._anatomy.chain import control
 from deeplimit.network import ConvolutionalResidual, LinearResidual, TwoLayerResidual
 from deeplimit.network.blocks import ACTIVATIONS, NORMS, rescale_last_layer
 

@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.block_call import BlockCall
 from deeplimit._anatomy.branches import parameter_ends
+from deeplimit._anatomy.chain import Stack, chain_stacks, control
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics, evaluating
 from deeplimit._anatomy.inputs import placed
-from deeplimit._anatomy.stack import Stack, chain_stacks, control
 from deeplimit._anatomy.stand_ins import state_of, version
 from deeplimit.errors import InputError, several
 
@@ -129,7 +129,7 @@ class Anatomy(ABC):
 
     def past(self, n: int) -> Callable[[Tensor], Tensor]:
         """What takes a state past layer n as if the layer did nothing."""
-        return _itself
+        return lambda x: x
 
     @abstractmethod
     def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
@@ -166,28 +166,20 @@ class Anatomy(ABC):
             InputError: there is no example to try on, or no module's output is added to the state.
         """
         n = next(n for n, layer in enumerate(self.layers) if block in layer.controls)
-        with evaluating(self.model), torch.no_grad():
-            ends = parameter_ends(BlockCall(self, n, self._to_try()))
-        if not ends:
-            raise InputError(
-                f"where the residual branches of {type(block).__name__} end is not known, so the "
-                "step of its layers cannot be changed, nor the depth; tie and untie work"
-            )
-        return ends
-
-    def _to_try(self) -> Any:
-        """The example where the model is.
-
-        Raises:
-            InputError: there is none.
-        """
         x = self.fitting_example()
         if x is None:
             raise InputError(
                 f"{type(self).__name__} has no example of its model's input, on which the ends of "
                 "the residual branches are found; override example"
             )
-        return x
+        with evaluating(self.model), torch.no_grad():
+            ends = parameter_ends(BlockCall(self, n, x))
+        if not ends:
+            raise InputError(
+                f"where the residual branches of {type(block).__name__} end is not known, so the "
+                "step of its layers cannot be changed, nor the depth; tie and untie work"
+            )
+        return ends
 
     def example(self) -> Inputs | None:
         """A small input on which the anatomy is checked; None where there is none to be had."""
@@ -256,7 +248,6 @@ class Anatomy(ABC):
         return (*(layer.stage for layer in self.layers), self.stages - 1)
 
     def _stages_of(self, first: int | Sequence[int], count: int) -> list[int]:
-        """The stages of some states."""
         of = range(first, first + count) if isinstance(first, int) else first
         stages = self.state_stages
         return [stages[n] for n in of]
@@ -427,7 +418,3 @@ def layer_numbers(layers: Iterable[SupportsIndex]) -> set[int]:
         if isinstance(n, bool):
             raise InputError(f"layer {n} given; expected whole numbers, such as [3, 7], not a mask")
     return numbers
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x

@@ -30,15 +30,9 @@ Change = Callable[[Tensor], Tensor]
 class End:
     """A module whose output m a block adds to the state: x = y + gain ⊙ m, or ReLU(y + m).
 
-    Attributes:
-        name: of the module, in the model.
-        module: the module.
-        convolution: of a batch norm the convolution that it normalises, where a map can be folded
-            into both; else None.
-        axis: the dimension of m in which the channels are.
-        state_axis: the same of the state.
-        gain: per channel, float64.
-        rest: what gives y where a ReLU follows: a shortcut, or the block itself (its input).
+    The gain is per channel, in float64; channels are in the dimension `axis` of m, `state_axis` of
+    the state. Of a batch norm `convolution` is what it normalises, where a map can be folded into
+    both; `rest` gives y where a ReLU follows: a shortcut, or the block itself (its input).
     """
 
     name: str
@@ -98,13 +92,9 @@ def left(structure: "Anatomy", n: int, run: Callable[[], Any]) -> Tensor | None:
 class BlockCall:
     """One layer's call in a run of the model, which can be made again with outputs changed.
 
-    Attributes:
-        block: the layer's block.
-        x: the state that entered it.
-        out: the state that left it; None where the run showed none.
-        order: its modules, as their calls ended; those that were called once.
-        outputs: the state in what each returned.
-        inputs: the first tensor that each was given.
+    x entered the block, `out` left it (None where the run showed none). `order` are its modules
+    that were called once, as their calls ended, with the state in what each returned (`outputs`)
+    and the first tensor that each was given (`inputs`).
     """
 
     def __init__(self, structure: "Anatomy", n: int, x: Any):

@@ -6,8 +6,7 @@ from the block's end on, each is set to zero before the next is looked for.
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,11 @@ if TYPE_CHECKING:
 TRIED = 8  # modules of a block that could be folded into, from its end
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(NamedTuple):
     """What a block adds to its state at one place.
 
-    Attributes:
-        end: the outermost module whose output is what is added.
-        at: the module whose input the sum is, such as a norm behind it; None: the block's output.
+    The output of the outermost module `end` is what is added; the sum is the input of the module
+    `at`, such as a norm behind it, or the block's output where that is None.
     """
 
     end: nn.Module
@@ -41,26 +38,18 @@ def find_branches(call: BlockCall) -> list[Branch]:
     silent: list[nn.Module] = []
     at: nn.Module | None = None
     for module in reversed(call.order):
-        m = call.outputs[module]
-        if any(module in end.modules() for end in silent) or _same(m, call.x):
-            continue  # a part of a branch that was found, or what it is added to
+        m, given = call.outputs[module], call.inputs.get(module)
+        itself = call.x is not None and m.shape == call.x.shape and m.equal(call.x)
+        if itself or any(module in end.modules() for end in silent):
+            continue  # what a branch is added to, or a part of one that was found
         if call.passed(module, silent, at) is None:
             continue
         if bool(call.without([*silent, module], at).any()):
             found.append(Branch(module, at))
             silent.append(module)
-        elif next(module.children(), None) is None and _same_shape(call, module):
+        elif not list(module.children()) and given is not None and given.shape == m.shape:
             at = module  # all that there is: a norm, say, behind the sum
     return found[::-1]
-
-
-def _same(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and a.shape == b.shape and a.equal(b)
-
-
-def _same_shape(call: BlockCall, module: nn.Module) -> bool:
-    given = call.inputs.get(module)
-    return given is not None and given.shape == call.outputs[module].shape
 
 
 def parameter_ends(call: BlockCall) -> list[nn.Parameter]:
@@ -68,11 +57,9 @@ def parameter_ends(call: BlockCall) -> list[nn.Parameter]:
 
     Where nothing is linear in its parameters, those of the last module that has any.
     """
-    branches = find_branches(call)
-    ends: list[nn.Parameter] = []
-    for branch in branches:
-        ends += linear_end(call, branch, [b.end for b in branches if b is not branch])
-    return ends
+    found = find_branches(call)
+    each = (linear_end(call, b, [o.end for o in found if o is not b]) for b in found)
+    return [p for ends in each for p in ends]
 
 
 def mixes_tokens(call: BlockCall, branch: Branch, silent: Collection[nn.Module]) -> str:

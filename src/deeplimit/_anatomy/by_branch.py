@@ -4,9 +4,9 @@ import copy
 import operator
 import warnings
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import cached_property
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -31,23 +31,18 @@ class LeftOut(nn.Module):
 
     Its state_dict holds zeros of the shapes that were there, so that a saved model is one of the
     plain class, whose answers are the same: there the branch is computed, and adds zero. A cache of
-    keys and values goes on counting tokens.
-
-    Args:
-        module: what stood there.
-        output: what it returned.
-        x: the first tensor it was given.
-        zero: whether to give zeros.
+    keys and values goes on counting tokens. It is made of the module that stood there, what that
+    returned, and the first tensor that it was given.
     """
 
     def __init__(self, module: nn.Module, output: Any, x: Tensor, *, zero: bool):
         super().__init__()
-        self.zero = zero
-        y = output[0] if isinstance(output, tuple | list) else output
+        several = isinstance(output, tuple | list)
+        y = output[0] if several else output
         axes = [k for k, (a, b) in enumerate(zip(x.shape, y.shape, strict=False)) if a != b]
+        self.zero = zero
         self.resized = (axes[0] - y.dim(), y.shape[axes[0]]) if axes else None
         self.possible = isinstance(y, Tensor) and x.dim() == y.dim() and len(axes) < 2
-        several = isinstance(output, tuple | list)
         self.others = [said(value) for value in output[1:]] if several else None
         self.tensors = {k: (tuple(v.shape), v.dtype) for k, v in module.state_dict().items()}
         places = (getattr(m, "layer_idx", None) for m in module.modules())
@@ -57,25 +52,17 @@ class LeftOut(nn.Module):
         """Zeros of the shape of what stood there, or the input."""
         x = state_among(args, kwargs)
         assert x is not None
-        self._count(x, args, kwargs)
-        if self.zero and self.resized is not None:
-            axis, size = self.resized
-            shape = list(x.shape)
-            shape[axis] = size
-            x = x.new_zeros(shape)
-        elif self.zero:
-            x = torch.zeros_like(x)
-        return x if self.others is None else (x, *self.others)
-
-    def _count(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = (*args, *kwargs.values())
-        cache = next((v for v in given if hasattr(v, "get_seq_length")), None)
-        across = any(
-            kwargs.get(k) is not None for k in ("key_value_states", "encoder_hidden_states")
-        )
+        cache = next((v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")), None)
+        across = any(kwargs.get(k) is not None for k in ACROSS)
         if cache is not None and self.layer_idx is not None and not across:
             none = x.new_zeros(len(x), 1, x.shape[1], 1)
             getattr(cache, "self_attention_cache", cache).update(none, none, self.layer_idx)
+        if self.zero:
+            shape = list(x.shape)
+            if self.resized is not None:
+                shape[self.resized[0]] = self.resized[1]
+            x = x.new_zeros(shape)
+        return x if self.others is None else (x, *self.others)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         for name, (shape, dtype) in self.tensors.items():
@@ -91,15 +78,11 @@ class LeftOut(nn.Module):
         return "a branch left out; saved as zeros, which the plain class computes with"
 
 
-@dataclass(frozen=True)
-class Part:
-    """What is left out for a branch.
+class Part(NamedTuple):
+    """What is left out for a branch, and the names in the block of what works for it alone.
 
-    Attributes:
-        name: of the branch: of the block's child that holds it, or of a module in it.
-        kind: "attention" of one that mixes tokens, "mlp" of one that does not; else empty.
-        branch: as it was found.
-        dead: the names in the block of other modules that work for it alone.
+    It is called as the block's child that holds it, or a module in it; its kind is "attention" if
+    it mixes tokens, "mlp" if it does not, else empty.
     """
 
     name: str
@@ -115,13 +98,10 @@ def check_granularity(name: str) -> None:
 
 
 class ByBranch(Anatomy):
-    """A model whose layers are branches, in order; what is left out is still one of its class.
+    """A model, read by its blocks, whose layers are branches, in order.
 
-    Args:
-        structure: of the model, by blocks.
-
-    Raises:
-        InputError: no branch is found, or one block is several layers.
+    What is left out is still one of its class. An InputError where no branch is found, or one block
+    is several layers.
     """
 
     def __init__(self, structure: Anatomy):
@@ -211,35 +191,29 @@ class ByBranch(Anatomy):
     ) -> None:
         """Changes a copy in place: modules that do nothing, or a last projection of zeros."""
         path = {m: name for name, m in block.named_modules()}[part.branch.end]
-        x = self.structure.fitting_example()
-        run = self.structure.runner(model)
-        with evaluating(model), torch.no_grad():
-            seen: dict[str, tuple[Any, Tensor]] = {}
-            handles = [
-                own.get_submodule(name).register_forward_hook(_seen(seen, name), with_kwargs=True)
-                for name in (path, *part.dead)
-            ]
-            zeros = own.get_submodule(path).register_forward_hook(_zeros)
-            try:
-                expected = run(x)
-            finally:
-                for handle in (zeros, *handles):
-                    handle.remove()
-            before = {name: own.get_submodule(name) for name in (path, *part.dead)}
+        before = {name: own.get_submodule(name) for name in (path, *part.dead)}
+        x, run = self.structure.fitting_example(), self.structure.runner(model)
+        seen: dict[str, tuple[Any, Tensor]] = {}
+        with evaluating(model), torch.no_grad(), ExitStack() as stack:
+            for name, module in before.items():
+                hook = module.register_forward_hook(_seen(seen, name), with_kwargs=True)
+                stack.callback(hook.remove)
+            stack.callback(before[path].register_forward_hook(_zeros).remove)
+            expected = run(x)
+            stack.close()
             made = {
-                name: LeftOut(module, *seen[name], zero=name == path)
-                for name, module in before.items()
+                name: LeftOut(m, *seen[name], zero=m is before[path]) for name, m in before.items()
             }
             if all(one.possible for one in made.values()):
                 for name, one in made.items():
-                    _put(own, name, one)
+                    own.set_submodule(name, one)
                 try:
                     if gap(run(x), expected) is None:
                         return
                 except FAILS:
                     pass
                 for name, module in before.items():
-                    _put(own, name, module)
+                    own.set_submodule(name, module)
             self._zero(own, block, part, n)
             apart = gap(run(x), expected)
         if apart is not None:
@@ -301,17 +275,15 @@ class ByBranch(Anatomy):
 def parts_of(call: BlockCall) -> list[Part]:
     """The branches of a block with their names, and what works for each alone."""
     names = {m: name for name, m in call.block.named_modules()}
-    sizes = {m: sum(p.numel() for p in m.parameters()) for m in names}
-    found = find_branches(call)
-    every: list[tuple[Branch, list[nn.Module], str]] = []
-    for branch in found:
-        dead = _dead(call, branch)
-        largest = max([branch.end, *dead], key=lambda m: sizes[m])
-        every.append((branch, dead, names[largest]))
-    short = [name.partition(".")[0] for *_, name in every]
+    found = [(branch, _dead(call, branch)) for branch in find_branches(call)]
+    full = [
+        names[max([b.end, *dead], key=lambda m: sum(p.numel() for p in m.parameters()))]
+        for b, dead in found
+    ]
+    short = [name.partition(".")[0] for name in full]
     parts = []
-    for (branch, dead, name), first in zip(every, short, strict=True):
-        kind = mixes_tokens(call, branch, [b.end for b in found if b is not branch])
+    for (branch, dead), name, first in zip(found, full, short, strict=True):
+        kind = mixes_tokens(call, branch, [b.end for b, _ in found if b is not branch])
         own = first if short.count(first) == 1 else name
         parts.append(Part(own, kind, branch, tuple(names[m] for m in dead)))
     return parts
@@ -331,11 +303,6 @@ def _dead(call: BlockCall, branch: Branch) -> list[nn.Module]:
         if call.added(module, [branch.end], noise).equal(expected):
             dead.append(module)
     return [m for m in dead if not any(m in set(o.modules()) - {o} for o in dead)]
-
-
-def _put(block: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, key = name.rpartition(".")
-    block.get_submodule(parent)._modules[key] = module
 
 
 def _seen(seen: dict[str, tuple[Any, Tensor]], name: str) -> Callable[..., None]:

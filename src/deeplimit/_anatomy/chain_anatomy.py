@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
-from deeplimit._anatomy.chain import ResidualChain, chains_in
+from deeplimit._anatomy.chain import ResidualChain, Stack, chains_in, stacks_of
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
 from deeplimit._anatomy.read_model import ReadModel
-from deeplimit._anatomy.stack import Stack, stacks_of
 from deeplimit._anatomy.stand_ins import standing_in
 
 

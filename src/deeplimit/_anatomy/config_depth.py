@@ -16,41 +16,35 @@ def set_depths(model: nn.Module, before: Mapping[str, int], kept: Mapping[str, l
     That is the `config` nearest to the lists of blocks, and the model's own; of a model of timm
     the arguments that build it again.
     """
-    configs: dict[int, Any] = {}
-    for name in before:
-        for config in (_nearest(model, name), getattr(model, "config", None)):
-            if hasattr(config, "__dict__"):
-                configs[id(config)] = config
+    mine: Any = getattr(model, "config", None)
+    nearest = (
+        next((c for m in _around(model, name) if (c := _config(m)) is not None), None)
+        for name in before
+    )
+    configs = {id(c): c for c in (*nearest, mine) if hasattr(c, "__dict__")}
     for name, count in before.items():
         for module in _around(model, name):
             for key, value in list(vars(module).items()):
                 if COUNT.fullmatch(key) and type(value) is int and value == count:
                     setattr(module, key, len(kept[name]))
-    own = id(getattr(model, "config", None))
     for config in configs.values():
-        _set(config, before, kept, apart=id(config) == own and len(configs) > 1)
+        _set(config, before, kept, apart=config is mine and len(configs) > 1)
     arguments = getattr(model, "_model_args", None)
     if isinstance(arguments, dict):
         told = SimpleNamespace(**arguments)
         _set(told, before, kept, apart=False)
         model._model_args = vars(told)  # type: ignore[assignment]  # noqa: SLF001
-        _describe(model, before, kept)
+        entries: Any = getattr(model, "feature_info", None)  # of each block's output, or of some
+        ((name, count), *more) = before.items()
+        if isinstance(entries, list) and not more and len(entries) == count:
+            model.feature_info = [  # type: ignore[assignment]
+                entries[old] | {"module": f"{name}.{i}"} for i, old in enumerate(kept[name])
+            ]
 
 
-def _describe(model: nn.Module, before: Mapping[str, int], kept: Mapping[str, list[int]]) -> None:
-    """What timm says of each block's output, where it does of every one."""
-    entries: Any = getattr(model, "feature_info", None)
-    ((name, count), *more) = before.items()
-    if isinstance(entries, list) and not more and len(entries) == count:
-        left = [dict(entries[i]) for i in kept[name]]
-        told = [entry | {"module": f"{name}.{i}"} for i, entry in enumerate(left)]
-        model.feature_info = told  # type: ignore[assignment]
-
-
-def _nearest(model: nn.Module, name: str) -> Any:
-    """The configuration of the innermost module around a list that has one."""
-    configs = (getattr(module, "config", None) for module in _around(model, name))
-    return next((config for config in configs if hasattr(config, "__dict__")), None)
+def _config(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "__dict__") else None
 
 
 def _around(model: nn.Module, name: str) -> list[nn.Module]:

@@ -20,31 +20,37 @@ from deeplimit.errors import InputError
 INDEX = ("layer_idx", "layer_id")  # what a block calls its place, where it knows it
 
 
-def relisted(
-    model: nn.Module,
-    places: Sequence[tuple[nn.Module, nn.Module]],
-    times: Sequence[int],
-    *,
-    shared: bool = False,
+def with_times(
+    model: nn.Module, blocks: Sequence[Block], times: Sequence[int], *, shared: bool = False
 ) -> nn.Module:
-    """An independent copy with block i times[i] ≥ 0 times in a row.
+    """A copy with block n times[n] ≥ 0 times in a row, and what it says of itself up to date.
 
-    The blocks left out are not copied; one repeated shares nothing but what it shared before. What
-    else stands in a list stays where it is.
+    Blocks left out are not copied; one repeated shares nothing but what it shared before. What else
+    stands in a list stays where it is. With `shared` parameters are the model's own, for a trial.
     """
-    once = Counter(block for _, block in places)  # one called again and again stays as it is
-    count = {b: n for (_, b), n in zip(places, times, strict=True) if once[b] == 1}
+    once = Counter(block.module for block in blocks)  # one called again and again stays as it is
+    count = {b.module: n for b, n in zip(blocks, times, strict=True) if once[b.module] == 1}
     memo: dict[int, Any] = {id(block): None for block, n in count.items() if not n}
     if shared:
         memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
     other = copy.deepcopy(model, memo)
-    names = {id(module): name for name, module in model.named_modules()}
-    for container in dict.fromkeys(one for one, block in places if block in count):
-        mine = other.get_submodule(names[id(container)])
-        wanted = {name: count.get(child, 1) for name, child in container.named_children()}
-        if any(n != 1 for n in wanted.values()):
-            _repeat(mine, wanted, other)
-        _number(mine)
+    names = {module: name for name, module in model.named_modules()}
+    lists: dict[nn.Module, list[int]] = {}
+    for n, block in enumerate(blocks):
+        lists.setdefault(block.container, []).append(n)
+    before: dict[str, int] = {}
+    kept: dict[str, list[int]] = {}
+    for container, own in lists.items():
+        name, counts = names[container], [times[n] for n in own]  # calls of one, which are counted
+        if all(blocks[n].module in count for n in own):
+            wanted = {name: count.get(child, 1) for name, child in container.named_children()}
+            counts, mine = list(wanted.values()), other.get_submodule(name)
+            if any(n != 1 for n in counts):
+                _repeat(mine, wanted, other)
+            _number(mine)
+        before[name] = len(counts)
+        kept[name] = [i for i, n in enumerate(counts) for _ in range(n)]
+    set_depths(other, before, kept)
     return other
 
 
@@ -81,31 +87,6 @@ def _copied(block: nn.Module, model: nn.Module) -> nn.Module:
     inside = set(block.modules())
     shared = [*vars(model).values(), *(m for m in model.modules() if m not in inside)]
     return copy.deepcopy(block, {id(value): value for value in shared})
-
-
-def with_times(
-    model: nn.Module, blocks: Sequence[Block], times: Sequence[int], *, shared: bool = False
-) -> nn.Module:
-    """A copy with block n times[n] times in a row, and what it says of itself brought up to date.
-
-    `shared` leaves its parameters the model's own: to try something.
-    """
-    other = relisted(model, [(b.container, b.module) for b in blocks], times, shared=shared)
-    names = {module: name for name, module in model.named_modules()}
-    lists: dict[nn.Module, list[int]] = {}
-    for n, block in enumerate(blocks):
-        lists.setdefault(block.container, []).append(n)
-    before: dict[str, int] = {}
-    kept: dict[str, list[int]] = {}
-    for container, own in lists.items():
-        counts = [times[n] for n in own]
-        if len({blocks[n].module for n in own}) == len(own):  # else calls of one, which are counted
-            by_block = {blocks[n].module: times[n] for n in own}
-            counts = [by_block.get(child, 1) for child in container.children()]
-        before[names[container]] = len(counts)
-        kept[names[container]] = [i for i, count in enumerate(counts) for _ in range(count)]
-    set_depths(other, before, kept)
-    return other
 
 
 def check_kept(

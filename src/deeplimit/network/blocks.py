@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deeplimit._anatomy.stack import layers_of
+from deeplimit._anatomy.chain import layers_of
 from deeplimit.errors import InputError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -101,6 +101,19 @@ class ConvolutionalResidual(nn.Module):
         """φ(x)."""
         y: Tensor = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
         return y
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def with_same_parts(model: Model, cls: type[Model]) -> Model:
+    """A module of a class with a model's parts, to be exchanged; hooks stay the model's own."""
+    other = cls.__new__(cls)
+    nn.Module.__init__(other)
+    other._modules, other._buffers = dict(model._modules), dict(model._buffers)
+    other._non_persistent_buffers_set = set(model._non_persistent_buffers_set)  # noqa: SLF001
+    other.training = model.training
+    return other
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from deeplimit._anatomy.read_model import OfBlocks
 from deeplimit._anatomy.registry import register
 from deeplimit._anatomy.stacks import Block
 from deeplimit.errors import InputError
+from deeplimit.network.blocks import with_same_parts
 from deeplimit.network.shape import check_shape
 from deeplimit.network.weights import read_safetensors
 
@@ -149,34 +150,28 @@ class CifarResNet(nn.Module):
 
     def without(self, removed: set[int]) -> "CifarResNet":
         """The same network less some of its blocks, counted through all stages."""
-        smaller = CifarResNet.__new__(CifarResNet)
-        nn.Module.__init__(smaller)
-        smaller.register_buffer("mean", self.mean, persistent=False)
-        smaller.register_buffer("std", self.std, persistent=False)
-        smaller.conv1, smaller.bn1 = self.conv1, self.bn1
-        depths, strided, n = [], [], 0
-        for m, stage in enumerate(self.stages):
-            kept: list[nn.Module] = []
-            for i, block in enumerate(stage):
-                if not isinstance(block, BasicBlock):
-                    kept.append(block)
-                    continue
-                if n not in removed:
-                    kept.append(block)
-                elif m > 0 and i == 0:
-                    kept.append(block.shortcut)
-                n += 1
-            rest = nn.Sequential(*kept)
+        counts = [n not in removed for n in range(sum(self.architecture.depths))]
+        return self._with_counts(counts)
+
+    def _with_counts(self, counts: Sequence[int]) -> "CifarResNet":
+        """A network with block n counts[n] times; in place of a strided one stands its shortcut."""
+        other, left = with_same_parts(self, CifarResNet), iter(counts)
+        for m, stage in enumerate(self.stages, 1):
+            blocks: list[nn.Module] = []
+            for block in stage:
+                count = next(left) if isinstance(block, BasicBlock) else 1
+                if not count and isinstance(block.shortcut, Shortcut):
+                    blocks.append(block.shortcut)
+                blocks += [block, *(copy.deepcopy(block) for _ in range(count - 1))][:count]
+            other._modules[f"layer{m}"] = rest = nn.Sequential(*blocks)
             rest.training = stage.training
-            setattr(smaller, f"layer{m + 1}", rest)
-            depths.append(sum(isinstance(block, BasicBlock) for block in kept))
-            strided.append(bool(kept) and isinstance(kept[0], BasicBlock))
-        smaller.linear = self.linear  # last, as when built: parameters keep their order
-        smaller.architecture = replace(
-            self.architecture, depths=tuple(depths), strided=tuple(strided[1:])
+        own = [[isinstance(block, BasicBlock) for block in stage] for stage in other.stages]
+        other.architecture = replace(
+            self.architecture,
+            depths=tuple(map(sum, own)),
+            strided=tuple(bool(blocks) and blocks[0] for blocks in own[1:]),
         )
-        smaller.training = self.training
-        return smaller
+        return other
 
     @classmethod
     def from_weights(cls, path: str | Path) -> "CifarResNet":
@@ -254,18 +249,7 @@ class CifarResNetAnatomy(OfBlocks):
 
     def repeated(self, times: Sequence[int]) -> nn.Module:
         """The same class with other depths."""
-        other = copy.deepcopy(self.model.without({n for n, count in enumerate(times) if not count}))
-        counts = iter([count for count in times if count])
-        for stage in other.stages:
-            there: list[nn.Module] = []
-            for block in stage:
-                count = next(counts) if isinstance(block, BasicBlock) else 1
-                there += [block, *(copy.deepcopy(block) for _ in range(count - 1))]
-            stage._modules.clear()
-            stage.extend(there)
-        depths = tuple(sum(isinstance(b, BasicBlock) for b in stage) for stage in other.stages)
-        other.architecture = replace(other.architecture, depths=depths)
-        return other
+        return copy.deepcopy(self.model._with_counts(times))  # noqa: SLF001
 
     def example(self) -> Inputs | None:
         """A random image."""

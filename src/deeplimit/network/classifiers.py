@@ -4,16 +4,15 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy.chain import SCHEMES, ResidualChain
+from deeplimit._anatomy.chain import SCHEMES, ResidualChain, Stack, chain_stacks
 from deeplimit._anatomy.chain_anatomy import ChainAnatomy, chain_with
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit._anatomy.registry import register
-from deeplimit._anatomy.stack import Stack, chain_stacks
 from deeplimit.errors import InputError
 from deeplimit.network.blocks import (
     ACTIVATIONS,
@@ -23,6 +22,7 @@ from deeplimit.network.blocks import (
     TwoLayerResidual,
     choose,
     rescale_last_layer,
+    with_same_parts,
 )
 from deeplimit.network.shape import Kind, check_shape
 
@@ -197,23 +197,14 @@ class ResidualClassifier(nn.Module):
 
     def without(self, removed: set[int]) -> "ResidualClassifier":
         """The same network less some of its residual steps, counted through all stages."""
-        smaller = ResidualClassifier.__new__(ResidualClassifier)
-        nn.Module.__init__(smaller)
-        smaller.stem = self.stem
-        chains, first = [], 0
-        for stage in self.stages:
-            chain: ResidualChain = stage  # type: ignore[assignment]
-            chains.append(
-                chain.without(n - first for n in removed if first <= n < first + chain.horizon)
-            )
-            first += chain.horizon
+        smaller, chains = with_same_parts(self, ResidualClassifier), []
+        for stack, chain in zip(chain_stacks(self.stages), self.stages, strict=True):
+            gone = (n - stack.first for n in removed if n in stack.layers)
+            chains.append(cast(ResidualChain, chain).without(gone))
         smaller.stages = nn.ModuleList(chains)
         smaller.stages.training = self.stages.training
-        # In the order of a network that is built: an optimiser's state goes by it.
-        smaller.projections, smaller.head = self.projections, self.head
         depths = tuple(chain.horizon for chain in chains)
         smaller.architecture = replace(self.architecture, depths=depths)
-        smaller.training = self.training
         return smaller
 
 
