@@ -1,4 +1,4 @@
-"""What everything else sees of a model: stem, stages of layers, what carries a state on, head."""
+"""A model as everything else sees it: stem, stages of layers, what carries a state on, head."""
 
 import copy
 import operator
@@ -99,7 +99,7 @@ class Anatomy(ABC):
 
     @property
     def replayed(self) -> bool:
-        """Whether layers are replayed in the backward pass, so that kept states cost memory."""
+        """True where layers are replayed in the backward pass, so that kept states cost memory."""
         return False
 
     def collect_stage_costs(
@@ -128,7 +128,7 @@ class Anatomy(ABC):
         raise InputError(f"{type(self).__name__} does not say how some of its layers are run")
 
     def past(self, n: int) -> Callable[[Tensor], Tensor]:
-        """What takes a state past layer n as if the layer did nothing."""
+        """A function that takes a state past layer n as if the layer did nothing."""
         return lambda x: x
 
     @abstractmethod
@@ -194,7 +194,7 @@ class Anatomy(ABC):
         return None if x is None or meta else placed(self.model, x)
 
     def runner(self, model: nn.Module) -> Callable[[Any], Tensor]:
-        """What runs another model as this one is run, without reading it."""
+        """A function that runs another model as this one is run, without reading it."""
         other = copy.copy(self)
         other.model = model
         return other.run
@@ -220,7 +220,7 @@ class Anatomy(ABC):
 
     @property
     def stem_and_head(self) -> tuple[nn.Module, nn.Module] | None:
-        """What makes the first state and what reads the last, where each is one module."""
+        """The modules that make the first state and read the last, where each is one."""
         return None
 
     def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
@@ -366,7 +366,7 @@ class Anatomy(ABC):
         return self.leave_out(gone)
 
     def check_removable(self, removed: Iterable[SupportsIndex]) -> None:
-        """Whether the model can do without these layers.
+        """Checks that the model can do without these layers.
 
         Raises:
             InputError: a layer that does not exist, or that the model cannot do without.

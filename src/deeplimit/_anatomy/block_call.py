@@ -45,12 +45,12 @@ class End:
 
     @property
     def biased(self) -> bool:
-        """Whether a constant can be added."""
+        """True where a constant can be added."""
         return getattr(self.module, "bias", None) is not None
 
     @property
     def mixes(self) -> bool:
-        """Whether channels can be mixed."""
+        """True where channels can be mixed."""
         weight = cast(Tensor, self.module.weight)
         return weight.dim() > 1 or self.convolution is not None
 
@@ -148,36 +148,41 @@ class BlockCall:
         if x is not None:
             args, kwargs = with_argument(args, kwargs, self.x, x)
         found: list[Tensor] = []
+
+        def changed(change: Change, _: nn.Module, __: Any, output: Any) -> Any:
+            return with_state(output, change(cast(Tensor, state_of(output))))
+
+        def kept(_: nn.Module, __: Any, output: Any) -> None:
+            found.append(cast(Tensor, state_of(output)).clone())
+
+        def entered(_: nn.Module, args: Any, kwargs: Any) -> None:
+            found.append(cast(Tensor, state_among(args, kwargs)).clone())
+
         with ExitStack() as stack:
             for module, change in (changes or {}).items():
-                hook = partial(_changed, change)
+                hook = partial(changed, change)
                 stack.callback(module.register_forward_hook(hook).remove)
             if at is not None:
-                keep = at.register_forward_pre_hook(
-                    lambda _, a, k: found.append(cast(Tensor, state_among(a, k)).clone()),
-                    with_kwargs=True,
-                )
-                stack.callback(keep.remove)
+                stack.callback(at.register_forward_pre_hook(entered, with_kwargs=True).remove)
             if read is not None:
-                hook = partial(_kept, found)
-                stack.callback(read.register_forward_hook(hook).remove)
-            run = self.block
-            if values is not None:
-                run = partial(_with_values, run, dict(values))  # type: ignore[assignment]
+                stack.callback(read.register_forward_hook(kept).remove)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(self.block, dict(values or {}), args, kwargs)
+
             stacks = [s for s in self.structure.stacks if self.n in s.layers and not s.adds]
-            out: Tensor | None
             if stacks:
-                out = stacks[0].scheme.step([run], args[0], stacks[0].step)
+                out: Any = stacks[0].scheme.step([run], args[0], stacks[0].step)
             else:
                 out = state_of(run(*args, **kwargs))
         return found[-1] if found else cast(Tensor, out)
 
     def follows(self, before: nn.Module, module: nn.Module) -> bool:
-        """Whether a module is given what another one returned."""
+        """Tells whether a module is given what another one returned."""
         return self._returned.get(before) is self._given.get(module)
 
     def without(self, silent: Collection[nn.Module], at: nn.Module | None = None) -> Tensor:
-        """What comes out with zeros in place of what these modules return."""
+        """The state that leaves with zeros in place of what these modules return."""
         key = frozenset(silent), at
         if key not in self._without:
             self._without[key] = self.again(dict.fromkeys(silent, torch.zeros_like), at)
@@ -215,7 +220,7 @@ class BlockCall:
         noise: Tensor,
         at: nn.Module | None = None,
     ) -> Tensor:
-        """What comes out with something added to what a module returns."""
+        """The state that leaves with something added to what a module returns."""
         changes: dict[nn.Module, Change] = dict.fromkeys(silent, torch.zeros_like)
         return self.again(changes | {module: partial(torch.add, noise)}, at)
 
@@ -223,7 +228,7 @@ class BlockCall:
 def _gain(
     run: Change, out: Tensor, m: Tensor, axes: tuple[int, int], far: float = 0.0
 ) -> Tensor | None:
-    """What noise added to m comes out times, per channel; None where it is not that alone."""
+    """The factor per channel with which noise added to m comes out; None where there is more."""
     noise = torch.randn(m.shape, generator=torch.Generator().manual_seed(0)).to(m)
     shape = [1] * m.dim()
     shape[axes[0]] = -1
@@ -248,18 +253,6 @@ def _gain(
     return torch.ones_like(gain) if near else gain
 
 
-def _changed(change: Change, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-    return with_state(output, change(cast(Tensor, state_of(output))))
-
-
-def _kept(found: list[Tensor], _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-    found.append(cast(Tensor, state_of(output)).clone())
-
-
-def _with_values(block: nn.Module, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    return functional_call(block, values, args, kwargs)
-
-
 def channels_of(module: nn.Module) -> int:
     """The channels d of a module whose output a map can be folded into; 0 of another."""
     weight = getattr(module, "weight", None)
@@ -273,7 +266,7 @@ def channels_of(module: nn.Module) -> int:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether its weight is [in, out], as a Conv1D's of transformers."""
+    """Tells whether its weight is [in, out], as a Conv1D's of transformers."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 

@@ -22,7 +22,7 @@ TRIED = 8  # modules of a block that could be folded into, from its end
 
 
 class Branch(NamedTuple):
-    """What a block adds to its state at one place.
+    """A residual branch: it is added to the state at one place of a block.
 
     The output of the outermost module `end` is what is added; the sum is the input of the module
     `at`, such as a norm behind it, or the block's output where that is None.
@@ -130,7 +130,7 @@ def _scale(call: BlockCall, end: End) -> nn.Parameter | None:
 
 
 def _is_linear(call: BlockCall, module: nn.Module, own: list[nn.Parameter]) -> bool:
-    """Whether half the parameters give half of what the module returns, near their values."""
+    """Tells whether half the parameters give half the output, near their values."""
     generator = torch.Generator().manual_seed(0)
     names = {p: name for name, p in call.block.named_parameters()}
     near = {names[p]: p + torch.randn(p.shape, generator=generator).to(p) for p in own}
@@ -183,7 +183,7 @@ def _clipped(call: BlockCall, module: nn.Module) -> End | None:
 
 
 def _convolution(call: BlockCall, module: nn.Module) -> nn.Conv2d | None:
-    """What a batch norm normalises by its running statistics, if that is a convolution's output."""
+    """The convolution whose output a batch norm normalises by its running statistics, if any."""
     if not isinstance(module, _BatchNorm) or module.running_mean is None:
         return None
     every = (m for m in call.order if isinstance(m, nn.Conv2d) and call.follows(m, module))

@@ -79,7 +79,7 @@ class LeftOut(nn.Module):
 
 
 class Part(NamedTuple):
-    """What is left out for a branch, and the names in the block of what works for it alone.
+    """A branch to be left out, with the names in the block of modules that work for it alone.
 
     It is called as the block's child that holds it, or a module in it; its kind is "attention" if
     it mixes tokens, "mlp" if it does not, else empty.

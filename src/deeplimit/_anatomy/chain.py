@@ -155,7 +155,7 @@ class ResidualChain(nn.Sequential):
 
     @property
     def replayed(self) -> bool:
-        """Whether the steps are replayed in the backward pass: a cost of states belongs in them."""
+        """True where the steps are replayed in the backward pass, with their costs."""
         return "run_step" in self.__dict__
 
     @contextmanager

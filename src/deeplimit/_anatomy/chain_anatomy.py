@@ -1,4 +1,4 @@
-"""How chains are read: a bare one, and several between a stem and a head."""
+"""Chains as layers: a bare one, several between a stem and a head, and those of other models."""
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -36,7 +36,7 @@ class ChainAnatomy(Anatomy):
 
     @property
     def _projections(self) -> Sequence[nn.Module]:
-        """What alone stands between two stages."""
+        """The modules that alone stand between two stages."""
         return ()
 
     @property
@@ -85,7 +85,7 @@ class ChainAnatomy(Anatomy):
 
     @property
     def replayed(self) -> bool:
-        """Whether the steps of some chain are."""
+        """True where the steps of some chain are."""
         return any(chain.replayed for chain in self._chains)
 
     @contextmanager
@@ -115,7 +115,7 @@ class ChainAnatomy(Anatomy):
 
     @property
     def _used(self) -> Sequence[nn.Module]:
-        """What lies between the stages, and the head."""
+        """The modules between the stages, and the head."""
         return [*self._projections, self._parts[1]]
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What a configuration says of single layers, brought up to date after a change of depth."""
+"""A configuration's words on single layers, brought up to date after a change of depth."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -158,7 +158,7 @@ def _by_root(config: Any, name: str, kept: list[int], before: int) -> None:
 
 
 def _overrides(config: Any, name: str, kept: list[int], before: int) -> None:
-    """What transformers' `per_layer_config` says of single layers, by their numbers."""
+    """The entries of transformers' `per_layer_config`, by the numbers of layers."""
     said = getattr(vars(config)[name], "per_layer_overrides", None)
     if isinstance(said, dict):
         config.per_layer_config = {j: dict(said[i]) for j, i in enumerate(kept) if i in said}

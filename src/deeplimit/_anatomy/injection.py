@@ -142,12 +142,12 @@ def devices_of(model: nn.Module) -> list[int]:
 
 
 def slack_of(dtype: torch.dtype) -> float:
-    """How far two sums of the same numbers may differ, relative to the largest."""
+    """Bounds the difference of two sums of the same numbers, relative to the largest."""
     return (HALF_SLACK if dtype.itemsize < 4 else SLACK) * torch.finfo(dtype).eps
 
 
 def gap(a: Tensor | None, b: Tensor) -> str | None:
-    """How two answers differ, in words; None where they are equal but for rounding.
+    """Says in words by what two answers differ; None where they are equal but for rounding.
 
     NaN is no agreement; infinite logits, of tokens that may not be said, are equal to themselves.
     """

@@ -1,4 +1,4 @@
-"""What people give to a model: how it is called, which output is read, batches of any form."""
+"""Inputs as people give them to a model: its call, the output that is read, batches of any form."""
 
 import inspect
 import math
@@ -93,7 +93,7 @@ def answer(model: nn.Module, output: Any) -> Tensor:
 
 
 def _named(takes: Mapping[str, inspect.Parameter], x: Mapping[str, Any]) -> bool:
-    """Whether a mapping is for the parameters of a forward, and not for its first one."""
+    """Tells whether a mapping is for the parameters of a forward, and not for its first one."""
     if any(name in takes for name in x):
         return True
     own = list(takes.values())[1:]  # without self
@@ -108,7 +108,7 @@ def main_input(model: nn.Module) -> str | None:
 
 
 def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """What a model's forward takes."""
+    """The parameters of a model's forward."""
     return _parameters(type(model).forward)
 
 
@@ -124,7 +124,7 @@ def told(error: BaseException) -> str:
 
 
 def batch_of(x: Any) -> int:
-    """How many samples there are; 0 where no tensor tells."""
+    """Counts the samples; 0 where no tensor tells."""
     parts = [x] if isinstance(x, Tensor) else [*x.values()] if isinstance(x, Mapping) else [*x]
     return next((len(p) for p in parts if isinstance(p, Tensor) and p.dim()), 0)
 

@@ -52,7 +52,7 @@ class OfBlocks(Anatomy):
 
     @property
     def _end(self) -> nn.Module:
-        """What returns the last state."""
+        """The module that returns the last state."""
         return self._blocks[-1].module
 
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
@@ -288,7 +288,7 @@ class ReadModel(OfBlocks):
         return None
 
     def carry(self, stage: int, x: Tensor, inputs: Any = None) -> Tensor:
-        """What stands between two stages: the shortcut of a block, or the model's own."""
+        """Past what stands between two stages: the shortcut of a block, or the model's own."""
         last = next(b for b in reversed(self._blocks) if b.stage == stage)
         if last.shortcut is not None:
             return last.shortcut(x)
@@ -307,7 +307,7 @@ class ReadModel(OfBlocks):
 
     @property
     def replayed(self) -> bool:
-        """Whether some block is."""
+        """True where some block is."""
         return any(isinstance(vars(block).get("forward"), ReplayedBlock) for block in self.blocks)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Whether a model's configuration builds the model: proven by doing it."""
+"""A model's configuration builds the model: proven by doing it."""
 
 import copy
 import inspect
@@ -49,7 +49,7 @@ def check_rebuilt(structure: Anatomy, changed: nn.Module) -> None:
 
 
 def _described(model: nn.Module) -> bool:
-    """Whether the class is built from the model's `config` alone, as those of transformers are."""
+    """Tells whether the class is built from the model's `config` alone, as in transformers."""
     if getattr(model, "config", None) is None or not hasattr(model.config, "__dict__"):
         return False
     named = list(inspect.signature(type(model).__init__).parameters)[1:2]
@@ -57,7 +57,7 @@ def _described(model: nn.Module) -> bool:
 
 
 def _differences(structure: Anatomy, model: nn.Module) -> dict[str, str]:
-    """What is otherwise in the model built again, layers without their numbers."""
+    """Differences of the model built again, layers without their numbers."""
     try:
         found = _unread(model.config)
         rebuilt = _built(model)
@@ -127,7 +127,7 @@ def _unlike(model: nn.Module, rebuilt: nn.Module) -> dict[str, str]:
 
 
 def _take_buffers(model: nn.Module, rebuilt: nn.Module) -> None:
-    """What is in no file, such as frequencies of rotary embeddings, has no values on meta."""
+    """Takes over what is in no file, such as frequencies of rotary embeddings."""
     buffers = dict(model.named_buffers())
     for name, buffer in list(rebuilt.named_buffers()):
         if name in buffers and buffers[name].shape == buffer.shape:

@@ -22,7 +22,7 @@ NORMS = {TORCHS + kind for kind in ("normalization", "batchnorm", "instancenorm"
 
 @dataclass
 class Seen:
-    """What a module was called with and what it returned, in one call."""
+    """One call of a module: its arguments, and its output."""
 
     entered: Tensor | None
     order: int
@@ -33,7 +33,7 @@ class Seen:
 
     @property
     def keeps_shape(self) -> bool:
-        """Whether the first argument and the first output are states of one shape."""
+        """True where the first argument and the first output are states of one shape."""
         a, b = self.entered, self.left
         return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
 
@@ -155,7 +155,7 @@ def _less_head(places: list[Place], answer: Tensor | None, least: int) -> list[P
 
 
 def beside(blocks: Sequence[Block]) -> list[nn.Module]:
-    """What stands in the same lists and is of the same classes, and is no block."""
+    """Finds modules of the same lists and classes that are no blocks."""
     mine, kinds = {b.module for b in blocks}, {type(b.module) for b in blocks}
     every = dict.fromkeys(child for b in blocks for child in b.container.children())
     return [child for child in every if child not in mine and type(child) in kinds]
@@ -215,7 +215,7 @@ def _within(lists: Iterable[nn.Module], seen: Calls) -> list[Place]:
 
 
 def _is_block(module: nn.Module, seen: Calls) -> bool:
-    """Whether it is made of parts, has parameters, and keeps the shape or has a shortcut."""
+    """Tells whether it has parameters, and keeps the shape or has a shortcut."""
     calls = seen.get(module)
     if not calls or next(module.parameters(), None) is None:
         return False
@@ -229,7 +229,7 @@ def _is_block(module: nn.Module, seen: Calls) -> bool:
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether it is one of torch's own layers, or somebody's kind of norm, without parts."""
+    """Tells whether it is one of torch's own layers, or a kind of norm, without parts."""
     kinds = {cls.__module__ for cls in type(module).__mro__}
     own = type(module).__module__.startswith(TORCHS) or bool(kinds & NORMS)
     return own and next(module.children(), None) is None
@@ -295,7 +295,7 @@ def _elsewhere(model: nn.Module, module: nn.Module, i: int) -> str:
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether it is the same tensor, or the same numbers in memory."""
+    """Tells whether it is the same tensor, or the same numbers in memory."""
     if a is None or b is None or a.shape != b.shape or a.stride() != b.stride():
         return False
     return a is b or (not a.is_meta and a.data_ptr() == b.data_ptr() and a.numel() > 0)

@@ -1,4 +1,4 @@
-"""What stands in for a block for a while: in front of its hooks, or where its cost is charged."""
+"""Stand-ins for a block for a while: in front of its hooks, or where its cost is charged."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,7 +44,7 @@ class MethodStandIn:
 
     @property
     def own(self) -> StandIn:
-        """What is called without it."""
+        """The function that is called without it."""
         return self.original or partial(getattr(type(self.block), self.name), self.block)
 
     def put(self) -> None:
@@ -60,7 +60,7 @@ class MethodStandIn:
 
 
 def own_call(module: nn.Module) -> StandIn:
-    """What a call of a module runs, whatever stands in for it from now on."""
+    """The function that a call of a module runs now, whatever stands in for it later."""
     return vars(module).get(PLACE) or module._call_impl  # noqa: SLF001
 
 
@@ -99,7 +99,7 @@ def state_of(output: Any) -> Tensor | None:
 
 
 def version(x: Tensor | None) -> int:
-    """How often a tensor was written over; in inference mode nobody counts."""
+    """Counts how often a tensor was written over; in inference mode nobody does."""
     return 0 if x is None or x.is_inference() else x._version
 
 
@@ -112,7 +112,7 @@ def with_argument(
 
 
 def with_state(output: Any, x: Tensor) -> Any:
-    """What a block returned, with another state in it; what else is in it stays."""
+    """A block's output with another state in it; what else is in it stays."""
     kind = type(output)
     if isinstance(output, Mapping):
         first, *others = output
@@ -124,10 +124,10 @@ def with_state(output: Any, x: Tensor) -> Any:
 
 
 def form_of(output: Any) -> Callable[[Tensor], Any]:
-    """What puts a state in the form of an output; what else is in it stays if it says no numbers.
+    """A function that puts a state in the form of an output, of which sizes stay.
 
-    Tensors become None: a model that needs what else its blocks give fails, and is not answered
-    wrongly. Sizes stay.
+    Other tensors become None: a model that needs what else its blocks give fails, and is not
+    answered wrongly.
     """
     kind = type(output)
     if isinstance(output, Mapping):
@@ -151,7 +151,7 @@ def said(value: Any) -> Any:
 
 @runtime_checkable
 class ReplayedBlock(Protocol):
-    """What may stand in a block's attributes for its forward: it replays it in the backward pass.
+    """Stands in a block's attributes for its forward, and replays it in the backward pass.
 
     Attributes:
         running_costs: of the calls that come, one after the other; where there is one, a call

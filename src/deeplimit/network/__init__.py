@@ -1,4 +1,4 @@
-"""What a residual network is: chains, schemes, residual functions, classifiers, anatomy."""
+"""Residual networks: chains, schemes, residual functions, classifiers, anatomy."""
 
 from typing import TYPE_CHECKING
 

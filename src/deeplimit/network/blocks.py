@@ -144,7 +144,7 @@ def parameter_groups(blocks: Sequence[nn.Module]) -> dict[str, tuple[nn.Paramete
 
 
 def check_values(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Whether parameters have values."""
+    """Raises InputError where a parameter is on the meta device or not finite."""
     for name, parameter in named:
         if parameter.is_meta:
             raise InputError(

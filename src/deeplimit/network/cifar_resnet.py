@@ -30,7 +30,7 @@ CHANNELS = (16, 32, 64)
 
 @dataclass(frozen=True)
 class CifarArchitecture:
-    """What a `CifarResNet` is built from.
+    """The values that a `CifarResNet` is built from.
 
     Attributes:
         depths: residual blocks in each of the three stages; (n, n, n) is ResNet-(6n + 2).

@@ -1,4 +1,4 @@
-"""How the controls of a stage start: each drawn by itself, as one smooth curve in depth, or equal.
+"""Starts of a stage's controls: each drawn by itself, as one smooth curve in depth, or equal.
 
 PyTorch draws each layer's parameters by itself; a limit in depth asks that ‖θ_{n+1} − θ_n‖ =
 O(1/N), which such a start never has ([SAP22] arXiv 2205.14612, [MWSB23] arXiv 2309.01213).

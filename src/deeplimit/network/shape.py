@@ -25,7 +25,7 @@ def check_shape(
     name: str = "depths",
     least: int = 0,
 ) -> None:
-    """What is known of a network before its data are."""
+    """Checks what is known of a network before its data are."""
     shown = " ".join(map(str, depths)) or "empty"
     if not depths or min(depths) < least:
         raise InputError(

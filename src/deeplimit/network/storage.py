@@ -31,7 +31,7 @@ ARCHITECTURES: dict[str, type[Architecture] | type[CifarArchitecture]] = {
 
 
 def architecture_of(model: nn.Module) -> Architecture | CifarArchitecture | None:
-    """What a network of our own is built from; None of any other model, a subclass too."""
+    """The architecture of a network of our own; None of any other model, a subclass too."""
     if not isinstance(model, ResidualClassifier | CifarResNet):
         return None
     return model.architecture if type(model).__name__ in ARCHITECTURES else None
@@ -73,7 +73,7 @@ def write_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> Non
 
 @contextmanager
 def file_errors() -> Iterator[None]:
-    """What safetensors says of the disk, "… (os error 28)", as an OSError."""
+    """Raises an OSError for safetensors' words on the disk, "… (os error 28)"."""
     try:
         yield
     except SafetensorError as error:

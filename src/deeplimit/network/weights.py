@@ -19,7 +19,7 @@ def read_safetensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[s
 
 
 def read_pickled(path: Path, fault: str, remedy: str) -> Any:
-    """What torch.save wrote, of tensors and plain values only, on the CPU.
+    """Reads what torch.save wrote, of tensors and plain values only, on the CPU.
 
     torch.load looks at no checksum, and would unpack what torch.save never packs.
     """
