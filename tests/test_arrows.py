@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +78,12 @@ def module_of(file: Path, package: Path) -> list[str]:
     return parts
 
 
+@cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    """All nodes of a file, which is read once."""
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
 def imported(node: ast.AST, module: list[str]) -> Iterator[tuple[str, str]]:
     """(module, name) of what a node imports, by absolute names."""
     if isinstance(node, ast.Import):
@@ -101,7 +108,7 @@ def imports(package: Path) -> Iterator[Import]:
     for file in sorted(package.rglob("*.py")):
         module = module_of(file, package)
         room = "" if module[1:] == ["__init__"] else module[1]
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in nodes_of(file):
             for source, name in imported(node, module):
                 if source.split(".")[0] != package.name:
                     continue
@@ -371,8 +378,8 @@ def file_imports(package: Path) -> dict[str, set[str]]:
     }
     found: dict[str, set[str]] = {}
     for module, file in files.items():
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If)]
+        parts, nodes = module_of(file, package), nodes_of(file)
+        blocks = [n for n in nodes if isinstance(n, ast.If)]
         aside = {
             id(inner)
             for block in blocks
@@ -380,9 +387,9 @@ def file_imports(package: Path) -> dict[str, set[str]]:
             for inner in ast.walk(block)
         }
         found[module] = set()
-        for node in ast.walk(tree):
+        for node in nodes:
             if id(node) not in aside:
-                for source, name in imported(node, module_of(file, package)):
+                for source, name in imported(node, parts):
                     target = f"{source}.{name}"
                     found[module].add(target if target in files else source)
         found[module] = (found[module] & files.keys()) - {module}

@@ -94,6 +94,7 @@ def test_the_disk_gets_full_when_the_page_is_written(run: Path, small_disk: Path
     assert contents(small_disk) == before
 
 
+@pytest.mark.slow
 def test_a_read_only_disk(run: Path, small_disk: Path) -> None:
     for name in ("recipe.toml", "model.safetensors", "metrics.csv"):
         (small_disk / name).write_bytes((run / name).read_bytes())

@@ -235,6 +235,7 @@ def told_samples(count: int, seed: int) -> Tensor:
     return z.scatter(2, (~same).long()[..., None], top[..., None]).flatten(1)
 
 
+@pytest.mark.slow
 def test_the_risk_is_kept_on_other_samples() -> None:
     """Of 100 draws at most 5 may exceed it in the mean; 11 of 100 has probability 0.01 at 5 %."""
     risk, later = 0.05, told_samples(20000, 10**6)
@@ -292,6 +293,7 @@ def test_wrong_exits(wrong: Callable[[], object], says: str) -> None:
         wrong()
 
 
+@pytest.mark.slow
 def test_a_trained_network_leaves_early() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 16), *(Update() for _ in range(6)), nn.Linear(16, 2))

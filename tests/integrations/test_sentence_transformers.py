@@ -97,6 +97,7 @@ def test_a_cut_encoder_is_saved_and_loaded_without_deeplimit(model: Any, tmp_pat
     assert abs(model.encode(ANCHORS) - expected).max() > 0.01
 
 
+@pytest.mark.slow
 def test_the_librarys_trainer_trains_every_depth(model: Any, tmp_path: Path) -> None:
     from datasets import Dataset
 

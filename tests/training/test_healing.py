@@ -237,6 +237,7 @@ def test_layers_fade_out_as_a_naive_loop_has_it(run: RunFolder, data: DataSet) -
         torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_cut_otherwise_meanwhile(run: RunFolder, tmp_path: Path) -> None:
     folder = RunFolder.open(shutil.copytree(run.path, tmp_path / "run"))
     (folder.path / "heal").mkdir()
