@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vision_families import vision
 
 from deeplimit import InputError
+from deeplimit._anatomy import Anatomy
 from deeplimit.network import anatomy
 from deeplimit.ode import coarsen, refine
 
@@ -138,33 +139,33 @@ def test_of_a_vit_the_state_and_the_next_step_change_by_the_first_order() -> Non
     depths, states, effects = (4, 16), [], []
     x = vision("ViT").x
     for n in depths:
-        model = vit(n)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.6, 0.7))
+        read = anatomy(vit(n))
+        optimizer = torch.optim.AdamW(read.model.parameters(), lr=1e-5, betas=(0.6, 0.7))
         for _ in range(2):
-            moved(model, optimizer, x)
-        new, carried = copy.deepcopy((model, optimizer))
-        new = refine(new, 2, optimizer=carried)
-        end = last_state(model, x)
+            moved(read, optimizer, x)
+        model, carried = copy.deepcopy((read.model, optimizer))
+        new = anatomy(refine(model, 2, optimizer=carried))
+        end = last_state(read, x)
         states.append(float((last_state(new, x) - end).norm() / end.norm()))
-        before, after = moved(model, optimizer, x), moved(new, carried, x)
+        before, after = moved(read, optimizer, x), moved(new, carried, x)
         effects.append(float((after - before).norm() / before.norm()))
     assert slope(depths, states) == pytest.approx(-1, abs=0.2)
     assert slope(depths, effects) < -0.7
     assert effects[-1] < 0.15
 
 
-def last_state(model: nn.Module, x: Tensor) -> Tensor:
+def last_state(read: Anatomy, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return anatomy(model).states(x)[0][-1]
+        return read.states(x)[0][-1]
 
 
-def moved(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
+def moved(read: Anatomy, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
     """How far a step moves the last state."""
-    before = last_state(model, x)
+    before = last_state(read, x)
     optimizer.zero_grad()
-    anatomy(model).states(x)[0][-1].square().mean().backward()
+    read.states(x)[0][-1].square().mean().backward()
     optimizer.step()
-    return last_state(model, x) - before
+    return last_state(read, x) - before
 
 
 def test_saved_it_is_loaded_by_plain_transformers(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_the_limit_of_the_integral_form_is_no_bound():
 
 @pytest.mark.parametrize(("scheme", "order", "within"), [(None, 1, 0.1), (Heun(), 2, 0.2)])
 def test_order_of_the_gap(scheme: Heun | None, order: int, within: float):
-    depths = [16, 32, 64, 128]
+    depths = [16, 32, 64]
     found = [discretization_gap(smooth_chain(n, scheme), batch()) for n in depths]
     assert slope(depths, [max(g.gap) for g in found]) == pytest.approx(-order, abs=within)
     assert slope(depths, [max(g.mean_gap) for g in found]) == pytest.approx(-order, abs=within)

@@ -7,7 +7,13 @@ import torch
 
 from deeplimit import InputError
 from deeplimit.network import Architecture, ResidualChain
-from deeplimit.ode import depth_limit, discretization_gap, smoothness, solver_accuracies
+from deeplimit.ode import (
+    DepthLimit,
+    depth_limit,
+    discretization_gap,
+    smoothness,
+    solver_accuracies,
+)
 from deeplimit.records import from_plain, to_plain
 
 pytestmark = pytest.mark.slow
@@ -24,16 +30,25 @@ def model() -> torch.nn.Module:
     return made.eval()
 
 
-def test_it_is_the_parts(model: torch.nn.Module) -> None:
-    x = torch.randn(6, 1, 8, 8)
-    loader = [(x, torch.zeros(6, dtype=torch.long))]
-    told: list[str] = []
-    found = depth_limit(
-        model, x, loader=loader, solvers=[("euler", 3), ("dopri5", None)], tell=told.append
-    )
+SOLVERS = [("euler", 3), ("dopri5", None)]
+X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+LOADER = [(X, torch.zeros(3, dtype=torch.long))]
+
+
+@pytest.fixture(scope="module")
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def found(model: torch.nn.Module, told: list[str]) -> DepthLimit:
+    return depth_limit(model, X, loader=LOADER, solvers=SOLVERS, tell=told.append)
+
+
+def test_it_is_the_parts(model: torch.nn.Module, found: DepthLimit, told: list[str]) -> None:
     assert found.smoothness == smoothness(model)
-    assert found.gaps == tuple(discretization_gap(model, x, stage=m) for m in (0, 1))
-    assert found.solvers == solver_accuracies(model, loader, [("euler", 3), ("dopri5", None)])
+    assert found.gaps == tuple(discretization_gap(model, X, stage=m) for m in (0, 1))
+    assert found.solvers == solver_accuracies(model, LOADER, SOLVERS)
     assert list(dict.fromkeys(message.split(",")[0] for message in told)) == [
         "smoothness in depth",
         "stage 0",
@@ -41,11 +56,13 @@ def test_it_is_the_parts(model: torch.nn.Module) -> None:
         "accuracy with other solvers",
     ]
     assert "stage 1, the bounds: second derivatives of the states" in told
-    assert depth_limit(model, x).solvers == ()
+    assert depth_limit(model, X, bound=False).solvers == ()
 
 
-def test_curves_are_numbers_of_the_controls_in_order(model: torch.nn.Module) -> None:
-    first, second = depth_limit(model, torch.randn(2, 1, 8, 8)).curves
+def test_curves_are_numbers_of_the_controls_in_order(
+    model: torch.nn.Module, found: DepthLimit
+) -> None:
+    first, second = found.curves
     assert (first.stage, second.stage) == (0, 1)
     for curves, chain in zip((first, second), model.stages, strict=True):  # type: ignore[arg-type]
         assert set(curves.groups) <= set(dict(chain[0].named_parameters()))
@@ -65,8 +82,7 @@ def test_controls_that_are_zero_throughout_are_not_drawn() -> None:
     assert set(curves.groups) == {"inner.weight", "inner.bias"}
 
 
-def test_it_survives_a_file(model: torch.nn.Module) -> None:
-    found = depth_limit(model, torch.randn(2, 1, 8, 8))
+def test_it_survives_a_file(found: DepthLimit) -> None:
     infinite = replace(found.gaps[0], bound=(0.0, float("inf")))
     found = replace(found, gaps=(infinite, *found.gaps[1:]))
     assert from_plain(type(found), to_plain(found)) == found

@@ -36,11 +36,7 @@ def align_streams(a: Network, b: Network, batch: Inputs) -> LayerwiseMeasure:
         InputError: another network; networks of different state dimensions; samples that the
             networks do not take.
     """
-    return aligned(as_measure(a), as_measure(b), batch)
-
-
-def aligned(a: LayerwiseMeasure, b: LayerwiseMeasure, batch: Inputs) -> LayerwiseMeasure:
-    """`align_streams` of measures."""
+    a, b = as_measure(a), as_measure(b)
     for frame in (b.frame, a.frame):
         if frame is None or not frame.divisible or _around(frame.template) is None:
             raise InputError(
@@ -52,12 +48,12 @@ def aligned(a: LayerwiseMeasure, b: LayerwiseMeasure, batch: Inputs) -> Layerwis
     x, y = _states(a, batch), _states(b, batch)
     if x[0].shape[1] != y[0].shape[1]:
         raise InputError(f"the states have {x[0].shape[1]} and {y[0].shape[1]} numbers or channels")
-    fine, coarse = (x, y) if len(x) >= len(y) else (y, x)
-    ratio = (len(coarse) - 1) / (len(fine) - 1)
-    met = [coarse[round(n * ratio)] for n in range(len(fine))]
-    mine, theirs = (fine, met) if len(x) >= len(y) else (met, fine)
-    # Of max tr(Q Σ x^b x^aᵀ): samples are rows here.
-    u, _, v = torch.linalg.svd(torch.cat(mine).T @ torch.cat(theirs))
+    depth = max(len(x), len(y)) - 1
+    mine, theirs = (
+        torch.cat([own[round(n * (len(own) - 1) / depth)] for n in range(depth + 1)])
+        for own in (x, y)
+    )
+    u, _, v = torch.linalg.svd(mine.T @ theirs)  # of max tr(Q Σ x^b x^aᵀ): samples are rows here
     return _turned(b, cast(Frame, b.frame), u @ v)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from deeplimit._anatomy.checks import check_count, check_number
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.errors import InputError, several
-from deeplimit.meanfield.alignment import aligned
+from deeplimit.meanfield.alignment import align_streams
 from deeplimit.meanfield.couplings import Plan
 from deeplimit.meanfield.frame import Frame, layers_at, listed, merged_grid
 from deeplimit.meanfield.measure import Cell, LayerwiseMeasure, Network, as_measure, remade
@@ -85,7 +85,7 @@ def cot_geodesic(
             raise InputError("align=True needs batch=inputs, on which both networks are run")
         if transport is not None:
             raise InputError("align=True changes b: give transport of align_streams(a, b, batch)")
-        end = aligned(start, end, batch)
+        end = align_streams(start, end, batch)
     mixed = _mixed_frame([start, end], [1 - t, t], frame)
     found = _plans(start, end, transport)
     plans = found.plans or ()

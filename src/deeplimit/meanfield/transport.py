@@ -203,7 +203,8 @@ def _solve_all(
     solve = partial(_solve, a, b, epsilon, keep=keep, threads=threads)
     # scipy's assignment and numpy's products let other threads run.
     with ThreadPoolExecutor(threads) as pool:
-        found = dict(zip(different, pool.map(solve, different.values()), strict=True))
+        each = (map if threads == 1 else pool.map)(solve, different.values())
+        found = dict(zip(different, each, strict=True))
     return [found[key] for key in keys]
 
 
