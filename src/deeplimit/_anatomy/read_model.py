@@ -154,8 +154,7 @@ class ReadModel(OfBlocks):
 
     def _check_between(self) -> None:
         """Raises InputError where what stands between blocks tells a bypass from a cut."""
-        pairs = pairwise(self._blocks)
-        if not any(a.container is b.container and a.stage < b.stage for a, b in pairs):
+        if not any(a.container is b.container and a.apart for a, b in pairwise(self._blocks)):
             return
         try:
             self._tried({n for n, b in enumerate(self._blocks) if n and b.shortcut is None})

@@ -59,6 +59,7 @@ class Block:
         stage: of the state that enters it.
         form: puts a state in the form of what the block returns.
         shortcut: of a block that changes the shape, what it does with its branch at zero.
+        apart: whether something stands between it and the next block.
     """
 
     module: nn.Module
@@ -66,6 +67,7 @@ class Block:
     stage: int
     form: Form
     shortcut: Callable[[Tensor], Tensor] | None = None
+    apart: bool = False
 
 
 @dataclass
@@ -259,9 +261,9 @@ def _staged(model: nn.Module, places: list[Place], seen: Calls) -> list[Block]:
     followers = [*(place.call for place in places[1:]), None]
     for (container, module, at), follower in zip(places, followers, strict=True):
         shortcut = None if at.keeps_shape else shortcut_of(module)
-        blocks.append(Block(module, container, stage, form_of(at.output), shortcut))
         if apart := follower is not None and not same(at.left, follower.entered):
             _check_first(model, module, at, follower)
+        blocks.append(Block(module, container, stage, form_of(at.output), shortcut, apart))
         stage += apart or shortcut is not None or isinstance(module, ResidualChain)
     for one in beside(blocks):
         if len(seen.get(one, ())) > 1:

@@ -127,17 +127,17 @@ def parameter_groups(blocks: Sequence[nn.Module]) -> dict[str, tuple[nn.Paramete
     """For each parameter's name within a block that parameter of every block, in order."""
     every = [dict(block.named_parameters()) for block in blocks]
     for n, own in enumerate(every):
-        for (name, p), (other, q) in zip(own.items(), every[0].items(), strict=False):
-            if name != other or p.shape != q.shape:
-                raise InputError(
-                    f"block 0 has the parameter {other} {list(q.shape)} where block {n} has {name} "
-                    f"{list(p.shape)}; expected blocks whose parameters have the same names and "
-                    "shapes"
-                )
-        if len(own) != len(every[0]):
+        unlike = (
+            f"the parameter {other} {list(q.shape)} where block {n} has {name} {list(p.shape)}"
+            for (name, p), (other, q) in zip(own.items(), every[0].items(), strict=False)
+            if name != other or p.shape != q.shape
+        )
+        counts = f"{len(every[0])} parameters, block {n} has {len(own)}"
+        what = next(unlike, counts if len(own) != len(every[0]) else None)
+        if what is not None:
             raise InputError(
-                f"block 0 has {len(every[0])} parameters, block {n} has {len(own)}; expected "
-                "blocks whose parameters have the same names and shapes"
+                f"block 0 has {what}; expected blocks whose parameters have the same names and "
+                "shapes"
             )
         check_values((f"{n}.{name}", p) for name, p in own.items())
     return {name: tuple(own[name] for own in every) for name in (every[0] if every else ())}

@@ -85,14 +85,8 @@ class Architecture:
                 f"the state of a logit network is its logits: width {self.width} must be the "
                 f"number of classes, {self.classes}"
             )
-        check_shape(
-            self.kind,
-            self.depths,
-            width=self.width,
-            hidden=self.hidden,
-            reduction=self.reduction,
-            step=self.step,
-        )
+        sizes = {name: getattr(self, name) for name in ("width", "hidden", "reduction", "step")}
+        check_shape(self.kind, self.depths, **sizes)
 
     def build(self) -> "ResidualClassifier":
         """A new network, initialised from torch's global random state."""
