@@ -58,10 +58,7 @@ def align_streams(a: Network, b: Network, batch: Inputs) -> LayerwiseMeasure:
 
 
 def _around(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
-    """The layer that makes the state and the one that reads it, of a network of one stage.
-
-    Where nothing else does, or stands between: no norm and no activation.
-    """
+    """The layers that alone make and read the state, of one stage, with no norm or activation."""
     read = anatomy(model)
     if len(read.stacks) > 1 or read.stem_and_head is None:
         return None

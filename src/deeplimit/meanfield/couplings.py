@@ -84,9 +84,7 @@ def exact_plan(
     reduced costs c_ij − f_i − g_j are solved, of which a better coupling uses none above min(M, M')
     times the largest that γ uses: cut off there, they are of one scale. The gap to what is proven
     is 0 where it is within 1e-10 of the cost, otherwise what the rounding of the weights leaves.
-
-    Where all weights are equal, and M = M', it is an assignment problem; `threads` says how many
-    such problems are solved at a time.
+    With weights that are `equal`, and M = M', it is an assignment; `threads` solve such at a time.
     """
     now = costs
     for attempt in range(TRIES):
@@ -164,10 +162,7 @@ def _assignment(costs: Array, threads: int) -> Plan:
 
 
 def _reduced(costs: Array) -> Array:
-    """The costs less what a column, then a row, costs at least: the optimum stays where it is.
-
-    It is found two to four times as fast (1024 particles, Gaussian or of mixed sizes).
-    """
+    """The costs less what a column, then a row, costs at least: the same optimum, sooner found."""
     costs = costs - costs.min(axis=0, keepdims=True)
     costs -= costs.min(axis=1, keepdims=True)
     return costs

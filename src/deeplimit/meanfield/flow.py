@@ -42,9 +42,8 @@ class Coordinate:
 def coordinates(model: nn.Module | Anatomy, others: float = 1.0) -> tuple[Coordinate, ...]:
     """The coordinates of a network's trainable parameters; `particle_flow` has the formulas.
 
-    Layers that share a parameter add their masses. K stages divide the depth evenly, so that N is K
-    times the layers of the stage. `others` is the rate of parameters that belong to no particle; at
-    0 they are left out.
+    Layers that share a parameter add their masses. N is the number of stages times the layers of
+    the layer's own. `others` is the rate of what belongs to no particle; at 0 that is left out.
     """
     model = model_of(model)
     expected = "a number ≥ 0, 0 to leave them as they are"

@@ -31,18 +31,10 @@ ROUNDING = 64  # in units of the precision
 
 
 def uniform_grid(depths: Sequence[int]) -> Breakpoints:
-    """Stage k of K in [k/K, (k + 1)/K], its layers of equal lengths there; n/N for one stage.
-
-    Stages without layers are not counted. Every breakpoint is the float nearest to its fraction,
-    so that those of two grids that are equal are so to the last bit.
-    """
-    stages = [depth for depth in depths if depth]
-    inner = [
-        float((k + Fraction(n, depth)) / len(stages))
-        for k, depth in enumerate(stages)
-        for n in range(depth)
-    ]
-    return (*inner, 1.0)
+    """Stage k of K in [k/K, (k + 1)/K], its layers of equal lengths there; n/N for one stage."""
+    # The floats nearest to the fractions, so that equal ones are so to the last bit.
+    every = [(k, Fraction(n, depth)) for k, depth in enumerate(depths) for n in range(depth)]
+    return (*(float((k + part) / len(depths)) for k, part in every), 1.0)
 
 
 def checked_grid(breakpoints: Iterable[float], layers: int) -> Breakpoints:
@@ -176,17 +168,16 @@ class Frame:
         return anatomy(model).with_stacks(made, widths[0] // 2 ** self.places[0].stage)
 
     def _widths(self, least: Sequence[int]) -> list[int]:
-        """The numbers of neurons in the layers: one for all, where the model says it once.
-
-        Twice as many in each stage of a classifier; a multiple of the state's if as a ratio.
-        """
+        """The numbers of neurons in the layers, as the model can say them: often one for all."""
         if self.divisible:
+            # Twice as many in each stage of a classifier.
             growth = [2**place.stage for place in self.places]
             base = max(-(-count // g) for count, g in zip(least, growth, strict=True))
             return [base * g for g in growth]
         config: Any = getattr(self.template, "config", None)
         if config is None:
             return list(least)
+        # A multiple of the state's where they are said as a ratio.
         unit = config.hidden_size if hasattr(config, "mlp_ratio") else 1
         return [-(-max(least) // unit) * unit] * len(least)
 
@@ -311,14 +302,11 @@ def _emptied(tensors: Sequence[Tensor]) -> dict[int, Any]:
 
 
 def check_batch(read: Anatomy, x: object, shape: Sequence[int]) -> None:
-    """Raises InputError unless x is a batch of samples of this shape, in the model's precision.
-
-    A stem standardises what is of lower precision to the model's own.
-    """
+    """Raises InputError unless x is a batch of samples of this shape, in the model's precision."""
     if not isinstance(x, Tensor):
         raise InputError(f"{shown(x)} given as the samples; expected a tensor, one row per sample")
     dtype = next(p.dtype for p in read.model.parameters())
-    stem, _ = read.stem_and_head or (None, None)
+    stem, _ = read.stem_and_head or (None, None)  # which standardises what is of a lower one
     taken = x.dtype if isinstance(stem, nn.Identity) else torch.promote_types(x.dtype, dtype)
     if taken != dtype:
         raise InputError(

@@ -170,7 +170,7 @@ class Merged:
     lower: tuple[float, ...]
 
     def __str__(self) -> str:
-        """How far the objective fell, and a row for each network."""
+        """The fall of the objective, and a row for each network."""
         pairs = enumerate(zip(self.distances, self.lower, strict=True))
         rows = [(str(k), number(d), number(bound)) for k, (d, bound) in pairs]
         return (
@@ -282,10 +282,7 @@ def _moved(
 def _sent(
     mass: Tensor, plans: Sequence[Plan], shares: Sequence[float], values: Sequence[Tensor]
 ) -> Tensor:
-    """Σ_k λ_k of the mean of the values where plan k sends an atom; without mass, its own.
-
-    The values are [M, q] of the atoms, then [M_k, q] of each network.
-    """
+    """Σ_k λ_k of the mean of values where plan k sends an atom; those of one without mass stay."""
     own, *goals = values
     target = torch.zeros_like(own)
     for plan, share, goal in zip(plans, shares, goals, strict=True):

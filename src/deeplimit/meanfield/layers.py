@@ -43,9 +43,8 @@ def moved_norms(norms: Sequence[Norms], weights: Sequence[float], move: Move) ->
     """The norms of a layer made of others: what became of the particles becomes of their channels.
 
     Mean |γ|, β and v: a mean of neurons keeps in training mode the mean and the spread that they
-    have, which the mean of their weights alone loses (REPAIR, arXiv 2211.08403). `move` takes the
-    values [M_k, q] of the particles of each layer to those [M, q] of the new one, the weights λ_k
-    are those of the norms behind the second layer.
+    have, which the mean of their weights alone loses (REPAIR, arXiv 2211.08403). `move` takes
+    [M_k, q] of each layer to [M, q]; the weights λ_k are for the norms behind the second layer.
     """
     inner = [n.inner for n in norms if n.inner is not None]
     outer = [n.outer for n in norms if n.outer is not None]
@@ -74,7 +73,7 @@ class NeuronLayer:
         self.sizes = given if first else taken
 
     def get(self) -> tuple[Tensor, Tensor | None]:
-        """What each neuron reads or writes [M, …], and the layer's bias, if it has one."""
+        """The weights of each neuron [M, …], and the layer's bias, if it has one."""
         weight, bias = _widened(self.layer.weight), getattr(self.layer, "bias", None)
         weight = weight.transpose(0, 1) if self.flip else weight
         return weight, None if bias is None else _widened(bias)

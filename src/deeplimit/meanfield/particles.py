@@ -103,11 +103,7 @@ class ParticleLayer:
 
 
 def particle_layers(model: nn.Module, *, trained: bool = False) -> list[ParticleLayer]:
-    """The layers of a network in order, each of which must be a sum over its particles.
-
-    Stages divide the depth evenly; of blocks that add their input all are one. A network that is
-    `trained` can have no norm among them.
-    """
+    """The layers of a network in order, sums over their particles; if `trained` without norms."""
     chains = chain_stacks(model)
     every = (Stack(0, 0, tuple(b for s in anatomy(model).stacks for b in s.blocks)),)
     for stack in chains:

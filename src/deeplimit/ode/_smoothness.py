@@ -64,7 +64,7 @@ class StageSmoothness(Record):
     kind: Kind
 
     def __str__(self) -> str:
-        """What it is, and a row for each parameter: the root mean square of its speeds."""
+        """The kind, and a row for each parameter: the root mean square of its speeds."""
         rows = [(name, number(_rms(speeds), 3)) for name, speeds in self.groups.items()]
         what = f"stage {self.stage}, {several(self.horizon, 'layer')}: {self.kind}"
         return f"{what}, roughness {self.roughness:.3f}\n{table(('parameter', 'speed'), rows)}"

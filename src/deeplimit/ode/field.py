@@ -66,11 +66,8 @@ class VectorField:
     along. A control is parameters and, since they are part of a function in evaluation mode,
     floating-point buffers such as a batch norm's running statistics. Euler's N steps have the nodes
     θ_0 … θ_{N−1} only: θ is θ_{N−1} on the last interval. Heun's have θ_0 … θ_N. At a node θ is the
-    limit from the side of the interval it is asked of.
-
-    The stage's blocks are of one class and of the same shapes, in evaluation mode; the masks,
-    positions and the like of the first one's `call` are those of all. `evaluations` counts how
-    often φ was evaluated so far.
+    limit from the side of the interval it is asked of. The masks, positions and the like of the
+    first block's `call` are those of all. `evaluations` counts how often φ was evaluated so far.
     """
 
     def __init__(self, stage: Stack, *, linear: bool = True, call: Call | None = None):
@@ -127,10 +124,7 @@ class VectorField:
 
 
 def _tensors(block: nn.Module) -> Control:
-    """Parameters and buffers, one that has several names under each of them.
-
-    How many batches a norm has seen is no part of the function.
-    """
+    """Parameters and buffers, one that has several names under each of them; no counters."""
     parameters = block.named_parameters(remove_duplicate=False)
     every = chain(parameters, block.named_buffers(remove_duplicate=False))
     return {n: t.detach() for n, t in every if not n.endswith("num_batches_tracked")}

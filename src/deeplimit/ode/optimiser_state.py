@@ -121,8 +121,7 @@ def carry_over(
     """Puts the new model's parameters where those of the old one were, in place.
 
     A group is divided where its parameters now need different settings. What the optimiser holds
-    besides the old model stays as it is, also its state. What has no origin is the old one of its
-    name.
+    besides the old model stays as it is. What has no origin is the old one of its name.
     """
     if optimizer is None:
         return

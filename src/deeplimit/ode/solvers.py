@@ -51,9 +51,6 @@ def solve(
 
         field = VectorField(anatomy(chain).stacks[0])
         nodes = solve(field, x, solver="rk4", steps=4 * field.horizon)[::4]
-
-    Raises:
-        RunError: an adaptive solver does not get to the end.
     """
 
     def velocity(time: Tensor, x: Tensor) -> Tensor:
@@ -81,16 +78,11 @@ def solve_by_layer(
     """Solves ẋ(s) = φ(x(s), θ(s)) from node to node: x(s_n + c h) [N, fractions, *x.shape].
 
     The solver starts anew at every node, where θ has a kink or a jump, and sees one interval only,
-    so that θ at its ends is the limit from inside. (One call with the nodes as `jump_t` would do
-    the same, but torchdiffeq 0.2.5 loses all further nodes once a step that nothing cut short ends
-    on one exactly: on a uniform grid that happens, since an accepted step is never made smaller.)
-
-    What is solved for is x(s) − x(s_n): its rounding errors are small beside those of x. The error
-    of a step, relative to the components of x(s_n) [samples, …] and `scale`, their size, is held
-    below `tolerance` in the root mean square of each sample.
-
-    Raises:
-        RunError: the solver does not get to the end.
+    so that θ at its ends is the limit from inside. (Of nodes as `jump_t` torchdiffeq 0.2.5 loses
+    those that follow once a step ends on one exactly, as on a uniform grid.) What is solved for is
+    x(s) − x(s_n), whose rounding errors are small beside those of x. The error of a step, relative
+    to the components of x(s_n) [samples, …] and `scale`, their size, is held below `tolerance` in
+    the root mean square of each sample.
     """
     within = torch.tensor(fractions, dtype=x.dtype, device=x.device)
     options = {"first_step": 1.0, "step_t": within[-1:], "norm": _norm}
