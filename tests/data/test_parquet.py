@@ -79,6 +79,17 @@ def test_shards_become_one_set_each_image_once(parquet_folder: Path) -> None:
     assert [row % 3 for row in rows] == labels.tolist()
 
 
+def test_shards_whose_labels_are_of_two_widths(parquet_folder: Path) -> None:
+    expected = load_dataset("tiny", data_dir=parquet_folder.parent)
+    second = parquet_folder / "train-00001-of-00002.parquet"
+    narrow = pq.read_table(second)
+    place = narrow.schema.get_field_index("label")
+    pq.write_table(narrow.set_column(place, "label", narrow["label"].cast(pa.int16())), second)
+    assert torch.equal(
+        load_dataset("tiny", data_dir=parquet_folder.parent).train.y, expected.train.y
+    )
+
+
 def test_a_validation_file_is_used(write_parts: WriteParts) -> None:
     data_dir = write_parts(
         train=table(), validation=table(images=make_images(30, seed=5)), test=table()

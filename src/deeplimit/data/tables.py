@@ -85,12 +85,14 @@ def load_parquet(request: Request) -> DataSet:
 
 def _reader(files: tuple[Path, ...], schema: pa.Schema) -> Any:
     def read(name: str) -> Iterator[tuple[str, int, pa.Array]]:
+        kind = schema.field(name).type
         for path in files:
             first, file = 0, opened_parquet(path)
             with reading(path, *_UNREADABLE):
                 # Not pq.read_table: it reads key=value in the folder names above as columns.
                 for batch in file.iter_batches(_ROWS, columns=[name]):
-                    yield str(path), first, batch.column(0).cast(schema.field(name).type)
+                    rows = batch.column(0)
+                    yield str(path), first, rows if pa.types.is_struct(kind) else rows.cast(kind)
                     first += len(batch)
 
     return read

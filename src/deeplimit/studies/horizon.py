@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deeplimit._anatomy.checks import check_number
 from deeplimit.control import TurnpikeProfile
-from deeplimit.control.verdict import CONFIDENCE, Word, Z
+from deeplimit.control.verdict import CONFIDENCE, Word, Z, word_of
 from deeplimit.records import Record
 from deeplimit.studies import harness
 from deeplimit.studies.harness import Machine, Point, Study, Tell
@@ -213,9 +213,7 @@ def judged(depths: Sequence[HorizonRuns], targets: Tensor) -> Word:
     from scipy.stats import t
 
     reach = float(t.ppf(CONFIDENCE, len(parts) - 1)) * stdev(parts) / math.sqrt(len(parts))
-    if fmean(parts) + reach <= ADDED:
-        return "kept"
-    return "lost" if fmean(parts) - reach > ADDED else "unresolved"
+    return word_of(fmean(parts) - reach, fmean(parts) + reach, ADDED)
 
 
 def _added(depths: Sequence[HorizonRuns]) -> list[float]:
