@@ -1,11 +1,14 @@
 """Random stacks of blocks, residual and not, as people might build them: for the hunt."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from deeplimit import gradient_error, use_adjoint
+from deeplimit.gradient import layout
+from deeplimit.gradient.stand_ins import engines
 
 ACTIVATIONS = (nn.GELU, nn.Tanh, nn.ReLU, nn.SiLU, nn.LeakyReLU)
 WAYS = ("norm before", "norm after", "activation after", "gated", "two branches", "nothing added")
@@ -79,6 +82,7 @@ class RandomStack(nn.Module):
         width = min(width, 16) if self.convolves else width
         depth, way = draw.choice([3, 4, 6, 8, 12, 16, 24]), draw.choice(WAYS)
         mixed = draw.random() < 0.3
+        self.way = "mixed" if mixed else way
         make = [
             RandomBlock(draw, width, draw.choice(WAYS) if mixed else way, self.convolves)
             for _ in range(depth)
@@ -110,29 +114,61 @@ class RandomStack(nn.Module):
 
 @dataclass(frozen=True)
 class Hunted:
-    """A stack with its settings."""
+    """The gradient of one stack with coded states, and what was said of it.
 
-    model: RandomStack
+    Attributes:
+        error: relative, against exact backpropagation in the same precision.
+        bound: what it may be up to, by the meter.
+        rounding: what is lost in the stack's own precision.
+        coded: how many blocks were.
+    """
+
+    seed: int
+    dtype: str
+    way: str
+    depth: int
     bits: int
     evaluations: int
-    anchor_every: int | None
-    rounding: float  # of the gradient in the stack's own precision
+    error: float
+    bound: float
+    rounding: float
+    coded: int
 
     @property
-    def loss_of(self) -> Callable[[nn.Module, Tensor], Tensor]:
-        return lambda model, x: model(x)
+    def silent(self) -> bool:
+        """Wrong by more than what was said."""
+        return not self.error <= max(self.bound, self.rounding)
 
 
-def random_stack(seed: int) -> Hunted:
-    """The same stack each time for a seed."""
+def hunted(seed: int) -> Hunted:
+    """The same stack each time for a seed, and its error."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     dtype, rounding = draw.choice(
         [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 5e-2)]
     )
     model = RandomStack(draw)
-    model.input = model.input.to(dtype)
-    every = draw.choice([None, None, None, 3])
+    x = model.input.to(dtype)
+    every, bits = draw.choice([None, None, None, 3]), draw.choice([2, 4, 8])
+    evaluations = draw.choice([1, 1, 2])
+    use_adjoint(
+        model.to(dtype).train(),
+        bits=bits,
+        evaluations=evaluations,
+        anchor_every=every,
+        on_drift="ignore",
+    )
+    error = gradient_error(model, lambda model, x: model(x), x).error
+    bound = max(engine.meter.bound for engine in engines(model))
     return Hunted(
-        model.to(dtype).train(), draw.choice([2, 4, 8]), draw.choice([1, 1, 2]), every, rounding
+        seed,
+        str(dtype).removeprefix("torch."),
+        model.way,
+        len(model.blocks),
+        bits,
+        evaluations,
+        error,
+        bound,
+        rounding,
+        len(layout(model).coded),
     )

@@ -25,9 +25,9 @@ class Code:
     scales: Tensor
     bits: int
 
-    def finite(self) -> Tensor:
-        """Whether all numbers were, and none beyond bfloat16."""
-        return self.scales.isfinite().all()
+    def largest(self) -> Tensor:
+        """The largest scale: not finite if some number was not, or was beyond bfloat16."""
+        return self.scales.max() if self.scales.numel() else self.scales.new_zeros(())
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The numbers q in one row, whole groups: s·(k + 1/2) for k = −2^{b−1}, …, 2^{b−1} − 1."""

@@ -3,9 +3,10 @@
 import math
 import threading
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +73,13 @@ class Settings:
             raise InputError(f"bits is {self.bits!r}; expected 0 (no codes), 2, 4 or 8")
 
 
+class Sample(NamedTuple):
+    """Some entries of a state x and of its update u."""
+
+    x: Tensor
+    u: Tensor
+
+
 @dataclass(eq=False)
 class BackwardPass:
     """What the replays of one backward pass have found out about it.
@@ -81,7 +89,7 @@ class BackwardPass:
         settings: those in force when it began.
         drifts: (block, drift) at each kept state.
         differences: (block, how far beyond rounding) of replays from exact inputs.
-        coded: (block, drift, response) at each coded state.
+        coded: (block, what it met and did in the forward pass, and in the replay) of coded states.
         infinite: (block, whether its update was not finite).
         unmeasured: segments rebuilt whose kept state has not been reached, with the last block.
     """
@@ -90,7 +98,7 @@ class BackwardPass:
     settings: Settings
     drifts: list[tuple[str, Tensor]] = field(default_factory=list)
     differences: list[tuple[str, Tensor]] = field(default_factory=list)
-    coded: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    coded: list[tuple[str, Sample, Sample]] = field(default_factory=list)
     infinite: list[tuple[str, Tensor]] = field(default_factory=list)
     unmeasured: dict[int, str] = field(default_factory=dict)
 
@@ -187,11 +195,19 @@ class DriftMeter:
 
     def _add_coded(self, done: BackwardPass) -> None:
         """Takes the coded states' drift and response into account."""
-        drift, at = _largest([(name, drift) for name, drift, _ in done.coded], nan=math.inf)
-        if drift > self.drift:
-            self.drift, self.drift_at = drift, at
-        squares = torch.stack([r.double().square().cpu() for *_, r in done.coded]).sum()
-        self.response = float(squares.sqrt().nan_to_num(math.inf))
+        alike: dict[object, list[tuple[str, Sample, Sample]]] = defaultdict(list)
+        for name, was, now in done.coded:
+            alike[was.x.shape, was.x.dtype, was.x.device].append((name, was, now))
+        squares = 0.0
+        for group in alike.values():  # hundreds of small operations in a few
+            names, *samples = zip(*group, strict=True)
+            was, now = (Sample(*map(torch.stack, zip(*of, strict=True))) for of in samples)
+            drifts, responses = _compared(was, now)
+            drift, at = _largest(list(zip(names, drifts, strict=True)), nan=math.inf)
+            if drift > self.drift:
+                self.drift, self.drift_at = drift, at
+            squares += float(responses.double().square().sum())
+        self.response = math.inf if math.isnan(squares) else math.sqrt(squares)
         self.bound = math.hypot(self.bound, self.coded_bound(self.response))
 
     def _report_useless(self, settings: Settings) -> None:
@@ -254,18 +270,32 @@ def norms(x: Tensor) -> Tensor:
     return found
 
 
-def relative(gap: Tensor, update: Tensor) -> Tensor:
-    """Root mean square over entries of gap_i / √(u_i² + m²), with the median m of the |u_i| > 0.
+def _compared(was: Sample, now: Sample) -> tuple[Tensor, Tensor]:
+    """The drift of states that came again, and the response of blocks to them, a row each.
+
+    Of what else a block gives beside its state nothing is known but that it is given the state: the
+    response is no smaller than the state's own relative error.
+    """
+    off = now.x - was.x
+    response = torch.maximum(_relative(now.u - was.u, was.u), _relative(off, was.x))
+    return _relative(off, was.u), response
+
+
+def _relative(gap: Tensor, update: Tensor) -> Tensor:
+    """Root mean square over a row of gap_i / √(u_i² + m²), with the median m of the |u_i| > 0.
 
     For entries of one size it is ‖gap‖/‖u‖. A few huge ones, a channel or a sample, neither hide
     what the others feel nor count for more than their own relative error. Where many are 0, m is
     that of √p·|u_i|, with p the share of those that are not.
     """
+    if not gap.numel():
+        return gap.new_zeros(len(gap))
     size = update.abs()
-    share = (size > 0).to(gap.dtype).mean()
-    usual = torch.where(size > 0, size, torch.nan).nanmedian().nan_to_num() * share.sqrt()
+    share = (size > 0).to(gap.dtype).mean(1, keepdim=True)
+    median = torch.where(size > 0, size, torch.nan).nanmedian(1, keepdim=True).values
+    usual = median.nan_to_num() * share.sqrt()
     ratios = torch.where(gap == 0, 0.0, gap.square() / (size.square() + usual.square()))
-    return ratios.mean().sqrt() if gap.numel() else gap.new_zeros(())
+    return ratios.mean(1).sqrt()
 
 
 def relative_drift(gap: Tensor, updates: list[Tensor]) -> Tensor:

@@ -1,9 +1,10 @@
 """One run of one step: what is kept of it, and how its input is rebuilt for the backward pass."""
 
+import math
 import operator
 import threading
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from deeplimit.gradient.meter import (
     NOT_FINITE,
     AdjointError,
     BackwardPass,
+    Sample,
     norm,
     norms,
-    relative,
     relative_drift,
 )
 from deeplimit.gradient.private_torch import checkpoint, checkpoint_around, version_of
@@ -193,7 +194,7 @@ class Node:
             for node in reversed(missing):
                 node.rebuilt = node.rebuild()
                 if node.next is not None and node.next is not found:
-                    node.next.rebuilt = None
+                    node.next.rebuilt = node.next.refined = None
         assert self.rebuilt is not None
         return self.rebuilt
 
@@ -202,7 +203,11 @@ class Node:
         after = self.next
         assert after is not None
         if self.code is not None:
-            return self._decoded(self.code)
+            x = self._decoded(self.code)
+            if self.engine.settings.evaluations > 1 and not self.step.modules.scattered():
+                self._check_unchanged()
+                self.refined = self._refined(x, self.engine.settings.evaluations)
+            return x
         if self.step.modules.scattered():
             raise self._error(
                 ": its state is needed although the loss does not depend on its output, and its "
@@ -248,8 +253,8 @@ class Node:
             if self.feedback is None:
                 self.feedback = Feedback(x)
             self.code = self.feedback.code(x, y, self.engine.settings.bits)
-            self.sample = Sample.of(x, y, self.feedback.dtype)
-            if x.device.type == "cpu" and not self.code.finite():
+            self.sample = _sample(x, y, self.feedback.dtype)
+            if x.device.type == "cpu" and not math.isfinite(self.code.largest()):
                 at = (~(y - x).isfinite()).nonzero()[:1].flatten().tolist()
                 raise self._error(NOT_FINITE + (f" at {at}" if at else ""))
         after.feedback, after.origin = self.feedback, self.code
@@ -305,34 +310,52 @@ class Node:
     def _replay_coded(self, found: BackwardPass, code: Code) -> None:
         """x̂_n by its code, as it is or as the start of the fixed point among what it can have been.
 
-        Each step of z ↦ x_{n+1} − Φ_n(z) is taken back into |z − x̂_n| ≤ s/2, where x_n is, and
-        stands if it came nearer to the entries of x_n that are known: some blocks do not contract.
+        A block that does not add its input is not evaluated more than once: there is no fixed point
+        worth the name.
         """
-        after, feedback, origin = self.next, self.feedback, self.origin
+        after, sample = self.next, self.sample
         assert after is not None
-        assert feedback is not None
-        assert self.sample is not None
-        target = after.state() if after.refined is None else after.refined
-        target = target.to(feedback.dtype)
-        x = z = self._decoded(code)
-        evaluations = self.engine.settings.evaluations if self.step.adds else 1
-        for _ in range(evaluations - 1):
-            leaf = z.to(self._dtype)
-            with torch.no_grad():
-                moved = feedback.confined(target - self._evaluate(leaf) + leaf, x, origin)
-                z = self.sample.nearer(moved, z)
+        assert sample is not None
+        x = self._decoded(code)
+        evaluations = self.engine.settings.evaluations
+        z = self._refined(x, evaluations - 1)
         leaf = z.to(self._dtype)
         y = self._evaluate(leaf.detach().requires_grad_(self._requires_grad))
         self._check_repeats(leaf, y)
-        now = Sample.of(leaf, y, feedback.dtype)
-        found.coded.append((self.step.name, *self.sample.compared(now)))
+        now = _sample(leaf, y, x.dtype)
+        found.coded.append((self.step.name, sample, now))
         if x.device.type != "cpu":
-            found.infinite.append((self.step.name, ~code.finite()))
+            found.infinite.append((self.step.name, ~code.largest().isfinite()))
         if evaluations > 1:
-            moved = feedback.confined(target - y + leaf, x, origin)
-            self.refined = self.sample.nearer(moved, z)
+            self.refined = self._moved(z, leaf, y, x)
         self.rebuilt = x
         after.rebuilt = after.refined = None
+
+    def _refined(self, x: Tensor, evaluations: int) -> Tensor:
+        """Nearer to x_n than x̂_n by so many evaluations, without gradients."""
+        z = x
+        for _ in range(evaluations if self.step.adds else 0):
+            leaf = z.to(self._dtype)
+            with torch.no_grad():
+                z = self._moved(z, leaf, self._evaluate(leaf), x)
+        return z
+
+    def _moved(self, z: Tensor, leaf: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """The next iterate x_{n+1} − Φ_n(z), where y = z + Φ_n(z), if that is nearer.
+
+        It is taken back into |z − x̂_n| ≤ s/2, where x_n is, and stands if it has come nearer to the
+        entries of x_n that are known: not every block contracts.
+        """
+        after, feedback, sample = self.next, self.feedback, self.sample
+        assert after is not None
+        assert feedback is not None
+        assert sample is not None
+        if not self.step.adds:
+            return z
+        target = after.state() if after.refined is None else after.refined
+        return _nearer(
+            sample.x, feedback.confined(target.to(x.dtype) - y + leaf, x, self.origin), z
+        )
 
     def _approach(self, target: Tensor, evaluations: int) -> Tensor:
         """z^j = x_{n+1} − Φ_n(z^{j−1}) after so many evaluations, from the scheme's own start."""
@@ -418,32 +441,16 @@ class Node:
         return AdjointError(self.step.name + message)
 
 
-class Sample(NamedTuple):
-    """Some entries of a state and of its update."""
+def _sample(x: Tensor, y: Tensor, dtype: torch.dtype) -> Sample:
+    """Some entries of x and of y − x."""
+    state = _some(x, SAMPLED).to(dtype)
+    return Sample(state, _some(y, SAMPLED).to(dtype) - state)
 
-    x: Tensor
-    u: Tensor
 
-    @staticmethod
-    def of(x: Tensor, y: Tensor, dtype: torch.dtype) -> "Sample":
-        """Those of x and y − x."""
-        state = _some(x, SAMPLED).to(dtype)
-        return Sample(state, _some(y, SAMPLED).to(dtype) - state)
-
-    def nearer(self, z: Tensor, x: Tensor) -> Tensor:
-        """The one of the two that is nearer to the state; nothing waits for the answer."""
-        gaps = (norm(_some(state, SAMPLED) - self.x) for state in (z, x))
-        return torch.where(torch.lt(*gaps), z, x)
-
-    def compared(self, now: "Sample") -> tuple[Tensor, Tensor]:
-        """The drift of the state that came again, and the response of the block to it.
-
-        Of what else a block gives beside its state nothing is known but that it is given the state:
-        the response is no smaller than the state's own relative error.
-        """
-        off = now.x - self.x
-        response = torch.maximum(relative(now.u - self.u, self.u), relative(off, self.x))
-        return relative(off, self.u), response
+def _nearer(known: Tensor, z: Tensor, x: Tensor) -> Tensor:
+    """The one of two states that is nearer to what is known of it; nothing waits for the answer."""
+    gaps = (norm(_some(state, SAMPLED) - known) for state in (z, x))
+    return torch.where(torch.lt(*gaps), z, x)
 
 
 def _some(x: Tensor, count: int = 64) -> Tensor:
