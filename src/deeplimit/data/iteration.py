@@ -121,24 +121,26 @@ def iter_batches(
     refuse("iter_batches", (fault for wrong, fault in table if wrong))
     if augmentation is not None:
         augmentation.check(tuple(split.x.shape[1:]))
-    if seed is None:
-        return _loader(_Batches(split, torch.split(torch.arange(len(split)), batch_size)))
-    size = min(batch_size, len(split))
-    if size % world:
-        raise InputError(
-            f"a batch of {several(size, 'sample')} cannot be shared by {world} processes: "
-            f"give a multiple of {world}, at most the split's {several(len(split), 'sample')}"
-        )
-    order = torch.from_numpy(_generator(seed, epoch, _ORDER).permutation(len(split)))
-    complete = order[: len(split) // size * size].view(-1, world, size // world)
     draws = None
-    if augmentation is not None:
-        draws = augmentation.draw(len(split), _generator(seed, epoch, _AUGMENTATION))
-    return _loader(_Batches(split, complete[:, rank].unbind(), augmentation, draws))
-
-
-def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
-    return np.random.default_rng([seed, epoch, stream])
+    if seed is None:
+        rows = torch.split(torch.arange(len(split)), batch_size)
+    else:
+        size = min(batch_size, len(split))
+        if size % world:
+            raise InputError(
+                f"a batch of {several(size, 'sample')} cannot be shared by {world} processes: "
+                f"give a multiple of {world}, at most the split's {several(len(split), 'sample')}"
+            )
+        order = np.random.default_rng([seed, epoch, _ORDER]).permutation(len(split))
+        complete = torch.from_numpy(order[: len(split) // size * size])
+        rows = complete.view(-1, world, size // world)[:, rank].unbind()
+        if augmentation is not None:
+            generator = np.random.default_rng([seed, epoch, _AUGMENTATION])
+            draws = augmentation.draw(len(split), generator)
+    batches = _Batches(split, rows, augmentation, draws)
+    # Its own generator: without one a DataLoader draws from torch's global random state.
+    own = torch.Generator()
+    return DataLoader(batches, batch_size=None, collate_fn=_identity, generator=own)
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,3 @@ class _Batches(Dataset[Batch]):
 
 def _identity(batch: Any) -> Any:
     return batch
-
-
-def _loader(batches: _Batches) -> DataLoader[Batch]:
-    # Its own generator: without one a DataLoader draws from torch's global random state.
-    return DataLoader(batches, batch_size=None, collate_fn=_identity, generator=torch.Generator())

@@ -73,8 +73,7 @@ def load_parquet(request: Request) -> DataSet:
         files = tuple(sorted(path for pattern in patterns for path in folder.glob(pattern)))
         if files:
             _require_all_shards(files)
-            schemas = [opened_parquet(path).schema_arrow for path in files]
-            tables[part] = ImageTable(str(files[0]), schemas[0], files, _reader(files, schemas[0]))
+            tables[part] = _parquet_table(files)
     if "train" not in tables:
         raise InputError(
             f"{folder}: no train-*.parquet there, expected train-*.parquet and test-*.parquet: "
@@ -83,7 +82,10 @@ def load_parquet(request: Request) -> DataSet:
     return _data_set(request, tables)
 
 
-def _reader(files: tuple[Path, ...], schema: pa.Schema) -> Any:
+def _parquet_table(files: tuple[Path, ...]) -> ImageTable:
+    """The files of one part, of which the first one's schema counts."""
+    schema, *_ = [opened_parquet(path).schema_arrow for path in files]
+
     def read(name: str) -> Iterator[tuple[str, int, pa.Array]]:
         kind = schema.field(name).type
         for path in files:
@@ -95,7 +97,7 @@ def _reader(files: tuple[Path, ...], schema: pa.Schema) -> Any:
                     yield str(path), first, rows if pa.types.is_struct(kind) else rows.cast(kind)
                     first += len(batch)
 
-    return read
+    return ImageTable(str(files[0]), schema, files, read)
 
 
 _UNREADABLE = "not a whole Parquet file", "the download was cut, fetch it again"

@@ -194,10 +194,12 @@ def study_consistency(
             above 0.
         RunError: a risk that is not finite.
     """
-    expected = "at least three sizes, a width for each depth, from the smallest to the largest"
-    harness.check_depths(depths)
+    expected = (
+        "at least three sizes of 2 layers or more, a width for each depth, "
+        "from the smallest to the largest"
+    )
     harness.check_once("seeds", seeds)
-    harness.check_rising("depths", depths, expected, count=3)
+    harness.check_rising("depths", depths, expected, least=2.0, count=3)
     harness.check_rising("widths", widths, expected, least=1.0, count=len(depths))
     if len(widths) > len(depths):
         raise InputError(f"{len(widths)} widths given; expected {expected}")

@@ -233,14 +233,6 @@ def check_rising(
         raise InputError(f"{name} {_listed(values)} given; expected {expected}")
 
 
-def check_depths(depths: Sequence[int]) -> None:
-    """Raises InputError unless two depths or more rise, each of two layers or more."""
-    expected = (
-        "at least two, from the smallest to the largest, each of 2 layers or more, such as 16 32 64"
-    )
-    check_rising("depths", depths, expected, least=2.0, count=2)
-
-
 def check_positive(**numbers: float) -> None:
     """Raises InputError unless all are numbers above 0."""
     for name, value in numbers.items():

@@ -238,7 +238,10 @@ def check_flow(
     depths: Sequence[int], seeds: Sequence[int], learning_rate: float, steps: int
 ) -> None:
     """Raises InputError unless depths rise, there are seeds, η is above 0 and there is a step."""
-    harness.check_depths(depths)
+    expected = (
+        "at least two, from the smallest to the largest, each of 2 layers or more, such as 16 32 64"
+    )
+    harness.check_rising("depths", depths, expected, least=2.0, count=2)
     harness.check_once("seeds", seeds)
     harness.check_positive(learning_rate=learning_rate)
     if steps < 1:
