@@ -87,7 +87,7 @@ def remove_stale(folder: Path, name: str = "*") -> None:
 
 
 def _gone(process: int) -> bool:
-    """Whether no process on this machine has this number."""
+    """No process on this machine has this number."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -30,16 +30,7 @@ def available() -> float:
 
 
 def require(needed: int, what: str, remedy: str) -> None:
-    """Refuses what does not fit.
-
-    Args:
-        needed: bytes that are about to be taken, with all copies.
-        what: what takes them, for the message.
-        remedy: what to do instead.
-
-    Raises:
-        InputError: they are more than there are.
-    """
+    """Refuses `what` needs more bytes, with all copies, than there are; says the `remedy`."""
     there = available()
     if needed > there:
         raise InputError(
@@ -50,14 +41,7 @@ def require(needed: int, what: str, remedy: str) -> None:
 def require_unpacked(size: int, packed: int, what: str, remedy: str) -> None:
     """Refuses to unpack what was made to fill the memory, whatever there is of it.
 
-    Args:
-        size: bytes that come out.
-        packed: bytes of the compressed file.
-        what: what is unpacked, for the message.
-        remedy: what to do instead.
-
-    Raises:
-        InputError: more than 1 GiB comes out, and more than a hundred times the file.
+    It gives more than 1 GiB, and more than a hundred times the bytes of the packed file.
     """
     if size > max(FLOOR, EXPANSION * packed):
         raise InputError(
@@ -67,7 +51,7 @@ def require_unpacked(size: int, packed: int, what: str, remedy: str) -> None:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that the system gave no memory: Python's own, or torch's."""
+    """Tells errors that say that the system gave no memory: Python's own, or torch's."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )

@@ -6,5 +6,5 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks and writes: with several devices the same command runs often."""
+    """This process speaks and writes: with several devices the same command runs often."""
     return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"

@@ -45,7 +45,7 @@ class DissipativityReport(Record):
     sample_margin: tuple[float, ...]
 
     def __str__(self) -> str:
-        """Whether it holds, and a row per layer; of many layers some."""
+        """Says whether it holds, with a row per layer; of many layers some."""
         word = "holds" if self.holds else f"does not hold at layer {self.layer}"
         columns = (self.supply, self.lower_bound, self.sample_margin)
         rows = [
@@ -72,7 +72,7 @@ class DissipativityReport(Record):
 
     @property
     def holds(self) -> bool:
-        """Whether the inequality holds at every layer, up to float64's rounding.
+        """The inequality holds at every layer, up to float64's rounding.
 
         On the minimisers both sides are 0, and their difference is rounding of either sign.
         """

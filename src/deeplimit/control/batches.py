@@ -1,6 +1,7 @@
 """Batches of a loader: targets where the logits are that predict them, inputs that are finite."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -65,11 +66,16 @@ def any_batches(structure: Anatomy, loader: Iterable[Any], need: str) -> Iterato
         raise InputError(f"the loader gave no sample; {need}")
 
 
-def part(values: Any, rows: slice, count: int) -> Any:
+def part(values: Any, rows: slice | Tensor, count: int) -> Any:
     """The rows of whatever holds `count` samples: tensors and lists, in mappings and tuples too."""
-    if isinstance(values, list) and len(values) == count:
+    if isinstance(values, list) and len(values) == count and isinstance(rows, slice):
         return values[rows]
-    return _each(values, lambda v: v[rows] if v.dim() and len(v) == count else v)
+
+    def chosen(v: Tensor) -> Tensor:
+        where = rows.to(v.device) if isinstance(rows, Tensor) else rows
+        return v[where] if v.dim() and len(v) == count else v
+
+    return _each(values, chosen)
 
 
 def first_part(x: Any, count: int) -> Any:
@@ -79,21 +85,33 @@ def first_part(x: Any, count: int) -> Any:
 
 def tensors_in(values: Any) -> list[Tensor]:
     """All tensors in tensors, mappings, tuples and lists."""
-    found: list[Tensor] = []
-    _each(values, lambda v: found.append(v) or v)  # type: ignore[func-returns-value]
-    return found
+    found = [values] if isinstance(values, Tensor) else []
+    return found + [tensor for value in inside(values) for tensor in tensors_in(value)]
+
+
+def inside(values: Any) -> list[Any]:
+    """The values of a mapping, tuple or list; none of anything else."""
+    if isinstance(values, Mapping):
+        return list(values.values())
+    return list(values) if isinstance(values, tuple | list) else []
+
+
+def rebuilt(values: Any, others: list[Any]) -> Any:
+    """The same mapping, tuple or list of other values; anything else as it is."""
+    kind = type(values)
+    if isinstance(values, Mapping):
+        named = dict(zip(values, others, strict=True))
+        return kind(**named) if is_dataclass(kind) else named  # as transformers' outputs are
+    if isinstance(values, tuple | list):
+        return kind(*others) if hasattr(kind, "_fields") else kind(others)
+    return values
 
 
 def _each(values: Any, change: Callable[[Tensor], Any]) -> Any:
     """The same with a change made to each tensor, in mappings, tuples and lists too."""
     if isinstance(values, Tensor):
         return change(values)
-    if isinstance(values, Mapping):
-        return {name: _each(value, change) for name, value in values.items()}
-    if isinstance(values, tuple | list):
-        made = [_each(value, change) for value in values]
-        return tuple(made) if isinstance(values, tuple) else made
-    return values
+    return rebuilt(values, [_each(value, change) for value in inside(values)])
 
 
 def _is_target(name: str) -> bool:
@@ -101,7 +119,7 @@ def _is_target(name: str) -> bool:
 
 
 def _inputs_of(structure: Anatomy, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's forward takes of a batch, less targets, with which it makes a loss itself."""
+    """The part of a batch that a model's forward takes, less targets: it would make a loss."""
     takes = parameters_of(unwrapped(structure.model))
     anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     named = {k: v for k, v in batch.items() if not _is_target(k) and v is not None}

@@ -31,7 +31,7 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 @dataclass(frozen=True)
 class Gap(Record):
-    """What stands for one run of removed layers.
+    """A map that stands for one run of removed layers, or nothing.
 
     Attributes:
         start, stop: the layers start … stop − 1 are gone.
@@ -66,7 +66,7 @@ class Gap(Record):
 
 @dataclass(frozen=True)
 class Bridge(Record):
-    """What was fitted for each run of removed layers.
+    """The maps fitted for the runs of removed layers.
 
         >>> bridge = bridge_of(crop(model, remove=[2, 3], bridge=loader))
         >>> [(gap.start, gap.stop) for gap in bridge.gaps]
@@ -258,7 +258,7 @@ class _Gap:
         return seen, held
 
     def _student_parts(self, end: End, x: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What the block before the gap adds, what it adds it to where a ReLU follows, the sum."""
+        """The last summand of the block before the gap, the other where a ReLU follows, the sum."""
         found: dict[str, Tensor] = {}
         alone = end.rest is self.student.layers[self.place].controls[0]
 
@@ -277,7 +277,7 @@ class _Gap:
         return found["m"], found.get("y"), here
 
     def _fold(self, end: End, fit: Fit, moments: Moments, x: Any) -> bool:
-        """Whether the end gives then, on some samples, what it should; it is as it was if not."""
+        """Folds it in, if the end gives then, on some samples, what it should."""
         modules = [m for m in (end.module, end.convolution) if m is not None]
         kept = [copy.deepcopy(m.state_dict()) for m in modules]
         m, _, _ = self._student_parts(end, x)

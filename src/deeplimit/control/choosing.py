@@ -16,7 +16,7 @@ from deeplimit._anatomy.checks import check_number
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control.cropping import check_profile
 from deeplimit.control.cut_choice import QUALITY, Budget, CutChoice, Spending
-from deeplimit.control.losses import Loss, sample_loss
+from deeplimit.control.losses import Loss, SampleLoss, sample_loss
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.trials import MayGo, Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
@@ -103,36 +103,14 @@ def choose_cut(
     budget, limit = _budget(
         dict(zip(NAMES, given, strict=True)), structure.horizon, data=loader is not None
     )
-
-    def may_go(gone: Collection[int], n: int) -> bool:
-        beside = not (contiguous and gone) or n in (min(gone) - 1, max(gone) + 1)
-        return n not in protected and beside
-
+    most = limit if budget == "rise" else loss_tolerance(limit) * profile.loss_range
+    ranked = next(iter(orders.values()))
     with evaluating(structure.model):
         trials = None
         if loader is not None:
-            judged = sample_loss(_loss_of(profile, loss, budget))
-            if budget == "accuracy" and not judged.of_classes:
-                raise InputError(
-                    "a loss of accuracy is allowed, and the loss knows no classes; give rise=…, by "
-                    "how much the loss may rise"
-                )
-            trials = Trials(structure, loader, judged, shift=shift)
-        most = limit if budget == "rise" else loss_tolerance(limit) * profile.loss_range
+            trials = Trials(structure, loader, _loss_of(profile, loss, budget), shift=shift)
         spending = Spending(structure, trials, budget, limit, most, len(orders))
-        cuts: list[tuple[str, tuple[int, ...]]] = []
-        runs = _runs(structure, may_go) if contiguous else [range(structure.horizon)]
-        for (score, order), run in product(orders.items(), runs):
-            possible = _possible(structure, [n for n in order if n in run], may_go)
-            removed = spending.bisected(list(islice(possible, spending.most)))
-            if removed is not None:
-                cuts.append((score, removed))
-        ranked = next(iter(orders.values()))
-        if trials is not None:
-            least = min((len(cut) for _, cut in cuts), default=0)
-            removed = spending.one_by_one(trials.order(ranked, may_go), least)
-            if removed is not None:
-                cuts.append(("trial", removed))
+        cuts = _cuts(structure, orders, spending, protected, trials, contiguous=contiguous)
         if not cuts:
             raise InputError(spending.unmet())
         choice = spending.choice(*_best(cuts, profile, trials, ranked, quality=spending.quality))
@@ -167,6 +145,37 @@ def _protected(horizon: int, protect: Iterable[SupportsIndex]) -> set[int]:
                 f"-{horizon} … -1"
             )
     return {n % horizon for n in layers}
+
+
+def _cuts(
+    structure: Anatomy,
+    orders: dict[str, list[int]],
+    spending: Spending,
+    protected: set[int],
+    trials: Trials | None,
+    *,
+    contiguous: bool,
+) -> list[tuple[str, tuple[int, ...]]]:
+    """The cuts that meet the budget, with their scores: of each order, and by trial."""
+
+    def may_go(gone: Collection[int], n: int) -> bool:
+        beside = not (contiguous and gone) or n in (min(gone) - 1, max(gone) + 1)
+        return n not in protected and beside
+
+    cuts: list[tuple[str, tuple[int, ...]]] = []
+    runs = _runs(structure, may_go) if contiguous else [range(structure.horizon)]
+    for (score, order), run in product(orders.items(), runs):
+        possible = _possible(structure, [n for n in order if n in run], may_go)
+        removed = spending.bisected(list(islice(possible, spending.most)))
+        if removed is not None:
+            cuts.append((score, removed))
+    if trials is not None:
+        least = min((len(cut) for _, cut in cuts), default=0)
+        tried = trials.order(next(iter(orders.values())), may_go)
+        removed = spending.one_by_one(tried, least)
+        if removed is not None:
+            cuts.append(("trial", removed))
+    return cuts
 
 
 def _runs(structure: Anatomy, may_go: MayGo) -> list[range]:
@@ -219,20 +228,22 @@ def _best(
     return max(cuts, key=worth)
 
 
-def _loss_of(profile: TurnpikeProfile, loss: Loss | None, budget: Budget) -> Loss | None:
-    """The loss that was given, or that the profile tells where it counts.
-
-    None is the plain cross-entropy.
-    """
-    if loss is not None:
-        return loss
-    if not profile.classes:
+def _loss_of(profile: TurnpikeProfile, loss: Loss | None, budget: Budget) -> SampleLoss:
+    """The loss that was given, or that the profile tells where it counts."""
+    if loss is None and not profile.classes:
         raise InputError(
             "the profile is of a loss that knows no classes, and which it is it does not tell; "
             "give it: loss=…"
         )
-    counts = budget in QUALITY and profile.softness > 0
-    return SoftCrossEntropy(profile.classes, profile.softness) if counts else None
+    if loss is None and budget in QUALITY and profile.softness > 0:
+        loss = SoftCrossEntropy(profile.classes, profile.softness)
+    of = sample_loss(loss)
+    if budget == "accuracy" and not of.of_classes:
+        raise InputError(
+            "a loss of accuracy is allowed, and the loss knows no classes; give rise=…, by how "
+            "much the loss may rise"
+        )
+    return of
 
 
 def _budget(

@@ -142,12 +142,10 @@ def crop(
 class FadedForward(MethodStandIn):
     """Stands in a block's own attributes for its forward: x + s·(y − x) in place of y.
 
-    In place of a residual function φ, whose chain adds its input by itself: s·φ(x).
-
-    Attributes:
-        step: s, from 1 (the block as it is) to 0, with which the block is not run unless it has a
-            key-value cache to fill or returns more than the state, or may.
-        past: what takes a state past the block as if it did nothing; None for a residual function.
+    In place of a residual function φ, whose chain adds its input by itself, so that there is no
+    `past` that takes a state past it: s·φ(x). The `step` s goes from 1, the block as it is, to 0,
+    with which it is not run unless it has a key-value cache to fill or returns more than the state,
+    or may.
     """
 
     def __init__(self, block: nn.Module, past: Callable[[Tensor], Tensor] | None):

@@ -82,7 +82,7 @@ class CutChoice(Record):
         return samples_needed(self.limit, self.samples or 0) if self.budget == "accuracy" else None
 
     def __str__(self) -> str:
-        """What is kept of each stage and what that costs, in a line."""
+        """A line: the layers kept of each stage, and what that costs."""
         if not (self.removed or self.branches):
             return "; ".join(["no layer is removed: the network stays the same", *self._judged()])
         stages = zip(self.layers_after, self.layers_before, strict=True)
@@ -120,11 +120,10 @@ class CutChoice(Record):
 
 
 class Spending:
-    """What cuts of so many `orders` spend of one budget; `rise` is the loss's part in it.
+    """Measures cuts of so many `orders` by one budget, in which `rise` is the part of the loss.
 
-    Attributes:
-        quality: whether accuracy or loss is limited, and most layers go, or a cost, and fewest do.
-        most: layers that may have to go.
+    Where a `quality` is limited, accuracy or loss, most layers go; where a cost is, fewest, and
+    `most` at most.
     """
 
     def __init__(
@@ -136,7 +135,8 @@ class Spending:
         rise: float,
         orders: int,
     ):
-        self.structure, self._trials = structure, trials
+        self.structure, self.data = structure, trials is not None
+        self.trials = cast(Trials, trials)  # asked only where there are data
         self.budget, self.limit, self._rise = budget, limit, rise
         self.quality = budget in QUALITY
         # Of an order that is bisected so many cuts are tried; one that is walked along stops at the
@@ -144,11 +144,6 @@ class Spending:
         tried = orders * math.ceil(math.log2(structure.horizon + 1)) + 1
         self._z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / tried)
         self.most = structure.horizon - (int(limit) if budget == "blocks" else 0)
-
-    @property
-    def trials(self) -> Trials:
-        """The trials, where there are data."""
-        return cast(Trials, self._trials)
 
     def bisected(self, order: list[int]) -> tuple[int, ...] | None:
         """The beginning of an order that meets the budget; None if none does."""
@@ -173,7 +168,7 @@ class Spending:
         return tuple(gone)
 
     def _turned(self, removed: Collection[int]) -> bool:
-        """Whether a cut loses, where quality is limited; whether it fits, where a cost is."""
+        """Tells if a cut loses, where quality is limited, and if it fits, where a cost is."""
         if self.budget == "blocks":
             return len(removed) == self.most
         if not self.quality:
@@ -200,12 +195,12 @@ class Spending:
         """All figures of a cut."""
         removed = tuple(sorted(cut))
         figures: dict[str, Any] = {}
-        if self._trials is not None:
-            whole, outcome = self._trials.outcome(()), self._trials.outcome(removed)
+        if self.data:
+            whole, outcome = self.trials.outcome(()), self.trials.outcome(removed)
             figures |= {
-                "samples": self._trials.samples,
-                "multiply_adds_before": self._trials.multiply_adds(()),
-                "multiply_adds_after": self._trials.multiply_adds(removed),
+                "samples": self.trials.samples,
+                "multiply_adds_before": self.trials.multiply_adds(()),
+                "multiply_adds_after": self.trials.multiply_adds(removed),
             }
             if self.quality or math.isnan(whole.accuracy):
                 figures |= {

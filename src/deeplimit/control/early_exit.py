@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.inputs import answer, parameters_of
+from deeplimit.control.batches import inside, part, rebuilt
 from deeplimit.errors import InputError
 
 # While a network passes some of its layers, functions stand in for its blocks.
@@ -96,7 +97,7 @@ class EarlyExit(nn.Module):
         rows, state, first = None, None, 0
         parts: list[tuple[Tensor, Any]] = []
         for depth, threshold in exits:
-            own, named = (args, kwargs) if rows is None else _taken((args, kwargs), rows, count)
+            own, named = (args, kwargs) if rows is None else part((args, kwargs), rows, count)
             with PASSING, structure.passing(first, state, depth) as left:
                 output = self.model(*own, **named)
             (state,) = left
@@ -110,7 +111,7 @@ class EarlyExit(nn.Module):
                 check_rows(self.model, z, len(rows))
                 sure = confidences(z) >= threshold
             if bool(sure.any()) or threshold is None:
-                parts.append((rows[sure], _taken(output, sure, len(rows))))
+                parts.append((rows[sure], part(output, sure, len(rows))))
                 depths[rows[sure]] = depth
             rows, state, first = rows[~sure], state[~sure], depth
             if not len(rows):
@@ -164,13 +165,6 @@ def check_rows(model: nn.Module, z: Tensor, count: int) -> None:
         )
 
 
-def _taken(values: Any, rows: Tensor, count: int) -> Any:
-    """Rows of everything that has `count` of them, in mappings, tuples and lists too."""
-    if isinstance(values, Tensor):
-        return values[rows.to(values.device)] if values.dim() and len(values) == count else values
-    return _rebuilt(values, [_taken(v, rows, count) for v in _inside(values)])
-
-
 def _together(parts: Sequence[Any], order: Tensor, count: int) -> Any:
     """Outputs of some rows each as one of all rows, in order."""
     first = parts[0]
@@ -181,22 +175,5 @@ def _together(parts: Sequence[Any], order: Tensor, count: int) -> Any:
                 "needs outputs with a row for each"
             )
         return torch.cat(list(parts))[order]
-    columns = zip(*map(_inside, parts), strict=True)
-    return _rebuilt(first, [_together(column, order, count) for column in columns])
-
-
-def _inside(values: Any) -> list[Any]:
-    if isinstance(values, Mapping):
-        return list(values.values())
-    return list(values) if isinstance(values, tuple | list) else []
-
-
-def _rebuilt(values: Any, inside: list[Any]) -> Any:
-    """The same mapping, tuple or list of other values; anything else as it is."""
-    kind = type(values)
-    if isinstance(values, Mapping):
-        named = dict(zip(values, inside, strict=True))
-        return named if kind is dict else kind(**named)
-    if isinstance(values, tuple | list):
-        return kind._make(inside) if hasattr(kind, "_make") else kind(inside)
-    return values
+    columns = zip(*map(inside, parts), strict=True)
+    return rebuilt(first, [_together(column, order, count) for column in columns])

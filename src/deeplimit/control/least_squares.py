@@ -24,7 +24,7 @@ class Fit:
 
     @property
     def named(self) -> tuple[str, float]:
-        """What tells it from other fits of the same data."""
+        """Tells it from other fits of the same data."""
         return self.kind, self.ridge
 
 

@@ -68,10 +68,9 @@ def check_callable(loss: object) -> None:
 
 
 class ClassLoss:
-    """Measures classifiers, whose samples have a class each, tokens too, by a cross-entropy.
+    """Measures classifiers, whose samples, or tokens, have a class each, by a cross-entropy.
 
-    Attributes:
-        soft: the loss itself, where its minimisers are known.
+    It is `soft` where its minimisers are known.
     """
 
     of_classes = True
@@ -187,11 +186,7 @@ class OtherLoss:
         return {"loss": torch.stack([self.each(z, y) for z in chain(below, outputs)]).cpu()}
 
     def each(self, z: Tensor, y: Any) -> Tensor:
-        """The loss of each sample of a batch, in float64.
-
-        Raises:
-            InputError: what it returns is no value per sample, and no mean of such values.
-        """
+        """The loss of each sample of a batch, in float64, if it is that or the mean of such."""
         z = widened(z)
         value = self._value(z, y)
         if value.dim():
@@ -242,11 +237,7 @@ SampleLoss = ClassLoss | OtherLoss
 
 
 def sample_loss(loss: Loss | None) -> SampleLoss:
-    """The loss of single samples; None is the plain cross-entropy.
-
-    Raises:
-        InputError: it is none.
-    """
+    """The loss of single samples, if it has such; None is the plain cross-entropy."""
     if isinstance(loss, nn.CrossEntropyLoss) and loss.weight is not None:
         raise InputError(
             "the cross-entropy weighs classes: its mean is none of its samples'; give "

@@ -42,7 +42,7 @@ class TrajectoryPicture(Record):
     minimisers: tuple[tuple[Point, Point], ...]
 
     def __str__(self) -> str:
-        """What is in it, in a line."""
+        """A line: its samples, layers and plane."""
         layers, samples = (
             several(len(self.points) - 1, "layer"),
             several(len(self.labels), "sample"),

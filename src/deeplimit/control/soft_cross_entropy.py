@@ -64,7 +64,7 @@ class SoftCrossEntropy(nn.Module):
 
     @property
     def contrast(self) -> float:
-        """How far the target's logit stands above the others on Z*_y: log((1−ε)(C−1)/ε)."""
+        """The height of the target's logit above the others on Z*_y: log((1−ε)(C−1)/ε)."""
         return math.log((1 - self.softness) / self.other)
 
     def forward(self, logits: Logits, targets: Targets) -> Values:

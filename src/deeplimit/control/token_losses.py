@@ -38,7 +38,7 @@ class CountedTokens:
         self._measured_size = max(1, numbers // (4 * classes))
 
     def of(self, values: Tensor) -> Tensor:
-        """What belongs to them in [B, L, …], as [T, …]."""
+        """Those of values [B, L, …], as [T, …]."""
         return self._flat(values)[self.index]
 
     def chunks(self, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -87,7 +87,7 @@ class Trials:
         self.samples = self._own["loss"].shape[-1]
 
     def outcome(self, removed: Collection[int]) -> Outcome:
-        """What a cut does to accuracy and loss, on the samples that judge."""
+        """Accuracy and loss of a cut, on the samples that judge."""
         key = frozenset(removed)
         if key not in self._outcomes:
             own, cut = self._own, self._own
@@ -117,7 +117,7 @@ class Trials:
         return self._latencies[key]
 
     def divergence(self, removed: Collection[int]) -> float:
-        """How far the answers of what puts in order move: mean KL(softmax z ‖ softmax z′).
+        """The mean KL(softmax z ‖ softmax z′) over the samples that put in order.
 
         z are of the model, z′ of its cut. Without classes it is the mean of (z − z′)².
         """
@@ -130,12 +130,8 @@ class Trials:
         What a layer adds is measured for all at first, then again for the eight that added least
         when last measured, and for others while that would make one of them the next (lazy greedy,
         Minoux 1978): of at most eight layers the order is the greedy one, of more nearly so. A
-        measurement is a forward pass of them. Layers that the model cannot be without,
-        as things stand, are left where they are.
-
-        Args:
-            ranked: the layers; those in front go first among equals.
-            may_go: whether a layer may go after others; by default any may.
+        measurement is a forward pass of them. Those in front of `ranked` go first among equals.
+        Layers that the model cannot be without, as things stand, are left where they are.
         """
         gone: list[int] = []
         spent = 0.0
@@ -169,7 +165,7 @@ class Trials:
         return self.structure.like(self.structure.without(removed)) if removed else self.structure
 
     def _judged(self, figures: Figures) -> Figures:
-        """What is judged of a network: a loss, and 1 where it is right, of each sample."""
+        """The figures that are judged: a loss of each sample, and 1 where the answer is right."""
         judged = {"loss": figures["loss"]}
         if self._of.of_classes:
             judged["right"] = (figures["guess"] == figures["targets"]).double()

@@ -88,11 +88,7 @@ class TurnpikeProfile(Record):
     constant: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the lengths, which a file that was changed by hand may not have.
-
-        Raises:
-            InputError: values of other numbers of layers.
-        """
+        """Checks the lengths, which a file that was changed by hand may not have."""
         sizes = {"relative_update": self.horizon, "influence": self.horizon}
         for name in ("accuracy", "distance", "loss_error", "accuracy_error", *sizes):
             found, expected = getattr(self, name), sizes.get(name, len(self.loss))

@@ -30,7 +30,7 @@ Word = Literal["kept", "unresolved", "lost", "nothing learnt"]
 
 @dataclass(frozen=True)
 class Verdict(Record):
-    """What held-out data say of a change of network, at 95 %, paired by sample.
+    """The judgement of held-out data on a change of network, at 95 %, paired by sample.
 
         >>> verdict = verify_crop(model, crop(model, 2), loader).verdict
         >>> verdict.at_least <= verdict.at_most
@@ -246,7 +246,7 @@ def range_of(own: float, constant: float | None) -> float:
 
 
 def word_of(at_least: float, at_most: float, tolerance: float) -> Word:
-    """What bounds say of a tolerance."""
+    """The word for bounds beside a tolerance."""
     if at_most <= tolerance:
         return "kept"
     return "lost" if at_least > tolerance else "unresolved"
@@ -289,7 +289,7 @@ def samples_to_exclude(tolerance: float | int) -> int | None:
 
 
 def samples_needed(tolerance: float | int, samples: int) -> int | None:
-    """How many samples could tell a loss above the tolerance; None where there are so many.
+    """The samples that could tell a loss above the tolerance; None where there are so many.
 
     With fewer than `FEW` no cut is chosen, whatever the tolerance.
     """

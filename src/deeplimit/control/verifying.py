@@ -113,7 +113,7 @@ class CropResult(Record):
 
     @property
     def has_accuracy(self) -> bool:
-        """Whether the loss knows classes."""
+        """The loss knows classes."""
         return not math.isnan(self.accuracy_before)
 
 
@@ -233,7 +233,7 @@ def multiply_adds(model: nn.Module | Anatomy, x: Any) -> int:
 
 
 def _forms(model: nn.Module) -> tuple[str, list[tuple[torch.Size, torch.dtype]]]:
-    """What the time that a model takes depends on: its modules, its tensors' shapes and types."""
+    """The time a model takes depends on this: its modules, its tensors' shapes and types."""
     tensors = (*model.parameters(), *model.buffers())
     return repr(model), [(tensor.shape, tensor.dtype) for tensor in tensors]
 

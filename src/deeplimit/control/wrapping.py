@@ -48,12 +48,7 @@ class AroundWatch:
         self._passes = 0
 
     def look(self, objective: nn.Module) -> None:
-        """Called in the forward pass.
-
-        Raises:
-            InputError: a module with trainable parameters is shared with a wrapper for several
-                processes, and this pass does not come through one.
-        """
+        """Refuses a forward pass past a wrapper of a module that is trained; called in each."""
         if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
             return
         active: Callable[[], nn.Module | None] = DistributedDataParallel._get_active_ddp_module  # noqa: SLF001
