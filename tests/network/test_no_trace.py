@@ -68,6 +68,22 @@ def test_a_step_draws_and_moves_what_the_model_alone_does() -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+def test_a_model_in_evaluation_mode_is_not_told_again() -> None:
+    """Some drop what they keep of their parameters then."""
+
+    class Told(Net):
+        told = 0
+
+        def train(self, mode: bool = True) -> nn.Module:
+            self.told += 1
+            return super().train(mode)
+
+    model = Told().double().eval()
+    before = model.told
+    anatomy(model)
+    assert model.told == before
+
+
 @pytest.mark.slow
 def test_wrappers_are_looked_through() -> None:
     model = Net().double().eval()

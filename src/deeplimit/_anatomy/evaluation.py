@@ -91,7 +91,8 @@ def device_of(model: nn.Module) -> torch.device:
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """The whole model in evaluation mode; afterwards each module in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(training for _, training in modes):  # some drop what they keep where they are told twice
+        model.eval()
     try:
         yield model
     finally:
