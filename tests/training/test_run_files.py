@@ -126,14 +126,7 @@ def killed_at(step: int, folder: Path, work: Callable[[], object]) -> bool:
         os._exit(1)
 
 
-@pytest.fixture
-def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A killed process, other than a power cut, loses nothing that was not flushed."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("unflushed")
 def test_killed_anywhere_all_that_is_old_is_seen_or_all_that_is_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +157,6 @@ def test_killed_anywhere_all_that_is_old_is_seen_or_all_that_is_new(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unflushed")
 def test_killed_while_a_run_is_made_nothing_is_in_the_way(tmp_path: Path) -> None:
     """As refine and merge make one: a start, a checkpoint, figures, the recipe."""
     model = own(4)
@@ -360,7 +352,6 @@ def test_damaged_checkpoints_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unflushed")
 def test_a_reader_beside_a_writer_sees_whole_commits(tmp_path: Path) -> None:
     """A process that cuts to and fro, and this one that looks all the time."""
     folder = RunFolder.create(tmp_path, "run", Recipe())
