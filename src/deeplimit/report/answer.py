@@ -1,6 +1,8 @@
 """The answer of a run in words and numbers: depth N → k, what it costs, how it was chosen."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.verdict import FEW, Z
@@ -46,6 +48,7 @@ TEACHERS = {
     "beside": " with the full network as its teacher, which learned beside it",
     "none": "",
 }
+Compared = tuple[str, str, str, str]  # name, before, after, change
 Bar = tuple[int, str, float]  # a depth, its test accuracy, and that as a length in percent
 
 
@@ -57,33 +60,30 @@ def loss_gained(cut: Cut) -> str:
     )
 
 
-def comparisons(report: CropResult) -> tuple[tuple[str, str, str, str], ...]:
+def comparisons(report: CropResult) -> tuple[Compared, ...]:
     """Accuracy or perplexity, loss and the three costs: name, before, after, change."""
-    n, before, after = report.samples, report.loss_before, report.loss_after
-    quality: tuple[tuple[str, str, str, str], ...]
-    if report.has_accuracy:
-        one, rise = "sample", f"{'+' if after > before else ''}{significant(after - before)}"
-        accuracies = percent(report.accuracy_before, n), percent(report.accuracy_after, n)
-        quality = (
-            ("Test accuracy", *accuracies, _change(report)),
-            ("Test loss", significant(before), significant(after), f"{rise}{SPACE}nats"),
-        )
-    else:
-        one, quality = "window", language.quality(report)
+    one = "sample" if report.has_accuracy else "window"
+
+    def row(name: str, field: str, text: Callable[[Any], str], less: str, more: str) -> Compared:
+        before, after = (getattr(report, f"{field}_{when}") for when in ("before", "after"))
+        return name, text(before), text(after), times(before, after, less, more)
+
     batch = f"{several(report.latency_batch, one)}, {report.device}"
-    sizes = (report.parameters_before, report.parameters_after)
-    work = (report.multiply_adds_before, report.multiply_adds_after)
-    latency = (report.latency_before, report.latency_after)
     return (
-        *quality,
-        ("Parameters", count(sizes[0]), count(sizes[1]), times(*sizes, "fewer", "more")),
-        (f"Multiply-adds a {one}", count(work[0]), count(work[1]), times(*work, "fewer", "more")),
-        (
-            f"Latency ({batch})",
-            seconds(latency[0]),
-            seconds(latency[1]),
-            times(*latency, "faster", "slower"),
-        ),
+        *(_quality(report) if report.has_accuracy else language.quality(report)),
+        row("Parameters", "parameters", count, "fewer", "more"),
+        row(f"Multiply-adds a {one}", "multiply_adds", count, "fewer", "more"),
+        row(f"Latency ({batch})", "latency", seconds, "faster", "slower"),
+    )
+
+
+def _quality(report: CropResult) -> tuple[Compared, ...]:
+    n, before, after = report.samples, report.loss_before, report.loss_after
+    rise = f"{'+' if after > before else ''}{significant(after - before)}{SPACE}nats"
+    accuracies = percent(report.accuracy_before, n), percent(report.accuracy_after, n)
+    return (
+        ("Test accuracy", *accuracies, _change(report)),
+        ("Test loss", significant(before), significant(after), rise),
     )
 
 

@@ -31,26 +31,24 @@ def points(difference: float, samples: int = 0, error: float | None = None) -> s
 
 def count(number: int) -> str:
     """165,514 in full below a million, else 1.27 million."""
-    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if number >= size:
-            return f"{significant(number / size)}{SPACE}{word}"
-    return f"{number:,}"
+    sizes = {"trillion": 1e12, "billion": 1e9, "million": 1e6}
+    return _in_units(number, sizes) or f"{number:,}"
 
 
 def memory(size: int) -> str:
     """Bytes with three significant digits, in GB, MB, kB (powers of a thousand)."""
-    for unit, word in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{significant(size / unit)}{SPACE}{word}"
-    return f"{size}{SPACE}B"
+    return _in_units(size, {"GB": 1e9, "MB": 1e6, "kB": 1e3}) or f"{size}{SPACE}B"
 
 
 def seconds(time: float) -> str:
     """A time with three significant digits, in s, ms or µs."""
-    for size, unit in ((1.0, "s"), (1e-3, "ms")):
-        if time >= size:
-            return f"{significant(time / size)}{SPACE}{unit}"
-    return f"{significant(time / 1e-6)}{SPACE}µs"
+    return _in_units(time, {"s": 1.0, "ms": 1e-3}) or f"{significant(time / 1e-6)}{SPACE}µs"
+
+
+def _in_units(value: int | float, units: dict[str, float]) -> str:
+    """In the first unit that is not larger; empty where all are."""
+    fits = (f"{significant(value / size)}{SPACE}{u}" for u, size in units.items() if value >= size)
+    return next(fits, "")
 
 
 def times(before: int | float, after: int | float, less: str, more: str) -> str:

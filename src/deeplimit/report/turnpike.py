@@ -20,10 +20,8 @@ from deeplimit.report.style import (
     draw,
     layer_figure,
     line,
-    logarithmic,
     mark_layer,
     mark_value,
-    positive,
     shade_tube,
 )
 from deeplimit.training.results import Cut, Profiles, Reference
@@ -43,31 +41,27 @@ def loss_figure(
 
     The excess ℓ − H(q) is what a layer can still gain; on the linear scale H(q) is a dotted line.
     """
-    test = profiles.test
-    title, unit = ("Loss above its minimum", "nats, logarithmic") if log else ("Loss", "nats")
-    figure = layer_figure(title, test.horizon, unit, cut, zero=not log)
-    known = not math.isnan(test.minimum)  # as it is not of a loss without minimisers
-    if known and not log:
-        mark_value(figure, test.minimum, f"minimum {significant(test.minimum)}")
 
     def values(profile: TurnpikeProfile) -> Values:
         return [v - profile.minimum for v in profile.loss] if log else profile.loss
 
-    _add_networks(figure, profiles, reference, values, log=log)
-    return _mark_entry(figure, profiles) if known or log else figure
+    title, unit = ("Loss above its minimum", "nats, logarithmic") if log else ("Loss", "nats")
+    figure = _over_layers(title, unit, profiles, cut, reference, values, log=log)
+    minimum = profiles.test.minimum
+    if not log and not math.isnan(minimum):  # as it is of a loss without minimisers
+        mark_value(figure, minimum, f"minimum {significant(minimum)}")
+    return figure
 
 
 def accuracy_figure(
     profiles: Profiles, cut: Cut | None = None, reference: Reference | None = None
 ) -> go.Figure:
     """Accuracy over layers, in percent."""
-    figure = layer_figure("Accuracy", profiles.test.horizon, "percent", cut, zero=True)
 
     def values(profile: TurnpikeProfile) -> Values:
         return [100 * accuracy for accuracy in profile.accuracy]
 
-    _add_networks(figure, profiles, reference, values, "%{y:.2f} %")
-    return _mark_entry(figure, profiles)
+    return _over_layers("Accuracy", "percent", profiles, cut, reference, values, "%{y:.2f} %")
 
 
 def distance_figure(
@@ -77,69 +71,68 @@ def distance_figure(
 
     Validation data are drawn besides: entry and exit are theirs.
     """
-    measured = profiles.validation
-    title = "Distance to the minimisers"
-    figure = layer_figure(title, measured.horizon, "mean distance", cut, zero=True)
+    title, unit, measured = "Distance to the minimisers", "mean distance", profiles.validation
+    figure = _over_layers(title, unit, profiles, cut, reference, lambda profile: profile.distance)
     shade_tube(figure, measured.radius)
-    _add_networks(figure, profiles, reference, lambda profile: profile.distance)
     validation = ("validation", measured.distance, TUBE, DASHED)
     draw(figure, range(measured.horizon + 1), validation, value="%{y:.4g}")
     leaving = measured.exit()
     if leaving is not None and leaving < measured.horizon:
         mark_layer(figure, leaving, f"exit {leaving}")
-    return _mark_entry(figure, profiles)
+    return figure
 
 
 def update_figure(
     profiles: Profiles, cut: Cut | None = None, reference: Reference | None = None
 ) -> go.Figure:
     """Relative update ‖x_{n+1} − x_n‖ / ‖x_n‖ in percent, drawn half way between n and n + 1."""
-    unit = "percent, logarithmic"
-    figure = layer_figure("Relative update", profiles.test.horizon, unit, cut, between=True)
 
     def values(profile: TurnpikeProfile) -> Values:
         return [100 * update for update in profile.relative_update]
 
-    _add_networks(figure, profiles, reference, values, "%{y:.3g} %", shift=0.5, log=True)
-    return _mark_entry(figure, profiles)
+    title, unit, hover = "Relative update", "percent, logarithmic", "%{y:.3g} %"
+    return _over_layers(
+        title, unit, profiles, cut, reference, values, hover, between=True, log=True
+    )
 
 
 def influence_figure(profiles: Profiles, cut: Cut | None = None) -> go.Figure:
     """Block influence 1 − cos(x_n, x_{n+1}), drawn half way between n and n + 1."""
-    horizon = profiles.test.horizon
-    figure = layer_figure("Influence", horizon, "1 − cos", cut, between=True, zero=True)
-    _add_networks(figure, profiles, None, lambda profile: profile.influence or (), shift=0.5)
-    return figure
+
+    def values(profile: TurnpikeProfile) -> Values:
+        return profile.influence or ()
+
+    return _over_layers("Influence", "1 − cos", profiles, cut, None, values, between=True)
 
 
-def _add_networks(
-    figure: go.Figure,
+def _over_layers(
+    title: str,
+    unit: str,
     profiles: Profiles,
+    cut: Cut | None,
     reference: Reference | None,
     values: Callable[[TurnpikeProfile], Values],
     value: str = "%{y:.4g}",
     *,
-    shift: float = 0.0,
+    between: bool = False,
     log: bool = False,
-) -> None:
-    """Train solid, test dashed; the network trained without stage cost behind them."""
+) -> go.Figure:
+    """Train solid, test dashed; the network trained without stage cost behind them.
+
+    The entry is that of validation data, on which the depth is chosen.
+    """
+    horizon, entry = profiles.test.horizon, profiles.validation.entry()
+    figure = layer_figure(title, horizon, unit, cut, between=between, zero=not log)
     drawn = [(profiles.train, "train", NETWORK, SOLID), (profiles.test, "test", NETWORK, DASHED)]
     if reference is not None:
         drawn.insert(0, (reference.test, "no stage cost", REFERENCE, DASHED))
     for profile, name, color, dash in drawn:
-        y = positive(values(profile)) if log else values(profile)
-        figure.add_trace(line([n + shift for n in range(len(y))], y, name, color, dash, value))
-    figure.update_layout(legend={"traceorder": "reversed"})
-    if log:
-        logarithmic(figure)
-
-
-def _mark_entry(figure: go.Figure, profiles: Profiles) -> go.Figure:
-    """That of validation data, on which the depth is chosen."""
-    entry = profiles.validation.entry()
+        y = values(profile)
+        places = [n + 0.5 * between for n in range(len(y))]
+        draw(figure, places, (name, y, color, dash), value=value, log=log)
     if entry is not None:
         mark_layer(figure, entry, f"entry {entry}")
-    return figure
+    return figure.update_layout(legend={"traceorder": "reversed"})
 
 
 def class_entry(profile: TurnpikeProfile, label: int) -> int | None:
