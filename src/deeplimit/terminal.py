@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
         """Rich's console, which by itself lets control characters of what it shows through."""
 
         def _render_buffer(self, buffer: Iterable[Segment]) -> str:
-            """What rich sends; by now only its own control codes are marked as such."""
+            """Returns what rich sends; by now only its own control codes are marked as such."""
             shown = (Segment(t if control else visible(t), s, control) for t, s, control in buffer)
             return super()._render_buffer(shown)
 

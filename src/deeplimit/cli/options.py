@@ -75,7 +75,7 @@ def call(function: Callable[..., Any], options: Any, hidden: Mapping[str, Any]) 
 
 
 def documented(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """What a docstring says of a function, and of each parameter."""
+    """Returns what a docstring says of a function, and of each parameter."""
     description, *sections = re.split(
         r"\n(?=(?:Args|Raises|Returns):\n)", inspect.getdoc(function) or ""
     )

@@ -43,7 +43,7 @@ def stop_writing() -> None:
 
 @contextmanager
 def progress(*, quiet: bool, doing: str = "training") -> Iterator[Callable[[str, float], None]]:
-    """What is done now: a bar where stderr is a terminal, otherwise a line each."""
+    """Shows what is done now: a bar where stderr is a terminal, otherwise a line each."""
     if quiet:
         yield lambda _message, _done: None
         return

@@ -93,7 +93,7 @@ def _change(report: CropResult) -> str:
 
 
 def lead(cut: Cut) -> str:
-    """What was taken out and what test data say about it."""
+    """Says what was taken out, and what test data say about it."""
     report = cut.report
     n = report.samples
     if not report.has_accuracy:
@@ -134,7 +134,7 @@ def _removed(cut: Cut) -> str:
 
 
 def rule(cut: Cut, profiles: Profiles | None) -> str:
-    """How the depth was chosen, and on which data."""
+    """Says how the depth was chosen, and on which data."""
     validation = profiles.validation if profiles else None
     if cut.choice is not None:
         return _rule_of(cut, cut.choice)
@@ -182,7 +182,7 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
 
 
 def _rule_of(cut: Cut, choice: CutChoice) -> str:
-    """How layers of any place were chosen under a budget."""
+    """Says how layers of any place were chosen under a budget."""
     part = f"at most {100 * choice.limit:g}{SPACE}% of the"
     limits = {
         "accuracy": f"a loss of at most {several(100 * choice.limit, 'point')} of accuracy and of "
@@ -241,7 +241,7 @@ def few(cut: Cut) -> str:
 
 
 def control_sentences(cut: Cut | None, reference: Reference | None) -> tuple[str, ...]:
-    """What the same cut costs without stage cost, and what its depth reaches from scratch."""
+    """Says what the same cut costs without stage cost, and its depth reaches from scratch."""
     if cut is None or reference is None or not cut.removed:
         return ()
     report, small = reference.report, reference.small
@@ -302,7 +302,7 @@ def control_rows(cut: Cut | None, reference: Reference | None) -> list[tuple[str
 
 
 def healing_sentence(healing: Healing) -> str:
-    """What a little more training recovered, and how far that is from the full network."""
+    """Says what more training recovered, and how far that is from the full network."""
     full, cropped = healing.from_full, healing.from_cropped
     n, who = full.samples, TEACHERS[healing.teacher]
     if not full.has_accuracy:
@@ -343,7 +343,7 @@ def merging_sentence(merging: MergedRuns) -> str:
 
 
 def waiting(results: RunResults) -> str:
-    """What is known, and what to do, before a cut was made."""
+    """Says what is known, and what to do, before a cut was made."""
     done, epochs = len(results.metrics), int(results.recipe.get("epochs", 0))
     if done < epochs:
         return (

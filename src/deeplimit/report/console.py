@@ -97,7 +97,7 @@ def profile_table(profile: TurnpikeProfile, data: str = "validation") -> Rendera
 
 
 def layer_marks(profile: TurnpikeProfile) -> dict[int, list[str]]:
-    """What is to be said of which layer: entry, exit where it is not N, the depth to cut to."""
+    """Names layers: the entry, the exit where it is not N, the depth to cut to."""
     places = {"entry": profile.entry(), "exit": profile.exit(), "cut": profile.recommended_depth}
     marks: dict[int, list[str]] = {}
     for word, n in places.items():
@@ -120,7 +120,7 @@ def profile_summary(profiles: Profiles) -> RenderableType:
 
 
 def finished_summary(finished: Finished) -> RenderableType:
-    """What came of a run: its cut, or before there is one its profile."""
+    """Shows what came of a run: its cut, or before there is one its profile."""
     results = finished.results
     if results.cut is not None:
         return crop_summary(results.cut, results.reference, results.profiles)

@@ -148,7 +148,7 @@ def convergence_summary(study: ConvergenceStudy) -> RenderableType:
 
 
 def convergence_answer(study: ConvergenceStudy) -> str:
-    """How many certificates hold in the good corner, and in the bad one."""
+    """Counts the certificates that hold in the good corner, and in the bad one."""
     corners = [
         (study.widths[-1], study.distances[0], "widest network, smallest risk"),
         (study.widths[0], study.distances[-1], "narrowest network, largest risk"),

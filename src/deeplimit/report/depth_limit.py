@@ -88,7 +88,7 @@ def relative_gap(gap: DiscretizationGap) -> float:
 
 
 def measured(limit: DepthLimit) -> str:
-    """What the figures are of."""
+    """Says what the figures are of."""
     gap = limit.gaps[0]
     return (
         f"Gap: the largest ‖x_n − x(s_n)‖ over {several(gap.samples, 'sample')} and all "
@@ -101,7 +101,7 @@ def measured(limit: DepthLimit) -> str:
 
 
 def gap_caption(gap: DiscretizationGap) -> str:
-    """How far, compared with the state, and how loose the bounds are."""
+    """Says how far, compared with the state, and how loose the bounds are."""
     text = (
         f"The states of {layers(gap.horizon)} stay within {significant(max(gap.gap))} of the "
         f"Neural ODE through the same controls (piecewise {gap.interpolation}, "

@@ -41,7 +41,7 @@ def gradient_summary(cost: GradientCost) -> RenderableType:
 
 
 def gradient_answer(cost: GradientCost) -> str:
-    """What would be saved, at what error and price: one sentence."""
+    """Says in a sentence what would be saved, at what error and price."""
     best, plain = cost.best, cost.plain
     if len(cost.methods) == 1:
         return "Nothing to save: no block was found whose input can be rebuilt from its output."

@@ -27,7 +27,7 @@ def higher(before: float, after: float) -> str:
 
 
 def quality(report: CropResult) -> tuple[tuple[str, str, str, str], ...]:
-    """What a cut does to perplexity and loss: name, before, after, change."""
+    """Says what a cut does to perplexity and loss: name, before, after, change."""
     before, after = report.loss_before, report.loss_after
     change = after - before
     error = "" if report.loss_error is None else f"{SPACE}±{SPACE}{significant(report.loss_error)}"
@@ -48,7 +48,7 @@ def data_sentence(parts: Parts) -> str:
 
 
 def lead(removed: str, report: CropResult) -> str:
-    """What test data say of a cut; `removed` says which layers went."""
+    """Says what test data say of a cut; `removed` says which layers went."""
     before, after = report.loss_before, report.loss_after
     on = several(report.samples, "test window")
     if not removed:
@@ -73,7 +73,7 @@ def limit(choice: CutChoice) -> str:
 
 
 def chosen(choice: CutChoice) -> str:
-    """What the data that chose a cut say of it."""
+    """Says what the data that chose a cut say of it."""
     if choice.loss_before is None or choice.loss_after is None:
         return ""
     return (
@@ -83,7 +83,7 @@ def chosen(choice: CutChoice) -> str:
 
 
 def healing_sentence(healing: Healing, who: str) -> str:
-    """What a little more training recovered; `who` taught."""
+    """Says what a little more training recovered; `who` taught."""
     full, cropped = healing.from_full, healing.from_cropped
     return (
         f"Trained for {several(healing.epochs, 'epoch')} more{who}, the cut network goes from a "
@@ -101,7 +101,7 @@ def verdict_sentence(verdict: Verdict) -> str:
 
 
 def loss_caption(profiles: Profiles) -> str:
-    """What the layers do for the loss, read out by the model's own head."""
+    """Says what the layers do for the loss, read out by the model's own head."""
     test = profiles.test
     return (
         f"On test data the loss falls from {significant(test.loss[0])} nats a token at the input "

@@ -192,7 +192,7 @@ def _circumstances(found: Interpolation) -> str:
 
 
 def _saved(found: Interpolation) -> str:
-    """How far what was written is from both ends, and how far the geodesic's point is."""
+    """Says how far what was written is from both ends, and how far the geodesic's point is."""
     if found.saved_distances is None or found.saved_at is None:
         return ""
     t, size = found.saved_at, found.distance

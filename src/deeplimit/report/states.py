@@ -160,7 +160,7 @@ def thin(picture: TrajectoryPicture, most: int = MOST_POINTS) -> TrajectoryPictu
 def states_caption(
     picture: TrajectoryPicture, of: int, leaving: int, validation: TurnpikeProfile | None
 ) -> str:
-    """What moves, and where to.
+    """Says what moves, and where to.
 
     `of` is the number of samples before thinning, `leaving` how many of those shown leave the view.
     """

@@ -129,7 +129,7 @@ def draw(
 
 
 def positive(values: Values) -> list[Number | None]:
-    """What a logarithmic scale can show; the rest is left out."""
+    """Leaves out what a logarithmic scale cannot show."""
     return [value if value is not None and value > 0 else None for value in values]
 
 

@@ -71,7 +71,7 @@ class Within:
                 raise InputError(f"{name} is {number}; expected {self}")
 
     def __str__(self) -> str:
-        """What is expected, in words."""
+        """Says what is expected."""
         if math.isinf(self.most):
             return f"{'a number >' if self.above else 'at least'} {self.least}"
         start = f"a number {'above' if self.above else 'from'} {self.least}"
@@ -89,7 +89,7 @@ def silent(message: str, done: float) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a verb found.
+    """The findings of a verb.
 
     Attributes:
         result: a record of numbers.
@@ -140,7 +140,7 @@ def unusual(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
 
 
 def option(name: str) -> str:
-    """How a parameter is written on the command line."""
+    """Writes a parameter as on the command line."""
     return f"--{name.replace('_', '-')}"
 
 

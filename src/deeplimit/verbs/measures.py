@@ -33,7 +33,7 @@ def compare(
     trust: Trust = False,
     tell: Progress = silent,
 ) -> Answer:
-    """How far are networks from one another, whatever their widths and depths?
+    """Measure how far networks are from one another, whatever their widths and depths.
 
     The layer-conditional optimal transport distance: in every layer particles are matched as
     cheaply as possible, so that the order of neurons does not count. Of two networks it says where
@@ -80,7 +80,7 @@ def interpolate(
     trust: Trust = False,
     tell: Progress = silent,
 ) -> Answer:
-    """What lies between two trained networks, of any widths and depths?
+    """Measure what lies between two trained networks, of any widths and depths.
 
     Loss and accuracy on test data along the geodesic of layer-conditional optimal transport, where
     every point is a network, beside the plain average of parameters, where there is one; and the

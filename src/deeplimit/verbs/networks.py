@@ -45,7 +45,7 @@ def gradient(
     trust: Trust = False,
     tell: Progress = silent,
 ) -> Answer:
-    """What would I save with memory-free gradients, and at what error?
+    """Measure what memory-free gradients would save on a model, and at what error.
 
     Measures peak memory, time per step, gradient error and drift on one batch: for plain
     backpropagation, torch's checkpoint per block, the adjoint with e = 1, 2, 3 evaluations, and the
@@ -127,7 +127,7 @@ def ode(
     trust: Trust = False,
     tell: Progress = silent,
 ) -> Answer:
-    """How far is my network from its Neural ODE?
+    """Measure how far a network is from its Neural ODE.
 
     Measures for every stage how smooth its controls are in depth, the distance of its states from
     the Neural ODE through the same controls, and the bounds on it. Of a run it also tells the
@@ -222,7 +222,7 @@ def _refuse(asked: dict[str, Any], why: str) -> None:
 def _solvers(
     depth: int, solver: str | None, steps: tuple[int, ...] | None, tolerance: float | None
 ) -> list[tuple[str, int | None]]:
-    """What is asked for; by default fewer and more steps than the network's."""
+    """Returns what is asked for; by default fewer and more steps than the network's."""
     from deeplimit.ode.solvers import FIXED, TOLERANCE, check_solver
 
     if solver is None and steps:
