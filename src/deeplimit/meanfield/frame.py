@@ -15,13 +15,7 @@ from deeplimit._anatomy import Anatomy, anatomy, chain_stacks, model_of
 from deeplimit._anatomy.checks import shown
 from deeplimit.errors import InputError
 from deeplimit.meanfield.layers import Norms
-from deeplimit.meanfield.particles import (
-    BlockParticles,
-    Neurons,
-    ParticleLayout,
-    particle_layers,
-    write,
-)
+from deeplimit.meanfield.particles import BlockParticles, Neurons, ParticleLayout, particle_layers
 from deeplimit.network.blocks import check_values
 
 Breakpoints = tuple[float, ...]  # of a piecewise constant function of depth s ∈ [0, 1]
@@ -37,8 +31,10 @@ def uniform_grid(depths: Sequence[int]) -> Breakpoints:
     return (*(float((k + part) / len(depths)) for k, part in every), 1.0)
 
 
-def checked_grid(breakpoints: Iterable[float], layers: int) -> Breakpoints:
-    """0 = s_0 < s_1 < … < s_N = 1."""
+def grid_of(breakpoints: Iterable[float] | None, layers: int) -> Breakpoints:
+    """0 = s_0 < s_1 < … < s_N = 1; layers of equal lengths where none are given."""
+    if breakpoints is None:
+        return uniform_grid([layers])
     grid = tuple(map(float, breakpoints))
     rising = all(b - a > NEAR for a, b in pairwise(grid))  # not for NaN either
     if len(grid) != layers + 1 or grid[0] != 0 or grid[-1] != 1 or not rising:
@@ -155,10 +151,10 @@ class Frame:
             shift = None if place.offset is None else place.offset * factor
             reading = BlockParticles(layout, padded, shift, norm.padded(width).scaled(factor))
             if isinstance(place.block, str):
-                write(model.get_submodule(place.block), place.neurons, reading)
+                place.neurons.write(model.get_submodule(place.block), reading)
             else:
                 block = copy.deepcopy(place.block)
-                write(block, place.neurons, reading)
+                place.neurons.write(block, reading)
                 chains[place.stage].append(block)
         if not stacks:
             _configure(model, widths[0])

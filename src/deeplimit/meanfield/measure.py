@@ -7,14 +7,7 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy
 from deeplimit.errors import InputError, several
-from deeplimit.meanfield.frame import (
-    Frame,
-    checked_grid,
-    frame_of,
-    lengths,
-    same_grid,
-    uniform_grid,
-)
+from deeplimit.meanfield.frame import Frame, frame_of, grid_of, lengths
 from deeplimit.meanfield.layers import Move, Norms, moved_norms
 
 ROUNDING = 1e-5  # of the sum of a layer's weights, in float32
@@ -69,13 +62,10 @@ class LayerwiseMeasure:
         self.layers = _checked_particles(particles)
         self.masses = _checked_weights(weights, self.layers)
         count = len(self.layers)
-        grid = uniform_grid([count]) if breakpoints is None else checked_grid(breakpoints, count)
-        self.breakpoints = grid
+        self.breakpoints = grid_of(breakpoints, count)
         if frame is not None and not isinstance(frame, Frame):
             frame = frame_of(frame)[0]
-        if frame is not None and not same_grid(frame.breakpoints, grid):
-            frame = frame.on(grid)
-        self.frame = frame
+        self.frame = frame = None if frame is None else frame.on(self.breakpoints)
         self.norms = tuple(norms) if norms is not None else (Norms(),) * count
         widths = [None if norm.inner is None else len(norm.inner) for norm in self.norms]
         if any(w not in (None, len(x)) for w, x in zip(widths, self.layers, strict=True)):

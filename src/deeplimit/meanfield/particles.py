@@ -66,6 +66,16 @@ class Neurons:
             for name, tensor in own(block.get_submodule(path), recurse=False)
         }
 
+    @torch.no_grad()
+    def write(self, block: nn.Module, reading: "BlockParticles") -> None:
+        """Gives a block these particles, any number of them, and its batch norms theirs."""
+        parts, norms = reading.layout.split(reading.particles), reading.norms
+        for path, name, shift in zip(self.rows, "wv", "bc", strict=False):
+            rows = unfold(block, self.norm, parts[name], 0, parts.get(shift), norms.inner)
+            NeuronLayer(block, path, first=True).put(*rows)
+        columns = unfold(block, self.last_norm, parts["u"], 1, reading.offset, norms.outer)
+        NeuronLayer(block, self.columns, first=False).put(*columns)
+
 
 # Residual functions of a chain, and the MLPs of transformers' blocks.
 PATTERNS = (
@@ -165,17 +175,6 @@ def _read(block: nn.Module, neurons: Neurons) -> BlockParticles:
 
 
 @torch.no_grad()
-def write(block: nn.Module, neurons: Neurons, reading: BlockParticles) -> None:
-    """Gives a block these particles, any number of them, and its batch norms theirs, in place."""
-    parts, norms = reading.layout.split(reading.particles), reading.norms
-    for path, name, shift in zip(neurons.rows, "wv", "bc", strict=False):
-        rows = unfold(block, neurons.norm, parts[name], 0, parts.get(shift), norms.inner)
-        NeuronLayer(block, path, first=True).put(*rows)
-    columns = unfold(block, neurons.last_norm, parts["u"], 1, reading.offset, norms.outer)
-    NeuronLayer(block, neurons.columns, first=False).put(*columns)
-
-
-@torch.no_grad()
 def _check_additive(
     block: nn.Module, neurons: Neurons, reading: BlockParticles, done: set[object]
 ) -> None:
@@ -204,7 +203,7 @@ def _check_additive(
     half = torch.arange(count, device=mine.device)[:, None] % 2 == 0
 
     def output(particles: Tensor, shift: Tensor | None) -> Tensor:
-        write(other, neurons, BlockParticles(layout, particles, shift))
+        neurons.write(other, BlockParticles(layout, particles, shift))
         return cast(Tensor, copied(x))
 
     def gap(whole: Tensor, particles: Tensor, shift: Tensor | None) -> float:

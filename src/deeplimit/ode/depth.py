@@ -22,15 +22,7 @@ from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.errors import InputError
 from deeplimit.memory import OBJECTS, require
 from deeplimit.ode.field import stages, with_values
-from deeplimit.ode.optimiser_state import (
-    ONE,
-    Origin,
-    Origins,
-    carry_over,
-    checked_optimiser,
-    mixed,
-    scaled,
-)
+from deeplimit.ode.optimiser_state import ONE, Origin, Origins, carry_over, checked_optimiser, mixed
 
 Model = TypeVar("Model", bound=nn.Module, default=nn.Module)
 Mean = dict[int, Fraction]  # the blocks that a new one is the mean of, with their weights
@@ -364,7 +356,7 @@ def _fill(block: nn.Module, sources: Mapping[nn.Module, Fraction], factors: Fact
     for name, parameter in block.named_parameters():
         means = [source.get_parameter(name) for source in sources]
         origin = Origin(tuple(zip(means, weights, strict=True)), **factors(name))
-        parameter.copy_(scaled(mixed(means, weights), origin.size))
+        parameter.copy_(mixed(means, weights, origin.size))
         origins[parameter] = origin
     return origins
 

@@ -45,18 +45,18 @@ class Origin:
 Origins = dict[nn.Parameter, Origin]
 
 
-def mixed(tensors: Sequence[Tensor], weights: Sequence[Fraction]) -> Tensor:
-    """Σ w_i t_i, a new tensor; to the last bit the first where all are equal."""
+def mixed(tensors: Sequence[Tensor], weights: Sequence[Fraction], by: Fraction = ONE) -> Tensor:
+    """Σ w_i t_i times `by`, a new tensor; to the last bit the first where all are equal."""
     first = tensors[0].detach()
     if all(torch.equal(first, tensor) for tensor in tensors[1:]):
-        return first.clone()
+        return _scaled(first.clone(), by)
     if len(tensors) == 2:
-        return torch.lerp(first, tensors[1].detach(), float(weights[1]))
-    terms = (scaled(t.detach(), w) for t, w in zip(tensors, weights, strict=True))
-    return torch.stack(list(terms)).sum(0)
+        return _scaled(torch.lerp(first, tensors[1].detach(), float(weights[1])), by)
+    terms = (_scaled(t.detach(), w) for t, w in zip(tensors, weights, strict=True))
+    return _scaled(torch.stack(list(terms)).sum(0), by)
 
 
-def scaled(tensor: Tensor, by: Fraction) -> Tensor:
+def _scaled(tensor: Tensor, by: Fraction) -> Tensor:
     """Tensor times `by`, rounded once where that is m or 1/m."""
     if by == 1:
         return tensor
@@ -81,8 +81,8 @@ class Rule:
         weights, made = [weight for _, weight in origin.sources], {}
         for name, value in states[0].items():
             if name in self.moments and isinstance(value, Tensor):
-                blend = mixed([state[name] for state in states], weights)
-                made[name] = scaled(blend, origin.gradient ** self.moments[name])
+                values = [state[name] for state in states]
+                made[name] = mixed(values, weights, origin.gradient ** self.moments[name])
             else:
                 made[name] = value.clone() if isinstance(value, Tensor) else value
         return made
