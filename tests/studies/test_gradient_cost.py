@@ -75,8 +75,8 @@ def test_memory_is_what_must_be_kept(cost: GradientCost) -> None:
 
 @pytest.mark.slow
 def test_the_adjoints_memory_does_not_grow_with_depth(cost: GradientCost) -> None:
-    deeper = measure_gradient_cost(chain(3 * DEPTH), loss_of, batch(), steps=1, tolerance=1.0)
-    assert deeper.plain.memory > 2.5 * cost.plain.memory
+    deeper = measure_gradient_cost(chain(2 * DEPTH), loss_of, batch(), steps=1, tolerance=1.0)
+    assert deeper.plain.memory > 1.8 * cost.plain.memory
     for row, other in zip(cost.methods[2:5], deeper.methods[2:5], strict=True):
         assert other.memory == pytest.approx(row.memory, rel=0.05)
 

@@ -24,7 +24,7 @@ SMALL = replace(
     depth=(2,),
     width=16,
     hidden=32,
-    epochs=4,
+    epochs=2,
     batch_size=128,
     learning_rate=1e-2,
     stage_cost=0.3,
@@ -54,7 +54,7 @@ def test_only_depth_and_seed_differ(study: HorizonStudy) -> None:
     ]
     assert [depth.horizon for depth in study.depths] == [2, 4, 8]
     assert (study.step, study.stage_cost, study.control_cost) == (1.0, 0.3, 1e-4)
-    assert (study.data, study.epochs, study.seeds, study.softness) == ("digits", 4, (3, 1), 0.05)
+    assert (study.data, study.epochs, study.seeds, study.softness) == ("digits", 2, (3, 1), 0.05)
 
 
 def test_the_counts_are_those_of_the_runs(study: HorizonStudy) -> None:
