@@ -110,10 +110,11 @@ def test_checkpoints_of_transformers_around_the_blocks_are_refused() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=2, n_head=2)
     model = transformers.GPT2LMHeadModel(config)
-    model.gradient_checkpointing_enable()
-    with pytest.raises(InputError, match="gradient_checkpointing_disable"):
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")()
+    with pytest.raises(InputError, match="activation_checkpointing_disable"):
         use_adjoint(model)
-    model.gradient_checkpointing_disable()
+    getattr(model, f"{name}_checkpointing_disable")()
     use_adjoint(model)
 
 

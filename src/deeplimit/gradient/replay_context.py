@@ -232,7 +232,8 @@ class Modules:
         if any(getattr(module, CHECKPOINTING) is True for module in self.checkpointing):
             raise InputError(
                 f"{name} has gradient checkpointing on, which keeps every block's input and "
-                "runs it again; call model.gradient_checkpointing_disable() first"
+                "runs it again; call model.activation_checkpointing_disable() first (of older "
+                "transformers gradient_checkpointing_disable())"
             )
 
     def trained(self) -> bool:
