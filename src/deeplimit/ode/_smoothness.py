@@ -163,13 +163,10 @@ def _of_stage(stage: Stack) -> StageSmoothness:
 
 def _speeds(thetas: Sequence[Tensor], horizon: int) -> tuple[float, ...]:
     """N ‖θ_{n+1} − θ_n‖ / √(mean_k ‖θ_k‖²); two parameters in float64 at a time, not the model."""
-    size = _rms([_norm(theta.double()) for theta in thetas])
-    changes = [_norm(after.double() - before.double()) for before, after in pairwise(thetas)]
+    norm = torch.linalg.vector_norm
+    size = _rms([float(norm(theta.double())) for theta in thetas])
+    changes = (float(norm(b.double() - a.double())) for a, b in pairwise(thetas))
     return tuple(horizon * change / size if size else 0.0 for change in changes)
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x))
 
 
 def _rms(values: Sequence[float]) -> float:
