@@ -103,3 +103,31 @@ def test_their_depth_changes() -> None:
 def test_a_list_may_be_named_all_the_same() -> None:
     with pytest.raises(InputError, match=r"blocks='nope' given"):
         anatomy(Held(), example=X, blocks="nope")
+
+
+def test_another_model_is_run_as_this_one_is() -> None:
+    model, other = Held(), Held()
+    torch.nn.init.zeros_(other.head.bias)
+    assert torch.equal(anatomy(model).runner(other)(X), other(X))
+    assert not torch.equal(model(X), other(X))
+
+
+class Block(nn.Module):
+    """Holds a chain of its own, beside its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = ResidualChain([TwoLayerResidual(5, 7) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.chain(x))
+
+
+def test_chains_inside_blocks_are_parts_of_these() -> None:
+    torch.manual_seed(0)
+    blocks = [Block() for _ in range(3)]
+    model = nn.Sequential(nn.Linear(6, 5), *blocks, nn.Linear(5, 3)).double()
+    structure = anatomy(model)
+    assert structure.blocks == tuple(blocks)
+    states, _ = structure.states(X)
+    torch.testing.assert_close(structure.logits(states)[1], model[4](states[1]))

@@ -107,6 +107,7 @@ class ByBranch(Anatomy):
     def __init__(self, structure: Anatomy):
         super().__init__(structure.model)
         self.structure, self.tokens = structure, structure.tokens
+        self.like, self.example = structure.like, structure.example  # type: ignore[method-assign]
         name = type(self.model).__name__
         if len(structure.blocks) < structure.horizon or not all(s.adds for s in structure.stacks):
             raise InputError(
@@ -250,14 +251,6 @@ class ByBranch(Anatomy):
     def run(self, x: Any) -> Tensor:
         """The logits of the model's own forward."""
         return self.structure.run(x)
-
-    def like(self, model: nn.Module) -> Anatomy:
-        """Another model by its blocks."""
-        return self.structure.like(model)
-
-    def example(self) -> Any:
-        """That of the blocks."""
-        return self.structure.example()
 
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
         """States are between blocks, not between branches."""

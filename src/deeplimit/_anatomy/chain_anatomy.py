@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
 from deeplimit._anatomy.chain import ResidualChain, Stack, chains_in, stacks_of
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
+from deeplimit._anatomy.inputs import call
 from deeplimit._anatomy.read_model import ReadModel
 from deeplimit._anatomy.stand_ins import standing_in
 
@@ -171,9 +172,13 @@ class HeldChains(ChainAnatomy):
     def __init__(self, model: nn.Module, example: Any = None):
         super().__init__(model)
         self._around = ReadModel(model, example, [chain for _, chain in chains_in(model)])
-        self.run, self.example = self._around.run, self._around.example  # type: ignore[method-assign]
+        self.example = self._around.example  # type: ignore[method-assign]
         self.carry, self.head = self._around.carry, self._around.head  # type: ignore[method-assign]
         self._head_of = self._around.head_of  # type: ignore[method-assign]
+
+    def run(self, x: Any) -> Tensor:
+        """The logits of the model's own forward."""
+        return call(self.model, x)
 
     @property
     def _chains(self) -> list[Any]:

@@ -1,6 +1,7 @@
 """Which anatomy reads a model: our own networks' by class, any other model's by its own forward."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,6 +12,7 @@ from deeplimit._anatomy.chain_anatomy import ChainAnatomy, HeldChains
 from deeplimit._anatomy.checks import check_module
 from deeplimit._anatomy.inputs import unwrapped
 from deeplimit._anatomy.read_model import READ_AS, ReadModel
+from deeplimit.errors import InputError
 
 FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {ResidualChain: ChainAnatomy}
 
@@ -71,14 +73,21 @@ def anatomy(
     before = vars(model).get(READ_AS, (None, None))
     given = example if example is not None else before[0]
     meant = blocks if blocks is not None else before[1]
-    structure: Anatomy
-    if meant is None and chains_in(model):
-        structure = HeldChains(model, given)
-    else:
-        structure = ReadModel(model, given, meant)
+    structure = _read(model, given, meant)
     if example is not None or blocks is not None:
         vars(model)[READ_AS] = structure.example(), structure.name
     return structure
+
+
+def _read(model: nn.Module, example: Any, blocks: Any) -> Anatomy:
+    if blocks is None and chains_in(model):
+        try:
+            return HeldChains(model, example)
+        except InputError:
+            with suppress(InputError):  # they are parts of blocks
+                return ReadModel(model, example)
+            raise
+    return ReadModel(model, example, blocks)
 
 
 def model_of(model: nn.Module | Anatomy) -> nn.Module:

@@ -129,7 +129,13 @@ def find_blocks(model: nn.Module, watch: Watch, asked: str | Iterable[nn.Module]
         places = _asked(model, seen, name, groups)
         places = _less_head(places, watch.answer, least=2 if asked is None else 1)
     else:
-        given = _distinct(name)
+        given = list(name) if isinstance(name, Iterable) else []
+        if not given or not all(isinstance(block, nn.Module) for block in given):
+            raise InputError(
+                f"blocks={shown(asked)} given; expected the name of a list of blocks, a pattern, "
+                "or the blocks"
+            )
+        given = list(dict.fromkeys(given))
         holders: dict[nn.Module, nn.Module] = {b: b for b in given if isinstance(b, ResidualChain)}
         holders |= {b: one for one in _lists(model).values() for b in one.children()}
         for strange in (b for b in given if b not in seen or b not in holders):
@@ -163,19 +169,10 @@ def beside(blocks: Sequence[Block]) -> list[nn.Module]:
     return [child for child in every if child not in mine and type(child) in kinds]
 
 
-def _distinct(asked: Any) -> list[nn.Module]:
-    """Blocks given, each once; an InputError where something else is."""
-    given = list(asked) if isinstance(asked, Iterable) else []
-    if not given or not all(isinstance(block, nn.Module) for block in given):
-        raise InputError(
-            f"blocks={shown(asked)} given; expected the name of a list of blocks, a pattern, or "
-            "the blocks"
-        )
-    return list(dict.fromkeys(given))
-
-
 def _lists(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, LISTS)}
+    # The modules in a chain return no states.
+    every = ((name, m) for name, m in model.named_modules() if isinstance(m, LISTS))
+    return {name: m for name, m in every if not isinstance(m, ResidualChain)}
 
 
 def _groups(model: nn.Module, seen: Calls) -> dict[str, list[Place]]:
