@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "memory": set(),
     "rank": set(),
     "reading": {"memory"},
-    "records": {"reading"},
+    "records": {"reading", "tables"},
     "tables": set(),
     "terminal": set(),
     "_anatomy": set(),

@@ -1,5 +1,6 @@
 """Dataclasses to plain values and back: nothing lost, nothing let in that is not meant."""
 
+import html
 import json
 import math
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deeplimit.errors import InputError
@@ -56,6 +57,7 @@ outers = st.builds(
 
 
 @pytest.mark.slow
+@settings(deadline=None)  # the first one reads the annotations
 @given(value=outers)
 def test_json_gives_every_record_back_exactly(value: Outer) -> None:
     text = json.dumps(to_plain(value), allow_nan=False)
@@ -103,3 +105,16 @@ def test_numbers_in_a_table_are_written_as_others_are() -> None:
 
     text = json.dumps(to_plain(Groups({"a": (math.inf, 0.5)})), allow_nan=False)
     assert from_plain(Groups, json.loads(text)) == Groups({"a": (math.inf, 0.5)})
+
+
+def test_a_notebook_shows_the_text_of_every_rooms_results() -> None:
+    from deeplimit import meanfield, ode, tables
+
+    rooms = {
+        ode: ("DepthLimit", "DiscretizationGap", "Smoothness"),
+        meanfield: ("CotDistance", "Merged", "Narrowed"),
+    }
+    for room, names in rooms.items():
+        assert all(issubclass(getattr(room, name), tables.Shown) for name in names)
+    gone = ode.SolverAccuracy("<rk4>", 1, 4.0, 10, 0.5, 0.5)
+    assert gone._repr_html_() == f"<pre>{html.escape(str(gone))}</pre>"

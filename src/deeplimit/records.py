@@ -5,23 +5,20 @@ import math
 import types
 from dataclasses import fields, is_dataclass
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from deeplimit.errors import InputError, did_you_mean
 from deeplimit.reading import one_line, parse_json, read_json
+from deeplimit.tables import Shown
 
 Kind = TypeVar("Kind")
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
-class Record:
-    """A frozen dataclass that goes to JSON and comes back the same; a notebook shows its text."""
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
+class Record(Shown):
+    """A frozen dataclass that goes to JSON and comes back the same."""
 
     def to_json(self) -> str:
         """Returns the text of JSON: tuples are lists, NaN is null, ±∞ the strings ±inf."""

@@ -1,8 +1,16 @@
 """Tables of text, of at most a screen, and the numbers in them."""
 
 from collections.abc import Sequence
+from html import escape
 
 LINES = 20  # of a table, at most: a screen
+
+
+class Shown:
+    """A result that a notebook shows as a terminal does."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], lines: int = LINES) -> str:

@@ -21,7 +21,7 @@ from deeplimit.meanfield.couplings import Plan
 from deeplimit.meanfield.frame import Frame, layers_at, listed, merged_grid
 from deeplimit.meanfield.measure import Cell, LayerwiseMeasure, Network, as_measure, remade
 from deeplimit.meanfield.transport import CotDistance, belongs, cot_distance
-from deeplimit.tables import number, table
+from deeplimit.tables import Shown, number, table
 
 FramePolicy = Literal["equal", "interpolate"]
 
@@ -154,7 +154,7 @@ def _plans(a: LayerwiseMeasure, b: LayerwiseMeasure, given: CotDistance | None) 
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
+class Merged(Shown):
     """Networks joined in one.
 
     Attributes:

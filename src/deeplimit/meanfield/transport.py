@@ -22,7 +22,7 @@ from deeplimit.meanfield.couplings import (
 )
 from deeplimit.meanfield.frame import Breakpoints, layers_at, lengths, merged_grid, same_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
-from deeplimit.tables import number, table
+from deeplimit.tables import Shown, number, table
 
 MARGINALS, COSTS = 1e-8, 1e-6  # how exactly a plan of ours has its marginals, and its cost
 # W_2² of two layers by a coupling, a lower bound of it, and the coupling where it is asked for.
@@ -30,7 +30,7 @@ Solved = tuple[float, float, Plan | None]
 
 
 @dataclass(frozen=True, eq=False)
-class CotDistance:
+class CotDistance(Shown):
     """The layer-conditional distance d of two networks, and where in depth it lies.
 
     d² = Σ_c Δ_c W_2²(c) over the cells c of the merged grid.

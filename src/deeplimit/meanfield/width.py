@@ -15,11 +15,11 @@ from deeplimit.extras import need
 from deeplimit.meanfield.couplings import squared_distances
 from deeplimit.meanfield.layers import moved_norms
 from deeplimit.meanfield.measure import Cell, LayerwiseMeasure, Network, as_measure, remade
-from deeplimit.tables import number, table
+from deeplimit.tables import Shown, number, table
 
 
 @dataclass(frozen=True, eq=False)
-class Narrowed:
+class Narrowed(Shown):
     """A network of fewer particles, and how far it is from the one it was made of.
 
     Attributes:
