@@ -39,11 +39,8 @@ def decode_images(
     """Decodes images to uint8 [n, C, H, W]; the i-th goes to row `places[i]`.
 
     The first image settles size and channels: grey gives C = 1, everything else is converted to
-    RGB, without transparency. Sizes are read before anything is decoded.
-
-    Args:
-        batches: (file, number of the first image in that file, images), in order.
-        places: a row for each image.
+    RGB, without transparency. Sizes are read before anything is decoded. Batches are (file, number
+    of the first image in that file, images), in order.
     """
     out: np.ndarray | None = None
     done = 0

@@ -97,12 +97,9 @@ def checked_vectors(x: np.ndarray, source: str) -> np.ndarray:
 
     A network standardises its inputs, z = (x − mean) / std, and goes on in 32 bits. That is fine
     for x near 0; where it lies further out than its spread, such as a year or x + 10⁹, the rounding
-    of x itself would be seen, so x stays in 64 bits until it is standardised.
-
-    Raises:
-        InputError: numbers that are not finite, or a feature whose different values become one: two
-            integers, or more than 1 % of its floats. So it is with a rare value far from all
-            others, or with identification numbers of more than 16 digits.
+    of x itself would be seen, so x stays in 64 bits until it is standardised. Refused is a feature
+    whose different values become one: two integers, or more than 1 % of its floats. So it is with a
+    rare value far from all others, or with identification numbers of more than 16 digits.
     """
     with np.errstate(over="ignore"):  # too large for float32 becomes inf, refused below
         narrow = x.astype(np.float32)

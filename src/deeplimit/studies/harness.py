@@ -144,17 +144,7 @@ class Study(Generic[Value, Found]):
 
 
 def run_study(study: Study[Value, Found], runs: Path, progress: ProgressCallback = silent) -> Found:
-    """Measures all points, keeps each, and leaves study.json in the study's folder.
-
-    Args:
-        study: to run; one that was interrupted in `runs` goes on.
-        runs: folder for the study's folder.
-        progress: is told what is done now, and the fraction done.
-
-    Raises:
-        InputError: nothing can be written there.
-        RunError: as the study's own measurement.
-    """
+    """Measures all points, keeps each, and leaves study.json in the study's folder in `runs`."""
     groups = study.groups()
     total = sum(study.cost(point) for group in groups for point in group)
     with _folder(study, runs, progress) as (folder, known):

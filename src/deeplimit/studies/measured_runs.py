@@ -105,12 +105,7 @@ class SharedRuns:
         trust: bool = False,
         stored: bool = False,
     ) -> "SharedRuns":
-        """Loads them; `stored` says that another network is going to be a run beside the first.
-
-        Raises:
-            InputError: as `measured`, a model that comes from no run, data that are not the same
-                or seen differently, a network or a place that nothing can be stored of or in.
-        """
+        """Loads them; `stored` says that another network is going to be a run beside the first."""
         runs = measured(specs, trust=trust)
         for run in runs:
             if run.folder is None:
@@ -210,10 +205,7 @@ def check_storable(model: nn.Module) -> None:
 
 
 def _frame_of(model: nn.Module, like: RunFolder) -> Path | None:
-    """Names what the network shares with the run's, so that training keeps it on their geodesics.
-
-    None where its stem and head are a mean of others'.
-    """
+    """Names the run whose stem and head the network has, which training then keeps; or none."""
     recipe = like.recipe
     if recipe.model is not None or recipe.kind not in ("vector", "logit") or not recipe.hidden:
         return None
