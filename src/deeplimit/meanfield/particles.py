@@ -114,16 +114,17 @@ class ParticleLayer:
 
 def particle_layers(model: nn.Module, *, trained: bool = False) -> list[ParticleLayer]:
     """The layers of a network in order, sums over their particles; if `trained` without norms."""
-    chains = chain_stacks(model)
-    every = (Stack(0, 0, tuple(b for s in anatomy(model).stacks for b in s.blocks)),)
-    for stack in chains:
+    stacks = chain_stacks(model)
+    if not stacks:  # blocks that add their input are one stage
+        blocks = [block for stack in anatomy(model).stacks for block in stack.blocks]
+        stacks = (Stack(0, 0, tuple(blocks)),)
+    found, done = [], set[object]()
+    for stack in stacks:
         if stack.scheme.nodes != 1:
             raise InputError(
                 f"a step of {type(stack.scheme).__name__} uses two neighbouring controls, so that "
                 "a layer is not a mean of particles; expected Euler()"
             )
-    found, done = [], set[object]()
-    for stack in chains or every:
         for block in stack.blocks:
             neurons = _find_neurons(block)
             norms = [path for path in (neurons.norm, neurons.last_norm) if path]
