@@ -22,11 +22,7 @@ EXTRAS = {
 
 
 def need(module: str, extra: str) -> ModuleType:
-    """Imports a library, or a module of it, that an extra brings.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
+    """Imports a library, or a module of it, that an extra brings, or raises MissingExtra."""
     try:
         return cast(ModuleType, pkgutil.resolve_name(module))
     except ModuleNotFoundError as error:

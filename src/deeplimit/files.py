@@ -32,10 +32,8 @@ def whole(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
     A killed process leaves the old one or the new one, also after a power cut; of a folder that
     replaces another for a moment none. What a killed process left aside goes. File modes are those
-    that the umask says, whatever a library gave its files.
-
-    Raises:
-        RunError: the disk is full or does not let itself be written to; `path` is as before.
+    that the umask says, whatever a library gave its files. Where the disk is full, or does not let
+    itself be written to, `path` is as before, and a RunError says so.
     """
     aside = aside_of(path)
     try:

@@ -18,12 +18,8 @@ def lazy(
     They import the names that stand in its block `if TYPE_CHECKING:`, each from the file named
     there.
 
-    Args:
-        room: its `__name__`.
-        old: names that were public once, and what they are called now.
-
-    Raises:
-        MissingExtra: `__getattr__`, where a name needs a library of an extra that is not installed.
+    Names of the `old` table were public once, and are called otherwise now. Where a name needs a
+    library of an extra that is not installed `__getattr__` raises MissingExtra.
     """
     source = cast(Any, sys.modules[room].__spec__).loader.get_source(room)
     imports = next(node.body for node in ast.parse(source).body if isinstance(node, ast.If))

@@ -16,18 +16,12 @@ from deeplimit.memory import require
 
 @contextmanager
 def reading(path: Path, fault: str, remedy: str) -> Iterator[None]:
-    """Around a library's reading of a file: whatever its bytes lead to becomes an `InputError`.
+    """Surrounds a library's reading of a file: whatever its bytes lead to becomes an `InputError`.
 
     Libraries raise dozens of kinds of errors on damaged bytes (SyntaxError, RecursionError,
-    MemoryError, …), so all of them are meant; write nothing else into the with statement.
-
-    Args:
-        path: a file; it is there, is no pipe, and is not larger than the memory.
-        fault: what is wrong with a file that cannot be read: "damaged, not TOML".
-        remedy: what to do.
-
-    Raises:
-        InputError: one line that names the file; those of the statement pass as they are.
+    MemoryError, …), so all of them are meant; write nothing else into the with statement. A file
+    that is not there, a pipe, or one larger than the memory is refused too. The line says the
+    `fault`, such as "damaged, not TOML", and the `remedy`; an InputError passes as it is.
     """
     try:
         if not path.is_file():
@@ -58,12 +52,7 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value in a JSON text of finite numbers.
-
-    Raises:
-        ValueError: not JSON, or a number that is NaN, infinite or beyond 64 bits.
-        RecursionError: nested too deeply.
-    """
+    """The value in a JSON text; ValueError for a number that is NaN, infinite or beyond 64 bits."""
     return json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
 
 
