@@ -1,7 +1,6 @@
 """A model as everything else sees it: stem, stages of layers, what carries a state on, head."""
 
 import copy
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from deeplimit._anatomy.block_call import BlockCall
 from deeplimit._anatomy.branches import parameter_ends
 from deeplimit._anatomy.chain import Stack, chain_stacks, control
+from deeplimit._anatomy.checks import layer_numbers
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics, evaluating
 from deeplimit._anatomy.inputs import placed
 from deeplimit._anatomy.stand_ins import state_of, version
@@ -398,23 +398,3 @@ class Anatomy(ABC):
         if self.fixed:
             lines.append(f"  cannot be removed: layers {', '.join(map(str, self.fixed))}")
         return "\n".join(lines)
-
-
-def layer_numbers(layers: Iterable[SupportsIndex]) -> set[int]:
-    """Layers as Python's whole numbers, each once: of a list, a NumPy array, a tensor.
-
-    Raises:
-        InputError: something else is among them, such as the True and False of a mask.
-    """
-    given = layers.tolist() if hasattr(layers, "tolist") else layers
-    if not isinstance(given, Iterable) or isinstance(given, str):
-        raise InputError(f"{given!r} given as layers; expected several, such as [3, 7]")
-    numbers = set()
-    for n in given:
-        try:
-            numbers.add(operator.index(n))
-        except TypeError:
-            raise InputError(f"layer {n!r} given; expected whole numbers, such as [3, 7]") from None
-        if isinstance(n, bool):
-            raise InputError(f"layer {n} given; expected whole numbers, such as [3, 7], not a mask")
-    return numbers

@@ -3,10 +3,10 @@
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
-from functools import cached_property
-from typing import Any, NamedTuple, SupportsIndex
+from functools import cached_property, partial
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -195,11 +195,18 @@ class ByBranch(Anatomy):
         before = {name: own.get_submodule(name) for name in (path, *part.dead)}
         x, run = self.structure.fitting_example(), self.structure.runner(model)
         seen: dict[str, tuple[Any, Tensor]] = {}
+
+        def called(name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            seen[name] = output, cast(Tensor, state_among(args, kwargs))
+            if name != path:
+                return None
+            first = output[0] if isinstance(output, tuple | list) else output
+            return with_state(output, torch.zeros_like(first))
+
         with evaluating(model), torch.no_grad(), ExitStack() as stack:
             for name, module in before.items():
-                hook = module.register_forward_hook(_seen(seen, name), with_kwargs=True)
+                hook = module.register_forward_hook(partial(called, name), with_kwargs=True)
                 stack.callback(hook.remove)
-            stack.callback(before[path].register_forward_hook(_zeros).remove)
             expected = run(x)
             stack.close()
             made = {
@@ -296,17 +303,3 @@ def _dead(call: BlockCall, branch: Branch) -> list[nn.Module]:
         if call.added(module, [branch.end], noise).equal(expected):
             dead.append(module)
     return [m for m in dead if not any(m in set(o.modules()) - {o} for o in dead)]
-
-
-def _seen(seen: dict[str, tuple[Any, Tensor]], name: str) -> Callable[..., None]:
-    def called(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        x = state_among(args, kwargs)
-        assert x is not None
-        seen[name] = output, x
-
-    return called
-
-
-def _zeros(_: nn.Module, __: Any, output: Any) -> Any:
-    first = output[0] if isinstance(output, tuple | list) else output
-    return with_state(output, torch.zeros_like(first))

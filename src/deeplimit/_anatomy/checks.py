@@ -2,9 +2,9 @@
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,26 @@ def check_count(name: str, number: Any, least: int = 1, most: int | None = None)
         limit = f"≥ {least}" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} is {shown(number)}; expected a whole number {limit}")
     return whole
+
+
+def layer_numbers(layers: Iterable[SupportsIndex]) -> set[int]:
+    """Layers as Python's whole numbers, each once: of a list, a NumPy array, a tensor.
+
+    Raises:
+        InputError: something else is among them, such as the True and False of a mask.
+    """
+    given = layers.tolist() if hasattr(layers, "tolist") else layers
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise InputError(f"{given!r} given as layers; expected several, such as [3, 7]")
+    numbers = set()
+    for n in given:
+        try:
+            numbers.add(operator.index(n))
+        except TypeError:
+            raise InputError(f"layer {n!r} given; expected whole numbers, such as [3, 7]") from None
+        if isinstance(n, bool):
+            raise InputError(f"layer {n} given; expected whole numbers, such as [3, 7], not a mask")
+    return numbers
 
 
 def shown(value: object) -> str:

@@ -230,7 +230,8 @@ def examples(model: nn.Module) -> Iterator[Inputs]:
         yield torch.randint(first.num_embeddings, (BATCH, TOKENS), generator=generator)
     elif isinstance(weight, Tensor) and weight.dim() >= 3:  # of a convolution
         groups = getattr(first, "groups", 1)
-        own = getattr(model, "image_size", None) or _patched(model)
+        own = getattr(model, "image_size", None)
+        own = own or getattr(getattr(model, "patch_embed", None), "img_size", None)
         sizes = [own, *SIZES] if isinstance(own, int | tuple) else list(SIZES)
         for size in sizes:
             sides = size if isinstance(size, tuple) else (size,) * (weight.dim() - 2)
@@ -243,10 +244,6 @@ def examples(model: nn.Module) -> Iterator[Inputs]:
     for width in sorted(widths)[:4]:
         yield torch.randn(BATCH, width, generator=generator)
         yield torch.randn(BATCH, TOKENS, width, generator=generator)
-
-
-def _patched(model: nn.Module) -> Any:
-    return getattr(getattr(model, "patch_embed", None), "img_size", None)
 
 
 def _configured(model: Any, generator: torch.Generator) -> Iterator[Inputs]:

@@ -47,7 +47,11 @@ def with_times(
             counts, mine = list(wanted.values()), other.get_submodule(name)
             if any(n != 1 for n in counts):
                 _repeat(mine, wanted, other)
-            _number(mine)
+            for i, child in enumerate(mine.children()):  # some know their place, for a cache
+                for module in child.modules():
+                    for key in INDEX:
+                        if isinstance(vars(module).get(key), int):
+                            setattr(module, key, i)
         before[name] = len(counts)
         kept[name] = [i for i, n in enumerate(counts) for _ in range(n)]
     set_depths(other, before, kept)
@@ -71,15 +75,6 @@ def _repeat(container: nn.Module, times: Mapping[str, int], model: nn.Module) ->
         named = re.sub(r"\d+$", str(number), name)
         again = named == name and named in container._modules
         container._modules[f"{name}_{i}" if again else named] = block
-
-
-def _number(container: nn.Module) -> None:
-    """Blocks that know which they are, for a cache of keys and values, are told."""
-    for i, block in enumerate(container.children()):
-        for module in block.modules():
-            for name in INDEX:
-                if isinstance(vars(module).get(name), int):
-                    setattr(module, name, i)
 
 
 def _copied(block: nn.Module, model: nn.Module) -> nn.Module:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook, layer_numbers
+from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
+from deeplimit._anatomy.checks import layer_numbers
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
 from deeplimit._anatomy.injection import by_stage, injected, passing
 from deeplimit._anatomy.inputs import FAILS, call, first_sample, kind_of, one_token
@@ -99,9 +100,8 @@ class ReadModel(OfBlocks):
 
     Where the head reads nothing but states, it is run on states of many layers at once; where it
     reads each token by itself, on any of them; where it reads the inputs too, such as a mask or a
-    decoder's text, it is run with the batch that the states are of, layer by layer. Which of these
-    it is, is tried in that second run: the states are injected beside the example and, as further
-    samples, other inputs.
+    decoder's text, it is run with the batch that the states are of, layer by layer. This is tried
+    in the second run: other inputs are further samples of it.
 
     Args:
         model: any module.
@@ -379,15 +379,15 @@ class ReadModel(OfBlocks):
             for one, own in lists.items()
             if gone.issuperset(own) and len(own) == len(list(one.children()))
         ]
-        for own in [list(range(self.horizon)), *emptied]:
-            if gone.issuperset(own) and (len(own) == self.horizon or self._refusal(own)):
+        every = list(range(self.horizon))
+        for own in [every, *emptied]:
+            if gone.issuperset(own) and (own == every or self._refusal(own)):
                 raise InputError(
                     f"all layers {own[0]} … {own[-1]} to be removed; {name} keeps at least one of "
                     "them"
                 )
-        tail = gone == set(range(self.horizon - len(gone), self.horizon))
-        why = self._refusal(gone) if emptied or not tail else None
-        if why is not None:
+        tail = gone == set(every[self.horizon - len(gone) :])
+        if (emptied or not tail) and (why := self._refusal(gone)):
             raise InputError(why)
 
     def _refusal(self, removed: Iterable[int]) -> str | None:

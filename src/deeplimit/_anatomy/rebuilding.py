@@ -72,7 +72,11 @@ def _differences(structure: Anatomy, model: nn.Module) -> dict[str, str]:
     if found:
         return found
     rebuilt.load_state_dict(mine, strict=True, assign=True)
-    _take_buffers(model, rebuilt)
+    buffers = dict(model.named_buffers())  # in no file, such as frequencies of rotary embeddings
+    for name, buffer in list(rebuilt.named_buffers()):
+        if name in buffers and buffers[name].shape == buffer.shape:
+            place, _, key = name.rpartition(".")
+            rebuilt.get_submodule(place)._buffers[key] = buffers[name]
     x = structure.fitting_example()
     if x is None:
         return found
@@ -124,15 +128,6 @@ def _unlike(model: nn.Module, rebuilt: nn.Module) -> dict[str, str]:
                 label = _starred(f"{name}.{key}".lstrip("."))
                 found[label] = f"{value!r}, built {its[key]!r}"
     return found
-
-
-def _take_buffers(model: nn.Module, rebuilt: nn.Module) -> None:
-    """Takes over what is in no file, such as frequencies of rotary embeddings."""
-    buffers = dict(model.named_buffers())
-    for name, buffer in list(rebuilt.named_buffers()):
-        if name in buffers and buffers[name].shape == buffer.shape:
-            place, _, key = name.rpartition(".")
-            rebuilt.get_submodule(place)._buffers[key] = buffers[name]
 
 
 def _starred(name: str) -> str:

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from deeplimit._anatomy import Anatomy, anatomy
-from deeplimit._anatomy.anatomy import layer_numbers
 from deeplimit._anatomy.by_branch import ByBranch, check_granularity
-from deeplimit._anatomy.checks import check_number
+from deeplimit._anatomy.checks import check_number, layer_numbers
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control.cropping import check_profile
 from deeplimit.control.cut_choice import QUALITY, Budget, CutChoice, Spending

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy, check_rebuilt
-from deeplimit._anatomy.anatomy import layer_numbers
 from deeplimit._anatomy.by_branch import ByBranch, check_granularity
-from deeplimit._anatomy.checks import check_number, shown
+from deeplimit._anatomy.checks import check_number, layer_numbers, shown
 from deeplimit._anatomy.stand_ins import MethodStandIn, state_among, state_of, with_state
 from deeplimit.control.bridge import bridge as build_bridge
 from deeplimit.control.cut_choice import CutChoice

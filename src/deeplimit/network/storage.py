@@ -140,7 +140,8 @@ def _built(
     wanted, there = (sum(w.numel() for w in of.values()) for of in (outline, weights))
     if wanted > there:
         raise ValueError(f"{wanted} numbers in the network, {there} in the file")
-    precision = _precision(weights)
+    floating_ones = (w.dtype for w in weights.values() if w.is_floating_point())
+    precision = next(floating_ones, torch.get_default_dtype())
     for name, tensor in weights.items():
         floating = tensor.is_floating_point()
         if name in outline and floating != outline[name].is_floating_point():
@@ -148,8 +149,3 @@ def _built(
         if floating and tensor.dtype != precision:
             raise ValueError(f"{name} is {tensor.dtype}, others are {precision}")
     return architecture.build().to(precision)
-
-
-def _precision(weights: dict[str, Tensor]) -> torch.dtype:
-    floating = (w.dtype for w in weights.values() if w.is_floating_point())
-    return next(floating, torch.get_default_dtype())

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import nn
 
 from deeplimit._anatomy import anatomy
-from deeplimit._anatomy.anatomy import layer_numbers
+from deeplimit._anatomy.checks import layer_numbers
 from deeplimit._anatomy.evaluation import device_of, to_device
 from deeplimit.control import crop
 from deeplimit.control.stage_cost import check_teaching
