@@ -260,10 +260,14 @@ class RunFolder:
         return cast("of.Reference | None", self._read("reference"))
 
     def _read(self, stem: str) -> Any:
-        path = self.files.sound(f"{stem}.json")
-        if path is None:
-            return None
-        return read_record(result_kinds()[stem], path, remedy(self.path, f"{stem}.json"))
+        kind, name = result_kinds()[stem], f"{stem}.json"
+        try:
+            path = self.files.sound(name)
+        except InputError:
+            # A field that somebody misspelt is named, before it is said that the file was changed.
+            read_record(kind, self.path / name, remedy(self.path, name))
+            raise
+        return None if path is None else read_record(kind, path, remedy(self.path, name))
 
     def write(self, result: Any) -> None:
         """Writes a result, of a type that `RunResults` holds, to the JSON file for it."""
