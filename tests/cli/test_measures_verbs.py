@@ -235,6 +235,7 @@ def test_merge_leaves_a_run(pair: tuple[Path, Path], runs: Path) -> None:
     folder = pair[0].parent / "merged"
     assert Path(found.folder) == folder
     assert json.loads((folder / "merge.json").read_text()) == json.loads(done.out)
+    assert found.verdict.tolerance == RunFolder.open(three[0]).recipe.points / 100
     joined = merge([model(run) for run in three], frame="interpolate")
     assert found.distances == pytest.approx(joined.distances, rel=1e-6)
     assert found.lower == found.distances

@@ -17,7 +17,7 @@ from deeplimit.studies.comparison import ComparedLayer, compared_layers
 from deeplimit.studies.harness import ProgressCallback, silent
 from deeplimit.studies.measured_runs import SharedRuns, blamed, check_frame, run_of
 from deeplimit.training import RunFolder
-from deeplimit.training.building import evaluation_batches
+from deeplimit.training.building import evaluation_batches, tolerance_of
 from deeplimit.training.models import of_transformers, save_network
 from deeplimit.training.results import MergedRuns, Parts, Score
 from deeplimit.training.run_files import SUFFIX
@@ -274,7 +274,13 @@ def merge_runs(
         depth=measure.depth,
         width=max(len(layer) for layer in measure.layers),
         narrowed=moved,
-        verdict=verify_crop(networks[best], model, test, shared.loss).verdict,
+        verdict=verify_crop(
+            networks[best],
+            model,
+            test,
+            shared.loss,
+            tolerance=tolerance_of(shared.folders[best].recipe, shared.data),
+        ).verdict,
         parts=Parts.of(shared.data),
         lower=joined.lower,
     )
