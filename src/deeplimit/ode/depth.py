@@ -323,8 +323,7 @@ def _branch_ends(read: Anatomy, runs: Sequence[Stack]) -> list[frozenset[str]]:
     every = []
     for run in runs:
         ends = set(read.branch_ends(run.blocks[0]))
-        named = run.blocks[0].named_parameters()
-        every.append(frozenset(name for name, p in named if p in ends))
+        every.append(frozenset(n for n, p in run.blocks[0].named_parameters() if p in ends))
     other = read.like(copy.deepcopy(read.model))
     names_of = {n: names for run, names in zip(runs, every, strict=True) for n in run.layers}
     blocks = {n: other.layers[n].controls[0] for n in names_of}
