@@ -10,14 +10,13 @@ GROUP = 64
 
 
 def naive_quantised(v: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(Q_b(v), s per number): levels s·(k + 1/2), s = max|v|/(2^{b−1} − 1/2) up to bfloat16."""
+    """(Q_b(v), s per number): levels s·k, s = max|v|/(2^{b−1} − 1/2) up to bfloat16."""
     row, found, scales = v.double().flatten().tolist(), [], []
     for start in range(0, len(row), GROUP):
         group = row[start : start + GROUP]
-        s = _up(max(map(abs, group)) / (2 ** (bits - 1) - 0.5))
+        s = _up(max(map(abs, group)) * (1 + 1e-6) / (2 ** (bits - 1) - 0.5))
         for value in group:
-            k = math.floor(value / s) if s else 0
-            found.append(s * (k + 0.5))
+            found.append(s * (round(value / s) if s else 0))
             scales.append(s)
     shape = v.shape
     return (

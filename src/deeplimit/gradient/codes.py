@@ -7,6 +7,7 @@ from torch import Tensor
 
 GROUP = 64  # numbers that share a scale
 BITS = (2, 4, 8)
+MORE = 1 + 1e-6  # so that rounding takes no number to a level beyond the last one
 TINY = 2.0**-120  # groups below it count as zero: their scale would have no inverse
 
 
@@ -30,21 +31,22 @@ class Code:
         return self.scales.max() if self.scales.numel() else self.scales.new_zeros(())
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The numbers q in one row, whole groups: s·(k + 1/2) for k = −2^{b−1}, …, 2^{b−1} − 1."""
+        """The numbers q in one row, whole groups: s·k for |k| < 2^{b−1}."""
         b, parts = self.bits, 8 // self.bits
         numbers = torch.empty(parts * self.packed.numel(), dtype=dtype, device=self.packed.device)
         for part, row in enumerate(numbers.view(parts, -1)):
             row.copy_((self.packed >> (part * b)) & (2**b - 1) if parts > 1 else self.packed)
         groups = numbers.view(-1, GROUP)
-        groups.sub_(2 ** (b - 1) - 0.5).mul_(self.scales.to(dtype)[:, None])
+        groups.sub_(2 ** (b - 1)).mul_(self.scales.to(dtype)[:, None])
         return numbers
 
 
 def encode(v: Tensor, bits: int) -> Code:
     """The code of v, in whose place its error v − Q_b(v) is left, |v − Q_b(v)| ≤ s/2.
 
-    s = max|v| / (2^{b−1} − 1/2) over the group. There is no level at 0: at 2 bits one in four would
-    be lost, and the error is fed on anyway. NaN and infinity show in the scales.
+    s = max|v| / (2^{b−1} − 1/2) over the group, rounded up. 0 is a level: what does not change, a
+    token that is padding or a unit that a ReLU holds at 0, stays exactly as it is. NaN and infinity
+    show in the scales.
 
     Args:
         v: whole groups in one row, float32 or float64.
@@ -54,11 +56,11 @@ def encode(v: Tensor, bits: int) -> Code:
     groups = v.view(-1, GROUP)
     work = groups.abs()
     largest = work.amax(1) if len(work) else work.new_empty(0)
-    scales = _rounded_up(torch.where(largest < TINY, 0.0, largest / (half - 0.5)))
+    scales = _rounded_up(torch.where(largest < TINY, 0.0, largest * (MORE / (half - 0.5))))
     step = scales.to(v.dtype)[:, None]
-    torch.mul(groups, torch.where(step > 0, step.reciprocal(), 0.0), out=work).floor_()
+    torch.mul(groups, torch.where(step > 0, step.reciprocal(), 0.0), out=work).round_()
     codes = work.add_(half).to(torch.uint8).view(8 // bits, -1)
-    groups.sub_(work.sub_(half - 0.5).mul_(step))
+    groups.sub_(work.sub_(half).mul_(step))
     packed = codes[0]
     for part in range(1, len(codes)):
         packed = packed.add(codes[part], alpha=2 ** (part * bits))
