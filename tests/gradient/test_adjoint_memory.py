@@ -17,14 +17,14 @@ from deeplimit.network.blocks import ConvolutionalResidual
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-kind, evaluations = sys.argv[1], int(sys.argv[2])
+kind, evaluations, bits = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 x = torch.randn(8, 4, 32, 32)  # a state of 128 kB
 
 def peak_of(depth):
     blocks = [ConvolutionalResidual(4, 4, kind, "gelu") for _ in range(depth)]
     chain = ResidualChain(blocks, step=1 / depth)
     if evaluations:
-        use_adjoint(chain, evaluations=evaluations, on_drift="ignore")
+        use_adjoint(chain, evaluations=evaluations, bits=bits, on_drift="ignore")
 
     def step():
         chain(x).square().mean().backward()
@@ -41,14 +41,17 @@ def peak_of(depth):
             peak = max(peak, now)
     return peak - sum(4 * p.numel() for p in chain.parameters())  # gradients, made in the step
 
-print(*(peak_of(int(depth)) for depth in sys.argv[3:]))
+print(*(peak_of(int(depth)) for depth in sys.argv[4:]))
 """
 
 
-def peaks_of(norm: str, evaluations: int, *depths: int) -> list[float]:
+def peaks_of(norm: str, evaluations: int, *depths: int, bits: int = 0) -> list[float]:
     """Peak bytes of a step, less its new gradients, for each depth."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEASURE), norm, str(evaluations), *map(str, depths)],
+        [
+            *(sys.executable, "-c", textwrap.dedent(MEASURE), norm),
+            *map(str, (evaluations, bits, *depths)),
+        ],
         capture_output=True,
         text=True,
         timeout=200,
@@ -64,6 +67,17 @@ def test_the_peak_is_flat_in_depth(norm: str, evaluations: int) -> None:
     eight, some, many = peaks_of(norm, evaluations, 8, 32, 128)
     assert many == pytest.approx(some, rel=0.05)
     assert some == pytest.approx(eight, rel=0.10)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_coded_state_takes_its_bits(bits: int) -> None:
+    """Of 128 kB, b bits for each 32 and a scale of 16 bits for each 64 numbers.
+
+    16 kB at b = 4, 1 kB of scales; and 4 kB: 256 entries of state and update, then and now.
+    """
+    some, many = peaks_of("group", 1, 32, 96, bits=bits)
+    state = 8 * 4 * 32 * 32 * 4
+    assert (many - some) / 64 == pytest.approx(state * (bits + 0.25) / 32 + 2**12, rel=0.02)
 
 
 def test_plain_backpropagation_grows_and_is_above() -> None:

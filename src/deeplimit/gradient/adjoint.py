@@ -73,7 +73,7 @@ def use_adjoint(
             the drift ‖x̃_n − x_n‖ / ‖x_{n+1} − x_n‖ is measured in every backward pass; with bits
             the response r_n = ‖Φ_n(x̂_n) − Φ_n(x_n)‖ / ‖Φ_n(x_n)‖, on 256 entries of each state.
         on_drift: when the gradient's error may exceed the tolerance, which is when 2·drift does, or
-            2.5·√drift for blocks with kinks (ReLU), with bits 5·√Σr_n² or 2.5·(Σr_n²)^(1/4):
+            2.5·√drift for blocks with kinks (ReLU), with bits 8·√Σr_n² or 4·(Σr_n²)^(1/4):
             "warn" (once), "raise" an AdjointError at the end of backward(), or "ignore".
         blocks: names of the blocks, as in `named_modules()`, instead of those that would be found.
         anchors: names of blocks whose input is kept, as `plan_anchors` returns them.

@@ -23,8 +23,8 @@ SAFETY = 2.0
 KINKED = 2.5
 # The same for coded states: gradient error ≤ CODED·response, or CODED_KINKED·√response:
 # benchmarks/results/coded_states.json.
-CODED = 5.0
-CODED_KINKED = 2.5
+CODED = 8.0
+CODED_KINKED = 4.0
 
 
 NOT_FINITE = ": its update x_{n+1} − x_n is not finite, or beyond 3e38"
