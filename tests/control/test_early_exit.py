@@ -134,6 +134,59 @@ def test_gradients_at_a_depth_are_those_of_the_crop() -> None:
     assert all(p.grad is None for block in list(model)[3:] for p in block.parameters())
 
 
+class Lists(Own):
+    """Takes a list with an entry for each sample, and answers with one."""
+
+    def forward(self, x: Tensor, scales: Any = None) -> dict[str, Any]:
+        z = super().forward(x)
+        if scales is not None:
+            z = torch.stack([scale * one for scale, one in zip(scales, z, strict=False)])
+        return {"logits": z, "names": [f"class {n}" for n in z.argmax(1).tolist()]}
+
+
+@torch.no_grad()
+def test_lists_with_an_entry_for_each_sample_lose_those_that_left() -> None:
+    model = Lists().double().eval()
+    scales = [1.0 + n % 3 for n in range(len(X))]
+    with at_depth(model, 1):
+        first = model(X.double(), scales=scales)["logits"]
+    threshold = float(first.softmax(1).amax(1).median())
+    early = EarlyExit(model, {1: threshold}).eval()
+    out, last = early(X.double(), scales=scales), model(X.double(), scales=scales)["logits"]
+    expected = torch.where((early.taken == 1)[:, None], first, last)
+    assert 0 < int((early.taken == 1).sum()) < len(X)
+    torch.testing.assert_close(out["logits"], expected, rtol=1e-12, atol=1e-12)
+    assert out["names"] == [f"class {n}" for n in expected.argmax(1).tolist()]
+
+
+@torch.no_grad()
+def test_a_number_for_the_whole_batch_is_no_answer_of_samples() -> None:
+    class Mean(Own):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            z = super().forward(x)
+            return {"logits": z, "mean": float(z.mean())}
+
+    model = Mean().eval()
+    with at_depth(model, 1):
+        threshold = float(model(X)["logits"].softmax(1).amax(1).median())
+    with pytest.raises(InputError, match="none of single samples"):
+        EarlyExit(model, {1: threshold}).eval()(X)
+
+
+@torch.no_grad()
+def test_an_empty_batch_and_a_block_in_place_of_another() -> None:
+    rows = X.double()
+    model = Own().double().eval()
+    with at_depth(model, 2):
+        threshold = float(model(rows).softmax(1).amax(1).median())
+    early = EarlyExit(model, {2: threshold}).eval()
+    assert early(rows[:0]).shape == model(rows[:0]).shape
+    assert early.taken.shape == (0,)
+    model.body[3] = copy.deepcopy(model.body[0])
+    fresh = EarlyExit(model, {2: threshold}).eval()
+    torch.testing.assert_close(early(rows), fresh(rows), rtol=0, atol=0)
+
+
 def test_in_training_mode_all_samples_go_to_the_end() -> None:
     model = chain()
     early = EarlyExit(model, {1: 0.0})
@@ -276,6 +329,7 @@ def test_too_few_samples_show_no_risk() -> None:
         (lambda: exit_depths(chain(), []), "the loader gave no sample"),
         (lambda: exit_depths(chain(), [], risk=0.0), "risk is 0.0; expected a fraction above 0"),
         (lambda: exit_depths(chain(), [], exits=[6]), "expected depths from 0 to 5"),
+        (lambda: exit_depths(chain(), [], exits=[True]), "exits at .True. given"),
         (
             lambda: EarlyExit(text_model("LlamaForCausalLM"), {1: 0.5}).eval()(IDS),
             r"answers \[12, 7, 61\] to 12 samples; expected a row of logits",

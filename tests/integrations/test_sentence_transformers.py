@@ -131,6 +131,20 @@ def test_the_librarys_trainer_trains_every_depth(model: Any, tmp_path: Path) -> 
     assert all(now < then for now, then in zip(cost(), before, strict=True))
 
 
+def test_each_column_has_its_own_rows(model: Any) -> None:
+    shapes = []
+
+    class Seen(nn.Module):
+        def compute_loss_from_embeddings(self, columns: list[torch.Tensor], _: Any) -> torch.Tensor:
+            shapes.append([len(column) for column in columns])
+            return torch.stack([column.sum() for column in columns]).sum()
+
+    StageCostLoss(model, Seen())(
+        [dict(model.preprocess(column)) for column in (ANCHORS * 2, POSITIVES[:2])], None
+    )
+    assert shapes == [[6, 2]] * (DEPTH + 1)
+
+
 def test_what_is_not_computed_from_embeddings_is_refused(model: Any) -> None:
     with pytest.raises(InputError, match="expected a loss with compute_loss_from_embeddings"):
         StageCostLoss(model, nn.MSELoss())

@@ -68,14 +68,15 @@ def any_batches(structure: Anatomy, loader: Iterable[Any], need: str) -> Iterato
 
 def part(values: Any, rows: slice | Tensor, count: int) -> Any:
     """The rows of whatever holds `count` samples: tensors and lists, in mappings and tuples too."""
-    if isinstance(values, list) and len(values) == count and isinstance(rows, slice):
-        return values[rows]
-
-    def chosen(v: Tensor) -> Tensor:
-        where = rows.to(v.device) if isinstance(rows, Tensor) else rows
-        return v[where] if v.dim() and len(v) == count else v
-
-    return _each(values, chosen)
+    if isinstance(values, list) and len(values) == count:
+        if isinstance(rows, slice):
+            return values[rows]
+        if not any(v.dim() and len(v) == count for v in tensors_in(values)):
+            return [values[i] for i in torch.arange(count)[rows.cpu()].tolist()]
+    if isinstance(values, Tensor):
+        where = rows.to(values.device) if isinstance(rows, Tensor) else rows
+        return values[where] if values.dim() and len(values) == count else values
+    return rebuilt(values, [part(value, rows, count) for value in inside(values)])
 
 
 def first_part(x: Any, count: int) -> Any:

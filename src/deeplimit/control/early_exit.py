@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.inputs import answer, parameters_of
-from deeplimit.control.batches import inside, part, rebuilt
+from deeplimit.control.batches import inside, part, rebuilt, tensors_in
 from deeplimit.errors import InputError
 
 # While a network passes some of its layers, functions stand in for its blocks.
@@ -90,7 +90,7 @@ class EarlyExit(nn.Module):
         """What the model returns, each sample's rows of the depth at which it left."""
         if self.training or not self.thresholds:
             return self.model(*args, **kwargs)
-        structure = self._structure = self._structure or anatomy(self.model)
+        structure = self._structure = self._read()
         kwargs = _plain(self.model, kwargs)
         exits: list[tuple[int, float | None]] = [*self.thresholds.items()]
         exits.append((structure.horizon, None))
@@ -110,7 +110,7 @@ class EarlyExit(nn.Module):
                 z = answer(self.model, output)
                 check_rows(self.model, z, len(rows))
                 sure = confidences(z) >= threshold
-            if bool(sure.any()) or threshold is None:
+            if bool(sure.any()) or threshold is None or not count:
                 parts.append((rows[sure], part(output, sure, len(rows))))
                 depths[rows[sure]] = depth
             rows, state, first = rows[~sure], state[~sure], depth
@@ -118,6 +118,14 @@ class EarlyExit(nn.Module):
                 break
         self.taken = depths
         return _together([p for _, p in parts], torch.cat([r for r, _ in parts]).argsort(), count)
+
+    def _read(self) -> Anatomy:
+        """What was read of the model, again where blocks have been put in others' places."""
+        read, own = self._structure, set(self.model.modules())
+        if read is None or any(own.isdisjoint(layer.controls) for layer in read.layers):
+            read = anatomy(self.model)
+            _check_depths(read, self.thresholds, read.horizon - 1)
+        return read
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read of the model: a copy reads its own, when it is called first."""
@@ -170,10 +178,22 @@ def _together(parts: Sequence[Any], order: Tensor, count: int) -> Any:
     first = parts[0]
     if isinstance(first, Tensor):
         if first.dim() == 0 or sum(map(len, parts)) != count:
-            raise InputError(
-                f"an output of shape {list(first.shape)} is none of single samples; EarlyExit "
-                "needs outputs with a row for each"
-            )
+            raise _not_of_samples(f"shape {list(first.shape)}")
         return torch.cat(list(parts))[order]
-    columns = zip(*map(inside, parts), strict=True)
-    return rebuilt(first, [_together(column, order, count) for column in columns])
+    if isinstance(first, list) and not tensors_in(first) and sum(map(len, parts)) == count:
+        values = [value for one in parts for value in one]
+        return [values[i] for i in order.tolist()]
+    columns = list(map(inside, parts))
+    if any(len(column) != len(columns[0]) for column in columns):
+        raise _not_of_samples(f"lengths {list(map(len, columns))}")
+    if isinstance(first, int | float | str) and any(one != first for one in parts):
+        raise _not_of_samples(f"the value {first!r}")
+    others = zip(*columns, strict=True)
+    return rebuilt(first, [_together(column, order, count) for column in others])
+
+
+def _not_of_samples(what: str) -> InputError:
+    return InputError(
+        f"an output of {what} is none of single samples; EarlyExit needs outputs with a row for "
+        "each"
+    )

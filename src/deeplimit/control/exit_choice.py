@@ -115,7 +115,9 @@ def exit_depths(
             raise InputError(f"{name} is {value}; expected a fraction above 0 and below 1")
     structure = anatomy(model)
     horizon = structure.horizon
-    if exits is not None and (wrong := [n for n in exits if n not in range(horizon)]):
+    if exits is not None and (
+        wrong := [n for n in exits if isinstance(n, bool | float) or n not in range(horizon)]
+    ):
         raise InputError(f"exits at {wrong} given; expected depths from 0 to {horizon - 1}")
     with evaluating(structure.model):
         answers = measured_answers(structure, data)

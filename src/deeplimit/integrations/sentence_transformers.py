@@ -61,20 +61,23 @@ class StageCostLoss(nn.Module):
             example = tokenized(["one sentence", "and another one, which is longer"])
         structure = anatomy(model, example=example)
         self.loss = loss
-        self.columns = 1
+        self._rows: list[int] = []  # of each column
         weight = 1 / max(structure.horizon, 1) if weight is None else weight
         self.objective = StageCost(structure, self._of_embeddings, weight, layers=layers)
 
     def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Any) -> Tensor:
         """The cost of a batch: a mapping of features for each column, labels as ℓ takes them."""
         columns = list(sentence_features)
-        self.columns = len(columns)
-        cost, _ = self.objective(_one_batch(columns), labels)
+        batch = _one_batch(columns)
+        self._rows = [
+            next(len(v) for v in one.values() if isinstance(v, Tensor)) for one in columns
+        ]
+        cost, _ = self.objective(batch, labels)
         return cast(Tensor, cost)
 
     def _of_embeddings(self, embeddings: Tensor, labels: Any) -> Tensor:
         compute = cast(Any, self.loss).compute_loss_from_embeddings
-        return cast(Tensor, compute(list(embeddings.chunk(self.columns)), labels))
+        return cast(Tensor, compute(list(torch.split(embeddings, self._rows)), labels))
 
     def get_config_dict(self) -> dict[str, Any]:
         """What sentence-transformers writes into a model's card."""
