@@ -159,14 +159,17 @@ def test_lists_with_an_entry_for_each_sample_lose_those_that_left() -> None:
     assert out["names"] == [f"class {n}" for n in expected.argmax(1).tolist()]
 
 
+@pytest.mark.parametrize(
+    "more", [lambda z: float(z.mean()), lambda z: z @ z.T], ids=["mean", "pairs"]
+)
 @torch.no_grad()
-def test_a_number_for_the_whole_batch_is_no_answer_of_samples() -> None:
-    class Mean(Own):
+def test_what_is_of_the_whole_batch_is_no_answer_of_samples(more: Callable[[Tensor], Any]) -> None:
+    class Whole(Own):
         def forward(self, x: Tensor) -> dict[str, Any]:
             z = super().forward(x)
-            return {"logits": z, "mean": float(z.mean())}
+            return {"logits": z, "more": more(z)}
 
-    model = Mean().eval()
+    model = Whole().eval()
     with at_depth(model, 1):
         threshold = float(model(X)["logits"].softmax(1).amax(1).median())
     with pytest.raises(InputError, match="none of single samples"):

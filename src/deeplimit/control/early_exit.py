@@ -177,7 +177,8 @@ def _together(parts: Sequence[Any], order: Tensor, count: int) -> Any:
     """Outputs of some rows each as one of all rows, in order."""
     first = parts[0]
     if isinstance(first, Tensor):
-        if first.dim() == 0 or sum(map(len, parts)) != count:
+        one_form = all(one.dim() and one.shape[1:] == first.shape[1:] for one in parts)
+        if not one_form or sum(map(len, parts)) != count:
             raise _not_of_samples(f"shape {list(first.shape)}")
         return torch.cat(list(parts))[order]
     if isinstance(first, list) and not tensors_in(first) and sum(map(len, parts)) == count:
