@@ -10,13 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from training_runs import checkpoint_of, same_but_for_seconds
 
+from deeplimit import verbs
 from deeplimit.control import verifying
 from deeplimit.data import iter_batches
 from deeplimit.errors import InputError, RunError, several
-from deeplimit.training import Recipe, RunFolder, complete, crop_run, resume, run_data, train
+from deeplimit.training import (
+    Recipe,
+    RunFolder,
+    analysis,
+    complete,
+    crop_run,
+    resume,
+    run_data,
+    train,
+)
 from deeplimit.training.loop import Training
+from deeplimit.training.run_files import LOCK
 
 pytestmark = pytest.mark.slow
 
@@ -224,3 +236,26 @@ def test_no_control_where_it_cannot_start_from_scratch(
     with pytest.raises(InputError, match="control is plain, but model is transformers:vit"):
         replace(RECIPE, **given)
     assert RECIPE.of_model("transformers:vit").control == "none"
+
+
+@pytest.mark.parametrize("verb", ["train", "resume"])
+def test_nobody_gets_in_between_training_and_cut(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process would find the run free, finish it, and this one would fail."""
+    complete, refused = analysis.complete, []
+
+    def watched(folder: RunFolder, *, quiet: bool) -> None:
+        with pytest.raises(Timeout):  # another process's: not one that may take it again
+            FileLock(folder.path / LOCK, timeout=0).acquire()
+        refused.append(verb)
+        complete(folder, quiet=quiet)
+
+    monkeypatch.setattr(analysis, "complete", watched)
+    recipe = replace(RECIPE, depth=(2,), epochs=1, control="none")
+    if verb == "train":
+        verbs.train(recipe, runs=tmp_path, quiet=True)
+    else:
+        train(recipe, runs=tmp_path, quiet=True)
+        verbs.resume(str(tmp_path / "digits"), quiet=True)
+    assert refused == [verb]

@@ -13,6 +13,7 @@ Source: [PF24] arXiv 2405.19013.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -238,6 +239,5 @@ def run_demo(recipe: Recipe, *, runs: Path = Path("runs"), quiet: bool = False) 
     >>> run_demo(replace(demo_recipe(), depth=(2,), epochs=1), runs=runs, quiet=True).path.name
     'demo'
     """
-    folder = train(recipe, runs=runs, name="demo", quiet=quiet)
-    complete(folder, quiet=quiet)
-    return folder
+    then = partial(complete, quiet=quiet)
+    return train(recipe, runs=runs, name="demo", quiet=quiet, then=then)

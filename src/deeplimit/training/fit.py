@@ -1,5 +1,6 @@
 """Training a recipe from its start, or from where a run was stopped."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,12 @@ from deeplimit.training.run_folder import RunFolder
 
 
 def train(
-    recipe: Recipe, *, runs: str | Path = Path("runs"), name: str | None = None, quiet: bool = False
+    recipe: Recipe,
+    *,
+    runs: str | Path = Path("runs"),
+    name: str | None = None,
+    quiet: bool = False,
+    then: Callable[[RunFolder], object] | None = None,
 ) -> RunFolder:
     """Trains a network in a new run folder, runs/NAME; an existing one is never touched.
 
@@ -43,6 +49,7 @@ def train(
         runs: the folder for the run folders.
         name: the run's name; the data set's without it. A name that is taken gets -2, -3, ….
         quiet: no progress on stderr.
+        then: is called with the trained run, before another process may write into it.
 
     Raises:
         InputError: before anything is written: a recipe that does not go with the data or with this
@@ -58,16 +65,24 @@ def train(
     folder = first_process_does(
         fabric, lambda: RunFolder.create(runs, name, start.recipe, start.data.class_names)
     )
-    return train_in(fabric, start, folder, quiet=quiet)
+    with alone(folder.path):
+        return _trained(fabric, start, folder, then, quiet=quiet)
 
 
-def resume(path: str | Path, *, quiet: bool = False, trust: bool = False) -> RunFolder:
+def resume(
+    path: str | Path,
+    *,
+    quiet: bool = False,
+    trust: bool = False,
+    then: Callable[[RunFolder], object] | None = None,
+) -> RunFolder:
     """Goes on with a run from its last good checkpoint, to the same result as an unbroken one.
 
     Args:
         path: the run folder.
         quiet: no progress on stderr.
         trust: whether code that its recipe names may be run.
+        then: as of `train`.
 
     Raises:
         InputError: no run folder, one of another version, one whose checkpoints are damaged, or
@@ -79,7 +94,21 @@ def resume(path: str | Path, *, quiet: bool = False, trust: bool = False) -> Run
     with alone(folder.path):
         start = prepare(folder.recipe, load_data(folder.recipe, folder.path.parent))
         load_checkpoint(folder.path)
-        return train_in(launched(start), start, folder, quiet=quiet)
+        return _trained(launched(start), start, folder, then, quiet=quiet)
+
+
+def _trained(
+    fabric: Fabric,
+    start: Start,
+    folder: RunFolder,
+    then: Callable[[RunFolder], object] | None,
+    *,
+    quiet: bool,
+) -> RunFolder:
+    folder = train_in(fabric, start, folder, quiet=quiet)
+    if then is not None:
+        then(folder)
+    return folder
 
 
 def launched(start: Start) -> Fabric:

@@ -1,5 +1,6 @@
 """Verbs on a run: train it, look at it, cut it, heal it, make it deeper, check its files."""
 
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -77,9 +78,11 @@ def train(
         RunError: the run failed; the last good checkpoint is kept.
     """
     check_recipe(recipe, runs, name)
-    from deeplimit.training import train
+    from deeplimit.training import complete, train
 
-    return _finished(train(recipe, runs=runs, name=name, quiet=quiet), quiet=quiet)
+    return show(
+        train(recipe, runs=runs, name=name, quiet=quiet, then=partial(complete, quiet=quiet))
+    )
 
 
 def resume(run: Run, *, trust: Trust = False, quiet: bool = False) -> Answer:
@@ -89,16 +92,9 @@ def resume(run: Run, *, trust: Trust = False, quiet: bool = False) -> Answer:
         InputError, RunError: as `train`.
     """
     RunFolder.open(run, trust=trust)
-    from deeplimit.training import resume
+    from deeplimit.training import complete, resume
 
-    return _finished(resume(run, trust=trust, quiet=quiet), quiet=quiet)
-
-
-def _finished(folder: RunFolder, *, quiet: bool) -> Answer:
-    from deeplimit.training import complete
-
-    complete(folder, quiet=quiet)
-    return show(folder)
+    return show(resume(run, trust=trust, quiet=quiet, then=partial(complete, quiet=quiet)))
 
 
 def demo(*, seed: Seed = 0, runs: Runs = RUNS) -> Answer:
