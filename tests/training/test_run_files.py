@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -359,8 +360,9 @@ def test_a_reader_beside_a_writer_sees_whole_commits(tmp_path: Path) -> None:
     child = os.fork()
     if not child:
         try:
-            for k in range(40):
+            for k in range(60):
                 cut_to(folder, own, 2 + k % 2)
+                time.sleep(0.004 * (k % 7))  # unevenly: a reader that waits may see every second
             os._exit(0)
         finally:
             os._exit(1)
