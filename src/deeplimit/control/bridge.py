@@ -148,6 +148,17 @@ def _runs(gone: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(starts, stops, strict=True))
 
 
+def _left(structure: Anatomy, n: int, x: Any) -> Tensor:
+    """The state that leaves a layer on a batch."""
+    state = left(structure, n, partial(structure.run, x))
+    if state is None:
+        raise InputError(
+            f"layer {n} of {type(structure.model).__name__} does not run on every batch; a bridge "
+            "is fitted where all layers run: give other data, or cut without a bridge"
+        )
+    return state
+
+
 def _inputs(structure: Anatomy, loader: Iterable[Any]) -> Iterator[Any]:
     """The inputs of batches (x, y) or x that hold samples, where the model is."""
     for batch in begun(loader):
@@ -228,8 +239,7 @@ class _Gap:
         seen, held = (Moments(len(end.gain), end.gain.device) for _ in range(2))
         for x in _inputs(self.structure, self.loader):
             m, y, here = self._student_parts(end, x)
-            there = left(self.structure, self.stop - 1, partial(self.structure.run, x))
-            assert there is not None
+            there = _left(self.structure, self.stop - 1, x)
             target, own = end.state_rows(there), end.rows(m)
             if y is None:
                 change = target - end.state_rows(here)
@@ -272,8 +282,7 @@ class _Gap:
             stack.callback(end.module.register_forward_hook(added).remove)
             if end.rest is not None:
                 stack.callback(end.rest.register_forward_hook(rest).remove)
-            here = left(self.student, self.place, partial(self.student.run, x))
-        assert here is not None
+            here = _left(self.student, self.place, x)
         return found["m"], found.get("y"), here
 
     def _fold(self, end: End, fit: Fit, moments: Moments, x: Any) -> bool:
