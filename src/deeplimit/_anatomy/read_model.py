@@ -1,5 +1,6 @@
 """Any model with a stack of blocks, read through its own forward: bypass and inject."""
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -30,8 +31,8 @@ class OfBlocks(Anatomy):
     """A model whose layers are modules: `_blocks`, in order."""
 
     @property
-    def _blocks(self) -> Sequence[Block]:
-        raise NotImplementedError
+    @abstractmethod
+    def _blocks(self) -> Sequence[Block]: ...
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

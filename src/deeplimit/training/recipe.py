@@ -138,7 +138,7 @@ class Recipe:
     crop: int = 0
     """Pixels of padding from which training images are cut at random; 0: none."""
     flip: bool = False
-    """Mirror half of the training images left to right."""
+    """Mirror half of the training images left to right, or with --no-flip none."""
     seed: int = 0
     """Seed of the initial parameters, the order of the samples and the augmentation."""
 
