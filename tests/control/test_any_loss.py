@@ -48,17 +48,21 @@ LOSSES = {
 }
 
 
+@pytest.mark.parametrize("weight", [0.3, (0.0, 0.3, 0.1, 0.8)])
 @pytest.mark.parametrize("adjoint", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_cost_is_the_sum_over_layers(name: str, adjoint: bool) -> None:
+def test_the_cost_is_the_sum_over_layers(
+    name: str, adjoint: bool, weight: float | tuple[float, ...]
+) -> None:
     loss, y = LOSSES[name]
     model = network()
     *below, last = outputs(model)
-    naive = loss(last, y) + 0.3 * sum(loss(z, y) for z in below)
+    every = weight if isinstance(weight, tuple) else [weight] * 4
+    naive = loss(last, y) + sum(w * loss(z, y) for w, z in zip(every, below, strict=True))
     expected = torch.autograd.grad(naive, list(model.parameters()))
     if adjoint:
         use_adjoint(model, evaluations=40, on_drift="ignore")
-    cost, z = StageCost(model, loss, 0.3)(X, y)
+    cost, z = StageCost(model, loss, weight)(X, y)
     cost.backward()
     assert torch.equal(z, last)
     assert float(cost) == pytest.approx(float(naive), rel=1e-13)
@@ -97,10 +101,12 @@ def test_every_head_of_transformers(head: str) -> None:
 
     y = torch.tensor([[1, 4], [0, 6]])
     cut = [anatomy(model).without(range(k, 3)) for k in (1, 2)]
-    cost, z = StageCost(model, loss, 0.3)(x, y)
+    weights = (0.3, 0.0, 0.5)
+    cost, z = StageCost(model, loss, weights)(x, y)
     states, _ = anatomy(model).states(x)
     bottom = anatomy(model).logits(states[:1], x=x)[0]
-    naive = loss(z, y) + 0.3 * (loss(bottom, y) + sum(loss(answer(one), y) for one in cut))
+    below = (loss(bottom, y), *(loss(answer(one), y) for one in cut))
+    naive = loss(z, y) + sum(w * one for w, one in zip(weights, below, strict=True))
     assert torch.equal(z, answer(model))
     assert float(cost.detach()) == pytest.approx(float(naive.detach()), rel=1e-12)
     cost.backward()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -60,12 +61,12 @@ def alpha(distance: float, classes: int, softness: float) -> float:
 
 
 def naive_margins(
-    model: nn.Module, x: Tensor, y: Tensor, loss: SoftCrossEntropy, gamma: float
+    model: nn.Module, x: Tensor, y: Tensor, loss: SoftCrossEntropy, gammas: Sequence[float]
 ) -> tuple[list[float], list[float]]:
-    """γ(mean KL − α(mean dist)) and the least γ(KL − α(dist)) of a sample, per layer."""
+    """γ_n(mean KL − α(mean dist)) and the least γ_n(KL − α(dist)) of a sample, per layer."""
     walk, _ = naive_walk(model, x)
     means, least = [], []
-    for stage, state in walk[:-1]:
+    for gamma, (stage, state) in zip(gammas, walk[:-1], strict=True):
         z = naive_logits(model, stage, state).detach()
         excess, distance = [], []
         for row, target in zip(z, y.tolist(), strict=True):
@@ -86,7 +87,7 @@ def test_the_smallest_margin_is_the_naive_one(objective: StageCost, digits: Batc
     report = dissipativity(objective, digits)
     x = torch.cat([x for x, _ in digits])
     y = torch.cat([y for _, y in digits])
-    means, least = naive_margins(objective.model, x, y, objective.loss, 0.1)
+    means, least = naive_margins(objective.model, x, y, objective.loss, [0.1] * 6)
     assert report.margins == pytest.approx(means, rel=1e-9, abs=1e-12)
     assert report.sample_margin == pytest.approx(least, rel=1e-9, abs=1e-12)
     assert report.margin == pytest.approx(min(means + least), rel=1e-9)
@@ -95,10 +96,11 @@ def test_the_smallest_margin_is_the_naive_one(objective: StageCost, digits: Batc
 
 def test_all_families(family: Sample) -> None:
     loss = SoftCrossEntropy(CLASSES, 0.1)
-    stage_cost = StageCost(family.model, loss, 0.3, control_cost=0.2)
+    gammas = [0.1 * n for n in range(family.depth)]
+    stage_cost = StageCost(family.model, loss, gammas, control_cost=0.2)
     report = dissipativity(stage_cost, [(family.x[:4], family.y[:4]), (family.x[4:], family.y[4:])])
     assert report.holds
-    means, least = naive_margins(family.model.eval(), family.x, family.y, loss, 0.3)
+    means, least = naive_margins(family.model.eval(), family.x, family.y, loss, gammas)
     assert report.margins == pytest.approx(means, rel=1e-9, abs=1e-11)
     assert report.sample_margin == pytest.approx(least, rel=1e-9, abs=1e-11)
 

@@ -165,6 +165,19 @@ def test_every_set_is_as_likely_and_drawn_by_a_generator_of_its_own() -> None:
     assert all(150 < count < 250 for count in found.values())  # 200 in the mean, sd 13
 
 
+def test_only_layers_with_a_weight_are_drawn_and_the_mean_is_theirs() -> None:
+    model, x, y, below, last = classified("chain")
+    gammas = (0.0, 0.2, 0.5, 0.0, 0.9)
+    objective = StageCost(model, SoftCrossEntropy(CLASSES, SOFTNESS), gammas, layers=K)
+    sets = {tuple(objective._drawn()) for _ in range(60)}
+    assert sets == {(1, 2), (1, 4), (2, 4)}
+    full = last + sum(w * one for w, one in zip(gammas, below, strict=True))
+    costs = [drawing(objective, layers)(x, y)[0] for layers in sets]
+    assert float(sum(costs).detach()) / 3 == pytest.approx(float(full.detach()), rel=1e-12)
+    mean = torch.stack([flat(cost, model) for cost in costs]).mean(0)
+    assert torch.allclose(mean, flat(full, model), rtol=1e-10, atol=1e-13)
+
+
 def test_draws_go_on_where_they_were() -> None:
     family = sample("chain")
     objective = stage_cost_of(family.model)
@@ -234,8 +247,9 @@ def test_of_one_module_called_again_and_again_the_drawn_calls_are_charged() -> N
     )
     model = transformers.AlbertForSequenceClassification(config).double().eval()
     x, y = torch.randint(20, (3, 5)), torch.tensor([0, 3, 1])
-    plain = StageCost(copy.deepcopy(model), SoftCrossEntropy(CLASSES), GAMMA, layers=K)
-    mine = StageCost(use_adjoint(model), SoftCrossEntropy(CLASSES), GAMMA, layers=K)
+    gammas = (0.1, 0.3, 0.2, 0.5)
+    plain = StageCost(copy.deepcopy(model), SoftCrossEntropy(CLASSES), gammas, layers=K)
+    mine = StageCost(use_adjoint(model), SoftCrossEntropy(CLASSES), gammas, layers=K)
     seen = []
     for layers in combinations(range(4), K):
         expected, cost = (drawing(objective, layers)(x, y)[0] for objective in (plain, mine))

@@ -13,12 +13,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from deeplimit import InputError, ResidualChain, SoftCrossEntropy, StageCost, crop
+from deeplimit import InputError, ResidualChain, SoftCrossEntropy, StageCost, anatomy, crop
 from deeplimit.network import CifarResNet
 from deeplimit.network.blocks import ConvolutionalResidual
 
 CLASSES, SOFTNESS = 4, 0.1
-WEIGHTS = [(0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.3, 0.2)]
+OF_LAYERS = (0.3, 0.0, 0.7)  # in turn
+WEIGHTS = [(0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.3, 0.2), (OF_LAYERS, 0.2)]
+
+Weight = float | tuple[float, ...]
 
 
 def naive_loss(z: Tensor, y: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ def naive_controls(model: nn.Module) -> list[nn.Parameter]:
 
 
 def naive_cost(
-    model: nn.Module, x: Tensor, y: Tensor, gamma: float, r: float
+    model: nn.Module, x: Tensor, y: Tensor, gamma: Weight, r: float
 ) -> tuple[Tensor, Tensor]:
     """(4): the terminal cost on the model's own forward, then one layer after the other."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
@@ -78,8 +81,9 @@ def naive_cost(
     for norm, (mean, var) in zip(norms, before, strict=True):
         norm.eval()
         norm.running_mean, norm.running_var = mean, var
-    for stage, state in walk[:-1]:
-        cost = cost + gamma * naive_loss(naive_logits(model, stage, state), y)
+    for n, (stage, state) in enumerate(walk[:-1]):
+        weight = gamma[n % 3] if isinstance(gamma, tuple) else gamma
+        cost = cost + weight * naive_loss(naive_logits(model, stage, state), y)
     for norm, (mean, var) in zip(norms, after, strict=True):
         norm.train()
         norm.running_mean, norm.running_var = mean, var
@@ -94,7 +98,9 @@ def gradients(cost: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return {name: v for name, v in zip(named, values, strict=True) if v is not None}
 
 
-def stage_cost_of(model: nn.Module, gamma: float = 0.3, r: float = 0.2) -> StageCost:
+def stage_cost_of(model: nn.Module, gamma: Weight = 0.3, r: float = 0.2) -> StageCost:
+    if isinstance(gamma, tuple):
+        gamma = tuple(gamma[n % 3] for n in range(anatomy(model).horizon))
     return StageCost(model, SoftCrossEntropy(CLASSES, SOFTNESS), gamma, control_cost=r)
 
 
@@ -102,7 +108,7 @@ def stage_cost_of(model: nn.Module, gamma: float = 0.3, r: float = 0.2) -> Stage
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("gamma", "r"), WEIGHTS)
 def test_cost_and_gradients_are_the_naive_ones(
-    family: Sample, gamma: float, r: float, training: bool
+    family: Sample, gamma: Weight, r: float, training: bool
 ) -> None:
     model = family.model.train(training)
     naive = copy.deepcopy(model)
@@ -192,7 +198,32 @@ def test_copies_look_into_their_own_model(copier) -> None:
 
 
 def test_repr_says_the_weights() -> None:
-    assert "weight=0.3, control_cost=0.2" in repr(stage_cost_of(sample("chain").model))
+    model = sample("chain").model
+    assert "weight=0.3, control_cost=0.2" in repr(stage_cost_of(model))
+    assert "weight=(0.3, 0, 0.7, 0.3, 0), control_cost=0.2" in repr(stage_cost_of(model, OF_LAYERS))
+
+
+def test_weights_are_set_between_steps() -> None:
+    family = sample("three stages, batch")
+    family.model.eval()
+    objective = stage_cost_of(family.model)
+    for weight in (0.0, 0.7, [0.1, 0.0, 0.0, 2.0, 0.3], torch.linspace(0, 1, 5), torch.tensor(0.2)):
+        objective.weight = weight
+        fresh = StageCost(family.model, objective.loss, weight, control_cost=0.2)
+        assert torch.equal(objective(family.x, family.y)[0], fresh(family.x, family.y)[0])
+    with pytest.raises(InputError, match=r"weight γ is -1.0; expected a number ≥ 0"):
+        objective.weight = -1.0
+    assert objective.weight == pytest.approx(0.2)
+
+
+def test_states_whose_weight_is_zero_do_not_meet_the_head() -> None:
+    family = sample("vector")
+    met = []
+    family.model.head.register_forward_hook(lambda _, args, __: met.append(len(args[0])))
+    for gamma, states in ((0.3, [4]), (OF_LAYERS, [3]), (0.0, [])):
+        met.clear()
+        stage_cost_of(family.model, gamma)(family.x, family.y)
+        assert met == [len(family.y), *(n * len(family.y) for n in states)]
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
@@ -202,6 +233,13 @@ def test_weights_that_are_no_numbers_at_least_zero_are_refused(value: float) -> 
         stage_cost_of(model, value, 0.0)
     with pytest.raises(InputError, match=r"control cost r is .* ≥ 0"):
         stage_cost_of(model, 0.1, value)
+    with pytest.raises(InputError, match=r"weight γ_1 is .* ≥ 0"):
+        stage_cost_of(model, (0.1, value, 0.2), 0.0)
+
+
+def test_as_many_weights_as_there_are_no_layers_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^2 weights γ given; .*, or one for each of the 5 layer"):
+        StageCost(sample("chain").model, SoftCrossEntropy(CLASSES), [0.1, 0.2])
 
 
 def test_models_without_anatomy_are_refused() -> None:
@@ -241,14 +279,15 @@ def test_a_wrapped_model_is_refused(wrap, one_process: None) -> None:
         stage_cost_of(inside)
 
 
+@pytest.mark.parametrize("gamma", [0.3, OF_LAYERS])
 @pytest.mark.parametrize("name", ["vector, Heun", "three stages, group"])
 @pytest.mark.parametrize("wrap", [_ddp, _fsdp])
-def test_it_is_what_is_wrapped(name: str, wrap, one_process: None) -> None:
+def test_it_is_what_is_wrapped(name: str, wrap, gamma: Weight, one_process: None) -> None:
     family = sample(name)
-    plain = stage_cost_of(copy.deepcopy(family.model))
+    plain = stage_cost_of(copy.deepcopy(family.model), gamma)
     cost, _ = plain(family.x, family.y)
     cost.backward()
-    inner = stage_cost_of(family.model)
+    inner = stage_cost_of(family.model, gamma)
     wrapped = wrap(inner)
     other, logits = wrapped(family.x, family.y)
     other.backward()

@@ -14,6 +14,7 @@ from deeplimit import (
     ResidualChain,
     SoftCrossEntropy,
     StageCost,
+    anatomy,
     drift,
     gradient_error,
     turnpike_profile,
@@ -35,7 +36,11 @@ def contracting(name: str, step: float = 0.02) -> Sample:
     return family
 
 
-def stage_cost_of(model: nn.Module, gamma: float = 0.3, r: float = 0.2) -> StageCost:
+def stage_cost_of(
+    model: nn.Module, gamma: float | tuple[float, ...] = 0.3, r: float = 0.2
+) -> StageCost:
+    if isinstance(gamma, tuple):
+        gamma = tuple(gamma[n % 3] for n in range(anatomy(model).horizon))
     return StageCost(model, SoftCrossEntropy(CLASSES, SOFTNESS), gamma, control_cost=r)
 
 
@@ -59,10 +64,13 @@ def worst_error(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gamma", "r", "training"), [(0.3, 0.2, True), (0.3, 0.0, False)])
+@pytest.mark.parametrize(
+    ("gamma", "r", "training"),
+    [(0.3, 0.2, True), (0.3, 0.0, False), ((0.0, 0.3, 0.7), 0.2, True)],
+)
 @pytest.mark.parametrize("name", OURS)
 def test_many_evaluations_give_the_plain_cost_and_its_gradients(
-    name: str, gamma: float, r: float, training: bool
+    name: str, gamma: float | tuple[float, ...], r: float, training: bool
 ) -> None:
     family = contracting(name)
     plain = stage_cost_of(copy.deepcopy(family.model).train(training), gamma, r)

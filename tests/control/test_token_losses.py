@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -40,6 +41,7 @@ from deeplimit.network import anatomy
 pytestmark = pytest.mark.slow
 
 SOFTNESS, GAMMA, R = 0.1, 0.3, 0.02
+OF_LAYERS = tuple((n % 3) / 4 for n in range(DEPTH))
 LOSS = SoftCrossEntropy(VOCABULARY, SOFTNESS)
 MODELS = ["GPT2LMHeadModel", "LlamaForCausalLM"]
 EVERY = [*MODELS, BERT]
@@ -73,13 +75,15 @@ def by_hand(z: Tensor, y: Tensor, softness: float = SOFTNESS) -> Tensor:
     return -(q * z.log_softmax(-1)).sum(-1)
 
 
-def naive_cost(model: nn.Module, x: dict[str, Tensor], y: Tensor) -> Tensor:
+def naive_cost(
+    model: nn.Module, x: dict[str, Tensor], y: Tensor, weights: Sequence[float] = (GAMMA,) * DEPTH
+) -> Tensor:
     """Everything at once."""
     structure = anatomy(model)
     *below, last = (naive_text_logits(model, s) for s in naive_text_walk(model, x))
-    running = sum(by_hand(z, y).mean() for z in below)
+    running = sum(w * by_hand(z, y).mean() for w, z in zip(weights, below, strict=True))
     controls = sum(p.square().sum() for p in structure.controls)
-    return by_hand(last, y).mean() + GAMMA * running + R / 2 * controls
+    return by_hand(last, y).mean() + running + R / 2 * controls
 
 
 def gradients(cost: Tensor, model: nn.Module) -> list[Tensor]:
@@ -127,17 +131,18 @@ def test_tokens_that_do_not_count_are_left_out_of_the_loss() -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("chunk", [1, 5 * VOCABULARY, token_losses.CHUNK])
+@pytest.mark.parametrize("weights", [(GAMMA,) * DEPTH, OF_LAYERS])
+@pytest.mark.parametrize("chunk", [1, 5 * VOCABULARY, 60 * VOCABULARY, token_losses.CHUNK])
 def test_the_stage_cost_and_its_gradients_are_the_naive_ones(
-    name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+    name: str, chunk: int, weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One token at a time, five, all."""
+    """One token at a time, five, all of several states, all of all."""
     monkeypatch.setattr(token_losses, "CHUNK", chunk)
     model = text_model(name)
     x, y = batch_for(name)
-    stage_cost = StageCost(model, loss_for(name), GAMMA, control_cost=R)
+    stage_cost = StageCost(model, loss_for(name), weights, control_cost=R)
     cost, logits = stage_cost(x, y)
-    naive = naive_cost(model, x, y)
+    naive = naive_cost(model, x, y, weights)
     assert torch.equal(logits, model(**x).logits)
     assert float(cost.detach()) == pytest.approx(float(naive.detach()), rel=1e-13)
     assert worst(gradients(cost, model), gradients(naive, model)) < 1e-12
@@ -152,15 +157,15 @@ def test_costs_charged_inside_the_layers_are_the_same(name: str) -> None:
     counted = CountedTokens(y, VOCABULARY, numbers=4 * VOCABULARY)
     structure = anatomy(model)
     cost = lambda head, s: counted.mean_loss(LOSS, head, s)  # noqa: E731
-    with structure.collect_stage_costs(cost, x) as costs:
+    with structure.collect_stage_costs(dict.fromkeys(range(DEPTH), cost), x) as costs:
         structure.run(x)
     walk = naive_text_walk(model, x)[:-1]
     naive = torch.stack([by_hand(naive_text_logits(model, s), y).mean() for s in walk])
-    assert torch.allclose(torch.stack(costs), naive, rtol=1e-13)
+    assert torch.allclose(torch.cat(costs), naive, rtol=1e-13)
     parameters = list(model.parameters())
     mine, theirs = (
         torch.autograd.grad(total.sum(), parameters, allow_unused=True)
-        for total in (torch.stack(costs), naive)
+        for total in (torch.cat(costs), naive)
     )
     # The last layer has no part in what is charged before it.
     assert [g is None for g in mine] == [g is None for g in theirs]
@@ -169,20 +174,21 @@ def test_costs_charged_inside_the_layers_are_the_same(name: str) -> None:
     assert worst(mine, theirs) < 1e-12
 
 
+@pytest.mark.parametrize("weight", [GAMMA, OF_LAYERS])
 @pytest.mark.parametrize("name", MODELS)
 def test_under_the_adjoint_the_gradient_is_off_by_what_is_reported(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, weight: float | tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_losses, "CHUNK", 4 * VOCABULARY)
     model, (x, y) = contracting(name), batch()
     assert model.config.use_cache
-    plain = StageCost(model, LOSS, GAMMA, control_cost=R)
+    plain = StageCost(model, LOSS, weight, control_cost=R)
     expected, _ = plain(x, y)
     theirs = gradients(expected, model)
     errors = []
     for evaluations in (2, 12):
         copied = use_adjoint(copy.deepcopy(model), evaluations=evaluations, on_drift="ignore")
-        mine = StageCost(copied, LOSS, GAMMA, control_cost=R)
+        mine = StageCost(copied, LOSS, weight, control_cost=R)
         assert mine.anatomy.replayed
         reported = gradient_error(mine, lambda stage_cost, b: stage_cost(*b)[0], (x, y))
         cost, _ = mine(x, y)

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -103,12 +103,12 @@ class Anatomy(ABC):
         return False
 
     def collect_stage_costs(
-        self, cost: RunningCost, x: Inputs, layers: Collection[int] | None = None
+        self, costs: Mapping[int, RunningCost], x: Inputs
     ) -> AbstractContextManager[list[Tensor]]:
-        """Collects cost(head, x_n) of these layers n < N, inside them; where they are replayed.
+        """Collects costs[n](head, x_n) of layers n < N, inside them; where they are replayed.
 
-        By default of all layers. x are the inputs that the model is about to run on. In
-        cost(head, x_n) head(x_n) is z_n; as in `logits` with the running statistics of this moment.
+        x are the inputs that the model is about to run on. head(x_n) is z_n; as in `logits` with
+        the running statistics of this moment.
         """
         raise InputError(f"{type(self).__name__} has no layers that are replayed")
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -123,8 +123,7 @@ class ResidualChain(nn.Sequential):
         self.step = float(step)
         self.scheme: Scheme = Euler() if scheme is None else scheme
         self._state_hooks: dict[int, StateHook] = OrderedDict()
-        self._running_cost: RunningCost | None = None
-        self._charged: Container[int] = ()
+        self._running_costs: Mapping[int, RunningCost] = {}
         self._costs: list[Tensor] = []
 
     @property
@@ -159,26 +158,23 @@ class ResidualChain(nn.Sequential):
         return "run_step" in self.__dict__
 
     @contextmanager
-    def collect_stage_costs(
-        self, cost: RunningCost, steps: Container[int] | None = None
-    ) -> Iterator[list[Tensor]]:
-        """Collects the running costs cost(x_n) of these steps n, computed inside them.
+    def collect_stage_costs(self, costs: Mapping[int, RunningCost]) -> Iterator[list[Tensor]]:
+        """Collects costs[n](x_n) of the steps n that have one, computed inside them.
 
-        By default of all steps. With gradients only; nothing is collected without.
+        With gradients only; nothing is collected without.
         """
-        self._running_cost, self._costs = cost, []
-        self._charged = range(self.horizon) if steps is None else steps
+        self._running_costs, self._costs = costs, []
         try:
             yield self._costs
         finally:
-            self._running_cost, self._costs = None, []
+            self._running_costs, self._costs = {}, []
 
     def forward(self, input: Tensor) -> Tensor:
         """x_N from x_0."""
         x = input
         self._show(0, x)
         for n in range(self.horizon):
-            after = self.run_step(n, x, self._running_cost if n in self._charged else None)
+            after = self.run_step(n, x, self._running_costs.get(n))
             if isinstance(after, tuple):
                 after, paid = after
                 self._costs.append(paid)

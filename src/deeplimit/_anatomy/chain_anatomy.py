@@ -1,7 +1,7 @@
 """Chains as layers: a bare one, several between a stem and a head, and those of other models."""
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -91,7 +91,7 @@ class ChainAnatomy(Anatomy):
 
     @contextmanager
     def collect_stage_costs(
-        self, cost: RunningCost, x: Inputs, layers: Collection[int] | None = None
+        self, costs: Mapping[int, RunningCost], x: Inputs
     ) -> Iterator[list[Tensor]]:
         """The chains' running costs, together once the model has run.
 
@@ -100,19 +100,22 @@ class ChainAnatomy(Anatomy):
         """
         statistics = RunningStatistics(m for module in self._used for m in module.modules())
 
-        def charge(stage: int, state: Tensor) -> Tensor:
+        def charge(n: int, stage: int, state: Tensor) -> Tensor:
             with statistics.use():
-                return cost(lambda s: self._head_of(stage, s, x), state)
+                return costs[n](lambda s: self._head_of(stage, s, x), state)
 
         collected: list[Tensor] = []
         with ExitStack() as exits:
             paid = []
             for stack, chain in zip(self.stacks, self._chains, strict=True):
-                steps = None if layers is None else {n - stack.first for n in layers}
-                charged = chain.collect_stage_costs(partial(charge, stack.index), steps)
-                paid.append(exits.enter_context(charged))
+                own = {
+                    n - stack.first: partial(charge, n, stack.index)
+                    for n in costs
+                    if n in stack.layers
+                }
+                paid.append(exits.enter_context(chain.collect_stage_costs(own)))
             yield collected
-            collected += [c for costs in paid for c in costs]
+            collected += [c for own in paid for c in own]
 
     @property
     def _used(self) -> Sequence[nn.Module]:

@@ -312,7 +312,7 @@ class ReadModel(OfBlocks):
 
     @contextmanager
     def collect_stage_costs(
-        self, cost: RunningCost, x: Inputs, layers: Collection[int] | None = None
+        self, costs: Mapping[int, RunningCost], x: Inputs
     ) -> Iterator[list[Tensor]]:
         """The blocks' running costs, together once the model has run.
 
@@ -320,18 +320,18 @@ class ReadModel(OfBlocks):
         """
         statistics = RunningStatistics(self.model.modules())
 
-        def charge(stage: int, state: Tensor) -> Tensor:
-            return cost(lambda s: self.head_of(stage, s, x, statistics), state)
+        def charge(n: int, stage: int, state: Tensor) -> Tensor:
+            return costs[n](lambda s: self.head_of(stage, s, x, statistics), state)
 
-        costs: dict[nn.Module, list[Callable[[Tensor], Tensor] | None]] = {}
+        calls: dict[nn.Module, list[Callable[[Tensor], Tensor] | None]] = {}
         for n, b in enumerate(self._blocks):
-            taken = layers is None or n in layers
-            costs.setdefault(b.module, []).append(partial(charge, b.stage) if taken else None)
+            own = partial(charge, n, b.stage) if n in costs else None
+            calls.setdefault(b.module, []).append(own)
         every: list[Tensor] = []
         with ExitStack() as stack:
-            paid = [stack.enter_context(collected(m, own)) for m, own in costs.items() if any(own)]
+            paid = [stack.enter_context(collected(m, own)) for m, own in calls.items() if any(own)]
             yield every
-            every += [c for costs in paid for c in costs]
+            every += [c for own in paid for c in own]
 
     def _injected(
         self,

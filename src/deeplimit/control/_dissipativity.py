@@ -32,11 +32,11 @@ class DissipativityReport(Record):
 
     Attributes:
         samples: number of samples.
-        supply: the running cost above its minimum, s_n = γ(mean ℓ(z_n, y) − H) + (r/2)‖θ_n‖². A
-            control that several layers share is divided evenly among them.
-        lower_bound: γ α(mean dist(z_n, Z*_y)) + (|r|/2)‖θ_n‖², the class-K∞ function that strict
+        supply: the running cost above its minimum, s_n = γ_n(mean ℓ(z_n, y) − H) + (r/2)‖θ_n‖².
+            A control that several layers share is divided evenly among them.
+        lower_bound: γ_n α(mean dist(z_n, Z*_y)) + (|r|/2)‖θ_n‖², the class-K∞ function that strict
             dissipativity asks the supply to stay above.
-        sample_margin: smallest γ(ℓ − H − α(dist)) of a single sample, per layer.
+        sample_margin: smallest γ_n(ℓ − H − α(dist)) of a single sample, per layer.
     """
 
     samples: int
@@ -107,9 +107,9 @@ def dissipativity(
     Strictly dissipative with respect to {z ∈ Z*_y} × {θ = 0} means, at every layer, a running cost
     above its minimum by at least a class-K∞ function of the distances:
 
-        γ(mean_i ℓ(z_n^i, y^i) − H) + (r/2)‖θ_n‖²  ≥  γ α(mean_i dist_n^i) + (|r|/2)‖θ_n‖²,
+        γ_n(mean_i ℓ(z_n^i, y^i) − H) + (r/2)‖θ_n‖²  ≥  γ_n α(mean_i dist_n^i) + (|r|/2)‖θ_n‖²,
 
-    dist_n^i = dist(z_n^i, Z*_{y^i}).
+    dist_n^i = dist(z_n^i, Z*_{y^i}). Where γ_n is 0 it asks nothing of the state.
 
     It is computed in float64 from the model's states, in evaluation mode. Source: [PF24]
     arXiv 2405.19013.
@@ -131,7 +131,7 @@ def dissipativity(
             f"{shown(stage_cost)} given as the objective; expected a StageCost(model, loss, weight)"
         )
     loss, structure = check_loss(stage_cost.loss), stage_cost.anatomy
-    gamma = stage_cost.weight
+    gamma = torch.tensor(stage_cost.weight, dtype=torch.float64)
     r = stage_cost.control_cost if control_cost is None else control_cost
     misstated = 0.0 if minimum is None else minimum - loss.minimum
 

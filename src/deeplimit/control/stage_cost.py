@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,18 +20,18 @@ from deeplimit.control.losses import AnyLoss, Loss
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, widened
 from deeplimit.control.wrapping import AroundWatch, check_bare
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 
 
 class StageCost(nn.Module):
     """The objective of the optimal control problem of a residual network, for one batch:
 
-        Σ_{n=0}^{N−1} [ γ·mean_i ℓ(z_n^i, y^i) + (r/2)‖θ_n‖² ] + mean_i ℓ(z_N^i, y^i)
+        Σ_{n=0}^{N−1} [ γ_n·mean_i ℓ(z_n^i, y^i) + (r/2)‖θ_n‖² ] + mean_i ℓ(z_N^i, y^i)
 
     z_n are the logits of the state at layer n, through the remaining projection shortcuts and the
-    model's own head. γ and r are *per layer*: with h fixed too, the number of layers outside a tube
-    around the minimisers is bounded whatever N (the turnpike). Sources: [PF24] arXiv 2405.19013,
-    [PHFF25] arXiv 2506.21453.
+    model's own head. γ_n and r are *per layer*: with γ_n ≥ γ > 0 and h fixed too, the number of
+    layers outside a tube around the minimisers is bounded whatever N (the turnpike). Sources:
+    [PF24] arXiv 2405.19013, [PHFF25] arXiv 2506.21453.
 
     `cost, logits = stage_cost(x, y)`; cost is a scalar ready for `backward()`, logits are z_N, the
     model's own output:
@@ -52,12 +52,21 @@ class StageCost(nn.Module):
     unless there is one chunk in all: besides the model's own logits and what their loss takes, a
     few arrays of one chunk (`token_losses.CHUNK` numbers) are in memory at a time, whatever N.
 
-    With `layers=k` a step takes the loss of k of the N layers n < N alone. They are drawn anew in
-    each pass with gradients, every set of k as likely as any other, and their sum is weighted by
-    N/k, so that cost and gradient have the means of those of all layers. With g_n the gradient of
-    mean_i ℓ(z_n^i, y^i), the draw adds to that of the step the variance
+    The weights γ_n are one number for all layers or one for each, and may be set anew between
+    steps, in all processes alike: `stage_cost.weight = 0.1`. The state of a layer whose weight is 0
+    does not meet the head, and costs nothing. Strict dissipativity needs one γ > 0 below all γ_n,
+    whatever N; of weights that change during the training those at its end. Otherwise the bound
+    holds of the layers with γ_n ≥ γ alone: at cost K above the minimum at most K/(γ α(δ)) of them
+    are outside the tube of radius δ (α as in `dissipativity`). With losses at some exits only it
+    says nothing of the layers between, with weights that rise from 0 nothing of the first ones.
 
-        γ² (N²/k) (1 − k/N) Σ_n ‖g_n − ḡ‖² / (N − 1),    ḡ = mean_n g_n,
+    With `layers=k` a step takes the loss of k of the layers n < N with a weight alone, of M ≤ N.
+    They are drawn anew in each pass with gradients, every set of k as likely as any other, and
+    their sum is weighted by M/k, so that cost and gradient have the means of those of all layers.
+    With g_n the gradient of γ_n·mean_i ℓ(z_n^i, y^i), the draw adds to that of the step the
+    variance
+
+        (M²/k) (1 − k/M) Σ_n ‖g_n − ḡ‖² / (M − 1),    ḡ = mean_n g_n,
 
     which is small where the layers' gradients are alike (W. G. Cochran, Sampling Techniques, 1977,
     theorem 2.2). Under the adjoint the other layers charge nothing, and of tokens the states of the
@@ -74,12 +83,12 @@ class StageCost(nn.Module):
             mean over the batch: the outputs are z_n, of the form of the model's own answer
             (logits, embeddings, start and end logits side by side), the targets whatever is given
             for y. It is called once a layer, and nothing is assumed of its minimisers.
-        weight: γ ≥ 0, the weight of the loss at every layer.
+        weight: γ ≥ 0, the weight of the loss at every layer; or N of them, γ_0 … γ_{N−1}.
         control_cost: r ≥ 0, the weight of the controls. θ_n is all parameters of block n; where it
             has a norm those from its last norm on, which undoes the scale of the others. Of blocks
             whose states are of tokens, [B, L, d], it is all parameters: attention and MLP each add
             to the state.
-        layers: k ≥ 1: how many layers a step takes; None, or k ≥ N: all.
+        layers: k ≥ 1: how many layers a step takes; None, or k ≥ M: all.
         shift: targets [B, L] are the inputs themselves: each predicts the next (`aligned`).
 
     Attributes:
@@ -88,39 +97,57 @@ class StageCost(nn.Module):
             `draws.get_state()` into the checkpoint, or seeds it anew at every epoch.
 
     Raises:
-        InputError: a negative or non-finite weight, no layers, no loss, a model without
-            anatomy, or one that is wrapped already (gradients of the intermediate states would
-            silently not be synchronised). In a step: targets that are no classes, or of tokens not
-            aligned; a cost that is not finite since the inputs are not (on the CPU; elsewhere it
-            would wait for the device); gradients that no DistributedDataParallel would average
-            though one is there; with `layers`, a pass inside a backward pass.
+        InputError: a negative or non-finite weight, weights not as many as the layers, k = 0, no
+            loss, a model without anatomy, or one that is wrapped already (gradients of the
+            intermediate states would silently not be synchronised). In a step: targets that are no
+            classes, or of tokens not aligned; a cost that is not finite since the inputs are not
+            (on the CPU; elsewhere it would wait for the device); gradients that no
+            DistributedDataParallel would average though one is there; with `layers`, a pass inside
+            a backward pass.
     """
 
     def __init__(
         self,
         model: nn.Module | Anatomy,
         loss: Loss,
-        weight: float = 0.1,
+        weight: float | Iterable[float] | Tensor = 0.1,
         *,
         control_cost: float = 0.0,
         layers: int | None = None,
         shift: bool = False,
     ):
         super().__init__()
-        self.weight, self.control_cost = (
-            check_number(name, value, "a number ≥ 0", lambda v: 0 <= v < math.inf)
-            for name, value in (("weight γ", weight), ("control cost r", control_cost))
-        )
+        self.control_cost = _check_weight("control cost r", control_cost)
         self.loss = loss if isinstance(loss, SoftCrossEntropy) else AnyLoss(loss)
         check_bare(model.model if isinstance(model, Anatomy) else model)
         self.anatomy: Anatomy = anatomy(model)
         self.model = self.anatomy.model
+        self.weight = weight
         self.layers = None if layers is None else check_count("layers", layers, 1)
         self.draws = torch.Generator()
         self.draws.manual_seed(0)
         self.shift = shift
         self._watch = AroundWatch()
         self._looked = False
+
+    @property
+    def weight(self) -> float | tuple[float, ...]:
+        """γ, or γ_0 … γ_{N−1}; what is set is checked as what is given at first."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float | Iterable[float] | Tensor) -> None:
+        self._weight: float | tuple[float, ...]
+        if not isinstance(value, Iterable) or (isinstance(value, Tensor) and value.numel() == 1):
+            self._weight = _check_weight("weight γ", value)
+            return
+        horizon = self.anatomy.horizon
+        self._weight = tuple(_check_weight(f"weight γ_{n}", w) for n, w in enumerate(value))
+        if len(self._weight) != horizon:
+            raise InputError(
+                f"{several(len(self._weight), 'weight')} γ given; expected a number, or one for "
+                f"each of the {several(horizon, 'layer')}"
+            )
 
     def forward(self, x: Inputs, y: Any) -> tuple[Tensor, Tensor]:
         """(cost, logits) of a batch of inputs x [B, …] and targets y [B], or [B, L] of tokens.
@@ -151,7 +178,7 @@ class StageCost(nn.Module):
         logits, running = self._run(x, y)
         cost = self.loss.mean(widened(logits), y)
         if running is not None:
-            cost = cost + self.weight * running
+            cost = cost + running
         if controls:
             # Counted after the model ran, so that its backward comes first: FSDP2 reduces gradients
             # on a stream of its own, onto what is there; added later it would race with that.
@@ -159,49 +186,61 @@ class StageCost(nn.Module):
         return cost, logits
 
     def _run(self, x: Inputs, y: Any) -> tuple[Tensor, Tensor | None]:
-        """The model's logits, and Σ_{n<N} mean_i ℓ(z_n^i, y^i) where it has a weight."""
+        """The model's logits, and Σ_{n<N} γ_n·mean_i ℓ(z_n^i, y^i) where some γ_n is not 0."""
         structure, loss = self.anatomy, self.loss
-        if not self.weight:
-            return structure.run(x), None
         layers = self._drawn()
+        if not layers:
+            return structure.run(x), None
+        every = self._weights()
         # All layers' from the sum over the drawn ones.
-        share = structure.horizon / max(len(layers), 1)
+        share = sum(w > 0 for w in every) / len(layers)
+        weights = [share * every[n] for n in layers]
         if structure.replayed and torch.is_grad_enabled():
-            with structure.collect_stage_costs(self._mean_loss(y), x, layers) as costs:
+            mean = self._mean_loss(y)
+            charged = {n: partial(_charge, mean, w) for n, w in zip(layers, weights, strict=True)}
+            with structure.collect_stage_costs(charged, x) as costs:
                 logits = structure.run(x)
-            return logits, share * torch.stack(costs).sum() if costs else None
+            return logits, torch.stack(costs).sum()
         # Before the model runs, as under the adjoint, where the first layers' costs are computed
         # before the later projections' statistics move.
         statistics = RunningStatistics(self.model.modules())
         states, logits = structure.states(x)
-        if not layers:
-            return logits, None
         states = [states[n] for n in layers]
         if structure.tokens:
 
             def head(tokens: Tensor) -> Tensor:  # in the backward pass too with these statistics
                 return structure.logits([tokens], 0, statistics, x)[0]
 
-            return logits, share * self._mean_loss(y, kept=True)(head, *states)
-        z = widened(structure.logits(states, layers, statistics, x))
-        if isinstance(loss, SoftCrossEntropy):
-            return logits, share * len(z) * loss.mean(z, y.expand(len(z), *y.shape))
-        return logits, share * torch.stack([loss.mean(own, y) for own in z]).sum()
+            losses = self._mean_loss(y, kept=True)(head, *states)
+        else:
+            z = widened(structure.logits(states, layers, statistics, x))
+            if isinstance(loss, SoftCrossEntropy):
+                values: Tensor = loss(z, y.expand(len(z), *y.shape))
+                losses = values.flatten(1).sum(1) / (y != IGNORED).sum().clamp(min=1)
+            else:
+                losses = torch.stack([loss.mean(own, y) for own in z])
+        return logits, (losses.new_tensor(weights) * losses).sum()
+
+    def _weights(self) -> Sequence[float]:
+        """γ_0 … γ_{N−1}."""
+        one = self._weight
+        return one if isinstance(one, tuple) else (one,) * self.anatomy.horizon
 
     def _drawn(self) -> Sequence[int]:
         """The layers n < N whose loss this pass takes."""
-        every = self.anatomy.horizon
+        every = [n for n, weight in enumerate(self._weights()) if weight]
         if self.layers is None or not torch.is_grad_enabled():
-            return range(every)
+            return every
         if torch._C._current_graph_task_id() != -1:  # noqa: SLF001
             raise InputError(
                 "a StageCost with layers runs again in a backward pass, as in a checkpoint, where "
                 "it would draw other layers; put the checkpoints into the model"
             )
-        return torch.randperm(every, generator=self.draws)[: self.layers].sort().values.tolist()
+        drawn = torch.randperm(len(every), generator=self.draws)[: self.layers]
+        return [every[i] for i in drawn.sort().values.tolist()]
 
     def _mean_loss(self, y: Any, *, kept: bool = False) -> Callable[..., Tensor]:
-        """(head, x, …) ↦ Σ mean_i ℓ(head(x)^i, y^i) over states x."""
+        """(head, x, …) ↦ mean_i ℓ(head(x)^i, y^i) of each of the states x."""
         loss = self.loss
         if self.anatomy.tokens and isinstance(loss, SoftCrossEntropy):
             return partial(CountedTokens(y, loss.classes).mean_loss, loss, kept=kept)
@@ -209,17 +248,27 @@ class StageCost(nn.Module):
         def mean(head: Head, x: Tensor) -> Tensor:
             return loss.mean(widened(head(x)), y)
 
-        def total(head: Head, *states: Tensor) -> Tensor:
+        def each(head: Head, *states: Tensor) -> Tensor:
             # Logits are made again in the backward pass: those of all layers do not fit.
-            costs = [checkpoint(mean, head, x, use_reentrant=False) for x in states]
-            return torch.stack(costs).sum()
+            return torch.stack([checkpoint(mean, head, x, use_reentrant=False) for x in states])
 
-        return total if self.anatomy.tokens else mean
+        return each if self.anatomy.tokens else mean
 
     def extra_repr(self) -> str:
         """γ, r, and k where there is one."""
         some = "" if self.layers is None else f", layers={self.layers}"
-        return f"weight={self.weight:g}, control_cost={self.control_cost:g}{some}"
+        one = self.weight
+        weight = f"{one:g}" if isinstance(one, float) else f"({', '.join(f'{w:g}' for w in one)})"
+        return f"weight={weight}, control_cost={self.control_cost:g}{some}"
+
+
+def _check_weight(name: str, value: Any) -> float:
+    return check_number(name, value, "a number ≥ 0", lambda v: 0 <= v < math.inf)
+
+
+def _charge(mean: Callable[..., Tensor], weight: float, head: Head, x: Tensor) -> Tensor:
+    """What a state costs: its weight times its loss."""
+    return weight * mean(head, x).sum()
 
 
 def _squared_norm(controls: list[nn.Parameter]) -> Tensor:
@@ -253,7 +302,7 @@ class Distillation(StageCost):
         learns: whether the teacher learns beside; its parameters are then the objective's too.
         teacher_weight: w, from 0 to 1.
         temperature: τ > 0.
-        weight: γ of the stage cost, here 0 by default.
+        weight: γ of the stage cost, or γ_0 … γ_{N−1}; here 0 by default.
         control_cost: r of the stage cost.
         layers: as of `StageCost`.
         shift: likewise.
@@ -271,7 +320,7 @@ class Distillation(StageCost):
         learns: bool = False,
         teacher_weight: float = 0.5,
         temperature: float = 2.0,
-        weight: float = 0.0,
+        weight: float | Iterable[float] | Tensor = 0.0,
         control_cost: float = 0.0,
         layers: int | None = None,
         shift: bool = False,

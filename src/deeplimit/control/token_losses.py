@@ -63,7 +63,7 @@ class CountedTokens:
     def mean_loss(
         self, loss: SoftCrossEntropy, head: Head, *states: Tensor, kept: bool = False
     ) -> Tensor:
-        """mean_t ℓ(head(x_t), y_t), summed over states x [B, L, d]; 0 where no token counts.
+        """mean_t ℓ(head(x_t), y_t) of each of n states x [B, L, d], [n]; 0 where no token counts.
 
         As many states as fit into a chunk meet the head together. Every chunk is a checkpoint: its
         logits are made again in the backward pass. Besides the states themselves, which are kept, a
@@ -77,16 +77,14 @@ class CountedTokens:
         def part(index: Tensor, targets: Tensor, *some: Tensor) -> Tensor:
             rows = torch.cat([x[index] for x in some])
             values: Tensor = loss(widened(head(rows)), targets.repeat(len(some)))
-            return values.sum()
+            return values.view(len(some), len(targets)).sum(1)
 
-        work = [
-            (index, targets, *flat[n : n + together])
-            for n in range(0, len(flat), together)
-            for index, targets in self._split(self._size)
-        ]
-        run = part if kept and len(work) == 1 else partial(checkpoint, part, use_reentrant=False)
-        parts = [run(*given) for given in work]
-        return torch.stack(parts).sum() / max(len(self.index), 1)
+        groups = [flat[n : n + together] for n in range(0, len(flat), together)]
+        chunks = list(self._split(self._size))
+        single = kept and len(groups) == len(chunks) == 1
+        run = part if single else partial(checkpoint, part, use_reentrant=False)
+        sums = [torch.stack([run(*chunk, *some) for chunk in chunks]).sum(0) for some in groups]
+        return torch.cat(sums) / max(len(self.index), 1)
 
     def _split(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         # Of no tokens one chunk, which is empty: the sum over it has its place in the graph.
