@@ -156,7 +156,7 @@ def test_costs_charged_inside_the_layers_are_the_same(name: str) -> None:
     x, y = batch()
     counted = CountedTokens(y, VOCABULARY, numbers=4 * VOCABULARY)
     structure = anatomy(model)
-    cost = lambda head, s: counted.mean_loss(LOSS, head, s)  # noqa: E731
+    cost = lambda head, s, _: counted.mean_loss(LOSS, head, s)  # noqa: E731
     with structure.collect_stage_costs(dict.fromkeys(range(DEPTH), cost), x) as costs:
         structure.run(x)
     walk = naive_text_walk(model, x)[:-1]

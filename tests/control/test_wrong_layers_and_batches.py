@@ -59,6 +59,7 @@ calls = [
     lambda: StageCost("runs/digits", loss),
     *(lambda w=w: StageCost(model, loss, w) for w in ("0.1", None, [0.1], True, float("inf"))),
     *(lambda w=w: StageCost(model, loss, control_cost=w) for w in ("0.1", None, -1.0)),
+    *(lambda k=k: StageCost(model, loss, control_cost_kind=k) for k in ("l2", None, ["kinetic"])),
     *(lambda k=k: StageCost(model, loss, layers=k) for k in (0, 1.5, True, "2")),
     *(lambda w=w: Distillation(model, loss, model, teacher_weight=w) for w in ("0.1", None, 2)),
     *(lambda w=w: Distillation(model, loss, model, temperature=w) for w in ("1", None, 0)),

@@ -23,7 +23,7 @@ from deeplimit.errors import InputError, several
 
 StateHook = Callable[[int, Tensor], None]
 Head = Callable[[Tensor], Tensor]
-RunningCost = Callable[[Head, Tensor], Tensor]
+RunningCost = Callable[[Head, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ class Anatomy(ABC):
     def collect_stage_costs(
         self, costs: Mapping[int, RunningCost], x: Inputs
     ) -> AbstractContextManager[list[Tensor]]:
-        """Collects costs[n](head, x_n) of layers n < N, inside them; where they are replayed.
+        """Collects costs[n](head, x_n, x′) of layers n < N, inside them; where they are replayed.
 
         x are the inputs that the model is about to run on. head(x_n) is z_n; as in `logits` with
-        the running statistics of this moment.
+        the running statistics of this moment. x′ is what leaves the layer, x_{n+1} within a stage.
         """
         raise InputError(f"{type(self).__name__} has no layers that are replayed")
 

@@ -93,7 +93,7 @@ SCHEMES: dict[str, Scheme] = {"euler": Euler(), "heun": Heun()}
 
 
 StateHook = Callable[[int, Tensor], None]
-RunningCost = Callable[[Tensor], Tensor]
+RunningCost = Callable[[Tensor, Tensor], Tensor]
 
 
 class ResidualChain(nn.Sequential):
@@ -142,7 +142,7 @@ class ResidualChain(nn.Sequential):
     def run_step(
         self, n: int, x: Tensor, cost: RunningCost | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Step n as `forward` runs it: x_{n+1}, with cost(x_n) beside it where one is given.
+        """Step n as `forward` runs it: x_{n+1}, with cost(x_n, x_{n+1}) beside it where given.
 
         What replays steps in the backward pass puts its own in place of this method in the chain's
         attributes. Without gradients, as while a state is rebuilt, the cost is left out.
@@ -150,7 +150,7 @@ class ResidualChain(nn.Sequential):
         y = self.advance(n, x)
         if cost is None or not torch.is_grad_enabled():
             return y
-        return y, cost(x)
+        return y, cost(x, y)
 
     @property
     def replayed(self) -> bool:
@@ -159,7 +159,7 @@ class ResidualChain(nn.Sequential):
 
     @contextmanager
     def collect_stage_costs(self, costs: Mapping[int, RunningCost]) -> Iterator[list[Tensor]]:
-        """Collects costs[n](x_n) of the steps n that have one, computed inside them.
+        """Collects costs[n](x_n, x_{n+1}) of the steps n that have one, computed inside them.
 
         With gradients only; nothing is collected without.
         """

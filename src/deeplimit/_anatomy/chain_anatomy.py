@@ -100,9 +100,9 @@ class ChainAnatomy(Anatomy):
         """
         statistics = RunningStatistics(m for module in self._used for m in module.modules())
 
-        def charge(n: int, stage: int, state: Tensor) -> Tensor:
+        def charge(n: int, stage: int, state: Tensor, left: Tensor) -> Tensor:
             with statistics.use():
-                return costs[n](lambda s: self._head_of(stage, s, x), state)
+                return costs[n](lambda s: self._head_of(stage, s, x), state, left)
 
         collected: list[Tensor] = []
         with ExitStack() as exits:

@@ -21,7 +21,13 @@ from deeplimit._anatomy.other_depths import check_kept, with_times
 from deeplimit._anatomy.probing import SAMPLES, HeadTrial, alike, check_answer, watched
 from deeplimit._anatomy.rebuilding import check_rebuilt
 from deeplimit._anatomy.stacks import Block, beside, find_blocks
-from deeplimit._anatomy.stand_ins import ReplayedBlock, collected, state_among, state_of
+from deeplimit._anatomy.stand_ins import (
+    BlockCost,
+    ReplayedBlock,
+    collected,
+    state_among,
+    state_of,
+)
 from deeplimit.errors import InputError
 
 READ_AS = "_deeplimit_read_as"  # on a model: the example and the blocks that were given for it
@@ -316,14 +322,14 @@ class ReadModel(OfBlocks):
     ) -> Iterator[list[Tensor]]:
         """The blocks' running costs, together once the model has run.
 
-        Those of blocks that are not replayed are computed as the state enters them.
+        Those of blocks that are not replayed are computed as the state leaves them.
         """
         statistics = RunningStatistics(self.model.modules())
 
-        def charge(n: int, stage: int, state: Tensor) -> Tensor:
-            return costs[n](lambda s: self.head_of(stage, s, x, statistics), state)
+        def charge(n: int, stage: int, state: Tensor, left: Tensor) -> Tensor:
+            return costs[n](lambda s: self.head_of(stage, s, x, statistics), state, left)
 
-        calls: dict[nn.Module, list[Callable[[Tensor], Tensor] | None]] = {}
+        calls: dict[nn.Module, list[BlockCost | None]] = {}
         for n, b in enumerate(self._blocks):
             own = partial(charge, n, b.stage) if n in costs else None
             calls.setdefault(b.module, []).append(own)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 PLACE = "_compiled_call_impl"  # what nn.Module calls first, where it is there
 
 StandIn = Callable[..., Any]
+BlockCost = Callable[[Tensor, Tensor], Tensor]  # of the states that enter and leave
 
 
 @contextmanager
@@ -155,19 +156,17 @@ class ReplayedBlock(Protocol):
 
     Attributes:
         running_costs: of the calls that come, one after the other; where there is one, a call
-            with gradients charges it for the block's input, inside the replay.
+            with gradients charges it for the block's input and output, inside the replay.
         paid: what was charged.
     """
 
-    running_costs: Iterator[Callable[[Tensor], Tensor] | None]
+    running_costs: Iterator[BlockCost | None]
     paid: list[Tensor]
 
 
 @contextmanager
-def collected(
-    block: nn.Module, costs: Sequence[Callable[[Tensor], Tensor] | None]
-) -> Iterator[list[Tensor]]:
-    """Collects cost(x) for the inputs x of a block, inside its replay where it has one.
+def collected(block: nn.Module, costs: Sequence[BlockCost | None]) -> Iterator[list[Tensor]]:
+    """Collects cost(x, y) of the states x → y of a block, inside its replay where it has one.
 
     Each call has its cost, or none.
     """
@@ -182,12 +181,13 @@ def collected(
         return
     paid: list[Tensor] = []
 
-    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def leaves(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cost = next(turns, None)
         if cost is not None and torch.is_grad_enabled():
-            paid.append(cost(cast(Tensor, state_among(args, kwargs))))
+            x, y = state_among(args, kwargs), state_of(output)
+            paid.append(cost(cast(Tensor, x), cast(Tensor, y)))
 
-    handle = block.register_forward_pre_hook(enters, with_kwargs=True)
+    handle = block.register_forward_hook(leaves, with_kwargs=True)
     try:
         yield paid
     finally:

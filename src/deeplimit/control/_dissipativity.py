@@ -124,11 +124,17 @@ def dissipativity(
 
     Raises:
         InputError: an empty loader, targets that are no classes or not aligned, inputs that are
-            not finite, or no stage cost.
+            not finite, no stage cost, or one whose control cost is no squared norm.
     """
     if not isinstance(stage_cost, StageCost):
         raise InputError(
             f"{shown(stage_cost)} given as the objective; expected a StageCost(model, loss, weight)"
+        )
+    kind = stage_cost.control_cost_kind
+    if control_cost is None and kind != "squared":
+        raise InputError(
+            f"the control cost is {kind}; the inequality is known of the squared one: give "
+            "control_cost=0 for that of the loss alone"
         )
     loss, structure = check_loss(stage_cost.loss), stage_cost.anatomy
     gamma = torch.tensor(stage_cost.weight, dtype=torch.float64)

@@ -16,6 +16,13 @@ from deeplimit._anatomy.anatomy import Head
 from deeplimit._anatomy.checks import IGNORED, check_count, check_number
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
 from deeplimit.control.batches import aligned, blame_inputs
+from deeplimit.control.control_cost import (
+    ControlCost,
+    KineticEnergy,
+    check_kind,
+    ends_of_stages,
+    moves,
+)
 from deeplimit.control.losses import AnyLoss, Loss
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
 from deeplimit.control.token_losses import CountedTokens, widened
@@ -88,6 +95,9 @@ class StageCost(nn.Module):
             has a norm those from its last norm on, which undoes the scale of the others. Of blocks
             whose states are of tokens, [B, L, d], it is all parameters: attention and MLP each add
             to the state.
+        control_cost_kind: "squared"; or "kinetic", which puts mean_i ‖x_{n+1}^i − x_n^i‖² in place
+            of ‖θ_n‖², the regularisation of optimal transport (arXiv 2505.13499). Of states
+            [B, L, d] the samples i are tokens; a layer that changes the shape is not charged.
         layers: k ≥ 1: how many layers a step takes; None, or k ≥ M: all.
         shift: targets [B, L] are the inputs themselves: each predicts the next (`aligned`).
 
@@ -113,11 +123,14 @@ class StageCost(nn.Module):
         weight: float | Iterable[float] | Tensor = 0.1,
         *,
         control_cost: float = 0.0,
+        control_cost_kind: ControlCost = "squared",
         layers: int | None = None,
         shift: bool = False,
     ):
         super().__init__()
         self.control_cost = _check_weight("control cost r", control_cost)
+        check_kind(control_cost_kind)
+        self.control_cost_kind: ControlCost = control_cost_kind
         self.loss = loss if isinstance(loss, SoftCrossEntropy) else AnyLoss(loss)
         check_bare(model.model if isinstance(model, Anatomy) else model)
         self.anatomy: Anatomy = anatomy(model)
@@ -174,7 +187,8 @@ class StageCost(nn.Module):
         """(cost, logits) of a batch whose targets are aligned."""
         # Looked up before the model runs: under FSDP2 the parameters are then still the sharded
         # ones, whose gradients are the optimiser's.
-        controls = self.anatomy.controls if self.control_cost else []
+        squared = self.control_cost and self.control_cost_kind == "squared"
+        controls = self.anatomy.controls if squared else []
         logits, running = self._run(x, y)
         cost = self.loss.mean(widened(logits), y)
         if running is not None:
@@ -186,40 +200,65 @@ class StageCost(nn.Module):
         return cost, logits
 
     def _run(self, x: Inputs, y: Any) -> tuple[Tensor, Tensor | None]:
-        """The model's logits, and Σ_{n<N} γ_n·mean_i ℓ(z_n^i, y^i) where some γ_n is not 0."""
-        structure, loss = self.anatomy, self.loss
+        """The model's logits, and Σ_{n<N} of γ_n times the loss and r/2 times the kinetic energy.
+
+        None in its place where neither has a weight.
+        """
+        structure, energy = self.anatomy, None
+        if self.control_cost and self.control_cost_kind == "kinetic":
+            energy = KineticEnergy(structure, x, y, self.control_cost / 2)
         layers = self._drawn()
-        if not layers:
+        if not layers and energy is None:
             return structure.run(x), None
         every = self._weights()
         # All layers' from the sum over the drawn ones.
-        share = sum(w > 0 for w in every) / len(layers)
-        weights = [share * every[n] for n in layers]
+        share = sum(w > 0 for w in every) / max(len(layers), 1)
+        weights = {n: share * every[n] for n in layers}
         if structure.replayed and torch.is_grad_enabled():
             mean = self._mean_loss(y)
-            charged = {n: partial(_charge, mean, w) for n, w in zip(layers, weights, strict=True)}
+            charged = {
+                n: partial(_charge, mean, weights.get(n, 0.0), energy)
+                for n in (layers if energy is None else range(structure.horizon))
+            }
             with structure.collect_stage_costs(charged, x) as costs:
                 logits = structure.run(x)
             return logits, torch.stack(costs).sum()
         # Before the model runs, as under the adjoint, where the first layers' costs are computed
         # before the later projections' statistics move.
         statistics = RunningStatistics(self.model.modules())
-        states, logits = structure.states(x)
-        states = [states[n] for n in layers]
+        with ends_of_stages(structure) as ends:
+            states, logits = structure.states(x)
+        running = [] if energy is None else [energy(*pair) for pair in moves(states, ends)]
+        if layers:
+            states = [states[n] for n in layers]
+            losses = self._losses(states, layers, statistics, x, y)
+            running.append((losses.new_tensor(list(weights.values())) * losses).sum())
+        return logits, torch.stack(running).sum()
+
+    def _losses(
+        self,
+        states: Sequence[Tensor],
+        layers: Sequence[int],
+        statistics: RunningStatistics,
+        x: Inputs,
+        y: Any,
+    ) -> Tensor:
+        """mean_i ℓ(z_n^i, y^i) of each of these layers, whose states meet the head together."""
+        structure, loss = self.anatomy, self.loss
+        each: Tensor
         if structure.tokens:
 
             def head(tokens: Tensor) -> Tensor:  # in the backward pass too with these statistics
                 return structure.logits([tokens], 0, statistics, x)[0]
 
-            losses = self._mean_loss(y, kept=True)(head, *states)
-        else:
-            z = widened(structure.logits(states, layers, statistics, x))
-            if isinstance(loss, SoftCrossEntropy):
-                values: Tensor = loss(z, y.expand(len(z), *y.shape))
-                losses = values.flatten(1).sum(1) / (y != IGNORED).sum().clamp(min=1)
-            else:
-                losses = torch.stack([loss.mean(own, y) for own in z])
-        return logits, (losses.new_tensor(weights) * losses).sum()
+            each = self._mean_loss(y, kept=True)(head, *states)
+            return each
+        z = widened(structure.logits(states, layers, statistics, x))
+        if isinstance(loss, SoftCrossEntropy):
+            values: Tensor = loss(z, y.expand(len(z), *y.shape))
+            each = values.flatten(1).sum(1) / (y != IGNORED).sum().clamp(min=1)
+            return each
+        return torch.stack([loss.mean(own, y) for own in z])
 
     def _weights(self) -> Sequence[float]:
         """γ_0 … γ_{N−1}."""
@@ -255,20 +294,30 @@ class StageCost(nn.Module):
         return each if self.anatomy.tokens else mean
 
     def extra_repr(self) -> str:
-        """γ, r, and k where there is one."""
+        """γ, r and its kind, and k where there is one."""
+        kind = "" if self.control_cost_kind == "squared" else f" ({self.control_cost_kind})"
         some = "" if self.layers is None else f", layers={self.layers}"
         one = self.weight
         weight = f"{one:g}" if isinstance(one, float) else f"({', '.join(f'{w:g}' for w in one)})"
-        return f"weight={weight}, control_cost={self.control_cost:g}{some}"
+        return f"weight={weight}, control_cost={self.control_cost:g}{kind}{some}"
 
 
 def _check_weight(name: str, value: Any) -> float:
     return check_number(name, value, "a number ≥ 0", lambda v: 0 <= v < math.inf)
 
 
-def _charge(mean: Callable[..., Tensor], weight: float, head: Head, x: Tensor) -> Tensor:
-    """What a state costs: its weight times its loss."""
-    return weight * mean(head, x).sum()
+def _charge(
+    mean: Callable[..., Tensor],
+    weight: float,
+    energy: KineticEnergy | None,
+    head: Head,
+    x: Tensor,
+    left: Tensor,
+) -> Tensor:
+    """The cost of a layer: its weight times the loss of its state, and its kinetic energy."""
+    parts = [weight * mean(head, x).sum()] if weight else []
+    parts += [energy(x, left)] if energy is not None else []
+    return torch.stack(parts).sum()
 
 
 def _squared_norm(controls: list[nn.Parameter]) -> Tensor:
@@ -304,6 +353,7 @@ class Distillation(StageCost):
         temperature: τ > 0.
         weight: γ of the stage cost, or γ_0 … γ_{N−1}; here 0 by default.
         control_cost: r of the stage cost.
+        control_cost_kind: as of `StageCost`.
         layers: as of `StageCost`.
         shift: likewise.
 
@@ -322,11 +372,20 @@ class Distillation(StageCost):
         temperature: float = 2.0,
         weight: float | Iterable[float] | Tensor = 0.0,
         control_cost: float = 0.0,
+        control_cost_kind: ControlCost = "squared",
         layers: int | None = None,
         shift: bool = False,
     ):
         check_loss(loss)
-        super().__init__(model, loss, weight, control_cost=control_cost, layers=layers, shift=shift)
+        super().__init__(
+            model,
+            loss,
+            weight,
+            control_cost=control_cost,
+            control_cost_kind=control_cost_kind,
+            layers=layers,
+            shift=shift,
+        )
         check_teaching(teacher_weight, temperature)
         self.learns = learns
         self.teacher = copy.deepcopy(teacher)

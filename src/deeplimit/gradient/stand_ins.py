@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,8 +136,8 @@ class AdjointForward(StandIn):
     """Stands in a block's own attributes for its forward; the class's forward is untouched.
 
     Attributes:
-        running_costs: of the calls that come; charged for the block's input inside each with
-            gradients.
+        running_costs: of the calls that come; charged for the block's input and output inside each
+            with gradients.
         paid: what was charged.
     """
 
@@ -163,7 +163,8 @@ class AdjointForward(StandIn):
                 return output
             several = isinstance(output, tuple)
             x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-            return (*(output if several else (output,)), cost(x))
+            left = cast(Tensor, state_of(output))
+            return (*(output if several else (output,)), cost(x, left))
 
         *output, paid = self.run((self.step, charging, None), args, kwargs)
         self.paid.append(paid)
