@@ -279,7 +279,7 @@ def test_help_names_and_explains_every_option(verb: str) -> None:
     assert f"deeplimit {verb}" in done.out.replace(f"usage: deeplimit {verb}", "")  # an example
 
 
-@pytest.mark.parametrize("data", ["digits", "spirals", "mnist", "cifar10", "npz:x.npz"])
+@pytest.mark.parametrize("data", ["digits", "mazes", "spirals", "mnist", "cifar10", "npz:x.npz"])
 def test_help_shows_the_defaults_of_the_data_set(data: str) -> None:
     recipe = recipe_for(data)
     shown = re.sub(r"[│|\s]+", " ", command("train", data, "--depth", "7", "--help").out)

@@ -16,7 +16,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("digit", "digits"), ("MNIST", "mnist"), ("cifar-10", "cifar10"), ("spiral", "spirals")],
+    [("digit", "digits"), ("MNIST", "mnist"), ("cifar-10", "cifar10"), ("maze", "mazes")],
 )
 def test_unknown_name_gives_the_nearest(name: str, nearest: str, tmp_path: Path) -> None:
     for data_dir in (None, tmp_path):
@@ -29,7 +29,7 @@ def test_unknown_name_knows_the_folders_there(idx_folder: Path) -> None:
     with pytest.raises(InputError, match="did you mean tiny") as raised:
         load_dataset("tinny", data_dir=idx_folder.parent)
     listed = str(raised.value).partition("Expected")[2]
-    assert "digits, spirals, mnist, cifar10, tiny, hub:…, npz:…" in listed
+    assert "digits, mazes, spirals, mnist, cifar10, tiny, hub:…, npz:…" in listed
 
 
 @pytest.mark.parametrize("name", ["", "xyzzy", "ftp:here"])

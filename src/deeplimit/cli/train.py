@@ -22,8 +22,8 @@ class Train(options_of(train)):  # type: ignore[misc]
     """The options of `train`, and what goes with a run or a recipe that is there."""
 
     data: Annotated[str, Positional, arg(metavar="DATA")] = DEFAULT_DATA
-    """digits, spirals, mnist, cifar10, hub:OWNER/NAME, npz:FILE, or a folder in the data folder;
-    for a model of text text:FILE, or table:FILE with columns text and label."""
+    """digits, mazes, spirals, mnist, cifar10, hub:OWNER/NAME, npz:FILE, or a folder in the data
+    folder; for a model of text text:FILE, or table:FILE with columns text and label."""
     recipe: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=default_hint)] = None
     """Take data set and defaults from this recipe.toml; options given beside it override it."""
     resume: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint=default_hint)] = None

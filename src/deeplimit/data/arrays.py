@@ -1,4 +1,4 @@
-"""Sets that are arrays: digits and spirals, which are made here, IDX files and NumPy archives.
+"""Sets that are arrays: digits, spirals and mazes, made here, IDX files and NumPy archives.
 
 IDX is the format in which MNIST and its kin (Fashion-MNIST, KMNIST, …) are published
 (http://yann.lecun.com/exdb/mnist): two zero bytes, a type byte (8: unsigned byte), the number of
@@ -35,6 +35,9 @@ _POINTS = 500  # per arm
 _TURNS = 1.25
 _INNER_RADIUS = 0.1  # keeps the arms apart at the centre: 0.2 = 10 standard deviations of the noise
 _NOISE = 0.02
+_MAZES, _SIDE, _WALLS = 20_000, 8, 0.4
+_OPEN, _MARK = (128, 128, 128), (0, 255, 0)
+_PAINTS = np.array([(255, 0, 0), (0, 0, 255)], dtype=np.uint8)
 _UNSIGNED_BYTE = 8
 _FILES = {"train": "train", "test": "t10k"}
 _CHANNELS = (1, 3)
@@ -67,6 +70,56 @@ def load_spirals(request: Request) -> DataSet:
     x = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     x += _NOISE * generator.standard_normal(x.shape)
     return split_whole(request.name, x.astype(np.float32), arm.astype(np.int64), ("arm 0", "arm 1"))
+
+
+def load_mazes(request: Request) -> DataSet:
+    """Makes mazes, colour images [3, 8, 8]: which paint reaches the mark? 12,000 / 4,000 / 4,000.
+
+    A cell is a wall (black) with probability 0.4, otherwise open (grey). Of the open cells one is
+    red, one blue, with no path between them, and one green, the mark. Paths lead up, down, left and
+    right from open cell to open cell. The class is the paint from which one leads to the mark; of
+    the lengths that a shortest path from there can have in the maze, from 1 on, each is as likely.
+    A layer of two 3 × 3 convolutions looks two cells further: a long path needs many layers, a
+    short one few. Another seed gives other mazes.
+    """
+    generator = np.random.default_rng(request.seed)
+    drawn, cells = 2 * _MAZES, _SIDE**2  # to keep those with two paints that have a way to go
+    rows = np.arange(drawn)
+    mazes = generator.uniform(size=(drawn, cells)) >= _WALLS
+
+    def pick(possible: np.ndarray) -> np.ndarray:
+        draws = np.where(possible, generator.uniform(size=mazes.shape), -1)
+        chosen: np.ndarray = draws.argmax(axis=1)
+        return chosen
+
+    first = pick(mazes)
+    away = [_path_lengths(mazes, first)]
+    second = pick(mazes & (away[0] < 0))
+    away.append(_path_lengths(mazes, second))
+    reached, labels = generator.integers(0, 2, (2, drawn))
+    lengths = np.where(reached[:, None] == 0, *away)
+    longest = lengths.max(axis=1)
+    wanted = 1 + (generator.uniform(size=drawn) * longest).astype(np.int64)
+    x = np.where(mazes[:, None], np.array(_OPEN, dtype=np.uint8)[:, None], 0).astype(np.uint8)
+    x[rows, :, first] = _PAINTS[labels ^ reached]
+    x[rows, :, second] = _PAINTS[1 - labels ^ reached]
+    x[rows, :, pick(lengths == wanted[:, None])] = _MARK
+    apart = (away[0].max(axis=1) > 0) & (away[1].max(axis=1) > 0) & (away[0][rows, second] < 0)
+    kept = np.flatnonzero(apart)[:_MAZES]
+    images = x[kept].reshape(-1, 3, _SIDE, _SIDE)
+    return split_whole(request.name, images, labels[kept], ("red", "blue"))
+
+
+def _path_lengths(mazes: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Finds how long the shortest paths to every cell are, from one of each maze; −1 for none."""
+    reached = mazes & (np.arange(_SIDE**2) == start[:, None])
+    lengths = np.where(reached, 0, -1)
+    while reached.any():
+        near = np.pad(reached.reshape(-1, _SIDE, _SIDE), ((0, 0), (1, 1), (1, 1)))
+        near = near[:, :-2, 1:-1] | near[:, 2:, 1:-1] | near[:, 1:-1, :-2] | near[:, 1:-1, 2:]
+        reached = near.reshape(mazes.shape) & mazes & (lengths < 0)
+        lengths[reached] = lengths.max() + 1
+    return lengths
 
 
 def load_idx(request: Request) -> DataSet:

@@ -18,7 +18,7 @@ else:
     DataSet = Any  # names are checked without torch
 
 # A new source is one file with a function Request → DataSet, and one entry here, FILE:FUNCTION.
-BY_NAME = {"digits": "arrays:load_digits", "spirals": "arrays:load_spirals"}
+BY_NAME = {name: f"arrays:load_{name}" for name in ("digits", "mazes", "spirals")}
 BY_PREFIX = {
     "hub": "tables:load_hub",
     "npz": "arrays:load_npz",
@@ -73,6 +73,7 @@ def load_dataset(
 
     =============== ==========================================================================
     digits          scikit-learn's digits, grey images of 8×8; no download
+    mazes           which of two paints reaches the mark, colour images of 8×8, generated
     spirals         two spirals in the plane, generated from the seed
     mnist, NAME     the folder DATA_DIR/NAME with the four IDX files, gzipped or not
     cifar10, NAME   the folder DATA_DIR/NAME with train-*.parquet and test-*.parquet
@@ -85,7 +86,7 @@ def load_dataset(
     Test is the set's own test part where it has one. What a set lacks is held out from its
     training part, stratified by class: a tenth, at most 5,000; sets without any parts are split
     60/20/20, a text 80/10/10 in the order of the file. The held-out samples are always the same,
-    whatever `seed`; only spirals depend on it.
+    whatever `seed`; only mazes and spirals depend on it.
 
     Args:
         name: one of the above.

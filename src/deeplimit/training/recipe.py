@@ -44,8 +44,8 @@ class Recipe:
     """
 
     data: str = "digits"
-    """Name of the data set: digits, spirals, mnist, cifar10, hub:OWNER/NAME, npz:FILE, a folder;
-    for a model of text text:FILE, or table:FILE with columns text and label."""
+    """Name of the data set: digits, mazes, spirals, mnist, cifar10, hub:OWNER/NAME, npz:FILE, a
+    folder; for a model of text text:FILE, or table:FILE with columns text and label."""
     data_dir: Path | None = None
     """Folder that holds the data sets' folders; without it DEEPLIMIT_DATA says where."""
     length: int | None = None
