@@ -51,6 +51,8 @@ WRONG = {
     "study horzon": "did you mean horizon?",
     # Numbers are refused before it is looked whether the run is there.
     "crop runs/a --points 50": "--points is 50.0; expected a number from 0 to less than 50",
+    "crop runs/a --confidence 95": "--confidence is 95.0; expected a number above 0.5 to less than",
+    "train digits --confidence 95": "confidence is 95; expected a fraction above 0.5 and below 1",
     "crop runs/a --blocks 0": "--blocks is 0; expected at least 1",
     "crop runs/a --multiply-adds 0": "--multiply-adds is 0.0; expected a number above 0 to 1",
     "crop runs/a --latency 1.5": "--latency is 1.5",

@@ -146,6 +146,7 @@ def test_points_that_cannot_be_lost(points: str, run: Path) -> None:
         (["--multiply-adds", "0.0001"], ("cannot reach", "larger budget")),
         (["--blocks", "2", "--latency", "0.5"], ("--blocks and --latency", "give one")),
         (["--to", "2", "--points", "0.1"], ("--to and --points", "give one")),
+        (["--to", "2", "--confidence", "0.9"], ("--confidence and --to", "auto, --points")),
     ],
 )
 def test_budgets_that_cannot_be_met(args: list[str], says: tuple[str, ...], run: Path) -> None:

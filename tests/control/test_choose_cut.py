@@ -113,6 +113,19 @@ def test_layers_that_do_nothing_go_first_whatever_the_budget(
     assert choose_cut(model, made, loader, multiply_adds=share).removed == exact
 
 
+def test_with_a_confidence_samples_that_judge_ordered_nothing() -> None:
+    places = {1, 3, 6}
+    model = silenced("group", places)
+    loader = self_labelled(model, inputs(IMAGE, 200))
+    made = turnpike_profile(model, loader, LOSS)
+    # What the profile says, of these very samples, decides nothing.
+    told = replace(made, influence=tuple(reversed(made.influence)))
+    for one in (made, told):
+        chosen = choose_cut(model, one, loader, accuracy=0.02, confidence=0.95)
+        assert (chosen.removed, chosen.score, chosen.samples) == ((1, 3, 6), "trial", 180)
+        assert chosen.confidence == 0.95
+
+
 def test_the_latency_that_is_kept() -> None:
     torch.manual_seed(0)
     model = Architecture("vector", (16,), CLASSES, (14,), width=16, hidden=16).build().eval()

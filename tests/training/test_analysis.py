@@ -93,6 +93,26 @@ def test_the_accuracy_that_may_be_lost_is_the_users(run: RunFolder) -> None:
     assert run.cut() == stored
 
 
+def test_a_cut_with_a_confidence_is_walked_from_the_full_depth(run: RunFolder) -> None:
+    data, model = load_data(RECIPE, run.path.parent), run.model()
+    profiles = run.profiles() or profile_run(run)
+    cut = crop_run(run, accuracy=0.05, confidence=0.95, data=data)
+    validation = iter_batches(data.validation, 256)
+    by_hand = choose_cut(model, profiles.validation, validation, accuracy=0.05, confidence=0.95)
+    assert cut.choice == by_hand
+    assert (cut.choice.score, cut.choice.samples) == ("tail", len(data.validation))
+    assert cut.removed == tuple(range(8 - len(cut.removed), 8)) != ()
+    assert "with confidence 95\xa0% whatever the network" in rule(cut, profiles)
+    # The recipe's is taken where none is given; half a point cannot be told, and that is said.
+    sure = replace(run, recipe=replace(RECIPE, confidence=0.95))
+    few = crop_run(sure, data=data)
+    assert (few.removed, few.tolerance, few.needed) == ((), 0.005, 623)
+    assert "359, cannot exclude a loss of 0.5 points at 95 %" in rule(few, profiles)
+    for wrong in ({"to": 3}, {"blocks": 2}):
+        with pytest.raises(InputError, match=r"confidence 0.95 given, .* leave it out"):
+            crop_run(run, confidence=0.95, data=data, **wrong)
+
+
 def test_a_cut_to_a_depth_keeps_that_many_layers(run: RunFolder) -> None:
     data, model = load_data(RECIPE, run.path.parent), run.model()
     cut = crop_run(run, 3, data=data)

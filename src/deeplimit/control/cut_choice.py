@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from deeplimit._anatomy import Anatomy
 from deeplimit.control.trials import Trials
-from deeplimit.control.verdict import CONFIDENCE, FEW, samples_needed
+from deeplimit.control.verdict import CONFIDENCE, FEW, excludes, most_risen, samples_needed
 from deeplimit.errors import several
 from deeplimit.records import Record
 
@@ -52,6 +52,7 @@ class CutChoice(Record):
         loss_error: standard error of loss_after − loss_before, paired by sample.
         branches: where branches were chosen, the pairs (layer, branch) that go; `layers_before` and
             `layers_after`, and a limit in blocks, count branches then.
+        confidence: with which the limit is kept on later samples, where that was asked for.
     """
 
     removed: tuple[int, ...]
@@ -72,6 +73,7 @@ class CutChoice(Record):
     loss_after: float | None = None
     loss_error: float | None = None
     branches: tuple[tuple[int, str], ...] | None = None
+    confidence: float | None = None
 
     @property
     def needed(self) -> int | None:
@@ -79,7 +81,9 @@ class CutChoice(Record):
 
         None where there are so many, and for another budget.
         """
-        return samples_needed(self.limit, self.samples or 0) if self.budget == "accuracy" else None
+        if self.budget != "accuracy":
+            return None
+        return samples_needed(self.limit, self.samples or 0, self.confidence)
 
     def __str__(self) -> str:
         """A line: the layers kept of each stage, and what that costs."""
@@ -111,9 +115,12 @@ class CutChoice(Record):
         shown = shown if self.removed or self.branches else shown[:1]
         unit, on = " %" if scale == 100 else "", several(self.samples, "sample")
         parts = [f"{name} {' → '.join(shown)}{unit} of {on}"]
+        sure = f"{100 * (self.confidence or CONFIDENCE):g} %"
+        if self.confidence is not None:
+            parts.append(f"the limit is kept with confidence {sure}")
         if self.needed is not None:
             parts.append(
-                f"so few cannot exclude a loss of {several(100 * self.limit, 'point')} at 95 %, "
+                f"so few cannot exclude a loss of {several(100 * self.limit, 'point')} at {sure}, "
                 f"{self.needed:,} could"
             )
         return parts
@@ -123,7 +130,8 @@ class Spending:
     """Measures cuts of so many `orders` by one budget, in which `rise` is the part of the loss.
 
     Where a `quality` is limited, accuracy or loss, most layers go; where a cost is, fewest, and
-    `most` at most.
+    `most` at most. With a `confidence` a cut is tested by `excludes` and `most_risen`, for one
+    order that is walked along to the first cut that fails.
     """
 
     def __init__(
@@ -134,11 +142,12 @@ class Spending:
         limit: float,
         rise: float,
         orders: int,
+        confidence: float | None = None,
     ):
         self.structure, self.data = structure, trials is not None
         self.trials = cast(Trials, trials)  # asked only where there are data
         self.budget, self.limit, self._rise = budget, limit, rise
-        self.quality = budget in QUALITY
+        self.quality, self.confidence = budget in QUALITY, confidence
         # Of an order that is bisected so many cuts are tried; one that is walked along stops at the
         # first cut that loses, so that none before it counts.
         tried = orders * math.ceil(math.log2(structure.horizon + 1)) + 1
@@ -178,11 +187,17 @@ class Spending:
             return before == 0 or after / before <= self.limit
         if self.trials.samples < FEW:
             return True
-        outcome = self.trials.outcome(removed)
-        lost = outcome.lost + self._z * outcome.error
-        risen = outcome.risen + self._z * outcome.risen_error
+        outcome, samples = self.trials.outcome(removed), self.trials.samples
+        if self.confidence is None:
+            lost = outcome.lost + self._z * outcome.error > self.limit
+            risen = outcome.risen + self._z * outcome.risen_error
+        else:
+            sure = self.confidence
+            lost = not excludes(samples, *outcome.swapped, self.limit, sure)
+            rise = (outcome.risen, outcome.risen_error, outcome.skewness)
+            risen = most_risen(*rise, samples, sure)
         # A cut whose loss is not a number loses.
-        return (self.budget == "accuracy" and lost > self.limit) or not risen <= self._rise
+        return (self.budget == "accuracy" and lost) or not risen <= self._rise
 
     def _costs(self, removed: Collection[int]) -> tuple[float, float]:
         """Of the model and its cut: latencies, or else multiply-adds."""
@@ -223,6 +238,7 @@ class Spending:
             limit=self.limit,
             layers_before=self._kept(()),
             layers_after=self._kept(removed),
+            confidence=self.confidence,
             **figures,
         )
 

@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,23 +28,42 @@ MayGo = Callable[[Collection[int], int], bool]
 class Outcome:
     """Accuracy and loss of a cut, what it loses of the first, and by how much the second rises.
 
-    The changes come with their standard errors, paired by sample. Accuracies are NaN, and nothing
-    of them is lost, where the loss knows no classes.
+    The changes come with their standard errors, paired by sample, that of the loss with its
+    skewness. `swapped` says how many samples are right before only, and after only. Accuracies are
+    NaN, and nothing of them is lost, where the loss knows no classes.
     """
 
     loss: float
     risen: float
     risen_error: float
+    skewness: float
     accuracy: float = math.nan
     lost: float = 0.0
     error: float = 0.0
+    swapped: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, own: Figures, cut: Figures) -> "Outcome":
+        """That of a cut beside the network itself: losses [S], and 1 where an answer is right."""
+        rise = cut["loss"] - own["loss"]
+        risen, error = mean_and_error(rise)
+        spread = error * math.sqrt(len(rise))
+        skewness = float(((rise - risen) / spread).pow(3).mean()) if spread > 0 else 0.0
+        outcome = cls(float(cut["loss"].mean()), risen, error, skewness)
+        if "right" not in own:
+            return outcome
+        change = own["right"] - cut["right"]
+        lost, error = mean_and_error(change)
+        swapped = int((change > 0).sum()), int((change < 0).sum())
+        right = float(cut["right"].mean())
+        return replace(outcome, accuracy=right, lost=lost, error=error, swapped=swapped)
 
 
 class Trials:
     """Tries cuts of a model in evaluation mode, without gradients; what is found is kept for later.
 
     The batches are the same in every pass over the loader. The first, or half of the samples if
-    that is less, is what `order` looks at; `samples` others judge.
+    that is less, is what `order` looks at; `samples` others judge, or without `ordering` all.
     """
 
     def __init__(
@@ -54,6 +73,7 @@ class Trials:
         of: SampleLoss | None = None,
         *,
         shift: bool = False,
+        ordering: bool = True,
     ):
         batches = begun(loader)
         if batches is loader:
@@ -63,7 +83,7 @@ class Trials:
             )
         of = of or ClassLoss(None)
         self.structure, self._of = structure, of
-        self._loader, self._shift = loader, shift
+        self._loader, self._shift, self.ordering = loader, shift, ordering
         self._targets: list[Tensor] | None = None
         self._rows = 0
         self._outcomes: dict[frozenset[int], Outcome] = {}
@@ -82,7 +102,7 @@ class Trials:
         self._answers = structure.run(self._first)
         first = of.measured(structure, self._first, self._first_targets, [self._answers])
         used, every = first["loss"].shape[1], own["loss"].shape[1]
-        self._judging = slice(used if used < every else 0, None)
+        self._judging = slice(used if ordering and used < every else 0, None)
         self._own = self._judged(own)
         self.samples = self._own["loss"].shape[-1]
 
@@ -90,14 +110,8 @@ class Trials:
         """Accuracy and loss of a cut, on the samples that judge."""
         key = frozenset(removed)
         if key not in self._outcomes:
-            own, cut = self._own, self._own
-            if key:
-                cut = self._judged(self._run(self._cut(key)))
-            figures = [float(cut["loss"].mean()), *mean_and_error(cut["loss"] - own["loss"])]
-            if "right" in own:
-                lost = mean_and_error(own["right"] - cut["right"])
-                figures += [float(cut["right"].mean()), *lost]
-            self._outcomes[key] = Outcome(*figures)
+            cut = self._judged(self._run(self._cut(key))) if key else self._own
+            self._outcomes[key] = Outcome.of(self._own, cut)
         return self._outcomes[key]
 
     def multiply_adds(self, removed: Collection[int]) -> int:

@@ -226,14 +226,14 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std(correction=0)) / math.sqrt(max(len(values), 1))
 
 
-def quantile(samples: int) -> float:
+def quantile(samples: int, z: float = Z) -> float:
     """By how many standard errors, of so many samples, a mean may be off: one-sided, at 95 %.
 
     Student's t in powers of 1/(n − 1), right to three digits from 11 samples on, and the factor
-    of the standard deviation without correction.
+    of the standard deviation without correction; for another quantile z of the normal likewise.
     """
     free = max(samples - 1, 1)
-    t = Z + (Z**3 + Z) / (4 * free) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * free**2)
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
     return t * math.sqrt(samples / free)
 
 
@@ -264,13 +264,17 @@ def loss_bounds(
     return -_upper(samples, gained, lost), _upper(samples, lost, gained)
 
 
+def _gained(n: float | int, b: float | int, c: float | int, delta: float) -> float:
+    """The largest-likelihood estimate q of P(right after only) where Δ is `delta`."""
+    first = (2 * n - b + c) * delta - b - c
+    return (math.sqrt(first**2 + 8 * n * c * delta * (1 - delta)) - first) / (4 * n)
+
+
 def _upper(n: float | int, b: float | int, c: float | int) -> float:
     """The largest Δ that the test does not exclude."""
 
     def excluded(delta: float) -> bool:
-        first = (2 * n - b + c) * delta - b - c
-        q = (math.sqrt(first**2 + 8 * n * c * delta * (1 - delta)) - first) / (4 * n)
-        variance = n * (2 * q + delta * (1 - delta))
+        variance = n * (2 * _gained(n, b, c, delta) + delta * (1 - delta))
         return n * delta - (b - c) >= Z * math.sqrt(max(variance, 0.0))
 
     inside, outside = max((b - c) / n, -1.0), 1.0
@@ -280,20 +284,72 @@ def _upper(n: float | int, b: float | int, c: float | int) -> float:
     return outside
 
 
-def samples_to_exclude(tolerance: float | int) -> int | None:
+def excludes(
+    samples: int, lost: int, gained: int, tolerance: float, confidence: float = CONFIDENCE
+) -> bool:
+    """Tests at level α = 1 − confidence if no more than the tolerance δ of accuracy is lost.
+
+    Tango's score with its corrections for continuity and skewness (one term of Edgeworth's series):
+
+        nδ − (b − c) − κ ≥ z_α √(nσ²),    κ = max(0, ½ − (z_α² − 1)/6 · μ₃/σ²),
+
+    with σ² = 2q + δ(1 − δ) and μ₃ = δ(1 − 6q − 3δ + 2δ²) the variance and third moment of a
+    sample's loss. Without κ the level of 5 % is exceeded, by up to 6.7 % where 540 samples are to
+    tell half a point; with it the exact one, for all q, never was from 11 to 5,000 samples.
+    """
+    z, q = NormalDist().inv_cdf(confidence), max(_gained(samples, lost, gained, tolerance), 0.0)
+    variance = 2 * q + tolerance * (1 - tolerance)
+    if variance <= 0:  # nothing may be lost, and nothing differs: no number of samples tells that
+        return False
+    below = samples * tolerance - (lost - gained) - _correction(z, tolerance, q)
+    return below >= z * math.sqrt(samples * variance)
+
+
+def _correction(z: float, delta: float, q: float) -> float:
+    skewness = delta * (1 - 6 * q - 3 * delta + 2 * delta**2) / (2 * q + delta * (1 - delta))
+    return max(0.5 - (z**2 - 1) / 6 * skewness, 0.0)
+
+
+def most_risen(
+    mean: float, error: float, skewness: float, samples: int, confidence: float = CONFIDENCE
+) -> float:
+    """The upper bound of a mean whose samples' skewness γ, mean and standard error are given.
+
+    Hall's transformation (J. R. Stat. Soc. B 54, 221–228, 1992) takes the skewness out of Student's
+    t, whose one-sided bound is off by O(γ/√n) otherwise: what few samples lose much lies above it
+    too often. The error that is left is O(1/n). No bound holds for every law of an unbounded loss.
+
+        x̄ − s·(3/γ)·( ∛(1 − γ(t_α/√n + γ/(6n))) − 1 )
+    """
+    t = quantile(samples, NormalDist().inv_cdf(confidence))
+    if abs(skewness) < 1e-6:  # the limit
+        return mean + t * error
+    root = math.cbrt(1 - skewness * (t / math.sqrt(samples) + skewness / (6 * samples)))
+    return mean + math.sqrt(samples) * error * 3 / skewness * (1 - root)
+
+
+def samples_to_exclude(tolerance: float | int, confidence: float | None = None) -> int | None:
     """The least number of samples that exclude a loss above the tolerance: none of them differs.
 
-    None for a tolerance of 0, which no number can exclude.
+    By Tango's bound, or with a confidence by `excludes`. None for a tolerance of 0, which no number
+    can exclude.
     """
-    return math.ceil(Z**2 * (1 - tolerance) / tolerance) if tolerance > 0 else None
+    if tolerance <= 0:
+        return None
+    z = Z if confidence is None else NormalDist().inv_cdf(confidence)
+    more = 0.0 if confidence is None else _correction(z, tolerance, 0.0)
+    spread = z * math.sqrt(1 - tolerance)
+    return math.ceil(((spread + math.sqrt(spread**2 + 4 * more)) / 2) ** 2 / tolerance)
 
 
-def samples_needed(tolerance: float | int, samples: int) -> int | None:
+def samples_needed(
+    tolerance: float | int, samples: int, confidence: float | None = None
+) -> int | None:
     """The samples that could tell a loss above the tolerance; None where there are so many.
 
     With fewer than `FEW` no cut is chosen, whatever the tolerance.
     """
-    least = max(samples_to_exclude(tolerance) or 0, FEW)
+    least = max(samples_to_exclude(tolerance, confidence) or 0, FEW)
     return least if least > samples else None
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deeplimit.control.cut_choice import CutChoice
-from deeplimit.control.verdict import FEW, Z
+from deeplimit.control.verdict import CONFIDENCE, FEW, Z
 from deeplimit.control.verifying import CropResult
 from deeplimit.errors import several
 from deeplimit.report import language
@@ -186,7 +186,12 @@ def _rule_of(cut: Cut, choice: CutChoice) -> str:
     part = f"at most {100 * choice.limit:g}{SPACE}% of the"
     limits = {
         "accuracy": f"a loss of at most {several(100 * choice.limit, 'point')} of accuracy and of "
-        f"at most {loss_gained(cut)}, with the standard errors of so many trials added",
+        f"at most {loss_gained(cut)}"
+        + (
+            ", with the standard errors of so many trials added"
+            if choice.confidence is None
+            else ""
+        ),
         "rise": language.limit(choice),
         "blocks": f"{layers(int(choice.limit))} to be kept",
         "multiply_adds": f"{part} multiply-adds",
@@ -194,12 +199,18 @@ def _rule_of(cut: Cut, choice: CutChoice) -> str:
     }
     stages = zip(choice.layers_after, choice.layers_before, strict=True)
     said = language.chosen(choice)
+    place, sure = "" if choice.score == "tail" else " of any place", ""
+    if choice.confidence is not None:
+        sure = (
+            f", with confidence {100 * choice.confidence:g}{SPACE}% whatever the network: each cut "
+            "was tested against the full network, up to the first that failed"
+        )
     if choice.accuracy_before is not None and choice.accuracy_after is not None:
         before = percent(choice.accuracy_before, choice.samples or 0)
         after = percent(choice.accuracy_after, choice.samples or 0)
         said = f" On validation data accuracy goes from {before} to {after}.{few(cut)}"
     return (
-        f"Layers of any place were chosen on validation data, for {limits[choice.budget]}: "
+        f"Layers{place} were chosen on validation data, for {limits[choice.budget]}{sure}: "
         f"{ORDERS[choice.score]}. Of the layers of each stage "
         f"{', '.join(f'{after} of {before}' for after, before in stages)} are kept.{said}{APART}"
     )
@@ -233,10 +244,13 @@ def few(cut: Cut) -> str:
     """That the validation data cannot tell what was asked for, and how many samples could."""
     if cut.needed is None or cut.tolerance is None or cut.parts is None:
         return ""
+    choice, samples, sure = cut.choice, cut.parts.validation, CONFIDENCE
+    if choice is not None and choice.confidence is not None:
+        samples, sure = choice.samples or 0, choice.confidence
     return (
-        f" So few validation samples, {cut.parts.validation:,}, cannot exclude a loss of "
-        f"{several(100 * cut.tolerance, 'point')} at 95 %, not even where none of their answers "
-        f"changes; {cut.needed:,} could."
+        f" So few validation samples, {samples:,}, cannot exclude a loss of "
+        f"{several(100 * cut.tolerance, 'point')} at {100 * sure:g} %, not even "
+        f"where none of their answers changes; {cut.needed:,} could."
     )
 
 

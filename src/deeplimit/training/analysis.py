@@ -80,6 +80,7 @@ def crop_run(
     multiply_adds: float | None = None,
     latency: float | None = None,
     bridge: bool = False,
+    confidence: float | None = None,
     data: DataSet | None = None,
 ) -> Cut:
     """Cuts a run's network; writes cropped.safetensors (or cropped/) and crop.json.
@@ -102,6 +103,8 @@ def crop_run(
         latency: with "auto", the fraction of the latency that is kept at most.
         bridge: whether what the removed layers did is fitted on training data and folded into what
             stands before them (`crop`).
+        confidence: with "auto", with which no more is lost than `accuracy`, or `rise`, allows
+            (`choose_cut`). By default what the recipe says, if anything.
         data: the run's data where it is loaded already.
 
     Raises:
@@ -113,6 +116,11 @@ def crop_run(
     if budget and to != "auto":
         raise InputError(
             f"a cut to {several(to, 'layer')} and a budget of {', '.join(budget)}; give one"
+        )
+    if confidence is not None and (budget or to != "auto"):
+        raise InputError(
+            f"confidence {confidence:g} given, which is that of a loss allowed; leave it out, or "
+            "leave out the depth or budget"
         )
     model = folder.network or folder.model()
     structure = anatomy(model)
@@ -136,8 +144,10 @@ def crop_run(
     else:
         folder = replace(folder, network=model)
         profiles = folder.profiles() or profile_run(folder, data=data)
-        if budget or structure.stages > 1 or data.vocabulary:
-            limit: dict[str, Any] = budget or {"rise" if data.vocabulary else "accuracy": most}
+        confidence = recipe.confidence if confidence is None else confidence
+        if budget or structure.stages > 1 or data.vocabulary or confidence is not None:
+            allowed = {"rise" if data.vocabulary else "accuracy": most, "confidence": confidence}
+            limit: dict[str, Any] = budget or allowed
             loss, validation = None, evaluation_batches(data.validation)
             if data.vocabulary:
                 loss = WindowLoss()

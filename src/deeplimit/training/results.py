@@ -72,6 +72,8 @@ class Cut:
         """Validation samples without which `tolerance` cannot be told, where they are too few."""
         if self.tolerance is None or self.parts is None:
             return None
+        if self.choice is not None and self.choice.confidence is not None:
+            return self.choice.needed
         return samples_needed(self.tolerance, self.parts.validation)
 
 

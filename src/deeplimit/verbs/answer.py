@@ -80,6 +80,7 @@ class Within:
 
 COUNT, POSITIVE, PART = Within(1), Within(0, above=True), Within(0, 1)
 FRACTION = Within(0, 1, above=True)
+SURE = Within(0.5, 1, above=True, below=True)
 Seed = Annotated[int, Within(0, LARGEST_SEED)]
 
 
