@@ -18,7 +18,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deeplimit import use_adjoint, use_backprop
 from deeplimit.data import load_dataset
-from deeplimit.gradient.codes import BITS, Feedback, encode
+from deeplimit.gradient.codes import BITS, Feedback
 from deeplimit.gradient.meter import CODED, CODED_KINKED
 from deeplimit.gradient.stand_ins import engines
 from deeplimit.network import CifarResNet
@@ -111,11 +110,14 @@ def switched(network: Network, **settings: Any) -> Tensor:
     return found
 
 
-def without_feedback(self: Feedback, x: Tensor, y: Tensor, bits: int) -> Any:
+CODE = Feedback.code
+
+
+def without_feedback(self: Feedback, y: Tensor, bits: int) -> Any:
     """In place of Feedback.code: each update by itself, so that errors add up."""
-    row = torch.zeros_like(self._error)
-    row[: self._size].add_(self._row(y)).sub_(self._row(x))
-    return encode(row, bits)
+    code = CODE(self, y, bits)
+    self._rebuilt = self._row(y)
+    return code
 
 
 def errors(options: argparse.Namespace) -> dict[str, Any]:
@@ -132,10 +134,10 @@ def errors(options: argparse.Namespace) -> dict[str, Any]:
         row: dict[str, float] = {}
         for bits in BITS:
             row[f"b = {bits}"] = relative(switched(network, bits=bits), exact)
-        code, Feedback.code = Feedback.code, without_feedback  # type: ignore[method-assign]
+        Feedback.code = without_feedback  # type: ignore[method-assign]
         for bits in BITS:
             row[f"b = {bits}, no feedback"] = relative(switched(network, bits=bits), exact)
-        Feedback.code = code  # type: ignore[method-assign]
+        Feedback.code = CODE  # type: ignore[method-assign]
         if "Llama" in name:
             for e in (1, 2, 3):
                 row[f"adjoint, e = {e}"] = relative(switched(network, evaluations=e), exact)
@@ -175,16 +177,14 @@ def states(_: argparse.Namespace) -> dict[str, Any]:
         for _ in range(max(depths)):
             path.append(PostNorm(WIDTH).double()(path[-1]))
     for bits in BITS:
-        for name, code in (("feedback", Feedback.code), ("no feedback", without_feedback)):
+        for name, code in (("feedback", CODE), ("no feedback", without_feedback)):
             column = []
             for depth in depths:
-                feedback, codes = Feedback(path[0]), []
-                for x, y in pairwise(path[: depth + 1]):
-                    codes.append(code(feedback, x, y, bits))
-                state, worst = feedback.end(path[depth]), 0.0
+                feedback, worst = Feedback(path[0]), 0.0
+                for y in path[1 : depth + 1]:
+                    code(feedback, y, bits)
                 for n in reversed(range(depth)):
-                    state = feedback.before(state, codes[n])
-                    off = (state - path[n]).norm() / (path[n + 1] - path[n]).norm()
+                    off = (feedback.state(n) - path[n]).norm() / (path[n + 1] - path[n]).norm()
                     worst = max(worst, float(off))
                 column.append(worst)
             found[f"b = {bits}, {name}"] = {"errors": column, "slope": _slope(depths, column)}

@@ -75,9 +75,9 @@ def test_a_coded_state_takes_its_bits(bits: int) -> None:
 
     16 kB at b = 4, 1 kB of scales; and 4 kB: 256 entries of state and update, then and now.
     """
-    some, many = peaks_of("group", 1, 32, 96, bits=bits)
+    some, many = peaks_of("group", 1, 96, 128, bits=bits)
     state = 8 * 4 * 32 * 32 * 4
-    assert (many - some) / 64 == pytest.approx(state * (bits + 0.25) / 32 + 2**12, rel=0.02)
+    assert (many - some) / 32 == pytest.approx(state * (bits + 0.25) / 32 + 2**12, rel=0.02)
 
 
 def test_plain_backpropagation_grows_and_is_above() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deeplimit.errors import InputError
-from deeplimit.gradient.codes import Code, Feedback
+from deeplimit.gradient.codes import Feedback
 from deeplimit.gradient.engine import Engine, Turn
 from deeplimit.gradient.learning import Step
 from deeplimit.gradient.meter import (
@@ -63,11 +63,10 @@ class Node:
     Attributes:
         x: the input x_n, while it is kept: at the start of a chain, at anchors, at the end.
         next: the node whose input is this one's output, once that is proven.
-        rebuilt: x̃_n in the backward pass, until the node before has used it; for a coded state x̂_n
-            in the precision of codes, and refined: x̃_n where the block is evaluated for it too.
-        code: of the update that this run made, where its input is coded, with feedback: what the
-            codes of this run of states share, and change: some entries of the update itself.
-        origin: the code that its input came out of.
+        rebuilt: x̃_n in the backward pass, until the node before has used it; of a coded state that
+            which the block was evaluated for.
+        feedback: the codes of this run of states, and coded: which of them its input is, if it is.
+        sample: some entries of a coded input and of the update.
         chain: names of the steps linked so far, shared by all nodes of the chain.
         segment: shared by the nodes whose states are rebuilt from the same kept one; place: in it.
         around: somebody else's checkpoint, inside which it runs; alone: whether it is the first
@@ -86,10 +85,8 @@ class Node:
         self.x: Tensor | None = x
         self.next: Node | None = None
         self.rebuilt: Tensor | None = None
-        self.refined: Tensor | None = None
-        self.code: Code | None = None
         self.feedback: Feedback | None = None
-        self.origin: Code | None = None
+        self.coded: int | None = None
         self.sample: Sample | None = None
         self.position = self.place = 0
         self.chain = [step.name]
@@ -150,8 +147,8 @@ class Node:
             self._check_unchanged()
             if self.x is not None:
                 self._replay_kept(found)
-            elif self.code is not None:
-                self._replay_coded(found, self.code)
+            elif self.coded is not None:
+                self._replay_coded(found)
             else:
                 self._replay_rebuilt(found)
         except (LookupError, TypeError, ValueError) as error:
@@ -169,7 +166,7 @@ class Node:
         self.x, self._x_version, self._edits = copy, copy._version, True
 
     def state(self) -> Tensor:
-        """The input x_n: kept, rebuilt, or rebuilt now from the nearest later one that is there.
+        """The input x_n: kept, rebuilt, or rebuilt now: from the nearest later one that is there.
 
         The last happens when the loss does not depend on later layers, or when they saved nothing.
 
@@ -183,18 +180,19 @@ class Node:
                     "(x = x + …, not x += …)"
                 )
             return self.x
+        if self.next is None:  # codes are all that is needed; only they and links let an input go
+            return self._decoded()
         if self.rebuilt is None:
             missing: list[Node] = []
-            node: Node | None = self
-            while node is not None and node.x is None and node.rebuilt is None:
+            node: Node = self
+            while node.x is None and node.rebuilt is None and node.next is not None:
                 missing.append(node)
                 node = node.next
-            assert node is not None  # only a link lets an input go
             found = node
             for node in reversed(missing):
                 node.rebuilt = node.rebuild()
                 if node.next is not None and node.next is not found:
-                    node.next.rebuilt = node.next.refined = None
+                    node.next.rebuilt = None
         assert self.rebuilt is not None
         return self.rebuilt
 
@@ -202,12 +200,12 @@ class Node:
         """x̃_n from x_{n+1}, without a gradient that has come to this node."""
         after = self.next
         assert after is not None
-        if self.code is not None:
-            x = self._decoded(self.code)
-            if self.engine.settings.evaluations > 1 and not self.step.modules.scattered():
-                self._check_unchanged()
-                self.refined = self._refined(x, self.engine.settings.evaluations)
-            return x
+        if self.coded is not None:
+            x = self._decoded()
+            if self.step.modules.scattered():
+                return x
+            self._check_unchanged()
+            return self._refined(x, self.engine.settings.evaluations)
         if self.step.modules.scattered():
             raise self._error(
                 ": its state is needed although the loss does not depend on its output, and its "
@@ -235,6 +233,8 @@ class Node:
         way = self.engine.way(before.step, before.position)
         if way == "coded" and before.segment is not None:
             way = before.encode(self)
+            if way == "coded" and self.engine.settings.evaluations == 1:
+                before.next = None  # it needs no later state, and this one's may go before it does
         if before.segment is not None and way in ("coded", "rebuilt"):
             before.x = before.kept_entries = None
             self.segment, self.place = before.segment, before.place + 1
@@ -252,21 +252,20 @@ class Node:
         with torch.no_grad():
             if self.feedback is None:
                 self.feedback = Feedback(x)
-            self.code = self.feedback.code(x, y, self.engine.settings.bits)
+            self.coded = len(self.feedback.codes)
+            code = self.feedback.code(y, self.engine.settings.bits)
             self.sample = _sample(x, y, self.feedback.dtype)
-            if x.device.type == "cpu" and not math.isfinite(self.code.largest()):
+            if x.device.type == "cpu" and not math.isfinite(code.largest()):
                 at = (~(y - x).isfinite()).nonzero()[:1].flatten().tolist()
                 raise self._error(NOT_FINITE + (f" at {at}" if at else ""))
-        after.feedback, after.origin = self.feedback, self.code
+        after.feedback = self.feedback
         return "coded"
 
-    def _decoded(self, code: Code) -> Tensor:
-        """x̂_n = x̂_{n+1} − q_n, from the state at which this run of codes ends."""
-        after, feedback = self.next, self.feedback
-        assert after is not None
-        assert feedback is not None
-        state = after.state()
-        return feedback.before(feedback.end(state) if after.code is None else state, code)
+    def _decoded(self) -> Tensor:
+        """x̂_n by the codes, in their precision."""
+        assert self.feedback is not None
+        assert self.coded is not None
+        return self.feedback.state(self.coded)
 
     def _replay_kept(self, found: BackwardPass) -> None:
         """The exact input is here: an ordinary checkpoint's replay, and a look at the drift."""
@@ -282,13 +281,13 @@ class Node:
         after = self.next
         if after is None:
             return
-        rebuilt = after.rebuilt if after.refined is None else after.refined
+        rebuilt = after.rebuilt
         if rebuilt is not None and after.segment is not None and after.segment.updates:
             found.unmeasured.pop(id(after.segment), None)
             off = relative_drift(rebuilt - y, after.segment.updates)
             found.drifts.append((after.step.name, off))
             after.segment.updates.clear()
-        after.rebuilt = after.refined = None
+        after.rebuilt = None
 
     def _replay_rebuilt(self, found: BackwardPass) -> None:
         """x̃_n by the fixed point z ↦ x_{n+1} − Φ_n(z), its last evaluation with gradients."""
@@ -305,19 +304,17 @@ class Node:
         self.rebuilt = torch.sub(target, increment, out=increment)
         # The kept state that the segment ends at will tell how well.
         found.unmeasured[id(segment)] = self.step.name
-        after.rebuilt = after.refined = None  # it has served; another backward pass rebuilds it
+        after.rebuilt = None  # it has served; another backward pass rebuilds it
 
-    def _replay_coded(self, found: BackwardPass, code: Code) -> None:
+    def _replay_coded(self, found: BackwardPass) -> None:
         """x̂_n by its code, as it is or as the start of the fixed point among what it can have been.
 
         A block that does not add its input is not evaluated more than once: there is no fixed point
         worth the name.
         """
-        after, sample = self.next, self.sample
-        assert after is not None
+        sample, evaluations = self.sample, self.engine.settings.evaluations
         assert sample is not None
-        x = self._decoded(code)
-        evaluations = self.engine.settings.evaluations
+        x = self._decoded()
         z = self._refined(x, evaluations - 1)
         leaf = z.to(self._dtype)
         y = self._evaluate(leaf.detach().requires_grad_(self._requires_grad))
@@ -325,11 +322,13 @@ class Node:
         now = _sample(leaf, y, x.dtype)
         found.coded.append((self.step.name, sample, now))
         if x.device.type != "cpu":
-            found.infinite.append((self.step.name, ~code.largest().isfinite()))
-        if evaluations > 1:
-            self.refined = self._moved(z, leaf, y, x)
-        self.rebuilt = x
-        after.rebuilt = after.refined = None
+            assert self.feedback is not None
+            assert self.coded is not None
+            largest = self.feedback.codes[self.coded].largest()
+            found.infinite.append((self.step.name, ~largest.isfinite()))
+        if self.next is not None:
+            self.rebuilt = self._moved(z, leaf, y, x)
+            self.next.rebuilt = None
 
     def _refined(self, x: Tensor, evaluations: int) -> Tensor:
         """Nearer to x_n than x̂_n by so many evaluations, without gradients."""
@@ -347,15 +346,13 @@ class Node:
         entries of x_n that are known: not every block contracts.
         """
         after, feedback, sample = self.next, self.feedback, self.sample
-        assert after is not None
+        if after is None or not self.step.adds:
+            return z
         assert feedback is not None
         assert sample is not None
-        if not self.step.adds:
-            return z
-        target = after.state() if after.refined is None else after.refined
-        return _nearer(
-            sample.x, feedback.confined(target.to(x.dtype) - y + leaf, x, self.origin), z
-        )
+        assert self.coded is not None
+        moved = after.state().to(x.dtype) - y + leaf
+        return _nearer(sample.x, feedback.confined(moved, x, self.coded), z)
 
     def _approach(self, target: Tensor, evaluations: int) -> Tensor:
         """z^j = x_{n+1} − Φ_n(z^{j−1}) after so many evaluations, from the scheme's own start."""
@@ -444,7 +441,7 @@ class Node:
 def _sample(x: Tensor, y: Tensor, dtype: torch.dtype) -> Sample:
     """Some entries of x and of y − x."""
     state = _some(x, SAMPLED).to(dtype)
-    return Sample(state, _some(y, SAMPLED).to(dtype) - state)
+    return Sample(state, _view(y, SAMPLED) - state)
 
 
 def _nearer(known: Tensor, z: Tensor, x: Tensor) -> Tensor:
@@ -455,8 +452,12 @@ def _nearer(known: Tensor, z: Tensor, x: Tensor) -> Tensor:
 
 def _some(x: Tensor, count: int = 64) -> Tensor:
     """At most so many entries, from all over it."""
+    return _view(x, count).clone()
+
+
+def _view(x: Tensor, count: int) -> Tensor:
     x, size = x.detach(), x.numel()
     every = -(-size // count) | 1  # odd, or it could be one channel alone
     if type(x) is Tensor and x.is_contiguous():
-        return x.as_strided((-(-size // every),), (every,)).clone()  # half of a slice's time
-    return x.flatten()[::every].clone()
+        return x.as_strided((-(-size // every),), (every,))  # half of a slice's time
+    return x.flatten()[::every]
