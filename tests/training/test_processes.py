@@ -22,6 +22,7 @@ from training_runs import (
     same_but_for_seconds,
 )
 
+from deeplimit.control import vanished
 from deeplimit.training import Recipe, RunFolder, heal, load_data, resume, train
 
 pytestmark = pytest.mark.processes
@@ -183,10 +184,37 @@ def test_two_processes_stop_together_at_a_loss_that_is_not_finite(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_killed_in_mid_epoch_it_goes_on_to_the_same_result(tmp_path: Path) -> None:
+def test_in_two_processes_the_same_layers_vanish_as_in_one(tmp_path: Path) -> None:
+    """The norm of a group is that of the whole, also where its parameters are divided."""
+    recipe = replace(EXACT, depth=(6,), control_cost=4.0, control_cost_kind="group")
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    two = script(
+        tmp_path / "two.py",
+        """
+        recipe = Recipe.from_toml(sys.argv[1] + "/recipe.toml")
+        for name in ("ddp", "fsdp"):
+            train(replace(recipe, devices=2, strategy=name), runs=sys.argv[1], name=name)
+        """,
+    )
+    run_script(two, str(tmp_path))
+    one = train(recipe, runs=tmp_path, name="one", quiet=True)
+    gone = vanished(one.model())
+    assert 0 < len(gone) < 6
+    for name in ("ddp", "fsdp"):
+        assert largest_difference(checkpoint_of(one.path), checkpoint_of(tmp_path / name)) < 1e-12
+        assert vanished(RunFolder.open(tmp_path / name).model()) == gone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "group"])
+def test_killed_in_mid_epoch_it_goes_on_to_the_same_result(
+    kind: str | None, tmp_path: Path
+) -> None:
     recipe = Recipe(
         data="digits", depth=(4,), width=32, hidden=32, epochs=3, batch_size=8, device="cpu"
     )
+    if kind is not None:
+        recipe = replace(recipe, control_cost=9.5, control_cost_kind=kind)
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     alone = script(
         tmp_path / "alone.py",
@@ -211,6 +239,7 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_same_result(tmp_path: Path) -> No
     assert same_but_for_seconds(checkpoint_of(killed), checkpoint_of(unbroken.path))
     assert resumed.metrics() == tuple(checkpoint_of(killed).rows)
     assert equal_weights(resumed.model(), unbroken.model())
+    assert bool(vanished(resumed.model())) == (kind == "group")
 
 
 @pytest.mark.slow

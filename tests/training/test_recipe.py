@@ -67,6 +67,14 @@ WRONG = {
         "stage_cost_layers is 2, but stage_cost is 0: no layer has a loss; leave it out",
     ),
     "negative control cost": ({"control_cost": -1.0}, "control_cost is -1"),
+    "a kind of no control cost": (
+        {"control_cost_kind": "group"},
+        "control_cost_kind is group, but control_cost is 0; leave it out",
+    ),
+    "kind of control cost": (
+        {"control_cost": 1.0, "control_cost_kind": "l1"},
+        "control_cost_kind is 'l1'; expected one of squared, kinetic, group",
+    ),
     "negative decay": ({"weight_decay": -1.0}, "weight_decay is -1"),
     "learning rate": ({"learning_rate": 0.0}, "learning_rate is 0"),
     "no epochs": ({"epochs": 0}, "epochs is 0; expected at least 1"),
@@ -166,6 +174,7 @@ settings = st.fixed_dictionaries(
         "softness": st.floats(0, 1, exclude_min=True, exclude_max=True),
         "stage_cost": positive | st.just(0.0),
         "control_cost": positive,
+        "control_cost_kind": st.sampled_from([None, "squared", "kinetic", "group"]),
         "learning_rate": positive,
         "flip": st.booleans(),
         "gradient": st.just("adjoint"),

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from deeplimit.control._dissipativity import DissipativityReport, dissipativity
     from deeplimit.control.bridge import Bridge, bridge_of
     from deeplimit.control.choosing import choose_cut
+    from deeplimit.control.control_cost import control_norms, vanished
     from deeplimit.control.cropping import Fading, crop, layers_to_remove
     from deeplimit.control.cut_choice import CutChoice
     from deeplimit.control.early_exit import EarlyExit, at_depth
@@ -37,12 +38,14 @@ __all__ = [
     "at_depth",
     "bridge_of",
     "choose_cut",
+    "control_norms",
     "crop",
     "dissipativity",
     "exit_depths",
     "layers_to_remove",
     "picture_trajectories",
     "turnpike_profile",
+    "vanished",
     "verify_crop",
 ]
 

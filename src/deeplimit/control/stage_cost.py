@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.anatomy import Head
@@ -19,9 +21,12 @@ from deeplimit.control.batches import aligned, blame_inputs
 from deeplimit.control.control_cost import (
     ControlCost,
     KineticEnergy,
+    ProximalStep,
     check_kind,
     ends_of_stages,
+    every_group,
     moves,
+    squared_norms,
 )
 from deeplimit.control.losses import AnyLoss, Loss
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
@@ -96,8 +101,11 @@ class StageCost(nn.Module):
             whose states are of tokens, [B, L, d], it is all parameters: attention and MLP each add
             to the state.
         control_cost_kind: "squared"; or "kinetic", which puts mean_i ‖x_{n+1}^i − x_n^i‖² in place
-            of ‖θ_n‖², the regularisation of optimal transport (arXiv 2505.13499). Of states
-            [B, L, d] the samples i are tokens; a layer that changes the shape is not charged.
+            of ‖θ_n‖², the regularisation of optimal transport (arXiv 2505.13499): of states
+            [B, L, d] the samples i are tokens; a layer that changes the shape is not charged. Or
+            "group", r Σ_g ‖θ_g‖ over the last layers of the residual branches, one each in our own
+            blocks, attention's and MLP's in a transformer's: layers vanish exactly (arXiv
+            2606.29343). It is no part of the cost that is returned: `proximal` minimises it.
         layers: k ≥ 1: how many layers a step takes; None, or k ≥ M: all.
         shift: targets [B, L] are the inputs themselves: each predicts the next (`aligned`).
 
@@ -136,6 +144,9 @@ class StageCost(nn.Module):
         self.anatomy: Anatomy = anatomy(model)
         self.model = self.anatomy.model
         self.weight = weight
+        grouped = control_cost_kind == "group"
+        self._groups = every_group(self.anatomy) if grouped else []
+        self._stepped = not grouped  # whether some optimiser takes the proximal step
         self.layers = None if layers is None else check_count("layers", layers, 1)
         self.draws = torch.Generator()
         self.draws.manual_seed(0)
@@ -173,6 +184,11 @@ class StageCost(nn.Module):
                 self.forward
             )
             return as_it_is(x, y)
+        if not self._stepped and self.training and torch.is_grad_enabled():
+            raise InputError(
+                "a group cost is minimised by a step of its own: call "
+                "stage_cost.proximal(optimizer) once, when the optimiser is made"
+            )
         self._watch.look(self)
         at_no_cost = isinstance(y, Tensor) and y.device.type == "cpu"
         if isinstance(self.loss, SoftCrossEntropy):
@@ -196,7 +212,7 @@ class StageCost(nn.Module):
         if controls:
             # Counted after the model ran, so that its backward comes first: FSDP2 reduces gradients
             # on a stream of its own, onto what is there; added later it would race with that.
-            cost = cost + self.control_cost / 2 * _squared_norm(controls)
+            cost = cost + self.control_cost / 2 * squared_norms([controls]).sum()
         return cost, logits
 
     def _run(self, x: Inputs, y: Any) -> tuple[Tensor, Tensor | None]:
@@ -260,6 +276,42 @@ class StageCost(nn.Module):
             return each
         return torch.stack([loss.mean(own, y) for own in z])
 
+    def proximal(self, optimizer: Optimizer) -> RemovableHandle:
+        """Takes the proximal step of a group control cost after each step of an optimiser.
+
+            θ_g ← θ_g·max(0, 1 − η r/‖θ_g‖)
+
+        is the proximal map of η r Σ_g ‖θ_g‖, η the learning rate of the optimiser's step: block
+        soft thresholding. With SGD both steps together are proximal gradient descent on the
+        objective, whose zeros are exact: a layer stays 0 while the gradient there is no longer than
+        r, and comes back when it is. With AdamW, whose steps have another metric, it is decoupled
+        as its weight decay is. Steps of gradients that are accumulated are steps of the optimiser,
+        and of sharded parameters norms are of the whole.
+
+            >>> grouped = StageCost(
+            ...     model, SoftCrossEntropy(4), control_cost=9.0, control_cost_kind="group"
+            ... )
+            >>> hook = grouped.proximal(torch.optim.SGD(grouped.parameters(), lr=1e-3))
+            >>> cost, logits = grouped(*loader[0])
+
+        Returns:
+            A handle; `remove()` ends it.
+
+        Raises:
+            InputError: another kind of control cost; an optimiser without a learning rate, or that
+                holds no control of the model.
+        """
+        if self.control_cost_kind != "group":
+            raise InputError(
+                f"the control cost is {self.control_cost_kind}, which has no proximal step; give "
+                "control_cost_kind='group', or leave proximal out"
+            )
+        named = dict(self.model.named_parameters())
+        groups = [[named[name] for name in names] for names in self._groups]
+        step = ProximalStep(optimizer, groups, self.control_cost)
+        self._stepped = True
+        return optimizer.register_step_post_hook(step)
+
     def _weights(self) -> Sequence[float]:
         """γ_0 … γ_{N−1}."""
         one = self._weight
@@ -318,13 +370,6 @@ def _charge(
     parts = [weight * mean(head, x).sum()] if weight else []
     parts += [energy(x, left)] if energy is not None else []
     return torch.stack(parts).sum()
-
-
-def _squared_norm(controls: list[nn.Parameter]) -> Tensor:
-    """Σ_n ‖θ_n‖²; of sharded controls with one sum over the processes for all."""
-    square = torch.stack([theta.square().sum() for theta in controls]).sum()
-    whole: Callable[[], Tensor] | None = getattr(square, "full_tensor", None)  # of a DTensor
-    return square if whole is None else whole()
 
 
 class Distillation(StageCost):

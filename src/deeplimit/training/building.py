@@ -263,6 +263,7 @@ def stage_cost(
     costs: dict[str, Any] = {
         "weight": recipe.stage_cost,
         "control_cost": recipe.control_cost,
+        "control_cost_kind": recipe.control_cost_kind or "squared",
         "layers": recipe.stage_cost_layers,
     }
     if teaching is None:

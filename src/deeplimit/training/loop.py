@@ -74,6 +74,8 @@ class Training:
         learns = start.teaching is not None and start.teaching.learns
         self.learning = self.objective if learns else self.objective.model
         self.optimizer = build_optimizer(recipe, self.learning)
+        if recipe.control_cost_kind == "group":
+            self.objective.proximal(self.optimizer)
         self.schedule = OneCycleLR(
             self.optimizer,
             max_lr=recipe.learning_rate,

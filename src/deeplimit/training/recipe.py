@@ -114,7 +114,12 @@ class Recipe:
     no more, all. The gradient's mean is that of all layers; a step costs less where the head is
     large."""
     control_cost: float = 0.0
-    """Weight r of the squared norm of every layer's control."""
+    """Weight r of every layer's control cost."""
+    control_cost_kind: Literal["squared", "kinetic", "group"] | None = None
+    """What the control cost is, by default squared: half the squared norm of the control. kinetic:
+    half the squared length of a state's update. group: the norm of the last parameters of each
+    residual branch, by a proximal step: layers become exactly the identity and are cut for
+    nothing."""
     points: float = 0.5
     """Points of accuracy (percent of the samples) that a cut may lose: by them the automatic cut is
     chosen on validation data and judged on test data."""
@@ -319,6 +324,11 @@ class Recipe:
             "stage_cost_layers",
             ", but stage_cost is 0: no layer has a loss; leave it out, or give a stage_cost above "
             "0",
+        )
+        yield (
+            self.control_cost_kind is not None and self.control_cost == 0,
+            "control_cost_kind",
+            ", but control_cost is 0; leave it out, or give a control_cost above 0",
         )
         for name, forms in {"rise": TEXTS[:1], "length": TEXTS}.items():
             given = getattr(self, name) is not None and not self.data.startswith(forms)
