@@ -80,6 +80,10 @@ def test_a_language_model_is_cut_by_its_loss(here: Path) -> None:
     assert out["report"]["verdict"]["word"] == "kept"
     assert len(out["removed"]) == 2  # one block stays
     assert out["parts"] == {"train": 240, "validation": 30, "test": 30, "tokens": 8}
+    found = json.loads(done("crop", "runs/rise", "--search", "--rise", "9", "--json"))
+    assert len(found["removed"]) == 2
+    assert [one["report"]["horizon_after"] for one in found["search"]] == [1]
+    assert "validation perplexity" in (here / "runs" / "rise" / "report.html").read_text()
     done("train", "text:dogs.txt", "--model", model[0], "--epochs", "1", "--name", "trained")
     assert RunFolder.open("runs/trained").cut().choice.limit == 0.05
     refused = command("crop", "runs/rise", "--points", "1")

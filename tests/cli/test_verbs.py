@@ -110,6 +110,19 @@ def test_crop_to_a_depth(run: Path) -> None:
     assert "Depth 3 → 2" not in command("report", run).err
 
 
+def test_crop_by_search(run: Path) -> None:
+    result = printed(command("crop", run, "--search", "--points", "40", "--epochs", "2", "--json"))
+    assert result == files(run)["crop"]
+    kept = 3 - len(result["removed"])
+    assert load(run / "cropped.safetensors").architecture.depths == (kept,)
+    tried = [one["report"]["horizon_after"] for one in result["search"]]
+    assert tried in ([1], [1, 2])
+    shown = command("crop", run, "--search", "--points", "40")
+    assert "The path of the search" in shown.out
+    assert f"depth {tried[0]} of 3 layers, 1 epoch" in shown.err
+    assert "The path of the search" in (run / "report.html").read_text()
+
+
 def test_crop_auto_is_the_default(run: Path) -> None:
     before = files(run)["crop"]
     command("crop", run, "--to", "1")

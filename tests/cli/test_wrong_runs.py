@@ -146,6 +146,9 @@ def test_points_that_cannot_be_lost(points: str, run: Path) -> None:
         (["--multiply-adds", "0.0001"], ("cannot reach", "larger budget")),
         (["--blocks", "2", "--latency", "0.5"], ("--blocks and --latency", "give one")),
         (["--to", "2", "--points", "0.1"], ("--to and --points", "give one")),
+        (["--search", "--blocks", "2"], ("--search and --blocks", "with --points or --rise")),
+        (["--search", "--bridge"], ("--search and --bridge",)),
+        (["--epochs", "3"], ("--epochs given, but nothing is healed", "--search")),
         (["--to", "2", "--confidence", "0.9"], ("--confidence and --to", "auto, --points")),
     ],
 )

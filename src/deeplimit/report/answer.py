@@ -138,6 +138,13 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
     validation = profiles.validation if profiles else None
     if cut.choice is not None:
         return _rule_of(cut, cut.choice)
+    if cut.search:
+        return (
+            "It was searched for: layers were taken out of the last network that was kept, which "
+            "was healed with the full one as its teacher, at half the depth, half of that, … for "
+            "as long as validation data excluded a loss of more than was allowed, and then between "
+            f"the last depth that was kept and the first that was not.{APART}"
+        )
     if cut.tolerance is None:
         text = "The depth was given by the user."
         if validation is not None and validation.accuracy:
@@ -199,8 +206,9 @@ def _rule_of(cut: Cut, choice: CutChoice) -> str:
     }
     stages = zip(choice.layers_after, choice.layers_before, strict=True)
     said = language.chosen(choice)
-    place, sure = "" if choice.score == "tail" else " of any place", ""
+    place, sure = " of any place", ""
     if choice.confidence is not None:
+        place = "" if choice.score == "tail" else place
         sure = (
             f", with confidence {100 * choice.confidence:g}{SPACE}% whatever the network: each cut "
             "was tested against the full network, up to the first that failed"
@@ -216,10 +224,31 @@ def _rule_of(cut: Cut, choice: CutChoice) -> str:
     )
 
 
+def path(cut: Cut) -> tuple[tuple[str, ...], list[tuple[str, tuple[str, ...]]]]:
+    """The headings, and a row for each depth that a search tried, on validation data."""
+    full = cut.search[0].report
+    quality = "accuracy" if full.has_accuracy else "perplexity"
+
+    def value(loss: float, accuracy: float) -> str:
+        known = full.has_accuracy
+        return percent(accuracy, full.samples) if known else language.perplexity(loss)
+
+    first = (str(full.horizon_before), value(full.loss_before, full.accuracy_before), "")
+    rows: list[tuple[str, tuple[str, ...]]] = [("", first)]
+    for tried in cut.search:
+        one, gone = tried.report, tried.removed == cut.removed
+        words = (str(one.horizon_after), value(one.loss_after, one.accuracy_after))
+        word = "" if one.verdict is None else str(one.verdict.word)
+        rows.append(("taken" if gone else "", (*words, word)))
+    return ("depth", f"validation {quality}", "verdict"), rows
+
+
 def entry_apart(cut: Cut, profiles: Profiles | None) -> str:
     """Why the entry is at another layer than a cut of the tail; empty where it is not."""
     depth = cut.report.horizon_after
-    if profiles is None or not cut.removed or min(cut.removed) != depth or cut.choice is not None:
+    if profiles is None or not cut.removed or min(cut.removed) != depth:
+        return ""
+    if cut.choice is not None or cut.search:
         return ""
     validation = profiles.validation
     entry = validation.entry()

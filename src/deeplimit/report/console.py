@@ -18,6 +18,7 @@ from deeplimit.report.answer import (
     entry_apart,
     few,
     healing_sentence,
+    path,
 )
 from deeplimit.report.language import perplexity, verdict_sentence
 from deeplimit.report.numbers import SPACE, percent, significant
@@ -145,6 +146,12 @@ def crop_summary(
     made = table(("", "before", "after", "change"), rows, title, left=("", "change"))
     chosen = cut.tolerance is not None or cut.choice is not None
     how = "chosen on validation data" if chosen else "given by the user"
+    parts: list[RenderableType] = [made]
+    if cut.search:
+        how = "searched for on validation data, healed on the way"
+        headings, tried = path(cut)
+        steps = [(*cells[:-1], ", ".join(filter(None, (cells[-1], mark)))) for mark, cells in tried]
+        parts.append(table(headings, steps, "The path of the search", left=("verdict",)))
     tested = several(report.samples, "test sample" if report.has_accuracy else "test window")
     notes = [
         f"Depth {how}; {tested}.",
@@ -154,7 +161,7 @@ def crop_summary(
         entry_apart(cut, profiles),
     ]
     lines = [*verdict_line(report.verdict), *(Text(note, style="dim") for note in notes if note)]
-    return Group(made, *lines, *map(Text, control_sentences(cut, reference)))
+    return Group(*parts, *lines, *map(Text, control_sentences(cut, reference)))
 
 
 def healing_summary(healing: Healing) -> RenderableType:

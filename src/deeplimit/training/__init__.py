@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         RunResults,
     )
     from deeplimit.training.run_folder import RunFolder
+    from deeplimit.training.searching import search_run
 
 __all__ = [
     "BatchRequest",
@@ -52,6 +53,7 @@ __all__ = [
     "resume",
     "resume_heal",
     "run_data",
+    "search_run",
     "train",
 ]
 

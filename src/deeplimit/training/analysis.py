@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning_fabric import Fabric
+from torch import nn
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit.control import (
@@ -40,6 +41,7 @@ from deeplimit.training.results import Cut, Parts, Profiles, Reference
 from deeplimit.training.run_files import RECIPE, SUFFIX, alone
 from deeplimit.training.run_folder import RunFolder
 
+HEALED = ("healed", f"healed{SUFFIX}", "heal.json")
 BRIDGED = 1024  # training samples, which a bridge is fitted on
 
 
@@ -131,12 +133,7 @@ def crop_run(
             "auto"
         )
     data, recipe = data or run_data(folder), folder.recipe
-    if (accuracy if data.vocabulary else rise) is not None:
-        told, of, give = ("rise", "its accuracy", "points")
-        if data.vocabulary:
-            told, of, give = ("points", "its loss", "rise, in nats a token")
-        raise InputError(f"{told} given, but {data.name} is measured by {of}; give {give}")
-    most = tolerance_of(recipe, data, rise if data.vocabulary else accuracy)
+    most = allowed(recipe, data, accuracy=accuracy, rise=rise)
     choice = tolerance = fitted = None
     model = model.to(usable_device(recipe))
     if to != "auto":
@@ -146,8 +143,8 @@ def crop_run(
         profiles = folder.profiles() or profile_run(folder, data=data)
         confidence = recipe.confidence if confidence is None else confidence
         if budget or structure.stages > 1 or data.vocabulary or confidence is not None:
-            allowed = {"rise" if data.vocabulary else "accuracy": most, "confidence": confidence}
-            limit: dict[str, Any] = budget or allowed
+            quality = {"rise" if data.vocabulary else "accuracy": most, "confidence": confidence}
+            limit: dict[str, Any] = budget or quality
             loss, validation = None, evaluation_batches(data.validation)
             if data.vocabulary:
                 loss = WindowLoss()
@@ -162,14 +159,31 @@ def crop_run(
     with fitting_threads(recipe):
         cropped = crop(model, remove=removed, bridge=fitted)
     report = compared(recipe, data, model, cropped, most=most)
-    if not removed and report.verdict is not None:
-        report = replace(report, verdict=unchanged(report.verdict))
     cut = Cut(removed, tolerance, report, choice, Parts.of(data), bridge_of(cropped))
     with folder.commit() as new:
-        new.write_cropped(cropped, removed)
-        new.write(cut)
+        cut = write_cut(new, cut, cropped)
         if new.healing() is None:  # of another cut
-            new.files.drop("healed", f"healed{SUFFIX}", "heal.json")
+            new.files.drop(*HEALED)
+    return cut
+
+
+def allowed(recipe: Recipe, data: DataSet, *, accuracy: float | None, rise: float | None) -> float:
+    """Returns what a cut may lose; InputError where another measure than the data's is limited."""
+    if (accuracy if data.vocabulary else rise) is not None:
+        told, of, give = ("rise", "its accuracy", "points")
+        if data.vocabulary:
+            told, of, give = ("points", "its loss", "rise, in nats a token")
+        raise InputError(f"{told} given, but {data.name} is measured by {of}; give {give}")
+    return tolerance_of(recipe, data, rise if data.vocabulary else accuracy)
+
+
+def write_cut(new: RunFolder, cut: Cut, cropped: nn.Module) -> Cut:
+    """Writes a cut and its network; where no layer went it is certain that nothing is lost."""
+    verdict = cut.report.verdict
+    if not cut.removed and verdict is not None:
+        cut = replace(cut, report=replace(cut.report, verdict=unchanged(verdict)))
+    new.write_cropped(cropped, cut.removed)
+    new.write(cut)
     return cut
 
 

@@ -312,12 +312,16 @@ def compared(
     *,
     most: float | None = None,
     loss: nn.Module | None = None,
+    split: Split | None = None,
 ) -> CropResult:
-    """Two networks on test data; judged by what may be lost, as the recipe says if not given."""
+    """Two networks on a split, by default test data; judged by what may be lost.
+
+    That is what the recipe says if not given.
+    """
     most = tolerance_of(recipe, data) if most is None else most
-    loss, test = loss or measure_of(recipe, data), evaluation_batches(data.test)
+    loss, held_out = loss or measure_of(recipe, data), evaluation_batches(split or data.test)
     with fitting_threads(recipe), torch.no_grad():
-        return verify_crop(before, after, test, loss, tolerance=most)
+        return verify_crop(before, after, held_out, loss, tolerance=most)
 
 
 def tolerance_of(recipe: Recipe, data: DataSet, asked: float | None = None) -> float:

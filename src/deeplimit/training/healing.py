@@ -224,6 +224,15 @@ def _recipe(folder: RunFolder, plan: Plan) -> Recipe:
     return alone_in("deeplimit heal", recipe)
 
 
+def trained_and_cut(
+    start: Start, place: Path, *, title: str, command: str, quiet: bool
+) -> nn.Module:
+    """Trains in a folder of its own, from its last checkpoint; less the layers that faded out."""
+    fabric = launched(start)
+    healed = fit(fabric, start, place, title=title, command=command, quiet=quiet).end().eval()
+    return crop(healed, remove=start.fade.layers) if start.fade else healed
+
+
 def _heal(folder: RunFolder, plan: Plan, data: DataSet, *, quiet: bool) -> Healing:
     recipe, cut = _recipe(folder, plan), folder.cut()
     full, cropped = folder.model(), folder.cropped()
@@ -234,17 +243,13 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, *, quiet: bool) -> Heali
     begun = copy.deepcopy(full if plan.fade else cropped)
     start = Start(recipe, data, begun, teaching, _fade(plan.removed, plan.fade))
     layers = f"{anatomy(cropped).horizon} of {several(anatomy(full).horizon, 'layer')}"
-    training = fit(
-        launched(start),
+    healed = trained_and_cut(
         start,
         folder.path / UNDERWAY,
         title=f"{folder.path}: healing {layers} on {recipe.data}",
         command=f"deeplimit heal {folder.path} --resume",
         quiet=quiet,
     )
-    healed = training.end().eval()
-    if plan.fade:
-        healed = crop(healed, remove=plan.removed)
     asked = None if cut is None else cut.tolerance
     if cut is not None and cut.choice is not None and cut.choice.budget == "rise":
         asked = cut.choice.limit

@@ -41,6 +41,19 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A depth that a search tried.
+
+    Attributes:
+        removed: the layers of the full network that are gone.
+        report: the full network and the one healed on its way there, on validation data.
+    """
+
+    removed: tuple[int, ...]
+    report: CropResult
+
+
+@dataclass(frozen=True)
 class Cut:
     """A cut that was made.
 
@@ -53,6 +66,8 @@ class Cut:
             the profile of a network of one stage says.
         parts: of the data; None in a cut saved before they were.
         bridge: what was fitted in place of the layers; None where that was not asked for.
+        search: the depths that were tried, where the cut is the last of them that was kept: its
+            network was healed on the way down, and `report` is of that. Else none.
     """
 
     removed: tuple[int, ...]
@@ -61,6 +76,7 @@ class Cut:
     choice: CutChoice | None = None
     parts: Parts | None = None
     bridge: Bridge | None = None
+    search: tuple[Tried, ...] = ()
 
     @property
     def loss_tolerance(self) -> float:

@@ -36,7 +36,8 @@ from deeplimit.records import read_record
 RECIPE, METRICS, MANIFEST = "recipe.toml", "metrics.csv", "run.json"
 STAGING, COMMITTED, LOCK = ".staging", ".committed", ".lock"
 FORMAT = 1
-GROWING = ("checkpoint", "heal")  # written while a training goes on, with their own checksums
+# Written while a training goes on, with their own checksums.
+GROWING = ("checkpoint", "heal", "search")
 PAUSES = (0.0, 0.05, 0.2)  # s; files that move just now are where they belong soon
 SUFFIX = ".safetensors"  # of a network, unless it is a folder
 READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}

@@ -87,7 +87,7 @@ def verify_run(path: str | Path, *, accepting: bool = False) -> Verification:
         # Of what we never read nothing need be known.
         harmless = state in ("sound", "growing") or (state == "unknown" and known(name) is None)
         checked.append(CheckedFile(name, state, "" if harmless else remedy(folder, name)))
-    for run in (folder, folder / GROWING[1]):
+    for run in (folder, folder / GROWING[1], *folder.glob(f"{GROWING[2]}/*/")):
         for file, problem in checkpoint_problems(run).items():
             name = file.relative_to(folder).as_posix()
             what = f"{problem}; {DAMAGED.format(folder)}" if problem else ""

@@ -157,7 +157,10 @@ def crop(
     latency: Annotated[float | None, "F", FRACTION] = None,
     confidence: Annotated[float | None, "C", SURE] = None,
     bridge: bool = False,
+    search: bool = False,
+    epochs: Annotated[int, COUNT] = 1,
     trust: Trust = False,
+    quiet: bool = False,
 ) -> Answer:
     """Cut a trained network to fewer layers, and measure on test data what that changes.
 
@@ -169,6 +172,7 @@ def crop(
       deeplimit crop runs/mnist --confidence 0.95
       deeplimit crop runs/cifar10 --multiply-adds 0.5
       deeplimit crop runs/cifar10 --blocks 20 --bridge
+      deeplimit crop runs/mnist --search                        heal it on the way to fewer layers
       deeplimit crop transformers:my-vit --data cifar10         a model trained elsewhere
       deeplimit crop transformers:my-llama --data text:FILE     a language model, by its loss
 
@@ -194,6 +198,10 @@ def crop(
             default more layers go, without that guarantee.
         bridge: Fit what the removed layers did on training data, by least squares, and fold it into
             the weights before them; heal then starts from there.
+        search: Go on to half the layers, half of these, … and heal at each depth (--epochs) while
+            validation data exclude that more than --points is lost; then between the last depth
+            that was kept and the first that was not. After a stop the same command goes on.
+        epochs: Of search: passes over the training data at each depth.
     """
     budgets: dict[str, Any] = {"blocks": blocks, "multiply_adds": multiply_adds, "latency": latency}
     asked = budgets | {"to": None if to == "auto" else to, "points": points, "rise": rise}
@@ -204,12 +212,22 @@ def crop(
         raise InputError(
             f"--confidence and {given[0]} given; a confidence goes with auto, --points or --rise"
         )
+    others = budgets | {"to": asked["to"], "confidence": confidence, "bridge": bridge or None}
+    if search and (wrong := [name for name, value in others.items() if value is not None]):
+        named = option(wrong[0])
+        raise InputError(f"--search and {named} given; a search goes with --points or --rise")
+    if epochs != 1 and not search:
+        raise InputError("--epochs given, but nothing is healed; give --search, or see heal")
     if points is not None:
         budgets["accuracy"] = points / 100
     with of.opened(str(run), trust=trust) as folder, folder.commit() as new:
-        from deeplimit.training import crop_run
+        from deeplimit.training import crop_run, search_run
 
-        cut = crop_run(new, to, rise=rise, bridge=bridge, confidence=confidence, **budgets)
+        if search:
+            accuracy = budgets.get("accuracy")
+            cut = search_run(new, epochs=epochs, accuracy=accuracy, rise=rise, quiet=quiet)
+        else:
+            cut = crop_run(new, to, rise=rise, bridge=bridge, confidence=confidence, **budgets)
         beside, page = (new.reference(), new.profiles()), renew_page(new)
     return Answer(cut, (page,), beside)
 
