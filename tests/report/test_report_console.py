@@ -105,6 +105,18 @@ def test_crop_summary_has_both_sides_and_the_control(digits: RunResults) -> None
     assert "trained on 1,000 samples, chosen on 400 (validation) and judged on 360" in words
 
 
+def test_crop_summary_says_which_layers_vanished(digits: RunResults) -> None:
+    assert digits.cut is not None
+    assert digits.profiles is not None
+    norms = (3.0, 0.0, 2.0, *[0.0] * 17)
+    profiles = replace(digits.profiles, control_norms=norms)
+    words = " ".join(printed(crop_summary(digits.cut, None, profiles)).split())
+    assert (
+        "18 of 20 layers vanished, counted from 1: 2, 4–20; their controls are exactly 0" in words
+    )
+    assert "vanished" not in printed(crop_summary(digits.cut, None, digits.profiles))
+
+
 def test_crop_summary_says_why_the_entry_is_not_the_cut(digits: RunResults) -> None:
     assert digits.cut is not None
     assert digits.profiles is not None

@@ -11,16 +11,18 @@ from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.report import (
     accuracy_figure,
     class_figure,
+    controls_figure,
     distance_figure,
     loss_figure,
     training_figure,
     trajectory_figure,
     update_figure,
 )
+from deeplimit.report.numbers import SPACE
 from deeplimit.report.page import layer_panels
 from deeplimit.report.states import leaving, thin, view
 from deeplimit.report.style import CLASSES, NETWORK, REFERENCE, TUBE
-from deeplimit.report.turnpike import class_caption, class_entry, slowest_first
+from deeplimit.report.turnpike import class_caption, class_entry, controls_caption, slowest_first
 from deeplimit.training.results import Profiles, RunResults
 
 
@@ -101,6 +103,20 @@ def test_update_lies_between_its_layers(digits: RunResults) -> None:
     assert drawn.x[0] == 0.5
     assert drawn.x[-1] == 19.5
     np.testing.assert_allclose(drawn.y, 100 * np.array(digits.profiles.train.relative_update))
+
+
+def test_controls_lie_between_their_layers_and_zeros_are_marked(digits: RunResults) -> None:
+    assert digits.profiles is not None
+    norms = (3.0, 0.5, math.nan, *[0.0] * 17)
+    profiles = replace(digits.profiles, control_norms=norms)
+    figure = controls_figure(profiles, digits.cut)
+    np.testing.assert_array_equal(trace(figure, "norm").y, norms)
+    assert trace(figure, "norm").x[0] == 0.5
+    assert list(trace(figure, "exactly 0").x) == [n + 0.5 for n in range(3, 20)]
+    assert "The last 17 of 20 layers vanished" in controls_caption(profiles).replace(SPACE, " ")
+    none = replace(digits.profiles, control_norms=(3.0,) * 20)
+    assert not any(t.name == "exactly 0" for t in controls_figure(none).data)
+    assert "no layer is exactly 0" in controls_caption(none)
 
 
 def test_tube_entry_and_removed_layers_are_marked(digits: RunResults) -> None:

@@ -9,15 +9,18 @@ from training_runs import equal_weights
 
 from deeplimit.control import (
     choose_cut,
+    control_norms,
     crop,
     layers_to_remove,
     picture_trajectories,
     turnpike_profile,
+    vanished,
     verify_crop,
 )
 from deeplimit.data import iter_batches
 from deeplimit.errors import InputError
 from deeplimit.report.answer import rule
+from deeplimit.report.numbers import SPACE
 from deeplimit.training import (
     Recipe,
     RunFolder,
@@ -184,6 +187,35 @@ def test_layers_of_any_stage_are_chosen_on_validation(stages: RunFolder, budget:
     assert cut.report.multiply_adds_after == cut.choice.multiply_adds_after
     assert stages.cut() == cut
     assert "Layers of any place were chosen on validation data" in rule(cut, profiles)
+
+
+def test_a_layer_that_vanished_goes_first_and_without_a_tolerance(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=2, control_cost=0.1, control_cost_kind="group")
+    run = train(recipe, runs=tmp_path, quiet=True)
+    model = run.model()
+    with torch.no_grad():
+        model.stages[0][1].outer.weight.zero_()
+    assert vanished(model) == [1]
+    run = replace(run, network=model)
+    profiles = profile_run(run)
+    assert profiles == RunFolder.open(run.path).profiles()
+    assert profiles.control_norms == control_norms(model)
+    assert profiles.vanished == (1,)
+    cut = crop_run(run, "auto", accuracy=0.0)  # which no loss of accuracy allows
+    tail = layers_to_remove(profiles.validation, 0.0)
+    assert 1 not in tail
+    assert cut.removed == (1, *tail)
+    data = load_data(RECIPE, tmp_path)
+    x = next(iter(iter_batches(data.test, 360)))[0]
+    assert torch.equal(crop(model, remove=[1])(x), model(x))
+    said = "1 of 8 layers vanished, counted from 1: 2; their controls are exactly 0"
+    assert said.replace(" ", "") in rule(cut, profiles).replace(" ", "").replace(SPACE, "")
+    # Under a budget too, whatever the order.
+    for budget in ({"blocks": 7}, {"multiply_adds": 0.9}):
+        choice = choose_cut(
+            model, profiles.validation, iter_batches(data.validation, 256), **budget
+        )
+        assert choice.removed == (1,)
 
 
 def test_a_depth_and_a_budget_are_refused(run: RunFolder) -> None:

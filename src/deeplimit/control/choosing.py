@@ -155,7 +155,9 @@ def _orders(structure: Anatomy, profile: TurnpikeProfile) -> dict[str, list[int]
     last = profile.exit()
     if last is not None and last < profile.horizon:
         orders["turnpike"] = [*reversed(every[:last]), *reversed(every[last:])]
-    return orders
+    # What moved no sample at all, as a layer that has vanished, goes for nothing.
+    still = [n for n in every if profile.relative_update[n : n + 1] == (0,)]
+    return {k: [*still, *(n for n in own if n not in still)] for k, own in orders.items()}
 
 
 def _protected(horizon: int, protect: Iterable[SupportsIndex]) -> set[int]:

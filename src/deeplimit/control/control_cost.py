@@ -260,7 +260,8 @@ def _is_identity(structure: Anatomy, n: int) -> bool:
 def control_norms(model: nn.Module | Anatomy) -> tuple[float, ...]:
     """‖θ_n‖ of the last layers of each layer's branches: 0 where the layer has vanished.
 
-    NaN of a layer where they are not known, or that changes the shape.
+    NaN of a layer where they are not known, that changes the shape, or that is not the identity
+    although they are 0, for a norm behind the sum.
 
         >>> len(control_norms(model)) == anatomy(model).horizon
         True
@@ -273,6 +274,8 @@ def control_norms(model: nn.Module | Anatomy) -> tuple[float, ...]:
         norm = math.nan
         with suppress(InputError), torch.no_grad():
             groups = [g for own in vanishing_groups(structure, n).values() for g in own]
-            norm = float(squared_norms(groups).sum().sqrt()) if groups else norm
+            found = math.sqrt(sum(float(p.double().square().sum()) for g in groups for p in g))
+            if groups and (found or _is_identity(structure, n)):
+                norm = found
         norms.append(norm)
     return tuple(norms)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deeplimit.report.turnpike import (
         accuracy_figure,
         class_figure,
+        controls_figure,
         distance_figure,
         influence_figure,
         loss_figure,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "accuracy_figure",
     "class_figure",
+    "controls_figure",
     "crop_summary",
     "distance_figure",
     "gradient_answer",

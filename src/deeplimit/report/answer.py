@@ -1,6 +1,6 @@
 """The answer of a run in words and numbers: depth N → k, what it costs, how it was chosen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +125,25 @@ def data_sentence(parts: Parts | None) -> str:
 
 
 def _removed(cut: Cut) -> str:
-    total, number, spans = cut.report.horizon_before, len(cut.removed), runs(cut.removed)
+    return f"{_which(cut.removed, cut.report.horizon_before, 'were removed')}."
+
+
+def _which(numbers: Sequence[int], total: int, verb: str) -> str:
+    """Says of which layers something is true, counted from 1."""
+    spans = runs(numbers)
     if len(spans) == 1 and spans[0][1] == total - 1:
-        which = f"The last {number} of" if spans[0][0] else "All"
-        return f"{which} {layers(total)} were removed."
+        which = f"The last {len(numbers)} of" if spans[0][0] else "All"
+        return f"{which} {layers(total)} {verb}"
     where = ", ".join(str(a + 1) if a == b else f"{a + 1}–{b + 1}" for a, b in spans)
-    return f"{number} of {layers(total)} were removed, counted from 1: {where}."
+    return f"{len(numbers)} of {layers(total)} {verb}, counted from 1: {where}"
+
+
+def vanished_sentence(profiles: Profiles | None) -> str:
+    """Says which layers are exactly the identity; nothing where there is none."""
+    if profiles is None or not profiles.vanished:
+        return ""
+    which = _which(profiles.vanished, profiles.test.horizon, "vanished")
+    return f"{which}; their controls are exactly 0, and without them every answer stays."
 
 
 def rule(cut: Cut, profiles: Profiles | None) -> str:
@@ -157,21 +170,22 @@ def rule(cut: Cut, profiles: Profiles | None) -> str:
         return text + " The numbers on this page come from test data unless they say otherwise."
     lost = f"{several(100 * cut.tolerance, 'point')} of accuracy"
     gained = loss_gained(cut)
+    first = f"{sentence} " if (sentence := vanished_sentence(profiles)) else ""
     if not cut.removed and cut.parts is not None and cut.parts.validation < FEW:
         return f"No depth is chosen on fewer than {FEW} validation samples.{few(cut)}"
-    if not cut.removed:
-        return (
+    if not {*cut.removed} - {*(profiles.vanished if profiles else ())}:
+        return first + (
             f"On validation data, with {STANDARD_ERRORS} added, every smaller depth loses more "
             f"than {lost} or raises the loss by more than {gained}. A larger stage cost or longer "
             f"training may change that.{few(cut)}"
         )
     if max(cut.removed) < cut.report.horizon_before - 1:
-        return (
+        return first + (
             "On validation data no smaller depth is as good as the full network, for the states "
             "leave the tube around the minimisers again at the end; so the layers that lie in the "
             "tube, between entry and exit, were taken out. Test data took no part in the choice."
         )
-    text = (
+    text = first + (
         f"It is the smallest depth that, on validation data and with {STANDARD_ERRORS} added, "
         f"loses at most {lost} and raises the loss by at most {gained}.{few(cut)}"
     )

@@ -19,6 +19,7 @@ from deeplimit.report.answer import (
     few,
     healing_sentence,
     path,
+    vanished_sentence,
 )
 from deeplimit.report.language import perplexity, verdict_sentence
 from deeplimit.report.numbers import SPACE, percent, significant
@@ -156,6 +157,7 @@ def crop_summary(
     notes = [
         f"Depth {how}; {tested}.",
         f"{data_sentence(cut.parts)}{few(cut)}",
+        vanished_sentence(profiles),
         cut.choice and f"On validation data: {cut.choice}.",
         cut.bridge and f"On training data: {cut.bridge}.",
         entry_apart(cut, profiles),

@@ -120,13 +120,17 @@ def _flat(recipe: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 
 
 def layer_panels(results: RunResults) -> list[Panel]:
-    """Loss twice, accuracy, distance, update, and class by class; of text loss and influence."""
+    """Loss twice, accuracy, distance, update, controls, and class by class; of text fewer."""
     if results.profiles is None:
         return []
     profiles, cut = results.profiles, results.cut
     networks = (profiles, cut, results.reference)
     test, names = profiles.test, results.class_names
     loss, update = turnpike.loss_figure(*networks), turnpike.update_figure(*networks)
+    controls = []
+    if profiles.control_norms is not None:
+        figure = turnpike.controls_figure(profiles, cut)
+        controls = [("controls", figure, turnpike.controls_caption(profiles))]
     if not test.accuracy:
         influence = turnpike.influence_figure(profiles, cut)
         return _panels(
@@ -134,6 +138,7 @@ def layer_panels(results: RunResults) -> list[Panel]:
                 ("loss", loss, language.loss_caption(profiles)),
                 ("influence", influence, language.influence_caption(test)),
                 ("update", update, turnpike.update_caption(profiles)),
+                *controls,
             ]
         )
     excess = turnpike.loss_figure(*networks, log=True)
@@ -143,6 +148,7 @@ def layer_panels(results: RunResults) -> list[Panel]:
         ("accuracy", turnpike.accuracy_figure(*networks), turnpike.accuracy_caption(*networks)),
         ("distance", turnpike.distance_figure(*networks), turnpike.distance_caption(profiles)),
         ("update", update, turnpike.update_caption(profiles)),
+        *controls,
     ]
     if test.class_distance:
         shown.append(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import plotly.graph_objects as go
 
 from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.report.answer import vanished_sentence
 from deeplimit.report.numbers import layers, percent, significant
 from deeplimit.report.style import (
     DASHED,
@@ -103,6 +104,32 @@ def influence_figure(profiles: Profiles, cut: Cut | None = None) -> go.Figure:
         return profile.influence or ()
 
     return _over_layers("Influence", "1 − cos", profiles, cut, None, values, between=True)
+
+
+def controls_figure(profiles: Profiles, cut: Cut | None = None) -> go.Figure:
+    """Norm of each layer's controls, drawn half way between n and n + 1; crosses where it is 0."""
+    norms = profiles.control_norms or ()
+    title, unit = "Controls", "norm of the last layer of each branch"
+    figure = layer_figure(title, profiles.test.horizon, unit, cut, between=True, zero=True)
+    places = [n + 0.5 for n in range(len(norms))]
+    draw(figure, places, ("norm", norms, NETWORK, SOLID), value="%{y:.4g}")
+    gone = profiles.vanished
+    if gone:
+        style = {"color": TUBE, "symbol": "x"}
+        at = [n + 0.5 for n in gone]
+        figure.add_scatter(x=at, y=[0] * len(at), mode="markers", name="exactly 0", marker=style)
+    return figure
+
+
+def controls_caption(profiles: Profiles) -> str:
+    """How many layers have vanished, and the largest norm."""
+    norms = [norm for norm in profiles.control_norms or () if not math.isnan(norm)]
+    if not norms:
+        return "The last layers of the residual branches are not known."
+    largest = f"The largest norm is {significant(max(norms))}"
+    if not profiles.vanished:
+        return f"{largest}, the smallest {significant(min(norms))}: no layer is exactly 0."
+    return f"{largest}. {vanished_sentence(profiles)}"
 
 
 def _over_layers(

@@ -14,10 +14,12 @@ from deeplimit.control import (
     SoftCrossEntropy,
     bridge_of,
     choose_cut,
+    control_norms,
     crop,
     layers_to_remove,
     picture_trajectories,
     turnpike_profile,
+    vanished,
 )
 from deeplimit.control.verdict import unchanged
 from deeplimit.data import DataSet
@@ -64,7 +66,8 @@ def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
         )
         if isinstance(loss, SoftCrossEntropy):  # tokens are too many classes to be drawn
             picture = picture_trajectories(model, evaluation_batches(data.test), loss)
-    profiles = Profiles(train, validation, test)
+        norms = control_norms(model) if recipe.control_cost else None
+    profiles = Profiles(train, validation, test, norms)
     with folder.commit() as new:
         if picture is not None:
             new.write(picture)
@@ -89,8 +92,8 @@ def crop_run(
 
     What is left out is chosen on validation data, what that costs is measured on test data, with
     the loss that was trained. Of a network of one stage "auto" leaves out what the validation
-    profile says can go (`layers_to_remove`); of one with several stages, of a language model, or
-    under a budget, layers of any place (`choose_cut`).
+    profile says can go (`layers_to_remove`), and layers that are exactly the identity; of one with
+    several stages, of a language model, or under a budget, layers of any place (`choose_cut`).
 
     Args:
         folder: a finished run; it is profiled first if it has not been.
@@ -152,7 +155,10 @@ def crop_run(
                 choice = choose_cut(model, profiles.validation, validation, loss=loss, **limit)
             removed = choice.removed
         else:
-            removed = _possible(structure, layers_to_remove(profiles.validation, most))
+            tail = layers_to_remove(profiles.validation, most)
+            removed = _possible(structure, sorted({*tail, *vanished(model)}))
+            if not _removable(structure, removed):  # not all together with those of the middle
+                removed = _possible(structure, tail)
         tolerance = None if budget or data.vocabulary else most
     if bridge and removed:
         fitted = evaluation_batches(data.train.take(min(BRIDGED, len(data.train))))

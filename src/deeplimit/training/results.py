@@ -17,11 +17,21 @@ from deeplimit.ode import DepthLimit
 
 @dataclass(frozen=True)
 class Profiles:
-    """Turnpike profiles of one network; the depth is chosen on validation, figures are test's."""
+    """Turnpike profiles of one network; the depth is chosen on validation, figures are test's.
+
+    Attributes:
+        control_norms: as `control_norms` measures them; None where the controls cost nothing.
+    """
 
     train: TurnpikeProfile
     validation: TurnpikeProfile
     test: TurnpikeProfile
+    control_norms: tuple[float, ...] | None = None
+
+    @property
+    def vanished(self) -> tuple[int, ...]:
+        """The layers whose controls are exactly 0."""
+        return tuple(n for n, norm in enumerate(self.control_norms or ()) if norm == 0)
 
 
 @dataclass(frozen=True)
