@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 
 from deeplimit.cli import main
-from deeplimit.studies import demo_recipe, run_demo
-from deeplimit.training import RunFolder, crop_run, profile_run
+from deeplimit.studies import run_demo
+from deeplimit.training import RunFolder, crop_run, profile_run, recipe_for
 
 pytestmark = pytest.mark.slow
 
 
-SMALL = replace(demo_recipe(), depth=(4,), hidden=16, epochs=3, learning_rate=1e-2, stage_cost=1.0)
+SMALL = replace(
+    recipe_for("digits"),
+    control="plain",
+    depth=(4,),
+    hidden=16,
+    epochs=3,
+    learning_rate=1e-2,
+    stage_cost=1.0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +41,9 @@ def test_the_control_differs_in_stage_cost_and_depth_alone(demo: RunFolder) -> N
     assert cut.removed
     depth = cut.report.horizon_after
     control = RunFolder.open(runs / "demo-without-stage-cost")
-    assert control.recipe == replace(small, stage_cost=0.0, control="none")
-    assert RunFolder.open(runs / f"demo-plain-{depth}").recipe == replace(
-        small, stage_cost=0.0, control="none", depth=(depth,)
-    )
+    plain = replace(small, stage_cost=0.0, control="none")
+    assert control.recipe == plain
+    assert RunFolder.open(runs / f"demo-plain-{depth}").recipe == replace(plain, depth=(depth,))
 
     assert reference.test == profile_run(control).test
     again = crop_run(control, depth).report

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from training_runs import (
     SMALL,
     checkpoint_of,
@@ -35,7 +37,7 @@ from deeplimit.training import (
     resume,
     train,
 )
-from deeplimit.training.building import prepare
+from deeplimit.training.building import prepare, training_batches
 from deeplimit.training.fit import fit
 from deeplimit.training.loop import Training
 from deeplimit.training.processes import fitting_threads, launch, seed_draws
@@ -241,6 +243,8 @@ def test_small_networks_take_one_thread_and_give_the_others_back() -> None:
             assert torch.get_num_threads() == 2
         with fitting_threads(recipe_for("mnist")):
             assert torch.get_num_threads() == 2
+        with fitting_threads(recipe_for("mazes")):
+            assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(1)
 
@@ -363,7 +367,7 @@ def test_stopped_after_some_epochs_it_goes_on_to_the_same(
 def test_the_layers_of_the_stage_cost_are_drawn_alike_by_a_run_that_goes_on(
     tmp_path: Path,
 ) -> None:
-    recipe = replace(SMALL, stage_cost_layers=1)
+    recipe = replace(SMALL, stage_cost_layers=1, stage_cost_grows=True)
     data = load_data(recipe, tmp_path)
     for name, ends in (("unbroken", [None]), ("stopped", [1, None])):
         (tmp_path / name).mkdir()
@@ -377,6 +381,24 @@ def test_the_layers_of_the_stage_cost_are_drawn_alike_by_a_run_that_goes_on(
         seed_draws(objective.draws, recipe.seed, epoch)
         epochs.append([objective._drawn() for _ in range(20)])
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_stage_cost_that_grows_is_there_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[float] = []
+
+    def seen(self: StageCost, *batch: Any) -> tuple[Tensor, Tensor]:
+        weights.append(self.weight)
+        return forward(self, *batch)
+
+    forward = StageCost.forward
+    monkeypatch.setattr(StageCost, "forward", seen)
+    recipe = replace(SMALL, stage_cost=0.3, stage_cost_grows=True)
+    data = load_data(recipe, tmp_path)
+    fit(launch(recipe), prepare(recipe, data), tmp_path, quiet=True)
+    count = recipe.epochs * len(training_batches(recipe, data, 0))
+    assert weights == pytest.approx([0.3 * ((n + 1) / count) ** 2 for n in range(count)])
 
 
 def test_what_is_drawn_in_an_epoch_is_of_the_recipes_seed_and_the_epoch(tmp_path: Path) -> None:

@@ -66,6 +66,10 @@ WRONG = {
         {"stage_cost_layers": 2, "stage_cost": 0.0},
         "stage_cost_layers is 2, but stage_cost is 0: no layer has a loss; leave it out",
     ),
+    "growth without a cost": (
+        {"stage_cost_grows": True, "stage_cost": 0.0},
+        "stage_cost_grows is True, but stage_cost is 0: nothing grows",
+    ),
     "negative control cost": ({"control_cost": -1.0}, "control_cost is -1"),
     "a kind of no control cost": (
         {"control_cost_kind": "group"},

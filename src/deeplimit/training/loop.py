@@ -156,10 +156,13 @@ class Training:
 
     def _step(self, batch: Batch, observer: Observer) -> Tensor:
         """One optimisation step; sums of loss, hits and samples in this process's part."""
+        every = self.recipe.epochs * self.steps_per_epoch
         if self.fade is not None:
-            step = self.fade.step(self.steps / (self.recipe.epochs * self.steps_per_epoch))
+            step = self.fade.step(self.steps / every)
             for fading in self._fadings:
                 fading.set_step(step)
+        if self.recipe.stage_cost_grows:
+            self.objective.weight = self.recipe.stage_cost * ((self.steps + 1) / every) ** 2
         self.stepper.zero_grad(set_to_none=True)
         cost, logits = self.module(*batch)
         self.fabric.backward(cost)

@@ -196,13 +196,16 @@ def seed_draws(draws: torch.Generator, seed: int, epoch: int) -> None:
 
 @contextmanager
 def fitting_threads(recipe: Recipe) -> Iterator[None]:
-    """One thread for networks of vectors with small layers, torch's own number for others.
+    """One thread for networks with small layers, torch's own number for others.
 
     Sharing such small products gains nothing on a free machine; on a busy one the threads wait for
     each other (20 times slower on two busy cores). Afterwards the number is what it was.
     """
     before = torch.get_num_threads()
-    small = recipe.kind in ("logit", "vector") and recipe.width * max(recipe.hidden, 1) <= SMALL
+    entries = recipe.width * max(recipe.hidden, 1)
+    if recipe.kind == "convolutional":  # by channels; the batch says how large the product is
+        entries = recipe.width * (recipe.hidden or recipe.width) * recipe.batch_size
+    small = recipe.kind != "cifar-resnet" and entries <= SMALL
     torch.set_num_threads(1 if small and recipe.model is None else before)
     try:
         yield

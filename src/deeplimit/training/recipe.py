@@ -109,6 +109,9 @@ class Recipe:
     """Softness ε of the cross-entropy: what the target leaves for the other classes together."""
     stage_cost: float = 0.1
     """Weight γ of the loss at every layer; 0 trains an ordinary residual network."""
+    stage_cost_grows: bool = False
+    """Let the weight grow from 0 to γ, with the square of the steps done: the answer at the end is
+    learnt first, where only many layers together find it."""
     stage_cost_layers: int | None = None
     """Layers K whose loss a step takes, drawn anew for each; without it, and where the network has
     no more, all. The gradient's mean is that of all layers; a step costs less where the head is
@@ -329,6 +332,11 @@ class Recipe:
             self.control_cost_kind is not None and self.control_cost == 0,
             "control_cost_kind",
             ", but control_cost is 0; leave it out, or give a control_cost above 0",
+        )
+        yield (
+            self.stage_cost_grows and self.stage_cost == 0,
+            "stage_cost_grows",
+            ", but stage_cost is 0: nothing grows; leave it out, or give a stage_cost above 0",
         )
         for name, forms in {"rise": TEXTS[:1], "length": TEXTS}.items():
             given = getattr(self, name) is not None and not self.data.startswith(forms)
