@@ -8,6 +8,7 @@ import torch
 from model_families import CLASSES, FAMILIES, sample
 from text_families import BERT, padded, text_model
 from torch import Tensor, nn
+from vision_families import vision
 
 from deeplimit import (
     InputError,
@@ -215,6 +216,33 @@ def test_branches_of_a_transformer_vanish_one_by_one(name: str) -> None:
     assert [
         [g.split(".", 4 if name == BERT else 3)[-1] for g in group] for group in groups
     ] == every
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DINOv2", "ResNet, bottleneck", "ConvNeXt", "ConvNeXt V2"])
+def test_blocks_of_images_vanish_by_their_last_scale_or_layer(name: str) -> None:
+    """A scale of the block's own, a norm, a linear layer."""
+    family = vision(name)
+    model = family.model.eval()
+    block = anatomy(model).blocks[1]
+    ends = {
+        "DINOv2": ("layer_scale1.lambda1", "layer_scale2.lambda1"),
+        "ResNet, bottleneck": ("layer.2.normalization.weight", "layer.2.normalization.bias"),
+        "ConvNeXt": ("layer_scale_parameter",),
+        "ConvNeXt V2": ("pwconv2.weight", "pwconv2.bias"),
+    }[name]
+    groups = StageCost(model, LOSS, control_cost=1.0, control_cost_kind="group")._groups
+    names = {p: which for which, p in model.named_parameters()}
+    own = [names[block.get_parameter(end)] for end in ends]
+    assert [which for group in groups for which in group if which in own] == own
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for end in ends:
+            before[names[block.get_parameter(end)]] = block.get_parameter(end).zero_().clone()
+    assert vanished(model) == [1]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    smaller = crop(model, remove=[1])
+    assert torch.equal(smaller(family.x).logits, model(family.x).logits)
 
 
 def test_a_block_whose_residual_function_does_not_end_in_its_last_layer_is_refused() -> None:

@@ -148,11 +148,26 @@ def vanishing_groups(structure: Anatomy, n: int) -> dict[nn.Module, list[Group]]
         InputError: there is no such layer.
     """
     adds = next(stack.adds for stack in structure.stacks if n in stack.layers)
-    with evaluating(structure.model):
+    blocks = structure.layers[n].controls
+    with evaluating(structure.model), _not_zero(blocks):
         if adds:
-            (block,) = structure.layers[n].controls
+            (block,) = blocks
             return {block: _ends_of_branches(structure, n)}
-        return {block: [_end_of_residual(block)] for block in structure.layers[n].controls}
+        return {block: [_end_of_residual(block)] for block in blocks}
+
+
+@contextmanager
+def _not_zero(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Random numbers in parameters that are all 0: where a scale is 0 no branch is seen."""
+    generator = torch.Generator().manual_seed(0)
+    zero = {p for block in blocks for p in block.parameters() if not bool(p.any())}
+    for p in zero:
+        p.copy_(torch.randn(p.shape, generator=generator))
+    try:
+        yield
+    finally:
+        for p in zero:
+            p.zero_()
 
 
 def _end_of_residual(block: nn.Module) -> Group:
