@@ -10,7 +10,7 @@ GROUP = 64
 
 
 def naive_quantised(v: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(Q_b(v), s per number): levels s·k, s = max|v|/(2^{b−1} − 1/2) up to bfloat16."""
+    """(Q_b(v), s per number): levels s·k, s = max|v|/(2^{b−1} − 1/2) or just above."""
     row, found, scales = v.double().flatten().tolist(), [], []
     for start in range(0, len(row), GROUP):
         group = row[start : start + GROUP]
@@ -40,8 +40,6 @@ def naive_chain(states: list[Tensor], bits: int, feedback: bool = True) -> list[
 
 
 def _up(s: float) -> float:
-    """The smallest number of 8 significant bits that is not below s."""
-    if not s:
-        return 0.0
-    mantissa, exponent = math.frexp(s)
-    return math.ldexp(math.ceil(mantissa * 256), exponent - 8)
+    """A number of 8 significant bits, not below s: the nearest to one that is half a bit above."""
+    mantissa, exponent = math.frexp(s * (1 + 2**-8))
+    return math.ldexp(round(mantissa * 256), exponent - 8)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 GROUP = 64  # numbers that share a scale
 BITS = (2, 4, 8)
-MORE = 1 + 1e-6  # so that rounding takes no number to a level beyond the last one
-TINY = 2.0**-120  # the least scale: a smaller one would have no inverse
+MORE = (1 + 2**-8) * (1 + 1e-6)  # so that a scale is never rounded to less than it was
+TINY = torch.tensor(2.0**-120, device="cpu")  # the least scale: less would have no inverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class Code:
     Attributes:
         packed: Σ_j k_j 2^{jb} in int8, where k_j are the levels |k| < 2^{b−1} of the j-th part of
             the numbers, so that packing goes through memory in order.
-        scales: s of each group in bfloat16, rounded up.
+        scales: s of each group in bfloat16, in a column.
         bits: b.
     """
 
@@ -33,8 +33,8 @@ class Code:
     def levels(self, dtype: torch.dtype) -> Tensor:
         """The levels k, a row for each group."""
         parts = 8 // self.bits
-        k = torch.empty(parts * self.packed.numel(), dtype=dtype, device=self.packed.device)
-        first, *others = k.view(parts, -1)
+        k = torch.empty(parts, self.packed.numel(), dtype=dtype, device=self.packed.device)
+        first, *others = k.unbind()
         first.copy_(self.packed)
         for part, row in reversed(list(enumerate(others, 1))):  # the rest is below half of its unit
             unit = 2 ** (part * self.bits)
@@ -42,37 +42,26 @@ class Code:
             first.sub_(row, alpha=unit)
         return k.view(-1, GROUP)
 
-    def steps(self, dtype: torch.dtype) -> Tensor:
-        """The scales s, in a column."""
-        return self.scales.to(dtype).unsqueeze(1)
 
+def encode(v: Tensor, bits: int) -> tuple[Code, Tensor]:
+    """The code of v, in whose place its levels k are left, and its steps s: |v − s·k| ≤ s/2.
 
-def encode(v: Tensor, bits: int) -> tuple[Code, Tensor, Tensor]:
-    """The code of v, its levels k, in the place of v, and its steps s: |v − s·k| ≤ s/2.
-
-    s = max|v| / (2^{b−1} − 1/2) over the group, rounded up. 0 is a level: what does not change, a
-    token that is padding or a unit that a ReLU holds at 0, stays exactly as it is. NaN and infinity
-    show in the scales.
+    s = max|v| / (2^{b−1} − 1/2) over the group, and no more than 1/128 above that. 0 is a level:
+    what does not change, a token that is padding or a unit that a ReLU holds at 0, stays exactly as
+    it is. NaN and infinity show in the scales. Few operations count for more than few numbers.
 
     Args:
-        v: whole groups in one row, float32 or float64.
+        v: a group in each row, float32 or float64.
         bits: b, one of BITS.
     """
-    k, most = v.view(-1, GROUP), 2 ** (bits - 1) - 0.5
-    largest = k.abs().amax(1) if len(k) else v
-    scales = _rounded_up(largest.mul_(MORE / most).clamp_(min=TINY))
-    steps = scales.to(v.dtype).unsqueeze(1)
-    k.mul_(steps.reciprocal()).round_()
-    packed, *others = v.view(8 // bits, -1)
+    largest = v.abs().amax(1, keepdim=True)
+    scales = torch.add(TINY, largest, alpha=MORE / (2 ** (bits - 1) - 0.5)).to(torch.bfloat16)
+    steps = scales.to(v.dtype)
+    v.mul_(steps.reciprocal()).round_()
+    packed, *others = v.view(8 // bits, -1).unbind()
     for part, row in enumerate(others, 1):
         packed = packed.add(row, alpha=2 ** (part * bits))
-    return Code(packed.to(torch.int8), scales, bits), k, steps
-
-
-def _rounded_up(s: Tensor) -> Tensor:
-    """Numbers ≥ 0 in bfloat16, none smaller than it was: no level lies beyond the last one."""
-    whole = s.float().view(torch.int32)
-    return ((whole + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+    return Code(packed.to(torch.int8), scales, bits), steps
 
 
 class Feedback:
@@ -97,17 +86,19 @@ class Feedback:
         strides = x.stride()
         self._order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
         self._back = sorted(range(x.dim()), key=self._order.__getitem__)
+        self._in_order = self._order == self._back == list(range(x.dim()))
         self._shape = x.permute(self._order).shape
-        self._size = x.numel()
+        self._size, self._more = x.numel(), -x.numel() % GROUP
         self._at = 0  # how many codes are in x̂
-        self._rebuilt = self._row(x)  # x̂
+        self._rebuilt = self._groups(x).to(self.dtype)  # x̂
 
     def code(self, y: Tensor, bits: int) -> Code:
         """The code in b bits of what leads to y, the state after the last one."""
         self._go(len(self.codes))
-        code, k, steps = encode(self._row(y) - self._rebuilt, bits)
+        v = self._groups(y) - self._rebuilt
+        code, steps = encode(v, bits)
         self.codes.append(code)
-        self._add(k, steps, 1)
+        self._add(v, steps, 1)
         return code
 
     def state(self, n: int) -> Tensor:
@@ -122,29 +113,29 @@ class Feedback:
         """
         if n == 0:
             return x
-        off = torch.zeros_like(self._rebuilt)
-        self._state(off).copy_(z).sub_(x)
-        most, groups = self.codes[n - 1].steps(self.dtype) / 2, off.view(-1, GROUP)
-        torch.minimum(torch.maximum(groups, -most, out=groups), most, out=groups)
-        return self._state(off).add_(x)
+        most = self.codes[n - 1].scales.to(self.dtype) / 2
+        off = self._groups(z.to(self.dtype) - x)
+        return self._state(torch.minimum(torch.maximum(off, -most), most)) + x
 
     def _go(self, n: int) -> None:
         while self._at != n:
             back = self._at > n
             code = self.codes[self._at - back]
-            self._add(code.levels(self.dtype), code.steps(self.dtype), -1 if back else 1)
+            self._add(code.levels(self.dtype), code.scales.to(self.dtype), -1 if back else 1)
 
     def _add(self, k: Tensor, steps: Tensor, sign: int) -> None:
         """The next x̂, or the one before, in the memory of the levels."""
-        groups = self._rebuilt.view(-1, GROUP)
-        self._rebuilt = torch.addcmul(groups, k, steps, value=sign, out=k).view(-1)
+        self._rebuilt = torch.addcmul(self._rebuilt, k, steps, value=sign, out=k)
         self._at += sign
 
-    def _row(self, x: Tensor) -> Tensor:
-        """All numbers, in whole groups."""
-        row = x.detach().permute(self._order).reshape(-1).to(self.dtype)
-        more = -len(row) % GROUP
-        return nn.functional.pad(row, (0, more)) if more else row
+    def _groups(self, x: Tensor) -> Tensor:
+        """All numbers, a group in each row."""
+        if not self._in_order:
+            x = x.permute(self._order)
+        if self._more:
+            x = nn.functional.pad(x.reshape(-1), (0, self._more))
+        return x.reshape(-1, GROUP)
 
-    def _state(self, row: Tensor) -> Tensor:
-        return row[: self._size].view(self._shape).permute(self._back)
+    def _state(self, groups: Tensor) -> Tensor:
+        x = (groups.view(-1)[: self._size] if self._more else groups).view(self._shape)
+        return x if self._in_order else x.permute(self._back)

@@ -456,7 +456,7 @@ def _some(x: Tensor, count: int = 64) -> Tensor:
 
 
 def _view(x: Tensor, count: int) -> Tensor:
-    x, size = x.detach(), x.numel()
+    x, size = x.detach() if x.requires_grad else x, x.numel()
     every = -(-size // count) | 1  # odd, or it could be one channel alone
     if type(x) is Tensor and x.is_contiguous():
         return x.as_strided((-(-size // every),), (every,))  # half of a slice's time
