@@ -23,7 +23,7 @@ import torch
 from plotly.subplots import make_subplots
 
 from adjoint_speed import CLOCKS, seconds
-from deeplimit.studies.gradient_methods import peak_memory
+from deeplimit.gradient.accuracy import peak_memory
 from deeplimit.studies.harness import machine
 from drawing import write
 from gradient_methods import GAMMA, METHODS, SIZES, TrainingStep, convolutional_chain

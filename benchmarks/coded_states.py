@@ -30,11 +30,11 @@ from torch.utils.checkpoint import checkpoint
 
 from deeplimit import use_adjoint, use_backprop
 from deeplimit.data import load_dataset
+from deeplimit.gradient.accuracy import peak_memory
 from deeplimit.gradient.codes import BITS, Feedback
 from deeplimit.gradient.meter import CODED, CODED_KINKED
 from deeplimit.gradient.stand_ins import engines
 from deeplimit.network import CifarResNet
-from deeplimit.studies.gradient_methods import peak_memory
 from deeplimit.studies.harness import machine
 from gradient_methods import convolutional_chain
 from networks_tried import FAMILIES, _free_loss

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deeplimit.gradient import (
         drift,
         gradient_error,
-        plan_anchors,
+        plan_memory,
         use_adjoint,
         use_backprop,
     )
@@ -63,7 +63,7 @@ __all__ = [
     "gradient_error",
     "heal",
     "particle_flow",
-    "plan_anchors",
+    "plan_memory",
     "refine",
     "smoothness",
     "tie",
@@ -74,4 +74,7 @@ __all__ = [
     "verify_crop",
 ]
 
-__getattr__, __dir__ = lazy(__name__, {"convergence_certificate": "certify_convergence"})
+__getattr__, __dir__ = lazy(
+    __name__,
+    {"convergence_certificate": "certify_convergence", "plan_anchors": "plan_memory"},
+)

@@ -9,12 +9,12 @@ from torch import nn
 from deeplimit import use_adjoint
 from deeplimit.gradient import Layout, layout
 
-APART = {"codes", "coded_states", "hunt", "anchors", "orders", "processes", "memory"}
+APART = {"codes", "coded_states", "hunt", "planning", "orders", "processes", "memory"}
 OF_THE_FIXED_POINT = {  # tests of its own figures, of what it cannot do, or of its warnings
     "test_a_backward_pass_that_ends_before_a_kept_state_says_so",
     "test_a_large_drift_warns_once_with_the_layer_and_the_remedy",
     "test_a_network_that_cannot_be_inverted_warns",
-    "test_anchors_that_were_planned_keep_the_tolerance",
+    "test_states_that_were_planned_keep_the_tolerance",
     "test_autocast_runs_and_its_error_is_reported",
     "test_drift_is_the_rebuilt_state_against_the_true_one",
     "test_loss_is_the_same_and_the_reported_error_is_the_error",

@@ -259,7 +259,7 @@ def test_one_huge_update_does_not_hide_the_drift(where: str, size: float) -> Non
 
 def test_a_large_drift_warns_once_with_the_layer_and_the_remedy() -> None:
     model, x = use_adjoint(sequence(6, gain=2.0), evaluations=1), inputs(5, 6)
-    with pytest.warns(DriftWarning, match=r"drift .* at 1: .*\(2 instead of 1\).*plan_anchors"):
+    with pytest.warns(DriftWarning, match=r"drift .* at 1: .*\(2 instead of 1\).*plan_memory"):
         model(x).sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,7 +9,7 @@ import torch
 from adjoint_references import exact_gradients, gradients, relative_error
 from torch import nn
 
-from deeplimit import drift, gradient_error, plan_anchors, use_adjoint, use_backprop
+from deeplimit import drift, gradient_error, plan_memory, use_adjoint, use_backprop
 from deeplimit.gradient import DriftWarning, layout
 from deeplimit.gradient.meter import SAFETY
 
@@ -145,22 +145,22 @@ def test_a_network_that_cannot_be_inverted_warns() -> None:
     batch = batch_for(model)
     use_adjoint(model, evaluations=4)
     gradients(model, batch, loss_of)
-    with pytest.warns(DriftWarning, match=r"drift .* at resnet\.encoder.*plan_anchors"):
+    with pytest.warns(DriftWarning, match=r"drift .* at resnet\.encoder.*plan_memory"):
         gradients(model, batch, loss_of)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT-2", "ViT", "ResNet"])
-def test_anchors_that_were_planned_keep_the_tolerance(name: str) -> None:
+def test_states_that_were_planned_keep_the_tolerance(name: str) -> None:
     model = made(MODELS[name][0], contracting=name != "ViT")
     batch = batch_for(model)
     _, exact = exact_gradients(model, batch, loss_of)
     use_adjoint(model, evaluations=1, on_drift="ignore")
     torch.manual_seed(0)
-    plan = plan_anchors(model, loss_of, batch, 1e-3)
-    assert plan.error_without > 1e-3
-    assert plan.anchors
-    use_adjoint(model, evaluations=1, anchors=plan.anchors, on_drift="ignore")
+    plan = plan_memory(model, loss_of, batch, 1e-3)
+    assert gradient_error(model, loss_of, batch).error > 1e-3
+    assert plan.ways
+    use_adjoint(model, plan=plan, on_drift="ignore")
     _, found = gradients(model, batch, loss_of)
     assert relative_error(found, exact) == pytest.approx(plan.error, rel=1e-6, abs=1e-13)
     assert plan.error <= 1e-3

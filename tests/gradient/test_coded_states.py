@@ -226,7 +226,7 @@ def test_an_empty_batch() -> None:
 @pytest.mark.parametrize("bits", [1, 3, 16, -2])
 def test_bits_that_cannot_be(bits: Any) -> None:
     model = stack(Norm)
-    with pytest.raises(InputError, match=r"expected 0 \(no codes\), 2, 4 or 8"):
+    with pytest.raises(InputError, match=r"expected 0 \(no codes\), 2, 4, 8 or 'auto'"):
         use_adjoint(model, bits=bits)
     assert "forward" not in vars(model[0])
 

@@ -157,6 +157,11 @@ class ResidualChain(nn.Sequential):
         """True where the steps are replayed in the backward pass, with their costs."""
         return "run_step" in self.__dict__
 
+    @property
+    def collecting(self) -> bool:
+        """True while running costs are collected."""
+        return bool(self._running_costs)
+
     @contextmanager
     def collect_stage_costs(self, costs: Mapping[int, RunningCost]) -> Iterator[list[Tensor]]:
         """Collects costs[n](x_n, x_{n+1}) of the steps n that have one, computed inside them.

@@ -1,25 +1,28 @@
 """How a residual network's gradient is obtained: states rebuilt backwards, and the error known."""
 
-from deeplimit.gradient.accuracy import (
-    AnchorPlan,
-    GradientAccuracy,
-    drift,
-    gradient_error,
-    plan_anchors,
-)
-from deeplimit.gradient.adjoint import Layout, layout, use_adjoint, use_backprop
-from deeplimit.gradient.meter import AdjointError, DriftWarning
+from typing import TYPE_CHECKING
+
+from deeplimit.lazy import lazy
+
+if TYPE_CHECKING:
+    from deeplimit.gradient.accuracy import GradientAccuracy, drift, gradient_error
+    from deeplimit.gradient.adjoint import Layout, layout, use_adjoint, use_backprop
+    from deeplimit.gradient.meter import AdjointError, DriftWarning, Way
+    from deeplimit.gradient.planning import MemoryPlan, plan_memory
 
 __all__ = [
     "AdjointError",
-    "AnchorPlan",
     "DriftWarning",
     "GradientAccuracy",
     "Layout",
+    "MemoryPlan",
+    "Way",
     "drift",
     "gradient_error",
     "layout",
-    "plan_anchors",
+    "plan_memory",
     "use_adjoint",
     "use_backprop",
 ]
+
+__getattr__, __dir__ = lazy(__name__, {"plan_anchors": "plan_memory", "AnchorPlan": "MemoryPlan"})

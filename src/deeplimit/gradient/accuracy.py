@@ -1,6 +1,8 @@
 """How exact the rebuilt states and the gradient are: measured, not hoped for."""
 
+import gc
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -8,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from deeplimit.errors import InputError
 from deeplimit.gradient.engine import Engine
@@ -16,8 +19,6 @@ from deeplimit.gradient.stand_ins import engines, switches
 SMALL = 0.01
 
 LossOf = Callable[[Any, Any], Tensor]
-Chain = list[str]
-Costs = dict[tuple[int, int], float]
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,18 @@ def gradient_error(model: nn.Module, loss_of: LossOf, batch: Any) -> GradientAcc
 
 
 class Measurement:
-    """One batch, its exact gradient, and as many others as are asked for."""
+    """One batch, its exact gradient, and as many others as are asked for.
 
-    def __init__(self, model: nn.Module, loss_of: LossOf, batch: Any):
+    The exact one is by plain backpropagation, or with other settings that keep every state.
+    """
+
+    def __init__(self, model: nn.Module, loss_of: LossOf, batch: Any, **exactly: Any):
         self.model, self.engines = model, engines(model)
         self._loss_of, self._batch = loss_of, batch
-        self._random = torch.get_rng_state()
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise InputError("no parameter of the model requires a gradient")
-        with _each(self.engines, paused=True):
+        with each(self.engines, **(exactly or {"paused": True})):
             self.exact = self.gradient()
         self.scale = _norm(self.exact.values())
         if any(not step.known for switch in switches(model) for step in switch.steps):
@@ -92,7 +95,7 @@ class Measurement:
 
     def gradient(self) -> dict[str, Tensor]:
         """∇θ as the model is switched now; parameters that the loss does not reach are left out."""
-        with self._undisturbed(), _each(self.engines, on_drift="ignore"):
+        with self._undisturbed():
             loss = self._loss_of(self.model, self._batch)
             if loss.dim() != 0 or not loss.requires_grad:
                 raise InputError(
@@ -104,6 +107,15 @@ class Measurement:
             found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         named = zip(self.parameters, found, strict=True)
         return {name: g for name, g in named if g is not None}
+
+    def peak(self) -> int:
+        """Bytes at the peak of a step as the model is switched now, as `peak_memory` has them."""
+        device = next(iter(self.parameters.values())).device
+        with self._undisturbed():
+            return peak_memory(self._step, self.model, device)
+
+    def _step(self) -> None:
+        torch.autograd.backward(self._loss_of(self.model, self._batch))
 
     def error(self, gradient: dict[str, Tensor]) -> float:
         """‖g − g*‖ / ‖g*‖ over all parameters."""
@@ -141,10 +153,9 @@ class Measurement:
         ]
         values = (v for module in self.model.modules() for v in vars(module).values())
         generators = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
-        with torch.random.fork_rng(), torch.enable_grad():
-            torch.set_rng_state(self._random)
-            if torch.cuda.is_available():
-                torch.cuda.manual_seed_all(0)
+        quiet = each(self.engines, on_drift="ignore")
+        with quiet, torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)
             try:
                 yield
             finally:
@@ -156,193 +167,78 @@ class Measurement:
                         buffer.copy_(copy)
 
 
-@dataclass(frozen=True)
-class AnchorPlan:
-    """Which blocks' inputs to keep: `use_adjoint(model, anchors=plan.anchors, …)`.
-
-    Attributes:
-        anchors: names of blocks, in order.
-        error: the gradient's relative error with them, measured on the batch.
-        error_without: the same without any.
-        tolerance: what the error was to stay under.
-        candidates: how many inputs could be kept beyond those that are anyway.
-    """
-
-    anchors: tuple[str, ...]
-    error: float
-    error_without: float
-    tolerance: float
-    candidates: int
-
-    def __str__(self) -> str:
-        """One line: how many, at what error, and what it means if it is all of them."""
-        text = (
-            f"{len(self.anchors)} of {self.candidates} states kept: gradient error {self.error:.2g}"
-            f" (without: {self.error_without:.2g}; tolerance {self.tolerance:g})"
-        )
-        if self.candidates and len(self.anchors) == self.candidates:
-            text += "; every state is needed, which is ordinary checkpointing: these blocks cannot"
-            text += " be inverted that well"
-        return text
-
-
-def plan_anchors(
-    model: nn.Module, loss_of: LossOf, batch: Any, tolerance: float | None = None
-) -> AnchorPlan:
-    """The fewest anchors with which the gradient's error on a batch is within the tolerance.
-
-    Backward passes that rebuild from each state in turn give the error that every segment between
-    two anchors would cost; the plan with the least total for 0, 1, 2, … anchors is found by dynamic
-    programming (squared errors of different layers add up), and the first whose *measured* error is
-    within the tolerance is taken. As many backward passes as there are states, and a few more.
-    The model is left as it was; switch it with `use_adjoint(model, anchors=plan.anchors, …)`.
-
-    Args:
-        model: a model switched by `use_adjoint`; its evaluations are those of the plan.
-        loss_of: loss_of(model, batch) → a scalar.
-        batch: whatever it takes.
-        tolerance: of the gradient's relative error; the model's own by default.
-
-    Raises:
-        InputError: the model is not switched, or the tolerance is not a number > 0.
-    """
-    measure = Measurement(model, loss_of, batch)
-    limit = min(e.settings.tolerance for e in measure.engines) if tolerance is None else tolerance
-    if not limit > 0:
-        raise InputError(f"the tolerance is {limit}; it must be a number > 0")
-    return _Planner(measure, limit).plan()
-
-
-class _Planner:
-    def __init__(self, measure: Measurement, tolerance: float):
-        self.measure, self.tolerance = measure, tolerance
-        recorded: list[Chain] = []
-        with _each(measure.engines, chains=recorded):
-            self.error_without = self._measured(())
-        self.chains = [chain for chain in recorded if len(chain) > 2]
-        owners = dict(measure.model.named_parameters())
-        self.own = {
-            name: [p for p in owners if p == name or p.startswith(name + ".")]
-            for chain in self.chains
-            for name in chain
-        }
-
-    def plan(self) -> AnchorPlan:
-        candidates = sum(len(chain) - 2 for chain in self.chains)
-        anchors: tuple[str, ...] = ()
-        error = self.error_without
-        if not error <= self.tolerance:
-            options = self._options()
-            for count in range(self._first_guess(options), candidates + 1):
-                anchors = options[count][1]
-                error = self._measured(anchors)
-                if error <= self.tolerance:
-                    break
-            anchors, error = self._fewer(anchors, error)
-        return AnchorPlan(anchors, error, self.error_without, self.tolerance, candidates)
-
-    def _measured(self, anchors: tuple[str, ...]) -> float:
-        with _each(self.measure.engines, anchors=frozenset(anchors), anchor_every=None):
-            error = self.measure.error(self.measure.gradient())
-        return math.inf if math.isnan(error) else error
-
-    def _first_guess(self, options: list[tuple[float, tuple[str, ...]]]) -> int:
-        """The smallest number of anchors that the segments' costs do not rule out by far."""
-        limit = (2 * self.tolerance) ** 2
-        return next((k for k, (cost, _) in enumerate(options) if cost <= limit), len(options) - 1)
-
-    def _fewer(self, anchors: tuple[str, ...], error: float) -> tuple[tuple[str, ...], float]:
-        """Drops anchors that turn out not to be needed, one by one."""
-        for name in anchors:
-            rest = tuple(other for other in anchors if other != name)
-            without = self._measured(rest)
-            if without <= self.tolerance:
-                anchors, error = rest, without
-        return anchors, error
-
-    def _options(self) -> list[tuple[float, tuple[str, ...]]]:
-        """For each number of anchors the least cost and the anchors, over all chains."""
-        total: list[tuple[float, tuple[str, ...]]] = [(0.0, ())]
-        for chain in self.chains:
-            mine = _cheapest(chain, self._costs(chain))
-            total = [
-                min(
-                    (total[k - j][0] + mine[j][0], total[k - j][1] + mine[j][1])
-                    for j in range(len(mine))
-                    if 0 <= k - j < len(total)
-                )
-                for k in range(len(total) + len(mine) - 1)
-            ]
-        return total
-
-    def _costs(self, chain: Chain) -> Costs:
-        """Squared relative error of the segment between kept states a < b, for all a and b.
-
-        One backward pass for each b, in which the states from b on are kept, the others rebuilt.
-        """
-        costs: Costs = {}
-        others = [name for c in self.chains if c is not chain for name in c]
-        for b in range(1, len(chain)):
-            anchors = frozenset(chain[b:] + others)
-            with _each(self.measure.engines, anchors=anchors, anchor_every=None):
-                gradient = self.measure.gradient()
-            total = 0.0
-            for a in range(b - 1, -1, -1):
-                costs[a, b] = total
-                total += self._layer_error(chain[a], gradient)
-        return costs
-
-    def _layer_error(self, name: str, gradient: dict[str, Any]) -> float:
-        gaps = [
-            (gradient[p] - self.measure.exact[p]).double().square().sum()
-            for p in self.own[name]
-            if p in self.measure.exact
-        ]
-        square = float(sum(gaps)) / self.measure.scale**2
-        return math.inf if math.isnan(square) else square
-
-
-def _cheapest(chain: Chain, costs: Costs) -> list[tuple[float, tuple[str, ...]]]:
-    """For 0, 1, … anchors inside a chain the least sum of its segments' costs, and the anchors."""
-    end = len(chain) - 1
-    best: list[list[tuple[float, tuple[int, ...]]]] = [
-        [(costs[0, b] if b else 0.0, ()) for b in range(end + 1)]
-    ]
-    for _ in range(1, end):
-        last = best[-1]
-        best.append(
-            [
-                min(
-                    ((last[a][0] + costs[a, b], (*last[a][1], a)) for a in range(1, b)),
-                    default=(math.inf, ()),
-                )
-                for b in range(end + 1)
-            ]
-        )
-    return [(row[end][0], tuple(chain[a] for a in row[end][1])) for row in best]
-
-
 @contextmanager
-def _each(
+def each(
     engines: list[Engine],
     *,
     paused: bool = False,
-    chains: list[Chain] | None = None,
+    chains: list[list[str]] | None = None,
     **settings: Any,
 ) -> Iterator[None]:
     """All engines with other settings for a while."""
-    before = [(e, e.paused, e.chains, e.settings) for e in engines]
+    before = [(e, e.measuring, e.paused, e.chains, e.settings) for e in engines]
     for e in engines:
+        e.measuring = True
         e.paused = paused or e.paused
         e.chains = e.chains if chains is None else chains
         e.settings = replace(e.settings, **settings)
     try:
         yield
     finally:
-        for e, e.paused, e.chains, e.settings in before:  # noqa: B007
+        for e, e.measuring, e.paused, e.chains, e.settings in before:  # noqa: B007
             pass
 
 
 def _norm(tensors: Any) -> float:
     squares = [t.detach().double().square().sum() for t in tensors]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+def peak_memory(step: Callable[[], object], model: nn.Module, device: torch.device) -> int:
+    """Counts the bytes at a step's peak beyond what was there before, by the allocator's account.
+
+    Parameters and their gradients are there before: what is measured is states, what the layers
+    save, and working space, one parameter's new gradient at a time included.
+    """
+    before = [(p, p.grad) for p in model.parameters()]
+    collects = gc.isenabled()
+    gc.disable()  # or what was left lying about before might be released in the step
+    try:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        if device.type != "cuda":
+            return _cpu_peak(step)
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        there = torch.cuda.memory_allocated(device)
+        step()
+        wait(device)
+        return torch.cuda.max_memory_allocated(device) - there
+    finally:
+        for p, gradient in before:
+            p.grad = gradient
+        if collects:
+            gc.enable()
+
+
+def _cpu_peak(step: Callable[[], object]) -> int:
+    """From the profiler's record of every allocation and release.
+
+    glibc's own figures say little: freed blocks below its mmap threshold stay with the process.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of its start and stop on stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    held = peak = 0
+    profiler: Any = recorded.profiler
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def wait(device: torch.device) -> None:
+    """For what was asked of it to be done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch import nn
 
@@ -10,7 +10,8 @@ from deeplimit._anatomy.chain import ResidualChain, chains_in
 from deeplimit.errors import InputError
 from deeplimit.gradient.engine import Engine
 from deeplimit.gradient.learning import Step
-from deeplimit.gradient.meter import OnDrift, Settings
+from deeplimit.gradient.meter import KEPT, OnDrift, Settings
+from deeplimit.gradient.planning import Auto, MemoryPlan
 from deeplimit.gradient.replay_context import Modules
 from deeplimit.gradient.stand_ins import AdjointForward, AdjointSteps, engines, switches
 
@@ -21,9 +22,10 @@ def use_adjoint(
     model: Model,
     *,
     evaluations: int | None = None,
-    bits: int = 0,
+    bits: int | Literal["auto"] = 0,
+    plan: MemoryPlan | None = None,
     anchor_every: int | None = None,
-    tolerance: float = 1e-2,
+    tolerance: float | None = None,
     on_drift: OnDrift = "warn",
     blocks: Iterable[str] | None = None,
     anchors: Iterable[str] = (),
@@ -67,16 +69,23 @@ def use_adjoint(
         model: any model.
         evaluations: e ≥ 1; by default 2, or 1 with bits. e = 1 costs what a checkpoint does.
         bits: b = 2, 4 or 8; 0 to keep nothing of the updates. The gradient's relative error goes
-            down by about 5 (from 2 to 4) and 15 (from 4 to 8): at 4 bits it is about 1 %.
+            down by about 5 (from 2 to 4) and 15 (from 4 to 8): at 4 bits it is about 1 %. "auto":
+            each state is kept, coded or rebuilt as `plan_memory` plans it, for half the tolerance.
+            The first step keeps all; before the second some 15 to 40 steps are measured on the
+            first batch. The error is measured again after 1, 2, 4, … 256, 512, 768, … steps and
+            when a bound has grown, which takes two more steps and a checkpoint's memory; beyond the
+            tolerance it is said, and planned anew.
+        plan: a plan of `plan_memory`, in place of evaluations and bits.
         anchor_every: keep every so manyth state of a chain exactly.
-        tolerance: of the gradient's relative error. At every anchor and at the start of each chain
-            the drift ‖x̃_n − x_n‖ / ‖x_{n+1} − x_n‖ is measured in every backward pass; with bits
-            the response r_n = ‖Φ_n(x̂_n) − Φ_n(x_n)‖ / ‖Φ_n(x_n)‖, on 256 entries of each state.
+        tolerance: of the gradient's relative error; by default 1e-2, or the plan's. At kept
+            states the drift ‖x̃_n − x_n‖ / ‖x_{n+1} − x_n‖ is measured in every backward pass; with
+            bits the response r_n = ‖Φ_n(x̂_n) − Φ_n(x_n)‖ / ‖Φ_n(x_n)‖, on 256 entries of each.
         on_drift: when the gradient's error may exceed the tolerance, which is when 2·drift does, or
             2.5·√drift for blocks with kinks (ReLU), with bits 8·√Σr_n² or 4·(Σr_n²)^(1/4):
-            "warn" (once), "raise" an AdjointError at the end of backward(), or "ignore".
+            "warn" (once), "raise" an AdjointError at the end of backward(), or "ignore". With a
+            plan the measured error stands as long as the bound is what it was beside it.
         blocks: names of the blocks, as in `named_modules()`, instead of those that would be found.
-        anchors: names of blocks whose input is kept, as `plan_anchors` returns them.
+        anchors: names of blocks whose input is kept.
 
     Returns:
         The model.
@@ -89,9 +98,19 @@ def use_adjoint(
             an AdjointError there (the last on other devices at the end of the backward pass).
     """
     kept = _names(anchors, "anchors")
+    ways, measured = dict.fromkeys(kept, KEPT), None
+    if plan is not None:
+        if bits or evaluations is not None:
+            raise InputError(
+                "plan given, and bits or evaluations, which the plan says; leave them out"
+            )
+        bits, ways, measured = "auto", {**plan.ways, **ways}, (plan.error, plan.bound)
+    if tolerance is None:
+        tolerance = 1e-2 if plan is None else plan.tolerance
     if evaluations is None:
         evaluations = 1 if bits else 2
-    engine = Engine(Settings(evaluations, anchor_every, tolerance, on_drift, kept, bits))
+    settings = Settings(evaluations, anchor_every, tolerance, on_drift, bits, ways, measured)
+    engine = Engine(settings)
     names = None if blocks is None else _names(blocks, "blocks")
     Modules([model]).refuse_checkpoints(type(model).__name__)
     found = _chains(model) if names is None else []
@@ -106,8 +125,9 @@ def use_adjoint(
         *candidates,
         *(_place(name, n) for name, chain in found for n in range(chain.horizon)),
     }
-    if unknown := kept - places:
-        raise InputError(f"anchors names {min(unknown)!r}, which is not one of the blocks")
+    if unknown := ways.keys() - places:
+        given = "anchors" if unknown & kept else "the plan"
+        raise InputError(f"{given} names {min(unknown)!r}, which is not one of the blocks")
     use_backprop(model)
     steps: dict[str, Step] = {}
     for name in sorted(candidates, key=lambda name: -name.count(".")):
@@ -116,6 +136,8 @@ def use_adjoint(
         step = Step.of(name, block, inner=inner, named=names is not None)
         steps[name] = step
         block.forward = AdjointForward(engine, step, block)
+    if bits == "auto" and plan is None:
+        engine.auto = Auto(model, engine)
     for name, chain in found:
         mine = [
             Step.of(_place(name, n), *chain.controls(n), named=True) for n in range(chain.horizon)
@@ -127,6 +149,8 @@ def use_adjoint(
 def use_backprop(model: Model) -> Model:
     """Switches a model back to ordinary backpropagation, in place; undoes `use_adjoint`."""
     for switch in switches(model):
+        if switch.engine.auto is not None:
+            switch.engine.auto.remove()
         switch.remove()
     return model
 
@@ -141,6 +165,8 @@ class Layout:
         plain: the other candidates, but for parts of those and what holds them: name → reason.
         waiting: candidates that have not run with gradients yet.
         coded: the blocks whose states come back by codes: name → bits.
+        kept: linked blocks whose input is kept: by a plan, as anchors, or since shapes in them
+            depend on numbers; the first and last of a chain are, whatever they stand under.
     """
 
     rebuilt: tuple[str, ...]
@@ -148,6 +174,7 @@ class Layout:
     plain: dict[str, str]
     waiting: tuple[str, ...]
     coded: dict[str, int] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A line each."""
@@ -155,7 +182,9 @@ class Layout:
         for bits in sorted(set(self.coded.values())):
             names = ", ".join(name for name, b in self.coded.items() if b == bits)
             lines.append(f"coded in {bits} bits: {names}")
-        if self.coded and not self.rebuilt:
+        if self.kept:
+            lines.append(f"kept: {', '.join(self.kept)}")
+        if lines[1:] and not self.rebuilt:
             del lines[0]
         if self.alone:
             lines.append(f"linked to no other block, their input kept: {', '.join(self.alone)}")
@@ -179,14 +208,19 @@ def layout(model: nn.Module) -> Layout:
         for name in (r.name for r in residual)
         if s.name.startswith(name + ".") or name.startswith(s.name + ".")
     }
-    bits = {step.name: switch.engine.settings.bits for switch in found for step in switch.steps}
-    linked = [s.name for s in residual if s.linked]
+    linked = [
+        (step.name, how, switch.engine.settings.way(step.name).bits)
+        for switch in found
+        for step in switch.steps
+        if step.known and step.linked and (how := switch.engine.way(step, 1)) != "plain"
+    ]
     return Layout(
-        tuple(name for name in linked if not bits[name]),
+        tuple(name for name, how, _ in linked if how == "rebuilt"),
         tuple(s.name for s in residual if not s.linked),
         {s.name: s.plain for s in steps if s.plain is not None and s.name not in covered},
         tuple(s.name for s in steps if not s.known),
-        {name: bits[name] for name in linked if bits[name]},
+        {name: bits for name, how, bits in linked if how == "coded"},
+        tuple(name for name, how, _ in linked if how == "kept"),
     )
 
 

@@ -137,20 +137,24 @@ class Engine:
 
     Attributes:
         settings: of `use_adjoint`; others are put in their place while something is measured.
+        measuring: somebody compares gradients, with other settings.
         paused: every block runs as if it were not switched.
         chains: where a list is put here, the names of the blocks of every new chain.
+        auto: what plans while the model is trained, where bits are "auto".
     """
 
     settings: Settings
+    measuring: bool = False
     paused: bool = False
     chains: list[list[str]] | None = None
+    auto: Any = None
     meter: DriftMeter = field(default_factory=DriftMeter)
     links: Links = field(default_factory=Links, repr=False)
     turns: Turns = field(default_factory=Turns, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nodes and graphs belong to forward passes of the original."""
-        return self.__dict__ | {"chains": None, "paused": False}
+        return self.__dict__ | {"chains": None, "paused": False, "measuring": False}
 
     def way(self, step: Step, position: int) -> Literal["plain", "kept", "coded", "rebuilt"]:
         """How the backward pass comes by the input of a step at this position of its chain.
@@ -161,10 +165,10 @@ class Engine:
         """
         if step.plain is not None:
             return "plain"
-        every = self.settings.anchor_every
-        at_anchor = step.name in self.settings.anchors or (every and position % every == 0)
+        every, way = self.settings.anchor_every, self.settings.way(step.name)
+        at_anchor = not way.evaluations or (every and position % every == 0)
         if position == 0 or at_anchor or step.data_dependent_shape:
             return "kept"
-        if self.settings.bits:
+        if way.bits:
             return "coded"
         return "rebuilt" if step.adds else "kept"

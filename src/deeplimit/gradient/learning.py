@@ -60,6 +60,7 @@ class Step:
         known: whether it has run once with gradients.
         data_dependent_shape: whether shapes in it depend on numbers, so that its input is kept.
         linked: whether it was linked to another.
+        size: numbers in its state, and bytes of each, when it last ran.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Step:
     known: bool = False
     data_dependent_shape: bool = False
     linked: bool = False
+    size: tuple[int, int] = (0, 0)
 
     @staticmethod
     def of(name: str, *roots: nn.Module, **settings: Any) -> "Step":

@@ -4,6 +4,7 @@ import math
 import threading
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,14 @@ CODED = 8.0
 CODED_KINKED = 4.0
 
 
+GROWN = 1.25  # beyond it a bound is another one
+PATIENCE = 3  # backward passes
+NO_PLAN = (
+    "every state is kept: with bits='auto' a plan is made before a forward pass of the module that "
+    "use_adjoint was given, when a backward pass is over, and it has not been run as a whole. Give "
+    "use_adjoint the module whose outputs the loss is made from (the stage cost, if there is one), "
+    "or the plan of plan_memory"
+)
 NOT_FINITE = ": its update x_{n+1} − x_n is not finite, or beyond 3e38"
 
 
@@ -39,8 +48,36 @@ class DriftWarning(UserWarning):
 
 
 @dataclass(frozen=True)
+class Way:
+    """How the backward pass comes by a block's input.
+
+    Attributes:
+        bits: b of the code of its update; 0 where none is kept.
+        evaluations: e of the fixed point; 0 where the input itself is kept.
+    """
+
+    bits: int = 0
+    evaluations: int = 0
+
+    def __str__(self) -> str:
+        """kept; rebuilt, e = 2; coded in 4 bits; coded in 2 bits, e = 2."""
+        if not self.evaluations:
+            return "kept"
+        how = f"coded in {self.bits} bits" if self.bits else "rebuilt"
+        return how if self.bits and self.evaluations == 1 else f"{how}, e = {self.evaluations}"
+
+
+KEPT = Way()
+
+
+@dataclass(frozen=True)
 class Settings:
     """What `use_adjoint` was asked for; its docstring says what each is.
+
+    Attributes:
+        bits: "auto" where `ways` says all, and what is not in it is kept.
+        ways: those of single blocks.
+        measured: an error of the gradient, and the bound that was told beside it.
 
     Raises:
         InputError: one of them cannot be.
@@ -50,8 +87,9 @@ class Settings:
     anchor_every: int | None = None
     tolerance: float = 1e-2
     on_drift: OnDrift = "warn"
-    anchors: frozenset[str] = frozenset()
-    bits: int = 0
+    bits: int | Literal["auto"] = 0
+    ways: Mapping[str, Way] = field(default_factory=dict)
+    measured: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         e, every = self.evaluations, self.anchor_every
@@ -69,8 +107,15 @@ class Settings:
         ):
             if not right:
                 raise InputError(wrong)
-        if self.bits not in (0, *BITS):
-            raise InputError(f"bits is {self.bits!r}; expected 0 (no codes), 2, 4 or 8")
+        if self.bits not in (0, *BITS, "auto"):
+            raise InputError(f"bits is {self.bits!r}; expected 0 (no codes), 2, 4, 8 or 'auto'")
+
+    def way(self, name: str) -> Way:
+        """How the input of the block of this name is to come back."""
+        way = self.ways.get(name)
+        if way is None:
+            way = KEPT if self.bits == "auto" else Way(self.bits, self.evaluations)
+        return way
 
 
 class Sample(NamedTuple):
@@ -89,7 +134,9 @@ class BackwardPass:
         settings: those in force when it began.
         drifts: (block, drift) at each kept state.
         differences: (block, how far beyond rounding) of replays from exact inputs.
-        coded: (block, what it met and did in the forward pass, and in the replay) of coded states.
+        coded: (block, what it met and did in the forward pass, and in the replay) of coded states
+            that are to be compared.
+        compared: (block, drift, response) of the others.
         infinite: (block, whether its update was not finite).
         unmeasured: segments rebuilt whose kept state has not been reached, with the last block.
     """
@@ -99,8 +146,22 @@ class BackwardPass:
     drifts: list[tuple[str, Tensor]] = field(default_factory=list)
     differences: list[tuple[str, Tensor]] = field(default_factory=list)
     coded: list[tuple[str, Sample, Sample]] = field(default_factory=list)
+    compared: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     infinite: list[tuple[str, Tensor]] = field(default_factory=list)
     unmeasured: dict[int, str] = field(default_factory=dict)
+
+    def compare(self, at_least: int = 1) -> None:
+        """Compares what is to be, if that is so much; small operations of many blocks in a few."""
+        if len(self.coded) < at_least:
+            return
+        alike: dict[object, list[tuple[str, Sample, Sample]]] = defaultdict(list)
+        for name, was, now in self.coded:
+            alike[was.x.shape, was.x.dtype, was.x.device].append((name, was, now))
+        self.coded = []
+        for group in alike.values():
+            names, *samples = zip(*group, strict=True)
+            was, now = (Sample(*map(torch.stack, zip(*of, strict=True))) for of in samples)
+            self.compared += zip(names, *_compared(was, now), strict=True)
 
 
 class DriftMeter:
@@ -118,6 +179,7 @@ class DriftMeter:
         linked: whether one was linked to another.
         learnt: whether a step had its first run since the last backward pass.
         refused: the blocks left plain since then, each with the reason.
+        unplanned: how many backward passes went by that might have led to a plan and did not.
         warned: whether a warning was given, which is given once.
     """
 
@@ -126,6 +188,7 @@ class DriftMeter:
         self.response = self.bound = 0.0
         self.residual, self.linked, self.kinked = 0, False, False
         self.learnt, self.warned = False, False
+        self.unplanned = 0.0
         self.refused: list[str] = []
         self._passes: dict[int, BackwardPass] = {}  # by thread
 
@@ -188,25 +251,28 @@ class DriftMeter:
             return
         self.drift, self.drift_at = _largest(done.drifts, nan=math.inf)
         self.bound = self.error_bound(self.drift)
-        if done.coded:
+        done.compare()
+        if done.compared:
             self._add_coded(done)
-        if not self.bound <= done.settings.tolerance:
+        if not self.expected(done.settings) <= done.settings.tolerance:
             self._report_drift(done.settings)
+
+    def expected(self, settings: Settings) -> float:
+        """The gradient's error in the last backward pass, at most.
+
+        What was measured stands where the bound is about what it was beside it; errors may grow by
+        far more than their bounds do.
+        """
+        if settings.measured is None or self.bound > GROWN * settings.measured[1]:
+            return self.bound
+        return settings.measured[0]
 
     def _add_coded(self, done: BackwardPass) -> None:
         """Takes the coded states' drift and response into account."""
-        alike: dict[object, list[tuple[str, Sample, Sample]]] = defaultdict(list)
-        for name, was, now in done.coded:
-            alike[was.x.shape, was.x.dtype, was.x.device].append((name, was, now))
-        squares = 0.0
-        for group in alike.values():  # hundreds of small operations in a few
-            names, *samples = zip(*group, strict=True)
-            was, now = (Sample(*map(torch.stack, zip(*of, strict=True))) for of in samples)
-            drifts, responses = _compared(was, now)
-            drift, at = _largest(list(zip(names, drifts, strict=True)), nan=math.inf)
-            if drift > self.drift:
-                self.drift, self.drift_at = drift, at
-            squares += float(responses.double().square().sum())
+        drift, at = _largest([(name, off) for name, off, _ in done.compared], nan=math.inf)
+        if drift > self.drift:
+            self.drift, self.drift_at = drift, at
+        squares = sum(float(response.double().square()) for _, _, response in done.compared)
         self.response = math.inf if math.isnan(squares) else math.sqrt(squares)
         self.bound = math.hypot(self.bound, self.coded_bound(self.response))
 
@@ -215,6 +281,10 @@ class DriftMeter:
         why = self.refused[0] if self.refused and not self.residual else None
         if self.residual > 1 and not self.linked and not self.learnt:
             why = "no block's input is the output of the block before it as it is"
+        if settings.bits == "auto" and not settings.ways:
+            self.unplanned += 1
+            if self.unplanned == PATIENCE:
+                self._warn(settings, NO_PLAN)
         if why is not None:
             self._warn(settings, f"no state will be rebuilt: {why}. layout(model) tells more")
         self.refused.clear()
@@ -222,15 +292,21 @@ class DriftMeter:
 
     def _report_drift(self, settings: Settings) -> None:
         more = f"More evaluations ({settings.evaluations + 1} instead of {settings.evaluations})"
-        if self.response and settings.bits < BITS[-1]:
+        if settings.bits == "auto":
+            more = "A plan for a smaller tolerance"
+        elif self.response and settings.bits < BITS[-1]:
             more = f"More bits ({settings.bits * 2} instead of {settings.bits})"
         message = (
             f"drift {self.drift:.2g} at {self.drift_at}: rebuilt states are off by that part of a "
             "layer's update, so the gradient's relative error may be up to "
-            f"{self.bound:.2g}, beyond the tolerance {settings.tolerance:g}. "
-            f"{more}, anchor_every, or plan_anchors(model, loss_of, batch, "
+            f"{self.expected(settings):.2g}, beyond the tolerance {settings.tolerance:g}. "
+            f"{more}, anchor_every, or plan_memory(model, loss_of, batch, "
             "tolerance) bring it down; gradient_error measures it"
         )
+        self.report(settings, message)
+
+    def report(self, settings: Settings, message: str) -> None:
+        """Says that a gradient errs beyond the tolerance, as the user wants to hear it."""
         if settings.on_drift == "raise":
             raise AdjointError(message)
         self._warn(settings, message)

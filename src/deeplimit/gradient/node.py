@@ -61,6 +61,7 @@ class Node:
     node before it, which rebuilds its own input from this one's, does. Nothing else.
 
     Attributes:
+        way: how its input is to come back, if it is not the first or last of its chain.
         x: the input x_n, while it is kept: at the start of a chain, at anchors, at the end.
         next: the node whose input is this one's output, once that is proven.
         rebuilt: x̃_n in the backward pass, until the node before has used it; of a coded state that
@@ -78,6 +79,7 @@ class Node:
         self.engine, (self.step, self.function, self.start) = engine, call
         step = self.step
         modules = step.modules
+        self.way, step.size = engine.settings.way(step.name), (x.numel(), x.itemsize)
         if modules.checkpointing:
             modules.refuse_checkpoints(step.name)
         self._turn: Turn | None = engine.turns.take()
@@ -205,7 +207,7 @@ class Node:
             if self.step.modules.scattered():
                 return x
             self._check_unchanged()
-            return self._refined(x, self.engine.settings.evaluations)
+            return self._refined(x, self.way.evaluations)
         if self.step.modules.scattered():
             raise self._error(
                 ": its state is needed although the loss does not depend on its output, and its "
@@ -214,7 +216,7 @@ class Node:
             )
         self._check_unchanged()
         target = after.state().to(self._dtype)
-        return self._approach(target, self.engine.settings.evaluations)
+        return self._approach(target, self.way.evaluations)
 
     def _follow(self, before: "Node") -> None:
         """Links this node to the one whose output is its input; that one's own input can go."""
@@ -230,12 +232,12 @@ class Node:
         self.position, self.alone = before.position + 1, apart
         self.chain = before.chain
         self.chain.append(self.step.name)
-        way = self.engine.way(before.step, before.position)
-        if way == "coded" and before.segment is not None:
-            way = before.encode(self)
-            if way == "coded" and self.engine.settings.evaluations == 1:
+        how = self.engine.way(before.step, before.position)
+        if how == "coded" and before.segment is not None:
+            how = before.encode(self)
+            if how == "coded" and before.way.evaluations == 1:
                 before.next = None  # it needs no later state, and this one's may go before it does
-        if before.segment is not None and way in ("coded", "rebuilt"):
+        if before.segment is not None and how in ("coded", "rebuilt"):
             before.x = before.kept_entries = None
             self.segment, self.place = before.segment, before.place + 1
             self.segment.length = self.place + 1
@@ -253,7 +255,7 @@ class Node:
             if self.feedback is None:
                 self.feedback = Feedback(x)
             self.coded = len(self.feedback.codes)
-            code = self.feedback.code(y, self.engine.settings.bits)
+            code = self.feedback.code(y, self.way.bits)
             self.sample = _sample(x, y, self.feedback.dtype)
             if x.device.type == "cpu" and not math.isfinite(code.largest()):
                 at = (~(y - x).isfinite()).nonzero()[:1].flatten().tolist()
@@ -295,7 +297,7 @@ class Node:
         assert after is not None
         assert segment is not None
         target = after.state().to(self._dtype)
-        z = self._approach(target, self.engine.settings.evaluations - 1)
+        z = self._approach(target, self.way.evaluations - 1)
         y = self._evaluate(z.detach().requires_grad_(self._requires_grad))
         self._check_repeats(z, y)
         increment = y - z
@@ -312,7 +314,7 @@ class Node:
         A block that does not add its input is not evaluated more than once: there is no fixed point
         worth the name.
         """
-        sample, evaluations = self.sample, self.engine.settings.evaluations
+        sample, evaluations = self.sample, self.way.evaluations
         assert sample is not None
         x = self._decoded()
         z = self._refined(x, evaluations - 1)
@@ -321,6 +323,7 @@ class Node:
         self._check_repeats(leaf, y)
         now = _sample(leaf, y, x.dtype)
         found.coded.append((self.step.name, sample, now))
+        found.compare(MANY)  # or all samples of a deep chain would be there at the end
         if x.device.type != "cpu":
             assert self.feedback is not None
             assert self.coded is not None

@@ -79,8 +79,8 @@ class Arguments:
         """
         self.state = None
         if self.more:
-            self._args = tuple(map(_without_graph, self._args))
-            self._kwargs = {k: _without_graph(v) for k, v in self._kwargs.items()}
+            self._args = tuple(map(without_graph, self._args))
+            self._kwargs = {k: without_graph(v) for k, v in self._kwargs.items()}
             self._kwargs |= dict.fromkeys(self._kwargs.keys() & CACHES)
             if self._kwargs.get("use_cache"):
                 self._kwargs["use_cache"] = False
@@ -89,7 +89,7 @@ class Arguments:
 
     def tensors(self) -> Iterator[Tensor]:
         """The other tensors, also those in tuples, lists and dicts."""
-        return _tensors_in((self._args, self._kwargs))
+        return tensors_in((self._args, self._kwargs))
 
     def filled_cache(self, layer: int | None) -> bool:
         """Tells whether a key-value cache already holds something of this layer."""
@@ -111,23 +111,25 @@ def _is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length") and hasattr(value, "update")
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list | dict):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
 
 
-def _without_graph(value: Any) -> Any:
+def without_graph(value: Any) -> Any:
+    """The same with its tensors as leaves, and without caches."""
     if isinstance(value, Tensor):
         return value.detach().requires_grad_(value.requires_grad)
     if type(value) in (tuple, list):
-        return type(value)(map(_without_graph, value))
+        return type(value)(map(without_graph, value))
     if type(value) is dict:
-        return {key: _without_graph(item) for key, item in value.items()}
+        return {key: without_graph(item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named one
-        return type(value)(*map(_without_graph, value))
+        return type(value)(*map(without_graph, value))
     return None if _is_cache(value) else value
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import length_hint
 from typing import Any, ClassVar, cast
 
 import torch
@@ -174,6 +175,11 @@ class AdjointForward(StandIn):
             paid.register_hook(self._gather)
         return tuple(output) if several else output[0]
 
+    @property
+    def charged(self) -> bool:
+        """Whether a running cost is being collected: somebody's forward pass is under way."""
+        return length_hint(self.running_costs) > 0
+
     def _gather(self, _: Tensor) -> None:
         sharded: Any = self.block
         sharded.unshard()
@@ -202,6 +208,11 @@ class AdjointSteps(StandIn):
         start = partial(chain.scheme.inverse_start, chain.controls(n), h=chain.step)
         args = (x,) if cost is None else (x, cost)
         return self.run((self.steps[n], own, start), args, {})
+
+    @property
+    def charged(self) -> bool:
+        """Whether a running cost is being collected."""
+        return self.chain.collecting
 
     def remove(self) -> None:
         """Puts the chain's own step back."""

@@ -16,6 +16,7 @@ from deeplimit.report.style import GRID, NETWORK, REFERENCE, TEXT, TUBE, plain_f
 from deeplimit.studies.gradient_cost import GradientCost
 from deeplimit.studies.gradient_methods import MethodCost
 
+PLAIN = ("plain", "checkpointed")
 REASONS = 5  # candidates that are named when no block is rebuilt
 COLUMNS = ("method", "memory", "less ×", "time", "more ×", "error", "drift", "kept")
 TITLE = 90  # characters in a line of the title
@@ -44,7 +45,7 @@ def gradient_answer(cost: GradientCost) -> str:
     """Says in a sentence what would be saved, at what error and price."""
     best, plain = cost.best, cost.plain
     if len(cost.methods) == 1:
-        return "Nothing to save: no block was found whose input can be rebuilt from its output."
+        return "Nothing to save: no blocks were found that keep the shape of a state."
     if cost.loss != cost.loss:  # NaN: there is no exact gradient
         return (
             f"Plain backpropagation: {plain.failed}. So there is no gradient to compare with; "
@@ -64,12 +65,19 @@ def gradient_answer(cost: GradientCost) -> str:
     if plain.seconds and best.seconds:
         text += f", for {best.seconds / plain.seconds:.2g} times the time"
     if exact:
-        text += f". Within an error of {_percent(cost.tolerance)} no adjoint needs less"
+        text += f". Within an error of {_percent(cost.tolerance)} nothing needs less"
     return text + "."
 
 
 def method_name(method: MethodCost) -> str:
-    """plain; checkpointed; adjoint with e = 2; adjoint with e = 2 and 3 anchors."""
+    """plain; checkpointed; adjoint with e = 2; coded in 4 bits; auto: 3 kept; 4 coded in 2 bits.
+
+    A plan of a version before had anchors alone.
+    """
+    if method.method == "planned" and method.plan is not None:
+        return f"auto: {method.plan}"
+    if method.bits:
+        return f"coded in {method.bits} bits"
     if method.evaluations is None:
         return method.method
     name = f"adjoint with e{SPACE}={SPACE}{method.evaluations}"
@@ -79,8 +87,10 @@ def method_name(method: MethodCost) -> str:
 
 
 def _short(method: MethodCost) -> str:
-    """plain; checkpointed; adjoint e=2; adjoint e=2, 3 anchors."""
-    short = method_name(method).replace(" with ", " ").replace(" and ", ", ")
+    """plain; checkpointed; adjoint e=2; coded 4 bits; auto."""
+    if method.method == "planned" and method.plan is not None:
+        return "auto"
+    short = method_name(method).replace(" with ", " ").replace(" in ", " ").replace(" and ", ", ")
     return short.replace(f"{SPACE}={SPACE}", "=")
 
 
@@ -113,7 +123,7 @@ def _drift_table(cost: GradientCost) -> Table:
     paths = [block.replace(".", "/") for chain in chains.values() for block in chain]
     common = commonpath(paths).replace("/", ".")
     prefix = f"{common}." if common else ""
-    adjoints = [m for m in cost.methods if m.drift and (m.anchors or m.method == "adjoint")]
+    adjoints = [m for m in cost.methods if m.drift]
     rows = (
         (
             f"{chain[0].removeprefix(prefix)} … {chain[-1].removeprefix(prefix)}",
@@ -136,6 +146,9 @@ def _note(cost: GradientCost) -> str:
         f"peak beyond that. Time: of both, median of {cost.steps}. Error: ‖g{SPACE}−{SPACE}g*‖ / "
         "‖g*‖ over all parameters, on this batch, with g* from plain backpropagation."
     )
+    plans = [method.plan for method in cost.methods if method.plan]
+    if plans:
+        text += f" Auto, planned for an error of {_percent(cost.tolerance)}: {plans[0]}."
     if chains:
         text += (
             f" Kept: inputs of {several(sum(map(len, cost.chains)), 'block')} in "
@@ -176,7 +189,9 @@ def gradient_cost_figure(cost: GradientCost) -> go.Figure:
             text=[text for _, text in bars],
             textposition="auto",
             cliponaxis=False,
-            marker={"color": [NETWORK if method.evaluations else REFERENCE for method in methods]},
+            marker={
+                "color": [REFERENCE if method.method in PLAIN else NETWORK for method in methods]
+            },
             hovertemplate="%{y}: %{text}<extra></extra>",
             row=1,
             col=column,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from deeplimit._anatomy.checks import check_count
 from deeplimit.gradient import use_backprop
 from deeplimit.gradient.accuracy import LossOf
+from deeplimit.gradient.codes import BITS
 from deeplimit.studies.gradient_methods import MethodCost, Methods
 
 EVALUATIONS = (1, 2, 3)
@@ -36,12 +37,12 @@ class GradientCost:
         loss: of the batch.
         parameters: how many.
         parameter_bytes: theirs; their gradients take as many again.
-        tolerance: of the gradient's error, what the anchors were planned for.
+        tolerance: of the gradient's error, what was planned for.
         steps: timed per method.
         seed: of random numbers.
-        chains: the blocks linked to each other, in order; their states can be rebuilt.
-        left_plain: candidates that are not rebuilt.
-        methods: plain first; only that one where no block is rebuilt.
+        chains: the blocks linked to each other, in order; their states can be coded or rebuilt.
+        left_plain: candidates whose states cannot.
+        methods: plain first; only that one where there are no chains.
     """
 
     model: str
@@ -84,12 +85,8 @@ class GradientCost:
         return min(near, key=lambda timed: timed[0], default=(0.0, None))[1]
 
     def _repeated(self, method: MethodCost) -> bool:
-        """A plan without anchors is an adjoint again, and one of all states a checkpoint."""
-        if method.method != "planned":
-            return False
-        if not method.anchors:
-            return method.evaluations in EVALUATIONS
-        return method.kept == sum(map(len, self.chains))
+        """A plan that keeps all states is a checkpoint again."""
+        return method.method == "planned" and method.kept == sum(map(len, self.chains))
 
 
 def measure_gradient_cost(
@@ -99,7 +96,6 @@ def measure_gradient_cost(
     *,
     name: str = "",
     weights: str = "",
-    evaluations: int = 2,
     tolerance: float = 1e-2,
     steps: int = 5,
     seed: int = 0,
@@ -107,9 +103,10 @@ def measure_gradient_cost(
 ) -> GradientCost:
     """Measures memory, time, gradient error and drift of every method on one batch.
 
-    Plain backpropagation, torch's checkpoint per block, the adjoint with e = 1, 2, 3, and with the
-    anchors that `plan_anchors` finds. Parameters, buffers, gradients and torch's random state are
-    left as they were; a model that was switched is plain afterwards.
+    Plain backpropagation, torch's checkpoint per block, states rebuilt with e = 1, 2, 3 where
+    blocks add their input, coded in 2, 4 and 8 bits, and what `plan_memory` makes of these.
+    Parameters, buffers, gradients and torch's random state are left as they were; a model that was
+    switched is plain afterwards.
 
     >>> model = ResidualChain([TwoLayerResidual(4, 8) for _ in range(6)], step=0.1)
     >>> loss_of = lambda model, x: model(x).square().mean()
@@ -122,8 +119,7 @@ def measure_gradient_cost(
         batch: whatever it takes, on the model's device.
         name: of the model, for the result.
         weights: where its parameters come from, for the result.
-        evaluations: e of the planned anchors.
-        tolerance: of the gradient's relative error, for the planned anchors.
+        tolerance: of the gradient's relative error, for the plan.
         steps: how many are timed for each method.
         seed: of dropout and the like.
         tell: is told before each method what comes.
@@ -138,10 +134,14 @@ def measure_gradient_cost(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            study = Methods(model, loss_of, batch, evaluations, tolerance, steps, tell)
-            adjoints = [("adjoint", e) for e in EVALUATIONS]
-            others = [("checkpointed", None), *adjoints, ("planned", evaluations)]
-            methods = study.costs([("plain", None), *(others if study.blocks else ())])
+            study = Methods(model, loss_of, batch, tolerance, steps, tell)
+            rows = [MethodCost("plain")]
+            if study.blocks:
+                rows.append(MethodCost("checkpointed"))
+                rows += [MethodCost("adjoint", e) for e in EVALUATIONS if study.adds]
+                rows += [MethodCost("coded", 1, bits=b) for b in BITS]
+                rows.append(MethodCost("planned"))
+            methods = study.costs(rows)
         finally:
             use_backprop(model)
             with torch.no_grad():

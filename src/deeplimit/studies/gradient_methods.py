@@ -3,24 +3,24 @@
 The memory at its peak and the time are taken in passes of their own.
 """
 
-import gc
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from deeplimit.errors import InputError, describe_error
-from deeplimit.gradient import drift, layout, plan_anchors, use_adjoint, use_backprop
-from deeplimit.gradient.accuracy import LossOf, Measurement
+from deeplimit.gradient import drift, layout, plan_memory, use_adjoint, use_backprop
+from deeplimit.gradient.accuracy import LossOf, Measurement, peak_memory, wait
+from deeplimit.gradient.codes import BITS
+from deeplimit.gradient.meter import KEPT, Way
 from deeplimit.gradient.stand_ins import AdjointForward, Switch, engines, switches
 from deeplimit.network import ResidualChain
 from deeplimit.reading import one_line
@@ -35,8 +35,8 @@ class MethodCost:
     """One way to the gradient.
 
     Attributes:
-        method: plain; checkpointed: torch's non-reentrant checkpoint per block; adjoint; planned:
-            the adjoint with the anchors of `plan_anchors`.
+        method: plain; checkpointed: torch's non-reentrant checkpoint per block; adjoint: rebuilt by
+            a fixed point; coded; planned: what `plan_memory` makes of all these.
         evaluations: e, of the adjoint.
         anchors: the blocks whose input is kept beside the first and last of every chain.
         memory: bytes at the peak of a step beyond parameters and gradients.
@@ -45,17 +45,21 @@ class MethodCost:
         drift: the largest of each chain.
         kept: how many of the blocks' inputs are kept.
         failed: why there are no figures; empty if there are.
+        bits: b, of coded states.
+        plan: in words, how many states come back in which way.
     """
 
     method: str
-    evaluations: int | None
-    anchors: tuple[str, ...]
+    evaluations: int | None = None
+    anchors: tuple[str, ...] = ()
     memory: int | None = None
     seconds: float | None = None
     error: float | None = None
     drift: tuple[float, ...] = ()
     kept: int | None = None
     failed: str = ""
+    bits: int | None = None
+    plan: str | None = None
 
 
 @dataclass
@@ -67,13 +71,13 @@ class Methods:
         loss: of the batch; NaN then.
         chains: names of the blocks linked to each other.
         left_plain: candidates that are not rebuilt, and why.
-        blocks: where the adjoint stands in; none if no state can be rebuilt.
+        blocks: where the adjoint stands in; none if no state can be coded or rebuilt.
+        adds: whether some block adds its input, so that states can be rebuilt.
     """
 
     model: nn.Module
     loss_of: LossOf
     batch: Any
-    evaluations: int
     tolerance: float
     steps: int
     tell: Callable[[str], object]
@@ -82,7 +86,7 @@ class Methods:
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         use_backprop(self.model)
         self.plain = _own(self.model)
-        self._adjoint(self.evaluations)
+        self._adjoint(Way(BITS[-1], 1))
         self.tell("the exact gradient")
         self.reference = self._reference()
         self.loss = math.nan if self.reference is None else self.reference.loss
@@ -91,17 +95,19 @@ class Methods:
         self._pass()
         found = layout(self.model)
         self.chains = tuple(map(tuple, engine.chains))
-        self.left_plain, rebuilt = found.plain, set(found.rebuilt)
-        self.blocks = [s for s in switches(self.model) if rebuilt & {t.name for t in s.steps}]
+        self.left_plain = found.plain
+        linked = {name for chain in self.chains for name in chain if len(chain) > 1}
+        self.blocks = [s for s in switches(self.model) if linked & {t.name for t in s.steps}]
+        self.adds = any(t.adds for s in self.blocks for t in s.steps if t.name in linked)
         _put(self.model, self.plain)
 
-    def costs(self, methods: Sequence[tuple[str, int | None]]) -> tuple[MethodCost, ...]:
-        """Measures (method, evaluations), a row for each: the figures, or why there are none.
+    def costs(self, methods: Sequence[MethodCost]) -> tuple[MethodCost, ...]:
+        """Measures them, a row for each: the figures, or why there are none.
 
         Times are taken in turns, a step of each method after the other, so that whatever else the
         machine does meets all of them.
         """
-        measured = [self._measured(*method) for method in methods]
+        measured = [self._measured(method) for method in methods]
         self.tell("time")
         runs = [partial(_put, self.model, way) for _, way in measured if way is not None]
         try:
@@ -112,43 +118,50 @@ class Methods:
             row if row.failed else replace(row, seconds=next(times)) for row, _ in measured
         )
 
-    def _measured(self, method: str, evaluations: int | None) -> tuple[MethodCost, Own | None]:
+    def _measured(self, row: MethodCost) -> tuple[MethodCost, Own | None]:
         """All but the time, and how the model is switched to this method again."""
-        self.tell(method if evaluations is None else f"{method}, e = {evaluations}")
-        row = MethodCost(method, evaluations, ())
+        detail = f", e = {row.evaluations}" if row.evaluations else ""
+        self.tell(row.method + (f", {row.bits} bits" if row.bits else detail))
+        switched = row.method not in ("plain", "checkpointed")
         try:
-            if method == "checkpointed":
+            if row.method == "checkpointed":
                 _checkpoint(self.blocks)
-            elif evaluations is not None:
-                self._adjoint(evaluations)
+            elif switched:
+                self._adjoint(Way(row.bits or 0, row.evaluations or 1))
             self._pass()  # warm; and blocks are told apart in an adjoint's first pass
             exact = self.reference
-            if method == "planned":
-                if exact is None:
-                    raise torch.OutOfMemoryError("planning needs plain backpropagation once")
-                plan = plan_anchors(self.model, self.loss_of, self.batch, self.tolerance)
-                self._keep(plan.anchors)
-                row = replace(row, anchors=plan.anchors)
+            if row.method == "planned":
+                row = self._planned(row)
             row = replace(
                 row,
-                error=None if exact is None else exact.error(exact.gradient()),
-                drift=() if evaluations is None else self._drifts(row.anchors),
+                error=row.error if exact is None else exact.error(exact.gradient()),
+                drift=self._drifts() if switched else (),
                 memory=peak_memory(self._step, self.model, self.device),
-                kept=self._kept(None if evaluations is None else row.anchors),
+                kept=self._kept(switched=switched),
             )
             return row, _own(self.model)
         except RuntimeError as failure:
-            if method == "plain" and not isinstance(failure, torch.OutOfMemoryError):
+            if row.method == "plain" and not isinstance(failure, torch.OutOfMemoryError):
                 raise
-            failed = f"{type(failure).__name__}: {one_line(failure).strip()}"
-            return MethodCost(method, evaluations, row.anchors, failed=failed), None
+            return replace(
+                row, failed=f"{type(failure).__name__}: {one_line(failure).strip()}"
+            ), None
         finally:
             _put(self.model, self.plain)
 
-    def _adjoint(self, evaluations: int) -> None:
-        use_adjoint(
-            self.model, evaluations=evaluations, tolerance=self.tolerance, on_drift="ignore"
-        )
+    def _planned(self, row: MethodCost) -> MethodCost:
+        """Switches the model to a plan within the tolerance."""
+        plan = plan_memory(self.model, self.loss_of, self.batch, self.tolerance)
+        use_adjoint(self.model, plan=plan, on_drift="ignore")
+        self._pass()
+        anchors = tuple(name for name, way in plan.ways.items() if way == KEPT)
+        counts = Counter(map(str, plan.ways.values())).most_common()
+        words = "; ".join(f"{count} {way}" for way, count in counts)
+        return replace(row, anchors=anchors, plan=words, error=plan.error)
+
+    def _adjoint(self, way: Way) -> None:
+        settings = {"bits": way.bits, "evaluations": way.evaluations}
+        use_adjoint(self.model, **settings, tolerance=self.tolerance, on_drift="ignore")  # type: ignore[arg-type]
 
     def _reference(self) -> Measurement | None:
         """The exact gradient; None where plain backpropagation runs out of memory."""
@@ -174,25 +187,25 @@ class Methods:
             self._step()
             self.model.zero_grad(set_to_none=True)
 
-    def _keep(self, anchors: Iterable[str]) -> None:
-        (engine,) = engines(self.model)
-        engine.settings = replace(engine.settings, anchors=frozenset(anchors))
-
-    def _drifts(self, anchors: tuple[str, ...]) -> tuple[float, ...]:
+    def _drifts(self) -> tuple[float, ...]:
         """Of each chain by itself: in a pass in which all states of the others are kept."""
-        names, drifts = {name for chain in self.chains for name in chain}, []
+        (engine,) = engines(self.model)
+        settings, drifts = engine.settings, []
+        names = {name for chain in self.chains for name in chain}
         for chain in self.chains:
             if len(chain) > 2:  # of fewer, all states are kept
-                self._keep({*anchors} | names - {*chain})
+                others = dict.fromkeys(names - {*chain}, KEPT)
+                engine.settings = replace(settings, ways={**settings.ways, **others})
                 self._pass()
             drifts.append(drift(self.model) if len(chain) > 2 else 0.0)
-        self._keep(anchors)
+        engine.settings = settings
         return tuple(drifts)
 
-    def _kept(self, anchors: tuple[str, ...] | None) -> int:
-        """Counts linked blocks whose inputs are kept: all (None), or first, last and anchors."""
+    def _kept(self, *, switched: bool) -> int:
+        """Counts linked blocks whose inputs are kept: all, or first, last and anchors."""
+        kept = {*layout(self.model).kept} if switched else set()
         return sum(
-            anchors is None or n in (0, len(chain) - 1) or block in anchors
+            not switched or n in (0, len(chain) - 1) or block in kept
             for chain in self.chains
             for n, block in enumerate(chain)
         )
@@ -225,33 +238,6 @@ def _put(model: nn.Module, own: Own) -> None:
         vars(module)[name] = method
 
 
-def peak_memory(step: Callable[[], object], model: nn.Module, device: torch.device) -> int:
-    """Counts the bytes at a step's peak beyond what was there before, by the allocator's account.
-
-    Parameters and their gradients are there before: what is measured is states, what the layers
-    save, and working space, one parameter's new gradient at a time included.
-    """
-    before = [(p, p.grad) for p in model.parameters()]
-    collects = gc.isenabled()
-    gc.disable()  # or what was left lying about before might be released in the step
-    try:
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
-        if device.type != "cuda":
-            return _cpu_peak(step)
-        _wait(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        there = torch.cuda.memory_allocated(device)
-        step()
-        _wait(device)
-        return torch.cuda.max_memory_allocated(device) - there
-    finally:
-        for p, gradient in before:
-            p.grad = gradient
-        if collects:
-            gc.enable()
-
-
 def median_times(
     preparations: Sequence[Callable[[], None]],
     step: Callable[[], object],
@@ -265,32 +251,10 @@ def median_times(
         for mine, prepare in zip(times, preparations, strict=True):
             prepare()
             model.zero_grad(set_to_none=True)
-            _wait(device)
+            wait(device)
             began = time.perf_counter()
             step()
-            _wait(device)
+            wait(device)
             mine.append(time.perf_counter() - began)
     model.zero_grad(set_to_none=True)
     return [statistics.median(mine) for mine in times]
-
-
-def _cpu_peak(step: Callable[[], object]) -> int:
-    """From the profiler's record of every allocation and release.
-
-    glibc's own figures say little: freed blocks below its mmap threshold stay with the process.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of its start and stop on stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    held = peak = 0
-    profiler: Any = recorded.profiler
-    for event in profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

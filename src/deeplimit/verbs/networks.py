@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 RESULT, FIGURE = "gradient.json", "gradient.html"
-STAGES = 8  # of gradient: the exact one, six methods, the times of all
+STAGES = 11  # of gradient: the exact one, nine methods, the times of all
 SAMPLES = 32  # that the distance to the Neural ODE is measured on
 
 
@@ -36,7 +36,6 @@ def gradient(
     batch: Annotated[int | None, "N", COUNT] = None,
     shape: Shape = None,
     length: Annotated[int | None, "L", COUNT] = None,
-    evaluations: Annotated[int, "E", COUNT] = 2,
     tolerance: Annotated[float, POSITIVE] = 0.01,
     steps: Annotated[int, COUNT] = 5,
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -48,8 +47,8 @@ def gradient(
     """Measure what memory-free gradients would save on a model, and at what error.
 
     Measures peak memory, time per step, gradient error and drift on one batch: for plain
-    backpropagation, torch's checkpoint per block, the adjoint with e = 1, 2, 3 evaluations, and the
-    adjoint with as many anchors (kept states) as the tolerance asks for. For example:
+    backpropagation, torch's checkpoint per block, states rebuilt with e = 1, 2, 3 evaluations,
+    coded in 2, 4 and 8 bits, and the cheapest mixture of these within the tolerance. For example:
       deeplimit gradient runs/digits                            a run, with its data and its loss
       deeplimit gradient transformers:vit --batch 8             a model type, default config
       deeplimit gradient transformers:configs/my.json --length 256
@@ -64,8 +63,7 @@ def gradient(
     Args:
         batch: Samples in the batch; 4, or a run's own batch size.
         length: Tokens in one random input; at most 128 of those the model takes by default.
-        evaluations: Evaluations of a block for each rebuilt state, with planned anchors.
-        tolerance: Relative error of the gradient that the planned anchors stay within.
+        tolerance: Relative error of the gradient that the mixture stays within.
         steps: Steps that are timed for each method; the median counts.
         device: Where to measure; auto: on CUDA where there is any.
         seed: Seed of random parameters, inputs, labels and dropout.
@@ -93,7 +91,6 @@ def gradient(
             made.batch,
             name=model,
             weights=loaded.weights,
-            evaluations=evaluations,
             tolerance=tolerance,
             steps=steps,
             seed=seed,
