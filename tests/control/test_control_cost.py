@@ -10,7 +10,7 @@ from naive_networks import naive_chain
 from text_families import BERT, next_words, padded, text_model
 from torch import Tensor, nn
 
-from deeplimit import ResidualChain, SoftCrossEntropy, StageCost, use_adjoint
+from deeplimit import ResidualChain, SoftCrossEntropy, StageCost, crop, use_adjoint
 from deeplimit.network import CifarResNet
 
 SOFTNESS, R = 0.1, 0.2
@@ -107,6 +107,17 @@ def test_the_energy_of_all_layers_counts_where_some_losses_are_drawn() -> None:
     for model in (family.model, use_adjoint(copy.deepcopy(family.model))):
         cost, _ = kinetic(model, 0.3, layers=2)(family.x, family.y)
         assert float(cost.detach()) == pytest.approx(float((drawn + energy).detach()), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["kinetic", "group"])
+def test_a_network_without_layers_costs_what_it_loses(kind: str) -> None:
+    family = sample("vector")
+    empty = crop(family.model, 0)
+    objective = StageCost(empty, LOSS, control_cost=R, control_cost_kind=kind)
+    if kind == "group":
+        objective.proximal(torch.optim.SGD(empty.parameters(), 0.1))
+    cost, logits = objective(family.x, family.y)
+    assert torch.equal(cost, LOSS.mean(logits, family.y))
 
 
 @pytest.mark.slow

@@ -184,9 +184,13 @@ def test_two_processes_stop_together_at_a_loss_that_is_not_finite(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_in_two_processes_the_same_layers_vanish_as_in_one(tmp_path: Path) -> None:
-    """The norm of a group is that of the whole, also where its parameters are divided."""
-    recipe = replace(EXACT, depth=(6,), control_cost=4.0, control_cost_kind="group")
+@pytest.mark.parametrize("kind", ["group", "kinetic"])
+def test_in_two_processes_the_control_cost_is_that_of_one(kind: str, tmp_path: Path) -> None:
+    """The norm of a group is that of the whole, also where its parameters are divided; the kinetic
+    energy is charged by the adjoint."""
+    recipe = replace(EXACT, depth=(6,), control_cost=4.0, control_cost_kind=kind)
+    if kind == "kinetic":
+        recipe = replace(recipe, gradient="adjoint", evaluations=4)
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     two = script(
         tmp_path / "two.py",
@@ -199,7 +203,7 @@ def test_in_two_processes_the_same_layers_vanish_as_in_one(tmp_path: Path) -> No
     run_script(two, str(tmp_path))
     one = train(recipe, runs=tmp_path, name="one", quiet=True)
     gone = vanished(one.model())
-    assert 0 < len(gone) < 6
+    assert 0 < len(gone) < 6 if kind == "group" else gone == []
     for name in ("ddp", "fsdp"):
         assert largest_difference(checkpoint_of(one.path), checkpoint_of(tmp_path / name)) < 1e-12
         assert vanished(RunFolder.open(tmp_path / name).model()) == gone

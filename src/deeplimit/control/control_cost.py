@@ -62,13 +62,13 @@ class KineticEnergy:
 
 
 @contextmanager
-def ends_of_stages(structure: Anatomy) -> Iterator[dict[int, Tensor]]:
-    """Collects, by n, the state as it leaves each layer behind which another stage begins."""
+def ends_of_stages(structure: Anatomy, energy: KineticEnergy | None) -> Iterator[dict[int, Tensor]]:
+    """Collects for an energy, by n, the states that leave layers behind which a stage begins."""
     stages = structure.state_stages
     left: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for n in range(structure.horizon):
-            if stages[n] != stages[n + 1]:
+            if energy is not None and stages[n] != stages[n + 1]:
                 handle = structure.register_leaving_hook(n, partial(left.__setitem__, n))
                 stack.callback(handle.remove)
         yield left
@@ -103,7 +103,7 @@ class ProximalStep:
             )
         held = {p for p in _rates(optimizer) if p.requires_grad}
         self._groups = [group for group in groups if held.issuperset(group)]
-        if not self._groups:
+        if groups and not self._groups:
             raise InputError(
                 "the optimiser holds the last layer of no residual branch; make it of "
                 "stage_cost.parameters(), after the stage cost was wrapped, and give it then"
@@ -113,6 +113,8 @@ class ProximalStep:
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         """The step, as a hook."""
+        if not self._groups:
+            return
         rates, norms = _rates(optimizer), squared_norms(self._groups).sqrt()
         every = [p for group in self._groups for p in group]
         counts = torch.tensor([len(group) for group in self._groups], device=norms.device)

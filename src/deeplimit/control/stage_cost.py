@@ -221,7 +221,7 @@ class StageCost(nn.Module):
         None in its place where neither has a weight.
         """
         structure, energy = self.anatomy, None
-        if self.control_cost and self.control_cost_kind == "kinetic":
+        if self.control_cost and self.control_cost_kind == "kinetic" and structure.horizon:
             energy = KineticEnergy(structure, x, y, self.control_cost / 2)
         layers = self._drawn()
         if not layers and energy is None:
@@ -242,7 +242,7 @@ class StageCost(nn.Module):
         # Before the model runs, as under the adjoint, where the first layers' costs are computed
         # before the later projections' statistics move.
         statistics = RunningStatistics(self.model.modules())
-        with ends_of_stages(structure) as ends:
+        with ends_of_stages(structure, energy) as ends:
             states, logits = structure.states(x)
         running = [] if energy is None else [energy(*pair) for pair in moves(states, ends)]
         if layers:
