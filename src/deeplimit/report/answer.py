@@ -1,6 +1,7 @@
 """The answer of a run in words and numbers: depth N → k, what it costs, how it was chosen."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,22 @@ def lead(cut: Cut) -> str:
         f"{percent(report.accuracy_after, n)} ({_change(report)}, one standard error), and both "
         f"networks give the same answer for {percent(report.agreement, n)} of "
         f"{several(n, 'test sample')}."
+    )
+
+
+def shortened(metrics: Sequence[Mapping[str, float | None]]) -> str:
+    """When a network was cut while it was trained, and how many layers went; empty if none did."""
+    depths = [int(row.get("layers") or 0) for row in metrics]
+    steps = [
+        f"to {after} after epoch {epoch}"
+        for epoch, (before, after) in enumerate(itertools.pairwise(depths), 1)
+        if after < before
+    ]
+    if not steps:
+        return ""
+    return (
+        f"While it was trained the network was cut from {layers(depths[0])} {', '.join(steps)}, "
+        "each time after the rule had held for as many evaluations as the recipe asks for."
     )
 
 

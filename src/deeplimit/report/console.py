@@ -19,6 +19,7 @@ from deeplimit.report.answer import (
     few,
     healing_sentence,
     path,
+    shortened,
     vanished_sentence,
 )
 from deeplimit.report.language import perplexity, verdict_sentence
@@ -125,7 +126,8 @@ def finished_summary(finished: Finished) -> RenderableType:
     """Shows what came of a run: its cut, or before there is one its profile."""
     results = finished.results
     if results.cut is not None:
-        return crop_summary(results.cut, results.reference, results.profiles)
+        shown = crop_summary(results.cut, results.reference, results.profiles)
+        return answered("", shown, note=shortened(results.metrics))
     return Group() if results.profiles is None else profile_summary(results.profiles)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control import Distillation, SoftCrossEntropy, StageCost, verify_crop
@@ -29,6 +30,7 @@ from deeplimit.network.initialisation import check_kernel
 from deeplimit.network.storage import architecture_of
 from deeplimit.network.storage import load as load_own
 from deeplimit.training.given_model import check_model, given_model
+from deeplimit.training.models import of_transformers
 from deeplimit.training.processes import fitting_threads
 from deeplimit.training.recipe import OWN_STARTS, Recipe
 from deeplimit.training.run_files import RunFiles, as_vouched
@@ -126,7 +128,26 @@ def prepare(recipe: Recipe, data: DataSet) -> Start:
         sample = next(iter(evaluation_batches(data.train.take(1))))[0]
         check_model(model, sample, data, recipe.model or "", recipe)
     training_batches(recipe, data, 0, 0, recipe.devices)
+    if recipe.cut_while_training:
+        _check_one_stage(start)
     return start
+
+
+def _check_one_stage(start: Start) -> None:
+    """Raises InputError for a network whose last layers cannot go while it trains."""
+    structure, model = anatomy(start.model), start.model
+    why = ""
+    if start.data.vocabulary is not None:
+        why = "is a language model, of which layers of any place are cut"
+    elif structure.stages > 1:
+        why = f"has {structure.stages} stages, of which layers of any place are cut"
+    elif architecture_of(model) is None and not of_transformers(model):
+        why = "is one of which a run folder cannot store another depth"
+    if why:
+        raise InputError(
+            f"cut_while_training is {start.recipe.cut_while_training}, but the "
+            f"{type(model).__name__} {why}; leave it at 0"
+        )
 
 
 def build_model(recipe: Recipe, data: DataSet) -> ResidualClassifier | CifarResNet:

@@ -81,7 +81,8 @@ def restore(
     whole = StateDictOptions(full_state_dict=True)
     try:
         _divide(optimizer, model, checkpoint.optimizer["param_groups"])
-        set_model_state_dict(model, checkpoint.model, options=whole)
+        # A copy: under fsdp torch puts the divided tensors into what it is given.
+        set_model_state_dict(model, dict(checkpoint.model), options=whole)
         # Not strict: of a parameter that never had a gradient an optimiser keeps nothing. That
         # the network is the same the line before has seen.
         known = StateDictOptions(full_state_dict=True, strict=False)

@@ -8,13 +8,13 @@ import torch
 from lightning_fabric import Fabric
 
 from deeplimit._anatomy.evaluation import evaluating
-from deeplimit.control import StageCost
+from deeplimit.control import StageCost, crop
 from deeplimit.errors import RunError, several
 from deeplimit.interruption import interruptible
 from deeplimit.training.building import Start, evaluation_batches, load_data, loss_of, prepare
 from deeplimit.training.checkpoint import load_checkpoint
 from deeplimit.training.companions import together
-from deeplimit.training.loop import Training
+from deeplimit.training.loop import Training, depth_due
 from deeplimit.training.processes import (
     first_process_does,
     fitting_threads,
@@ -145,8 +145,11 @@ def fit(
         RunError, KeyboardInterrupt: as `train`.
     """
     recipe = start.recipe
-    training = Training(fabric, start, folder)
     checkpoint = None if folder is None else load_checkpoint(folder)
+    layers = checkpoint.rows[-1].get("layers") if checkpoint and checkpoint.rows else None
+    if layers is not None:  # the others went before
+        start = replace(start, model=crop(start.model, int(layers)))
+    training = Training(fabric, start, folder)
     if checkpoint is not None:
         training.restore(checkpoint)
     done = len(training.rows)
@@ -164,7 +167,11 @@ def fit(
             epochs = f"{epochs}, going on after {done}"
         seen.start(f"{title}, {epochs}")
         try:
-            while len(training.rows) < (recipe.epochs if until is None else until):
+            while (now := len(training.rows)) < (recipe.epochs if until is None else until):
+                if (depth := depth_due(recipe, training.rows)) is not None:
+                    gone = f"the first {depth} layers are as good as all {training.layers}"
+                    seen.start(f"after epoch {now} the network is cut: {gone}")
+                    training = training.shortened(depth)
                 try:
                     training.run_epoch(seen, check)
                 except RuntimeError:

@@ -220,7 +220,8 @@ def _recipe(folder: RunFolder, plan: Plan) -> Recipe:
     recipe = folder.recipe
     if recipe.gradient == "adjoint" and anatomy(folder.cropped()).horizon == 0:
         recipe = replace(recipe, gradient="backprop", evaluations=Recipe.evaluations)
-    recipe = replace(recipe, epochs=plan.epochs, learning_rate=plan.learning_rate)
+    rate = plan.learning_rate
+    recipe = replace(recipe, epochs=plan.epochs, learning_rate=rate, cut_while_training=0)
     return alone_in("deeplimit heal", recipe)
 
 

@@ -3,7 +3,8 @@
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit.control import Fading, turnpike_profile
+from deeplimit.control import Fading, crop, turnpike_profile
 from deeplimit.control.soft_cross_entropy import check_loss
 from deeplimit.errors import InputError, RunError
 from deeplimit.gradient import drift
@@ -34,6 +35,7 @@ from deeplimit.training.recipe import Recipe
 from deeplimit.training.run_folder import write_metrics
 
 Batch = tuple[Inputs, Tensor]
+WARM = 0.3  # of the epochs: up to there the learning rate rises, and no layer goes
 MOMENTUM = 0.9  # of sgd; the one-cycle schedule moves it between 0.85 and 0.95
 
 
@@ -54,7 +56,7 @@ class Training:
 
     def __init__(self, fabric: Fabric, start: Start, folder: Path | None):
         self.fabric: Any = fabric
-        self.folder = folder
+        self.start, self.folder = start, folder
         recipe, data = self.recipe, self.data = start.recipe, start.data
         self.rows: list[Row] = []
         self.steps = 0
@@ -85,6 +87,11 @@ class Training:
         if fabric.is_global_zero:
             self.network.to(fabric.device)
 
+    @property
+    def layers(self) -> int:
+        """The number of layers of the network that is trained."""
+        return anatomy(self.network).horizon
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes back to where a checkpoint was taken."""
         planned = checkpoint.scheduler.get("total_steps")
@@ -97,6 +104,34 @@ class Training:
         restore(checkpoint, self.learning, self.optimizer, self.schedule)
         self.network.load_state_dict(self._of_network(checkpoint.model))
         self.rows, self.steps = list(checkpoint.rows), checkpoint.step
+
+    def shortened(self, depth: int) -> "Training":
+        """The training of its first layers alone, from where this one is; all processes call it.
+
+        What they have learnt stays, and so does the optimiser's state of their parameters, the
+        schedule and the rows: as if the rest had never been there.
+        """
+        weights, optimizer = capture(self.learning, self.optimizer)
+        smaller = crop(self.network, depth)
+        names = smaller.state_dict().keys()
+
+        def kept() -> Checkpoint:
+            groups = [
+                {**group, "params": [name for name in group["params"] if name in names]}
+                for group in optimizer["param_groups"]
+            ]
+            state = {name: one for name, one in optimizer["state"].items() if name in names}
+            return Checkpoint(
+                {name: value for name, value in weights.items() if name in names},
+                {"state": state, "param_groups": groups},
+                self.schedule.state_dict(),
+                self.steps,
+                self.rows,
+            )
+
+        made = Training(self.fabric, replace(self.start, model=smaller.cpu()), self.folder)
+        made.restore(first_process_does(self.fabric, kept))
+        return made
 
     def end(self) -> nn.Module:
         """The network, whole again where layers were faded out."""
@@ -223,16 +258,33 @@ class Training:
                 f"it is not is layer {bad} of {profile.horizon}; {_remedy(done)}"
             )
         entry = profile.entry()
-        return {
+        row: Row = {
             "validation_loss": profile.loss[-1],
             "validation_accuracy": profile.accuracy[-1],
             "entry": None if entry is None else float(entry),
             "learning_rate": float(self.schedule.get_last_lr()[0]),
         }
+        if self.recipe.cut_while_training:
+            enough = profile.depth_within(self.recipe.points / 100)
+            row |= {"layers": float(profile.horizon), "enough": float(enough)}
+        return row
 
     def _batches(self, epoch: int) -> Any:
         rank, world = self.fabric.global_rank, self.fabric.world_size
         return training_batches(self.recipe, self.data, epoch, rank, world)
+
+
+def depth_due(recipe: Recipe, rows: Sequence[Row]) -> int | None:
+    """The depth to which a network is to be cut now; None where it stays as it is.
+
+    It is the largest that the rule found at the last so many evaluations, all of one network.
+    """
+    last = rows[-recipe.cut_while_training :] if recipe.cut_while_training else []
+    if len(last) < max(recipe.cut_while_training, 1) or len(rows) < WARM * recipe.epochs:
+        return None
+    depth = max(max(int(row["enough"] or 0) for row in last), 1)
+    layers = {row["layers"] for row in last}
+    return depth if len(layers) == 1 and depth < (last[-1]["layers"] or 0) else None
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:

@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deeplimit.errors import several
 from deeplimit.terminal import Terminal, tell
 
 COLUMNS = (
     *("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "entry"),
     *("learning_rate", "seconds", "drift"),
 )
-WHOLE = ("epoch", "entry")
+DEPTHS = ("layers", "enough")  # of a network that is cut while it trains: what it has, and needs
+WHOLE = ("epoch", "entry", *DEPTHS)
 
 Row = dict[str, float | None]
 
@@ -26,9 +28,10 @@ def to_csv(rows: Sequence[Row]) -> str:
     """Returns the text of metrics.csv; None is an empty cell, numbers keep every digit."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    columns = (*COLUMNS, *(DEPTHS if any("layers" in row for row in rows) else ()))
+    writer.writerow(columns)
     for row in rows:
-        given = ((int if name in WHOLE else float, row.get(name)) for name in COLUMNS)
+        given = ((int if name in WHOLE else float, row.get(name)) for name in columns)
         writer.writerow("" if value is None else kind(value) for kind, value in given)
     return text.getvalue()
 
@@ -36,16 +39,16 @@ def to_csv(rows: Sequence[Row]) -> str:
 def from_csv(text: str) -> tuple[Row, ...]:
     """Returns the rows in the text of metrics.csv; ValueError where it is not one."""
     columns, *rows = csv.reader(io.StringIO(text), strict=True)
-    if tuple(columns) != COLUMNS:
+    if tuple(columns) not in (COLUMNS, (*COLUMNS, *DEPTHS)):
         raise ValueError(f"the columns are not {', '.join(COLUMNS)}")
     found = []
     for cells in rows:
-        if len(cells) != len(COLUMNS):
-            raise ValueError(f"a row has {len(cells)} cells; there are {len(COLUMNS)} columns")
+        if len(cells) != len(columns):
+            raise ValueError(f"a row has {len(cells)} cells; there are {len(columns)} columns")
         numbers = [float(cell) if cell else None for cell in cells]
         if any(number != number for number in numbers):
             raise ValueError("a cell is no number")
-        found.append(dict(zip(COLUMNS, numbers, strict=True)))
+        found.append(dict(zip(columns, numbers, strict=True)))
     return tuple(found)
 
 
@@ -166,7 +169,8 @@ def described(row: Row, *, text: bool = False) -> str:
     """Loss and accuracy, or perplexity, in training and on validation data, entry, drift."""
     drift = "" if row.get("drift") is None else f"  drift {row['drift']:.2g}"
     now = measured(row["loss"], row["accuracy"], text=text)
-    return f"loss {row['loss']:.3f}  {now}  {validated(row, text=text)}{drift}"
+    layers = "" if row.get("layers") is None else f"  {several(int(row['layers'] or 0), 'layer')}"
+    return f"loss {row['loss']:.3f}  {now}  {validated(row, text=text)}{layers}{drift}"
 
 
 def validated(row: Row, *, text: bool = False) -> str:

@@ -20,7 +20,7 @@ from deeplimit.training.specification import Named
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
 LARGEST = 1e18  # optimisers square gradients, and so what multiplies them, in 32 bits: up to 3e38
 LEAST = {"evaluations": 1, "stage_cost_layers": 1, "batch_size": 1, "devices": 1, "crop": 0}
-LEAST |= {"length": 2, "rise": 0}
+LEAST |= {"length": 2, "rise": 0, "cut_while_training": 0}
 POSITIVE = ("step", "length_scale", "learning_rate")
 COSTS = ("stage_cost", "control_cost", "weight_decay")
 PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
@@ -129,6 +129,11 @@ class Recipe:
     rise: float | None = None
     """The same for a language model: by how many nats a token a cut may raise the loss; 0.05, a
     perplexity 5 % higher, if not given."""
+    cut_while_training: int = 0
+    """Cut the last layers as soon as so many evaluations in a row say that the first ones are as
+    good as all (the rule of the automatic cut, on validation data after every epoch, from 30 % of
+    the epochs on): the epochs that follow are cheaper. Of networks of one stage, of deeplimit's own
+    or of transformers; 0: never."""
     confidence: float | None = None
     """Choose the automatic cut so that with this probability no more is lost than points, or rise,
     allows, whatever the network; 0.95 needs 311 validation samples for one point, 623 for half a
@@ -355,6 +360,12 @@ class Recipe:
             "control",
             ", but stage_cost is 0: the network is its own control; leave control at none, or give "
             "a stage_cost above 0",
+        )
+        yield (
+            plain and self.cut_while_training > 0,
+            "cut_while_training",
+            ", but control is plain, and a network that got shorter has no like that stayed as "
+            "deep; leave one of them out",
         )
         yield (
             self.batch_size % self.devices != 0,

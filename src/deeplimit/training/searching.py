@@ -69,7 +69,8 @@ def search_run(
     """
     check_healing(epochs, WEIGHT, TEMPERATURE, FADE)
     own = folder.recipe
-    gentle = replace(own, epochs=epochs, learning_rate=own.learning_rate / GENTLER)
+    rate = own.learning_rate / GENTLER
+    gentle = replace(own, epochs=epochs, learning_rate=rate, cut_while_training=0)
     recipe = alone_in("deeplimit crop --search", gentle)
     full, data = folder.model(), run_data(folder)
     most = allowed(own, data, accuracy=accuracy, rise=rise)
