@@ -1,9 +1,11 @@
 """Tables of text, of at most a screen, and the numbers in them."""
 
+import math
 from collections.abc import Sequence
 from html import escape
 
 LINES = 20  # of a table, at most: a screen
+FINE = 2000  # samples from which a hundredth of a point says something
 
 
 class Shown:
@@ -26,9 +28,35 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], lines: int = LIN
     )
 
 
+def shown_depths(horizon: int, *more: int) -> list[int]:
+    """All depths of a short network; of another 0, powers of two, quarters, N, and `more`."""
+    if horizon < LINES:
+        return list(range(horizon + 1))
+    powers = (2**i for i in range(horizon.bit_length()))
+    quarters = (round(i * horizon / 4) for i in range(5))
+    return sorted({*powers, *quarters, *more})
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A number of a table; nothing where there is none."""
     return "" if value is None or value != value else f"{value:.{digits}g}"
+
+
+def numbers(
+    values: Sequence[float], digits: int = 4, like: Sequence[float] | None = None
+) -> list[str]:
+    """A column of numbers with one number of decimals, at least so many digits of the smallest.
+
+    That is the smallest of `like` these are.
+    """
+    sizes = [abs(v) for v in like or values if v and math.isfinite(v)]
+    places = max(digits - 1 - math.floor(math.log10(min(sizes, default=1.0))), 0)
+    return [f"{v:,.{places}f}" if math.isfinite(v) else "" for v in values]
+
+
+def decimals(samples: int) -> int:
+    """Decimals of a percentage of that many samples: no finer than one sample can move it."""
+    return 2 if samples >= FINE else 1
 
 
 def percent(value: float | None) -> str:

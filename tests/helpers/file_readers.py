@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load as naive_safetensors
 
-from deeplimit.control import TrajectoryPicture, TurnpikeProfile
+from deeplimit.control import DepthTable, TrajectoryPicture, TurnpikeProfile
 from deeplimit.data import Standardisation, load_dataset
 from deeplimit.data.arrays import read_idx
 from deeplimit.data.images import ImageCache
@@ -84,8 +84,10 @@ def sample(hint: Any) -> Any:
     if is_dataclass(hint):
         hints = get_type_hints(hint)
         values = {f.name: sample(hints[f.name]) for f in fields(hint)}
-        if hint is TurnpikeProfile:  # of layers there is one less than of states
+        if issubclass(hint, TurnpikeProfile):  # of layers there is one less than of states
             values |= {name: values[name][1:] for name in ("relative_update", "influence")}
+        if hint is DepthTable:
+            values["recommended"] = 2
         return hint(**values)  # type: ignore[operator]
     return {int: 3, float: 0.375, str: "some text", bool: True}[hint]
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from deeplimit.control.depth_table import DepthCosts, DepthTable
 from deeplimit.control.projection import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.control.verdict import Verdict, judge
@@ -146,6 +147,20 @@ def crop_report(test: TurnpikeProfile, depth: int) -> CropResult:
     )
 
 
+def depth_table(test: TurnpikeProfile, recommended: int) -> DepthTable:
+    """The profile with what each depth costs, as `crop_report` has it."""
+    every = [crop_report(test, depth) for depth in range(test.horizon + 1)]
+    costs = DepthCosts(
+        parameters=tuple(one.parameters_after for one in every),
+        multiply_adds=tuple(one.multiply_adds_after for one in every),
+        latency=tuple(one.latency_after for one in every),
+        latency_batch=64,
+        device="cpu",
+        least=0,
+    )
+    return DepthTable(**vars(test), costs=costs, recommended=recommended)
+
+
 def verdict(lost: int, gained: int, right: int = 350, tolerance: float = 0.005) -> Verdict:
     """On 360 samples of ten classes, of which so many are right before."""
     return judge(
@@ -207,7 +222,7 @@ def digits_results() -> RunResults:
         recipe=recipe("digits", 20),
         class_names=tuple("0123456789"),
         metrics=training_metrics(40),
-        profiles=Profiles(train, validation, test),
+        profiles=Profiles(train, validation, depth_table(test, depth)),
         picture=logit_picture(logits[:, :300], labels[:300]),
         cut=Cut(
             tuple(range(depth, 20)),
@@ -239,7 +254,7 @@ def spirals_results() -> RunResults:
         recipe=recipe("spirals", 40),
         class_names=("inner", "outer"),
         metrics=training_metrics(60),
-        profiles=Profiles(test, test, test),
+        profiles=Profiles(test, test, depth_table(test, test.recommended_depth)),
         picture=state_picture(states, labels),
         cut=Cut(tuple(range(10, 40)), None, crop_report(test, 10)),
     )

@@ -1,13 +1,16 @@
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console, RenderableType
 
+from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.report import crop_summary, profile_table
-from deeplimit.report.console import layer_marks, shown_layers
-from deeplimit.training.results import RunResults
+from deeplimit.report.console import finished_summary, layer_marks, profile_summary
+from deeplimit.tables import shown_depths
+from deeplimit.training.results import Finished, RunResults
 
 
 def printed(renderable: RenderableType) -> str:
@@ -22,31 +25,87 @@ def row_of(text: str, layer: int) -> str:
 
 def test_every_layer_of_a_short_network_is_shown(digits: RunResults) -> None:
     assert digits.profiles is not None
-    test = digits.profiles.test
+    test = shortened(digits.profiles.test, 12)
     text = printed(profile_table(test, "test"))
     assert "Turnpike on test data, 360 samples" in text
-    for n in range(21):
+    for n in range(13):
         row = row_of(text, n)
         assert f"{test.loss[n]:.4f}" in row
         assert f"{100 * test.accuracy[n]:.1f} %" in row
         assert f"{test.distance[n]:.3f}" in row
     assert "entry" in row_of(text, test.entry() or 0)
-    assert test.recommended_depth < 20
+    assert test.recommended_depth < 12
     assert "cut" in row_of(text, test.recommended_depth)
     assert f"δ = {test.radius:.3f}" in text
 
 
 def test_a_long_network_is_abbreviated_around_its_marks(spirals: RunResults) -> None:
     assert spirals.profiles is not None
-    base = spirals.profiles.test
+    base = spirals.profiles.validation
     long = stretched(base, 300)
-    shown = shown_layers(long)
-    assert len(shown) < 40
-    assert shown[0] == 0
-    assert shown[-1] == 300
-    for mark in layer_marks(long):
-        assert {mark - 1, mark, mark + 1} & set(range(301)) <= set(shown)
+    shown = shown_depths(300, *layer_marks(long))
+    assert len(shown) < 20
+    assert {0, 1, 2, 4, 256, 75, 150, 225, 300, *layer_marks(long)} <= set(shown)
     assert f"{len(shown)} of the layers 0 to 300 are shown" in printed(profile_table(long))
+
+
+def shortened(profile: TurnpikeProfile, horizon: int) -> TurnpikeProfile:
+    names = ("loss", "accuracy", "distance", "loss_error", "accuracy_error")
+    fields = {name: getattr(profile, name)[: horizon + 1] for name in names}
+    return TurnpikeProfile(
+        profile.samples,
+        profile.classes,
+        profile.softness,
+        profile.minimum,
+        class_distance=(),
+        relative_update=profile.relative_update[:horizon],
+        **fields,
+    )
+
+
+def test_a_run_ends_with_every_depth_and_how_to_take_one(
+    digits: RunResults,
+) -> None:
+    assert digits.cut is not None
+    assert digits.profiles is not None
+    table, depth = digits.profiles.test, digits.cut.report.horizon_after
+    assert table.costs is not None
+    place = Path("runs/a run")
+    text = printed(finished_summary(Finished(place, place / "report.html", digits)))
+    lines = text.splitlines()
+    assert lines[0].strip() == f"Depth 20 → {depth}"
+    for n in {0, 1, 2, 4, 8, 16, 5, 10, 15, 20, depth}:
+        row = row_of(text, n)
+        assert f"{100 * table.accuracy[n]:.1f} %" in row
+        assert f"{table.loss[n]:.4f}" in row
+        assert f"{table.costs.parameters[n]:,}" in row
+        assert f"{table.costs.multiply_adds[n]:,}" in row
+        assert f"{1000 * table.costs.latency[n]:.3f}" in row
+        assert ("recommended" in row) == (n == depth)
+    assert lines[-2].startswith(f"deeplimit crop '{place}' --to K")
+    assert lines[-1].startswith("with at_depth(model, K): …")
+    assert "Test accuracy" not in text  # two rows say it
+    for other in (
+        replace(digits.cut, removed=(3, *digits.cut.removed)),
+        replace(digits.cut, removed=digits.cut.removed[:-1]),
+    ):
+        apart = printed(finished_summary(Finished(place, place, replace(digits, cut=other))))
+        assert "Test accuracy" in apart
+    given = replace(digits.cut, removed=tuple(range(1, 20)))
+    text = printed(finished_summary(Finished(place, place, replace(digits, cut=given))))
+    assert "1 cut" in row_of(text, 1)
+    assert "recommended" in row_of(text, depth)
+    asked = CutChoice(given.removed, "tail", "accuracy", 0.005, (20,), (1,), confidence=0.95)
+    tested = replace(digits, cut=replace(given, choice=asked))
+    text = printed(finished_summary(Finished(place, place, tested)))
+    assert "1 recommended" in row_of(text, 1)
+
+
+def test_a_profile_shows_validation_data_and_every_depth_on_test_data(digits: RunResults) -> None:
+    assert digits.profiles is not None
+    text = printed(profile_summary(digits.profiles))
+    assert text.index("Turnpike on validation data, 400") < text.index("Every depth on test data")
+    assert "deeplimit crop RUN --to K" in text
 
 
 def stretched(profile: TurnpikeProfile, horizon: int) -> TurnpikeProfile:

@@ -9,11 +9,11 @@ from report_samples import moving_logits, profile
 
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.report import (
-    accuracy_figure,
     class_figure,
     controls_figure,
     distance_figure,
     loss_figure,
+    quality_figure,
     training_figure,
     trajectory_figure,
     update_figure,
@@ -89,12 +89,24 @@ def test_logarithmic_loss_leaves_out_what_has_no_logarithm(digits: RunResults) -
     assert trace(figure, "test").y[-2] > 0
 
 
-def test_accuracy_is_in_percent(digits: RunResults) -> None:
+def test_quality_is_drawn_against_cost(digits: RunResults) -> None:
     assert digits.profiles is not None
-    figure = accuracy_figure(digits.profiles)
-    np.testing.assert_allclose(
-        trace(figure, "test").y, 100 * np.array(digits.profiles.test.accuracy)
-    )
+    assert digits.reference is not None
+    table = digits.profiles.test
+    assert table.costs is not None
+    figure = quality_figure(table, digits.reference)
+    drawn, plain = trace(figure, "test"), trace(figure, "no stage cost")
+    assert drawn.x == plain.x == table.costs.multiply_adds
+    np.testing.assert_allclose(drawn.y, 100 * np.array(table.accuracy))
+    np.testing.assert_allclose(drawn.error_y.array, 100 * np.array(table.accuracy_error))
+    np.testing.assert_allclose(plain.y, 100 * np.array(digits.reference.test.accuracy))
+    assert drawn.line.color != plain.line.color
+    depth = table.recommended_depth
+    assert f"recommended: depth {depth}" in texts(figure)
+    assert any(s.x0 == s.x1 == table.costs.multiply_adds[depth] for s in figure.layout.shapes)
+    free = replace(table, costs=replace(table.costs, multiply_adds=(0,) * 21))
+    for other in (free, replace(table, costs=None)):  # a network without products; an older file
+        assert trace(quality_figure(other), "test").x == tuple(range(21))
 
 
 def test_update_lies_between_its_layers(digits: RunResults) -> None:

@@ -34,7 +34,7 @@ def test_the_answer_comes_first_with_the_numbers_of_the_results(
     assert digits.cut is not None
     report = digits.cut.report
     page = readable(digits_page)
-    answer = page.split("Layer by layer")[0]
+    answer = page.split("Every depth")[0]
     change = report.accuracy_after - report.accuracy_before
     for number in (
         f"Depth 20 → {report.horizon_after}",
@@ -42,6 +42,12 @@ def test_the_answer_comes_first_with_the_numbers_of_the_results(
         percent(report.accuracy_after, report.samples),
         points(change, report.samples, report.accuracy_error),
         percent(report.agreement, report.samples),
+    ):
+        assert spaced(number) in answer
+    assert "Parameters" not in answer  # the table of every depth has both networks
+    apart = replace(digits.cut, removed=(2, *digits.cut.removed[1:]))
+    tiles = readable(render_page(replace(digits, cut=apart))).split("Every depth")[0]
+    for number in (
         count(report.parameters_before),
         count(report.parameters_after),
         f"{report.parameters_before / report.parameters_after:.1f} × fewer",
@@ -52,7 +58,7 @@ def test_the_answer_comes_first_with_the_numbers_of_the_results(
         f"{report.latency_before / report.latency_after:.1f} × faster",
         significant(report.loss_after),
     ):
-        assert spaced(number) in answer
+        assert spaced(number) in tiles
 
 
 def test_the_rule_is_told_with_validation_figures(digits: RunResults, digits_page: str) -> None:
@@ -191,19 +197,25 @@ def test_the_verdict_stands_at_the_head_in_words_and_then_in_a_colour(
     assert "539 could." in page
 
 
-def test_every_layer_of_the_test_profile_is_in_the_table(
-    digits: RunResults, digits_page: str
-) -> None:
+def test_every_depth_is_in_the_table(digits: RunResults, digits_page: str) -> None:
     assert digits.profiles is not None
     test = digits.profiles.test
+    costs = test.costs
+    assert costs is not None
     rows = re.findall(r"<tr[^>]*><th scope=\"row\">(\d+).*?</tr>", digits_page)
     assert [int(n) for n in rows] == list(range(21))
     page = readable(digits_page)
     for n in range(21):
-        values = f"{significant(test.loss[n], 4)} {percent(test.accuracy[n], test.samples)}"
-        row = f"{values} {significant(test.distance[n])}"
-        update = f" {significant(100 * test.relative_update[n])} %" if n < 20 else ""
-        assert spaced(row + update) in page
+        errors = (f"{100 * test.accuracy_error[n]:.1f} ", f" {test.loss_error[n]:.4f}")
+        before, after = errors if n < 20 else ("", "")
+        recommended = "recommended " if n == test.recommended_depth else ""
+        row = f" {n} {recommended}{100 * test.accuracy[n]:.1f} % {before}{test.loss[n]:.4f}{after}"
+        work = f"{costs.parameters[n]:,} {costs.multiply_adds[n]:,} {1000 * costs.latency[n]:.3f} "
+        assert f"{row} {work}" in page
+    assert "deeplimit crop RUN --to K" in page
+    assert "with at_depth(model, K): …" in page
+    older = replace(digits, profiles=replace(digits.profiles, test=replace(test, costs=None)))
+    assert "Parameters" in readable(render_page(older)).split("Every depth")[0]
     assert render_page(digits) == digits_page
 
 
@@ -312,10 +324,8 @@ def test_the_entry_is_that_of_validation_data_wherever_it_is_shown(digits: RunRe
     assert apart in text
     assert "from layer 11, the entry, to layer 20" in text
     assert "After 40 epochs the entry is layer 11, on validation data." in text
-    assert "11 entry" in text
     assert page.count("entry 11") >= 5  # four figures over layers and the slider
     assert "entry 14" not in page + text
-    assert "14 entry" not in text
     at_cut = replace(profiles.validation, distance=outside[:k] + inside[k:])
     same = readable(render_page(replace(made, profiles=replace(profiles, validation=at_cut))))
     assert f"from layer {k}, the entry, to layer 20" in same

@@ -156,12 +156,11 @@ def test_it_fits_narrow_and_wide_light_and_dark(
     name: str, chromium: Browser, pages: dict[str, Path]
 ) -> None:
     with opened(chromium, pages[name], width=400) as page:
-        page.locator("summary").click()
         for width in (400, 1600):
             page.set_viewport_size({"width": width, "height": 900})
             page.wait_for_function(
-                "document.querySelector('#accuracy .main-svg').clientWidth <= "
-                "document.getElementById('accuracy').clientWidth"
+                "document.querySelector('#quality .main-svg').clientWidth <= "
+                "document.getElementById('quality').clientWidth"
             )
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             cut_off = page.evaluate(
@@ -176,7 +175,7 @@ def test_it_fits_narrow_and_wide_light_and_dark(
                 """() => {
                   const style = (selector) => getComputedStyle(document.querySelector(selector));
                   return [style('.panel').backgroundColor, style('h2').color,
-                          style('#accuracy .xtick text').fill];
+                          style('#quality .xtick text').fill];
                 }"""
             )
             assert contrast(background, ink) > 7

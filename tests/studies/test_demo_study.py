@@ -45,7 +45,8 @@ def test_the_control_differs_in_stage_cost_and_depth_alone(demo: RunFolder) -> N
     assert control.recipe == plain
     assert RunFolder.open(runs / f"demo-plain-{depth}").recipe == replace(plain, depth=(depth,))
 
-    assert reference.test == profile_run(control).test
+    profile = profile_run(control).test
+    assert vars(reference.test).items() <= vars(profile).items()
     again = crop_run(control, depth).report
     assert reference.report.horizon_after == depth
     assert reference.report.accuracy_before == again.accuracy_before

@@ -17,6 +17,7 @@ from deeplimit.control import (
     vanished,
     verify_crop,
 )
+from deeplimit.control.verifying import multiply_adds
 from deeplimit.data import iter_batches
 from deeplimit.errors import InputError
 from deeplimit.report.answer import rule
@@ -56,6 +57,15 @@ def test_profiles_are_of_the_three_splits(run: RunFolder) -> None:
         assert measured.samples == len(split)
         assert measured.loss == pytest.approx(by_hand.loss, rel=1e-5)
         assert measured.accuracy == by_hand.accuracy
+    table, costs = profiles.test, profiles.test.costs
+    assert costs is not None
+    assert table.recommended_depth == profiles.validation.depth_within(RECIPE.points / 100)
+    x, _ = next(iter(iter_batches(data.test, 256)))
+    for k in (0, 3, 8):
+        smaller = crop(model, k)
+        assert costs.parameters[k] == sum(p.numel() for p in smaller.parameters())
+        assert costs.multiply_adds[k] == multiply_adds(smaller, x[:1])
+    assert (costs.latency_batch, costs.device, costs.least) == (256, "cpu", 0)
     stored = RunFolder.open(run.path)
     assert stored.profiles() == profiles
     assert stored.picture() == picture_trajectories(model, iter_batches(data.test, 256), loss)

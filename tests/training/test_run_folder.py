@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deeplimit.control import CropResult, CutChoice, TrajectoryPicture, TurnpikeProfile
+from deeplimit.control import (
+    CropResult,
+    CutChoice,
+    DepthCosts,
+    DepthTable,
+    TrajectoryPicture,
+    TurnpikeProfile,
+)
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import write_text, write_whole
 from deeplimit.training import Cut, Profiles, Recipe, Reference, RunFolder, recipe_for
@@ -31,6 +38,8 @@ PROFILE = TurnpikeProfile(
     accuracy_error=(1e-17, 0.0),
 )
 REPORT = CropResult(3, 2, 1, 1.0, 1.0, 0.0, 0.4, 0.5, 1.0, 20, 10, 200, 100, 2e-3, 1e-3, 3, "cpu")
+COSTS = DepthCosts((10, 20), (100, 200), (1e-3, 2e-3), 3, "cpu", 1)
+TABLE = DepthTable(**vars(PROFILE), costs=COSTS, recommended=1)
 PICTURE = TrajectoryPicture(
     points=(((0.0, 1.5), (2.0, 3.0)),),
     labels=(0, 1),
@@ -119,7 +128,7 @@ def test_results_come_back_exactly(tmp_path: Path) -> None:
     assert (empty.metrics, empty.profiles, empty.picture) == ((), None, None)
     assert (empty.cut, empty.reference) == (None, None)
     cut, reference = Cut((1,), 0.005, REPORT), Reference(PROFILE, REPORT)
-    folder.write(Profiles(PROFILE, PROFILE, PROFILE))
+    folder.write(Profiles(PROFILE, PROFILE, TABLE))
     folder.write(PICTURE)
     folder.write(cut)
     folder.write(reference)
@@ -134,6 +143,7 @@ def test_results_come_back_exactly(tmp_path: Path) -> None:
     assert results.reference.report == REPORT
     for profile in (results.profiles.validation, results.reference.test):
         assert repr(profile) == repr(PROFILE)  # NaN and all
+    assert repr(results.profiles.test) == repr(TABLE)
 
 
 def test_fields_that_may_be_none_may_be_left_out(tmp_path: Path) -> None:
@@ -144,23 +154,26 @@ def test_fields_that_may_be_none_may_be_left_out(tmp_path: Path) -> None:
         (PROFILE, Cut((1,), 0.005, REPORT)),
         (replace(PROFILE, influence=(0.25,)), Cut((1,), None, REPORT, choice)),
     ):
-        folder.write(Profiles(profile, profile, profile))
+        profiles = Profiles(profile, profile, DepthTable(**vars(profile)))
+        folder.write(profiles)
         folder.write(cut)
-        assert repr(folder.profiles()) == repr(Profiles(profile, profile, profile))
+        assert repr(folder.profiles()) == repr(profiles)
         assert folder.cut() == cut
         for name, field in (("profile.json", "influence"), ("crop.json", "choice")):
             if cut.choice is None:
                 text = (folder.path / name).read_text()
                 assert f', "{field}": null' in text
-                (folder.path / name).write_text(text.replace(f', "{field}": null', ""))
+                for one in (field, "costs", "recommended"):
+                    text = text.replace(f', "{one}": null', "")
+                (folder.path / name).write_text(text)
         assert not verify_run(folder.path, accepting=True).wrong
-        assert repr(folder.profiles()) == repr(Profiles(profile, profile, profile))
+        assert repr(folder.profiles()) == repr(profiles)
         assert folder.cut() == cut
 
 
 JSON: dict[str, tuple[Callable[[RunFolder], None], Callable[[RunFolder], object]]] = {
     "profile.json": (
-        lambda f: f.write(Profiles(PROFILE, PROFILE, PROFILE)),
+        lambda f: f.write(Profiles(PROFILE, PROFILE, TABLE)),
         RunFolder.profiles,
     ),
     "trajectories.json": (lambda f: f.write(PICTURE), RunFolder.picture),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from deeplimit.control.control_cost import control_norms, vanished
     from deeplimit.control.cropping import Fading, crop, layers_to_remove
     from deeplimit.control.cut_choice import CutChoice
+    from deeplimit.control.depth_table import DepthCosts, DepthTable, every_depth
     from deeplimit.control.early_exit import EarlyExit, at_depth
     from deeplimit.control.exit_choice import ExitChoice, exit_depths
     from deeplimit.control.profiling import turnpike_profile
@@ -25,6 +26,8 @@ __all__ = [
     "Bridge",
     "CropResult",
     "CutChoice",
+    "DepthCosts",
+    "DepthTable",
     "DissipativityReport",
     "Distillation",
     "EarlyExit",
@@ -41,6 +44,7 @@ __all__ = [
     "control_norms",
     "crop",
     "dissipativity",
+    "every_depth",
     "exit_depths",
     "layers_to_remove",
     "picture_trajectories",

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control.batches import any_batches, first_part
-from deeplimit.control.early_exit import at_depth, check_rows, confidences
-from deeplimit.control.verifying import multiply_adds
+from deeplimit.control.depth_table import depth_products
+from deeplimit.control.early_exit import check_rows, confidences
 from deeplimit.errors import InputError, several
 from deeplimit.records import Record
 from deeplimit.tables import percent, table
@@ -250,7 +250,7 @@ def binomial_tail(k: int, n: int, p: float) -> float:
 def measured_answers(structure: Anatomy, data: Iterable[Any]) -> Answers:
     """Runs a model once over samples, all depths of each."""
     sure, same = [], []
-    costs: list[int] = []
+    costs: Sequence[int] = ()
     for x, _ in any_batches(structure, data, NEED):
         states, own = structure.states(x)
         check_rows(structure.model, own, len(states[0]))
@@ -258,10 +258,5 @@ def measured_answers(structure: Anatomy, data: Iterable[Any]) -> Answers:
         answers = z.argmax(-1)
         sure.append(confidences(z).T.cpu())
         same.append((answers == answers[-1]).T.cpu())
-        costs = costs or [_products(structure, first_part(x, 1), n) for n in range(len(states))]
+        costs = costs or depth_products(structure, first_part(x, 1))
     return Answers(torch.cat(sure), torch.cat(same), costs if costs[-1] else range(len(costs)))
-
-
-def _products(structure: Anatomy, x: Any, depth: int) -> int:
-    with at_depth(structure, depth):
-        return multiply_adds(structure, x)

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -39,7 +40,7 @@ from deeplimit.errors import InputError, several
 from deeplimit.records import Record
 from deeplimit.tables import number, percent, table
 
-LATENCY_ROUNDS = 7
+LATENCY_ROUNDS, LATENCY_SECONDS = 7, 0.02  # so many rounds, of at least so many seconds
 NEED = "a crop is verified on at least one sample that counts"
 
 
@@ -225,11 +226,18 @@ def verify_crop(
 def multiply_adds(model: nn.Module | Anatomy, x: Any) -> int:
     """Multiply-adds of a forward pass: the products of matrices and convolutions."""
     run = anatomy(model).run
+    with counting() as products:
+        run(x)
+    return products()
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[], int]]:
+    """Counts multiply-adds; what it yields says how many there have been so far."""
     # Fused attention is not counted everywhere; written out it is two products of matrices.
     written_out = sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), written_out, FlopCounterMode(display=False) as counter:
-        run(x)
-    return int(counter.get_total_flops()) // 2
+        yield lambda: int(counter.get_total_flops()) // 2
 
 
 def _forms(model: nn.Module) -> tuple[str, list[tuple[torch.Size, torch.dtype]]]:
@@ -247,7 +255,7 @@ def latencies(runs: Sequence[Callable[[Any], Tensor]], x: Any) -> list[float]:
     times: list[list[float]] = [[] for _ in runs]
     for timer in timers:
         timer.timeit(1)
-    repeat = max(int(0.02 / max(timers[0].timeit(1).mean, 1e-6)), 1)
+    repeat = max(int(LATENCY_SECONDS / max(timers[0].timeit(1).mean, 1e-6)), 1)
     for _ in range(LATENCY_ROUNDS):
         for timer, seconds in zip(timers, times, strict=True):
             seconds.append(timer.timeit(repeat).mean)

@@ -24,17 +24,16 @@ if TYPE_CHECKING:
     from deeplimit.report.studies import rates_figure
     from deeplimit.report.training import training_figure
     from deeplimit.report.turnpike import (
-        accuracy_figure,
         class_figure,
         controls_figure,
         distance_figure,
         influence_figure,
         loss_figure,
+        quality_figure,
         update_figure,
     )
 
 __all__ = [
-    "accuracy_figure",
     "class_figure",
     "controls_figure",
     "crop_summary",
@@ -46,6 +45,7 @@ __all__ = [
     "influence_figure",
     "loss_figure",
     "profile_table",
+    "quality_figure",
     "rates_figure",
     "refinement_summary",
     "render_page",

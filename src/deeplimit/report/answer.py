@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deeplimit.control.cut_choice import CutChoice
+from deeplimit.control.depth_table import DepthTable
 from deeplimit.control.verdict import CONFIDENCE, FEW, Z
 from deeplimit.control.verifying import CropResult
 from deeplimit.errors import several
@@ -51,6 +53,23 @@ TEACHERS = {
 }
 Compared = tuple[str, str, str, str]  # name, before, after, change
 Bar = tuple[int, str, float]  # a depth, its test accuracy, and that as a length in percent
+
+
+def cut_depth(cut: Cut | None, depths: DepthTable | None) -> int | None:
+    """The depth that a cut is, where a table of every depth has it; None of another cut."""
+    if cut is None or depths is None or depths.costs is None or cut.bridge is not None:
+        return None
+    depth = depths.horizon - len(cut.removed)
+    return depth if cut.removed == tuple(range(depth, depths.horizon)) else None
+
+
+def every_depth(profiles: Profiles, cut: Cut | None) -> DepthTable:
+    """Every depth on test data; with a confidence asked for, the cut's is what is recommended."""
+    depths = profiles.test
+    depth = cut_depth(cut, depths)
+    if depth is None or cut is None or cut.choice is None or cut.choice.confidence is None:
+        return depths
+    return replace(depths, recommended=depth)
 
 
 def loss_gained(cut: Cut) -> str:

@@ -1,21 +1,25 @@
 """Tables for the terminal: a turnpike profile, and what a change of depth changed."""
 
-import math
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from shlex import quote
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deeplimit.control.depth_table import RECOMMENDED, DepthTable
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.control.verdict import Verdict, Word
 from deeplimit.errors import several
 from deeplimit.report.answer import (
     comparisons,
     control_sentences,
+    cut_depth,
     data_sentence,
     entry_apart,
+    every_depth,
     few,
     healing_sentence,
     path,
@@ -24,10 +28,10 @@ from deeplimit.report.answer import (
 )
 from deeplimit.report.language import perplexity, verdict_sentence
 from deeplimit.report.numbers import SPACE, percent, significant
+from deeplimit.tables import shown_depths
 from deeplimit.training.results import Cut, Finished, Healing, Profiles, Reference, Refinement
 from deeplimit.training.verifying import Verification
 
-ROWS = 24  # a longer profile is abbreviated to about so many layers
 COLOURS = {"kept": "green", "unresolved": "yellow", "lost": "red", "nothing learnt": "red"}
 
 
@@ -60,14 +64,15 @@ def answered(answer: str, *parts: RenderableType, note: str = "") -> RenderableT
 def profile_table(profile: TurnpikeProfile, data: str = "validation") -> RenderableType:
     """Loss, accuracy, distance and update of every layer; entry, exit and cut are marked.
 
-    Of a long network every k-th layer is shown, and the layers at the marks; of a language model
-    perplexity and influence in place of accuracy and distance.
+    Of a long network some layers are shown (`shown_depths`), and those at the marks; of a language
+    model perplexity and influence in place of accuracy and distance.
 
     Args:
         profile: of a network.
         data: the name of the data that it was measured on.
     """
-    marks, shown = layer_marks(profile), shown_layers(profile)
+    marks = layer_marks(profile)
+    shown = shown_depths(profile.horizon, *marks)
     update = [*(f"{significant(100 * u)}{SPACE}%" for u in profile.relative_update), ""]
     columns: dict[str, Sequence[str | Text]] = {
         "layer": [str(n) for n in range(profile.horizon + 1)],
@@ -109,26 +114,35 @@ def layer_marks(profile: TurnpikeProfile) -> dict[int, list[str]]:
     return marks
 
 
-def shown_layers(profile: TurnpikeProfile) -> list[int]:
-    """All layers of a short network; of a long one every k-th, the last, and those at marks."""
-    horizon = profile.horizon
-    stride = 1 if horizon <= ROWS else math.ceil(horizon / ROWS)
-    near = {n + d for n in layer_marks(profile) for d in (-1, 0, 1)} if stride > 1 else set()
-    return sorted(n for n in {*range(0, horizon, stride), horizon, *near} if 0 <= n <= horizon)
+def depth_summary(depths: DepthTable, run: str | Path, cut: Cut | None = None) -> RenderableType:
+    """Every depth on test data, the recommended one in bold, and how to take one of a run."""
+    lines = depths.lines(cut_depth(cut, depths), perplexity=not depths.accuracy)
+    rows = [Text(one, "bold" if f" {RECOMMENDED} " in one else "") for one in lines]
+    title = f"Every depth on test data, {several(depths.samples, 'sample')}"
+    return Group(
+        Text(title, style="bold"),
+        *rows,
+        Text(f"{depths.note()}.", style="dim"),
+        Text(f"deeplimit crop {quote(str(run))} --to K   keeps the first K layers"),
+        Text("with at_depth(model, K): …   stops there, in Python; nothing is copied"),
+    )
 
 
-def profile_summary(profiles: Profiles) -> RenderableType:
-    """The profile on validation data, on which depths are chosen."""
-    return profile_table(profiles.validation)
+def profile_summary(profiles: Profiles, run: str | Path = "RUN") -> RenderableType:
+    """The profile on validation data, on which depths are chosen, and every depth on test data."""
+    return Group(profile_table(profiles.validation), Text(), depth_summary(profiles.test, run))
 
 
 def finished_summary(finished: Finished) -> RenderableType:
-    """Shows what came of a run: its cut, or before there is one its profile."""
-    results = finished.results
-    if results.cut is not None:
-        shown = crop_summary(results.cut, results.reference, results.profiles)
-        return answered("", shown, note=shortened(results.metrics))
-    return Group() if results.profiles is None else profile_summary(results.profiles)
+    """Shows what came of a run: its cut, and every depth that it may be used at."""
+    results, parts = finished.results, []
+    cut, profiles = results.cut, results.profiles
+    if cut is not None:
+        shown = crop_summary(cut, results.reference, profiles, apart=False)
+        parts += [answered("", shown, note=shortened(results.metrics)), Text()]
+    if profiles is not None:
+        parts.append(depth_summary(every_depth(profiles, cut), finished.run, cut))
+    return Group(*parts)
 
 
 def verification_lines(found: Verification) -> RenderableType:
@@ -137,16 +151,28 @@ def verification_lines(found: Verification) -> RenderableType:
 
 
 def crop_summary(
-    cut: Cut, reference: Reference | None = None, profiles: Profiles | None = None
+    cut: Cut,
+    reference: Reference | None = None,
+    profiles: Profiles | None = None,
+    *,
+    apart: bool = True,
 ) -> RenderableType:
-    """Before and after on test data, why the entry is elsewhere, and the control."""
+    """Before and after on test data, why the entry is elsewhere, and the control.
+
+    Where it does not stand `apart` from a table of every depth that has the cut in it, the figures
+    are left to that.
+    """
     report = cut.report
     rows = comparisons(report)
     if report.has_accuracy:
         agreement = percent(report.agreement, report.samples)
         rows = (*rows, ("Agreement", "", agreement, "same class"))
     title = f"Depth {report.horizon_before} → {report.horizon_after}"
-    made = table(("", "before", "after", "change"), rows, title, left=("", "change"))
+    made: RenderableType = table(
+        ("", "before", "after", "change"), rows, title, left=("", "change")
+    )
+    if not apart and profiles and cut_depth(cut, profiles.test) is not None:
+        made = Text(title, style="bold")
     chosen = cut.tolerance is not None or cut.choice is not None
     how = "chosen on validation data" if chosen else "given by the user"
     parts: list[RenderableType] = [made]

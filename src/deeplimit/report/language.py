@@ -9,7 +9,7 @@ from deeplimit.control.verdict import Verdict
 from deeplimit.control.verifying import CropResult
 from deeplimit.errors import several
 from deeplimit.report.numbers import SPACE, layers, significant
-from deeplimit.training.results import Healing, Parts, Profiles
+from deeplimit.training.results import Healing, Parts
 
 
 def perplexity(loss: float) -> str:
@@ -98,17 +98,6 @@ def verdict_sentence(verdict: Verdict) -> str:
         return str(verdict)
     text = re.sub(r"\bsample(s?)\b", r"window\1", str(verdict)).replace(" -", " −")
     return re.sub(r"by more than −?[\d.e+-]+", r"\g<0> nats a token", text, count=1)
-
-
-def loss_caption(profiles: Profiles) -> str:
-    """Says what the layers do for the loss, read out by the model's own head."""
-    test = profiles.test
-    return (
-        f"On test data the loss falls from {significant(test.loss[0])} nats a token at the input "
-        f"to {significant(test.loss[-1])} at layer {test.horizon}, a perplexity of "
-        f"{perplexity(test.loss[-1])}. A model that was trained without stage cost says little "
-        "before its last layers; which ones can go, influence and trials tell."
-    )
 
 
 def influence_caption(profile: TurnpikeProfile) -> str:

@@ -4,14 +4,9 @@ import math
 from collections.abc import Sequence
 
 from deeplimit.errors import several
+from deeplimit.tables import decimals
 
 SPACE = "\u00a0"  # keeps a number and its unit on one line
-FINE = 2000  # samples from which a hundredth of a point says something
-
-
-def decimals(samples: int) -> int:
-    """Decimals of a percentage of that many samples: no finer than one sample can move it."""
-    return 2 if samples >= FINE else 1
 
 
 def percent(fraction: float, samples: int = 0) -> str:

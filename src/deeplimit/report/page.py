@@ -51,7 +51,7 @@ def render_page(results: RunResults) -> str:
         plotly=Markup(get_plotlyjs()),
         language=of_text,
         layer_panels=layer_panels(results),
-        layer_table=_layer_table(profiles) if profiles else None,
+        depths=_depths(profiles, results) if profiles else None,
         states=states_panel(results),
         training_panels=training_panels(results),
         limit_panels=_panels(depth_limit.depth_limit_figures(limit)) if limit else [],
@@ -85,26 +85,20 @@ def write_page(results: RunResults, path: Path) -> Path:
     return Path(path)
 
 
-def _layer_table(profiles: Profiles) -> tuple[tuple[str, ...], list[tuple[str, list[str]]]]:
-    """Headings, and of each layer its mark and cells, on test data.
-
-    Entry and exit are those of validation data, as everywhere.
-    """
-    profile, validation = profiles.test, profiles.validation
-    marks = {validation.exit(): "exit"} if validation.exit() != validation.horizon else {}
-    marks |= {validation.entry(): "entry"}
-    columns = {
-        "layer": [str(n) for n in range(profile.horizon + 1)],
-        "loss": [significant(loss, 4) for loss in profile.loss],
+def _depths(profiles: Profiles, results: RunResults) -> dict[str, Any]:
+    """Every depth: a picture, headings, and of each depth its mark and cells; what they say."""
+    test = answer.every_depth(profiles, results.cut)
+    headings, rows = test.cells(perplexity=not test.accuracy)
+    cut = answer.cut_depth(results.cut, test)
+    marks = test.marks(cut)
+    figure = turnpike.quality_figure(test, results.reference)
+    caption = turnpike.quality_caption(test, results.reference)
+    return {
+        "panels": _panels([("quality", figure, caption)]),
+        "table": (headings, [(marks.get(n, ""), row) for n, row in enumerate(rows)]),
+        "note": test.note(),
+        "has_cut": cut is not None,
     }
-    if profile.accuracy:
-        columns["accuracy"] = [percent(a, profile.samples) for a in profile.accuracy]
-        columns["distance"] = [*map(significant, profile.distance)]
-    else:
-        columns["perplexity"] = [*map(language.perplexity, profile.loss)]
-    columns["update after"] = [*(f"{significant(100 * u)} %" for u in profile.relative_update), ""]
-    rows = zip(*columns.values(), strict=True)
-    return tuple(columns), [(marks.get(n, ""), list(cells)) for n, cells in enumerate(rows)]
 
 
 def _flat(recipe: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -120,13 +114,13 @@ def _flat(recipe: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 
 
 def layer_panels(results: RunResults) -> list[Panel]:
-    """Loss twice, accuracy, distance, update, controls, and class by class; of text fewer."""
+    """Loss twice, distance, update, controls, and class by class; of text fewer."""
     if results.profiles is None:
         return []
     profiles, cut = results.profiles, results.cut
     networks = (profiles, cut, results.reference)
     test, names = profiles.test, results.class_names
-    loss, update = turnpike.loss_figure(*networks), turnpike.update_figure(*networks)
+    update = turnpike.update_figure(*networks)
     controls = []
     if profiles.control_norms is not None:
         figure = turnpike.controls_figure(profiles, cut)
@@ -135,17 +129,15 @@ def layer_panels(results: RunResults) -> list[Panel]:
         influence = turnpike.influence_figure(profiles, cut)
         return _panels(
             [
-                ("loss", loss, language.loss_caption(profiles)),
                 ("influence", influence, language.influence_caption(test)),
                 ("update", update, turnpike.update_caption(profiles)),
                 *controls,
             ]
         )
-    excess = turnpike.loss_figure(*networks, log=True)
+    loss, excess = (turnpike.loss_figure(*networks, log=log) for log in (False, True))
     shown = [
         ("loss", loss, turnpike.loss_caption(profiles, cut, log=False)),
         ("excess", excess, turnpike.loss_caption(profiles, cut, log=True)),
-        ("accuracy", turnpike.accuracy_figure(*networks), turnpike.accuracy_caption(*networks)),
         ("distance", turnpike.distance_figure(*networks), turnpike.distance_caption(profiles)),
         ("update", update, turnpike.update_caption(profiles)),
         *controls,

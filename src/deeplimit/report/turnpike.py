@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
 
+from deeplimit.control.depth_table import DepthTable
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.report.answer import vanished_sentence
+from deeplimit.report.language import perplexity
 from deeplimit.report.numbers import layers, percent, significant
 from deeplimit.report.style import (
     DASHED,
@@ -23,6 +25,7 @@ from deeplimit.report.style import (
     line,
     mark_layer,
     mark_value,
+    plain_figure,
     shade_tube,
 )
 from deeplimit.training.results import Cut, Profiles, Reference
@@ -54,15 +57,23 @@ def loss_figure(
     return figure
 
 
-def accuracy_figure(
-    profiles: Profiles, cut: Cut | None = None, reference: Reference | None = None
-) -> go.Figure:
-    """Accuracy over layers, in percent."""
+def quality_figure(depths: DepthTable, reference: Reference | None = None) -> go.Figure:
+    """Accuracy, or the loss, of every depth against its multiply-adds, on test data.
 
-    def values(profile: TurnpikeProfile) -> Values:
-        return [100 * accuracy for accuracy in profile.accuracy]
-
-    return _over_layers("Accuracy", "percent", profiles, cut, reference, values, "%{y:.2f} %")
+    Behind it the network trained without stage cost, at the same depths.
+    """
+    (trace,) = depths.plot().data
+    cost = "depth" if trace.x[-1] == depths.horizon else "multiply-adds a sample"
+    figure = plain_figure("Quality against cost", cost, trace.name, at=f"%{{x:,}} {cost}")
+    plain = reference and reference.test
+    if plain and plain.horizon == depths.horizon:
+        values = [100 * a for a in plain.accuracy] if depths.accuracy else plain.loss
+        draw(figure, trace.x, ("no stage cost", values, REFERENCE, DASHED), value="%{y:.4g}")
+    trace.update(name="test", line={"color": NETWORK, "width": 2.2}, marker={"size": 5})
+    figure.add_trace(trace.update(error_y={"thickness": 1, "width": 2}))
+    depth = depths.recommended_depth
+    mark_layer(figure, trace.x[depth], f"recommended: depth {depth}")
+    return figure
 
 
 def distance_figure(
@@ -241,18 +252,19 @@ def loss_caption(profiles: Profiles, cut: Cut | None, *, log: bool) -> str:
     )
 
 
-def accuracy_caption(profiles: Profiles, cut: Cut | None, reference: Reference | None) -> str:
-    """Accuracy read out at the layer of interest, against the network without stage cost."""
-    test = profiles.test
-    n = _interesting(profiles.validation, cut)
-    text = (
-        f"Read out after layer {n}, the network is right on "
-        f"{percent(test.accuracy[n], test.samples)} of the test samples; after all "
-        f"{test.horizon}, on {percent(test.accuracy[-1], test.samples)}."
-    )
+def quality_caption(depths: DepthTable, reference: Reference | None) -> str:
+    """What the recommended depth reaches, against all layers and the network without stage cost."""
+    n = depths.recommended_depth
+
+    def reached(profile: TurnpikeProfile, at: int) -> str:
+        if profile.accuracy:
+            return f"an accuracy of {percent(profile.accuracy[at], profile.samples)}"
+        return f"a perplexity of {perplexity(profile.loss[at])}"
+
+    text = f"At depth {n} the network has {reached(depths, n)}, at {depths.horizon} "
+    text += f"{reached(depths, depths.horizon)}."
     if reference is not None and n <= reference.test.horizon:
-        there = percent(reference.test.accuracy[n], reference.test.samples)
-        text += f" Trained without stage cost, it is right on {there} there."
+        text += f" Trained without stage cost, it has {reached(reference.test, n)} at depth {n}."
     return text
 
 

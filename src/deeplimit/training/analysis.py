@@ -16,11 +16,13 @@ from deeplimit.control import (
     choose_cut,
     control_norms,
     crop,
+    every_depth,
     layers_to_remove,
     picture_trajectories,
     turnpike_profile,
     vanished,
 )
+from deeplimit.control.depth_table import least_depth, removable
 from deeplimit.control.verdict import unchanged
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, RunError, several
@@ -50,7 +52,8 @@ BRIDGED = 1024  # training samples, which a bridge is fitted on
 def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
     """Profiles a run's network on all three splits; writes profile.json and trajectories.json.
 
-    The trajectories are those of test samples.
+    The profile of test data says what each depth costs, and which one validation data recommend,
+    within what the recipe says may be lost. The trajectories are those of test samples.
 
     Args:
         folder: a finished run.
@@ -58,12 +61,14 @@ def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
     """
     data, recipe, picture = data or run_data(folder), folder.recipe, None
     model = (folder.network or folder.model()).to(usable_device(recipe))
-    loss = measure_of(recipe, data)
+    loss, most = measure_of(recipe, data), tolerance_of(recipe, data)
     with fitting_threads(recipe):
-        train, validation, test = (
+        train, validation = (
             turnpike_profile(model, evaluation_batches(split), loss)
-            for split in (data.train, data.validation, data.test)
+            for split in (data.train, data.validation)
         )
+        depth = validation.depth_within(**{"rise" if data.vocabulary else "accuracy": most})
+        test = every_depth(model, evaluation_batches(data.test), loss, recommended=depth)
         if isinstance(loss, SoftCrossEntropy):  # tokens are too many classes to be drawn
             picture = picture_trajectories(model, evaluation_batches(data.test), loss)
         norms = control_norms(model) if recipe.control_cost else None
@@ -130,7 +135,7 @@ def crop_run(
     model = folder.network or folder.model()
     structure = anatomy(model)
     layers = structure.horizon
-    if to != "auto" and not (least := _least(structure)) <= to <= layers:
+    if to != "auto" and not (least := least_depth(structure)) <= to <= layers:
         raise InputError(
             f"a cut to {several(to, 'layer')}; the network has {layers}: give {least} … {layers}, "
             "auto"
@@ -157,7 +162,7 @@ def crop_run(
         else:
             tail = layers_to_remove(profiles.validation, most)
             removed = _possible(structure, sorted({*tail, *vanished(model)}))
-            if not _removable(structure, removed):  # not all together with those of the middle
+            if not removable(structure, removed):  # not all together with those of the middle
                 removed = _possible(structure, tail)
         tolerance = None if budget or data.vocabulary else most
     if bridge and removed:
@@ -196,21 +201,7 @@ def write_cut(new: RunFolder, cut: Cut, cropped: nn.Module) -> Cut:
 def _possible(structure: Anatomy, removed: Iterable[int]) -> tuple[int, ...]:
     """Less the layers that a model cannot do without; of a model with blocks one at least stays."""
     possible = tuple(n for n in removed if structure.layers[n].removable)
-    return possible if _removable(structure, possible) else possible[1:]
-
-
-def _least(structure: Anatomy) -> int:
-    """The number of first layers that have to stay when all behind them go."""
-    layers = structure.horizon
-    return next((k for k in range(layers) if _removable(structure, range(k, layers))), layers)
-
-
-def _removable(structure: Anatomy, layers: Iterable[int]) -> bool:
-    try:
-        structure.check_removable(layers)
-    except InputError:
-        return False
-    return True
+    return possible if removable(structure, possible) else possible[1:]
 
 
 def usable_device(recipe: Recipe) -> torch.device:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from deeplimit.control.bridge import Bridge
 from deeplimit.control.cut_choice import CutChoice
+from deeplimit.control.depth_table import DepthTable
 from deeplimit.control.projection import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
 from deeplimit.control.verdict import Verdict, samples_needed
@@ -19,13 +20,15 @@ from deeplimit.ode import DepthLimit
 class Profiles:
     """Turnpike profiles of one network; the depth is chosen on validation, figures are test's.
 
+    That of test data says what each depth costs too, and which one validation data recommend.
+
     Attributes:
         control_norms: as `control_norms` measures them; None where the controls cost nothing.
     """
 
     train: TurnpikeProfile
     validation: TurnpikeProfile
-    test: TurnpikeProfile
+    test: DepthTable
     control_norms: tuple[float, ...] | None = None
 
     @property

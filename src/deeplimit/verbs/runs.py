@@ -54,8 +54,9 @@ def train(
 ) -> Answer:
     """Train a network that is too deep with a stage cost, cut it to the depth that is enough.
 
-    Leaves a folder, runs/NAME, with recipe, metrics, weights, the profile of its turnpike, the cut
-    and a page, report.html. A control (--control plain) has folders of its own beside it.
+    Ends with a table of every depth at which the one network can be used. Leaves a folder,
+    runs/NAME, with recipe, metrics, weights, the profile of its turnpike, the cut and a page,
+    report.html. A control (--control plain) has folders of its own beside it.
     The defaults below are those of the data set given. For example:
       deeplimit train digits --depth 40 --stage-cost 0.1
       deeplimit train digits --control plain              beside networks without stage cost
@@ -128,7 +129,8 @@ def profile(run: Source, of: Elsewhere = Elsewhere(), *, trust: Trust = False) -
     """Measure the turnpike of a trained network, layer by layer, and show it.
 
     Loss, accuracy, distance to the minimisers and relative update of every layer, on training,
-    validation and test data; written to RUN/profile.json and into the page. For example:
+    validation and test data, and what the network costs that ends there: parameters, multiply-adds
+    and latency; written to RUN/profile.json and into the page. For example:
       deeplimit profile runs/digits
       deeplimit profile transformers:my-vit --data cifar10      a model trained elsewhere
       deeplimit profile transformers:my-llama --data text:book.txt        a language model
@@ -142,7 +144,7 @@ def profile(run: Source, of: Elsewhere = Elsewhere(), *, trust: Trust = False) -
 
         profiles = profile_run(new)
         page = renew_page(new)
-    return Answer(profiles, (page,))
+    return Answer(profiles, (page,), (folder.path,))
 
 
 def crop(
