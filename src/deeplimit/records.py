@@ -101,7 +101,7 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value not in inner:
             choices = [str(one) for one in inner]
-            near = did_you_mean(value, choices)
+            near = did_you_mean(str(value), choices)
             raise _refusal(where, value, f"one of {', '.join(choices)}{near}")
         return value
     if origin in (Union, types.UnionType):

@@ -108,6 +108,33 @@ def test_a_resumed_run_goes_on_by_the_adjoint(tmp_path: Path) -> None:
     assert again.rows[-1]["drift"] == whole.rows[-1]["drift"] != whole.rows[0]["drift"]
 
 
+@pytest.mark.parametrize("bits", [4, "auto"])
+def test_a_run_by_coded_states_is_near_the_exact_one_and_goes_on_where_it_was(
+    bits: int | str, tmp_path: Path
+) -> None:
+    exact = replace(ADJOINT, step=1.0, gradient="backprop")
+    plain = train(exact, runs=tmp_path, quiet=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DriftWarning)
+        recipe = replace(exact, gradient="adjoint", bits=bits)
+        folder = train(recipe, runs=tmp_path, quiet=True)
+        whole = checkpoint_of(folder.path)
+        for row, other in zip(folder.metrics(), plain.metrics(), strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=0.05)
+        assert largest_difference(checkpoint_of(plain.path), whole) > 0
+        (folder.path / "checkpoint" / "epoch-00003.pt").unlink()
+        assert RunFolder.open(folder.path).recipe.bits == bits
+        resume(folder.path, quiet=True)
+    again = checkpoint_of(folder.path)
+    assert largest_difference(whole, again) == 0
+    assert same_but_for_seconds(whole, again)
+    assert again.plan == whole.plan
+    if bits == "auto":
+        assert whole.plan is not None
+        assert whole.plan["error"] <= 1e-2
+        assert any(way["bits"] or way["evaluations"] for way in whole.plan["ways"].values())
+
+
 @pytest.mark.parametrize("scheme", ["euler", "heun"])
 def test_batch_norms_of_two_stages_move_as_they_do_under_backprop(
     scheme: str, tmp_path: Path

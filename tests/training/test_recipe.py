@@ -108,6 +108,22 @@ WRONG = {
         {"evaluations": 3},
         "evaluations is 3, but the gradient backprop rebuilds no state; give the gradient adjoint",
     ),
+    "bits without the adjoint": (
+        {"bits": 4},
+        "bits is 4, but the gradient backprop keeps all states; give the gradient adjoint",
+    ),
+    "bits and evaluations": (
+        {"gradient": "adjoint", "bits": 4, "evaluations": 3},
+        "evaluations is 3, but bits is 4: states come back by codes",
+    ),
+    "a plan under fsdp": (
+        {"gradient": "adjoint", "bits": "auto", "strategy": "fsdp"},
+        "bits is auto, but the strategy fsdp divides the parameters",
+    ),
+    "bits that there are not": (
+        {"gradient": "adjoint", "bits": 3},
+        "bits is 3; expected one of 0, 2, 4, 8, auto",
+    ),
     "cifar by the adjoint": (
         {"kind": "cifar-resnet", "depth": (1, 1, 1), "gradient": "adjoint"},
         "gradient is adjoint: the states of a cifar-resnet cannot be rebuilt",

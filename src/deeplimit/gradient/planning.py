@@ -179,13 +179,10 @@ class Planner:
             for chain in chains
             for n, step in enumerate(chain)
         ]
+        names = {id(measure.parameters[name]): name for name in measure.exact}
         self._parameters = {
-            place.step.name: [
-                p
-                for p in measure.exact
-                if p == place.step.name or p.startswith(place.step.name + ".")
-            ]
-            for place in self.places
+            step.name: [names[id(p)] for p in step.modules.parameters(step.name) if id(p) in names]
+            for step in steps.values()
         }
         self._found: dict[frozenset[tuple[str, Way]], MemoryPlan] = {}
         self._peaks: dict[frozenset[tuple[str, Way]], int] = {}

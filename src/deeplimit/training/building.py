@@ -272,7 +272,8 @@ def build_objective(
     Of how far rebuilt states are off the training itself tells: for all processes together.
     """
     if recipe.gradient == "adjoint":
-        use_adjoint(model, evaluations=recipe.evaluations, on_drift="ignore")
+        evaluations = None if recipe.bits else recipe.evaluations
+        use_adjoint(model, evaluations=evaluations, bits=recipe.bits, on_drift="ignore")
     freeze_frame(recipe, model)
     return stage_cost(recipe, data, model, teaching)
 

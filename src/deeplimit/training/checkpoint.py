@@ -44,7 +44,7 @@ class Checkpoint:
     """A run after some epochs: the states of network, optimiser and schedule, steps, metrics.
 
     The network's is whole whatever the strategy, with keys of the bare network; the optimiser's is
-    by parameter names.
+    by parameter names. Where the adjoint's states are planned, there is the plan too.
     """
 
     model: dict[str, Any]
@@ -52,6 +52,7 @@ class Checkpoint:
     scheduler: dict[str, Any]
     step: int
     rows: list[Row]
+    plan: dict[str, Any] | None = None
 
     @property
     def epochs(self) -> int:

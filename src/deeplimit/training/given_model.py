@@ -158,10 +158,10 @@ def check_model(model: nn.Module, x: Inputs, data: DataSet, spec: str, recipe: R
     structure = anatomy(model, x, recipe.stack)
     if structure.tokens and data.vocabulary is None:
         raise InputError(reads_tokens)
-    if recipe.gradient == "adjoint" and not structure.rebuildable:
+    if recipe.gradient == "adjoint" and not (structure.rebuildable or recipe.bits):
         raise InputError(
             "gradient is adjoint: the states of a CIFAR ResNet cannot be rebuilt, because of the "
-            "ReLU after every addition; give the gradient backprop"
+            "ReLU after every addition; give bits, or the gradient backprop"
         )
     if logits.shape != (1, *data.train.y.shape[1:], data.classes):
         heads = logits.shape[-1] if logits.dim() else 0

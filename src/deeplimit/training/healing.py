@@ -219,7 +219,7 @@ def _recipe(folder: RunFolder, plan: Plan) -> Recipe:
     """The run's own, shorter and gentler, in one process."""
     recipe = folder.recipe
     if recipe.gradient == "adjoint" and anatomy(folder.cropped()).horizon == 0:
-        recipe = replace(recipe, gradient="backprop", evaluations=Recipe.evaluations)
+        recipe = replace(recipe, gradient="backprop", evaluations=Recipe.evaluations, bits=0)
     rate = plan.learning_rate
     recipe = replace(recipe, epochs=plan.epochs, learning_rate=rate, cut_while_training=0)
     return alone_in("deeplimit heal", recipe)

@@ -20,8 +20,13 @@ from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control import Fading, crop, turnpike_profile
 from deeplimit.control.soft_cross_entropy import check_loss
 from deeplimit.errors import InputError, RunError
-from deeplimit.gradient import drift
+from deeplimit.gradient import MemoryPlan, drift
+from deeplimit.gradient.accuracy import Measurement
+from deeplimit.gradient.codes import BITS
+from deeplimit.gradient.meter import Settings
+from deeplimit.gradient.planning import EXACTLY, followed
 from deeplimit.gradient.stand_ins import engines, switches
+from deeplimit.records import from_plain, to_plain
 from deeplimit.training.building import (
     Start,
     build_objective,
@@ -69,8 +74,12 @@ class Training:
             self._fadings = [Fading(m, self.fade.layers) for m in (self.network, model)]
         self.objective = build_objective(recipe, data, model, start.teaching)
         self.drift = None
+        self.plan: MemoryPlan | None = None
         if recipe.gradient == "adjoint":
             self.drift = DriftWatch(fabric, self.objective.model)
+            (engine,) = engines(self.objective.model)
+            if engine.auto is not None:
+                engine.auto.remove()  # all processes follow one plan, which is made below
         self.module: Any = fabric.setup_module(self.objective)
         # Only now: under fsdp the parameters have become other objects.
         learns = start.teaching is not None and start.teaching.learns
@@ -104,6 +113,8 @@ class Training:
         restore(checkpoint, self.learning, self.optimizer, self.schedule)
         self.network.load_state_dict(self._of_network(checkpoint.model))
         self.rows, self.steps = list(checkpoint.rows), checkpoint.step
+        if checkpoint.plan is not None:
+            self.plan = from_plain(MemoryPlan, checkpoint.plan)
 
     def shortened(self, depth: int) -> "Training":
         """The training of its first layers alone, from where this one is; all processes call it.
@@ -157,6 +168,8 @@ class Training:
         sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
         if self.drift is not None:
             self.drift.largest = 0.0
+        if self.recipe.bits == "auto":
+            self._follow_plan(epoch, observer)
 
         def figures() -> tuple[float, float]:
             loss, hits, count = sums.tolist()
@@ -178,7 +191,8 @@ class Training:
             row["drift"] = None if self.drift is None else self.drift.largest
             rows = [*self.rows, row]
             state = self.schedule.state_dict()
-            checkpoint = Checkpoint(weights, optimizer, state, self.steps, rows)
+            plan = None if self.plan is None else to_plain(self.plan)
+            checkpoint = Checkpoint(weights, optimizer, state, self.steps, rows, plan)
             if self.folder is not None:
                 save_checkpoint(self.folder, checkpoint)
                 write_metrics(self.folder, rows)
@@ -188,6 +202,27 @@ class Training:
         self.rows.append(row)
         observer.epoch(row)
         check()
+
+    def _follow_plan(self, epoch: int, observer: Observer) -> None:
+        """Measures the plan of the states on an epoch's first batch; makes another if it errs.
+
+        In the first process, by a copy where there are others, which nothing around it speaks with.
+        """
+        (engine,) = engines(self.objective.model)
+        batch = self.fabric.to_device(next(iter(self._batches(epoch))))
+
+        def measured() -> tuple[MemoryPlan, str]:
+            alone = self.fabric.world_size == 1
+            objective = self.objective if alone else copy.deepcopy(self.objective)
+            with self.fabric.autocast():
+                measure = Measurement(objective, lambda o, b: o(*b)[0], batch, **EXACTLY)
+                return followed(self.plan, measure, engine.settings.tolerance)
+
+        self.plan, words = first_process_does(self.fabric, measured)
+        # What the meter's bounds say is said by measuring.
+        engine.settings = replace(engine.settings, ways=self.plan.ways, measured=(0.0, math.inf))
+        if words and self.fabric.is_global_zero:
+            observer.warn(words)
 
     def _step(self, batch: Batch, observer: Observer) -> Tensor:
         """One optimisation step; sums of loss, hits and samples in this process's part."""
@@ -302,6 +337,16 @@ def _remedy(done: int, step: int = 0) -> str:
     return f"{kept}train with a smaller learning rate"
 
 
+def _more(settings: Settings) -> str:
+    """What makes states more exact."""
+    if settings.bits == "auto":
+        return "bits 8"
+    if settings.bits:
+        return "bits auto" if settings.bits == BITS[-1] else f"bits {2 * settings.bits} or auto"
+    e = settings.evaluations
+    return f"evaluations {e + 1} instead of {e}"
+
+
 class DriftWatch:
     """Looks at the drift of every step, in all processes together; says so when it is too large,
     and again when it is ten times larger.
@@ -333,14 +378,16 @@ class DriftWatch:
         drifts = self.fabric.all_reduce(drifts, reduce_op="max")
         found, place = float(drifts.max()), self._words[int(drifts.argmax())]
         self.largest = max(self.largest, found)
-        bound = engine.meter.error_bound(found)
-        if bound <= engine.settings.tolerance or found < 10 * self._told:
+        settings, bound = engine.settings, engine.meter.error_bound(found)
+        if settings.bits:  # of codes the drift alone tells little
+            expected = torch.tensor(engine.meter.expected(settings), device=self.fabric.device)
+            bound = float(self.fabric.all_reduce(expected, reduce_op="max"))
+        if bound <= settings.tolerance or found < 10 * self._told:
             return
         self._told = found
         if self.fabric.is_global_zero:
             observer.warn(
                 f"drift {found:.2g} at {place}: rebuilt states are off by that part of a "
                 f"layer's update, so the gradient may be off by up to {bound:.2g} of its size. "
-                f"Train with evaluations {engine.settings.evaluations + 1} instead of "
-                f"{engine.settings.evaluations}, a smaller step, or the gradient backprop"
+                f"Train with {_more(settings)}, a smaller step, or the gradient backprop"
             )

@@ -104,6 +104,10 @@ class Recipe:
     """adjoint: states rebuilt, not kept: memory flat in depth, a small gradient error, measured."""
     evaluations: int = 2
     """Evaluations of a layer for each state that the adjoint rebuilds; for the adjoint only."""
+    bits: Literal[0, 2, 4, 8, "auto"] = 0
+    """Bits of a layer's update that the adjoint keeps instead of rebuilding; then any layer may be
+    used that keeps the shape of a state. auto: each state kept, coded or rebuilt so that the
+    gradient's error is within 1 %, measured and planned anew in the first batch of each epoch."""
 
     softness: float = 0.05
     """Softness ε of the cross-entropy: what the target leaves for the other classes together."""
@@ -322,10 +326,27 @@ class Recipe:
             f"evaluations at {Recipe.evaluations}",
         )
         yield (
-            self.gradient == "adjoint" and self.kind == "cifar-resnet",
+            self.gradient == "backprop" and self.bits != 0,
+            "bits",
+            ", but the gradient backprop keeps all states; give the gradient adjoint, or leave "
+            "bits out",
+        )
+        yield (
+            self.bits != 0 and self.evaluations != Recipe.evaluations,
+            "evaluations",
+            f", but bits is {self.bits}: states come back by codes, or as planned; leave one out",
+        )
+        yield (
+            self.bits == "auto" and self.strategy == "fsdp",
+            "bits",
+            ", but the strategy fsdp divides the parameters, by which no plan can be measured; "
+            "give 2, 4 or 8",
+        )
+        yield (
+            self.gradient == "adjoint" and self.kind == "cifar-resnet" and self.bits == 0,
             "gradient",
             ": the states of a cifar-resnet cannot be rebuilt, because of the ReLU after every "
-            "addition; give the gradient backprop, or the kind convolutional",
+            "addition; give bits, the gradient backprop, or the kind convolutional",
         )
         yield (
             self.stage_cost_layers is not None and self.stage_cost == 0,
