@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deeplimit import SoftCrossEntropy, choose_cut, crop, turnpike_profile
+from deeplimit import InputError, SoftCrossEntropy, choose_cut, crop, turnpike_profile
 
 pytest.importorskip("transformers")
 from text_families import VOCABULARY, text_model, words
@@ -76,3 +76,6 @@ def test_layers_that_do_nothing_go_first_and_tokens_are_counted(name: str) -> No
         share, tokens = counted(model, cut.removed, loader[1:])
         assert (cut.accuracy_after, cut.samples) == (pytest.approx(share), tokens)
     assert choose_cut(model, made, blocks=3).removed == (1, 3)
+    # Tokens of one text are no independent samples: no test has its level on them.
+    with pytest.raises(InputError, match="tokens of one text are no independent samples"):
+        choose_cut(model, made, loader, accuracy=0.1, confidence=0.95)
