@@ -87,7 +87,7 @@ def test_the_examples_for_models_of_ones_own_run(
     assert after >= before - 0.1
     smaller = transformers.ViTForImageClassification.from_pretrained(tmp_path / "smaller")
     assert len(smaller.vit.layers) == smaller.config.num_hidden_layers < 8
-    assert printed[1:] == [["100 (3, 8, 8)"], ["5", "True"], ["True"]]
+    assert printed[1:] == [["100 (3, 8, 8)"], ["5", "True"], ["True"], ["True True"]]
 
 
 def test_the_example_of_early_exit_says_what_it_prints(
