@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deeplimit import InputError, drift, gradient_error, use_adjoint
 from deeplimit.gradient import AdjointError, DriftWarning, codes, layout
+from deeplimit.gradient.node import Node
 from deeplimit.gradient.stand_ins import engines
 
 WIDTH, DEPTH = 16, 7
@@ -285,6 +286,25 @@ def test_feedback_lives_as_long_as_its_graph(monkeypatch: pytest.MonkeyPatch) ->
         assert len(alive) == 0
     finally:
         gc.enable()
+
+
+def test_later_states_go_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kept last state among them: a node lives as long as its own graph, not its chain's."""
+    alive: weakref.WeakSet[Node] = weakref.WeakSet()
+    link = Node.link
+
+    def counted(self: Node) -> None:
+        link(self)
+        alive.add(self)
+
+    monkeypatch.setattr(Node, "link", counted)
+    model, seen = use_adjoint(stack(Norm), bits=4, on_drift="ignore"), []
+    loss_of(model, batch(5, WIDTH)).backward()
+    assert len(alive) == 0
+    for block in model:
+        block.norm.register_full_backward_hook(lambda *_: seen.append(len(alive)))
+    loss_of(model, batch(5, WIDTH)).backward()
+    assert seen == [*range(DEPTH, 1, -1), 2]  # the first, whose input is kept, holds the second
 
 
 def test_a_chain_goes_on_after_a_backward_pass() -> None:
