@@ -162,6 +162,7 @@ def test_the_run_is_one_of_the_smaller_network(
     "changed",
     [
         {"gradient": "adjoint"},
+        {"gradient": "adjoint", "bits": "auto"},
         {"optimizer": "sgd", "learning_rate": 0.2, "weight_decay": 1e-4},
         {"scheme": "heun", "stage_cost_layers": 3},
     ],
