@@ -18,6 +18,7 @@ Every other arm trains the full network once, with
     drawn-k         uniform-0.3 by k layers a step, drawn anew for each, the sum weighted by N/k
     sandwich        uniform-0.3 by layer 1 and one drawn of the others (arXiv 1903.05134)
     falling, growing  γ from 1 to 0.1 during the training, and from 0.1 to 1
+    square          γ from 0 to 1, with the square of the part of the training that is done
     late            uniform-0.3 from a third of the training on
     taught-τ        uniform-0.3; half of each ℓ(z_n) is τ² KL(softmax(z_N/τ) ‖ softmax(z_n/τ)), z_N
                     detached
@@ -59,6 +60,7 @@ from deeplimit import SoftCrossEntropy, StageCost
 from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import RunningStatistics
 from deeplimit.data import DataSet, Split
+from deeplimit.errors import several
 from deeplimit.training import Recipe, recipe_for
 from deeplimit.training.building import (
     build_model,
@@ -71,13 +73,13 @@ from deeplimit.training.loop import build_optimizer
 
 OUT = Path(__file__).parent / "results" / "every_depth.json"
 GAMMA = 0.3
-ROUNDS = 40
+ROUNDS = 20
 TIMES = "times"
 LLAMA = {"layers": 10, "width": 64, "heads": 4, "inner": 176}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mnist": {"epochs": 1},
     "cifar10": {"depth": (4, 4, 4), "width": 8, "hidden": 8, "reduction": 2, "epochs": 1},
-    "text": {"epochs": 2, "batch_size": 8, "length": 64, "learning_rate": 1e-3},
+    "text": {"epochs": 2, "batch_size": 8, "length": 64, "learning_rate": 3e-3},
 }
 Weights = Callable[[int, float, random.Random], Sequence[float]]
 
@@ -167,6 +169,7 @@ ARMS = PLAIN | {
     "sandwich": Arm(drawn(1, always=(1,))),
     "falling": Arm(moving(lambda done: 1 - 0.9 * done)),
     "growing": Arm(moving(lambda done: 0.1 + 0.9 * done)),
+    "square": Arm(moving(lambda done: done**2)),
     "late": Arm(moving(lambda done: GAMMA * (done >= 1 / 3))),
     "taught-1": Arm(taught=(0.5, 1.0)),
     "taught-2": Arm(taught=(0.5, 2.0)),
@@ -373,28 +376,30 @@ def between(known: dict[int, float], depth: int) -> float:
 
 
 def summary(rows: Sequence[Row]) -> Row:
-    """Of each data set and number of epochs, and of each arm that all seeds of it have.
+    """Of each data set and number of epochs, and of each arm, by the seeds that it has.
 
     "short" is how far an arm is below the plain networks of each depth, in points of accuracy, of
-    text in percent of perplexity: the most from a quarter of the layers on (between dedicated ones
-    on a straight line), and at the full depth; means over the seeds, and each seed's. "cost" is
-    the time of a step relative to the plain full network, and to all plain ones together.
+    text in hundredths of the logarithm of the perplexity: the most from a quarter of the layers on
+    (on a straight line between the plain ones that there are), and at the full depth; means over
+    the seeds, and each seed's. "cost" is the time of a step relative to the plain full network, and
+    to all plain ones together.
     """
     told: Row = {}
     for data, epochs in sorted({(row["data"], row["epochs"]) for row in rows}):
         own = [row for row in rows if (row["data"], row["epochs"]) == (data, epochs)]
         times = next((row["milliseconds"] for row in own if row["arm"] == TIMES), {})
         arms = {name: {r["seed"]: r for r in own if r["arm"] == name} for name in ARMS}
-        seeds = sorted(set.intersection(*(set(arms[name]) for name in PLAIN)))
-        plain = [{name: arms[name][seed] for name in PLAIN} for seed in seeds]
+        both = set(arms["plain"]) & set(arms["plain-1/4"])
         for name, arm in arms.items():
-            if seeds and set(seeds) <= set(arm) and name not in DEDICATED:
-                row = compared([arm[seed] for seed in seeds], plain)
+            seeds = sorted(both & set(arm))
+            if seeds and name not in DEDICATED:
+                plain = [{p: arms[p][s] for p in PLAIN if s in arms[p]} for s in seeds]
+                row = {"seeds": seeds} | compared([arm[seed] for seed in seeds], plain)
                 if name in times:
                     every = sum(times[p] for p in PLAIN)
                     cost = {"of_plain": times[name] / times["plain"], "of_all": times[name] / every}
                     row["cost"] = {what: round(value, 2) for what, value in cost.items()}
-                told.setdefault(f"{data}, {epochs} epochs, seeds {seeds}", {})[name] = row
+                told.setdefault(f"{data}, {several(epochs, 'epoch')}", {})[name] = row
     return told
 
 

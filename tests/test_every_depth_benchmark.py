@@ -47,11 +47,14 @@ def test_the_summary_by_hand(script) -> None:
             row(seed, "plain-3/4", 6, *[0] * 6, 0.6),
             row(seed, "late", 8, 0, 0, 0.4, 0.4, 0.6, 0.6, 0.6, 0.7, 0.7),
         ]
-    rows.append(row(0, "linear", 8, *[0.0] * 9))  # of one seed: it is not there yet
+    rows.append(row(0, "linear", 8, *[0.8] * 9))
+    rows.append(row(2, "linear", 8, *[0.0] * 9))  # of a seed that has no plain network yet
     told = script.summary(rows)
-    assert list(told) == ["d, 3 epochs, seeds [0, 1]"]
-    told = told["d, 3 epochs, seeds [0, 1]"]
-    assert list(told) == ["plain", "late"]
+    assert list(told) == ["d, 3 epochs"]
+    told = told["d, 3 epochs"]
+    assert list(told) == ["plain", "linear", "late"]
+    assert (told["late"]["seeds"], told["linear"]["seeds"]) == ([0, 1], [0])
+    assert told["linear"]["test"]["short"] == 0
     # Below 0.4, 0.5, 0.6, 0.6, 0.6, 0.7, 0.8 and 0.5, 0.55, 0.6, 0.6, 0.6, 0.75, 0.9.
     assert told["late"]["test"] == {
         "short": 15.0,
@@ -153,6 +156,6 @@ def test_it_goes_on_where_it_was(script, tmp_path, monkeypatch, capsys) -> None:
     torch.set_num_threads(threads)
     after = json.loads(out.read_text())
     assert [row for row in after["runs"] if row["arm"] != "dropped"] == before
-    assert list(after["summary"]["digits, 1 epochs, seeds [0]"]) == ["plain", "dropped"]
+    assert list(after["summary"]["digits, 1 epoch"]) == ["plain", "dropped"]
     assert len(capsys.readouterr().out.splitlines()) == 5
     assert len(after["runs"][0]["accuracy"]) == after["runs"][0]["layers"] + 1
