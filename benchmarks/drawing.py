@@ -2,26 +2,29 @@
 
     python benchmarks/drawing.py runs/linear/study.html benchmarks/results/linear.svg
     python benchmarks/drawing.py runs/convergence/study.html map.svg --number 2
-    python benchmarks/drawing.py runs/demo/report.html docs/turnpike.png     # the README's picture
+    python benchmarks/drawing.py benchmarks/results/depth_needed.json docs/every_depth.png
 
 Needs playwright (in the extra `dev`) and a Chromium on the path.
 """
 
 import argparse
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
+
+from deeplimit.report.style import DASHED, NETWORK, REFERENCE, SOLID, TUBE, line, plain_figure
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 DRAW = """Plotly.toImage(document.querySelectorAll('.js-plotly-plot')[%d],
     {format: 'svg', width: %d, height: %d}).then(u => decodeURIComponent(u.split(',')[1]))"""
 WIDTH, HEIGHT = 1000, 420  # where a layout says nothing
-PANELS = ("Accuracy", "Distance to the minimisers")  # of a run's page, side by side in the README
 
 
 @contextmanager
@@ -59,23 +62,40 @@ def write_svg(source: Path, path: Path, number: int) -> None:
         path.write_text(page.evaluate(DRAW % (number - 1, WIDTH, height)))
 
 
-def write_panels(source: Path, path: Path) -> None:
-    """The two panels of a run's page as .png."""
-    with opened(1280, 900) as page:
-        page.goto(source.resolve().as_uri())
-        page.wait_for_timeout(2000)
-        panels = [page.locator("figure.panel", has_text=words).first for words in PANELS]
-        boxes = [panel.bounding_box() for panel in panels]
-        if None in boxes:
-            raise SystemExit(f"{source}: no figures of accuracy and distance in it")
-        left, right = boxes
-        box = {
-            "x": left["x"] - 8,
-            "y": left["y"] - 8,
-            "width": right["x"] + right["width"] - left["x"] + 16,
-            "height": max(left["height"], right["height"]) + 16,
-        }
-        page.screenshot(path=path, clip=box, full_page=True)
+def every_depth(rows: Sequence[dict[str, Any]], once: str) -> go.Figure:
+    """Test accuracy against depth: of one training, an arm's name, and of plain networks.
+
+    Markers are means over the seeds, bars reach from the smallest to the largest.
+    """
+    drawn = plain_figure("", "depth", "test accuracy, percent")
+    whole = max(row["layers"] for row in rows)
+
+    def add(name: str, points: dict[int, list[float]], color: str, dash: str) -> None:
+        depths, values = zip(*sorted(points.items()), strict=True)
+        means = [100 * fmean(v) for v in values]
+        trace = line(depths, means, name, color, dash)
+        over = [100 * max(v) - mean for v, mean in zip(values, means, strict=True)]
+        under = [mean - 100 * min(v) for v, mean in zip(values, means, strict=True)]
+        bars = {"array": over, "arrayminus": under, "thickness": 1, "width": 3}
+        drawn.add_trace(trace.update(error_y=bars, mode="lines+markers", marker_size=7))
+
+    def read(arm: str) -> dict[int, list[float]]:
+        """The accuracies of all seeds at each depth of an arm's network."""
+        own = [row["accuracy"] for row in rows if row["arm"] == arm]
+        return {n: list(values) for n, values in enumerate(zip(*own, strict=True)) if n}
+
+    dedicated: dict[int, list[float]] = {}
+    for row in rows:
+        if row["arm"].startswith("plain"):
+            dedicated.setdefault(row["layers"], []).append(row["accuracy"][-1])
+    add("one deeplimit training, used at every depth", read(once), NETWORK, SOLID)
+    add("plain networks, each trained for its depth", dedicated, TUBE, DASHED)
+    add(f"one plain network of {whole} layers, cut", read("plain"), REFERENCE, DASHED)
+    drawn.update_xaxes(dtick=1)
+    drawn.update_yaxes(range=[45, 101])
+    look = {"paper_bgcolor": "white", "plot_bgcolor": "white", "margin_t": 24}
+    place = {"x": 0.98, "xanchor": "right", "y": 0.04, "yanchor": "bottom", "orientation": "v"}
+    return drawn.update_layout(**look, legend=place, width=820, height=380)
 
 
 def main() -> None:
@@ -84,8 +104,12 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--number", type=int, default=1, help="which of a page's figures, from 1")
     options = parser.parse_args()
-    if options.picture.suffix == ".png":
-        write_panels(options.page, options.picture)
+    if options.page.suffix == ".json":
+        rows = json.loads(options.page.read_text())["runs"]
+        write(
+            every_depth([r for r in rows if r["data"] == "mazes" and "layers" in r], "square"),
+            options.picture,
+        )
     else:
         write_svg(options.page, options.picture, options.number)
 

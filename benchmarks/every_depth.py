@@ -3,10 +3,12 @@
     python benchmarks/every_depth.py digits spirals
     python benchmarks/every_depth.py mnist --epochs 3 --seeds 0 --arms plain … uniform-0.3
     python benchmarks/every_depth.py text:FILE --model FOLDER
+    python benchmarks/every_depth.py mazes --arms square plain plain-1/8 plain-1/4 plain-1/2 --out …
 
 All arms of a seed have the same initial parameters, batches, steps and learning rates, by the data
 set's own recipe. `plain` is the full network without a stage cost, whose states are read by its own
-head (cut); `plain-1/4` … are plain networks of a quarter, a half and three quarters of its layers.
+head (cut); `plain-1/4` … are plain networks of a quarter, a half and three quarters of its layers,
+`plain-1/8` … of fewer, if asked for.
 Every other arm trains the full network once, with
 
     mean ℓ(z_N) + Σ_{n<N} γ_n · mean ℓ(z_n):
@@ -179,6 +181,9 @@ ARMS = PLAIN | {
     "affine": Arm(heads="affine"),
     "own": Arm(heads="own"),
 }
+EVERY = ARMS | {  # with what is run if asked for
+    f"plain-{k}/{n}": Arm(constant(0.0), k / n) for k, n in ((1, 8), (1, 20), (2, 20), (3, 20))
+}
 
 
 class Objective(StageCost):
@@ -339,7 +344,7 @@ def trained(recipe: Recipe, data: DataSet, arm: Arm) -> Row:
 def timed(recipe: Recipe, data: DataSet, names: Sequence[str]) -> Row:
     """The milliseconds of processor time of a step of each arm, the median of some in turn."""
     batch = next(iter(training_batches(recipe, data, 0)))
-    arms = {name: begun(recipe, data, ARMS[name]) for name in names}
+    arms = {name: begun(recipe, data, EVERY[name]) for name in names}
     optimizers = {name: build_optimizer(recipe, arm) for name, arm in arms.items()}
     found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(ROUNDS):
@@ -458,7 +463,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(EVERY), default=list(ARMS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--times", action="store_true", help="of a step of each arm, no training")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -470,21 +475,21 @@ def main() -> None:
             recipe = replace(recipe_of(name, options), seed=seed)
             data = load_data(recipe, Path("runs"))
             label = f"text of {Path(name).stem}" if data.is_text else name
-            arms = [arm for arm in options.arms if not left_out(recipe, ARMS[arm])]
+            arms = [arm for arm in options.arms if not left_out(recipe, EVERY[arm])]
             for arm in [TIMES] if options.times else arms:
                 key = (label, recipe.epochs, seed, arm)
                 if results.has(*key):
                     continue
                 row = dict(zip(results.keys, key, strict=True))
                 row |= (
-                    timed(recipe, data, arms) if arm == TIMES else trained(recipe, data, ARMS[arm])
+                    timed(recipe, data, arms) if arm == TIMES else trained(recipe, data, EVERY[arm])
                 )
                 results.add(row, summary)
                 if arm == TIMES:
                     print(*key, row["milliseconds"], flush=True)
                     continue
                 shown = row.get("accuracy", row["loss"])
-                few = [shown[n] for n in (1, 2, *quarters(row["layers"]))]
+                few = [shown[n] for n in (1, 2, *quarters(row["layers"])) if n < len(shown)]
                 print(*key, few, row["cpu_seconds"], row["seconds"], flush=True)
 
 

@@ -101,6 +101,11 @@ def test_quality_is_drawn_against_cost(digits: RunResults) -> None:
     np.testing.assert_allclose(drawn.error_y.array, 100 * np.array(table.accuracy_error))
     np.testing.assert_allclose(plain.y, 100 * np.array(digits.reference.test.accuracy))
     assert drawn.line.color != plain.line.color
+    small = digits.reference.small
+    assert small is not None
+    (alone,) = [t for t in figure.data if t.name.endswith("from scratch")]
+    assert alone.x == (table.costs.multiply_adds[small.horizon_before],)
+    assert alone.y == (100 * small.accuracy_before,)
     depth = table.recommended_depth
     assert f"recommended: depth {depth}" in texts(figure)
     assert any(s.x0 == s.x1 == table.costs.multiply_adds[depth] for s in figure.layout.shapes)

@@ -10,11 +10,11 @@ from deeplimit.errors import InputError, did_you_mean
 
 Command = Callable[[], None]
 
-DESCRIPTION = """How deep must my residual network be?
+DESCRIPTION = """Train a residual network once, use it at every depth.
 
-Train it once, too deep, with a stage cost; deeplimit measures its turnpike, cuts it to the
-depth that is enough, and shows on held-out data what that changes. For example:
-  deeplimit demo                        all of it on scikit-learn's digits, in a minute
+With a stage cost, the loss at every layer, each state is an answer. deeplimit measures every
+depth on held-out data, cuts to the one that is enough, and shows what that changes. For example:
+  deeplimit demo                        all of it on mazes that need depth, in a minute
   deeplimit train mnist --data-dir DIR  all of it on your data
   deeplimit crop runs/mnist --to 6      another cut of the same network
   deeplimit heal runs/mnist             train the cut network a little more

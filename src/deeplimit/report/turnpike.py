@@ -60,7 +60,8 @@ def loss_figure(
 def quality_figure(depths: DepthTable, reference: Reference | None = None) -> go.Figure:
     """Accuracy, or the loss, of every depth against its multiply-adds, on test data.
 
-    Behind it the network trained without stage cost, at the same depths.
+    Behind it the network trained without stage cost, at the same depths, and the one of the cut's
+    depth from scratch.
     """
     (trace,) = depths.plot().data
     cost = "depth" if trace.x[-1] == depths.horizon else "multiply-adds a sample"
@@ -69,6 +70,12 @@ def quality_figure(depths: DepthTable, reference: Reference | None = None) -> go
     if plain and plain.horizon == depths.horizon:
         values = [100 * a for a in plain.accuracy] if depths.accuracy else plain.loss
         draw(figure, trace.x, ("no stage cost", values, REFERENCE, DASHED), value="%{y:.4g}")
+    small = reference and reference.small
+    if small and depths.accuracy and small.horizon_before <= depths.horizon:
+        name = f"no stage cost, {layers(small.horizon_before)} from scratch"
+        place, height = [trace.x[small.horizon_before]], [100 * small.accuracy_before]
+        point = line(place, height, name, REFERENCE, value="%{y:.4g}")
+        figure.add_trace(point.update(mode="markers", marker={"symbol": "diamond", "size": 10}))
     trace.update(name="test", line={"color": NETWORK, "width": 2.2}, marker={"size": 5})
     figure.add_trace(trace.update(error_y={"thickness": 1, "width": 2}))
     depth = depths.recommended_depth
