@@ -136,8 +136,9 @@ class Recipe:
     cut_while_training: int = 0
     """Cut the last layers as soon as so many evaluations in a row say that the first ones are as
     good as all (the rule of the automatic cut, on validation data after every epoch, from 30 % of
-    the epochs on): the epochs that follow are cheaper. Of networks of one stage, of deeplimit's own
-    or of transformers; 0: never."""
+    the epochs on): the epochs that follow are cheaper. What goes is gone, even if training on would
+    have found a use for it. Of networks of one stage, of deeplimit's own or of transformers; 0:
+    never."""
     confidence: float | None = None
     """Choose the automatic cut so that with this probability no more is lost than points, or rise,
     allows, whatever the network; 0.95 needs 311 validation samples for one point, 623 for half a
