@@ -35,6 +35,8 @@ from deeplimit.gradient.codes import BITS, Feedback
 from deeplimit.gradient.meter import CODED, CODED_KINKED
 from deeplimit.gradient.stand_ins import engines
 from deeplimit.network import CifarResNet
+from deeplimit.report.gradient_cost import method_name
+from deeplimit.studies import measure_gradient_cost
 from deeplimit.studies.harness import machine
 from gradient_methods import convolutional_chain
 from networks_tried import FAMILIES, _free_loss
@@ -388,9 +390,40 @@ def hunt(options: argparse.Namespace) -> dict[str, Any]:
     return {"seeds": options.seeds, **found}
 
 
+def dinov2() -> Network:
+    """DINOv2 with a layer scale, which makes updates small."""
+    torch.manual_seed(0)
+    config = hf.Dinov2Config(
+        hidden_size=WIDTH, num_hidden_layers=24, num_attention_heads=4, image_size=56,
+        layerscale_value=0.1, num_labels=10,
+    )  # fmt: skip
+    x, y = torch.randn(BATCH, 3, 56, 56), torch.randint(10, (BATCH,))
+    model = hf.Dinov2ForImageClassification(config)
+    return model, lambda m: m(pixel_values=x, labels=y).loss, model.dinov2.encoder.layer
+
+
+def which(options: argparse.Namespace) -> dict[str, Any]:
+    """Memory and error of every way to the gradient, and of the plan for 1 %, on four networks."""
+    networks: dict[str, Callable[[], Network]] = {
+        "DINOv2 with layer scale, 24 layers": dinov2,
+        "Llama as initialised, 24 layers": llama,
+        "BERT, norm after the addition, 12 layers": bert,
+        "CIFAR ResNet-56 pretrained, BatchNorm, ReLU after": partial(resnet, options.data_dir),
+    }
+    found: dict[str, Any] = {}
+    for name, make in networks.items():
+        model, loss, _ = make()
+        cost = measure_gradient_cost(model, lambda m, _, loss=loss: loss(m), None, steps=1)
+        found[name] = [
+            {"method": method_name(m), "memory": m.memory, "error": m.error} for m in cost.methods
+        ]
+        print(name, *found[name], sep="\n", flush=True)
+    return found
+
+
 PARTS = {
     "errors": errors, "states": states, "memory": memory, "time": times,
-    "calibration": calibration, "hunt": hunt,
+    "calibration": calibration, "hunt": hunt, "which": which,
 }  # fmt: skip
 
 

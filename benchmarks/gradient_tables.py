@@ -23,6 +23,26 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2g} %" if fraction < 1 else f"{100 * fraction:.0f} %"
+
+
+def which() -> str:
+    """Memory and error of each way, a column for each network."""
+    found = result("coded_states")["which"]
+    rows: dict[str, list[str]] = {}
+    for n, methods in enumerate(found.values()):
+        for row in methods:
+            plan = row["method"].removeprefix("auto: ").replace("; ", ", ")
+            way = "auto, 1 %" if "auto" in row["method"] else row["method"]
+            cells = rows.setdefault(way.replace("\u00a0", " "), ["" for _ in found])
+            cells[n] = f"{row['memory'] / 2**20:.1f} MiB, {percent(row['error'])}"
+            cells[n] += f": {plan}" if way != row["method"] else ""
+    order = ("plain", "checkpointed", "adjoint", "coded", "auto")
+    ordered = sorted(rows.items(), key=lambda row: order.index(row[0].split()[0].strip(",")))
+    return table(["memory at the peak, error", *found], ([way, *cells] for way, cells in ordered))
+
+
 def calibration() -> str:
     """How the error goes with the drift, and what went unnoticed."""
     found = result("adjoint_accuracy")
@@ -81,7 +101,7 @@ def memory() -> str:
 
 def main() -> None:
     page = PAGE.read_text()
-    for make in (calibration, orders, costs, memory):
+    for make in (which, calibration, orders, costs, memory):
         name = make.__name__
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         page, times = between.subn(lambda m, made=make: f"{m[1]}{made()}\n{m[2]}", page)
