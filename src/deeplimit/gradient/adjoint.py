@@ -8,10 +8,11 @@ from torch import nn
 
 from deeplimit._anatomy.chain import ResidualChain, chains_in
 from deeplimit.errors import InputError
+from deeplimit.gradient.automatic import Auto
 from deeplimit.gradient.engine import Engine
 from deeplimit.gradient.learning import Step
 from deeplimit.gradient.meter import KEPT, OnDrift, Settings
-from deeplimit.gradient.planning import Auto, MemoryPlan
+from deeplimit.gradient.planning import MemoryPlan
 from deeplimit.gradient.replay_context import Modules
 from deeplimit.gradient.stand_ins import AdjointForward, AdjointSteps, engines, switches
 

@@ -1,27 +1,23 @@
 """Which states to keep, to code and to rebuild: planned by the gradient's measured error."""
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplimit._anatomy.checks import check_count
-from deeplimit.errors import InputError, describe_error
+from deeplimit.errors import InputError
 from deeplimit.gradient.accuracy import LossOf, Measurement, each
 from deeplimit.gradient.codes import BITS, GROUP
-from deeplimit.gradient.engine import Engine
 from deeplimit.gradient.learning import Step
-from deeplimit.gradient.meter import GROWN, KEPT, DriftWarning, Way
+from deeplimit.gradient.meter import KEPT, Way
 from deeplimit.gradient.node import SAMPLED
-from deeplimit.gradient.private_torch import is_fully_sharded
-from deeplimit.gradient.replay_context import tensors_in, without_graph
 from deeplimit.gradient.stand_ins import engines, switches
 from deeplimit.tables import Shown, number, percent, table
 
@@ -31,8 +27,6 @@ ENDS = 8  # at which kept states a segment may end, at most
 CELLS = 32  # of memory that make a state, in the dynamic programme
 AROUND = (2.0, 1.4, 1.0, 0.7, 0.5, 0.25)  # of the tolerance: what is tried of the plans computed
 GRID = 10  # plans that are tried where memory is given
-SOON, EVERY = 8, 256  # steps until the error is measured again, at least and at most
-MARGIN = 0.5  # of the tolerance, for which it is planned while a model is trained
 EXACTLY: dict[str, Any] = {"ways": {}, "bits": "auto", "anchor_every": None}
 
 
@@ -245,7 +239,6 @@ class Planner:
             round(self._bytes(ways)),
             None,
             self.tolerance,
-            None,
         )
         return self._found[key], gradient
 
@@ -404,152 +397,4 @@ class _Programme:
 
 def _shifted(values: Tensor, cells: int) -> Tensor:
     """The same for so much more memory."""
-    out = torch.full_like(values, math.inf)
-    if cells < len(values):
-        out[cells:] = values[: len(values) - cells]
-    return out
-
-
-def followed(
-    plan: MemoryPlan | None, measure: Measurement, tolerance: float
-) -> tuple[MemoryPlan, str]:
-    """The plan, with its error as it is now, or a new one where there is none or it errs too much.
-
-    With words on that, where it does.
-    """
-    words = ""
-    if plan is not None:
-        with each(measure.engines, **EXACTLY | {"ways": plan.ways}):
-            error = measure.error(measure.gradient())
-        if error <= tolerance:
-            bound = max(e.meter.bound for e in measure.engines)
-            return replace(plan, error=error, bound=bound), words
-        words = (
-            f"the gradient's relative error was {error:.2g} when it was measured again, beyond the "
-            f"tolerance {tolerance:g}; another plan is made"
-        )
-    return Planner(measure, MARGIN * tolerance).plan(None, peaks=False), words
-
-
-class Auto:
-    """Plans for the first batch whose backward pass is over, before the next forward pass.
-
-    Stands as hooks at the module that `use_adjoint` was given. What its outputs were given as
-    gradients makes the loss: L(θ) = Σ ⟨y(θ), ∂L/∂y⟩ has the gradient of whatever came after them.
-    The error is measured again after twice as many steps as the last time, EVERY at most, and where
-    a bound has grown.
-    """
-
-    call: ClassVar[Callable[..., None]]
-
-    def __init__(self, model: nn.Module, engine: Engine):
-        if not hasattr(Auto, "call"):
-            Auto.call = torch.compiler.disable(_call)  # type: ignore[no-untyped-call, unused-ignore]
-        self.engine = engine
-        self.plan: MemoryPlan | None = None
-        self._seen: _Call | None = None
-        self._steps, self._wait = 0, 1
-        self._handles = [
-            model.register_forward_pre_hook(self.before),
-            model.register_forward_hook(self.after, with_kwargs=True),
-        ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy waits for a batch of its own."""
-        return self.__dict__ | {"_seen": None}
-
-    def before(self, model: nn.Module, _: Any) -> None:
-        """Before a forward pass of the whole module."""
-        Auto.call(self._look, model)
-
-    def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """After it."""
-        Auto.call(self._note, model, args, kwargs, output)
-
-    def remove(self) -> None:
-        """Takes the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _elsewhere(self) -> bool:
-        """Whether a forward pass is none of a training step's own: in a replay, or to measure."""
-        engine = self.engine
-        return not torch.is_grad_enabled() or engine.measuring or engine.turns.replays is not None
-
-    def _note(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """If its backward pass is one to plan for, or to measure the plan by, keeps it in mind."""
-        if self._elsewhere():
-            return
-        if self.plan is not None and self._steps < self._wait:
-            grown = self.engine.meter.bound > GROWN * self.plan.bound
-            if not grown or self._steps < SOON:
-                return
-        if any(switch.charged for switch in switches(model)):
-            return  # its gradients are not those of its outputs alone
-        call = _Call(without_graph(args), without_graph(kwargs), {})
-
-        def came(i: int, gradient: Tensor) -> None:
-            call.gradients[i] = gradient.detach()
-            self._seen = call
-
-        for i, y in enumerate(tensors_in(output)):
-            if y.requires_grad:
-                y.register_hook(partial(came, i))  # type: ignore[no-untyped-call, unused-ignore]
-
-    def _look(self, model: nn.Module) -> None:
-        """Plans, or measures again, where the backward pass for that is over."""
-        if self._elsewhere():
-            return
-        self._steps += 1
-        if self._seen is None or any(switch.charged for switch in switches(model)):
-            return
-        engine, seen, self._seen = self.engine, self._seen, None
-        if any(map(_speaks, model.modules())):
-            self._give_up("it speaks with other processes, which plan otherwise")
-            return
-        try:
-            measure = Measurement(model, _of_gradients, seen, **EXACTLY)
-            plan, words = followed(self.plan, measure, engine.settings.tolerance)
-        except Exception as error:  # whatever a second forward pass on a batch may lead to
-            self._give_up(describe_error(error))
-            return
-        self._wait = 1 if words or self.plan is None else min(2 * self._wait, EVERY)
-        self.plan, self._steps = plan, 0
-        # The meter's own bounds warn of nothing here: errors are measured.
-        engine.settings = replace(engine.settings, ways=plan.ways, measured=(0.0, math.inf))
-        engine.meter.bound, engine.meter.unplanned = 0.0, -math.inf
-        if words:
-            engine.meter.report(engine.settings, words)
-
-    def _give_up(self, why: str) -> None:
-        engine = self.engine
-        engine.settings = replace(engine.settings, bits=BITS[-1], evaluations=1)
-        if engine.settings.on_drift != "ignore":
-            what = f"bits='auto': no plan could be made ({why}); states are coded in 8 bits"
-            warnings.warn(what, DriftWarning, stacklevel=2)
-        self.remove()
-        self._seen = None
-
-
-class _Call(NamedTuple):
-    """A forward pass of the whole module, and what its outputs were given as gradients."""
-
-    args: Any
-    kwargs: Any
-    gradients: dict[int, Tensor]
-
-
-def _of_gradients(model: nn.Module, call: _Call) -> Tensor:
-    """Σ ⟨y, ∂L/∂y⟩ over the outputs; over the losses among them alone, where there are some."""
-    outputs = list(tensors_in(model.forward(*call.args, **call.kwargs)))
-    losses = {i: g for i, g in call.gradients.items() if g.dim() == 0}
-    parts = [(outputs[i] * g).sum() for i, g in (losses or call.gradients).items()]
-    return torch.stack(parts).sum()
-
-
-def _speaks(module: nn.Module) -> bool:
-    return is_fully_sharded(module) or isinstance(module, nn.SyncBatchNorm)
-
-
-def _call(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
+    return F.pad(values, (cells, 0), value=math.inf)[: len(values)]

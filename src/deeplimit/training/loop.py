@@ -22,9 +22,10 @@ from deeplimit.control.soft_cross_entropy import check_loss
 from deeplimit.errors import InputError, RunError
 from deeplimit.gradient import MemoryPlan, drift
 from deeplimit.gradient.accuracy import Measurement
+from deeplimit.gradient.automatic import followed
 from deeplimit.gradient.codes import BITS
 from deeplimit.gradient.meter import Settings
-from deeplimit.gradient.planning import EXACTLY, followed
+from deeplimit.gradient.planning import EXACTLY
 from deeplimit.gradient.stand_ins import engines, switches
 from deeplimit.records import from_plain, to_plain
 from deeplimit.training.building import (
