@@ -14,9 +14,9 @@ def naive_quantised(v: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     row, found, scales = v.double().flatten().tolist(), [], []
     for start in range(0, len(row), GROUP):
         group = row[start : start + GROUP]
-        s = _up(max(map(abs, group)) * (1 + 1e-6) / (2 ** (bits - 1) - 0.5))
+        s = _up(max(map(abs, group)) * (1 + 1e-6) / (2 ** (bits - 1) - 0.5) + 2.0**-120)
         for value in group:
-            found.append(s * (round(value / s) if s else 0))
+            found.append(s * round(value / s))
             scales.append(s)
     shape = v.shape
     return (
