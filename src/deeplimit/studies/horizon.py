@@ -225,12 +225,12 @@ def _added(depths: Sequence[HorizonRuns]) -> list[float]:
 
 
 def demo_recipe(seed: int = 0) -> Recipe:
-    """Returns eight layers on mazes, which need several of them, with their control; 4 epochs.
+    """Returns eight layers on mazes, which need several of them, with their control; 3 epochs.
 
     >>> demo_recipe().depth
     (8,)
     """
-    return replace(recipe_for("mazes"), epochs=4, control="plain", seed=seed)
+    return replace(recipe_for("mazes"), epochs=3, control="plain", seed=seed)
 
 
 def run_demo(recipe: Recipe, *, runs: Path = Path("runs"), quiet: bool = False) -> RunFolder:

@@ -100,7 +100,7 @@ def resume(run: Run, *, trust: Trust = False, quiet: bool = False) -> Answer:
 
 
 def demo(*, seed: Seed = 0, runs: Runs = RUNS) -> Answer:
-    """Show all of it on mazes that need depth, within a minute.
+    """Show all of it on mazes that need depth, in about a minute.
 
     Trains 8 layers once, with a stage cost, to be used at every depth, and cuts them to the depth
     that is enough. As the control it trains the same network without stage cost and cuts it alike,
