@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from deeplimit.ode import coarsen, discretization_gap, refine, smoothness, tie, untie
     from deeplimit.training import heal
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EarlyExit",
