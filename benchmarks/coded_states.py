@@ -118,7 +118,7 @@ CODE = Feedback.code
 def without_feedback(self: Feedback, y: Tensor, bits: int) -> Any:
     """In place of Feedback.code: each update by itself, so that errors add up."""
     code = CODE(self, y, bits)
-    self._rebuilt = self._groups(y)
+    self._rebuilt = self._groups(y.detach())
     return code
 
 
