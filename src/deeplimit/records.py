@@ -3,7 +3,7 @@
 import json
 import math
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -58,7 +58,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[Kind], value: Any, where: str = "") -> Kind:
-    """The dataclass that `to_plain` took apart; fields that may be None may be left out.
+    """The dataclass that `to_plain` took apart; what may be None, or is `newer`, may be left out.
 
     Raises:
         InputError: an unknown, missing or ill-typed field; the message names it.
@@ -71,9 +71,20 @@ def from_plain(kind: type[Kind], value: Any, where: str = "") -> Kind:
         if name not in hints:
             raise InputError(f"unknown field {prefix}{name}{did_you_mean(name, hints)}")
     for name, hint in hints.items():
-        if name not in value and type(None) not in get_args(hint):
+        absent = name not in value and type(None) not in get_args(hint)
+        if absent and name not in _newer(kind):
             raise InputError(f"the field {prefix}{name} is missing")
+    value = _newer(kind) | value
     return kind(**{n: coerce(hint, value.get(n), prefix + n) for n, hint in hints.items()})
+
+
+def newer(default: Any) -> Any:
+    """Declares a field that files lack which were written before it was there."""
+    return field(default=default, metadata={"newer": True})
+
+
+def _newer(kind: Any) -> dict[str, Any]:
+    return {f.name: f.default for f in fields(kind) if "newer" in f.metadata}
 
 
 def read_record(kind: type[Kind], path: Path, remedy: str) -> Kind:

@@ -263,3 +263,19 @@ def test_a_file_of_other_lengths_is_refused() -> None:
 def test_no_data_is_refused() -> None:
     with pytest.raises(InputError, match="the loader gave no batch"):
         every_depth(plain(4), [], SoftCrossEntropy(5))
+
+
+def test_what_is_recommended_can_be_cut_to() -> None:
+    class Still(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), *(Still(4, 4) for _ in range(3)), nn.Linear(4, 2))
+    for block in model[1:4]:
+        nn.init.zeros_(block.weight), nn.init.zeros_(block.bias)
+    x = torch.randn(40, 3)
+    table = every_depth(model, [(x, model(x).argmax(1))], SoftCrossEntropy(2))
+    assert table.costs is not None
+    assert table.recommended_depth == table.costs.least == 1
+    crop(model, table.recommended_depth)

@@ -295,3 +295,13 @@ def test_names_paths_and_recipes_are_checked_without_torch(tmp_path: Path):
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_recipe_written_before_a_field_was_there_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    newer = ("bits", "stage_cost_grows", "cut_while_training", "control_cost_kind", "confidence")
+    lines = Recipe().to_toml().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith(newer)]
+    assert len(lines) - len(older) == 3
+    path.write_text("".join(older))
+    assert Recipe.from_toml(path) == Recipe()

@@ -118,7 +118,7 @@ def choose_cut(
     if confidence is not None:
         check_confidence(confidence, budget)
         # The profile may be of these very samples: what it says of the layers orders nothing.
-        orders = {"tail": orders["tail"]}
+        orders = {"tail": [*reversed(range(structure.horizon))]}
         ordering = structure.stages > 1 or structure.tokens
     ranked = next(iter(orders.values()))
     with evaluating(structure.model):

@@ -95,8 +95,12 @@ class DepthTable(TurnpikeProfile):
 
     @property
     def recommended_depth(self) -> int:
-        """The depth chosen on other data where there is one, else `depth_within` the defaults."""
-        return super().recommended_depth if self.recommended is None else self.recommended
+        """The depth chosen on other data where there is one, else `depth_within` the defaults.
+
+        It is no less than what `crop` leaves at least.
+        """
+        depth = super().recommended_depth if self.recommended is None else self.recommended
+        return max(depth, 0 if self.costs is None else self.costs.least)
 
     def cells(self, *, perplexity: bool = False) -> tuple[list[str], list[list[str]]]:
         """Headings, and a row of text for each depth 0 … N."""

@@ -14,7 +14,7 @@ import tomli_w
 from deeplimit.errors import InputError
 from deeplimit.network.shape import check_shape
 from deeplimit.reading import read_toml
-from deeplimit.records import coerce, field_types, from_plain, to_plain
+from deeplimit.records import coerce, field_types, from_plain, newer, to_plain
 from deeplimit.training.specification import Named
 
 LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
@@ -104,7 +104,7 @@ class Recipe:
     """adjoint: states rebuilt, not kept: memory flat in depth, a small gradient error, measured."""
     evaluations: int = 2
     """Evaluations of a layer for each state that the adjoint rebuilds; for the adjoint only."""
-    bits: Literal[0, 2, 4, 8, "auto"] = 0
+    bits: Literal[0, 2, 4, 8, "auto"] = newer(0)
     """Bits of a layer's update that the adjoint keeps instead of rebuilding; then any layer may be
     used that keeps the shape of a state. auto: each state kept, coded or rebuilt so that the
     gradient's error is within 1 %, measured and planned anew in the first batch of each epoch."""
@@ -113,7 +113,7 @@ class Recipe:
     """Softness ε of the cross-entropy: what the target leaves for the other classes together."""
     stage_cost: float = 0.1
     """Weight γ of the loss at every layer; 0 trains an ordinary residual network."""
-    stage_cost_grows: bool = False
+    stage_cost_grows: bool = newer(False)  # noqa: FBT003
     """Let the weight grow from 0 to γ, with the square of the steps done: the answer at the end is
     learnt first, where only many layers together find it."""
     stage_cost_layers: int | None = None
@@ -133,7 +133,7 @@ class Recipe:
     rise: float | None = None
     """The same for a language model: by how many nats a token a cut may raise the loss; 0.05, a
     perplexity 5 % higher, if not given."""
-    cut_while_training: int = 0
+    cut_while_training: int = newer(0)
     """Cut the last layers as soon as so many evaluations in a row say that the first ones are as
     good as all (the rule of the automatic cut, on validation data after every epoch, from 30 % of
     the epochs on): the epochs that follow are cheaper. What goes is gone, even if training on would

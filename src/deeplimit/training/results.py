@@ -14,6 +14,7 @@ from deeplimit.control.verifying import CropResult
 from deeplimit.data import DataSet
 from deeplimit.meanfield.convergence import ConvergenceCertificate
 from deeplimit.ode import DepthLimit
+from deeplimit.records import newer
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Cut:
     choice: CutChoice | None = None
     parts: Parts | None = None
     bridge: Bridge | None = None
-    search: tuple[Tried, ...] = ()
+    search: tuple[Tried, ...] = newer(())
 
     @property
     def loss_tolerance(self) -> float:
