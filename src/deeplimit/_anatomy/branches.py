@@ -5,7 +5,8 @@ channel times a constant, and zeros in its place leave something: what the branc
 from the block's end on, each is set to zero before the next is looked for.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -50,6 +51,20 @@ def find_branches(call: BlockCall) -> list[Branch]:
         elif not list(module.children()) and given is not None and given.shape == m.shape:
             at = module  # all that there is: a norm, say, behind the sum
     return found[::-1]
+
+
+@contextmanager
+def not_zero(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Random numbers in parameters that are all 0: where a scale is 0 no branch is seen."""
+    generator = torch.Generator().manual_seed(0)
+    zero = {p for block in blocks for p in block.parameters() if not bool(p.any())}
+    for p in zero:
+        p.copy_(torch.randn(p.shape, generator=generator))
+    try:
+        yield
+    finally:
+        for p in zero:
+            p.zero_()
 
 
 def parameter_ends(call: BlockCall) -> list[nn.Parameter]:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.anatomy import Anatomy, Layer, StateHook
 from deeplimit._anatomy.block_call import BlockCall
-from deeplimit._anatomy.branches import Branch, find_branches, linear_end, mixes_tokens
+from deeplimit._anatomy.branches import Branch, find_branches, linear_end, mixes_tokens, not_zero
 from deeplimit._anatomy.evaluation import Inputs, evaluating
 from deeplimit._anatomy.injection import gap
 from deeplimit._anatomy.inputs import FAILS
@@ -117,10 +117,11 @@ class ByBranch(Anatomy):
             raise InputError(f"the layers of {name} are calls of one block; leave layers out")
         x = structure.fitting_example()
         with evaluating(self.model), torch.no_grad():
-            self.parts = [
-                parts_of(BlockCall(structure, n, x)) if layer.removable else []
-                for n, layer in enumerate(structure.layers)
-            ]
+            self.parts: list[list[Part]] = []
+            for n, layer in enumerate(structure.layers):
+                with not_zero(layer.controls):  # as of zeros no branch is seen
+                    call = BlockCall(structure, n, x) if layer.removable else None
+                    self.parts.append([] if call is None else parts_of(call))
         if not any(self.parts):
             raise InputError(f"no branch is found in the blocks of {name}; leave layers out")
 
@@ -239,7 +240,7 @@ class ByBranch(Anatomy):
         """Sets the parameters to zero in which a branch of a copy ends."""
         silent = [other.branch.end for other in self.parts[n] if other is not part]
         names = {p: name for name, p in block.named_parameters()}
-        with evaluating(self.model):
+        with evaluating(self.model), not_zero([block]):
             call = BlockCall(self.structure, n, self.structure.fitting_example())
             for p in linear_end(call, part.branch, silent):
                 own.get_parameter(names[p]).zero_()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.block_call import BlockCall
-from deeplimit._anatomy.branches import find_branches, linear_end
+from deeplimit._anatomy.branches import find_branches, linear_end, not_zero
 from deeplimit._anatomy.by_branch import ByBranch, check_granularity
 from deeplimit._anatomy.chain import layers_of
 from deeplimit._anatomy.checks import IGNORED
@@ -151,25 +151,11 @@ def vanishing_groups(structure: Anatomy, n: int) -> dict[nn.Module, list[Group]]
     """
     adds = next(stack.adds for stack in structure.stacks if n in stack.layers)
     blocks = structure.layers[n].controls
-    with evaluating(structure.model), _not_zero(blocks):
+    with evaluating(structure.model), not_zero(blocks):
         if adds:
             (block,) = blocks
             return {block: _ends_of_branches(structure, n)}
         return {block: [_end_of_residual(block)] for block in blocks}
-
-
-@contextmanager
-def _not_zero(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Random numbers in parameters that are all 0: where a scale is 0 no branch is seen."""
-    generator = torch.Generator().manual_seed(0)
-    zero = {p for block in blocks for p in block.parameters() if not bool(p.any())}
-    for p in zero:
-        p.copy_(torch.randn(p.shape, generator=generator))
-    try:
-        yield
-    finally:
-        for p in zero:
-            p.zero_()
 
 
 def _end_of_residual(block: nn.Module) -> Group:
@@ -225,7 +211,8 @@ def vanished(
 
     `crop(model, remove=vanished(model))` gives the same answers as the model, with no tolerance.
     With granularity "branch" the branches of blocks that add exactly 0, as pairs for
-    `crop(model, remove=…, granularity="branch")`. A network trained with a group control cost
+    `crop(model, remove=…, granularity="branch")`; of a block that is not the identity without them,
+    for a norm behind the sum, all but the last. A network trained with a group control cost
     (`StageCost.proximal`) has such layers; every network of ours is made of them at its start.
 
         >>> vanished(model)
@@ -245,6 +232,8 @@ def vanished(
     for n in range(structure.horizon):
         silent = _silent(structure, n)
         if by_branch is not None:
+            if silent and all(silent) and not _is_identity(structure, n):
+                silent[-1] = False  # without all of them the norms behind the sums would go too
             parts = by_branch.parts[n] if silent else []
             found += [(n, part.name) for part, zero in zip(parts, silent, strict=True) if zero]
         elif silent and all(silent) and _is_identity(structure, n):
