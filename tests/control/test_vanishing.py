@@ -113,6 +113,36 @@ def test_a_step_is_the_optimisers_and_then_the_naive_one(name: str, optimizer: s
     assert all(not torch.equal(ps[0], next(m.parameters())) for ps, m in moved)
 
 
+def test_a_layer_that_thaws_after_the_hook_was_set_is_charged() -> None:
+    family = sample("vector")
+    frozen = last_layers(family.model)[1].requires_grad_(requires_grad=False)
+    objective = grouped(family.model, 1e3)
+    optimizer = torch.optim.SGD(family.model.parameters(), lr=0.05)
+    objective.proximal(optimizer)
+    for thawed, gone in ((False, [0, 2, 3]), (True, [0, 1, 2, 3])):
+        frozen.requires_grad_(thawed)
+        optimizer.zero_grad()
+        objective(family.x, family.y)[0].backward()
+        optimizer.step()
+        assert vanished(family.model) == gone
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_shrinks_nothing(*, fused: bool) -> None:
+    family = sample("vector")
+    objective = grouped(family.model)
+    optimizer = torch.optim.AdamW(family.model.parameters(), lr=0.05, fused=fused)
+    objective.proximal(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    for scale in (math.inf, 1.0):
+        before = control_norms(family.model)
+        optimizer.zero_grad()
+        scaler.scale(scale * objective(family.x, family.y)[0]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert (control_norms(family.model) == before) == math.isinf(scale)
+
+
 def test_under_the_adjoint_the_step_is_the_same() -> None:
     family = sample("vector")
     for module in family.model.modules():

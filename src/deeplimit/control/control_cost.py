@@ -92,7 +92,8 @@ def squared_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
 class ProximalStep:
     """θ_g ← θ_g·max(0, 1 − η r/‖θ_g‖) after an optimiser's step, with its learning rate η.
 
-    Where the members of a group have rates of their own each shrinks by its own.
+    Where the members of a group have rates of their own each shrinks by its own. Groups shrink that
+    the optimiser holds whole and that train, as it is at the step, unless a GradScaler skips it.
     """
 
     def __init__(self, optimizer: Optimizer, groups: Sequence[Group], weight: float):
@@ -101,25 +102,30 @@ class ProximalStep:
                 f"{type(optimizer).__name__} has no learning rate, by which the proximal step of a "
                 "group cost shrinks controls; give an optimiser with lr, such as AdamW or SGD"
             )
-        held = {p for p in _rates(optimizer) if p.requires_grad}
-        self._groups = [group for group in groups if held.issuperset(group)]
-        if groups and not self._groups:
+        held = _rates(optimizer).keys()
+        if groups and not any(held >= set(group) for group in groups):
             raise InputError(
                 "the optimiser holds the last layer of no residual branch; make it of "
                 "stage_cost.parameters(), after the stage cost was wrapped, and give it then"
             )
-        self._weight = weight
+        self._groups, self._weight = groups, weight
 
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         """The step, as a hook."""
-        if not self._groups:
+        rates = _rates(optimizer)
+        held = {p for p in rates if p.requires_grad}
+        groups = [group for group in self._groups if held.issuperset(group)]
+        if not groups:
             return
-        rates, norms = _rates(optimizer), squared_norms(self._groups).sqrt()
-        every = [p for group in self._groups for p in group]
-        counts = torch.tensor([len(group) for group in self._groups], device=norms.device)
+        norms = squared_norms(groups).sqrt()
+        every = [p for group in groups for p in group]
+        counts = torch.tensor([len(group) for group in groups], device=norms.device)
         norm = norms.repeat_interleave(counts)
         cut = norm.new_tensor([self._weight * float(rates[p]) for p in every])
+        skipped = getattr(optimizer, "found_inf", None)  # set by a GradScaler while a step runs
+        if skipped is not None:
+            cut = cut.where(skipped.to(cut.device) == 0, 0.0)
         factors = torch.where(norm > cut, 1 - cut / norm, 0.0).unbind()
         for p, factor in zip(every, factors, strict=True):
             p.mul_(factor)

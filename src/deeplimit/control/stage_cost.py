@@ -286,7 +286,8 @@ class StageCost(nn.Module):
         objective, whose zeros are exact: a layer stays 0 while the gradient there is no longer than
         r, and comes back when it is. With AdamW, whose steps have another metric, it is decoupled
         as its weight decay is. Steps of gradients that are accumulated are steps of the optimiser,
-        and of sharded parameters norms are of the whole.
+        and of sharded parameters norms are of the whole. Of several optimisers give each: a group
+        is charged by the one that holds all of it; what none of them holds whole is not charged.
 
             >>> grouped = StageCost(
             ...     model, SoftCrossEntropy(4), control_cost=9.0, control_cost_kind="group"
