@@ -276,6 +276,21 @@ def test_blocks_of_images_vanish_by_their_last_scale_or_layer(name: str) -> None
 
 
 @pytest.mark.slow
+def test_of_a_stage_that_has_vanished_a_layer_stays() -> None:
+    family = vision("ResNet, basic")
+    model = family.model.eval()
+    with torch.no_grad():
+        for block in anatomy(model).blocks[:3]:
+            for p in block.layer[-1].normalization.parameters():
+                p.zero_()
+    gone = vanished(model)
+    assert gone == [0, 1, 2]
+    with pytest.raises(InputError, match=r"all layers 0 … 2 to be removed; .* keeps at least one"):
+        crop(model, remove=gone)
+    assert torch.equal(crop(model, remove=gone[1:])(family.x).logits, model(family.x).logits)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [("mlp",), ("attention", "mlp")])
 def test_a_branch_whose_scale_is_zero_is_called_as_before(gone: tuple[str, ...]) -> None:
     family = vision("DINOv2")

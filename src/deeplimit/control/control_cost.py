@@ -216,6 +216,8 @@ def vanished(
     """The layers that are exactly the identity: the last layers of all their branches are 0.
 
     `crop(model, remove=vanished(model))` gives the same answers as the model, with no tolerance.
+    Where a model cannot do without all of them, such as the layers of a stage of a ResNet of
+    transformers, crop says so: leave one of them out of the list.
     With granularity "branch" the branches of blocks that add exactly 0, as pairs for
     `crop(model, remove=…, granularity="branch")`; of a block that is not the identity without them,
     for a norm behind the sum, all but the last. A network trained with a group control cost
