@@ -7,11 +7,13 @@ import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from adjoint_models import inputs, sequence
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import deeplimit
 from deeplimit import (
@@ -403,9 +405,94 @@ def test_auto_with_a_stage_cost_plans_for_the_whole_objective() -> None:
     error = gradient_error(objective, lambda m, batch: m(*batch)[0], (x, y)).error
     assert 0 < error <= 5e-3
     use_adjoint(net, bits="auto")  # inside, where the costs are not seen
-    with pytest.warns(DriftWarning, match="the stage cost, if there is one"):
+    with pytest.warns(DriftWarning, match="no plan could be made.*give use_adjoint the StageCost"):
         backward(4, lambda: objective(x, y)[0])
-    assert engines(net)[0].settings.ways == {}
+    assert set(layout(net).coded.values()) == {8}
+
+
+TINY: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+}
+
+
+def of_transformers(kind: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model of tokens with a batch: a language model, or a classifier of one token."""
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    words = torch.randint(50, (3, 9))
+    if kind == "llama":
+        config = hf.LlamaConfig(vocab_size=50, num_key_value_heads=1, **TINY)
+        return hf.LlamaForCausalLM(config), words, words
+    if kind == "bert":
+        config = hf.BertConfig(vocab_size=50, num_labels=4, **TINY)
+        return hf.BertForSequenceClassification(config), words, torch.tensor([0, 3, 1])
+    config = hf.ViTConfig(image_size=16, patch_size=4, num_labels=4, **TINY)
+    images = torch.randn(3, 3, 16, 16)
+    return hf.ViTForImageClassification(config), images, torch.tensor([0, 3, 1])
+
+
+@pytest.mark.parametrize("layers", [None, 1], ids=["all layers", "one drawn"])
+@pytest.mark.parametrize("kind", ["llama", "bert", "vit"])
+@pytest.mark.parametrize("around", [True, False], ids=["around", "inside"])
+def test_auto_of_tokens_with_a_stage_cost_trains(
+    kind: str, layers: int | None, around: bool
+) -> None:
+    """The stage cost's head runs the whole model, its blocks bypassed, in the backward pass too."""
+    pair = []
+    for switched in (True, False):
+        model, x, y = of_transformers(kind)
+        model.eval()  # without dropout
+        if switched and not around:
+            use_adjoint(model, bits="auto")
+        loss = deeplimit.SoftCrossEntropy(50 if kind == "llama" else 4)
+        shift = kind == "llama"
+        objective = deeplimit.StageCost(model, loss, weight=0.1, layers=layers, shift=shift)
+        pair.append(use_adjoint(objective, bits="auto") if switched and around else objective)
+    optimisers = [torch.optim.SGD(objective.parameters(), lr=0.1) for objective in pair]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(6):
+            for objective in pair:
+                objective(x, y)[0].backward()
+            gradients = [torch.cat([p.grad.flatten() for p in o.parameters()]) for o in pair]  # type: ignore[union-attr]
+            assert (gradients[0] - gradients[1]).norm() <= 1e-2 * gradients[1].norm()
+            if step % 2:  # gradients of two batches together
+                for optimiser in optimisers:
+                    optimiser.step()
+                    optimiser.zero_grad()
+                pair[1].load_state_dict(pair[0].state_dict())
+            with torch.no_grad():
+                pair[0](x, y)
+                if kind == "llama":
+                    pair[0].model.generate(x, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    said = [str(w.message) for w in caught if "no plan could be made" in str(w.message)]
+    if around:
+        assert not said
+        assert set(engines(pair[0])[0].settings.ways) != set()
+    else:
+        assert len(said) == 1
+        assert "give use_adjoint the StageCost" in said[0]
+        assert set(layout(pair[0].model).coded.values()) == {8}
+
+
+def test_auto_plans_for_whole_steps_alone() -> None:
+    """Not in a checkpoint's recomputation, nor for a head that is read with blocks bypassed."""
+    model, x, _ = of_transformers("vit")
+    use_adjoint(model.eval(), bits="auto", on_drift="raise")
+    read = deeplimit.anatomy(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DriftWarning)
+        for step in range(3):
+            out = checkpoint(lambda x: model(x).logits, x, use_reentrant=False)
+            assert bool(engines(model)[0].settings.ways) is (step > 0)
+            out.square().mean().backward()
+            state = torch.randn(3, 17, 16, requires_grad=True)
+            read.logits([state], x=x).square().mean().backward()
+    error = gradient_error(model, lambda m, x: m(x).logits.square().mean(), x).error
+    assert error <= 1e-2
 
 
 def test_gradient_error_says_what_is_wrong() -> None:

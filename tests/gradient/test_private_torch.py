@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deeplimit._anatomy.stand_ins import standing_in
 from deeplimit.errors import RunError
 from deeplimit.gradient import private_torch as private
 
@@ -134,6 +135,10 @@ def test_what_is_compiled_is_known() -> None:
     other.compile(backend="eager")
     compiled = torch.compile(whole, backend="eager")
     assert all(private.holds_compiled(m) for m in (block, other, compiled))  # type: ignore[arg-type]
+    assert not private.is_stood_in_for(other)
+    with standing_in({whole: torch.neg}):
+        assert private.is_stood_in_for(whole)
+    assert not private.is_stood_in_for(whole)
 
 
 @pytest.fixture

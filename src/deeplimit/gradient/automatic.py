@@ -3,12 +3,14 @@
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from deeplimit.errors import describe_error
 from deeplimit.gradient.accuracy import Measurement, each
@@ -16,12 +18,21 @@ from deeplimit.gradient.codes import BITS
 from deeplimit.gradient.engine import Engine
 from deeplimit.gradient.meter import GROWN, DriftWarning
 from deeplimit.gradient.planning import EXACTLY, MemoryPlan, Planner
-from deeplimit.gradient.private_torch import is_fully_sharded
+from deeplimit.gradient.private_torch import (
+    checkpoint_around,
+    graph_task,
+    is_fully_sharded,
+    is_stood_in_for,
+)
 from deeplimit.gradient.replay_context import tensors_in, without_graph
 from deeplimit.gradient.stand_ins import switches
 
 SOON, EVERY = 8, 256  # steps until the error is measured again, at least and at most
 MARGIN = 0.5  # of the tolerance, for which it is planned while a model is trained
+CHARGED = (
+    "the costs of its layers, a stage cost's, are no part of its outputs; give use_adjoint the "
+    "StageCost in place of the model"
+)
 
 
 def followed(
@@ -85,21 +96,28 @@ class Auto:
         for handle in self._handles:
             handle.remove()
 
-    def _elsewhere(self) -> bool:
-        """Whether a forward pass is none of a training step's own: in a replay, or to measure."""
+    def _elsewhere(self, model: nn.Module) -> bool:
+        """Tells whether a forward pass is none of a training step's own.
+
+        It may be a head that is read by it, of a stage cost or in a checkpoint's recomputation.
+        """
         engine = self.engine
-        return not torch.is_grad_enabled() or engine.measuring or engine.turns.replays is not None
+        return (
+            not torch.is_grad_enabled()
+            or engine.measuring
+            or engine.turns.replays is not None
+            or graph_task() != -1
+            or any(map(is_stood_in_for, model.modules()))
+        )
 
     def _note(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """If its backward pass is one to plan for, or to measure the plan by, keeps it in mind."""
-        if self._elsewhere():
+        if self._elsewhere(model):
             return
         if self.plan is not None and self._steps < self._wait:
             grown = self.engine.meter.bound > GROWN * self.plan.bound
             if not grown or self._steps < SOON:
                 return
-        if any(switch.charged for switch in switches(model)):
-            return  # its gradients are not those of its outputs alone
         call = _Call(without_graph(args), without_graph(kwargs), {})
 
         def came(i: int, gradient: Tensor) -> None:
@@ -112,18 +130,24 @@ class Auto:
 
     def _look(self, model: nn.Module) -> None:
         """Plans, or measures again, where the backward pass for that is over."""
-        if self._elsewhere():
+        if self._elsewhere(model):
+            return
+        if any(switch.charged for switch in switches(model)):
+            self._give_up(CHARGED)
             return
         self._steps += 1
-        if self._seen is None or any(switch.charged for switch in switches(model)):
+        if self._seen is None:
             return
         engine, seen, self._seen = self.engine, self._seen, None
         if any(map(_speaks, model.modules())):
             self._give_up("it speaks with other processes, which plan otherwise")
             return
+        # What a checkpoint around the model records is the step's own.
+        apart = saved_tensors_hooks(_same, _same) if checkpoint_around() else nullcontext()
         try:
-            measure = Measurement(model, _of_gradients, seen, **EXACTLY)
-            plan, words = followed(self.plan, measure, engine.settings.tolerance)
+            with apart:
+                measure = Measurement(model, _of_gradients, seen, **EXACTLY)
+                plan, words = followed(self.plan, measure, engine.settings.tolerance)
         except Exception as error:  # whatever a second forward pass on a batch may lead to
             self._give_up(describe_error(error))
             return
@@ -159,6 +183,10 @@ def _of_gradients(model: nn.Module, call: _Call) -> Tensor:
     losses = {i: g for i, g in call.gradients.items() if g.dim() == 0}
     parts = [(outputs[i] * g).sum() for i, g in (losses or call.gradients).items()]
     return torch.stack(parts).sum()
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _speaks(module: nn.Module) -> bool:

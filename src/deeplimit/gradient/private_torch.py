@@ -75,6 +75,12 @@ def is_compiled(function: Any) -> bool:
     return getattr(function, "_torchdynamo_orig_callable", None) is not None
 
 
+def is_stood_in_for(module: nn.Module) -> bool:
+    """Tells whether something answers a module's calls for a while that torch.compile did not."""
+    call = module._compiled_call_impl
+    return call is not None and not is_compiled(call)
+
+
 def holds_compiled(module: nn.Module) -> bool:
     """Tells whether torch.compile has been at work on a module, or on what it holds."""
     return (
