@@ -93,6 +93,11 @@ class Measurement:
         if any(not step.known for switch in switches(model) for step in switch.steps):
             self.gradient()  # the first run is where residual blocks are told from others
 
+    @property
+    def tells(self) -> bool:
+        """Whether errors relative to the exact gradient mean anything: it is finite and not 0."""
+        return 0 < self.scale < math.inf
+
     def gradient(self) -> dict[str, Tensor]:
         """∇θ as the model is switched now; parameters that the loss does not reach are left out."""
         with self._undisturbed():
@@ -146,7 +151,7 @@ class Measurement:
     def _undisturbed(self) -> Iterator[None]:
         """The same random numbers each time; buffers and generators as before at the end."""
         buffers = [  # a block may put another tensor in the place of one
-            (module, name, b, b.clone())
+            (module, name, b, b.clone(), b._version)
             for module in self.model.modules()
             for name, b in module._buffers.items()
             if b is not None
@@ -162,9 +167,10 @@ class Measurement:
                 for generator, state in generators:
                     generator.set_state(state)
                 with torch.no_grad():
-                    for module, name, buffer, copy in buffers:
+                    for module, name, buffer, copy, version in buffers:
                         module._buffers[name] = buffer
-                        buffer.copy_(copy)
+                        if buffer._version != version:  # else graphs of others still read it
+                            buffer.copy_(copy)
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def use_backprop(model: Model) -> Model:
     """Switches a model back to ordinary backpropagation, in place; undoes `use_adjoint`."""
     for switch in switches(model):
         if switch.engine.auto is not None:
-            switch.engine.auto.remove()
+            switch.engine.auto.leave(model)
         switch.remove()
     return model
 

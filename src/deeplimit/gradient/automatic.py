@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from deeplimit.errors import describe_error
 from deeplimit.gradient.accuracy import Measurement, each
@@ -25,7 +26,7 @@ from deeplimit.gradient.private_torch import (
     is_stood_in_for,
 )
 from deeplimit.gradient.replay_context import tensors_in, without_graph
-from deeplimit.gradient.stand_ins import switches
+from deeplimit.gradient.stand_ins import engines, switches
 
 SOON, EVERY = 8, 256  # steps until the error is measured again, at least and at most
 MARGIN = 0.5  # of the tolerance, for which it is planned while a model is trained
@@ -65,11 +66,9 @@ class Auto:
     a bound has grown.
     """
 
-    call: ClassVar[Callable[..., None]]
+    call: ClassVar[Callable[..., Any]]
 
     def __init__(self, model: nn.Module, engine: Engine):
-        if not hasattr(Auto, "call"):
-            Auto.call = torch.compiler.disable(_call)  # type: ignore[no-untyped-call, unused-ignore]
         self.engine = engine
         self.plan: MemoryPlan | None = None
         self._seen: _Call | None = None
@@ -85,11 +84,25 @@ class Auto:
 
     def before(self, model: nn.Module, _: Any) -> None:
         """Before a forward pass of the whole module."""
-        Auto.call(self._look, model)
+        self._uncompiled()(self._look, model)
 
-    def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After it."""
-        Auto.call(self._note, model, args, kwargs, output)
+        return self._uncompiled()(self._note, model, args, kwargs, output)
+
+    @staticmethod
+    def _uncompiled() -> Callable[..., Any]:
+        if not hasattr(Auto, "call"):
+            Auto.call = torch.compiler.disable(_call)  # type: ignore[no-untyped-call, unused-ignore]
+        return Auto.call
+
+    def leave(self, model: nn.Module) -> None:
+        """Where a model is switched back: the plan of one that it is a part of is made anew."""
+        if self.before in model._forward_pre_hooks.values():  # noqa: SLF001
+            self.remove()
+        elif self.plan is not None:
+            self.plan, self._seen, self._steps, self._wait = None, None, 0, 1
+            self.engine.settings = replace(self.engine.settings, ways={})
 
     def remove(self) -> None:
         """Takes the hooks away."""
@@ -110,23 +123,31 @@ class Auto:
             or any(map(is_stood_in_for, model.modules()))
         )
 
-    def _note(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """If its backward pass is one to plan for, or to measure the plan by, keeps it in mind."""
+    def _note(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """If its backward pass is one to plan for, or to measure the plan by, keeps it in mind.
+
+        The caller gets views of the outputs: their gradients are those of what the caller makes of
+        them, and not of other outputs that the model itself makes of them.
+        """
         if self._elsewhere(model):
-            return
+            return None
         if self.plan is not None and self._steps < self._wait:
             grown = self.engine.meter.bound > GROWN * self.plan.bound
             if not grown or self._steps < SOON:
-                return
-        call = _Call(without_graph(args), without_graph(kwargs), {})
+                return None
+        inputs = [(x, x._version) for x in tensors_in((args, kwargs)) if not x.is_inference()]
+        call = _Call(without_graph(args), without_graph(kwargs), inputs, {})
 
         def came(i: int, gradient: Tensor) -> None:
             call.gradients[i] = gradient.detach()
             self._seen = call
 
-        for i, y in enumerate(tensors_in(output)):
-            if y.requires_grad:
-                y.register_hook(partial(came, i))  # type: ignore[no-untyped-call, unused-ignore]
+        leaves, form = tree_flatten(output)
+        for i, y in enumerate(leaves):
+            if isinstance(y, Tensor) and y.requires_grad:
+                leaves[i] = y.view_as(y)
+                leaves[i].register_hook(partial(came, i))
+        return tree_unflatten(leaves, form)
 
     def _look(self, model: nn.Module) -> None:
         """Plans, or measures again, where the backward pass for that is over."""
@@ -139,6 +160,8 @@ class Auto:
         if self._seen is None:
             return
         engine, seen, self._seen = self.engine, self._seen, None
+        if not engines(model) or any(x._version != version for x, version in seen.inputs):
+            return  # nothing is left to plan for, or another batch is there by now
         if any(map(_speaks, model.modules())):
             self._give_up("it speaks with other processes, which plan otherwise")
             return
@@ -147,6 +170,8 @@ class Auto:
         try:
             with apart:
                 measure = Measurement(model, _of_gradients, seen, **EXACTLY)
+                if not measure.tells:
+                    return  # such as a loss that overflowed, whose step a scaler leaves out
                 plan, words = followed(self.plan, measure, engine.settings.tolerance)
         except Exception as error:  # whatever a second forward pass on a batch may lead to
             self._give_up(describe_error(error))
@@ -161,7 +186,9 @@ class Auto:
 
     def _give_up(self, why: str) -> None:
         engine = self.engine
-        engine.settings = replace(engine.settings, bits=BITS[-1], evaluations=1)
+        engine.settings = replace(
+            engine.settings, ways={}, measured=None, bits=BITS[-1], evaluations=1
+        )
         if engine.settings.on_drift != "ignore":
             what = f"bits='auto': no plan could be made ({why}); states are coded in 8 bits"
             warnings.warn(what, DriftWarning, stacklevel=2)
@@ -174,15 +201,14 @@ class _Call(NamedTuple):
 
     args: Any
     kwargs: Any
+    inputs: list[tuple[Tensor, int]]
     gradients: dict[int, Tensor]
 
 
 def _of_gradients(model: nn.Module, call: _Call) -> Tensor:
-    """Σ ⟨y, ∂L/∂y⟩ over the outputs; over the losses among them alone, where there are some."""
-    outputs = list(tensors_in(model.forward(*call.args, **call.kwargs)))
-    losses = {i: g for i, g in call.gradients.items() if g.dim() == 0}
-    parts = [(outputs[i] * g).sum() for i, g in (losses or call.gradients).items()]
-    return torch.stack(parts).sum()
+    """Σ ⟨y, ∂L/∂y⟩ over the outputs."""
+    outputs = tree_leaves(model.forward(*call.args, **call.kwargs))
+    return torch.stack([(outputs[i] * g).sum() for i, g in call.gradients.items()]).sum()
 
 
 def _same(x: Tensor) -> Tensor:
@@ -193,5 +219,5 @@ def _speaks(module: nn.Module) -> bool:
     return is_fully_sharded(module) or isinstance(module, nn.SyncBatchNorm)
 
 
-def _call(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)

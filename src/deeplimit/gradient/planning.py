@@ -115,7 +115,13 @@ def plan_memory(
     if memory is not None:
         check_count("memory", memory)
     with _learnt_for_codes(model):
-        return Planner(Measurement(model, loss_of, batch, **EXACTLY), limit).plan(memory)
+        measure = Measurement(model, loss_of, batch, **EXACTLY)
+        if not measure.tells:
+            raise InputError(
+                f"the gradient on this batch has the norm {measure.scale:g}, by which no error can "
+                "be told; give a batch, or a loss_of, whose gradient is finite and not 0"
+            )
+        return Planner(measure, limit).plan(memory)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from deeplimit.control.soft_cross_entropy import check_loss
 from deeplimit.errors import InputError, RunError
 from deeplimit.gradient import MemoryPlan, drift
 from deeplimit.gradient.accuracy import Measurement
-from deeplimit.gradient.automatic import followed
+from deeplimit.gradient.automatic import EVERY, followed
 from deeplimit.gradient.codes import BITS
 from deeplimit.gradient.meter import Settings
 from deeplimit.gradient.planning import EXACTLY
@@ -169,15 +169,17 @@ class Training:
         sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
         if self.drift is not None:
             self.drift.largest = 0.0
-        if self.recipe.bits == "auto":
-            self._follow_plan(epoch, observer)
 
         def figures() -> tuple[float, float]:
             loss, hits, count = sums.tolist()
             return loss / count, hits / count
 
-        for batch in self._batches(epoch):
-            sums += self._step(self.fabric.to_device(batch), observer)
+        for i, given in enumerate(self._batches(epoch)):
+            batch = self.fabric.to_device(given)
+            doubled = self.steps & (self.steps - 1) == 0 or self.steps % EVERY == 0
+            if self.recipe.bits == "auto" and (i == 0 or doubled):
+                self._follow_plan(batch, observer)
+            sums += self._step(batch, observer)
             observer.step(figures)
             check()
         sums = self.fabric.all_reduce(sums, reduce_op="sum")
@@ -204,22 +206,27 @@ class Training:
         observer.epoch(row)
         check()
 
-    def _follow_plan(self, epoch: int, observer: Observer) -> None:
-        """Measures the plan of the states on an epoch's first batch; makes another if it errs.
+    def _follow_plan(self, batch: Batch, observer: Observer) -> None:
+        """Measures the plan of the states on a batch; makes another if it errs.
+
+        At the start of each epoch, after 1, 2, 4, … steps, and at least after each EVERY.
 
         In the first process, by a copy where there are others, which nothing around it speaks with.
         """
         (engine,) = engines(self.objective.model)
-        batch = self.fabric.to_device(next(iter(self._batches(epoch))))
 
-        def measured() -> tuple[MemoryPlan, str]:
+        def measured() -> tuple[MemoryPlan | None, str]:
             alone = self.fabric.world_size == 1
             objective = self.objective if alone else copy.deepcopy(self.objective)
             with self.fabric.autocast():
                 measure = Measurement(objective, lambda o, b: o(*b)[0], batch, **EXACTLY)
+                if not measure.tells:
+                    return self.plan, ""
                 return followed(self.plan, measure, engine.settings.tolerance)
 
         self.plan, words = first_process_does(self.fabric, measured)
+        if self.plan is None:
+            return
         # What the meter's bounds say is said by measuring.
         engine.settings = replace(engine.settings, ways=self.plan.ways, measured=(0.0, math.inf))
         if words and self.fabric.is_global_zero:

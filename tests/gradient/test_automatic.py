@@ -1,0 +1,122 @@
+"""bits="auto" measures the loss that is there: every output counts, once; nothing is told by 0."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deeplimit import InputError, plan_memory, use_adjoint, use_backprop
+from deeplimit.gradient.stand_ins import engines
+
+TOLERANCE = 1e-2
+LABELS = torch.randint(0, 4, (1024,), generator=torch.Generator().manual_seed(1))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner, self.outer = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(torch.tanh(self.inner(self.norm(x))))  # type: ignore[no-any-return]
+
+
+class Network(nn.Module):
+    """Answers logits, the mean square of the last state, and all states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(12))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        states = []
+        for block in self.blocks:
+            x = block(x)
+            states.append(x)
+        return {"logits": self.head(x), "square": x.square().mean(), "states": tuple(states)}
+
+
+def entropy(out: Any) -> Tensor:
+    return F.cross_entropy(out["logits"], LABELS)
+
+
+LOSSES: dict[str, Callable[[Any], Tensor]] = {
+    "a scalar beside": lambda out: entropy(out) + 0.01 * out["square"],
+    "states that the logits are made of": entropy,
+    "states in the loss": lambda out: entropy(out) + sum(x.square().mean() for x in out["states"]),
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return use_adjoint(Network(), bits="auto", tolerance=TOLERANCE)
+
+
+def error(model: nn.Module, loss: Callable[[Any], Tensor], x: Tensor) -> float:
+    exact = Network()
+    exact.load_state_dict(model.state_dict())
+    found = torch.autograd.grad(loss(exact(x)), list(exact.parameters()))
+    gaps = [p.grad - g for p, g in zip(model.parameters(), found, strict=True)]
+    norm = torch.stack([g.square().sum() for g in found]).sum().sqrt()
+    return float(torch.stack([gap.square().sum() for gap in gaps]).sum().sqrt() / norm)
+
+
+def step(model: nn.Module, loss: Callable[[Any], Tensor], x: Tensor, weight: float = 1.0) -> None:
+    model.zero_grad()
+    (weight * loss(model(x))).backward()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_error_told_is_that_of_the_loss(name: str) -> None:
+    model, loss = network(), LOSSES[name]
+    for _ in range(3):
+        x = torch.randn(1024, 16)
+        step(model, loss, x)
+    (engine,) = engines(model)
+    assert engine.auto is not None
+    plan = engine.auto.plan
+    assert plan is not None
+    assert 0 < plan.error <= TOLERANCE
+    assert error(model, loss, x) == pytest.approx(plan.error, rel=0.3)
+
+
+def test_a_gradient_of_0_plans_nothing() -> None:
+    model = network()
+    for k in range(6):
+        x = torch.randn(1024, 16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step(model, entropy, x, float(k > 3))
+    assert error(model, entropy, x) <= TOLERANCE
+    with pytest.raises(InputError, match="norm 0, by which no error can be told"):
+        plan_memory(model, lambda m, x: 0 * m(x)["square"], x)
+
+
+def test_switching_a_part_back_plans_the_rest_anew() -> None:
+    model = nn.Sequential(*(Block() for _ in range(12)), nn.Sequential(*(Block() for _ in "ab")))
+    use_adjoint(model, bits="auto", tolerance=TOLERANCE)
+    (engine,) = engines(model)
+    for _ in range(2):
+        model(torch.randn(1024, 16)).square().mean().backward()
+    assert engine.auto is not None
+    assert engine.auto.plan is not None
+    use_backprop(model[12])
+    assert engine.auto.plan is None
+    for _ in range(2):
+        model(torch.randn(1024, 16)).square().mean().backward()
+    assert engine.auto.plan is not None
+
+
+def test_a_copy_plans_too() -> None:
+    model = copy.deepcopy(network())
+    for _ in range(2):
+        step(model, entropy, torch.randn(1024, 16))
+    (engine,) = engines(model)
+    assert engine.auto is not None
+    assert engine.auto.plan is not None
