@@ -394,5 +394,11 @@ def test_the_same_recipe_gives_the_same_files(tmp_path: Path) -> None:
         crop_run(run, 2)
     first, second = (contents(run.path) for run in runs)
     assert first.keys() == second.keys()
-    timed = {"metrics.csv", "crop.json", "run.json"}
+    timed = {"metrics.csv", "crop.json", "profile.json", "run.json"}
     assert {name for name in first if first[name] != second[name]} == timed
+    one, other = (run.profiles() for run in runs)
+    assert one is not None
+    assert other is not None
+    times = {"latency": other.test.costs.latency}
+    assert replace(one.test.costs, **times) == other.test.costs
+    assert one.validation == other.validation

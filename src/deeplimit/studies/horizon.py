@@ -20,7 +20,7 @@ from statistics import fmean, stdev
 from torch import Tensor
 
 from deeplimit._anatomy.checks import check_number
-from deeplimit.control import TurnpikeProfile
+from deeplimit.control import DepthTable, TurnpikeProfile
 from deeplimit.control.verdict import CONFIDENCE, Word, Z, word_of
 from deeplimit.records import Record
 from deeplimit.studies import harness
@@ -151,7 +151,7 @@ def study_horizon(
     deeper = {k: replace(recipe, depth=tuple(k * n for n in recipe.depth)) for k in MULTIPLES}
     smallest: dict[int, RunFolder] = {}  # with its data, by its seed
 
-    def measure(points: Sequence[Point], folder: Path, _: Tell) -> list[TurnpikeProfile]:
+    def measure(points: Sequence[Point], folder: Path, _: Tell) -> list[DepthTable]:
         ((multiple, seed),) = points
         name = _name(deeper[multiple], seed)
         if (folder / name).exists():  # it was interrupted
@@ -190,7 +190,7 @@ def study_horizon(
         # What does not fit is refused before anything is trained.
         axes={"multiples": MULTIPLES[::-1], "seeds": seeds},
         settings=asdict(replace(recipe, seed=0)),
-        value=TurnpikeProfile,
+        value=DepthTable,
         measure=measure,
         result=counted,
     )
