@@ -169,7 +169,8 @@ class Measurement:
                 with torch.no_grad():
                     for module, name, buffer, copy, version in buffers:
                         module._buffers[name] = buffer
-                        if buffer._version != version:  # else graphs of others still read it
+                        # Else graphs of others still read it; batch norms move without a version.
+                        if buffer._version != version or not torch.equal(buffer, copy):
                             buffer.copy_(copy)
 
 
