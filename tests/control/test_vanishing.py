@@ -351,3 +351,20 @@ def test_what_would_silently_do_nothing_is_refused() -> None:
         StageCost(family.model, LOSS, control_cost=1.0).proximal(others)
     with torch.no_grad():
         objective(family.x, family.y)
+
+
+def test_what_no_optimiser_charges_is_said_before_it_trains() -> None:
+    family = sample("vector")
+    objective = grouped(family.model)
+    blocks = anatomy(family.model).blocks
+    one, other = (torch.optim.SGD(half.parameters(), 0.1) for half in (blocks[0], blocks[1]))
+    rest = torch.optim.SGD([p for b in blocks[2:] for p in b.parameters()], 0.1)
+    objective.proximal(one)
+    objective.proximal(rest)
+    with pytest.raises(InputError, match=r"no optimiser that it was told of holds .*\.1\."):
+        objective(family.x, family.y)
+    blocks[1].requires_grad_(requires_grad=False)
+    objective(family.x, family.y)
+    blocks[1].requires_grad_(requires_grad=True)
+    objective.proximal(other)
+    objective(family.x, family.y)

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from deeplimit.control.cropping import Fading, crop, layers_to_remove
     from deeplimit.control.cut_choice import CutChoice
     from deeplimit.control.depth_table import DepthCosts, DepthTable, every_depth
+    from deeplimit.control.distillation import Distillation
     from deeplimit.control.early_exit import EarlyExit, at_depth
     from deeplimit.control.exit_choice import ExitChoice, exit_depths
     from deeplimit.control.profiling import turnpike_profile
     from deeplimit.control.projection import TrajectoryPicture, picture_trajectories
     from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-    from deeplimit.control.stage_cost import Distillation, StageCost
+    from deeplimit.control.stage_cost import StageCost
     from deeplimit.control.turnpike import TurnpikeProfile
     from deeplimit.control.verdict import Verdict
     from deeplimit.control.verifying import CropResult, verify_crop

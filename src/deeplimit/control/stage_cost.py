@@ -1,13 +1,11 @@
-"""Training as optimal control: the terminal cost, a stage cost at every layer, a teacher."""
+"""Training as optimal control: the terminal cost and a stage cost at every layer."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +27,7 @@ from deeplimit.control.control_cost import (
     squared_norms,
 )
 from deeplimit.control.losses import AnyLoss, Loss
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
 from deeplimit.control.token_losses import CountedTokens, widened
 from deeplimit.control.wrapping import AroundWatch, check_bare
 from deeplimit.errors import InputError, several
@@ -144,9 +142,9 @@ class StageCost(nn.Module):
         self.anatomy: Anatomy = anatomy(model)
         self.model = self.anatomy.model
         self.weight = weight
-        grouped = control_cost_kind == "group"
-        self._groups = every_group(self.anatomy) if grouped else []
-        self._stepped = not grouped  # whether some optimiser takes the proximal step
+        # The names in each group that no proximal step has been seen to charge yet.
+        self._groups = every_group(self.anatomy) if control_cost_kind == "group" else []
+        self._uncharged = list(self._groups)
         self.layers = None if layers is None else check_count("layers", layers, 1)
         self.draws = torch.Generator()
         self.draws.manual_seed(0)
@@ -184,11 +182,8 @@ class StageCost(nn.Module):
                 self.forward
             )
             return as_it_is(x, y)
-        if not self._stepped and self.training and torch.is_grad_enabled():
-            raise InputError(
-                "a group cost is minimised by a step of its own: call "
-                "stage_cost.proximal(optimizer) once, when the optimiser is made"
-            )
+        if self._uncharged and self.training and torch.is_grad_enabled():
+            self._check_charged()
         self._watch.look(self)
         at_no_cost = isinstance(y, Tensor) and y.device.type == "cpu"
         if isinstance(self.loss, SoftCrossEntropy):
@@ -287,7 +282,7 @@ class StageCost(nn.Module):
         r, and comes back when it is. With AdamW, whose steps have another metric, it is decoupled
         as its weight decay is. Steps of gradients that are accumulated are steps of the optimiser,
         and of sharded parameters norms are of the whole. Of several optimisers give each: a group
-        is charged by the one that holds all of it; what none of them holds whole is not charged.
+        is charged by the one that holds all of it, and each that trains has to be.
 
             >>> grouped = StageCost(
             ...     model, SoftCrossEntropy(4), control_cost=9.0, control_cost_kind="group"
@@ -310,8 +305,22 @@ class StageCost(nn.Module):
         named = dict(self.model.named_parameters())
         groups = [[named[name] for name in names] for names in self._groups]
         step = ProximalStep(optimizer, groups, self.control_cost)
-        self._stepped = True
+        held = {p for settings in optimizer.param_groups for p in settings["params"]}
+        self._uncharged = [
+            names for names in self._uncharged if not held.issuperset(named[n] for n in names)
+        ]
         return optimizer.register_step_post_hook(step)
+
+    def _check_charged(self) -> None:
+        """Raises InputError where a group trains that no proximal step charges."""
+        named = dict(self.model.named_parameters())
+        for names in self._uncharged:
+            if all(named[name].requires_grad for name in names):
+                raise InputError(
+                    "a group cost is minimised by a step of its own, and no optimiser that it was "
+                    f"told of holds {' and '.join(names)}: call stage_cost.proximal(optimizer) "
+                    "once for each optimiser, when it is made"
+                )
 
     def _weights(self) -> Sequence[float]:
         """γ_0 … γ_{N−1}."""
@@ -371,108 +380,3 @@ def _charge(
     parts = [weight * mean(head, x).sum()] if weight else []
     parts += [energy(x, left)] if energy is not None else []
     return torch.stack(parts).sum()
-
-
-class Distillation(StageCost):
-    """The stage cost's objective J, mixed with what a teacher answers for the same batch:
-
-        (1 − w)·J + w·τ²·mean_i KL( softmax(z̄^i/τ) ‖ softmax(z^i/τ) )
-
-    z are the model's logits, z̄ the teacher's. τ² keeps the size of the second gradient as τ grows.
-    A teacher that learns beside the student, on the same batches, adds its own mean_i ℓ(z̄^i, y^i);
-    nothing of the student's loss reaches it.
-    Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
-
-        >>> taught = Distillation(crop(model, 2), SoftCrossEntropy(4), model, teacher_weight=0.5)
-        >>> cost, logits = taught(*loader[0])
-        >>> cost.backward()
-
-    `cost, logits = distillation(x, y)` as for `StageCost`, and it is used in its place.
-
-    Args:
-        model: the student, a classifier that `anatomy` can read.
-        loss: ℓ of the stage cost.
-        teacher: a classifier of the same classes that `anatomy` can read; a copy of it stays in
-            evaluation mode and does not learn, unless it is to.
-        learns: whether the teacher learns beside; its parameters are then the objective's too.
-        teacher_weight: w, from 0 to 1.
-        temperature: τ > 0.
-        weight: γ of the stage cost, or γ_0 … γ_{N−1}; here 0 by default.
-        control_cost: r of the stage cost.
-        control_cost_kind: as of `StageCost`.
-        layers: as of `StageCost`.
-        shift: likewise.
-
-    Raises:
-        InputError: as `StageCost`; w or τ out of range, or a teacher without anatomy.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: SoftCrossEntropy,
-        teacher: nn.Module,
-        *,
-        learns: bool = False,
-        teacher_weight: float = 0.5,
-        temperature: float = 2.0,
-        weight: float | Iterable[float] | Tensor = 0.0,
-        control_cost: float = 0.0,
-        control_cost_kind: ControlCost = "squared",
-        layers: int | None = None,
-        shift: bool = False,
-    ):
-        check_loss(loss)
-        super().__init__(
-            model,
-            loss,
-            weight,
-            control_cost=control_cost,
-            control_cost_kind=control_cost_kind,
-            layers=layers,
-            shift=shift,
-        )
-        check_teaching(teacher_weight, temperature)
-        self.learns = learns
-        self.teacher = copy.deepcopy(teacher)
-        if not learns:
-            self.teacher.eval().requires_grad_(requires_grad=False)
-        self.teacher_weight, self.temperature = teacher_weight, temperature
-        self._answer = anatomy(self.teacher).run
-
-    def train(self, mode: bool = True) -> "Distillation":  # noqa: FBT001, FBT002
-        """Sets the mode of the student, and of a teacher that learns; another stays as it is."""
-        super().train(mode)
-        if not self.learns:
-            self.teacher.eval()
-        return self
-
-    def _cost(self, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
-        cost, logits = super()._cost(x, y)
-        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            taught = self._answer(x)
-        if taught.shape != logits.shape:
-            raise InputError(
-                f"the teacher's logits have shape {tuple(taught.shape)}, the student's "
-                f"{tuple(logits.shape)}; give a teacher of the same classes"
-            )
-        answers = (widened(logits), widened(taught.detach()))
-        own, other = (F.log_softmax(z / self.temperature, dim=-1) for z in answers)
-        apart = F.kl_div(own, other, reduction="none", log_target=True).sum(-1)
-        counts = y != IGNORED
-        apart = apart.where(counts, 0).sum() / counts.sum().clamp(min=1)
-        w = self.teacher_weight
-        cost = (1 - w) * cost + w * self.temperature**2 * apart
-        return cost + self.loss.mean(widened(taught), y) if self.learns else cost, logits
-
-    def extra_repr(self) -> str:
-        """γ, r, w and τ."""
-        more = f"teacher_weight={self.teacher_weight:g}, temperature={self.temperature:g}"
-        return f"{super().extra_repr()}, {more}"
-
-
-def check_teaching(teacher_weight: float, temperature: float) -> None:
-    """Raises InputError for a w or τ out of range."""
-    check_number("teacher_weight", teacher_weight, "a number from 0 to 1", lambda w: 0 <= w <= 1)
-    if not 0 < check_number("temperature", temperature, "a number above 0") < math.inf:
-        raise InputError(f"temperature is {temperature:g}; expected a number above 0")

@@ -14,7 +14,7 @@ from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.checks import layer_numbers
 from deeplimit._anatomy.evaluation import device_of, to_device
 from deeplimit.control import crop
-from deeplimit.control.stage_cost import check_teaching
+from deeplimit.control.distillation import check_teaching
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, several
 from deeplimit.files import write_text

@@ -209,9 +209,8 @@ class Training:
     def _follow_plan(self, batch: Batch, observer: Observer) -> None:
         """Measures the plan of the states on a batch; makes another if it errs.
 
-        At the start of each epoch, after 1, 2, 4, … steps, and at least after each EVERY.
-
-        In the first process, by a copy where there are others, which nothing around it speaks with.
+        At the start of each epoch, after 1, 2, 4, … steps, and after each EVERY. In the first
+        process, by a copy where there are others, which nothing around it speaks with.
         """
         (engine,) = engines(self.objective.model)
 

@@ -384,6 +384,12 @@ class Recipe:
             "a stage_cost above 0",
         )
         yield (
+            self.cut_while_training > self.epochs > 0,
+            "cut_while_training",
+            f" evaluations, one after each epoch, but epochs is {self.epochs}; give fewer, or more "
+            "epochs",
+        )
+        yield (
             plain and self.cut_while_training > 0,
             "cut_while_training",
             ", but control is plain, and a network that got shorter has no like that stayed as "
