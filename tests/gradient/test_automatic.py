@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplimit import InputError, plan_memory, use_adjoint, use_backprop
+from deeplimit.gradient.accuracy import each
+from deeplimit.gradient.automatic import _of_gradients
+from deeplimit.gradient.planning import EXACTLY
 from deeplimit.gradient.stand_ins import engines
 
 TOLERANCE = 1e-2
@@ -84,6 +87,21 @@ def test_the_error_told_is_that_of_the_loss(name: str) -> None:
     assert plan is not None
     assert 0 < plan.error <= TOLERANCE
     assert error(model, loss, x) == pytest.approx(plan.error, rel=0.3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_measured_has_the_gradient_of_the_loss(name: str) -> None:
+    """Every output counts once, however the outputs are made of one another."""
+    model = network()
+    step(model, LOSSES[name], torch.randn(1024, 16))  # with every state kept
+    (engine,) = engines(model)
+    assert engine.auto is not None
+    call = engine.auto._seen
+    assert call is not None
+    with each([engine], **EXACTLY):
+        found = torch.autograd.grad(_of_gradients(model, call), list(model.parameters()))
+    for p, g in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
 
 
 def test_a_gradient_of_0_plans_nothing() -> None:
