@@ -66,9 +66,9 @@ WRONG = {
         {"stage_cost_layers": 2, "stage_cost": 0.0},
         "stage_cost_layers is 2, but stage_cost is 0: no layer has a loss; leave it out",
     ),
-    "growth without a cost": (
-        {"stage_cost_grows": True, "stage_cost": 0.0},
-        "stage_cost_grows is True, but stage_cost is 0: nothing grows",
+    "more evaluations than epochs": (
+        {"cut_while_training": 4, "epochs": 3},
+        "cut_while_training is 4 evaluations, one after each epoch, but epochs is 3; give fewer",
     ),
     "negative control cost": ({"control_cost": -1.0}, "control_cost is -1"),
     "a kind of no control cost": (
@@ -305,3 +305,7 @@ def test_a_recipe_written_before_a_field_was_there_is_read(tmp_path: Path) -> No
     assert len(lines) - len(older) == 3
     path.write_text("".join(older))
     assert Recipe.from_toml(path) == Recipe()
+
+
+def test_a_recipe_whose_cost_grows_is_that_of_an_ordinary_network_at_0() -> None:
+    assert replace(recipe_for("mazes"), stage_cost=0.0).stage_cost_grows

@@ -267,12 +267,7 @@ def _train_control(fabric: Fabric, folder: RunFolder, cut: Cut, *, quiet: bool) 
         if speaks:
             tell("Control: no layer was removed, so there is nothing to compare")
         return
-    without: dict[str, Any] = {
-        "stage_cost": 0.0,
-        "stage_cost_grows": False,
-        "stage_cost_layers": None,
-    }
-    plain = replace(folder.recipe, control="none", **without)
+    plain = replace(folder.recipe, stage_cost=0.0, stage_cost_layers=None, control="none")
     title = f"Control: the same network without stage cost, {several(plain.horizon, 'layer')}"
     full, small = _train_beside(folder, plain, "without-stage-cost", title, quiet=quiet), None
     depth = first_process_does(fabric, lambda: cast(Any, folder.cropped()).architecture.depths)

@@ -360,11 +360,6 @@ class Recipe:
             "control_cost_kind",
             ", but control_cost is 0; leave it out, or give a control_cost above 0",
         )
-        yield (
-            self.stage_cost_grows and self.stage_cost == 0,
-            "stage_cost_grows",
-            ", but stage_cost is 0: nothing grows; leave it out, or give a stage_cost above 0",
-        )
         for name, forms in {"rise": TEXTS[:1], "length": TEXTS}.items():
             given = getattr(self, name) is not None and not self.data.startswith(forms)
             what = f", but {self.data} is no text ({', '.join(forms)}…), to which it belongs"
