@@ -83,8 +83,9 @@ def use_adjoint(
             bits the response r_n = ‖Φ_n(x̂_n) − Φ_n(x_n)‖ / ‖Φ_n(x_n)‖, on 256 entries of each.
         on_drift: when the gradient's error may exceed the tolerance, which is when 2·drift does, or
             2.5·√drift for blocks with kinks (ReLU), with bits 8·√Σr_n² or 4·(Σr_n²)^(1/4):
-            "warn" (once), "raise" an AdjointError at the end of backward(), or "ignore". With a
-            plan the measured error stands as long as the bound is what it was beside it.
+            "warn" (once), "raise" an AdjointError at the end of backward(), or with "auto" in the
+            next forward pass, where it is measured; or "ignore". With a plan the measured error
+            stands as long as the bound is what it was beside it.
         blocks: names of the blocks, as in `named_modules()`, instead of those that would be found.
         anchors: names of blocks whose input is kept.
 

@@ -78,7 +78,7 @@ def plan_memory(
     *,
     memory: int | None = None,
 ) -> MemoryPlan:
-    """The least memory at which the gradient's error on a batch is within the tolerance.
+    """The fewest bytes of states with which the gradient's error on a batch is within tolerance.
 
     For each state it is decided whether it is kept, coded in b = 2, 4 or 8 bits, or rebuilt. First
     every state comes back alike, in each of the ways (b, e); from the errors that this makes in the
@@ -86,8 +86,9 @@ def plan_memory(
     mixture for each memory is found by dynamic programming (squared errors of blocks add up). What
     was *measured* is then chosen from: the least bytes of states within the tolerance.
 
-    With `memory` it is the least error whose measured peak is within it. The plans chosen from are
-    the same for every budget, so that more is never less accurate, nor less ever more memory.
+    What a block needs while it is rebuilt is not among these bytes: another plan may have a lower
+    peak. With `memory` it is the least error whose measured peak is within it, of the same plans
+    for every budget, so that more is never less accurate, nor less ever more memory.
 
     The gradient that errors are measured against has every state kept: it takes a checkpoint's
     memory, and no more than about 40 steps, or 60 with `memory`, are made. Random numbers are the
