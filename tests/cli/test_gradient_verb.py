@@ -74,8 +74,8 @@ def test_the_answer_comes_first_then_the_table() -> None:
     assert done.code == 0, done.err
     lines = done.out.replace("\u00a0", " ").splitlines()
     said = re.fullmatch(
-        r"(Adjoint with e = \d|Auto: .*): ([\d.]+) times less memory than plain backpropagation at a "
-        r"gradient error of [\d.·⁻⁰-⁹]+ %, for [\d.]+ times the time\.",
+        r"(Adjoint with e = \d|Auto: .*): ([\d.]+) times less memory than plain backpropagation "
+        r"at a gradient error of [\d.·⁻⁰-⁹]+ %, for [\d.]+ times the time\.",
         lines[0],
     )
     assert said is not None, lines[0]  # which of the two depends on the times measured
