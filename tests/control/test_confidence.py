@@ -11,7 +11,6 @@ from simulated_depths import Draw, networks, removed
 from torch import Tensor, nn
 
 from deeplimit import InputError, SoftCrossEntropy, choose_cut, crop, turnpike_profile
-from deeplimit.control.trials import Outcome
 from deeplimit.control.verdict import (
     excludes,
     loss_bounds,
@@ -19,6 +18,7 @@ from deeplimit.control.verdict import (
     quantile,
     samples_to_exclude,
 )
+from deeplimit.control.verifying import Change
 from deeplimit.network import Architecture
 
 SURE = 0.95
@@ -139,19 +139,20 @@ def test_the_truth_of_a_simulated_network_is_what_many_samples_say() -> None:
     for network in networks(0.02, 1).values():
         draw = Draw(network, 400_000, 0)
         for cut in ([15, 14], [3, 7, 8, 9], list(range(16))):
-            outcome = draw.outcome(cut)
-            assert outcome.lost == pytest.approx(network.lost(cut), abs=4 * outcome.error + 1e-12)
+            change = draw.change(cut)
+            within = 4 * change.accuracy_error + 1e-12
+            assert change.lost == pytest.approx(network.lost(cut), abs=within)
 
 
-def test_an_outcome_counts_pairs_and_measures_the_skewness() -> None:
+def test_a_change_counts_pairs_and_measures_the_skewness() -> None:
     own = {"loss": torch.tensor([1.0, 2.0, 0.5, 0.0]), "right": torch.tensor([1.0, 0, 1, 1])}
     cut = {"loss": torch.tensor([2.0, 2.0, 0.5, 3.0]), "right": torch.tensor([0.0, 1, 0, 1])}
-    outcome = Outcome.of(own, cut)
-    assert outcome.swapped == (2, 1)
-    assert (outcome.lost, outcome.risen, outcome.loss) == (0.25, 1.0, 1.875)
+    change = Change.of(own, cut)
+    assert change.swapped == (2, 1)
+    assert (change.lost, change.risen, change.loss_after) == (0.25, 1.0, 1.875)
     rise = np.array([1.0, 0, 0, 3])
-    assert outcome.skewness == pytest.approx(((rise - 1) ** 3).mean() / rise.std() ** 3)
-    assert Outcome.of(own, own).skewness == 0
+    assert change.skewness == pytest.approx(((rise - 1) ** 3).mean() / rise.std() ** 3)
+    assert Change.of(own, own).skewness == 0
 
 
 def tail_silent(alive: int) -> nn.Module:

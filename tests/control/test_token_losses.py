@@ -32,9 +32,9 @@ from deeplimit import (
     use_adjoint,
     verify_crop,
 )
-from deeplimit.control import dissipativity, picture_trajectories, token_losses
+from deeplimit.control import dissipativity, picture_trajectories, soft_cross_entropy
 from deeplimit.control._dissipativity import class_k_bound
-from deeplimit.control.token_losses import CountedTokens
+from deeplimit.control.soft_cross_entropy import CountedTokens
 from deeplimit.gradient import layout
 from deeplimit.network import anatomy
 
@@ -132,12 +132,12 @@ def test_tokens_that_do_not_count_are_left_out_of_the_loss() -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("weights", [(GAMMA,) * DEPTH, OF_LAYERS])
-@pytest.mark.parametrize("chunk", [1, 5 * VOCABULARY, 60 * VOCABULARY, token_losses.CHUNK])
+@pytest.mark.parametrize("chunk", [1, 5 * VOCABULARY, 60 * VOCABULARY, soft_cross_entropy.CHUNK])
 def test_the_stage_cost_and_its_gradients_are_the_naive_ones(
     name: str, chunk: int, weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One token at a time, five, all of several states, all of all."""
-    monkeypatch.setattr(token_losses, "CHUNK", chunk)
+    monkeypatch.setattr(soft_cross_entropy, "CHUNK", chunk)
     model = text_model(name)
     x, y = batch_for(name)
     stage_cost = StageCost(model, loss_for(name), weights, control_cost=R)
@@ -151,10 +151,13 @@ def test_the_stage_cost_and_its_gradients_are_the_naive_ones(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_costs_charged_inside_the_layers_are_the_same(name: str) -> None:
+def test_costs_charged_inside_the_layers_are_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soft_cross_entropy, "CHUNK", 4 * VOCABULARY)
     model = text_model(name)
     x, y = batch()
-    counted = CountedTokens(y, VOCABULARY, numbers=4 * VOCABULARY)
+    counted = CountedTokens(y, VOCABULARY)
     structure = anatomy(model)
     cost = lambda head, s, _: counted.mean_loss(LOSS, head, s)  # noqa: E731
     with structure.collect_stage_costs(dict.fromkeys(range(DEPTH), cost), x) as costs:
@@ -179,7 +182,7 @@ def test_costs_charged_inside_the_layers_are_the_same(name: str) -> None:
 def test_under_the_adjoint_the_gradient_is_off_by_what_is_reported(
     name: str, weight: float | tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_losses, "CHUNK", 4 * VOCABULARY)
+    monkeypatch.setattr(soft_cross_entropy, "CHUNK", 4 * VOCABULARY)
     model, (x, y) = contracting(name), batch()
     assert model.config.use_cache
     plain = StageCost(model, LOSS, weight, control_cost=R)
@@ -232,7 +235,7 @@ def naive_figures(name: str, model: nn.Module, batches: list[Batch]) -> dict[str
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_profile_is_the_naive_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_losses, "CHUNK", 16 * VOCABULARY)  # four tokens when measuring
+    monkeypatch.setattr(soft_cross_entropy, "CHUNK", 16 * VOCABULARY)  # four tokens when measuring
     model, loss = text_model(name).train(), loss_for(name)
     batches = [batch_for(name, seed) for seed in (1, 2, 3)]
     if name != BERT:

@@ -13,11 +13,11 @@ import json
 import torch, transformers
 from torch.profiler import ProfilerActivity, profile
 from deeplimit import SoftCrossEntropy, StageCost, anatomy, turnpike_profile, use_adjoint
-from deeplimit.control import token_losses
+from deeplimit.control import soft_cross_entropy
 
 torch.set_num_threads(1)
 VOCABULARY, BATCH, LENGTH = 8192, 4, 8
-token_losses.CHUNK = 4 * VOCABULARY  # of the 32 tokens four at a time
+soft_cross_entropy.CHUNK = 4 * VOCABULARY  # of the 32 tokens four at a time
 loss = SoftCrossEntropy(VOCABULARY, 0.1)
 x = torch.randint(VOCABULARY, (BATCH, LENGTH))
 y = x.roll(-1, 1)

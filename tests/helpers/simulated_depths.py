@@ -16,9 +16,10 @@ from torch import Tensor
 
 from deeplimit.control.choosing import _best, _cuts
 from deeplimit.control.cut_choice import Spending
-from deeplimit.control.trials import MayGo, Outcome, Trials
+from deeplimit.control.trials import MayGo, Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
 from deeplimit.control.verdict import mean_and_error
+from deeplimit.control.verifying import Change
 from deeplimit.network import Architecture, anatomy
 
 NORMAL = NormalDist()
@@ -85,8 +86,8 @@ class Draw(Trials):
         loss = torch.nn.functional.softplus(-2 * margin)
         return {"loss": loss, "right": (margin > 0).double()}
 
-    def outcome(self, removed: Collection[int]) -> Outcome:
-        return Outcome.of(self._figures(()), self._figures(removed))
+    def change(self, removed: Collection[int]) -> Change:
+        return Change.of(self._figures(()), self._figures(removed))
 
     def divergence(self, removed: Collection[int]) -> float:
         first = self._first or len(self._margin)

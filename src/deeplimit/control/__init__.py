@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from deeplimit.control.distillation import Distillation
     from deeplimit.control.early_exit import EarlyExit, at_depth
     from deeplimit.control.exit_choice import ExitChoice, exit_depths
-    from deeplimit.control.profiling import turnpike_profile
     from deeplimit.control.projection import TrajectoryPicture, picture_trajectories
     from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
     from deeplimit.control.stage_cost import StageCost
-    from deeplimit.control.turnpike import TurnpikeProfile
+    from deeplimit.control.turnpike import TurnpikeProfile, turnpike_profile
     from deeplimit.control.verdict import Verdict
     from deeplimit.control.verifying import CropResult, verify_crop
 

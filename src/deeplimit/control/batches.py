@@ -9,36 +9,18 @@ from torch import Tensor
 
 from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import IGNORED, classes_of, shown
-from deeplimit._anatomy.evaluation import Inputs, begun, device_of, pairs
+from deeplimit._anatomy.evaluation import Inputs, begun, device_of
 from deeplimit._anatomy.inputs import batch_of, parameters_of, unwrapped
 from deeplimit.errors import InputError
 
 SURE = 8  # tokens: so many do not agree with their neighbours, or themselves, by chance
 
 
-def aligned_batches(
-    structure: Anatomy,
-    loader: Iterable[Any],
-    need: str | None = None,
-    *,
-    shift: bool = False,
-    ignored: int = IGNORED,
-) -> Iterator[tuple[Inputs, Tensor]]:
-    """The batches (x, y) of a loader on the model's device; y as `aligned` makes it.
-
-    A batch that is a mapping is taken apart: y is what it calls "labels". Targets of another number
-    that is `ignored` become −100. Where it is said what `need`s samples there has to be one that
-    counts.
-    """
-    counts = False
-    opened = (_labelled(structure, batch) for batch in begun(loader))
-    for x, y in pairs(opened, device_of(structure.model), need):
-        y = y if ignored == IGNORED else y.masked_fill(y == ignored, IGNORED)
-        y = aligned(structure, x, y, shift=shift)
-        counts = counts or bool((y != IGNORED).any())
-        yield x, y
-    if need is not None and not counts:
-        raise InputError(f"every target is −100; {need}")
+def labelled(structure: Anatomy, loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader; a mapping as (x, y), y what it calls "labels"."""
+    for batch in begun(loader):
+        x = _inputs_of(structure, batch) if isinstance(batch, Mapping) else {}
+        yield (x, batch["labels"]) if x and "labels" in batch else batch
 
 
 def any_batches(structure: Anatomy, loader: Iterable[Any], need: str) -> Iterator[tuple[Any, Any]]:
@@ -125,13 +107,6 @@ def _inputs_of(structure: Anatomy, batch: Mapping[str, Any]) -> dict[str, Any]:
     anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     named = {k: v for k, v in batch.items() if not _is_target(k) and v is not None}
     return {k: v for k, v in named.items() if k in takes} or (named if anything else {})
-
-
-def _labelled(structure: Anatomy, batch: Any) -> Any:
-    if not isinstance(batch, Mapping) or "labels" not in batch:
-        return batch
-    x = _inputs_of(structure, batch)
-    return (x, batch["labels"]) if x else batch
 
 
 def aligned(structure: Anatomy, x: Inputs, y: object, *, shift: bool, look: bool = True) -> Tensor:

@@ -249,8 +249,8 @@ def _best(
         return min(cuts, key=lambda named: sum(map(ranked.index, named[1])))
 
     def worth(named: tuple[str, tuple[int, ...]]) -> tuple[float, float, float]:
-        outcome = trials.outcome(named[1])
-        good = -outcome.loss if math.isnan(outcome.accuracy) else outcome.accuracy
+        change = trials.change(named[1])
+        good = change.accuracy_after if change.has_accuracy else -change.loss_after
         many = float(len(named[1])) if quality else 0.0
         return many, good, -trials.divergence(named[1])
 

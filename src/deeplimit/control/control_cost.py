@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,7 +19,7 @@ from deeplimit._anatomy.chain import layers_of
 from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit._anatomy.inputs import FAILS, examples, placed
-from deeplimit.control.token_losses import widened
+from deeplimit.control.soft_cross_entropy import widened
 from deeplimit.errors import InputError
 
 ControlCost = Literal["squared", "kinetic", "group"]
@@ -72,12 +71,6 @@ def ends_of_stages(structure: Anatomy, energy: KineticEnergy | None) -> Iterator
                 handle = structure.register_leaving_hook(n, partial(left.__setitem__, n))
                 stack.callback(handle.remove)
         yield left
-
-
-def moves(states: Sequence[Tensor], ends: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs (x_n, x_{n+1}) of all layers, with `ends_of_stages` where a stage ends."""
-    for n, pair in enumerate(pairwise(states)):
-        yield pair[0], ends.get(n, pair[1])
 
 
 def squared_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -137,17 +130,16 @@ def _rates(optimizer: Optimizer) -> dict[nn.Parameter, float | Tensor]:
 
 def every_group(structure: Anatomy) -> list[list[str]]:
     """The names of the parameters of each residual branch's last layer, of all removable layers."""
-    found: dict[nn.Module, list[Group]] = {}
-    for n, layer in enumerate(structure.layers):
-        if layer.removable and not found.keys() >= set(layer.controls):
-            found |= vanishing_groups(structure, n)
     names = {p: name for name, p in structure.model.named_parameters()}
-    return [[names[p] for p in group] for own in found.values() for group in own]
+    removable = (n for n, layer in enumerate(structure.layers) if layer.removable)
+    groups = (group for n in removable for group in vanishing_groups(structure, n))
+    # Each once: neighbouring steps may share a block.
+    return [list(own) for own in dict.fromkeys(tuple(names[p] for p in g) for g in groups)]
 
 
 @torch.no_grad()
-def vanishing_groups(structure: Anatomy, n: int) -> dict[nn.Module, list[Group]]:
-    """Of each block of layer n the last layer of each of its residual branches, tried out.
+def vanishing_groups(structure: Anatomy, n: int) -> list[Group]:
+    """The last layer of each residual branch of layer n, tried out.
 
     Where it is 0, weight and bias, what the branch adds is exactly 0. Of a layer that changes the
     shape there is none.
@@ -158,10 +150,7 @@ def vanishing_groups(structure: Anatomy, n: int) -> dict[nn.Module, list[Group]]
     adds = next(stack.adds for stack in structure.stacks if n in stack.layers)
     blocks = structure.layers[n].controls
     with evaluating(structure.model), not_zero(blocks):
-        if adds:
-            (block,) = blocks
-            return {block: _ends_of_branches(structure, n)}
-        return {block: [_end_of_residual(block)] for block in blocks}
+        return _ends_of_branches(structure, n) if adds else [_end_of_residual(b) for b in blocks]
 
 
 def _end_of_residual(block: nn.Module) -> Group:
@@ -256,8 +245,7 @@ def _silent(structure: Anatomy, n: int) -> list[bool]:
     some = any(not bool(p.any()) for block in layer.controls for p in block.parameters())
     if layer.removable and some:
         with suppress(InputError):
-            groups = vanishing_groups(structure, n).values()
-            return [not any(map(torch.any, group)) for own in groups for group in own]
+            return [not any(map(torch.any, group)) for group in vanishing_groups(structure, n)]
     return []
 
 
@@ -287,7 +275,7 @@ def control_norms(model: nn.Module | Anatomy) -> tuple[float, ...]:
     for n in range(structure.horizon):
         norm = math.nan
         with suppress(InputError), torch.no_grad():
-            groups = [g for own in vanishing_groups(structure, n).values() for g in own]
+            groups = vanishing_groups(structure, n)
             found = math.sqrt(sum(float(p.double().square().sum()) for g in groups for p in g))
             if groups and (found or _is_identity(structure, n)):
                 norm = found

@@ -187,14 +187,14 @@ class Spending:
             return before == 0 or after / before <= self.limit
         if self.trials.samples < FEW:
             return True
-        outcome, samples = self.trials.outcome(removed), self.trials.samples
+        change, samples = self.trials.change(removed), self.trials.samples
         if self.confidence is None:
-            lost = outcome.lost + self._z * outcome.error > self.limit
-            risen = outcome.risen + self._z * outcome.risen_error
+            lost = change.lost + self._z * change.accuracy_error > self.limit
+            risen = change.risen + self._z * change.loss_error
         else:
             sure = self.confidence
-            lost = not excludes(samples, *outcome.swapped, self.limit, sure)
-            rise = (outcome.risen, outcome.risen_error, outcome.skewness)
+            lost = not excludes(samples, *change.swapped, self.limit, sure)
+            rise = (change.risen, change.loss_error, change.skewness)
             risen = most_risen(*rise, samples, sure)
         # A cut whose loss is not a number loses.
         return (self.budget == "accuracy" and lost) or not risen <= self._rise
@@ -211,24 +211,16 @@ class Spending:
         removed = tuple(sorted(cut))
         figures: dict[str, Any] = {}
         if self.data:
-            whole, outcome = self.trials.outcome(()), self.trials.outcome(removed)
-            figures |= {
+            change = self.trials.change(removed)
+            figures = {
                 "samples": self.trials.samples,
                 "multiply_adds_before": self.trials.multiply_adds(()),
                 "multiply_adds_after": self.trials.multiply_adds(removed),
             }
-            if self.quality or math.isnan(whole.accuracy):
-                figures |= {
-                    "loss_before": whole.loss,
-                    "loss_after": outcome.loss,
-                    "loss_error": outcome.risen_error,
-                }
-            if not math.isnan(whole.accuracy):
-                figures |= {
-                    "accuracy_before": whole.accuracy,
-                    "accuracy_after": outcome.accuracy,
-                    "accuracy_error": outcome.error,
-                }
+            if self.quality or not change.has_accuracy:
+                figures |= change.figures("loss")
+            if change.has_accuracy:
+                figures |= change.figures("accuracy")
         if self.budget == "latency":
             figures["latency_before"], figures["latency_after"] = self.trials.latencies(removed)
         return CutChoice(

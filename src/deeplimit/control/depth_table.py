@@ -17,8 +17,7 @@ from deeplimit._anatomy.inputs import batch_of
 from deeplimit.control.batches import any_batches, first_part
 from deeplimit.control.early_exit import at_depth
 from deeplimit.control.losses import Loss
-from deeplimit.control.profiling import NEED, turnpike_profile
-from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.control.turnpike import NEED, TurnpikeProfile, turnpike_profile
 from deeplimit.control.verifying import (
     LATENCY_ROUNDS,
     LATENCY_SECONDS,

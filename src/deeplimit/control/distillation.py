@@ -12,9 +12,8 @@ from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.checks import IGNORED, check_number
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control.control_cost import ControlCost
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss
+from deeplimit.control.soft_cross_entropy import SoftCrossEntropy, check_loss, widened
 from deeplimit.control.stage_cost import StageCost
-from deeplimit.control.token_losses import widened
 from deeplimit.errors import InputError
 
 

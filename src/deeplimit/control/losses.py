@@ -1,6 +1,7 @@
-"""Losses: what a stage cost adds up, and what a loss says of single samples."""
+"""What a loss says of a batch, and of each of its samples, whatever the loss knows."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import IGNORED, fitted, shown
+from deeplimit._anatomy.evaluation import device_of, pairs
 from deeplimit._anatomy.inputs import FAILS, told
-from deeplimit.control.batches import aligned_batches, any_batches, part
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.token_losses import CountedTokens, widened
+from deeplimit.control.batches import aligned, any_batches, labelled, part
+from deeplimit.control.soft_cross_entropy import CountedTokens, SoftCrossEntropy, widened
 from deeplimit.errors import InputError, several
 
 Loss = SoftCrossEntropy | Callable[[Any, Any], Tensor]
@@ -23,26 +24,6 @@ Figures = dict[str, Tensor]
 
 MANY = 2**26  # numbers of targets that are kept, to find the best constant answer to them
 ROUNDING = 1000  # times the precision: what adding up in another order may change
-
-
-class AnyLoss(nn.Module):
-    """ℓ(z, y), a number: what a stage cost adds up of a loss whose minimisers are not known."""
-
-    def __init__(self, function: Callable[[Any, Any], Tensor]):
-        super().__init__()
-        check_callable(function)
-        self.function = function
-
-    def mean(self, z: Tensor, y: Any) -> Tensor:
-        """ℓ(z, y); raises InputError unless it is one number."""
-        value = self.function(z, y)
-        if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-            shape = f"shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
-            raise InputError(
-                f"the loss returned {shape} for outputs of shape {list(z.shape)}; expected one "
-                "number, the mean over the batch (reduction='mean')"
-            )
-        return value
 
 
 def check_losses(values: Tensor) -> None:
@@ -83,8 +64,18 @@ class ClassLoss:
     def batches(
         self, structure: Anatomy, loader: Iterable[Any], need: str, *, shift: bool
     ) -> Iterator[tuple[Any, Tensor]]:
-        """The batches (x, y) of a loader, as `aligned_batches`."""
-        return aligned_batches(structure, loader, need, shift=shift, ignored=self._ignored)
+        """The batches (x, y) of a loader on the model's device; y as `aligned` makes it.
+
+        Of a batch that is a mapping y is what it calls "labels". Targets of another number that is
+        ignored become −100. What `need`s samples needs one that counts.
+        """
+        counts = False
+        for x, y in pairs(labelled(structure, loader), device_of(structure.model), need):
+            y = aligned(structure, x, y.masked_fill(y == self._ignored, IGNORED), shift=shift)
+            counts = counts or bool((y != IGNORED).any())
+            yield x, y
+        if not counts:
+            raise InputError(f"every target is −100; {need}")
 
     def measured(
         self,
@@ -113,16 +104,16 @@ class ClassLoss:
             counts, below = y != IGNORED, structure.logits(states, x=x) if states else ()
             targets = y[counts]
             rows = [measure(z[counts].double(), targets) for z in chain(below, outputs)]
-        figures = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return {name: values.cpu() for name, values in (figures | {"targets": targets}).items()}
+        return _stacked(rows) | {"targets": targets.cpu()}
 
     def figures(self, z: Tensor, y: Tensor) -> Figures:
-        """The "loss" of logits z [S, C], and the "guess", the class of the largest."""
+        """The "loss" of logits z [S, C], the largest as "guess", and whether that is "right"."""
         if self.soft is None:
             loss = F.cross_entropy(z, y, reduction="none", label_smoothing=self._smoothing)
         else:
             loss = self.soft(z, y)
-        return {"loss": loss, "guess": z.argmax(-1)}
+        guess = z.argmax(-1)
+        return {"loss": loss, "guess": guess, "right": guess == y}
 
     def apart(self, structure: Anatomy, y: Tensor, z: Tensor, w: Tensor) -> float:
         """The mean of KL(softmax z ‖ softmax w) over the samples that count."""
@@ -144,22 +135,32 @@ class ClassLoss:
         return (soft.softness if self.soft else 0.0), soft.minimum
 
 
-class OtherLoss:
-    """Measures by a loss of which nothing is known but the values it returns.
+class OtherLoss(nn.Module):
+    """A loss ℓ(outputs, targets) of which nothing is known but the values it returns.
 
-    ℓ(outputs, targets), or ℓ(outputs, batch) where the loader gives mappings, returns a value per
-    sample (its mean over what comes behind the first dimension counts), or the mean over the batch:
-    a loss with a `reduction` is asked for "none" then, any other is called sample by sample.
+    A stage cost adds up its means over the batch. Samples are measured by a value of each (its mean
+    over what comes behind the first dimension counts), or by that mean: a loss with a `reduction`
+    is asked for "none" then, any other is called sample by sample. Where the loader gives mappings
+    it is ℓ(outputs, batch).
     """
 
     of_classes, soft = False, None
 
-    def __init__(self, loss: Callable[[Any, Any], Tensor]):
-        check_callable(loss)
-        self._function: Any = loss
-        if getattr(loss, "reduction", None) == "mean":
-            self._function = copy.copy(loss)
-            self._function.reduction = "none"
+    def __init__(self, function: Callable[[Any, Any], Tensor]):
+        super().__init__()
+        check_callable(function)
+        self.function = function
+
+    def mean(self, z: Tensor, y: Any) -> Tensor:
+        """ℓ(z, y); raises InputError unless it is one number."""
+        value = self.function(z, y)
+        if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+            shape = f"shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+            raise InputError(
+                f"the loss returned {shape} for outputs of shape {list(z.shape)}; expected one "
+                "number, the mean over the batch (reduction='mean')"
+            )
+        return value
 
     def batches(
         self, structure: Anatomy, loader: Iterable[Any], need: str, *, shift: bool
@@ -173,9 +174,15 @@ class OtherLoss:
         return any_batches(structure, loader, need)
 
     def measured(
-        self, structure: Anatomy, x: Any, y: Any, outputs: Sequence[Tensor], *states: Tensor
+        self,
+        structure: Anatomy,
+        x: Any,
+        y: Any,
+        outputs: Sequence[Tensor],
+        *states: Tensor,
+        measure: Callable[[Tensor, Any], Figures] | None = None,
     ) -> Figures:
-        """The "loss" [n, S] of the samples of a batch, of states through the head, and of outputs.
+        """Figures [n, S] of the samples of a batch, of states through the head, and of outputs.
 
         Of tokens layer by layer: the outputs of all of them may not fit.
         """
@@ -183,7 +190,15 @@ class OtherLoss:
             below: Iterable[Tensor] = (structure.logits([s], x=x)[0] for s in states)
         else:
             below = structure.logits(states, x=x) if states else ()
-        return {"loss": torch.stack([self.each(z, y) for z in chain(below, outputs)]).cpu()}
+        return _stacked([(measure or self.figures)(z, y) for z in chain(below, outputs)])
+
+    def figures(self, z: Tensor, y: Any) -> Figures:
+        """The "loss" of each sample."""
+        return {"loss": self.each(z, y)}
+
+    def softness_and_minimum(self, _: int) -> tuple[float, float]:
+        """Neither is known."""
+        return math.nan, math.nan
 
     def each(self, z: Tensor, y: Any) -> Tensor:
         """The loss of each sample of a batch, in float64, if it is that or the mean of such."""
@@ -193,19 +208,15 @@ class OtherLoss:
             return value.reshape(len(value), -1).mean(1).double()
         count = len(z)
         singles = (slice(i, i + 1) for i in range(count))
-        values = [self._value(z[i], part(y, i, count)).double() for i in singles]
-        wrong = ""
-        if any(v.numel() != 1 for v in values):
-            wrong = "does not take single samples"
-        else:
-            alone = torch.stack([v.reshape(()) for v in values])
-            limit = ROUNDING * torch.finfo(value.dtype).eps * float(alone.abs().max())
-            if bool((alone.mean() - value).abs() > limit):
-                means = f"{float(value):.4g}, their mean is {float(alone.mean()):.4g}"
-                wrong = f"of a batch is no mean of its samples' ({means})"
-        if wrong:
+        alone = torch.cat(
+            [self._value(z[i], part(y, i, count)).double().flatten() for i in singles]
+        )
+        limit = ROUNDING * torch.finfo(value.dtype).eps * float(alone.abs().max())
+        if len(alone) != count or bool((alone.mean() - value).abs() > limit):
             raise InputError(
-                f"the loss {wrong}; return a value per sample instead (reduction='none')"
+                f"the loss of a batch is no mean of its samples' ({float(value):.4g}, their mean "
+                f"is {float(alone.mean()):.4g}); return a value per sample instead "
+                "(reduction='none')"
             )
         return alone
 
@@ -214,21 +225,25 @@ class OtherLoss:
         return float((z.double() - w.double()).square().mean())
 
     def _value(self, z: Tensor, y: Any) -> Tensor:
+        function: Any = self.function
+        if getattr(function, "reduction", None) == "mean":
+            function = copy.copy(function)
+            function.reduction = "none"
         try:
-            value = self._function(z, y)
+            value = function(z, y)
         except FAILS as error:
             raise InputError(
                 f"the loss fails on outputs of shape {list(z.shape)}: {told(error)}"
             ) from error
-        if isinstance(value, Tensor) and value.numel() > z.numel():
-            raise InputError(
-                f"the loss returned shape {list(value.shape)} for outputs of shape "
-                f"{list(z.shape)}: it broadcast targets of another shape; give targets of theirs"
-            )
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise InputError(
                 f"the loss returned {shown(value)}; expected a tensor with a value per sample "
                 "(reduction='none')"
+            )
+        if value.numel() > z.numel():
+            raise InputError(
+                f"the loss returned shape {list(value.shape)} for outputs of shape "
+                f"{list(z.shape)}: it broadcast targets of another shape; give targets of theirs"
             )
         return value
 
@@ -251,6 +266,10 @@ def sample_loss(loss: Loss | None) -> SampleLoss:
     return OtherLoss(loss)
 
 
+def _stacked(rows: Sequence[Figures]) -> Figures:
+    return {name: torch.stack([row[name] for row in rows]).cpu() for name in rows[0]}
+
+
 def joined(batches: Sequence[Figures]) -> Figures:
     """The figures of the samples of several batches."""
     return {name: torch.cat([batch[name] for batch in batches], -1) for name in batches[0]}
@@ -265,7 +284,7 @@ class ConstantAnswer:
 
     def __init__(self, loss: SampleLoss):
         self._loss = loss
-        self._targets: list[Tensor] | None = None if loss.of_classes else []
+        self._targets: list[Tensor] | None = []
         self._dtype = torch.float64
 
     def add(self, z: Tensor, y: Any) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,12 +24,10 @@ from deeplimit.control.control_cost import (
     check_kind,
     ends_of_stages,
     every_group,
-    moves,
     squared_norms,
 )
-from deeplimit.control.losses import AnyLoss, Loss
-from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.token_losses import CountedTokens, widened
+from deeplimit.control.losses import Loss, OtherLoss
+from deeplimit.control.soft_cross_entropy import CountedTokens, SoftCrossEntropy, widened
 from deeplimit.control.wrapping import AroundWatch, check_bare
 from deeplimit.errors import InputError, several
 
@@ -60,7 +59,7 @@ class StageCost(nn.Module):
     says `shift=True` where y are the inputs themselves. States then meet the head in chunks of
     tokens, of one layer or of several small ones, whose logits are made again in the backward pass
     unless there is one chunk in all: besides the model's own logits and what their loss takes, a
-    few arrays of one chunk (`token_losses.CHUNK` numbers) are in memory at a time, whatever N.
+    few arrays of one chunk (2²⁵ numbers) are in memory at a time, whatever N.
 
     The weights γ_n are one number for all layers or one for each, and may be set anew between
     steps, in all processes alike: `stage_cost.weight = 0.1`. The state of a layer whose weight is 0
@@ -137,7 +136,7 @@ class StageCost(nn.Module):
         self.control_cost = _check_weight("control cost r", control_cost)
         check_kind(control_cost_kind)
         self.control_cost_kind: ControlCost = control_cost_kind
-        self.loss = loss if isinstance(loss, SoftCrossEntropy) else AnyLoss(loss)
+        self.loss = loss if isinstance(loss, SoftCrossEntropy) else OtherLoss(loss)
         check_bare(model.model if isinstance(model, Anatomy) else model)
         self.anatomy: Anatomy = anatomy(model)
         self.model = self.anatomy.model
@@ -239,22 +238,19 @@ class StageCost(nn.Module):
         statistics = RunningStatistics(self.model.modules())
         with ends_of_stages(structure, energy) as ends:
             states, logits = structure.states(x)
-        running = [] if energy is None else [energy(*pair) for pair in moves(states, ends)]
-        if layers:
-            states = [states[n] for n in layers]
-            losses = self._losses(states, layers, statistics, x, y)
+        running = []
+        if energy is not None:
+            moves = enumerate(pairwise(states))
+            running += [energy(before, ends.get(n, after)) for n, (before, after) in moves]
+        if weights:
+            losses = self._losses({n: states[n] for n in weights}, statistics, x, y)
             running.append((losses.new_tensor(list(weights.values())) * losses).sum())
         return logits, torch.stack(running).sum()
 
     def _losses(
-        self,
-        states: Sequence[Tensor],
-        layers: Sequence[int],
-        statistics: RunningStatistics,
-        x: Inputs,
-        y: Any,
+        self, states: dict[int, Tensor], statistics: RunningStatistics, x: Inputs, y: Any
     ) -> Tensor:
-        """mean_i ℓ(z_n^i, y^i) of each of these layers, whose states meet the head together."""
+        """mean_i ℓ(z_n^i, y^i) of each of these layers n, whose states meet the head together."""
         structure, loss = self.anatomy, self.loss
         each: Tensor
         if structure.tokens:
@@ -262,9 +258,9 @@ class StageCost(nn.Module):
             def head(tokens: Tensor) -> Tensor:  # in the backward pass too with these statistics
                 return structure.logits([tokens], 0, statistics, x)[0]
 
-            each = self._mean_loss(y, kept=True)(head, *states)
+            each = self._mean_loss(y, kept=True)(head, *states.values())
             return each
-        z = widened(structure.logits(states, layers, statistics, x))
+        z = widened(structure.logits(list(states.values()), list(states), statistics, x))
         if isinstance(loss, SoftCrossEntropy):
             values: Tensor = loss(z, y.expand(len(z), *y.shape))
             each = values.flatten(1).sum(1) / (y != IGNORED).sum().clamp(min=1)

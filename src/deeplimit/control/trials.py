@@ -3,7 +3,6 @@
 import heapq
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,49 +13,13 @@ from deeplimit._anatomy.evaluation import begun
 from deeplimit._anatomy.inputs import batch_of
 from deeplimit.control.batches import blame_inputs, first_part, part, tensors_in
 from deeplimit.control.losses import ClassLoss, Figures, SampleLoss, check_losses, joined
-from deeplimit.control.verdict import mean_and_error
-from deeplimit.control.verifying import latencies, multiply_adds
+from deeplimit.control.verifying import Change, latencies, multiply_adds
 from deeplimit.errors import InputError
 
 AGAIN = 8
 NEED = "a cut is chosen on at least one sample that counts"
 
 MayGo = Callable[[Collection[int], int], bool]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Accuracy and loss of a cut, what it loses of the first, and by how much the second rises.
-
-    The changes come with their standard errors, paired by sample, that of the loss with its
-    skewness. `swapped` says how many samples are right before only, and after only. Accuracies are
-    NaN, and nothing of them is lost, where the loss knows no classes.
-    """
-
-    loss: float
-    risen: float
-    risen_error: float
-    skewness: float
-    accuracy: float = math.nan
-    lost: float = 0.0
-    error: float = 0.0
-    swapped: tuple[int, int] = (0, 0)
-
-    @classmethod
-    def of(cls, own: Figures, cut: Figures) -> "Outcome":
-        """That of a cut beside the network itself: losses [S], and 1 where an answer is right."""
-        rise = cut["loss"] - own["loss"]
-        risen, error = mean_and_error(rise)
-        spread = error * math.sqrt(len(rise))
-        skewness = float(((rise - risen) / spread).pow(3).mean()) if spread > 0 else 0.0
-        outcome = cls(float(cut["loss"].mean()), risen, error, skewness)
-        if "right" not in own:
-            return outcome
-        change = own["right"] - cut["right"]
-        lost, error = mean_and_error(change)
-        swapped = int((change > 0).sum()), int((change < 0).sum())
-        right = float(cut["right"].mean())
-        return replace(outcome, accuracy=right, lost=lost, error=error, swapped=swapped)
 
 
 class Trials:
@@ -86,7 +49,7 @@ class Trials:
         self._loader, self._shift, self.ordering = loader, shift, ordering
         self._targets: list[Tensor] | None = None
         self._rows = 0
-        self._outcomes: dict[frozenset[int], Outcome] = {}
+        self._changes: dict[frozenset[int], Change] = {}
         self._multiply_adds: dict[frozenset[int], int] = {}
         self._latencies: dict[frozenset[int], tuple[float, float]] = {}
         self._batch, targets = next(of.batches(structure, batches, NEED, shift=shift))
@@ -106,13 +69,13 @@ class Trials:
         self._own = self._judged(own)
         self.samples = self._own["loss"].shape[-1]
 
-    def outcome(self, removed: Collection[int]) -> Outcome:
-        """Accuracy and loss of a cut, on the samples that judge."""
+    def change(self, removed: Collection[int]) -> Change:
+        """What a cut does to accuracy and loss, on the samples that judge."""
         key = frozenset(removed)
-        if key not in self._outcomes:
+        if key not in self._changes:
             cut = self._judged(self._run(self._cut(key))) if key else self._own
-            self._outcomes[key] = Outcome.of(self._own, cut)
-        return self._outcomes[key]
+            self._changes[key] = Change.of(self._own, cut)
+        return self._changes[key]
 
     def multiply_adds(self, removed: Collection[int]) -> int:
         """Of a cut, for one sample."""
@@ -179,11 +142,9 @@ class Trials:
         return self.structure.like(self.structure.without(removed)) if removed else self.structure
 
     def _judged(self, figures: Figures) -> Figures:
-        """The figures that are judged: a loss of each sample, and 1 where the answer is right."""
-        judged = {"loss": figures["loss"]}
-        if self._of.of_classes:
-            judged["right"] = (figures["guess"] == figures["targets"]).double()
-        return {name: values[0, self._judging] for name, values in judged.items()}
+        """The figures that are judged: a loss of each sample, and whether the answer is right."""
+        judged = figures.keys() & {"loss", "right"}
+        return {name: figures[name][0, self._judging] for name in judged}
 
     def _run(self, structure: Anatomy) -> Figures:
         """The figures of all samples, which are the same in every pass."""

@@ -45,6 +45,53 @@ NEED = "a crop is verified on at least one sample that counts"
 
 
 @dataclass(frozen=True)
+class Change:
+    """What a cut does to the answers to S samples, with standard errors paired by sample.
+
+    Accuracy is `lost` in the mean, and the loss has `risen`, with this `skewness` of the samples'
+    rises; `swapped` says how many samples are right before only, and after only. Accuracies are
+    NaN, and nothing of them is lost, where the loss knows no classes.
+    """
+
+    loss_before: float
+    loss_after: float
+    loss_error: float
+    risen: float
+    skewness: float
+    accuracy_before: float = math.nan
+    accuracy_after: float = math.nan
+    accuracy_error: float = math.nan
+    lost: float = 0.0
+    swapped: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, own: Figures, cut: Figures) -> "Change":
+        """The "loss" [S] of each sample before and after, and whether each answer is "right"."""
+        rise = cut["loss"] - own["loss"]
+        risen, error = mean_and_error(rise)
+        spread = error * math.sqrt(len(rise))
+        skewness = float(((rise - risen) / spread).pow(3).mean()) if spread > 0 else 0.0
+        losses = (float(own["loss"].mean()), float(cut["loss"].mean()), error, risen, skewness)
+        if "right" not in own:
+            return cls(*losses)
+        before, after = own["right"].double(), cut["right"].double()
+        change = before - after
+        lost, error = mean_and_error(change)
+        swapped = int((change > 0).sum()), int((change < 0).sum())
+        return cls(*losses, float(before.mean()), float(after.mean()), error, lost, swapped)
+
+    @property
+    def has_accuracy(self) -> bool:
+        """The loss knows classes."""
+        return not math.isnan(self.accuracy_before)
+
+    def figures(self, *names: str) -> dict[str, Any]:
+        """Of accuracy or loss what records hold: before, after, and the error of the change."""
+        ends = ("before", "after", "error")
+        return {f"{name}_{end}": getattr(self, f"{name}_{end}") for name in names for end in ends}
+
+
+@dataclass(frozen=True)
 class CropResult(Record):
     """A network before and after a cut, on the same held-out samples.
 
@@ -180,23 +227,19 @@ def verify_crop(
                 rows[-1]["text"] = (y != IGNORED).nonzero()[:, 0].cpu() + texts
                 texts += len(y)
         table = joined(rows)
-        losses = table["loss"]
+        losses, right = table["loss"], table.get("right")
         check_losses(losses[0])
         # Each layer of one is as large as the other's, or they are not alike.
         alike = _forms(structure.model) == _forms(after)
         times = latencies([structure.run] if alike else [structure.run, smaller.run], first)
         products = [multiply_adds(own, first_part(first, 1)) for own in (structure, smaller)]
         best = constant.losses()
-    if of.of_classes:
-        right = table["guess"] == table["targets"]
-        verdict = judge_answers(right, table["targets"], tolerance or 0.0, table.get("text"))
-        accuracies = right.double().mean(1).tolist()
-        error = mean_and_error(right[1].double() - right[0].double())[1]
-        agreement = float((table["guess"][0] == table["guess"][1]).double().mean())
+    if right is None:
+        verdict, agreement = judge_losses(losses[0], losses[1], best, tolerance), math.nan
     else:
-        verdict = judge_losses(losses[0], losses[1], best, tolerance)
-        accuracies, error, agreement = [math.nan, math.nan], math.nan, math.nan
-    means = losses.mean(1).tolist()
+        verdict = judge_answers(right, table["targets"], tolerance or 0.0, table.get("text"))
+        agreement = float((table["guess"][0] == table["guess"][1]).double().mean())
+    figures = [{name: table[name][k] for name in table.keys() & {"loss", "right"}} for k in (0, 1)]
     parameters = [
         sum(p.numel() for p in network.parameters()) for network in (structure.model, after)
     ]
@@ -204,11 +247,6 @@ def verify_crop(
         samples=losses.shape[1],
         horizon_before=structure.horizon,
         horizon_after=smaller.horizon,
-        accuracy_before=accuracies[0],
-        accuracy_after=accuracies[1],
-        accuracy_error=error,
-        loss_before=means[0],
-        loss_after=means[1],
         agreement=agreement,
         parameters_before=parameters[0],
         parameters_after=parameters[1],
@@ -219,7 +257,7 @@ def verify_crop(
         latency_batch=batch_of(first),
         device=str(device),
         verdict=verdict,
-        loss_error=mean_and_error(losses[1] - losses[0])[1],
+        **Change.of(*figures).figures("accuracy", "loss"),
     )
 
 
