@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from beartype import BeartypeConf
 from beartype.claw import beartype_package
+from beartype.claw._ast import _clawaststar
 from jaxtyping import install_import_hook
+from sparing_checks import sparing
 
 # Annotations are checked at every call: types by beartype, and shapes by jaxtyping where a file has
 # some. Its check costs tens of times as much; it bears names that only a type checker imports.
@@ -21,6 +24,8 @@ SHAPED = [
     for path in SOURCE.rglob("*.py")
     if any(mark in path.read_text("utf-8") for mark in ("from jaxtyping", "if TYPE_CHECKING:"))
 ]
+jaxtyping.jaxtyped = sparing(jaxtyping.jaxtyped)
+_clawaststar.__beartype__ = sparing(_clawaststar.__beartype__)  # where beartype 0.23 takes it from
 beartype_package("deeplimit", conf=BeartypeConf(claw_is_pep526=False))
 install_import_hook(SHAPED, "beartype.beartype")
 

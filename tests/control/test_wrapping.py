@@ -75,7 +75,7 @@ def work(rank, port):
     time.sleep(0.25)
 
 if __name__ == "__main__":
-    mp.spawn(work, args=(sys.argv[1],), nprocs=2)
+    mp.start_processes(work, args=(sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 

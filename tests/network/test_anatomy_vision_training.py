@@ -115,7 +115,7 @@ def test_the_adjoint_gives_the_plain_gradients_of_the_stage_cost(name: str) -> N
 
 MEMORY = """
 import torch
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from transformers import ViTConfig, ViTForImageClassification
 from deeplimit import SoftCrossEntropy, StageCost, use_adjoint
 
@@ -139,7 +139,7 @@ def peak(depth, adjoint):
     step()
     model.zero_grad(set_to_none=True)
     now = most = 0
-    with profile(profile_memory=True, acc_events=True) as run:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         step()
     for event in run.profiler.kineto_results.events():
         if event.name() == "[memory]":

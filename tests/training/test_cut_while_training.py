@@ -233,14 +233,15 @@ def test_several_processes_cut_alike(tmp_path: Path) -> None:
                     recipe = Recipe.from_toml(runs / "recipe.toml")
                     try:
                         for name in ("ddp", "fsdp"):
-                            how = replace(recipe, devices=2, strategy=name)
-                            train(how, runs=runs, name=name)
+                            train(replace(recipe, strategy=name), runs=runs, name=name)
                     except KeyboardInterrupt:
                         pass
             """
         )
     )
-    said = run_script(both, str(tmp_path)).stderr + run_script(both, str(tmp_path), "go_on").stderr
+    said = "".join(
+        run_script(both, str(tmp_path), *go_on, forked=True).stderr for go_on in ([], ["go_on"])
+    )
     alone = train(recipe, runs=tmp_path, name="alone", quiet=True)
     assert len(set(layers_of(alone))) > 1
     assert said.count("the network is cut") == 2 * (len(set(layers_of(alone))) - 1)
