@@ -4,7 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jaxtyping
@@ -51,6 +51,25 @@ def _one_thread() -> None:
     """Sums of floats are then the same in every process, and small tensors do not wait for threads
     that a busy machine has no place for."""
     torch.set_num_threads(1)
+
+
+LATENCY = [f"deeplimit.control.{file}.LATENCY_SECONDS" for file in ("verifying", "depth_table")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_latencies() -> Iterator[None]:
+    """Latencies are measured over a tenth of the time; who judges them asks for `long_latencies`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LATENCY:
+            patch.setattr(name, 0.002)
+        yield
+
+
+@pytest.fixture
+def long_latencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latencies are measured over as long a time as at a user's."""
+    for name in LATENCY:
+        monkeypatch.setattr(name, 0.02)
 
 
 @pytest.fixture(scope="session")

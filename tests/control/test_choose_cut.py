@@ -126,6 +126,7 @@ def test_with_a_confidence_samples_that_judge_ordered_nothing() -> None:
         assert chosen.confidence == 0.95
 
 
+@pytest.mark.usefixtures("long_latencies")
 def test_the_latency_that_is_kept() -> None:
     torch.manual_seed(0)
     model = Architecture("vector", (16,), CLASSES, (14,), width=16, hidden=16).build().eval()

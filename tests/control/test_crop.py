@@ -265,6 +265,7 @@ def test_multiply_adds_of_images_by_hand() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("long_latencies")
 def test_latency_falls_with_the_depth() -> None:
     torch.manual_seed(0)
     model = Architecture("vector", (32,), 4, (120,), width=32, hidden=32).build()

@@ -142,6 +142,7 @@ def table_of(model: nn.Module, **more: Any) -> DepthTable:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("long_latencies")
 def test_the_latency_of_a_depth_is_that_of_what_runs() -> None:
     """Blocks that take 5, 20, 5 and 40 ms, between a stem of 5 ms and a head."""
     stem, times = Sleeping(5), (5, 20, 5, 40)

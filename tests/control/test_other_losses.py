@@ -19,17 +19,12 @@ from deeplimit import (
     turnpike_profile,
     verify_crop,
 )
-from deeplimit.control import CropResult, CutChoice, TurnpikeProfile, verifying
+from deeplimit.control import CropResult, CutChoice, TurnpikeProfile
 from deeplimit.control.verdict import Z, judge_losses, quantile
 
 pytestmark = pytest.mark.slow
 
 LAYERS = 5
-
-
-@pytest.fixture(autouse=True)
-def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifying, "LATENCY_ROUNDS", 1)
 
 
 class Block(nn.Module):

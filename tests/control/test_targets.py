@@ -16,7 +16,7 @@ from deeplimit import (
     use_adjoint,
     verify_crop,
 )
-from deeplimit.control import Distillation, picture_trajectories, verifying
+from deeplimit.control import Distillation, picture_trajectories
 from deeplimit.network import anatomy
 
 pytest.importorskip("transformers")
@@ -28,11 +28,6 @@ Batch = tuple[dict[str, Tensor] | Tensor, Tensor]
 
 def decoder() -> nn.Module:
     return text_model("LlamaForCausalLM")
-
-
-@pytest.fixture(autouse=True)
-def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifying, "LATENCY_ROUNDS", 1)
 
 
 def answers(model: nn.Module, batch: Batch, loss: SoftCrossEntropy, **shift: bool) -> str:
