@@ -58,7 +58,7 @@ LATENCY = [f"deeplimit.control.{file}.LATENCY_SECONDS" for file in ("verifying",
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_latencies() -> Iterator[None]:
-    """Latencies are measured over a tenth of the time; who judges them asks for `long_latencies`."""
+    """Latencies are measured for a tenth as long; who judges them asks for `long_latencies`."""
     with pytest.MonkeyPatch.context() as patch:
         for name in LATENCY:
             patch.setattr(name, 0.002)
