@@ -205,10 +205,10 @@ def test_a_file_that_unpacks_to_4_gib_is_refused_at_once(idx_folder: Path) -> No
     head = bytes([0, 0, 8, 3]) + struct.pack(">III", 2**22, 32, 32)
     path = idx_folder / TRAIN_IMAGES
     path.write_bytes(packer.compress(head) + packer.compress(bytes(2**24)) + packer.flush())
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(InputError, match=r"4194304 × 32 × 32: 4\.3 GB unpacked from 16 kB"):
         load_dataset("tiny", data_dir=idx_folder.parent)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.slow

@@ -144,10 +144,10 @@ def zipped(path: Path, x: bytes, packed: int = zipfile.ZIP_DEFLATED) -> str:
 def test_a_shape_without_its_values_is_refused_at_once(tmp_path: Path) -> None:
     for shape in ((2**40, 2**8), (-1, -240), (30, 2**62)):
         name = zipped(tmp_path / "set.npz", with_header(shape, "<f8", bytes(240)))
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(InputError, match=r"not a readable npz .* bytes announced by the shape"):
             load_dataset(name)
-        assert time.perf_counter() - began < 1
+        assert time.process_time() - began < 1
 
 
 def test_what_would_unpack_to_more_than_there_is_is_refused_before_it_is_unpacked(

@@ -300,10 +300,10 @@ def test_images_too_large_are_refused_before_they_are_decoded(
     data_dir = write_parts(train=parts)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(InputError, match=says):
             load_dataset("tiny", data_dir=data_dir)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_labels_that_unpack_to_more_than_there_is(

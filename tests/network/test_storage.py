@@ -191,10 +191,10 @@ def test_an_architecture_larger_than_its_weights_is_refused_at_once(
 ) -> None:
     path = save(Architecture("vector", (3,), 2, (2,), 4, 4).build(), tmp_path / "network")
     rewritten(path, load_file(path), **architecture)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(InputError, match="weights and architecture do not fit"):
         load(path)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_weights_that_are_no_numbers_of_one_precision_are_refused(tmp_path: Path) -> None:
