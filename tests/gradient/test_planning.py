@@ -145,22 +145,19 @@ def all_plans(names: list[str], ways: tuple[Way, ...]) -> list[dict[str, Way]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tolerance", [3e-2, 3e-3, 3e-4])
-def test_hardly_a_plan_takes_less(tolerance: float) -> None:
+def test_hardly_a_plan_takes_less() -> None:
     """All 256 mixtures of codes and kept states, measured; blocks of uneven strength."""
     model, x = post_norm(6), torch.randn(512, 16, generator=torch.manual_seed(1))
     use_adjoint(model, bits=4, on_drift="ignore")
-    plan = plan_memory(model, loss_of, x, tolerance)
-    planner = Planner(Measurement(model, loss_of, x, **EXACTLY), tolerance)
+    planner = Planner(Measurement(model, loss_of, x, **EXACTLY), 1e-2)
     ways = (KEPT, *(Way(b, 1) for b in (2, 4, 8)))
     tried = [planner._tried(w)[0] for w in all_plans(list("1234"), ways)]
-    least = min(p.states for p in tried if p.error <= tolerance)
-    uniform = min(
-        p.states for p in tried if p.error <= tolerance and len(set(p.ways.values())) == 1
-    )
-    assert plan.error <= tolerance
-    assert plan.states <= 1.1 * least
-    assert plan.states <= uniform
+    for tolerance in (3e-2, 3e-3, 3e-4):
+        plan = plan_memory(model, loss_of, x, tolerance)
+        enough = [p for p in tried if p.error <= tolerance]
+        assert plan.error <= tolerance
+        assert plan.states <= 1.1 * min(p.states for p in enough)
+        assert plan.states <= min(p.states for p in enough if len(set(p.ways.values())) == 1)
 
 
 @pytest.mark.slow
