@@ -35,21 +35,27 @@ their recipe is the same.
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from deeplimit.control import SoftCrossEntropy, crop, turnpike_profile
+from deeplimit.control import (
+    Distillation,
+    SoftCrossEntropy,
+    StageCost,
+    crop,
+    turnpike_profile,
+)
 from deeplimit.network import CifarResNet
 from deeplimit.studies.harness import machine
 from deeplimit.training import Recipe, RunFolder, crop_run, profile_run, recipe_for, resume
 from deeplimit.training.building import (
     Fade,
     Start,
-    Teaching,
     build_model,
     evaluation_batches,
     load_data,
@@ -112,8 +118,8 @@ def cut_in_training(recipe: Recipe, runs: Path, way: str, deep: Checkpoint) -> d
     few, kept = crop(whole, remove=gone), recipe.horizon - len(gone)
     each = kept + (recipe.horizon if way == "beside" else 0)
     epochs = deep.epochs + (recipe.epochs - deep.epochs) * recipe.horizon // each
-    teaching = Teaching(whole, BESIDE, SOFTER, learns=True) if way == "beside" else None
-    start = Start(replace(recipe, epochs=epochs), data, few, teaching)
+    objective = beside(whole) if way == "beside" else StageCost
+    start = Start(replace(recipe, epochs=epochs), data, few, objective)
     return trained_on(start, deep, runs, way)
 
 
@@ -143,8 +149,14 @@ def grown(recipe: Recipe, runs: Path, few: Checkpoint, depth: tuple[int, ...]) -
         if n in gone:
             nn.init.zeros_(layer.bn2.weight)  # nothing is added to its input
     whole.without(gone).load_state_dict(few.model)  # it shares its modules with the whole one
-    start = Start(small, data, model, Teaching(whole, BESIDE, SOFTER, learns=True))
+    start = Start(small, data, model, beside(whole))
     return trained_on(start, few, runs, "grown")
+
+
+def beside(whole: nn.Module) -> Callable[..., StageCost]:
+    """The objective of a network beside which another one learns."""
+    settings: dict[str, Any] = {"teacher_weight": BESIDE, "temperature": SOFTER, "learns": True}
+    return partial(Distillation, teacher=whole, **settings)
 
 
 def trained_on(start: Start, begun: Checkpoint, runs: Path, way: str) -> dict[str, Any]:
@@ -174,9 +186,8 @@ def trained_on(start: Start, begun: Checkpoint, runs: Path, way: str) -> dict[st
         "validation": accuracy(network, recipe, runs, "validation"),
         "accuracy": accuracy(network, recipe, runs),
     }
-    taught: Any = training.objective
-    if start.teaching is not None:  # a copy of its teacher has learnt
-        found["teacher"] = accuracy(taught.teacher.eval(), recipe, runs)
+    if isinstance(training.objective, Distillation):  # a copy of its teacher has learnt
+        found["teacher"] = accuracy(training.objective.teacher.eval(), recipe, runs)
     return found
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deeplimit.data import DataSet, load_dataset
-from deeplimit.data.standardisation import checked_vectors
+from deeplimit.data.splitting import checked_vectors
 from deeplimit.errors import InputError
 from deeplimit.network import Architecture
 from deeplimit.network import load as load_network

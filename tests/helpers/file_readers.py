@@ -31,8 +31,12 @@ from deeplimit.records import read_record, to_plain
 from deeplimit.training import Recipe
 from deeplimit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from deeplimit.training.given_model import load_weights
-from deeplimit.training.library_models import transformers_model
-from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor, standardisation_beside
+from deeplimit.training.library_models import (
+    PREPROCESSOR,
+    preprocessor,
+    standardisation_beside,
+    transformers_model,
+)
 from deeplimit.training.progress import COLUMNS, to_csv
 from deeplimit.training.results import (
     Cut,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from deeplimit.errors import InputError
 from deeplimit.training import load_model
-from deeplimit.training.preprocessor import PREPROCESSOR, standardisation_beside
+from deeplimit.training.library_models import PREPROCESSOR, standardisation_beside
 
 hf = pytest.importorskip("transformers", reason="the extra `hub` is not installed")
 GOOD = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.5], "size": {"height": 8}}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from deeplimit.errors import InputError
 from deeplimit.records import from_plain, to_plain
 from deeplimit.training import Recipe, recipe_for
-from deeplimit.training.defaults import RECIPES
+from deeplimit.training.recipe import RECIPES
 
 WRONG = {
     "depth 0": ({"depth": (0,)}, "depth is 0; expected at least 1"),
@@ -288,7 +288,7 @@ def test_names_paths_and_recipes_are_checked_without_torch(tmp_path: Path):
         "import sys\n"
         "from deeplimit.data.registry import find_source\n"
         "from deeplimit.training import Recipe, RunFolder, recipe_for\n"
-        "from deeplimit.training.new_folder import check_place\n"
+        "from deeplimit.training.new_folder import check_runs\n"
         "from deeplimit.training.specification import Named\n"
         "find_source('digits'); recipe_for('mnist')\n"
         f"RunFolder.open(RunFolder.create({str(tmp_path)!r}, None, Recipe()).path)\n"

@@ -128,7 +128,7 @@ def test_stopped_it_goes_on_to_the_same_result(
     def stopped(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deeplimit.training.refining.resume", stopped)
+    monkeypatch.setattr("deeplimit.training.fit.resume", stopped)
     with pytest.raises(KeyboardInterrupt):
         refine_run(run, 2, epochs=2, name="stopped", quiet=True)
     path = run.path.with_name("stopped")

@@ -5,10 +5,8 @@ from typing import TYPE_CHECKING
 from deeplimit.lazy import lazy
 
 if TYPE_CHECKING:
-    from deeplimit.data.dataset import DataSet, Split
-    from deeplimit.data.iteration import Augmentation, iter_batches
+    from deeplimit.data.dataset import Augmentation, DataSet, Split, Standardisation, iter_batches
     from deeplimit.data.registry import load_dataset
-    from deeplimit.data.standardisation import Standardisation
 
 __all__ = ["Augmentation", "DataSet", "Split", "Standardisation", "iter_batches", "load_dataset"]
 

@@ -20,13 +20,13 @@ from numpy.lib import format as npy
 from deeplimit.data.dataset import DataSet, Split
 from deeplimit.data.registry import NPZ, Request
 from deeplimit.data.splitting import (
+    checked_vectors,
     hold_out_tenths,
     integer_labels,
     number_classes,
     split_whole,
     splits_of,
 )
-from deeplimit.data.standardisation import checked_vectors
 from deeplimit.errors import InputError, refuse, several
 from deeplimit.memory import require, require_unpacked
 from deeplimit.reading import reading

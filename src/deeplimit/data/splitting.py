@@ -1,4 +1,4 @@
-"""Labels as they are in a file, checked and numbered; stratified splits into parts.
+"""Labels and vectors as they are in a file, checked; stratified splits into parts.
 
 The splits are drawn from a seed of their own: the held-out samples are the same whatever seed a
 network is trained with.
@@ -12,8 +12,16 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 
-from deeplimit.data.dataset import DataSet, Split
+from deeplimit.data.dataset import RARE, DataSet, Split
 from deeplimit.errors import InputError, refuse, several
+
+_SPLIT_SEED = 0
+_LARGEST_HELD_OUT = 5000  # of 60,000 MNIST images 55,000 remain, of 50,000 in CIFAR-10 45,000
+_NARROW = 16  # standard deviations; so far from 0 a feature can lie and lose nothing in 32 bits
+_ROWS = 10_000  # looked at, evenly spread; of more, neighbouring values meet in 32 bits by chance
+_BLOCK = 64  # features at once
+_NOISE = 2.0**-42  # of a large value: what arithmetic in 64 bits leaves between equal values
+_SHARE = 0.01  # of a feature's values that may meet others: those of a smooth distribution
 
 
 def integer_labels(labels: np.ndarray, source: str) -> np.ndarray:
@@ -82,8 +90,61 @@ def _class_faults(
             )
 
 
-_SPLIT_SEED = 0
-_LARGEST_HELD_OUT = 5000  # of 60,000 MNIST images 55,000 remain, of 50,000 in CIFAR-10 45,000
+def checked_vectors(x: np.ndarray, source: str) -> np.ndarray:
+    """Samples [n, d] as float32, or as float64 where float32 is too coarse; every number finite.
+
+    A network standardises its inputs, z = (x − mean) / std, and goes on in 32 bits. That is fine
+    for x near 0; where it lies further out than its spread, such as a year or x + 10⁹, the rounding
+    of x itself would be seen, so x stays in 64 bits until it is standardised. Refused is a feature
+    whose different values become one: two integers, or more than 1 % of its floats. So it is with a
+    rare value far from all others, or with identification numbers of more than 16 digits.
+    """
+    with np.errstate(over="ignore"):  # too large for float32 becomes inf, refused below
+        narrow = x.astype(np.float32)
+    finite = np.isfinite(narrow)
+    if not finite.all():
+        sample, feature = np.argwhere(~finite)[0]
+        raise InputError(
+            f"{source}[{sample}, {feature}] is {narrow[sample, feature]}, expected finite numbers: "
+            f"replace it, and {(~finite).sum() - 1} others"
+        )
+    if x.dtype.itemsize < 4:
+        return narrow
+    coarse = False
+    for first in range(0, x.shape[1], _BLOCK):
+        block = x[:, first : first + _BLOCK]
+        wide = block.astype(np.float64)
+        mean, std = wide.mean(axis=0), wide.std(axis=0)
+        spread = np.maximum(std, np.abs(wide - mean).max(axis=0) / RARE)
+        spread[spread == 0] = 1
+        some, names = block[:: -(-len(block) // _ROWS)], range(first, first + len(mean))
+        _require_distinct(some, mean, spread, [f"{source}[:, {j}]" for j in names])
+        far = np.abs(wide).max(axis=0) > _NARROW * spread
+        coarse |= bool((narrow[:, first : first + _BLOCK] != wide)[:, far].any())
+    return x.astype(np.float64) if coarse else narrow
+
+
+def _require_distinct(
+    x: np.ndarray, mean: np.ndarray, std: np.ndarray, features: list[str]
+) -> None:
+    """Refuses features whose different values are one number once standardised in 32 bits."""
+    x = np.sort(x, axis=0)
+    z = ((x.astype(np.float64) - mean) / std).astype(np.float32)
+    whole = x.dtype.kind in "iu"
+    size = np.abs(x[[len(x) // 20, -1 - len(x) // 20]]).max(axis=0)  # of all but rare values
+    noise = 0 if whole else _NOISE * np.where(size > 0, size, np.abs(x).max(axis=0))
+    differ = (x[1:] != x[:-1]) if whole else (x[1:] - x[:-1] > noise)
+    met = differ & (z[1:] == z[:-1])
+    wrong = np.flatnonzero(met.sum(axis=0) > (0 if whole else _SHARE * (1 + differ.sum(axis=0))))
+    if len(wrong):
+        j = wrong[0]
+        i = np.flatnonzero(met[:, j])[0]
+        raise InputError(
+            f"{features[j]} has the values {x[i, j]} and {x[i + 1, j]}, which are one "
+            f"in 32 bits after (x − mean) / std, with std = {std[j]:.3g}, as are "
+            f"{met[:, j].sum() - 1} other pairs: take away what they have in common, take the "
+            "logarithm, or remove rare values"
+        )
 
 
 def hold_out_tenths(

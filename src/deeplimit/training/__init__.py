@@ -7,14 +7,12 @@ from deeplimit.lazy import lazy
 if TYPE_CHECKING:
     from deeplimit.training.analysis import complete, crop_run, profile_run
     from deeplimit.training.building import build_model, load_data, loss_of, run_data
-    from deeplimit.training.defaults import recipe_for
     from deeplimit.training.example_batch import BatchRequest, Example, example
-    from deeplimit.training.fit import resume, train
+    from deeplimit.training.fit import refine_run, resume, train
     from deeplimit.training.given_model import load_model
-    from deeplimit.training.healing import heal, heal_run, resume_heal
+    from deeplimit.training.healing import heal, heal_run, resume_heal, search_run
     from deeplimit.training.library_models import LoadedModel
-    from deeplimit.training.recipe import Recipe
-    from deeplimit.training.refining import refine_run
+    from deeplimit.training.recipe import Recipe, recipe_for
     from deeplimit.training.results import (
         Cut,
         Healing,
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
         RunResults,
     )
     from deeplimit.training.run_folder import RunFolder
-    from deeplimit.training.searching import search_run
 
 __all__ = [
     "BatchRequest",

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from lightning_fabric import Fabric
 from torch import nn
 
@@ -39,7 +39,12 @@ from deeplimit.training.building import (
 )
 from deeplimit.training.companions import together
 from deeplimit.training.fit import launched, train_in
-from deeplimit.training.processes import first_process_does, fitting_threads, launch
+from deeplimit.training.processes import (
+    first_process_does,
+    fitting_threads,
+    launch,
+    usable_device,
+)
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Cut, Parts, Profiles, Reference
 from deeplimit.training.run_files import RECIPE, SUFFIX, alone
@@ -204,12 +209,6 @@ def _possible(structure: Anatomy, removed: Iterable[int]) -> tuple[int, ...]:
     return possible if removable(structure, possible) else possible[1:]
 
 
-def usable_device(recipe: Recipe) -> torch.device:
-    """The recipe's device where this machine has it, else the CPU."""
-    cuda = recipe.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
-
-
 def complete(folder: RunFolder, *, quiet: bool = False) -> None:
     """Does for a trained run what was not done yet: profile, automatic cut, and its control.
 
@@ -288,13 +287,8 @@ def _train_beside(
     own = of.path if of.path.name not in ("", "..") else of.path.resolve()
     place, start = own.with_name(f"{own.name}-{suffix}"), prepare(recipe, run_data(of))
     fabric = launched(start)
-
-    def folder_of_it() -> RunFolder:
-        begun = _begun(recipe, place, of)
-        names = start.data.class_names
-        return begun or RunFolder.create(place.parent, place.name, recipe, names)
-
-    folder = first_process_does(fabric, folder_of_it)
+    made = partial(RunFolder.create, place.parent, place.name, recipe, start.data.class_names)
+    folder = first_process_does(fabric, lambda: _begun(recipe, place, of) or made())
     title = f"{title} ({folder.path})"
     try:
         return train_in(fabric, start, folder, title=title, going_on=of.path, quiet=quiet)

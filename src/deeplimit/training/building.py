@@ -1,8 +1,8 @@
 """From a recipe to the objects of a run: data, network, loss, batches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit.control import Distillation, SoftCrossEntropy, StageCost, verify_crop
+from deeplimit.control import SoftCrossEntropy, StageCost, verify_crop
 from deeplimit.control.verdict import check_rise, check_tolerance
 from deeplimit.control.verifying import CropResult
 from deeplimit.data import Augmentation, DataSet, Split, iter_batches, load_dataset
@@ -30,7 +30,7 @@ from deeplimit.network.initialisation import check_kernel
 from deeplimit.network.storage import architecture_of
 from deeplimit.network.storage import load as load_own
 from deeplimit.training.given_model import check_model, given_model
-from deeplimit.training.models import of_transformers
+from deeplimit.training.models import keeps_any_depth
 from deeplimit.training.processes import fitting_threads
 from deeplimit.training.recipe import OWN_STARTS, Recipe
 from deeplimit.training.run_files import RunFiles, as_vouched
@@ -40,20 +40,6 @@ EVALUATION_BATCH = 256
 LOGITS = 2**25  # of a batch of texts: 128 MiB in 32 bits
 RISE = 0.05  # nats a token by which a cut may raise the loss: a perplexity 5 % higher
 CACHE = ".data"  # in the folder of the runs: decoded images, memory-mapped by later runs
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """Learning from another network, with w and τ as in `Distillation`.
-
-    Attributes:
-        learns: whether the teacher learns beside.
-    """
-
-    teacher: nn.Module
-    weight: float
-    temperature: float
-    learns: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,13 +63,13 @@ class Start:
     """All that a training starts from: the model at its initial parameters.
 
     The recipe has the standardisation settled; the data are standardised, where the model does not
-    do it itself.
+    do it itself. What is minimised is the stage cost, or another objective of its arguments.
     """
 
     recipe: Recipe
     data: DataSet
     model: nn.Module
-    teaching: Teaching | None = None
+    objective: Callable[..., StageCost] = StageCost
     fade: Fade | None = None
 
 
@@ -141,7 +127,7 @@ def _check_one_stage(start: Start) -> None:
         why = "is a language model, of which layers of any place are cut"
     elif structure.stages > 1:
         why = f"has {structure.stages} stages, of which layers of any place are cut"
-    elif architecture_of(model) is None and not of_transformers(model):
+    elif not keeps_any_depth(model):
         why = "is one of which a run folder cannot store another depth"
     if why:
         raise InputError(
@@ -264,40 +250,33 @@ def _shape(value: Tensor | None) -> str:
     return "not there" if value is None else "×".join(map(str, value.shape)) or "a number"
 
 
-def build_objective(
-    recipe: Recipe, data: DataSet, model: nn.Module, teaching: Teaching | None = None
-) -> StageCost:
-    """Makes the objective: the stage cost around a model, switched to the recipe's gradient.
+def build_objective(start: Start, model: nn.Module) -> StageCost:
+    """Makes the objective around a model, which is switched to the recipe's gradient.
 
     Of how far rebuilt states are off the training itself tells: for all processes together.
     """
+    recipe = start.recipe
     if recipe.gradient == "adjoint":
         evaluations = None if recipe.bits else recipe.evaluations
         use_adjoint(model, evaluations=evaluations, bits=recipe.bits, on_drift="ignore")
     freeze_frame(recipe, model)
-    return stage_cost(recipe, data, model, teaching)
+    return stage_cost(recipe, start.data, model, start.objective)
 
 
 def stage_cost(
-    recipe: Recipe, data: DataSet, model: nn.Module, teaching: Teaching | None = None
+    recipe: Recipe,
+    data: DataSet,
+    model: nn.Module,
+    objective: Callable[..., StageCost] = StageCost,
 ) -> StageCost:
-    """The recipe's stage cost around a model as it is."""
-    costs: dict[str, Any] = {
-        "weight": recipe.stage_cost,
-        "control_cost": recipe.control_cost,
-        "control_cost_kind": recipe.control_cost_kind or "squared",
-        "layers": recipe.stage_cost_layers,
-    }
-    if teaching is None:
-        return StageCost(model, loss_of(recipe, data), **costs)
-    return Distillation(
+    """The recipe's stage cost, or another objective, around a model as it is."""
+    return objective(
         model,
         loss_of(recipe, data),
-        teaching.teacher,
-        teacher_weight=teaching.weight,
-        temperature=teaching.temperature,
-        learns=teaching.learns,
-        **costs,
+        weight=recipe.stage_cost,
+        control_cost=recipe.control_cost,
+        control_cost_kind=recipe.control_cost_kind or "squared",
+        layers=recipe.stage_cost_layers,
     )
 
 

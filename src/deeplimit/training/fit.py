@@ -1,4 +1,4 @@
-"""Training a recipe from its start, or from where a run was stopped."""
+"""Training a recipe from its start, from where a run was stopped, or with its network deeper."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,16 +6,43 @@ from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
+from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control import StageCost, crop
-from deeplimit.errors import RunError, several
+from deeplimit.control.verifying import CropResult
+from deeplimit.data import DataSet
+from deeplimit.errors import InputError, RunError, several
 from deeplimit.interruption import interruptible
-from deeplimit.training.building import Start, evaluation_batches, load_data, loss_of, prepare
-from deeplimit.training.checkpoint import load_checkpoint
+from deeplimit.ode import refine
+from deeplimit.training.building import (
+    Start,
+    compared,
+    evaluation_batches,
+    freeze_frame,
+    load_data,
+    loss_of,
+    prepare,
+    reshaped,
+    run_data,
+    training_batches,
+)
+from deeplimit.training.checkpoint import (
+    Checkpoint,
+    capture,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+)
 from deeplimit.training.companions import together
-from deeplimit.training.loop import Training, depth_due
+from deeplimit.training.loop import Training, build_optimizer, depth_due
+from deeplimit.training.models import keeps_any_depth
+from deeplimit.training.new_folder import check_beside
 from deeplimit.training.processes import (
+    alone_in,
     first_process_does,
     fitting_threads,
     launch,
@@ -25,6 +52,7 @@ from deeplimit.training.processes import (
 )
 from deeplimit.training.progress import observer
 from deeplimit.training.recipe import Recipe
+from deeplimit.training.results import Refinement
 from deeplimit.training.run_files import alone
 from deeplimit.training.run_folder import RunFolder
 
@@ -169,7 +197,8 @@ def fit(
         try:
             while (now := len(training.rows)) < (recipe.epochs if until is None else until):
                 if (depth := depth_due(recipe, training.rows)) is not None:
-                    gone = f"the first {depth} layers are as good as all {training.layers}"
+                    layers = anatomy(training.network).horizon
+                    gone = f"the first {depth} layers are as good as all {layers}"
                     seen.start(f"after epoch {now} the network is cut: {gone}")
                     training = training.shortened(depth)
                 try:
@@ -226,3 +255,121 @@ def train_in(
         first_process_does(fabric, finish)
     whole = network.eval() if fabric.is_global_zero else None
     return replace(folder, data=start.data, network=whole)
+
+
+def refine_run(
+    folder: RunFolder,
+    factor: int = 2,
+    *,
+    epochs: int = 0,
+    learning_rate: float | None = None,
+    name: str | None = None,
+    quiet: bool = False,
+) -> RunFolder:
+    """Refines a run's network into a new run folder beside it, and trains on from there.
+
+    The new recipe is the run's own with the deeper network, its step, and where it starts from. The
+    training has a fresh one-cycle schedule; where the run has a checkpoint the optimiser's state is
+    carried along as by `refine`. It starts from a checkpoint after 0 epochs, so that `resume`, or
+    deeplimit train --resume, goes on with it wherever it was stopped.
+
+    Args:
+        folder: a finished run, of a network of deeplimit's own or of transformers.
+        factor: m.
+        epochs: passes over the training data; 0: none.
+        learning_rate: the largest of the schedule; by default the run's.
+        name: the new run folder's; by default the run's with -xm behind it.
+        quiet: no progress on stderr.
+
+    Returns:
+        The new run; its `refinement()` has the figures on test data.
+
+    Raises:
+        InputError: a network that cannot be refined or stored, settings out of range, a run that is
+            not finished.
+        RunError, KeyboardInterrupt: as `train`.
+    """
+    recipe = _deeper_recipe(folder.recipe, epochs, learning_rate)
+    check_beside(folder.path)
+    model = folder.model()
+    if not keeps_any_depth(model):
+        raise InputError(
+            f"a run folder cannot store another depth of a {type(model).__name__}; refine it in "
+            "Python: deeplimit.refine"
+        )
+    data = run_data(folder)
+    optimizer = _optimiser_of(folder, model) if epochs else None
+    deeper = refine(model, factor, optimizer=optimizer)
+    name = f"{folder.path.resolve().name}-x{factor}" if name is None else name
+    refinement = Refinement(
+        source=str(folder.path.resolve()),
+        factor=factor,
+        report=_by_accuracy(recipe, data, model, deeper),
+        epochs=epochs,
+        learning_rate=recipe.learning_rate,
+        carried=optimizer is not None,
+    )
+    shaped = reshaped(recipe, deeper)
+    rate = folder.recipe.learning_rate
+
+    def fill(made: RunFolder, _: Path) -> None:
+        if optimizer is not None:
+            save_checkpoint(made.path, _beginning(made.recipe, data, deeper, optimizer, rate))
+        made.write(refinement)
+
+    names = folder.class_names
+    made = RunFolder.create_from(folder.path.parent, name, shaped, deeper, epochs, names, fill)
+    made = resume(made.path, quiet=quiet)
+    if epochs:
+        trained = _by_accuracy(recipe, data, model, made.model())
+        made.write(replace(refinement, trained=trained))
+    return made
+
+
+def _deeper_recipe(recipe: Recipe, epochs: int, learning_rate: float | None) -> Recipe:
+    """The run's own with other settings, checked before anything is written; in one process."""
+    if epochs < 0:
+        raise InputError(f"epochs is {epochs}; expected at least 0")
+    if learning_rate is not None and not epochs:
+        raise InputError(
+            f"the learning rate is {learning_rate:g}, but nothing is trained: give epochs, or "
+            "leave the learning rate out"
+        )
+    rate = recipe.learning_rate if learning_rate is None else learning_rate
+    # A network of our own needs an epoch unless there is a start, which is not written yet.
+    epochs = max(epochs, 1)
+    # More evaluations than epochs, after which the run's was to be cut, are never made here.
+    cutting = recipe.cut_while_training if recipe.cut_while_training <= epochs else 0
+    changed = replace(
+        recipe, epochs=epochs, learning_rate=rate, start=None, cut_while_training=cutting
+    )
+    return alone_in("deeplimit refine", changed)
+
+
+def _optimiser_of(folder: RunFolder, model: nn.Module) -> Optimizer | None:
+    """The optimiser as of the run's last checkpoint, for its network; None without one."""
+    checkpoint = load_checkpoint(folder.path)
+    if checkpoint is None:
+        return None
+    freeze_frame(folder.recipe, model)
+    optimizer = build_optimizer(folder.recipe, model)
+    schedule = OneCycleLR(optimizer, max_lr=folder.recipe.learning_rate, total_steps=1)
+    restore(checkpoint, model, optimizer, schedule)
+    return optimizer
+
+
+def _beginning(
+    recipe: Recipe, data: DataSet, model: nn.Module, optimizer: Optimizer, before: float
+) -> Checkpoint:
+    """A checkpoint after 0 epochs: the optimiser carried along, under a schedule of its own."""
+    rates = [group["max_lr"] * recipe.learning_rate / before for group in optimizer.param_groups]
+    steps = recipe.epochs * len(training_batches(recipe, data, 0))
+    schedule = OneCycleLR(optimizer, max_lr=rates, total_steps=steps)
+    weights, state = capture(model, optimizer)
+    return Checkpoint(weights, state, schedule.state_dict(), 0, [])
+
+
+def _by_accuracy(recipe: Recipe, data: DataSet, before: nn.Module, after: nn.Module) -> CropResult:
+    """By accuracy, of tokens too."""
+    loss, most = loss_of(recipe, data), recipe.points / 100
+    return compared(recipe, data, before, after, most=most, loss=loss)

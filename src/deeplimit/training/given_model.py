@@ -14,10 +14,10 @@ from deeplimit._anatomy.inputs import call
 from deeplimit.data import DataSet, Standardisation
 from deeplimit.errors import InputError, describe_error
 from deeplimit.network.weights import read_pickled, read_safetensors
-from deeplimit.training.library_models import UNTRAINED, LoadedModel
-from deeplimit.training.recipe import Recipe, check_seed
+from deeplimit.training.library_models import IMAGES, UNTRAINED, LoadedModel
+from deeplimit.training.recipe import Recipe
 from deeplimit.training.run_folder import load_named
-from deeplimit.training.specification import Named
+from deeplimit.training.specification import Named, check_seed
 
 CAUSAL = 1e-3  # of the largest logit by which a later token may change one; more is no rounding
 NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
@@ -49,7 +49,8 @@ def load_model(
             that fails or returns something else, or code that is not trusted.
     """
     check_seed(seed)
-    return load_named(Named.typed(spec), seed=seed, classes=classes, new_head=new_head, trust=trust)
+    named = Named.typed(spec, trust=trust)
+    return load_named(named, seed=seed, classes=classes, new_head=new_head)
 
 
 def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisation | None]:
@@ -61,7 +62,7 @@ def given_model(recipe: Recipe, data: DataSet) -> tuple[nn.Module, Standardisati
     Raises:
         InputError: no such model or weights, or figures that do not go with the model or the data.
     """
-    spec, task = recipe.model or "", "IMAGE_CLASSIFICATION"
+    spec, task = recipe.model or "", IMAGES
     if data.is_text:
         task = "SEQUENCE_CLASSIFICATION" if data.vocabulary is None else "CAUSAL_LM"
     more: dict[str, Any] = {"new_head": recipe.new_head, "task": task}

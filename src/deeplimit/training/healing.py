@@ -1,10 +1,10 @@
-"""A short recovery of a cut network, with the full one as its teacher or without."""
+"""A short recovery of a cut network, with the full one as its teacher, or on the way to the cut."""
 
 import copy
 import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,32 +13,35 @@ from torch import nn
 from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.checks import layer_numbers
 from deeplimit._anatomy.evaluation import device_of, to_device
-from deeplimit.control import crop
+from deeplimit.control import Distillation, StageCost, choose_cut, crop, turnpike_profile
 from deeplimit.control.distillation import check_teaching
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, several
-from deeplimit.files import write_text
+from deeplimit.files import remove, write_text
 from deeplimit.records import read_record, to_plain
+from deeplimit.training.analysis import HEALED, allowed, write_cut
 from deeplimit.training.building import (
     Fade,
     Start,
-    Teaching,
     compared,
     evaluation_batches,
+    measure_of,
     run_data,
     tolerance_of,
 )
 from deeplimit.training.fit import fit, launched
 from deeplimit.training.given_model import check_model
-from deeplimit.training.processes import alone_in, place
+from deeplimit.training.processes import alone_in, fitting_threads, place, usable_device
 from deeplimit.training.recipe import Recipe
-from deeplimit.training.results import Healing, Parts, Plan
+from deeplimit.training.results import Cut, Healing, Parts, Plan, Tried
 from deeplimit.training.run_files import alone
 from deeplimit.training.run_folder import RunFolder
 
 UNDERWAY, PLAN = "heal", "plan.json"
+SEARCH, SETTINGS = "search", "settings.json"
 FADE = 0.45  # of the training; see benchmarks/results/pretrained_budget.json
 GENTLER = 10  # how much smaller than the run's the learning rate is by default
+WEIGHT, TEMPERATURE = 0.5, 2.0  # of the teacher
 
 
 def heal(
@@ -49,8 +52,8 @@ def heal(
     fade: float = FADE,
     teacher: nn.Module | None = None,
     teacher_learns: bool = False,
-    teacher_weight: float = 0.5,
-    temperature: float = 2.0,
+    teacher_weight: float = WEIGHT,
+    temperature: float = TEMPERATURE,
     recipe: Recipe | None = None,
     quiet: bool = True,
 ) -> nn.Module:
@@ -86,11 +89,6 @@ def heal(
         RunError: the loss is not finite.
     """
     name = type(model).__name__
-    if not isinstance(data, DataSet):
-        raise InputError(
-            f"data is {type(data).__name__}; expected a DataSet, by "
-            "deeplimit.data.load_dataset('cifar10') or made of your own splits"
-        )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
             f"every parameter of this {name} is frozen; call requires_grad_() on what is to be "
@@ -101,20 +99,37 @@ def heal(
     recipe = recipe or Recipe(
         data=data.name, model=name, epochs=1, learning_rate=3e-4, weight_decay=0.0, stage_cost=0.0
     )
-    recipe = place(recipe)
-    teaching = None
+    recipe, objective = place(recipe), _taught(None)
     if teacher is not None:
         check_teaching(teacher_weight, temperature)
-        teaching = Teaching(teacher, teacher_weight, temperature, teacher_learns)
+        objective = _taught(teacher, teacher_weight, temperature, learns=teacher_learns)
     sample = to_device(next(iter(evaluation_batches(data.train.take(1))))[0], device_of(model))
     for network in (model, teacher or model):
         check_model(network, sample, data, name, replace(recipe, data=data.name))
     fading = _fade(gone, fade)
     begun = copy.deepcopy(model) if fading else crop(model, remove=gone)
-    start = Start(recipe, data, begun.cpu(), teaching, fading)
-    healed = fit(launched(start), start, title=f"{name} on {data.name}", quiet=quiet).end()
-    healed = crop(healed, remove=gone if fading else ()).to(device_of(model))
-    return healed.train(model.training)
+    start = Start(recipe, data, begun.cpu(), objective, fading)
+    healed = _trained_and_cut(start, None, title=f"{name} on {data.name}", quiet=quiet)
+    return healed.to(device_of(model)).train(model.training)
+
+
+def _taught(
+    teacher: nn.Module | None,
+    weight: float = WEIGHT,
+    temperature: float = TEMPERATURE,
+    *,
+    learns: bool = False,
+) -> Callable[..., StageCost]:
+    """The objective of a training with a teacher, or without."""
+    if teacher is None:
+        return StageCost
+    return partial(
+        Distillation,
+        teacher=teacher,
+        teacher_weight=weight,
+        temperature=temperature,
+        learns=learns,
+    )
 
 
 def _fade(layers: tuple[int, ...], part: float) -> Fade | None:
@@ -129,8 +144,8 @@ def heal_run(
     epochs: int = 1,
     learning_rate: float | None = None,
     teacher: Literal["full", "beside", "none"] = "full",
-    teacher_weight: float = 0.5,
-    temperature: float = 2.0,
+    teacher_weight: float = WEIGHT,
+    temperature: float = TEMPERATURE,
     fade: float | None = None,
     quiet: bool = False,
 ) -> Healing:
@@ -173,13 +188,17 @@ def heal_run(
     weight = 0.0 if teacher == "none" else teacher_weight
     plan = Plan(cut.removed, teacher, weight, temperature, epochs, rate, fade)
     _recipe(folder, plan)
-    data = run_data(folder)
-    underway = folder.path / UNDERWAY
+    run_data(folder)  # read, or refused, before anything is written
     with alone(folder.path):
-        shutil.rmtree(underway, ignore_errors=True)
-        underway.mkdir()
-        write_text(underway / PLAN, json.dumps(to_plain(plan)) + "\n")
-        return _heal(folder, plan, data, quiet=quiet)
+        _begin(folder.path / UNDERWAY / PLAN, json.dumps(to_plain(plan)) + "\n")
+        return _heal(folder, plan, cut, quiet=quiet)
+
+
+def _begin(file: Path, settings: str) -> None:
+    """Empties the folder in which a training is going on, and writes its settings there."""
+    remove(file.parent)
+    file.parent.mkdir()
+    write_text(file, settings)
 
 
 def check_healing(epochs: int, teacher_weight: float, temperature: float, fade: float) -> None:
@@ -212,7 +231,7 @@ def resume_heal(
             f"deeplimit heal {path}"
         )
     with alone(path):
-        return _heal(folder, plan, run_data(folder), quiet=quiet)
+        return _heal(folder, plan, cut, quiet=quiet)
 
 
 def _recipe(folder: RunFolder, plan: Plan) -> Recipe:
@@ -220,40 +239,40 @@ def _recipe(folder: RunFolder, plan: Plan) -> Recipe:
     recipe = folder.recipe
     if recipe.gradient == "adjoint" and anatomy(folder.cropped()).horizon == 0:
         recipe = replace(recipe, gradient="backprop", evaluations=Recipe.evaluations, bits=0)
-    rate = plan.learning_rate
-    recipe = replace(recipe, epochs=plan.epochs, learning_rate=rate, cut_while_training=0)
-    return alone_in("deeplimit heal", recipe)
+    return _gentle("deeplimit heal", recipe, plan.epochs, plan.learning_rate)
 
 
-def trained_and_cut(
-    start: Start, place: Path, *, title: str, command: str, quiet: bool
+def _gentle(verb: str, recipe: Recipe, epochs: int, learning_rate: float) -> Recipe:
+    changed = replace(recipe, epochs=epochs, learning_rate=learning_rate, cut_while_training=0)
+    return alone_in(verb, changed)
+
+
+def _trained_and_cut(
+    start: Start, place: Path | None, *, title: str, command: str = "", quiet: bool
 ) -> nn.Module:
-    """Trains in a folder of its own, from its last checkpoint; less the layers that faded out."""
+    """Trains, in a folder from its last checkpoint; less the layers that faded out."""
     fabric = launched(start)
     healed = fit(fabric, start, place, title=title, command=command, quiet=quiet).end().eval()
     return crop(healed, remove=start.fade.layers) if start.fade else healed
 
 
-def _heal(folder: RunFolder, plan: Plan, data: DataSet, *, quiet: bool) -> Healing:
-    recipe, cut = _recipe(folder, plan), folder.cut()
+def _heal(folder: RunFolder, plan: Plan, cut: Cut, *, quiet: bool) -> Healing:
+    recipe, data = _recipe(folder, plan), run_data(folder)
     full, cropped = folder.model(), folder.cropped()
-    teaching = None
-    if plan.teacher != "none":
-        learns = plan.teacher == "beside"
-        teaching = Teaching(full, plan.teacher_weight, plan.temperature, learns=learns)
+    teacher, learns = None if plan.teacher == "none" else full, plan.teacher == "beside"
+    objective = _taught(teacher, plan.teacher_weight, plan.temperature, learns=learns)
     begun = copy.deepcopy(full if plan.fade else cropped)
-    start = Start(recipe, data, begun, teaching, _fade(plan.removed, plan.fade))
+    start = Start(recipe, data, begun, objective, _fade(plan.removed, plan.fade))
     layers = f"{anatomy(cropped).horizon} of {several(anatomy(full).horizon, 'layer')}"
-    healed = trained_and_cut(
+    healed = _trained_and_cut(
         start,
         folder.path / UNDERWAY,
         title=f"{folder.path}: healing {layers} on {recipe.data}",
         command=f"deeplimit heal {folder.path} --resume",
         quiet=quiet,
     )
-    asked = None if cut is None else cut.tolerance
-    if cut is not None and cut.choice is not None and cut.choice.budget == "rise":
-        asked = cut.choice.limit
+    by_rise = cut.choice is not None and cut.choice.budget == "rise"
+    asked = cut.choice.limit if cut.choice is not None and by_rise else cut.tolerance
     most, device = tolerance_of(folder.recipe, data, asked), device_of(healed)
     healing = Healing(
         **vars(plan),
@@ -266,3 +285,94 @@ def _heal(folder: RunFolder, plan: Plan, data: DataSet, *, quiet: bool) -> Heali
         new.write(healing)
         new.files.drop(UNDERWAY)
     return healing
+
+
+def search_run(
+    folder: RunFolder,
+    *,
+    epochs: int = 1,
+    accuracy: float | None = None,
+    rise: float | None = None,
+    quiet: bool = False,
+) -> Cut:
+    """Cuts a run's network to the smallest depth that is kept, healing it on the way down.
+
+    From the last network that was kept layers are chosen by their number (`choose_cut`). They fade
+    out while it trains as in `heal_run`, with the full network as its teacher. What is left is
+    judged against the full network on validation data (`verify_crop`). The depths are a bisection:
+    half of the layers, half of these, … while the verdict is "kept", then between the last that was
+    and the first that was not. Of N layers that takes 1 + log₂ N trainings at most, of ever smaller
+    networks, and one layer at a time up to N. It counts on no depth being kept below one that was
+    not. What is found is judged on test data, once.
+
+    Writes cropped.safetensors (or cropped/), the healed network, and crop.json with the path. While
+    it goes on RUN/search holds the checkpoints of every depth. Called again with the same settings
+    it goes on from there, to the same result as an unbroken one.
+
+    Args:
+        folder: a finished run.
+        epochs: passes over the training data at each depth.
+        accuracy: the fraction of accuracy that may be lost; by default what the recipe says.
+        rise: the same of a language model, in place of accuracy: nats a token.
+        quiet: no progress on stderr.
+
+    Raises:
+        InputError: settings out of range, or a run that is not finished.
+        RunError, KeyboardInterrupt: as `train`.
+    """
+    check_healing(epochs, WEIGHT, TEMPERATURE, FADE)
+    own = folder.recipe
+    recipe = _gentle("deeplimit crop --search", own, epochs, own.learning_rate / GENTLER)
+    full, data = folder.model(), run_data(folder)
+    most = allowed(own, data, accuracy=accuracy, rise=rise)
+    settings = json.dumps({"epochs": epochs, "allowed": most}) + "\n"
+    file, removed, current, path = folder.path / SEARCH / SETTINGS, set[int](), full, list[Tried]()
+    with alone(folder.path):
+        if not file.is_file() or file.read_text() != settings:
+            _begin(file, settings)
+        horizon, fixed = anatomy(full).horizon, len(anatomy(full).fixed)
+        low, high = max(fixed, 1) - 1, horizon
+        while high - low > 1:
+            depth = (low + high) // 2
+            gone = _chosen(current, recipe, data, depth)
+            begun = copy.deepcopy(current).cpu()
+            start = Start(recipe, data, begun, _taught(full), Fade(gone, FADE))
+            under = file.with_name(str(depth))
+            under.mkdir(exist_ok=True)
+            smaller = _trained_and_cut(
+                start,
+                under,
+                title=f"{folder.path}: depth {depth} of {several(horizon, 'layer')}",
+                command="the same command",
+                quiet=quiet,
+            )
+            full = full.to(device_of(smaller))
+            report = compared(recipe, data, full, smaller, most=most, split=data.validation)
+            left = [n for n in range(horizon) if n not in removed]
+            more = removed.union(left[i] for i in gone)
+            path.append(Tried(tuple(sorted(more)), report))
+            match report.verdict and report.verdict.word:
+                case "kept":
+                    removed, current, high = more, smaller, depth
+                case "nothing learnt":  # by the full network, so by no other
+                    break
+                case _:
+                    low = depth
+        report = compared(recipe, data, full, current, most=most)
+        tolerance = None if data.vocabulary else most
+        gone = tuple(sorted(removed))
+        cut = Cut(gone, tolerance, report, None, Parts.of(data), search=tuple(path))
+        with folder.commit() as new:
+            cut = write_cut(new, cut, current)
+            new.files.drop(*HEALED, SEARCH)
+    return cut
+
+
+def _chosen(model: nn.Module, recipe: Recipe, data: DataSet, depth: int) -> tuple[int, ...]:
+    """The layers that go where so many are to be kept."""
+    model, validation = model.to(usable_device(recipe)), evaluation_batches(data.validation)
+    loss = measure_of(recipe, data)
+    with fitting_threads(recipe):
+        profile = turnpike_profile(model, validation, loss)
+        other = loss if data.vocabulary else None
+        return choose_cut(model, profile, validation, loss=other, blocks=depth).removed

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.checks import IGNORED
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit.control import Fading, crop, turnpike_profile
+from deeplimit.control import Distillation, Fading, crop, turnpike_profile
 from deeplimit.control.soft_cross_entropy import check_loss
 from deeplimit.errors import InputError, RunError
 from deeplimit.gradient import MemoryPlan, drift
@@ -63,7 +63,8 @@ class Training:
     def __init__(self, fabric: Fabric, start: Start, folder: Path | None):
         self.fabric: Any = fabric
         self.start, self.folder = start, folder
-        recipe, data = self.recipe, self.data = start.recipe, start.data
+        recipe = self.recipe = start.recipe
+        self.data = start.data
         self.rows: list[Row] = []
         self.steps = 0
         self.steps_per_epoch = len(self._batches(epoch=0))
@@ -73,7 +74,7 @@ class Training:
         if self.fade is not None:
             # Before the adjoint, which then rebuilds the states of a faded block too.
             self._fadings = [Fading(m, self.fade.layers) for m in (self.network, model)]
-        self.objective = build_objective(recipe, data, model, start.teaching)
+        self.objective = build_objective(start, model)
         self.drift = None
         self.plan: MemoryPlan | None = None
         if recipe.gradient == "adjoint":
@@ -83,7 +84,7 @@ class Training:
                 engine.auto.remove()  # all processes follow one plan, which is made below
         self.module: Any = fabric.setup_module(self.objective)
         # Only now: under fsdp the parameters have become other objects.
-        learns = start.teaching is not None and start.teaching.learns
+        learns = isinstance(self.objective, Distillation) and self.objective.learns
         self.learning = self.objective if learns else self.objective.model
         self.optimizer = build_optimizer(recipe, self.learning)
         if recipe.control_cost_kind == "group":
@@ -96,11 +97,6 @@ class Training:
         self.stepper: Any = fabric.setup_optimizers(self.optimizer)
         if fabric.is_global_zero:
             self.network.to(fabric.device)
-
-    @property
-    def layers(self) -> int:
-        """The number of layers of the network that is trained."""
-        return anatomy(self.network).horizon
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes back to where a checkpoint was taken."""

@@ -38,12 +38,13 @@ from deeplimit.reading import parse_json
 from deeplimit.records import coerce
 from deeplimit.training.library_models import (
     IMAGES,
+    PREPROCESSOR,
     LoadedModel,
     other_model,
+    preprocessor,
     quiet,
     transformers_model,
 )
-from deeplimit.training.preprocessor import PREPROCESSOR, preprocessor
 from deeplimit.training.run_files import SUFFIX, as_vouched
 from deeplimit.training.specification import LIBRARIES, check_code
 
@@ -175,6 +176,11 @@ def load_network(place: Path, rebuild: Callable[[], nn.Module]) -> nn.Module:
 
 def _file(place: Path) -> Path:
     return place.with_name(place.name + SUFFIX)
+
+
+def keeps_any_depth(model: nn.Module) -> bool:
+    """Says whether a run folder can store the model with another number of layers."""
+    return architecture_of(model) is not None or of_transformers(model)
 
 
 def of_transformers(model: nn.Module) -> bool:

@@ -3,8 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import chain, count
 from pathlib import Path
 
@@ -32,7 +31,16 @@ def new_folder(runs: Path, name: str, fill: Callable[[Path, Path], object]) -> P
         InputError: the name is no folder's name, or the folder cannot be made or written to.
     """
     check_name(name)
-    with _aside(runs, name) as aside:
+    if runs.is_symlink() and not runs.exists():
+        raise InputError(
+            f"{runs} is a link to {runs.readlink()}, which is not there; make that folder, or give "
+            "another one for the runs"
+        )
+    aside = aside_of(runs / name)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        remove_stale(runs)
+        remove(aside)
         while True:
             names = chain([name], (f"{name}-{number}" for number in count(2)))
             path = next(runs / one for one in names if not os.path.lexists(runs / one))
@@ -47,6 +55,11 @@ def new_folder(runs: Path, name: str, fill: Callable[[Path, Path], object]) -> P
                 continue
             flush_folder(runs)
             return path
+    except OSError as error:
+        reason = "a file is in the way" if isinstance(error, FileExistsError) else error.strerror
+        raise _no_folder(runs / name if runs.is_dir() else runs, reason) from error
+    finally:
+        remove(aside)
 
 
 def check_name(name: str) -> None:
@@ -58,51 +71,24 @@ def check_name(name: str) -> None:
         raise InputError(f"{what}: give a shorter one")
 
 
-def check_runs(runs: Path) -> None:
+def check_runs(runs: Path, remedy: str = ANOTHER) -> None:
     """Raises InputError where no folder can be made, as far as can be told without making one."""
     if runs.is_symlink() and not runs.exists():
         return  # told in full by who makes it
     there = runs.absolute()
     nearest = next(path for path in (there, *there.parents) if os.path.lexists(path))
     if not nearest.is_dir():
-        raise _no_folder(runs, "a file is in the way", ANOTHER)
+        raise _no_folder(runs, "a file is in the way", remedy)
     if not os.access(nearest, os.W_OK):
         read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY
         reason = os.strerror(errno.EROFS) if read_only else "it may not be written to"
-        raise _no_folder(runs, reason, ANOTHER)
-
-
-def check_place(runs: Path, remedy: str = ANOTHER) -> None:
-    """Raises InputError where no folder can be made; for what is to be made after long work."""
-    with _aside(runs, "place", remedy) as aside:
-        aside.mkdir()
+        raise _no_folder(runs, reason, remedy)
 
 
 def check_beside(run: Path) -> None:
     """Raises InputError where nothing can be written beside a run; before long work."""
-    check_place(run.resolve().parent, elsewhere(run))
+    check_runs(run.resolve().parent, elsewhere(run))
 
 
-def _no_folder(place: Path, reason: str | None, remedy: str) -> InputError:
+def _no_folder(place: Path, reason: str | None, remedy: str = ANOTHER) -> InputError:
     return InputError(f"{place}: no run folder can be made there ({reason}); {remedy}")
-
-
-@contextmanager
-def _aside(runs: Path, name: str, remedy: str = ANOTHER) -> Iterator[Path]:
-    """A place in `runs` for a folder that is not whole yet; what was killed before is gone."""
-    if runs.is_symlink() and not runs.exists():
-        raise InputError(
-            f"{runs} is a link to {runs.readlink()}, which is not there; make that folder, or give "
-            "another one for the runs"
-        )
-    aside = aside_of(runs / name)
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        remove_stale(runs)
-        remove(aside)
-        yield aside
-    except OSError as error:
-        reason = "a file is in the way" if isinstance(error, FileExistsError) else error.strerror
-        raise _no_folder(runs / name if runs.is_dir() else runs, reason, remedy) from error
-    finally:
-        remove(aside)

@@ -50,7 +50,7 @@ def place(recipe: Recipe) -> Recipe:
             )
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device is cuda, but torch sees none here; give cpu or auto")
-    if device_type(recipe) == "cuda" and recipe.devices > torch.cuda.device_count():
+    if usable_device(recipe).type == "cuda" and recipe.devices > torch.cuda.device_count():
         raise InputError(
             f"devices is {recipe.devices}, but torch sees {torch.cuda.device_count()} CUDA "
             "device(s) here; give at most as many, or the device cpu"
@@ -75,11 +75,10 @@ def shared(recipe: Recipe) -> bool:
     return recipe.strategy != "auto" or recipe.devices > 1 or processes() > 1
 
 
-def device_type(recipe: Recipe) -> str:
-    """Returns which kind of device the recipe means here: cpu or cuda."""
-    if recipe.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return recipe.device
+def usable_device(recipe: Recipe) -> torch.device:
+    """The recipe's device where this machine has it, else the CPU."""
+    cuda = recipe.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def launch(recipe: Recipe, *, unused: bool = False) -> Fabric:
@@ -98,15 +97,14 @@ def launch(recipe: Recipe, *, unused: bool = False) -> Fabric:
         )
     elif unused and shared(recipe):
         strategy = "ddp_find_unused_parameters_true"
-    kind: dict[str, Any] = {"precision": recipe.precision}
-    if recipe.precision == "64-true":  # as an object: by name it is refused under fsdp
-        kind = {"plugins": DoublePrecision()}
+    double = recipe.precision == "64-true"  # as an object: by name it is refused under fsdp
     fabric = Fabric(
-        accelerator=device_type(recipe),
+        accelerator=usable_device(recipe).type,
         devices=recipe.devices,
         num_nodes=machines,
         strategy=strategy,
-        **kind,
+        precision=None if double else recipe.precision,
+        plugins=DoublePrecision() if double else None,
     )
     join(fabric)
     atexit.unregister(_leave)

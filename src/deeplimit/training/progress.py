@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,8 +28,8 @@ Row = dict[str, float | None]
 def to_csv(rows: Sequence[Row]) -> str:
     """Returns the text of metrics.csv; None is an empty cell, numbers keep every digit."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     columns = (*COLUMNS, *(DEPTHS if any("layers" in row for row in rows) else ()))
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         given = ((int if name in WHOLE else float, row.get(name)) for name in columns)
@@ -43,8 +44,6 @@ def from_csv(text: str) -> tuple[Row, ...]:
         raise ValueError(f"the columns are not {', '.join(COLUMNS)}")
     found = []
     for cells in rows:
-        if len(cells) != len(columns):
-            raise ValueError(f"a row has {len(cells)} cells; there are {len(columns)} columns")
         numbers = [float(cell) if cell else None for cell in cells]
         if any(number != number for number in numbers):
             raise ValueError("a cell is no number")
@@ -57,14 +56,19 @@ REFRESH = 0.25  # seconds between two looks at the running loss, each of which w
 Figures = Callable[[], tuple[float, float]]
 
 
-class Observer:
-    """Told of every step and every epoch; this one shows no progress, the others do, on stderr."""
+class Observer(AbstractContextManager["Observer"]):
+    """Told of every step and every epoch; this one shows no progress, the others do, on stderr.
 
-    def __enter__(self) -> "Observer":
-        return self
+    Attributes:
+        epochs: that are to be done in all.
+        text: whether next tokens are predicted, which are judged by their loss.
+    """
+
+    def __init__(self, epochs: int = 0, *, text: bool = False):
+        self.epochs, self.text = epochs, text
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """At the end, however it came."""
 
     def start(self, message: str) -> None:
         """Before the first epoch."""
@@ -81,15 +85,27 @@ class Observer:
 
         warnings.warn(message, DriftWarning, stacklevel=2)
 
-    def close(self) -> None:
-        """At the end, however it came."""
+    def described(self, row: Row) -> str:
+        """Loss and accuracy, or perplexity, in training and on validation data, entry, drift."""
+        drift = "" if row.get("drift") is None else f"  drift {row['drift']:.2g}"
+        now, layers = self.measured(row["loss"], row["accuracy"]), row.get("layers")
+        depth = "" if layers is None else f"  {several(int(layers), 'layer')}"
+        return f"loss {row['loss']:.3f}  {now}  {self.validated(row)}{depth}{drift}"
+
+    def validated(self, row: Row) -> str:
+        """Accuracy or perplexity, and entry, on validation data."""
+        entry = "none yet" if row["entry"] is None else f"{row['entry']:.0f}"
+        now = self.measured(row["validation_loss"], row["validation_accuracy"])
+        return f"validation: {now.removeprefix('accuracy ')}, entry {entry}"
+
+    def measured(self, loss: float | None, accuracy: float | None) -> str:
+        """The accuracy; of next tokens the perplexity."""
+        perplexity = math.exp(min(loss or 0.0, 99.0))
+        return f"perplexity {perplexity:.4g}" if self.text else f"accuracy {accuracy:.1%}"
 
 
 class Lines(Observer):
     """One plain line per epoch, for logs."""
-
-    def __init__(self, epochs: int, *, text: bool = False):
-        self.epochs, self.text = epochs, text
 
     def start(self, message: str) -> None:
         """Says it."""
@@ -97,8 +113,8 @@ class Lines(Observer):
 
     def epoch(self, row: Row) -> None:
         """A line."""
-        shown = described(row, text=self.text)
-        tell(f"epoch {row['epoch']:.0f}/{self.epochs}  {shown}  {row['seconds']:.1f} s")
+        seconds = f"{row['seconds']:.1f} s"
+        tell(f"epoch {row['epoch']:.0f}/{self.epochs}  {self.described(row)}  {seconds}")
 
     def warn(self, message: str) -> None:
         """A line."""
@@ -117,9 +133,9 @@ class Bar(Observer):
         *,
         text: bool = False,
     ):
-        self.epochs, self.text = epochs, text
+        super().__init__(epochs, text=text)
         self.seen = 0.0
-        self.validated = ""
+        self.last = ""
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(bar_width=24),
@@ -147,44 +163,22 @@ class Bar(Observer):
         if time.monotonic() - self.seen > REFRESH:
             loss, accuracy = figures()
             self.seen = time.monotonic()
-            figures_now = f"loss {loss:.3f}  {measured(loss, accuracy, text=self.text)}"
-            self.progress.update(self.task, figures=figures_now + self.validated)
+            now = f"loss {loss:.3f}  {self.measured(loss, accuracy)}"
+            self.progress.update(self.task, figures=now + self.last)
 
     def epoch(self, row: Row) -> None:
         """Shows the metrics of the epoch."""
-        self.validated = f"  {validated(row, text=self.text)}"
+        self.last = f"  {self.validated(row)}"
         following = min(int(row["epoch"] or 0) + 1, self.epochs)
-        self.progress.update(self.task, figures=described(row, text=self.text), epoch=following)
+        self.progress.update(self.task, figures=self.described(row), epoch=following)
 
     def warn(self, message: str) -> None:
         """Says it above the bar."""
         self.progress.console.print(f"warning: {message}", highlight=False, markup=False)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leaves the bar as it is."""
         self.progress.stop()
-
-
-def described(row: Row, *, text: bool = False) -> str:
-    """Loss and accuracy, or perplexity, in training and on validation data, entry, drift."""
-    drift = "" if row.get("drift") is None else f"  drift {row['drift']:.2g}"
-    now = measured(row["loss"], row["accuracy"], text=text)
-    layers = "" if row.get("layers") is None else f"  {several(int(row['layers'] or 0), 'layer')}"
-    return f"loss {row['loss']:.3f}  {now}  {validated(row, text=text)}{layers}{drift}"
-
-
-def validated(row: Row, *, text: bool = False) -> str:
-    """Accuracy or perplexity, and entry, on validation data."""
-    entry = "none yet" if row["entry"] is None else f"{row['entry']:.0f}"
-    now = measured(row["validation_loss"], row["validation_accuracy"], text=text)
-    return f"validation: {now.removeprefix('accuracy ')}, entry {entry}"
-
-
-def measured(loss: float | None, accuracy: float | None, *, text: bool) -> str:
-    """The accuracy; of next tokens, which are judged by their loss, the perplexity."""
-    return (
-        f"perplexity {math.exp(min(loss or 0.0, 99.0)):.4g}" if text else f"accuracy {accuracy:.1%}"
-    )
 
 
 def observer(

@@ -1,8 +1,7 @@
-"""A recipe: everything that one training run is made from, typed and checked."""
+"""A recipe: everything that one training run is made from; one for each named data set."""
 
-import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -12,27 +11,13 @@ from typing import Any, Literal
 import tomli_w
 
 from deeplimit.errors import InputError
-from deeplimit.network.shape import check_shape
 from deeplimit.reading import read_toml
 from deeplimit.records import coerce, field_types, from_plain, newer, to_plain
-from deeplimit.training.specification import Named
+from deeplimit.training.specification import NETWORK, TEXTS, Named, check_ranges, conflicts
 
-LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
-LARGEST = 1e18  # optimisers square gradients, and so what multiplies them, in 32 bits: up to 3e38
-LEAST = {"evaluations": 1, "stage_cost_layers": 1, "batch_size": 1, "devices": 1, "crop": 0}
-LEAST |= {"length": 2, "rise": 0, "cut_while_training": 0}
-POSITIVE = ("step", "length_scale", "learning_rate")
-COSTS = ("stage_cost", "control_cost", "weight_decay")
-PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
-# What says how a network of ours is built; nothing where the model is given.
-NETWORK = (
-    *("kind", "depth", "width", "hidden", "reduction"),
-    *("initialisation", "length_scale", "start", "frame", *PUBLISHED),
-)
 FORMAT = 1
 TABLES = ("format", "versions", "recipe", "data")
 OWN_STARTS = ("start", "start.safetensors")  # in a run folder
-TEXTS = ("text:", "table:")  # of data that a tokenizer reads
 
 
 @dataclass(frozen=True)
@@ -181,8 +166,8 @@ class Recipe:
             object.__setattr__(self, "model", Named.typed(self.model))
         if self.frame is not None:  # wherever the recipe is read again
             object.__setattr__(self, "frame", self.frame.absolute())
-        self._check_ranges()
-        for wrong, name, what in self._conflicts():
+        check_ranges(self)
+        for wrong, name, what in conflicts(self):
             if wrong:
                 value = getattr(self, name, None)
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
@@ -241,162 +226,6 @@ class Recipe:
         """N: the residual steps of all stages of a network that is built from kind and depth."""
         return sum(self.depth)
 
-    def _check_ranges(self) -> None:
-        """Each number by itself."""
-        shape = {n: getattr(self, n) for n in ("width", "hidden", "reduction", "step")}
-        check_shape(self.kind, self.depth, **shape, name="depth", least=1)
-        least = LEAST | {"epochs": 1 if self.model is None and self.start is None else 0}
-        for name, number in least.items():
-            value = getattr(self, name)
-            if value is not None and value < number:
-                raise InputError(f"{name} is {value}; expected at least {number}")
-        for name in (*POSITIVE, *COSTS):
-            value, positive = getattr(self, name), name in POSITIVE
-            if not math.isfinite(value) or value < 0 or (positive and value == 0):
-                expected = "a number above 0" if positive else "a number ≥ 0"
-                raise InputError(f"{name} is {value:g}; expected {expected}")
-            if value > LARGEST:
-                raise InputError(
-                    f"{name} is {value:g}; expected at most {LARGEST:g}, whose square a number of "
-                    "32 bits holds: give a smaller one"
-                )
-        if not 0 < self.softness < 1:
-            raise InputError(
-                f"softness is {self.softness:g}; expected a number above 0 and below 1 − 1/C for C "
-                "classes, such as 0.05"
-            )
-        if not 0 <= self.points < 50:
-            raise InputError(
-                f"points is {self.points:g}; expected from 0 to less than 50 points of accuracy, "
-                "such as 0.5"
-            )
-        if self.confidence is not None and not 0.5 < self.confidence < 1:
-            raise InputError(
-                f"confidence is {self.confidence:g}; expected a fraction above 0.5 and below 1, "
-                "such as 0.95"
-            )
-        check_seed(self.seed)
-
-    def _conflicts(self) -> Iterator[tuple[bool, str, str]]:
-        """Yields for each conflict whether it is there, a field, and the words on its value."""
-        kind = f"a {self.kind} network"
-        if self.model is not None:
-            built = f", but the model is {self.model}, which is built already; leave"
-            for name in NETWORK:
-                yield getattr(self, name) != getattr(Recipe, name), name, f"{built} {name} out"
-        else:
-            of_weights = (
-                ", but no model is given; a network of deeplimit's own, or published weights of a "
-                f"CIFAR ResNet, is a model by itself: model {self.weights}"
-            )
-            of_stack = f", but no model is given: {kind} has one; leave stack out"
-            yield self.weights is not None, "weights", of_weights
-            yield self.stack is not None, "stack", of_stack
-            name = "new_head" if self.new_head else "mean or std"
-            yield (
-                self.new_head or self.mean is not None or self.std is not None,
-                "",
-                f"{name} given, but no model: {kind} has a head for the data and standardises its "
-                f"own inputs; leave {name} out",
-            )
-        lonely = (self.mean is None) != (self.std is None)
-        yield lonely, "", "mean and std go together; give both, or neither"
-        yield not self.data, "data", "empty; expected the name of a data set, such as digits"
-        yield (
-            self.initialisation != "smooth" and self.length_scale != Recipe.length_scale,
-            "length_scale",
-            f", but the initialisation {self.initialisation} has none; give the initialisation "
-            f"smooth, or leave length_scale at {Recipe.length_scale:g}",
-        )
-        linear = "" if self.hidden else " with hidden 0"
-        yield (
-            self.frame is not None and (self.kind not in ("vector", "logit") or not self.hidden),
-            "frame",
-            f", but the layers of {kind}{linear} are no means of particles alone; leave it out, or "
-            "give the kind vector or logit with hidden particles",
-        )
-        # The published architecture leaves no choice; a field must not be silently ignored.
-        for name, fixed in PUBLISHED.items():
-            other = self.kind == "cifar-resnet" and getattr(self, name) != fixed
-            remedy = "Leave it out, or give the kind convolutional"
-            yield other, name, f"; a cifar-resnet has {name} {fixed}. {remedy}"
-        yield (
-            self.gradient == "backprop" and self.evaluations != Recipe.evaluations,
-            "evaluations",
-            ", but the gradient backprop rebuilds no state; give the gradient adjoint, or leave "
-            f"evaluations at {Recipe.evaluations}",
-        )
-        yield (
-            self.gradient == "backprop" and self.bits != 0,
-            "bits",
-            ", but the gradient backprop keeps all states; give the gradient adjoint, or leave "
-            "bits out",
-        )
-        yield (
-            self.bits != 0 and self.evaluations != Recipe.evaluations,
-            "evaluations",
-            f", but bits is {self.bits}: states come back by codes, or as planned; leave one out",
-        )
-        yield (
-            self.bits == "auto" and self.strategy == "fsdp",
-            "bits",
-            ", but the strategy fsdp divides the parameters, by which no plan can be measured; "
-            "give 2, 4 or 8",
-        )
-        yield (
-            self.gradient == "adjoint" and self.kind == "cifar-resnet" and self.bits == 0,
-            "gradient",
-            ": the states of a cifar-resnet cannot be rebuilt, because of the ReLU after every "
-            "addition; give bits, the gradient backprop, or the kind convolutional",
-        )
-        yield (
-            self.stage_cost_layers is not None and self.stage_cost == 0,
-            "stage_cost_layers",
-            ", but stage_cost is 0: no layer has a loss; leave it out, or give a stage_cost above "
-            "0",
-        )
-        yield (
-            self.control_cost_kind is not None and self.control_cost == 0,
-            "control_cost_kind",
-            ", but control_cost is 0; leave it out, or give a control_cost above 0",
-        )
-        for name, forms in {"rise": TEXTS[:1], "length": TEXTS}.items():
-            given = getattr(self, name) is not None and not self.data.startswith(forms)
-            what = f", but {self.data} is no text ({', '.join(forms)}…), to which it belongs"
-            yield given, name, f"{what}; leave {name} out"
-        # The control is the same network less its stage cost, and one of another depth.
-        plain, name = self.control == "plain", "start" if self.model is None else "model"
-        yield (
-            plain and getattr(self, name) is not None,
-            "control",
-            f", but {name} is {getattr(self, name)}: a network that starts from weights has no "
-            "like of another depth that starts from scratch; leave control at none",
-        )
-        yield (
-            plain and self.stage_cost == 0,
-            "control",
-            ", but stage_cost is 0: the network is its own control; leave control at none, or give "
-            "a stage_cost above 0",
-        )
-        yield (
-            self.cut_while_training > self.epochs > 0,
-            "cut_while_training",
-            f" evaluations, one after each epoch, but epochs is {self.epochs}; give fewer, or more "
-            "epochs",
-        )
-        yield (
-            plain and self.cut_while_training > 0,
-            "cut_while_training",
-            ", but control is plain, and a network that got shorter has no like that stayed as "
-            "deep; leave one of them out",
-        )
-        yield (
-            self.batch_size % self.devices != 0,
-            "batch_size",
-            f", which {self.devices} devices cannot share equally; give a multiple of "
-            f"{self.devices}",
-        )
-
 
 def read_recipe(path: Path, *, trust: bool = False) -> tuple[Recipe, tuple[str, ...]]:
     """Reads a recipe.toml: the recipe, and the names of the classes that it was run on."""
@@ -445,7 +274,89 @@ def _versions() -> dict[str, str]:
     return named | {"python": platform.python_version()}
 
 
-def check_seed(seed: int) -> None:
-    """Raises InputError for a seed that not every random generator in use takes."""
-    if not 0 <= seed <= LARGEST_SEED:
-        raise InputError(f"seed is {seed}; expected a number from 0 to {LARGEST_SEED}")
+# The figures that benchmarks/results report were reached with these.
+RECIPES: dict[str, Recipe] = {
+    "digits": Recipe(points=1.0),  # with 359 and 200 test samples less cannot be told
+    "spirals": Recipe(
+        data="spirals",
+        kind="logit",
+        depth=(40,),
+        width=2,
+        hidden=32,
+        activation="tanh",
+        step=0.25,
+        stage_cost=0.25,
+        epochs=200,
+        weight_decay=1e-2,
+        batch_size=50,
+        learning_rate=1e-2,
+        points=1.5,
+    ),
+    "mazes": Recipe(
+        data="mazes",
+        kind="convolutional",
+        depth=(8,),
+        width=16,
+        hidden=16,
+        reduction=1,
+        stage_cost=1.0,
+        stage_cost_grows=True,
+        points=1.0,
+        epochs=5,
+        weight_decay=1e-2,
+        learning_rate=1e-2,
+    ),
+    "mnist": Recipe(
+        data="mnist",
+        kind="convolutional",
+        depth=(24,),
+        width=16,
+        hidden=16,
+        reduction=4,
+        stage_cost=0.2,
+        epochs=14,
+        weight_decay=1e-2,
+        batch_size=128,
+        learning_rate=5e-3,
+        crop=2,
+    ),
+    "cifar10": Recipe(
+        data="cifar10",
+        kind="convolutional",
+        depth=(9, 9, 9),
+        width=16,
+        hidden=16,
+        reduction=1,
+        epochs=100,
+        batch_size=128,
+        learning_rate=5e-3,
+        weight_decay=5e-4,
+        crop=4,
+        flip=True,
+    ),
+}
+IMAGES = replace(RECIPES["cifar10"], depth=(8, 8, 8), reduction=2, epochs=30)
+VECTORS = Recipe()
+# Perplexity is that of the plain cross-entropy, which this softness changes in the sixth digit.
+TEXT = replace(VECTORS, softness=1e-6, stage_cost=0.0, batch_size=8)
+TABLE = replace(VECTORS, batch_size=16)
+BY_PREFIX = {"npz": VECTORS, "text": TEXT, "table": TABLE}
+
+
+def recipe_for(data: str, model: str | None = None, optimizer: str = "adamw") -> Recipe:
+    """The default recipe of a data set, with a model of the user's or without.
+
+    A name without an entry of its own gets the one for vectors (`npz:FILE`), for texts
+    (`text:FILE`, `table:FILE`) or for images.
+    """
+    recipe = RECIPES.get(data)
+    if recipe is None:
+        recipe = replace(BY_PREFIX.get(data.partition(":")[0], IMAGES), data=data)
+    if model is not None:  # usually trained already: few epochs, small steps
+        recipe = replace(recipe.of_model(model), epochs=5, learning_rate=3e-4, weight_decay=0.05)
+        if not data.startswith(TEXTS):
+            recipe = replace(recipe, batch_size=64)
+    if optimizer == "sgd":  # whose figures are of another size
+        rate = 0.1 if model is None else 0.01
+        recipe = replace(recipe, optimizer="sgd", learning_rate=rate, weight_decay=5e-4)
+    return recipe

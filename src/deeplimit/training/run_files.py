@@ -225,18 +225,25 @@ class RunFiles:
 
     def forget(self, name: str) -> None:
         """Vouches for a file no more, for it is going to grow again; errors as `commit`."""
-        manifest = read_manifest(self.folder)
-        if manifest is not None and name in manifest.files:
+        vouched = read_manifest(self.folder)
+        if vouched.pop(name, None) is not None:
             with self.commit() as files:
-                others = {n: v for n, v in manifest.files.items() if n != name}
-                _write_manifest(files.place(MANIFEST), others)
+                _write_manifest(files.place(MANIFEST), vouched)
 
-    def sound(self, *names: str) -> Path | None:
-        """Where the first of these lies; InputError if it is not what run.json vouches for."""
+    def sound(self, *names: str, unknown: bool = False) -> Path | None:
+        """Where the first of these lies; InputError if it is not what run.json vouches for.
+
+        Or nothing is said of it there, unless it may be unknown.
+        """
         found = self.find(*names)
-        if found is None or found.state in ("sound", "growing"):
+        fine = ("sound", "growing", "unknown") if unknown else ("sound", "growing")
+        if found is None or found.state in fine:
             return found and found.path
-        raise _not_vouched_for(self.folder / found.path.name, found.state)
+        what = f"{MANIFEST} does not vouch for it"
+        if found.state == "changed":
+            what = f"damaged or changed: not what {MANIFEST} vouches for"
+        path = self.folder / found.path.name
+        raise InputError(f"{path}: {what}; {remedy(self.folder, path.name)}")
 
     def find(self, *names: str) -> Found | None:
         """The first of these files or folders that is there; None without any.
@@ -270,11 +277,10 @@ class RunFiles:
         return seen.st_ino, seen.st_mtime_ns
 
     def _first(self, root: Path, names: tuple[str, ...]) -> Found | None:
-        manifest = read_manifest(self.folder)
+        files = read_manifest(self.folder)
         name = next((name for name in names if (root / name).exists()), None)
         if name is None:
             return None
-        files = {} if manifest is None else manifest.files
         wanted = {n: v for n, v in files.items() if n == name or n.startswith(f"{name}/")}
         if not wanted:
             return Found(root / name, "growing" if name == METRICS else "unknown")
@@ -287,21 +293,13 @@ class RunFiles:
 
 def as_vouched(path: Path) -> Path:
     """Where a file or folder lies; InputError if a run's, and not what run.json vouches for."""
-    found = RunFiles(path.parent).find(path.name) if (path.parent / RECIPE).is_file() else None
-    if found is not None and found.state == "changed":
-        raise _not_vouched_for(path, found.state)
-    return path if found is None else found.path
+    if not (path.parent / RECIPE).is_file():
+        return path
+    return RunFiles(path.parent).sound(path.name, unknown=True) or path
 
 
-def _not_vouched_for(path: Path, state: State) -> InputError:
-    what = f"{MANIFEST} does not vouch for it"
-    if state == "changed":
-        what = f"damaged or changed: not what {MANIFEST} vouches for"
-    return InputError(f"{path}: {what}; {remedy(path.parent, path.name)}")
-
-
-def read_manifest(folder: Path) -> Manifest | None:
-    """Reads run.json; None without one, InputError where it is damaged."""
+def read_manifest(folder: Path) -> dict[str, Vouched]:
+    """What run.json vouches for; nothing without one, InputError where it is damaged."""
     remedy = f"if the other files are right: {ACCEPT.format(folder)}"
     for path in (folder / COMMITTED / MANIFEST, folder / MANIFEST):
         if not path.exists():
@@ -316,8 +314,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         if manifest.format != FORMAT or outside:
             what = "names files outside the run" if outside else f"format {manifest.format}"
             raise InputError(f"{path}: damaged, or of another version ({what}); {remedy}")
-        return manifest
-    return None
+        return manifest.files
+    return {}
 
 
 def accept(folder: Path) -> None:
@@ -343,9 +341,8 @@ def _publish(folder: Path) -> None:
     tops = {path.name for path in staging.iterdir()}
     flush(staging, staging.stat().st_mode & 0o666)
     if MANIFEST not in tops:
-        before = read_manifest(folder)
-        files = before.files if before is not None else {}
-        kept = {n: v for n, v in files.items() if PurePosixPath(n).parts[0] not in tops}
+        before = read_manifest(folder).items()
+        kept = {n: v for n, v in before if PurePosixPath(n).parts[0] not in tops}
         _write_manifest(staging / MANIFEST, kept | _vouched(staging, staging))
     os.rename(staging, folder / COMMITTED)
     flush_folder(folder)

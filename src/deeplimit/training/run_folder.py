@@ -4,9 +4,9 @@ import csv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partialmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from deeplimit.data.registry import find_source
 from deeplimit.errors import InputError, RunError
@@ -14,7 +14,7 @@ from deeplimit.files import write_text
 from deeplimit.records import read_record, to_json
 from deeplimit.training.new_folder import check_name, check_runs, name_of, new_folder
 from deeplimit.training.progress import Row, from_csv, to_csv
-from deeplimit.training.recipe import TEXTS, Recipe, read_recipe
+from deeplimit.training.recipe import Recipe, read_recipe
 from deeplimit.training.run_files import (
     METRICS,
     RECIPE,
@@ -24,7 +24,7 @@ from deeplimit.training.run_files import (
     as_vouched,
     remedy,
 )
-from deeplimit.training.specification import Named, check_single, is_run
+from deeplimit.training.specification import TEXTS, Named, check_single, is_run
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -33,10 +33,31 @@ if TYPE_CHECKING:
     from deeplimit.data import DataSet, Standardisation
     from deeplimit.meanfield import ConvergenceCertificate
     from deeplimit.ode import DepthLimit
-    from deeplimit.training import results as of
     from deeplimit.training.library_models import LoadedModel
+    from deeplimit.training.results import (
+        Cut,
+        Healing,
+        MergedRuns,
+        Profiles,
+        Reference,
+        Refinement,
+        RunResults,
+    )
 else:  # a folder is opened, and refused, without torch
-    Module = DataSet = Standardisation = Any
+    Module = DataSet = Standardisation = Profiles = TrajectoryPicture = Cut = Healing = Any
+    DepthLimit = ConvergenceCertificate = Refinement = MergedRuns = Reference = RunResults = Any
+
+Kind = TypeVar("Kind")
+
+
+def _result(_: type[Kind], stem: str, what: str) -> "Callable[[RunFolder], Kind | None]":
+    """The method that reads a result; its type is the checker's, at run time `result_kinds`."""
+
+    def read(folder: "RunFolder") -> Any:
+        return folder._read(stem)  # noqa: SLF001
+
+    read.__name__, read.__doc__ = RUN_FILES[stem].result, f"Returns {what}: {stem}.json."
+    return read
 
 
 @dataclass(frozen=True)
@@ -133,9 +154,7 @@ class RunFolder:
             InputError: no such folder, no recipe.toml in it, or one of another version.
         """
         path = Path(path)
-        if not (path / RECIPE).is_file():
-            what = f"no {RECIPE} in it" if path.is_dir() else "no such folder"
-            raise InputError(f"{path}: {what}; expected a folder that `deeplimit train` wrote")
+        check_run(path)
         try:
             recipe, class_names = read_recipe(path / RECIPE, trust=trust)
         except InputError as error:
@@ -178,20 +197,8 @@ class RunFolder:
         """Returns the network after the last cut that was healed."""
         return self._network("healed", "heal its cut: deeplimit heal {}")
 
-    def write_model(self, model: Module) -> None:
-        """Writes the network: model.safetensors, of transformers model/."""
-        self.write_network("model", model)
-
-    def write_cropped(self, model: Module, removed: Sequence[int] = ()) -> None:
-        """Writes the network less the layers removed: cropped.safetensors or cropped/."""
-        self.write_network("cropped", model, removed)
-
-    def write_healed(self, model: Module, removed: Sequence[int] = ()) -> None:
-        """Writes the healed network: healed.safetensors or healed/."""
-        self.write_network("healed", model, removed)
-
     def write_network(self, name: str, model: Module, removed: Sequence[int] = ()) -> None:
-        """Writes a network: NAME.safetensors or NAME/."""
+        """Writes a network, less the layers removed: NAME.safetensors, of transformers NAME/."""
         from deeplimit.training.models import save_network
 
         scale, reader = self.standardisation, reader_of(self.recipe, self.files)
@@ -199,65 +206,44 @@ class RunFolder:
             place = files.place(name)
             save_network(model, place, removed=removed, standardisation=scale, tokenizer=reader)
 
+    write_model = partialmethod(write_network, "model")
+    write_cropped = partialmethod(write_network, "cropped")
+    write_healed = partialmethod(write_network, "healed")
+
     def _network(self, name: str, missing: str) -> Module:
         from deeplimit.training.models import load_network
 
+        def untrained() -> Module:
+            """The recipe's model, whatever its weights."""
+            if recipe.model is None:
+                raise InputError(f"{self.path / RECIPE}: no model in it, but its weights are one's")
+            classes = len(self.class_names)
+            return as_said(load_named(recipe.model, seed=recipe.seed, classes=classes).model)
+
+        def as_said(model: Module) -> Module:
+            """The model, to be read as the recipe says."""
+            if recipe.stack is not None:
+                from deeplimit._anatomy import anatomy
+
+                anatomy(model, blocks=recipe.stack)
+            return model
+
+        recipe = self.recipe
         path = self.files.sound(name, name + SUFFIX)
         if path is None:
             raise InputError(f"{self.path}: no {name}{SUFFIX} yet; {missing.format(self.path)}")
-        return self._as_said(load_network(path.with_name(name), self._untrained))
+        return as_said(load_network(path.with_name(name), untrained))
 
-    def _untrained(self) -> Module:
-        """The recipe's model, whatever its weights."""
-        recipe = self.recipe
-        if recipe.model is None:
-            raise InputError(f"{self.path / RECIPE}: no model in it, but its weights are one's")
-        classes = len(self.class_names)
-        return self._as_said(load_named(recipe.model, seed=recipe.seed, classes=classes).model)
-
-    def _as_said(self, model: Module) -> Module:
-        """The model, to be read as the recipe says."""
-        if self.recipe.stack is not None:
-            from deeplimit._anatomy import anatomy
-
-            anatomy(model, blocks=self.recipe.stack)
-        return model
-
-    def profiles(self) -> "of.Profiles | None":
-        """Returns what `profile_run` measured: profile.json."""
-        return cast("of.Profiles | None", self._read("profile"))
-
-    def picture(self) -> "TrajectoryPicture | None":
-        """Returns the trajectories that `profile_run` projected: trajectories.json."""
-        return cast("TrajectoryPicture | None", self._read("trajectories"))
-
-    def cut(self) -> "of.Cut | None":
-        """Returns the last cut: crop.json."""
-        return cast("of.Cut | None", self._read("crop"))
-
-    def healing(self) -> "of.Healing | None":
-        """Returns how the last cut was healed; None where it was not, or another cut was."""
-        return _of_cut(self.cut(), self._read("heal"))
-
-    def depth_limit(self) -> "DepthLimit | None":
-        """Returns what `deeplimit ode` measured: ode.json."""
-        return cast("DepthLimit | None", self._read("ode"))
-
-    def certificate(self) -> "ConvergenceCertificate | None":
-        """Returns what `certify_convergence` said of a training of this network."""
-        return cast("ConvergenceCertificate | None", self._read("certificate"))
-
-    def refinement(self) -> "of.Refinement | None":
-        """Returns how this run's network was made from another one's: refine.json."""
-        return cast("of.Refinement | None", self._read("refine"))
-
-    def merging(self) -> "of.MergedRuns | None":
-        """Returns of which networks this run's was made: merge.json."""
-        return cast("of.MergedRuns | None", self._read("merge"))
-
-    def reference(self) -> "of.Reference | None":
-        """Returns what the control of a cut reached: reference.json."""
-        return cast("of.Reference | None", self._read("reference"))
+    # Each result is None where it is not there yet.
+    profiles = _result(Profiles, "profile", "what `profile_run` measured")
+    picture = _result(TrajectoryPicture, "trajectories", "the trajectories it projected")
+    cut = _result(Cut, "crop", "the last cut")
+    healing = _result(Healing, "heal", "how the last cut was healed; None for another cut's")
+    depth_limit = _result(DepthLimit, "ode", "what `deeplimit ode` measured")
+    certificate = _result(ConvergenceCertificate, "certificate", "what `certify_convergence` said")
+    refinement = _result(Refinement, "refine", "how this network was made from another one's")
+    merging = _result(MergedRuns, "merge", "of which networks this run's was made")
+    reference = _result(Reference, "reference", "what the control of a cut reached")
 
     def _read(self, stem: str) -> Any:
         kind, name = result_kinds()[stem], f"{stem}.json"
@@ -267,7 +253,11 @@ class RunFolder:
             # A field that somebody misspelt is named, before it is said that the file was changed.
             read_record(kind, self.path / name, remedy(self.path, name))
             raise
-        return None if path is None else read_record(kind, path, remedy(self.path, name))
+        found = None if path is None else read_record(kind, path, remedy(self.path, name))
+        if stem != "heal" or found is None:
+            return found
+        cut = self.cut()  # which another one may have come after
+        return found if cut is not None and found.removed == cut.removed else None
 
     def write(self, result: Any) -> None:
         """Writes a result, of a type that `RunResults` holds, to the JSON file for it."""
@@ -291,12 +281,11 @@ class RunFolder:
         with self.files.commit() as files:
             write_text(files.place(METRICS), to_csv(rows))
 
-    def results(self) -> "of.RunResults":
+    def results(self) -> RunResults:
         """Reads all results that there are."""
         from deeplimit.training.results import RunResults
 
         found = {f.result: self._read(stem) for stem, f in RUN_FILES.items() if f.result}
-        found["healing"] = _of_cut(found["cut"], found["healing"])
         return RunResults(
             name=self.path.resolve().name,
             recipe=self.recipe.settings(),
@@ -304,10 +293,6 @@ class RunFolder:
             metrics=self.metrics(),
             **found,
         )
-
-
-def _of_cut(cut: "of.Cut | None", healing: "of.Healing | None") -> "of.Healing | None":
-    return healing if healing and cut and healing.removed == cut.removed else None
 
 
 def reader_of(recipe: Recipe, run: RunFiles | None = None) -> str | None:
@@ -336,6 +321,13 @@ def result_kinds() -> dict[str, type[Any]]:
     return {stem: get_args(hints[f.result])[0] for stem, f in RUN_FILES.items() if f.result}
 
 
+def check_run(folder: Path) -> None:
+    """Raises InputError where a folder is no run's."""
+    if not (folder / RECIPE).is_file():
+        what = f"no {RECIPE} in it" if folder.is_dir() else "no such folder"
+        raise InputError(f"{folder}: {what}; expected a folder that `deeplimit train` wrote")
+
+
 def check_spec(spec: str, *, trust: bool = False) -> None:
     """Refuses a model's name that nothing stands behind, as far as files tell; none is loaded.
 
@@ -357,7 +349,7 @@ def check_recipe(recipe: Recipe, runs: Path, name: str | None) -> None:
     check_runs(runs)
 
 
-def load_named(spec: str, *, trust: bool = False, **asked: Any) -> "LoadedModel":
+def load_named(spec: str, **asked: Any) -> "LoadedModel":
     """Loads the model of a recipe as `load_model` does; code runs only if its mark says so."""
     from deeplimit.training.library_models import LoadedModel
     from deeplimit.training.models import load_single
@@ -365,7 +357,7 @@ def load_named(spec: str, *, trust: bool = False, **asked: Any) -> "LoadedModel"
     check_single(spec)
     if not is_run(spec):
         return load_single(spec, **asked)
-    run = RunFolder.open(spec, trust=trust or (isinstance(spec, Named) and spec.trust))
+    run = RunFolder.open(spec, trust=isinstance(spec, Named) and spec.trust)
     scale = run.standardisation
     return LoadedModel(spec, run.model().train(), "trained", run.path, standardisation=scale)
 

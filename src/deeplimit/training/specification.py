@@ -1,4 +1,4 @@
-"""Forms of a model's specification; faults and code in one are told before an import.
+"""What is told before anything is loaded: faults of a recipe's fields, of a model's specification.
 
 A specification `module:function` is code. Typed on the command line or written in a program it is
 the user's own; out of a recipe.toml it is whoever's wrote the file. `Named` says which on its way
@@ -7,6 +7,7 @@ says nothing any more, and its code is not run.
 """
 
 import importlib.util
+import math
 import os
 import pkgutil
 import re
@@ -16,12 +17,32 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from deeplimit.errors import InputError, did_you_mean
+from deeplimit.network.shape import check_shape
 from deeplimit.rank import is_first_process
 from deeplimit.terminal import tell
 from deeplimit.training.run_files import SUFFIX
 
+if TYPE_CHECKING:
+    from deeplimit.training.recipe import Recipe
+else:
+    Recipe = Any
+
+LARGEST_SEED = 2**31 - 1  # what every random generator in use takes
+LARGEST = 1e18  # optimisers square gradients, and so what multiplies them, in 32 bits: up to 3e38
+LEAST = {"evaluations": 1, "stage_cost_layers": 1, "batch_size": 1, "devices": 1, "crop": 0}
+LEAST |= {"length": 2, "rise": 0, "cut_while_training": 0}
+POSITIVE = ("step", "length_scale", "learning_rate")
+COSTS = ("stage_cost", "control_cost", "weight_decay")
+PUBLISHED = {"activation": "relu", "norm": "batch", "step": 1.0, "scheme": "euler"}
+# What says how a network of ours is built; nothing where the model is given.
+NETWORK = (
+    *("kind", "depth", "width", "hidden", "reduction"),
+    *("initialisation", "length_scale", "start", "frame", *PUBLISHED),
+)
+TEXTS = ("text:", "table:")  # of data that a tokenizer reads
 FORMS = (
     "a run folder, module:function, transformers:NAME, torchvision:NAME, timm:NAME or a "
     ".safetensors file of a network"
@@ -53,9 +74,9 @@ class Named(str):
         return named
 
     @classmethod
-    def typed(cls, spec: str) -> "Named":
+    def typed(cls, spec: str, *, trust: bool = False) -> "Named":
         """As the user typed it, or wrote it in a program; what is marked already stays as it is."""
-        return spec if isinstance(spec, Named) else cls(spec)
+        return spec if isinstance(spec, Named) else cls(spec, trust=trust)
 
 
 def is_run(spec: str) -> bool:
@@ -204,3 +225,153 @@ def _inside(name: str, places: list[str]) -> ModuleSpec | None:
 def _tell(message: str) -> None:
     if is_first_process():
         tell(f"deeplimit: {message}")
+
+
+def check_ranges(recipe: Recipe) -> None:
+    """Each number by itself."""
+    shape = {n: getattr(recipe, n) for n in ("width", "hidden", "reduction", "step")}
+    check_shape(recipe.kind, recipe.depth, **shape, name="depth", least=1)
+    least = LEAST | {"epochs": 1 if recipe.model is None and recipe.start is None else 0}
+    for name, number in least.items():
+        value = getattr(recipe, name)
+        if value is not None and value < number:
+            raise InputError(f"{name} is {value}; expected at least {number}")
+    for name in (*POSITIVE, *COSTS):
+        value, positive = getattr(recipe, name), name in POSITIVE
+        if not math.isfinite(value) or value < 0 or (positive and value == 0):
+            expected = "a number above 0" if positive else "a number ≥ 0"
+            raise InputError(f"{name} is {value:g}; expected {expected}")
+        if value > LARGEST:
+            raise InputError(
+                f"{name} is {value:g}; expected at most {LARGEST:g}, whose square a number of "
+                "32 bits holds: give a smaller one"
+            )
+    sure = 0.95 if recipe.confidence is None else recipe.confidence
+    for name, right, expected in (
+        ("softness", 0 < recipe.softness < 1, "a number above 0 and below 1 − 1/C for C classes"),
+        ("points", 0 <= recipe.points < 50, "from 0 to less than 50 points of accuracy"),
+        ("confidence", 0.5 < sure < 1, "a fraction above 0.5 and below 1"),
+    ):
+        if not right:
+            example = {"softness": 0.05, "points": 0.5, "confidence": 0.95}[name]
+            value = getattr(recipe, name)
+            raise InputError(f"{name} is {value:g}; expected {expected}, such as {example}")
+    check_seed(recipe.seed)
+
+
+def conflicts(recipe: Recipe) -> Iterator[tuple[bool, str, str]]:
+    """Yields for each conflict whether it is there, a field, and the words on its value."""
+    kind, usual = f"a {recipe.kind} network", type(recipe)
+    if recipe.model is not None:
+        built = f", but the model is {recipe.model}, which is built already; leave"
+        for name in NETWORK:
+            yield getattr(recipe, name) != getattr(usual, name), name, f"{built} {name} out"
+    else:
+        of_weights = (
+            ", but no model is given; a network of deeplimit's own, or published weights of a "
+            f"CIFAR ResNet, is a model by itself: model {recipe.weights}"
+        )
+        of_stack = f", but no model is given: {kind} has one; leave stack out"
+        yield recipe.weights is not None, "weights", of_weights
+        yield recipe.stack is not None, "stack", of_stack
+        name = "new_head" if recipe.new_head else "mean or std"
+        yield (
+            recipe.new_head or recipe.mean is not None or recipe.std is not None,
+            "",
+            f"{name} given, but no model: {kind} has a head for the data and standardises its "
+            f"own inputs; leave {name} out",
+        )
+    lonely = (recipe.mean is None) != (recipe.std is None)
+    yield lonely, "", "mean and std go together; give both, or neither"
+    yield not recipe.data, "data", "empty; expected the name of a data set, such as digits"
+    linear = "" if recipe.hidden else " with hidden 0"
+    yield (
+        recipe.frame is not None and (recipe.kind not in ("vector", "logit") or not recipe.hidden),
+        "frame",
+        f", but the layers of {kind}{linear} are no means of particles alone; leave it out, or "
+        "give the kind vector or logit with hidden particles",
+    )
+    # The published architecture leaves no choice; a field must not be silently ignored.
+    for name, fixed in PUBLISHED.items():
+        other = recipe.kind == "cifar-resnet" and getattr(recipe, name) != fixed
+        remedy = "Leave it out, or give the kind convolutional"
+        yield other, name, f"; a cifar-resnet has {name} {fixed}. {remedy}"
+    # Fields that only go with another one's value, why, and how to leave them.
+    for name, other, value, why, out in (
+        ("length_scale", "initialisation", "smooth", "has none", f"at {usual.length_scale:g}"),
+        ("evaluations", "gradient", "adjoint", "rebuilds no state", f"at {usual.evaluations}"),
+        ("bits", "gradient", "adjoint", "keeps all states", "out"),
+    ):
+        there = getattr(recipe, other)
+        lonely = there != value and getattr(recipe, name) != getattr(usual, name)
+        what = f", but the {other} {there} {why}; give the {other} {value}"
+        yield lonely, name, f"{what}, or leave {name} {out}"
+    yield (
+        recipe.bits != 0 and recipe.evaluations != usual.evaluations,
+        "evaluations",
+        f", but bits is {recipe.bits}: states come back by codes, or as planned; leave one out",
+    )
+    yield (
+        recipe.bits == "auto" and recipe.strategy == "fsdp",
+        "bits",
+        ", but the strategy fsdp divides the parameters, by which no plan can be measured; "
+        "give 2, 4 or 8",
+    )
+    yield (
+        recipe.gradient == "adjoint" and recipe.kind == "cifar-resnet" and recipe.bits == 0,
+        "gradient",
+        ": the states of a cifar-resnet cannot be rebuilt, because of the ReLU after every "
+        "addition; give bits, the gradient backprop, or the kind convolutional",
+    )
+    yield (
+        recipe.stage_cost_layers is not None and recipe.stage_cost == 0,
+        "stage_cost_layers",
+        ", but stage_cost is 0: no layer has a loss; leave it out, or give a stage_cost above 0",
+    )
+    yield (
+        recipe.control_cost_kind is not None and recipe.control_cost == 0,
+        "control_cost_kind",
+        ", but control_cost is 0; leave it out, or give a control_cost above 0",
+    )
+    for name, forms in {"rise": TEXTS[:1], "length": TEXTS}.items():
+        given = getattr(recipe, name) is not None and not recipe.data.startswith(forms)
+        what = f", but {recipe.data} is no text ({', '.join(forms)}…), to which it belongs"
+        yield given, name, f"{what}; leave {name} out"
+    # The control is the same network less its stage cost, and one of another depth.
+    plain, name = recipe.control == "plain", "start" if recipe.model is None else "model"
+    yield (
+        plain and getattr(recipe, name) is not None,
+        "control",
+        f", but {name} is {getattr(recipe, name)}: a network that starts from weights has no "
+        "like of another depth that starts from scratch; leave control at none",
+    )
+    yield (
+        plain and recipe.stage_cost == 0,
+        "control",
+        ", but stage_cost is 0: the network is its own control; leave control at none, or give "
+        "a stage_cost above 0",
+    )
+    yield (
+        recipe.cut_while_training > recipe.epochs > 0,
+        "cut_while_training",
+        f" evaluations, one after each epoch, but epochs is {recipe.epochs}; give fewer, or more "
+        "epochs",
+    )
+    yield (
+        plain and recipe.cut_while_training > 0,
+        "cut_while_training",
+        ", but control is plain, and a network that got shorter has no like that stayed as "
+        "deep; leave one of them out",
+    )
+    yield (
+        recipe.batch_size % recipe.devices != 0,
+        "batch_size",
+        f", which {recipe.devices} devices cannot share equally; give a multiple of "
+        f"{recipe.devices}",
+    )
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that not every random generator in use takes."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"seed is {seed}; expected a number from 0 to {LARGEST_SEED}")

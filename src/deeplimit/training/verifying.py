@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deeplimit.errors import InputError
 from deeplimit.records import read_record
 from deeplimit.training.checkpoint import checkpoint_problems
 from deeplimit.training.recipe import read_recipe
@@ -21,7 +20,7 @@ from deeplimit.training.run_files import (
     read_manifest,
     remedy,
 )
-from deeplimit.training.run_folder import result_kinds
+from deeplimit.training.run_folder import check_run, result_kinds
 
 DAMAGED = "delete it; deeplimit train --resume {} goes on from the one before"
 
@@ -69,19 +68,17 @@ def verify_run(path: str | Path, *, accepting: bool = False) -> Verification:
     """
     folder = Path(path)
     files = RunFiles(folder)
-    if not (folder / RECIPE).is_file():
-        raise InputError(f"{path}: no {RECIPE} in it; expected a folder of `deeplimit train`")
+    check_run(folder)
     if accepting:
         read_recipe(folder / RECIPE)  # and the results, before somebody vouches for them
         for stem, kind in result_kinds().items():
             if (file := folder / f"{stem}.json").is_file():
                 read_record(kind, file, RUN_FILES[stem].remedy.format(folder))
         accept(folder)
-    manifest = read_manifest(folder)
     moved = [path.name for path in folder.glob(f"{COMMITTED}/*")]
     there = {name for name in files_in(folder) if name.partition("/")[0] not in moved}
     checked = []
-    for name in sorted(there.union(() if manifest is None else manifest.files)):
+    for name in sorted(there.union(read_manifest(folder))):
         found = files.find(name)
         state = "missing" if found is None else found.state
         # Of what we never read nothing need be known.

@@ -13,9 +13,8 @@ from typing_extensions import Doc
 from deeplimit.errors import InputError
 from deeplimit.rank import is_first_process
 from deeplimit.training import Recipe, RunFolder, recipe_for
-from deeplimit.training.recipe import LARGEST_SEED
 from deeplimit.training.run_folder import check_recipe
-from deeplimit.training.specification import is_run
+from deeplimit.training.specification import LARGEST_SEED, is_run
 
 PAGE = "report.html"
 

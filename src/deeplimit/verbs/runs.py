@@ -10,8 +10,7 @@ from typing_extensions import Doc
 from deeplimit.errors import InputError, RunError
 from deeplimit.training import Recipe, RunFolder
 from deeplimit.training.new_folder import check_runs
-from deeplimit.training.run_files import RECIPE
-from deeplimit.training.run_folder import check_recipe
+from deeplimit.training.run_folder import check_recipe, check_run
 from deeplimit.verbs.answer import (
     COUNT,
     FRACTION,
@@ -362,9 +361,7 @@ def verify(run: Run, *, accept: bool = False) -> Answer:
     Args:
         accept: Vouch for the files as they are now: that you changed, or whose run.json was lost.
     """
-    if not (Path(run) / RECIPE).is_file():
-        what = f"no {RECIPE} in it" if Path(run).is_dir() else "no such folder"
-        raise InputError(f"{run}: {what}; expected a folder of `deeplimit train`")
+    check_run(Path(run))
     from deeplimit.training.verifying import verify_run
 
     found = verify_run(Path(run), accepting=accept)
