@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy, anatomy, chain_stacks, model_of
 from deeplimit._anatomy.checks import shown
 from deeplimit.errors import InputError
-from deeplimit.meanfield.layers import Norms
-from deeplimit.meanfield.particles import BlockParticles, Neurons, ParticleLayout, particle_layers
+from deeplimit.meanfield.particles import (
+    BlockParticles,
+    Neurons,
+    Norms,
+    ParticleLayout,
+    particle_layers,
+)
 from deeplimit.network.blocks import check_values
 
 Breakpoints = tuple[float, ...]  # of a piecewise constant function of depth s ∈ [0, 1]

@@ -20,7 +20,7 @@ from deeplimit.meanfield.alignment import align_streams
 from deeplimit.meanfield.couplings import Plan
 from deeplimit.meanfield.frame import Frame, layers_at, listed, merged_grid
 from deeplimit.meanfield.measure import Cell, LayerwiseMeasure, Network, as_measure, remade
-from deeplimit.meanfield.transport import CotDistance, belongs, cot_distance
+from deeplimit.meanfield.transport import CotDistance, cot_distance
 from deeplimit.tables import Shown, number, table
 
 FramePolicy = Literal["equal", "interpolate"]
@@ -87,8 +87,15 @@ def cot_geodesic(
             raise InputError("align=True changes b: give transport of align_streams(a, b, batch)")
         end = align_streams(start, end, batch)
     mixed = _mixed_frame([start, end], [1 - t, t], frame)
-    found = _plans(start, end, transport)
-    plans = found.plans or ()
+    found = transport or cot_distance(start, end, plans=True)
+    plans = found.plans
+    if plans is None or found.measures is None:
+        raise InputError("transport has no plans: give cot_distance(a, b, plans=True)")
+    if not all(map(LayerwiseMeasure.same_as, found.measures, (start, end))):
+        raise InputError(
+            "transport: these are couplings of other networks; leave transport out or give "
+            "cot_distance(a, b, plans=True)"
+        )
     cells: list[Cell] = [
         ([(start, n), (end, m)], [1 - t, t], partial(_between, plan, t))
         for (n, m), plan in zip(found.layers, plans, strict=True)
@@ -137,20 +144,6 @@ def _mixed_frame(
                 '"interpolate", which moves them linearly'
             )
     return first.mixed(others, weights) if policy == "interpolate" else first
-
-
-def _plans(a: LayerwiseMeasure, b: LayerwiseMeasure, given: CotDistance | None) -> CotDistance:
-    """The couplings; those given, if they are of these measures."""
-    if given is None:
-        return cot_distance(a, b, plans=True)
-    if given.plans is None:
-        raise InputError("transport has no plans: give cot_distance(a, b, plans=True)")
-    if not belongs(given, a, b):
-        raise InputError(
-            "transport: these are couplings of other networks; leave transport out or give "
-            "cot_distance(a, b, plans=True)"
-        )
-    return given
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy
 from deeplimit.errors import InputError, several
 from deeplimit.meanfield.frame import Frame, frame_of, grid_of, lengths
-from deeplimit.meanfield.layers import Move, Norms, moved_norms
+from deeplimit.meanfield.particles import Move, Norms, moved_norms
 
 ROUNDING = 1e-5  # of the sum of a layer's weights, in float32
 
@@ -141,6 +141,14 @@ class LayerwiseMeasure:
     def is_uniform(self, n: int) -> bool:
         """True where the atoms of layer n have equal weights."""
         return bool((self.masses[n] == self.masses[n][0]).all())
+
+    def same_as(self, other: "LayerwiseMeasure") -> bool:
+        """True of the same particles and weights at the same breakpoints."""
+        if self.breakpoints != other.breakpoints:
+            return False
+        mine, theirs = ((*m.layers, *m.masses) for m in (self, other))
+        pairs = zip(mine, theirs, strict=True)
+        return all(x.shape == y.shape and bool((x.cpu() == y.cpu()).all()) for x, y in pairs)
 
     def __repr__(self) -> str:
         """Depth, widths and sizes."""

@@ -20,11 +20,10 @@ from deeplimit.meanfield.couplings import (
     squared_distances,
     squared_distances_of,
 )
-from deeplimit.meanfield.frame import Breakpoints, layers_at, lengths, merged_grid, same_grid
+from deeplimit.meanfield.frame import Breakpoints, layers_at, lengths, merged_grid
 from deeplimit.meanfield.measure import LayerwiseMeasure, Network, as_measure
 from deeplimit.tables import Shown, number, table
 
-MARGINALS, COSTS = 1e-8, 1e-6  # how exactly a plan of ours has its marginals, and its cost
 # W_2² of two layers by a coupling, a lower bound of it, and the coupling where it is asked for.
 Solved = tuple[float, float, Plan | None]
 
@@ -42,6 +41,7 @@ class CotDistance(Shown):
         breakpoints: of the cells, in [0, 1].
         layers: for each cell the layers (n, n') of both networks.
         plans: for each cell a coupling of these, on request.
+        measures: those of both networks, where there are plans.
     """
 
     distance: float
@@ -50,6 +50,7 @@ class CotDistance(Shown):
     breakpoints: tuple[float, ...]
     layers: tuple[tuple[int, int], ...]
     plans: tuple[Plan, ...] | None
+    measures: tuple[LayerwiseMeasure, LayerwiseMeasure] | None
 
     def __str__(self) -> str:
         """The distance, how exact it is, where most of it lies, and a row for each cell."""
@@ -130,6 +131,7 @@ def cot_distance(
         breakpoints=grid,
         layers=pairs,
         plans=couplings if plans else None,
+        measures=(a, b) if plans else None,
     )
 
 
@@ -149,15 +151,6 @@ def check_comparable(a: LayerwiseMeasure, b: LayerwiseMeasure) -> None:
                 )
 
 
-def belongs(found: CotDistance, a: LayerwiseMeasure, b: LayerwiseMeasure) -> bool:
-    """True where the plans found are couplings of the layers of a and b, of the costs stated."""
-    grid, pairs = _cells(a, b)
-    if not same_grid(found.breakpoints, grid) or found.layers != pairs:
-        return False
-    cells = zip(pairs, found.plans or (), found.per_layer, strict=True)
-    return all(_couples(plan, a, n, b, m, w) for (n, m), plan, w in cells)
-
-
 def _cells(
     a: LayerwiseMeasure, b: LayerwiseMeasure
 ) -> tuple[Breakpoints, tuple[tuple[int, int], ...]]:
@@ -165,22 +158,6 @@ def _cells(
     grid = merged_grid(a.breakpoints, b.breakpoints)
     at_a, at_b = layers_at(a.breakpoints, grid), layers_at(b.breakpoints, grid)
     return grid, tuple(zip(at_a, at_b, strict=True))
-
-
-def _couples(
-    plan: Plan, a: LayerwiseMeasure, n: int, b: LayerwiseMeasure, m: int, w: float
-) -> bool:
-    """True where a plan has the masses of layers n and m for its marginals, and the cost w²."""
-    x, y = _array(a.layers[n]), _array(b.layers[m])
-    if x.shape[1] != y.shape[1] or plan.rows.max() >= len(x) or plan.columns.max() >= len(y):
-        return False
-    for indices, masses in ((plan.rows, a.masses[n]), (plan.columns, b.masses[m])):
-        sums = np.bincount(indices, plan.masses, minlength=len(masses))
-        if np.abs(sums - _array(masses)).sum() > MARGINALS:
-            return False
-    squares = squared_distances_of(x[plan.rows], y[plan.columns])
-    rounding = 64 * np.finfo(float).eps * max(np.abs(x).max(), np.abs(y).max())
-    return math.isclose(math.sqrt(plan.masses @ squares), w, rel_tol=COSTS, abs_tol=rounding)
 
 
 def _mean_root(grid: Sequence[float], squares: Sequence[float]) -> float:

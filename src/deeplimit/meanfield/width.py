@@ -13,8 +13,8 @@ from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import check_count
 from deeplimit.extras import need
 from deeplimit.meanfield.couplings import squared_distances
-from deeplimit.meanfield.layers import moved_norms
 from deeplimit.meanfield.measure import Cell, LayerwiseMeasure, Network, as_measure, remade
+from deeplimit.meanfield.particles import moved_norms
 from deeplimit.tables import Shown, number, table
 
 

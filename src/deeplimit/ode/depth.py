@@ -4,11 +4,11 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,15 @@ from deeplimit.ode.field import stages, with_values
 from deeplimit.ode.optimiser_state import ONE, Origin, Origins, carry_over, checked_optimiser, mixed
 
 Model = TypeVar("Model", bound=nn.Module, default=nn.Module)
-Mean = dict[int, Fraction]  # the blocks that a new one is the mean of, with their weights
-Factors = Callable[[str], Mapping[str, Fraction]]  # of a parameter's name: γ and ρ of its `Origin`
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a block of the new model is made of."""
+
+    mean: Mapping[int, Fraction]  # the old blocks that it is the mean of, with their weights
+    step: Fraction = ONE  # the factor on its residual function
+    ends: Collection[str] = ()  # the parameters that take this factor; none where the step does
 
 
 def refine(model: Model | Anatomy, factor: int, *, optimizer: Optimizer | None = None) -> Model:
@@ -73,7 +80,7 @@ def refine(model: Model | Anatomy, factor: int, *, optimizer: Optimizer | None =
             of another class or of another model.
     """
     check_count("factor", factor)
-    return _resampled(model, partial(_finer, factor), Fraction(1, factor), optimizer)
+    return _resampled(model, Fraction(1, factor), optimizer)
 
 
 def coarsen(model: Model | Anatomy, factor: int, *, optimizer: Optimizer | None = None) -> Model:
@@ -97,20 +104,7 @@ def coarsen(model: Model | Anatomy, factor: int, *, optimizer: Optimizer | None 
         InputError: as `refine`, or a stage that m does not divide.
     """
     check_count("factor", factor)
-    _averageable(model)
-    depths = [stage.horizon for stage in _changing(anatomy(model))]
-    common = math.gcd(*depths)
-    if common % factor:
-        possible = [str(m) for m in range(2, common + 1) if common % m == 0]
-        raise InputError(
-            f"factor is {factor}, the stages have {', '.join(map(str, depths))} layers; "
-            + (f"what divides them: {', '.join(possible)}" if possible else "nothing divides them")
-        )
-
-    def every_mth(stage: Stack) -> list[Mean]:
-        return [{n: ONE} for n in range(0, len(stage.blocks), factor)]
-
-    return _resampled(model, every_mth, Fraction(factor), optimizer)
+    return _resampled(model, Fraction(factor), optimizer)
 
 
 @torch.no_grad()
@@ -150,23 +144,19 @@ def tie(model: Model | Anatomy, every: int, *, optimizer: Optimizer | None = Non
     runs, blocks = stages(model), _blocks(model)
     _check_untied(module, blocks)
     numbers = {block: n for n, block in enumerate(blocks)}
-    found = [[numbers[block] for block in run.blocks] for run in runs]
-    groups = [run[n : n + every] for run in found for n in range(0, len(run), every)]
-    groups += [[n] for n in set(range(len(blocks))).difference(*found)]  # of no stage
-    origins: Origins = {}
-    memo: dict[int, nn.Parameter] = {}
-    for group in groups:
-        weights = (Fraction(1, len(group)),) * len(group)
-        for name, parameter in blocks[group[0]].named_parameters():
-            sources = [blocks[n].get_parameter(name) for n in group]
-            shared = copy.deepcopy(parameter)
-            shared.copy_(mixed(sources, weights))
-            # The gradient of what m layers share is the sum of theirs, m times their mean.
-            pairs = tuple(zip(sources, weights, strict=True))
-            origins[shared] = Origin(pairs, gradient=Fraction(len(group)))
-            memo |= {id(source): shared for source in sources}
-    new = copy.deepcopy(module, memo)
-    carry_over(inner, module, new, origins)
+    places = {n: Place({n: ONE}) for n in numbers.values()}
+    memo: dict[int, Any] = {}
+    for run in runs:
+        for first in range(0, len(run.blocks), every):
+            group = run.blocks[first : first + every]
+            mean = {numbers[block]: Fraction(1, len(group)) for block in group}
+            places |= dict.fromkeys(mean, Place(mean))
+            for name, parameter in group[0].named_parameters():
+                shared = copy.deepcopy(parameter)
+                memo |= {id(block.get_parameter(name)): shared for block in group}
+    new = copy.deepcopy(module, memo)  # which knows every copy then
+    made = [memo[id(block)] for block in blocks]
+    carry_over(inner, module, new, _filled(module, blocks, new, made, places.values()))
     return new
 
 
@@ -199,39 +189,39 @@ def untie(model: Model | Anatomy, *, optimizer: Optimizer | None = None) -> Mode
         for i, block in enumerate(chain):
             chain[i] = copy.deepcopy(block) if block in seen else block
             seen.add(block)
-    others = _blocks(new)
-    if len(set(others)) < len(others):
+    made = _blocks(new)
+    if len(set(made)) < len(made):
         raise InputError(
             f"the layers of this {type(module).__name__} are calls of one module, which cannot "
             "have a control for each"
         )
-    holders = Counter(p for block in blocks for p in set(block.parameters()))
-    origins: Origins = {}
-    for block, other in zip(blocks, others, strict=True):
+    holders = _holders(made)
+    for block in made:
         own: dict[nn.Parameter, nn.Parameter] = {}
-        named = dict(block.named_parameters(remove_duplicate=False))
-        for name, source in named.items():
-            if holders[source] > 1:
+        for name, shared in list(block.named_parameters(remove_duplicate=False)):
+            if holders[shared] > 1:
                 path, _, leaf = name.rpartition(".")
-                parameter = own.setdefault(source, copy.deepcopy(source))
-                setattr(other.get_submodule(path), leaf, parameter)
-        parts = {name: {"gradient": Fraction(1, holders[source])} for name, source in named.items()}
-        origins |= _fill(other, {block: ONE}, parts.__getitem__)
-    carry_over(inner, module, new, origins)
+                parameter = own.setdefault(shared, copy.deepcopy(shared))
+                setattr(block.get_submodule(path), leaf, parameter)
+    places = [Place({n: ONE}) for n in range(len(blocks))]
+    carry_over(inner, module, new, _filled(module, blocks, new, made, places))
     return new
 
 
 @torch.no_grad()
-def _resampled(
-    model: Model | Anatomy,
-    means_of: Callable[[Stack], Sequence[Mean]],
-    step: Fraction,
-    optimizer: Optimizer | None,
-) -> Model:
-    """The model with these blocks in its stages and its step multiplied; `refine` says the rest."""
+def _resampled(model: Model | Anatomy, step: Fraction, optimizer: Optimizer | None) -> Model:
+    """The model with the controls θ(k·step) in its stages; `refine` and `coarsen` say the rest."""
     inner = checked_optimiser(optimizer, _averageable(model))
     read = anatomy(model)
     runs, blocks = _changing(read), _blocks(read)
+    depths = [run.horizon for run in runs]
+    common = math.gcd(*depths)
+    if common % step:
+        possible = [str(m) for m in range(2, common + 1) if common % m == 0]
+        raise InputError(
+            f"factor is {step}, the stages have {', '.join(map(str, depths))} layers; "
+            + (f"what divides them: {', '.join(possible)}" if possible else "nothing divides them")
+        )
     alike = {n for run in runs for n in run.layers} | set(read.fixed)
     if others := [str(n) for n in range(read.horizon) if n not in alike]:
         warnings.warn(
@@ -244,47 +234,76 @@ def _resampled(
     adding = all(run.adds for run in runs)
     ends = _branch_ends(read, runs) if adding else [frozenset[str]()] * len(runs)
     numbers = {block: n for n, block in enumerate(blocks)}
-    # Of each place: the mean, and how its parameters scale. Blocks of no stage keep theirs.
-    kept: Factors = partial(_scale, (), ONE)
-    at = {n: [({n: ONE}, kept)] for n in range(len(blocks))}
+    at = {n: [Place({n: ONE})] for n in numbers.values()}
     for run, names in zip(runs, ends, strict=True):
-        first = numbers[run.blocks[0]]
+        count, first = int(run.horizon / step), numbers[run.blocks[0]]
+        if step < 1:
+            own = sum(p.nbytes for block in run.blocks for p in block.parameters() if p.is_cpu)
+            size = int((own + OBJECTS * len(run.blocks)) / step)
+            what = f"a stage of {count} layers does not fit into memory"
+            require(size, what, "give a smaller factor")
         at |= {numbers[block]: [] for block in run.blocks}
-        scale: Factors = partial(_scale, names, step)
-        at[first] = [({first + n: w for n, w in mean.items()}, scale) for mean in means_of(run)]
-    places = [place for here in at.values() for place in here]
-    counts = Counter(next(iter(mean)) for mean, _ in places)
-    times = [counts[n] for n in range(len(blocks))]
-    new = read.repeated(times) if adding else _stepped(read, times, step)
-    origins: Origins = {}
-    for (mean, factors), block in zip(places, _blocks(new), strict=True):
-        sources = {blocks[n]: weight for n, weight in mean.items()}
-        origins |= _fill(block, sources, factors)
+        for k in range(count + run.scheme.nodes - 1):
+            n, t = divmod(first + k * step, 1)
+            inside = t and n < numbers[run.blocks[-1]]  # behind the last control θ is constant
+            at[n].append(Place({n: 1 - t, n + 1: t} if inside else {n: ONE}, step, names))
+    if adding:
+        new = read.repeated([len(here) for here in at.values()])
+    else:
+        stacks = []
+        for stack in read.stacks:
+            copies = tuple(copy.deepcopy(b) for b in stack.blocks for _ in at[numbers[b]])
+            h = stack.step * step.numerator / step.denominator
+            stacks.append(replace(stack, blocks=copies, step=h))
+        new = read.with_stacks(stacks)
+    made, places = _blocks(new), [place for here in at.values() for place in here]
+    origins = _filled(read.model, blocks, new, made, places)
+    for place, block in zip(places, made, strict=True):
         for name, buffer in block.named_buffers():
             if buffer.is_floating_point():
-                values = [source.get_buffer(name) for source in sources]
-                buffer.copy_(mixed(values, tuple(mean.values())))
+                values = [blocks[n].get_buffer(name) for n in place.mean]
+                buffer.copy_(mixed(values, tuple(place.mean.values())))
     if adding:
         check_rebuilt(read, new)
-    # What stands around the blocks is the same in both, in the same order: names need not be, as
-    # those of what follows the blocks in an nn.Sequential.
-    held = {id(p) for block in blocks for p in block.parameters()}
-    before = [p for p in read.model.parameters() if id(p) not in held]
-    after = [p for p in new.parameters() if p not in origins]
-    origins |= {p: Origin(((q, ONE),)) for q, p in zip(before, after, strict=True)}
     carry_over(inner, read.model, new, origins)
     return cast(Model, new)
 
 
-def _finer(m: int, stage: Stack) -> list[Mean]:
-    parameters = [p for block in stage.blocks for p in block.parameters() if p.is_cpu]
-    size = m * (sum(p.nbytes for p in parameters) + OBJECTS * len(stage.blocks))
-    what = f"a stage of {m * stage.horizon} layers does not fit into memory"
-    require(size, what, "give a smaller factor")
-    last = len(stage.blocks) - 1
-    places = [(n, Fraction(j, m)) for n in range(stage.horizon) for j in range(m)]
-    places += [(n, Fraction(0)) for n in range(stage.horizon, last + 1)]
-    return [{n: 1 - t, n + 1: t} if t and n < last else {n: ONE} for n, t in places]
+def _filled(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    new: nn.Module,
+    made: Sequence[nn.Module],
+    places: Iterable[Place],
+) -> Origins:
+    """Gives the new model's blocks the means of these, and says where all parameters are from."""
+    before, after, origins = _holders(blocks), _holders(made), Origins()
+    for place, block in zip(places, made, strict=True):
+        weights = tuple(place.mean.values())
+        for name, parameter in block.named_parameters():
+            if parameter not in origins:
+                sources = [blocks[n].get_parameter(name) for n in place.mean]
+                # The gradient of what m blocks share is the sum of theirs.
+                shared = Fraction(after[parameter], before[sources[0]])
+                factors = (shared, place.step) if name in place.ends else (shared * place.step, ONE)
+                origins[parameter] = Origin(tuple(zip(sources, weights, strict=True)), *factors)
+                parameter.copy_(mixed(sources, weights, origins[parameter].size))
+    # What stands around the blocks is the same in both, in the same order: names need not be, as
+    # those of what follows the blocks in an nn.Sequential.
+    around = zip(_around(new, made), _around(model, blocks), strict=True)
+    return {p: Origin(((q, ONE),)) for p, q in around} | origins
+
+
+def _around(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of a model outside these blocks."""
+    inside = {m for block in blocks for m in block.modules()}
+    outside = (m for m in model.modules() if m not in inside)
+    return list(dict.fromkeys(p for m in outside for p in m.parameters(recurse=False)))
+
+
+def _holders(blocks: Iterable[nn.Module]) -> Counter[nn.Parameter]:
+    """How many of the blocks hold each of their parameters."""
+    return Counter(p for block in blocks for p in set(block.parameters()))
 
 
 def _changing(read: Anatomy) -> tuple[Stack, ...]:
@@ -297,17 +316,6 @@ def _changing(read: Anatomy) -> tuple[Stack, ...]:
                 f"the blocks of stage {stack.index} differ in class or shape; its depth is fixed"
             )
     return tuple((long | {stack.index: stack for stack in chains}).values())
-
-
-def _stepped(read: Anatomy, times: Sequence[int], step: Fraction) -> nn.Module:
-    """The model with block n times[n] times in a row, and its step multiplied."""
-    counts, made = iter(times), []
-    for stack in read.stacks:
-        pairs = zip(stack.blocks, counts, strict=False)
-        blocks = tuple(copy.deepcopy(block) for block, count in pairs for _ in range(count))
-        h = stack.step * step.numerator / step.denominator
-        made.append(replace(stack, blocks=blocks, step=h))
-    return read.with_stacks(made)
 
 
 def _branch_ends(read: Anatomy, runs: Sequence[Stack]) -> list[frozenset[str]]:
@@ -326,16 +334,15 @@ def _branch_ends(read: Anatomy, runs: Sequence[Stack]) -> list[frozenset[str]]:
         every.append(frozenset(n for n, p in run.blocks[0].named_parameters() if p in ends))
     other = read.like(copy.deepcopy(read.model))
     names_of = {n: names for run, names in zip(runs, every, strict=True) for n in run.layers}
-    blocks = {n: other.layers[n].controls[0] for n in names_of}
-    left: dict[int, Tensor] = {}
+    layers, left = other.layers, dict[int, Tensor]()
     for n, names in names_of.items():
         other.register_leaving_hook(n, partial(left.__setitem__, n))
         for name in names:
-            blocks[n].get_parameter(name).zero_()
+            layers[n].controls[0].get_parameter(name).zero_()
     with evaluating(other.model), other.recording() as states:
         other.run(other.fitting_example())
-    for n, block in blocks.items():
-        x, y, change = states[n], left[n], math.inf
+    for n, y in left.items():
+        x, block, change = states[n], layers[n].controls[0], math.inf
         if x.shape == y.shape:
             change = float((y - x).abs().max() / x.abs().max().clamp(min=1e-30))
         if not change <= 10 * torch.finfo(next(block.parameters()).dtype).eps:
@@ -347,21 +354,6 @@ def _branch_ends(read: Anatomy, runs: Sequence[Stack]) -> list[frozenset[str]]:
                 "untie work"
             )
     return every
-
-
-def _fill(block: nn.Module, sources: Mapping[nn.Module, Fraction], factors: Factors) -> Origins:
-    """Gives a block the mean of others, and says where its parameters are from."""
-    weights, origins = tuple(sources.values()), {}
-    for name, parameter in block.named_parameters():
-        means = [source.get_parameter(name) for source in sources]
-        origin = Origin(tuple(zip(means, weights, strict=True)), **factors(name))
-        parameter.copy_(mixed(means, weights, origin.size))
-        origins[parameter] = origin
-    return origins
-
-
-def _scale(ends: Collection[str], by: Fraction, name: str) -> Mapping[str, Fraction]:
-    return {"size" if name in ends else "gradient": by}
 
 
 def _blocks(model: nn.Module | Anatomy) -> list[nn.Module]:
@@ -382,8 +374,7 @@ def _averageable(model: Model | Anatomy) -> Model:
 
 
 def _check_untied(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    held = Counter(p for block in blocks for p in set(block.parameters()))
-    if any(count > 1 for count in held.values()):
+    if any(count > 1 for count in _holders(blocks).values()):
         raise InputError(
             f"layers of this {type(model).__name__} share parameters; give untie(model)"
         )

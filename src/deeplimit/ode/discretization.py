@@ -27,10 +27,9 @@ SEGMENT = (0.0, 0.5, 1.0)
 # Gauss-Lobatto on [0, 1]: both ends and two points between; exact up to degree 5.
 FRACTIONS = (0.0, (1 - 5**-0.5) / 2, (1 + 5**-0.5) / 2, 1.0)
 WEIGHTS = (1 / 12, 5 / 12, 5 / 12, 1 / 12)
-BOUNDS = ("bound", "integral_bound", "lipschitz", "lipschitz_residual", "acceleration")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiscretizationGap(Record):
     """A stage x_{n+1} = x_n + h φ(x_n, θ_n) beside ẋ(s) = φ(x(s), θ(s)), x(0) = x_0, s_n = n h.
 
@@ -69,12 +68,12 @@ class DiscretizationGap(Record):
     gap: tuple[float, ...]
     mean_gap: tuple[float, ...]
     state_norm: tuple[float, ...]
-    bound: tuple[float, ...] | None
-    integral_bound: tuple[float, ...] | None
-    lipschitz: tuple[float, ...] | None
-    lipschitz_residual: float | None
-    segment_points: int
-    acceleration: tuple[float, ...] | None
+    bound: tuple[float, ...] | None = None
+    integral_bound: tuple[float, ...] | None = None
+    lipschitz: tuple[float, ...] | None = None
+    lipschitz_residual: float | None = None
+    segment_points: int = len(SEGMENT)
+    acceleration: tuple[float, ...] | None = None
     solver: str
     solver_error: float
 
@@ -163,7 +162,7 @@ def discretization_gap(
 
         nodes, path, error, solver = _solve(field, states, say)
         gaps = _norms(states - nodes)
-        bounds: dict[str, Any] = dict.fromkeys(BOUNDS)
+        bounds: dict[str, Any] = {}
         if bound and isinstance(own.scheme, Euler):
             try:
                 bounds = _bounds(field, states, nodes, path, seed, say)
@@ -183,7 +182,6 @@ def discretization_gap(
         gap=_numbers(gaps.amax(1)),
         mean_gap=_numbers(gaps.mean(1)),
         state_norm=_numbers(_norms(nodes).mean(1)),
-        segment_points=len(SEGMENT),
         solver=solver,
         solver_error=error,
         **bounds,

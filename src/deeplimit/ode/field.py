@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from deeplimit._anatomy import Anatomy, ReplayedBlock, Stack, anatomy, model_of
-from deeplimit._anatomy.chain import ResidualChain
 from deeplimit._anatomy.evaluation import Inputs, device_of, to_device, to_precision
 from deeplimit._anatomy.stand_ins import state_among, state_of
 from deeplimit.errors import InputError
@@ -161,16 +160,16 @@ def record(read: Anatomy, x: Inputs, stage: Stack, *, linear: bool) -> tuple[Vec
     structure = anatomy(other)  # which runs the model on an example: before the hooks
     own = next(s for s in stages(structure) if s.index == stage.index)
     entered: list[Call] = []
-    left: list[Any] = []
+    left: list[Tensor] = []
 
     def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append((cast(Tensor, state_among(args, kwargs)), args, kwargs))
 
-    every = dict.fromkeys(own.blocks)  # one that is called several times, once
-    hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in every]
-    hooks.append(own.blocks[-1].register_forward_hook(lambda _, __, y: left.append(y)))
+    hooks = [own.blocks[0].register_forward_pre_hook(enters, with_kwargs=True)]
+    hooks.append(structure.register_leaving_hook(own.layers[-1], left.append))
     try:
-        structure.run(to_precision(to_device(x, device_of(other)), torch.float64))
+        with structure.recording() as states:
+            structure.run(to_precision(to_device(x, device_of(other)), torch.float64))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
@@ -179,12 +178,8 @@ def record(read: Anatomy, x: Inputs, stage: Stack, *, linear: bool) -> tuple[Vec
     finally:
         for hook in hooks:
             hook.remove()
-    first = entered[0][0]
-    if own.adds:
-        states = [*(x for x, *_ in entered), cast(Tensor, state_of(left[-1]))]
-    else:
-        states = ResidualChain(own.blocks, step=own.step, scheme=own.scheme).trajectory(first)
-    shape = list(first.shape)
+    states = [*states[own.first : own.first + own.horizon], left[-1]]
+    shape = list(states[0].shape)
     if len(shape) < 2 or shape[0] == 0:
         raise InputError(
             f"the states have shape {shape}; expected [samples, …] with at least one sample: give "

@@ -121,14 +121,12 @@ def carry_over(
     """Puts the new model's parameters where those of the old one were, in place.
 
     A group is divided where its parameters now need different settings. What the optimiser holds
-    besides the old model stays as it is. What has no origin is the old one of its name.
+    besides the old model stays as it is.
     """
     if optimizer is None:
         return
     rule, mine = RULES[type(optimizer)], set(old.parameters())
     names = {p: name for name, p in new.named_parameters()}
-    rest = {p: name for p, name in names.items() if p not in origins}
-    origins = {p: Origin(((old.get_parameter(n), ONE),)) for p, n in rest.items()} | origins
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         held = set(group["params"])
