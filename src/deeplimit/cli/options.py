@@ -9,9 +9,8 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
-from typing_extensions import Doc
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, arg
 
 from deeplimit.verbs.answer import Within, option
@@ -26,24 +25,22 @@ Json = Annotated[bool, arg(help="Print the result as JSON on stdout, and nothing
 def options_of(function: Callable[..., Any]) -> type[Any]:
     """The options of a verb, and --json, as a dataclass that the parser reads."""
     description, explained = documented(function)
-    hints = get_type_hints(function, include_extras=True)
-    bases: tuple[type[Any], ...] = ()
+    bases: tuple[Any, ...] = ()
     own: list[tuple[str, Any, Any]] = []
     for name, parameter in inspect.signature(function).parameters.items():
+        kind, default = parameter.annotation, parameter.default
         if name in HIDDEN:
             continue
-        if is_dataclass(hints[name]):
-            bases = (hints[name],)
-            inner = get_type_hints(hints[name], include_extras=True)
-            own += [(f.name, parsed(inner[f.name]), f) for f in fields(hints[name])]
+        if is_dataclass(kind):
+            bases = (kind,)
+            own += [(f.name, parsed(f.type), f) for f in fields(kind)]
             continue
         said = explained.get(name)
-        if said and parameter.default is True:  # the option is --no-NAME
+        if said and default is True:  # the option is --no-NAME
             said = f"Do not {said[0].lower()}{said[1:]}"
-        positional = parameter.kind is not parameter.KEYWORD_ONLY
-        hint = parsed(hints[name], said, parameter.default, positional=positional)
-        required = parameter.default is inspect.Parameter.empty
-        own.append((name, hint, field() if required else field(default=parameter.default)))
+        hint = parsed(kind, said, default, positional=parameter.kind is not parameter.KEYWORD_ONLY)
+        required = default is inspect.Parameter.empty
+        own.append((name, hint, field() if required else field(default=default)))
     own.append(("json", Json, field(default=False)))
     namespace = {"__doc__": description, "__module__": function.__module__}
     return make_dataclass(
@@ -57,10 +54,9 @@ def call(function: Callable[..., Any], options: Any, hidden: Mapping[str, Any]) 
     Raises:
         InputError: a number that is not within what its annotation says.
     """
-    given, hints = {}, get_type_hints(function, include_extras=True)
-    for name in inspect.signature(function).parameters:
-        hint = hints[name]
-        kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    given = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = parameter.annotation
         if name in HIDDEN:
             given[name] = hidden[name]
         elif is_dataclass(kind):
@@ -68,7 +64,7 @@ def call(function: Callable[..., Any], options: Any, hidden: Mapping[str, Any]) 
             given[name] = kind(**values)  # type: ignore[operator]
         else:
             value = given[name] = getattr(options, name)
-            for note in notes:
+            for note in getattr(kind, "__metadata__", ()):
                 if isinstance(note, Within) and value is not None:
                     note.check(option(name), value)
     return function(**given)
@@ -87,13 +83,12 @@ def documented(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
 def parsed(
     hint: Any, explained: str | None = None, default: Any = None, *, positional: bool = False
 ) -> Any:
-    """An annotation that says to the parser what a function's says to people."""
-    kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    """An annotation that says to the parser what a function's says to people; `Doc` it reads."""
+    notes = getattr(hint, "__metadata__", ())
     metavar = next((note for note in reversed(notes) if isinstance(note, str)), None)
-    shared = next((note.documentation for note in notes if isinstance(note, Doc)), None)
     words = "" if default is True else default_hint
-    told = arg(metavar=metavar, help=explained or shared, help_behavior_hint=words)
-    return Annotated[kind, Positional, told] if positional else Annotated[kind, told]
+    told = arg(metavar=metavar, help=explained, help_behavior_hint=words)
+    return Annotated[hint, Positional, told] if positional else Annotated[hint, told]
 
 
 def default_hint(value: str) -> str:

@@ -1,6 +1,6 @@
 """The verbs: their names, a table of results and renderers, how a command line becomes a call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from inspect import signature
 from pkgutil import resolve_name
@@ -25,7 +25,13 @@ Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 Ctrl-C, 143 SIGTERM.
 Version: deeplimit --version"""
 
 
-STUDIES = ("consistency", "convergence", "horizon", "linear", "smooth")
+STUDIES = {  # the function of each; a record that it returns gets a page
+    "consistency": "studies:study_consistency",
+    "convergence": "studies:study_convergence",
+    "horizon": "verbs.studies:horizon",
+    "linear": "studies:study_linear",
+    "smooth": "studies:study_smooth",
+}
 # Functions in verbs/ whose parameters are the options (`options_of`); "study" stands for STUDIES.
 VERBS = (
     *("demo", "train", "profile", "crop", "heal", "gradient", "ode", "refine"),
@@ -73,8 +79,7 @@ def parse(args: list[str]) -> Command:
 
 def function_of(verb: str) -> Callable[..., Any]:
     """The function of a verb, or of a study."""
-    room = "deeplimit.verbs.studies" if verb in STUDIES else "deeplimit.verbs"
-    function: Callable[..., Any] = resolve_name(f"{room}:{verb}")
+    function: Callable[..., Any] = resolve_name(f"deeplimit.{STUDIES.get(verb, f'verbs:{verb}')}")
     return function
 
 
@@ -95,7 +100,7 @@ def show(found: Any, *, json: bool) -> None:
         raise InputError(found.fault)
 
 
-def _choose(verbs: tuple[str, ...], prog: str, description: str, args: list[str]) -> Command:
+def _choose(verbs: Collection[str], prog: str, description: str, args: list[str]) -> Command:
     if args and args[0] in verbs:
         return _parsed(args[0], f"{prog} {args[0]}", args[1:])
     if args and not args[0].startswith("-"):
@@ -131,17 +136,20 @@ def _parsed(verb: str, prog: str, args: list[str]) -> Command:
 
     function = function_of(verb)
     given = tyro.cli(options_of(function), prog=prog, args=args, config=STYLE)
-    return partial(_answer, function, given, DOING[verb])
+    return partial(_answer, verb, function, given)
 
 
-def _answer(function: Callable[..., Any], given: Any, doing: str) -> None:
+def _answer(verb: str, function: Callable[..., Any], given: Any) -> None:
     """Calls a verb's function, and prints what it returns."""
     from deeplimit.cli.options import call
     from deeplimit.cli.output import progress
+    from deeplimit.verbs.studies import PAGES, with_page
 
     silent = given.json or "tell" not in signature(function).parameters  # or has its own bars
-    with progress(quiet=silent, doing=doing) as tell:
+    with progress(quiet=silent, doing=DOING[verb]) as tell:
         found = call(function, given, {"tell": tell, "quiet": given.json})
+    if verb in PAGES:
+        found = with_page(verb, found)
     show(found, json=given.json)
 
 

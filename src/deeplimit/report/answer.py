@@ -1,38 +1,34 @@
-"""The answer of a run in words and numbers: depth N → k, what it costs, how it was chosen."""
+"""The answer of a run in words and numbers: depth N → k, what it costs, how it was chosen.
+
+A language model is told by its perplexity, on windows of tokens.
+"""
 
 import itertools
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.depth_table import DepthTable
-from deeplimit.control.verdict import CONFIDENCE, FEW, Z
+from deeplimit.control.verdict import CONFIDENCE, FEW, Verdict, Z
 from deeplimit.control.verifying import CropResult
 from deeplimit.errors import several
-from deeplimit.report import language
 from deeplimit.report.numbers import (
     SPACE,
     count,
+    higher,
     layers,
     percent,
+    perplexity,
     points,
     runs,
     seconds,
     significant,
     times,
 )
-from deeplimit.training.results import (
-    Cut,
-    Healing,
-    MergedRuns,
-    Parts,
-    Profiles,
-    Reference,
-    Refinement,
-    RunResults,
-)
+from deeplimit.training.results import Cut, Parts, Profiles, RunResults
 
 STANDARD_ERRORS = f"{Z:.3f} standard errors"
 APART = (
@@ -46,13 +42,7 @@ ORDERS = {
     "turnpike": "those in the tube went first, from its exit back",
     "trial": "by trial, those whose removal changes the answers least went first",
 }
-TEACHERS = {
-    "full": " with the full network as its teacher",
-    "beside": " with the full network as its teacher, which learned beside it",
-    "none": "",
-}
 Compared = tuple[str, str, str, str]  # name, before, after, change
-Bar = tuple[int, str, float]  # a depth, its test accuracy, and that as a length in percent
 
 
 def cut_depth(cut: Cut | None, depths: DepthTable | None) -> int | None:
@@ -83,52 +73,67 @@ def loss_gained(cut: Cut) -> str:
 def comparisons(report: CropResult) -> tuple[Compared, ...]:
     """Accuracy or perplexity, loss and the three costs: name, before, after, change."""
     one = "sample" if report.has_accuracy else "window"
+    batch = f"{several(report.latency_batch, one)}, {report.device}"
 
     def row(name: str, field: str, text: Callable[[Any], str], less: str, more: str) -> Compared:
         before, after = (getattr(report, f"{field}_{when}") for when in ("before", "after"))
         return name, text(before), text(after), times(before, after, less, more)
 
-    batch = f"{several(report.latency_batch, one)}, {report.device}"
     return (
-        *(_quality(report) if report.has_accuracy else language.quality(report)),
+        *_quality(report),
         row("Parameters", "parameters", count, "fewer", "more"),
         row(f"Multiply-adds a {one}", "multiply_adds", count, "fewer", "more"),
         row(f"Latency ({batch})", "latency", seconds, "faster", "slower"),
     )
 
 
-def _quality(report: CropResult) -> tuple[Compared, ...]:
+def _quality(report: CropResult) -> tuple[Compared, Compared]:
     n, before, after = report.samples, report.loss_before, report.loss_after
-    rise = f"{'+' if after > before else ''}{significant(after - before)}{SPACE}nats"
-    accuracies = percent(report.accuracy_before, n), percent(report.accuracy_after, n)
-    return (
-        ("Test accuracy", *accuracies, _change(report)),
-        ("Test loss", significant(before), significant(after), rise),
-    )
+    losses = significant(before), significant(after)
+    rise = f"{'+' if after > before else ''}{significant(after - before)}"
+    if report.has_accuracy:
+        accuracies = percent(report.accuracy_before, n), percent(report.accuracy_after, n)
+        first = ("Test accuracy", *accuracies, change(report))
+        return first, ("Test loss", *losses, f"{rise}{SPACE}nats")
+    if report.loss_error is not None:
+        rise += f"{SPACE}±{SPACE}{significant(report.loss_error)}"
+    first = ("Test perplexity", perplexity(before), perplexity(after), higher(before, after))
+    return first, ("Test loss, nats a token", *losses, f"{rise}{SPACE}nats")
 
 
-def _change(report: CropResult) -> str:
+def change(report: CropResult) -> str:
+    """What accuracy gains or loses, with its standard error."""
     difference = report.accuracy_after - report.accuracy_before
     return points(difference, report.samples, report.accuracy_error)
 
 
 def lead(cut: Cut) -> str:
     """Says what was taken out, and what test data say about it."""
-    report = cut.report
-    n = report.samples
-    if not report.has_accuracy:
-        return language.lead(_removed(cut) if cut.removed else "", report)
-    before = percent(report.accuracy_before, n)
+    report, known = cut.report, cut.report.has_accuracy
+    n, before, after = report.samples, report.loss_before, report.loss_after
+    on, first = several(n, f"test {'sample' if known else 'window'}"), layers(report.horizon_before)
+    accuracy, full = percent(report.accuracy_before, n), perplexity(before)
+    if not cut.removed and known:
+        return (
+            f"No layer was removed. On test data the network of {first} has an accuracy of "
+            f"{accuracy}."
+        )
     if not cut.removed:
         return (
-            "No layer was removed. On test data the network of "
-            f"{layers(report.horizon_before)} has an accuracy of {before}."
+            f"No layer was removed. On {on} the network of {first} has a perplexity of {full} a "
+            "token."
+        )
+    gone = f"{_which(cut.removed, report.horizon_before, 'were removed')}."
+    if not known:
+        return (
+            f"{gone} Perplexity a token goes from {full} to {perplexity(after)} on {on}, "
+            f"{higher(before, after)}: the loss from {significant(before)} to "
+            f"{significant(after)} nats."
         )
     return (
-        f"{_removed(cut)} Accuracy on test data goes from {before} to "
-        f"{percent(report.accuracy_after, n)} ({_change(report)}, one standard error), and both "
-        f"networks give the same answer for {percent(report.agreement, n)} of "
-        f"{several(n, 'test sample')}."
+        f"{gone} Accuracy on test data goes from {accuracy} to "
+        f"{percent(report.accuracy_after, n)} ({change(report)}, one standard error), and both "
+        f"networks give the same answer for {percent(report.agreement, n)} of {on}."
     )
 
 
@@ -153,15 +158,15 @@ def data_sentence(parts: Parts | None) -> str:
     if parts is None:
         return ""
     if parts.tokens is not None:
-        return language.data_sentence(parts)
+        return (
+            f"A sample is a window of {several(parts.tokens, 'token')}. The text’s first "
+            f"{several(parts.train, 'window')} are training data; the cut was chosen on the next "
+            f"{parts.validation:,} (validation) and judged on the last {parts.test:,} (test)."
+        )
     return (
         f"The networks were trained on {several(parts.train, 'sample')}, chosen on "
         f"{parts.validation:,} (validation) and judged on {several(parts.test, 'other')} (test)."
     )
-
-
-def _removed(cut: Cut) -> str:
-    return f"{_which(cut.removed, cut.report.horizon_before, 'were removed')}."
 
 
 def _which(numbers: Sequence[int], total: int, verb: str) -> str:
@@ -249,14 +254,15 @@ def _rule_of(cut: Cut, choice: CutChoice) -> str:
             if choice.confidence is None
             else ""
         ),
-        "rise": language.limit(choice),
+        "rise": f"a rise of the loss by at most {choice.limit:g} nats a token (perplexity "
+        f"{significant(100 * math.expm1(choice.limit))}{SPACE}% higher), with the standard errors "
+        "of so many trials, by windows, added",
         "blocks": f"{layers(int(choice.limit))} to be kept",
         "multiply_adds": f"{part} multiply-adds",
         "latency": f"{part} latency",
     }
     stages = zip(choice.layers_after, choice.layers_before, strict=True)
-    said = language.chosen(choice)
-    place, sure = " of any place", ""
+    said, place, sure = "", " of any place", ""
     if choice.confidence is not None:
         place = "" if choice.score == "tail" else place
         sure = (
@@ -267,6 +273,9 @@ def _rule_of(cut: Cut, choice: CutChoice) -> str:
         before = percent(choice.accuracy_before, choice.samples or 0)
         after = percent(choice.accuracy_after, choice.samples or 0)
         said = f" On validation data accuracy goes from {before} to {after}.{few(cut)}"
+    elif choice.loss_before is not None and choice.loss_after is not None:
+        before, after = perplexity(choice.loss_before), perplexity(choice.loss_after)
+        said = f" On validation data perplexity goes from {before} to {after}."
     return (
         f"Layers{place} were chosen on validation data, for {limits[choice.budget]}{sure}: "
         f"{ORDERS[choice.score]}. Of the layers of each stage "
@@ -281,7 +290,7 @@ def path(cut: Cut) -> tuple[tuple[str, ...], list[tuple[str, tuple[str, ...]]]]:
 
     def value(loss: float, accuracy: float) -> str:
         known = full.has_accuracy
-        return percent(accuracy, full.samples) if known else language.perplexity(loss)
+        return percent(accuracy, full.samples) if known else perplexity(loss)
 
     first = (str(full.horizon_before), value(full.loss_before, full.accuracy_before), "")
     rows: list[tuple[str, tuple[str, ...]]] = [("", first)]
@@ -333,108 +342,6 @@ def few(cut: Cut) -> str:
     )
 
 
-def control_sentences(cut: Cut | None, reference: Reference | None) -> tuple[str, ...]:
-    """Says what the same cut costs without stage cost, and its depth reaches from scratch."""
-    if cut is None or reference is None or not cut.removed:
-        return ()
-    report, small = reference.report, reference.small
-    if not reference.is_of(cut):
-        return (
-            f"The control is that of another cut, to {layers(report.horizon_after)}; deeplimit "
-            "train --resume RUN, with RUN the run’s folder, trains and measures that of this one.",
-        )
-    n, lost = report.samples, report.accuracy_before - report.accuracy_after
-    said = (
-        f"The same network trained without stage cost {'loses' if lost >= 0 else 'gains'} "
-        f"{points(abs(lost), n).lstrip('+')} when it is cut to the same depth: from "
-        f"{percent(report.accuracy_before, n)} to {percent(report.accuracy_after, n)}."
-    )
-    return (said,) if small is None else (said, _small(small))
-
-
-def _small(report: CropResult) -> str:
-    """`report` is of the small network, before, and of the cut, after."""
-    n, verdict = report.samples, report.verdict
-    told = f"{several(n, 'test sample')} {'does' if n == 1 else 'do'} not tell which is better"
-    if verdict is not None and verdict.at_most < 0:
-        told = "the cut is better"
-    elif verdict is not None and verdict.at_least > 0:
-        told = "the cut is worse"
-    return (
-        f"A network of {layers(report.horizon_before)} trained from scratch without stage cost has "
-        f"{percent(report.accuracy_before, n)}. The cut less this network: {_change(report)} "
-        f"(paired, one standard error); {told}."
-    )
-
-
-def control_rows(cut: Cut | None, reference: Reference | None) -> list[tuple[str, list[Bar]]]:
-    """With and without stage cost, before and after the same cut; of the cut's depth at once.
-
-    None where the control is of another cut.
-    """
-    if cut is None or reference is None or not cut.removed or not reference.is_of(cut):
-        return []
-
-    def bar(report: CropResult, depth: int, accuracy: float) -> Bar:
-        return depth, percent(accuracy, report.samples), round(100 * accuracy, 2)
-
-    rows = [
-        (
-            f"{name} stage cost, cut",
-            [
-                bar(report, report.horizon_before, report.accuracy_before),
-                bar(report, report.horizon_after, report.accuracy_after),
-            ],
-        )
-        for name, report in (("With", cut.report), ("Without", reference.report))
-    ]
-    if (small := reference.small) is not None:
-        scratch = bar(small, small.horizon_before, small.accuracy_before)
-        rows.append(("Without stage cost, that depth from scratch", [scratch]))
-    return rows
-
-
-def healing_sentence(healing: Healing) -> str:
-    """Says what more training recovered, and how far that is from the full network."""
-    full, cropped = healing.from_full, healing.from_cropped
-    n, who = full.samples, TEACHERS[healing.teacher]
-    if not full.has_accuracy:
-        return language.healing_sentence(healing, who)
-    return (
-        f"Trained for {several(healing.epochs, 'epoch')} more{who}, the cut network goes from "
-        f"{percent(cropped.accuracy_before, n)} to {percent(cropped.accuracy_after, n)} on test "
-        f"data ({_change(cropped)}, one standard error). Against the full "
-        f"network's {percent(full.accuracy_before, n)} that is {_change(full)}."
-    )
-
-
-def refinement_sentence(refinement: Refinement) -> str:
-    """From which network this one was made, and what that changed."""
-    report, trained = refinement.report, refinement.trained
-    n, more = report.samples, ""
-    if trained is not None:
-        epochs = several(refinement.epochs, "epoch")
-        more = f", and {percent(trained.accuracy_after, n)} after {epochs} of training from there"
-    return (
-        f"Refined from {Path(refinement.source).name}: {layers(report.horizon_before)} became "
-        f"{report.horizon_after}, test accuracy {percent(report.accuracy_before, n)} became "
-        f"{percent(report.accuracy_after, n)}{more}."
-    )
-
-
-def merging_sentence(merging: MergedRuns) -> str:
-    """From which networks this one was made, and how well all do."""
-    *others, last = merging.names
-    n, more = merging.samples, ""
-    if merging.averaged is not None:
-        more = f"; the average of their parameters has {percent(merging.averaged.accuracy, n)}"
-    parents = ", ".join(percent(parent.accuracy, n) for parent in merging.parents)
-    return (
-        f"Merged from {', '.join(others)} and {last}, whose test accuracies are {parents}: "
-        f"{percent(merging.merged.accuracy, n)}{more}."
-    )
-
-
 def waiting(results: RunResults) -> str:
     """Says what is known, and what to do, before a cut was made."""
     done, epochs = len(results.metrics), int(results.recipe.get("epochs", 0))
@@ -448,8 +355,7 @@ def waiting(results: RunResults) -> str:
     validation = results.profiles.validation
     depth = validation.recommended_depth
     if not validation.accuracy:
-        perplexity = language.perplexity(validation.loss[-1])
-        said = f"the model has a perplexity of {perplexity} a token. It"
+        said = f"the model has a perplexity of {perplexity(validation.loss[-1])} a token. It"
     elif depth == validation.horizon:
         said = f"every smaller number of first layers does worse than all {depth}. The network"
     else:
@@ -458,3 +364,11 @@ def waiting(results: RunResults) -> str:
             "tolerances. The network"
         )
     return f"On validation data {said} has not been cut yet."
+
+
+def verdict_sentence(verdict: Verdict) -> str:
+    """The verdict in a sentence; on the loss of a language model, whose samples are windows."""
+    if verdict.loss is None:
+        return str(verdict)
+    text = re.sub(r"\bsample(s?)\b", r"window\1", str(verdict)).replace(" -", " −")
+    return re.sub(r"by more than −?[\d.e+-]+", r"\g<0> nats a token", text, count=1)

@@ -15,19 +15,18 @@ from deeplimit.control.verdict import Verdict, Word
 from deeplimit.errors import several
 from deeplimit.report.answer import (
     comparisons,
-    control_sentences,
     cut_depth,
     data_sentence,
     entry_apart,
     every_depth,
     few,
-    healing_sentence,
     path,
     shortened,
     vanished_sentence,
+    verdict_sentence,
 )
-from deeplimit.report.language import perplexity, verdict_sentence
-from deeplimit.report.numbers import SPACE, percent, significant
+from deeplimit.report.numbers import SPACE, percent, perplexity, significant
+from deeplimit.report.related import control_sentences, healing_sentence
 from deeplimit.tables import shown_depths
 from deeplimit.training.results import Cut, Finished, Healing, Profiles, Reference, Refinement
 from deeplimit.training.verifying import Verification

@@ -13,8 +13,7 @@ from deeplimit.errors import several
 from deeplimit.report.console import answered, table
 from deeplimit.report.numbers import SPACE, count, memory, seconds, significant, superscript
 from deeplimit.report.style import GRID, NETWORK, REFERENCE, TEXT, TUBE, plain_figure
-from deeplimit.studies.gradient_cost import GradientCost
-from deeplimit.studies.gradient_methods import MethodCost
+from deeplimit.studies.gradient_cost import GradientCost, MethodCost
 
 PLAIN = ("plain", "checkpointed")
 REASONS = 5  # candidates that are named when no block is rebuilt

@@ -90,3 +90,17 @@ def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
         else:
             found.append((number, number))
     return found
+
+
+def perplexity(loss: float) -> str:
+    """exp(loss), the loss in nats a token: among how many tokens the model hesitates."""
+    return significant(math.exp(min(loss, 700)))
+
+
+def higher(before: float, after: float) -> str:
+    """By how much a perplexity has risen, or fallen."""
+    change = math.expm1(after - before)
+    word = "higher" if change > 0 else "lower"
+    if change > 1:
+        return f"{significant(1 + change)}{SPACE}×{SPACE}as high"
+    return "the same" if change == 0 else f"{significant(100 * abs(change))}{SPACE}% {word}"

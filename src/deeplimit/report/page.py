@@ -16,7 +16,7 @@ from deeplimit.report import (
     answer,
     convergence,
     depth_limit,
-    language,
+    related,
     states,
     training,
     turnpike,
@@ -70,8 +70,8 @@ def _rendered(template: str, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["sentence"] = language.verdict_sentence
-    environment.globals["words"] = answer
+    environment.filters["sentence"] = answer.verdict_sentence
+    environment.globals |= {"words": answer, "related": related}
     return environment.get_template(template).render(context)
 
 
@@ -129,7 +129,7 @@ def layer_panels(results: RunResults) -> list[Panel]:
         influence = turnpike.influence_figure(profiles, cut)
         return _panels(
             [
-                ("influence", influence, language.influence_caption(test)),
+                ("influence", influence, turnpike.influence_caption(test)),
                 ("update", update, turnpike.update_caption(profiles)),
                 *controls,
             ]

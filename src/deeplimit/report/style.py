@@ -42,6 +42,7 @@ AXIS = {
     "automargin": True,
     "tickfont": {"size": 12},
 }
+MARK: dict[str, Any] = {"font": {"color": TUBE, "size": 12}}
 SPIKE = {"spikecolor": TEXT, "spikethickness": 1, "spikedash": "solid", "showgrid": False}
 LAYOUT: dict[str, Any] = {
     "font": {"family": FONT, "size": 13, "color": TEXT},
@@ -152,43 +153,33 @@ def layer_figure(
         **({"dtick": 1} if horizon < 12 else {"nticks": 12}),
     )
     for first, last in runs(cut.removed) if cut else ():
-        figure.add_vrect(x0=first, x1=last + 1, fillcolor=SHADE, line_width=0, layer="below")
-        _note(figure, last + 1, 1, "removed", "right", "bottom", TEXT, yref="paper")
+        note = {"text": "removed", "font": {"color": TEXT, "size": 12}, "yanchor": "bottom"}
+        figure.add_vrect(
+            first, last + 1, fillcolor=SHADE, line_width=0, layer="below", annotation=note
+        )
     return figure
-
-
-def _note(
-    figure: go.Figure,
-    x: Number,
-    y: Number,
-    text: str,
-    xanchor: str,
-    yanchor: str,
-    color: str = TUBE,
-    **more: str,
-) -> None:
-    place = {"x": x, "y": y, "xanchor": xanchor, "yanchor": yanchor, "showarrow": False}
-    figure.add_annotation(text=text, font={"color": color, "size": 12}, **place, **more)
 
 
 def shade_tube(figure: go.Figure, radius: float) -> None:
     """The tube 0 ≤ d ≤ δ around the minimisers."""
-    figure.add_hrect(y0=0, y1=radius, fillcolor=TUBE, opacity=0.17, line_width=0)
     # States come from above, so the tube is empty at its left end.
-    _note(figure, 0, radius, f"tube, δ = {significant(radius)}", "left", "top", xref="paper")
+    note = MARK | {"text": f"tube, δ = {significant(radius)}", "xanchor": "left", "x": 0}
+    figure.add_hrect(0, radius, fillcolor=TUBE, opacity=0.17, line_width=0, annotation=note)
 
 
 def mark_layer(figure: go.Figure, layer: int, text: str) -> None:
     """A vertical line at a layer, named above the plot."""
-    figure.add_vline(x=layer, line={"color": TUBE, "width": 1.5})
-    _note(figure, layer, 1, text, "center", "bottom", yref="paper")
+    note = MARK | {"text": text, "xanchor": "center", "yanchor": "bottom"}
+    figure.add_vline(layer, line={"color": TUBE, "width": 1.5}, annotation=note)
 
 
 def mark_value(figure: go.Figure, y: float, text: str, *, log: bool = False) -> None:
     """A dotted horizontal line, named below its right end, or above it on a logarithmic axis."""
-    figure.add_hline(y=y, line={"color": TUBE, "width": 1.5, "dash": "dot"})
-    height, side = (math.log10(y), "bottom") if log else (y, "top")
-    _note(figure, 1, height, text, "right", side, xref="paper")
+    note = MARK | {"text": text, "xanchor": "right", "yanchor": "top"}
+    if log:
+        note |= {"y": math.log10(y), "yanchor": "bottom"}
+    dotted = {"color": TUBE, "width": 1.5, "dash": "dot"}
+    figure.add_hline(y, line=dotted, annotation=note)
 
 
 def logarithmic(figure: go.Figure, *more: Number) -> go.Figure:

@@ -9,8 +9,7 @@ import plotly.graph_objects as go
 from deeplimit.control.depth_table import DepthTable
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.report.answer import vanished_sentence
-from deeplimit.report.language import perplexity
-from deeplimit.report.numbers import layers, percent, significant
+from deeplimit.report.numbers import layers, percent, perplexity, significant
 from deeplimit.report.style import (
     DASHED,
     GRID,
@@ -295,6 +294,18 @@ def distance_caption(profiles: Profiles) -> str:
         text += f" After layer {leaving}, the exit, they leave it again."
     outside = validation.outside()
     return text + f" Of layers 0 to {validation.horizon}, {outside} lie outside the tube."
+
+
+def influence_caption(profile: TurnpikeProfile) -> str:
+    """Which layer turns the states least."""
+    influence = profile.influence or ()
+    if not influence:
+        return "The network has no layers."
+    least, most = (pick(range(len(influence)), key=influence.__getitem__) for pick in (min, max))
+    return (
+        f"1 − cos of the states before and after a layer (ShortGPT, arXiv 2403.03853): layer "
+        f"{least + 1}, counted from 1, turns them least, layer {most + 1} most."
+    )
 
 
 def update_caption(profiles: Profiles) -> str:

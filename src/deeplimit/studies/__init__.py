@@ -6,10 +6,15 @@ from deeplimit.lazy import lazy
 
 if TYPE_CHECKING:
     from deeplimit.studies.comparison import Comparison, compare_runs
-    from deeplimit.studies.consistency import ConsistencyStudy, study_consistency
-    from deeplimit.studies.convergence import ConvergenceStudy, study_convergence
-    from deeplimit.studies.gradient_cost import GradientCost, measure_gradient_cost
-    from deeplimit.studies.gradient_methods import MethodCost
+    from deeplimit.studies.consistency import ConsistencyStudy
+    from deeplimit.studies.convergence import ConvergenceStudy
+    from deeplimit.studies.experiments import (
+        study_consistency,
+        study_convergence,
+        study_linear,
+        study_smooth,
+    )
+    from deeplimit.studies.gradient_cost import GradientCost, MethodCost, measure_gradient_cost
     from deeplimit.studies.horizon import (
         HorizonRuns,
         HorizonStudy,
@@ -19,9 +24,9 @@ if TYPE_CHECKING:
         study_horizon,
     )
     from deeplimit.studies.interpolation import Interpolation, interpolate_runs, merge_runs
-    from deeplimit.studies.linear import LinearStudy, study_linear
+    from deeplimit.studies.linear import LinearStudy
     from deeplimit.studies.rates import Family, Rate
-    from deeplimit.studies.smooth import SmoothStudy, study_smooth
+    from deeplimit.studies.smooth import SmoothStudy
     from deeplimit.training.results import MergedRuns
 
 __all__ = [

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from deeplimit.meanfield import CotDistance, LayerwiseMeasure, Plan, cot_distance
 from deeplimit.meanfield.transport import check_comparable
-from deeplimit.studies.harness import ProgressCallback, silent
 from deeplimit.studies.measured_runs import MeasuredRun, blamed, measured
+from deeplimit.terminal import ProgressCallback, silent
 
 NUMBERS = 2**24  # of particles' differences at a time
 
@@ -120,12 +120,7 @@ def compare_runs(
     >>> compare_runs([first, second]).distance(0, 1) > 0
     True
 
-    Args:
-        specs: run folders, or models as `load_model` takes them; two or more.
-        sinkhorn: as in `cot_distance`, for layers too wide for the exact solver.
-        seed: of the parameters of models that come without any.
-        trust: whether code that the recipes of run folders name may be run.
-        tell: is told what is done now, and the fraction done.
+    The arguments are those of `deeplimit.verbs.compare`.
 
     Raises:
         InputError: fewer than two networks, no such run, networks that are not means of particles

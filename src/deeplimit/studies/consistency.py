@@ -31,7 +31,7 @@ from deeplimit.meanfield import LayerwiseMeasure, cot_distance
 from deeplimit.records import Record
 from deeplimit.studies import harness
 from deeplimit.studies.convergence import check_time, flow, generator_of, network_of, normal
-from deeplimit.studies.harness import Machine, Point, ProgressCallback, Study, Tell, silent
+from deeplimit.studies.harness import Machine, Point, Study, Tell
 from deeplimit.studies.rates import Slopes
 
 STATE = 4  # numbers in the state; a particle has 2 · 4 + 1
@@ -158,42 +158,16 @@ class Problem:
         return model
 
 
-def study_consistency(
-    *,
-    depths: Sequence[int] = (8, 16, 32, 64),
-    widths: Sequence[int] = (64, 128, 256, 512),
-    seeds: Sequence[int] = (0, 1, 2),
-    draws: int = 16,
-    atoms: int = 16,
-    learning_rate: float = 0.1,
-    time: float = 2.0,
-    runs: Path = Path("runs"),
-    tell: ProgressCallback = silent,
-) -> ConsistencyStudy:
-    """Trains networks of every size for one flow time, in float64, and compares them.
-
-    study.json is left in a folder of its own, `consistency`; one that was interrupted goes on.
-
-    >>> small = {"depths": (2, 3, 4), "widths": (4, 8, 12), "atoms": 4, "draws": 1, "time": 0.1}
-    >>> study_consistency(**small, seeds=(0,), runs=runs).rate("distance", "atoms").slope < 0
-    True
-
-    Args:
-        depths: N, from the smallest to the largest.
-        widths: M, one for each depth.
-        seeds: at least one.
-        draws: independent samples for each seed and size, over which outputs are compared.
-        atoms: of the initial measure; every width is a multiple.
-        learning_rate: the step of the flow.
-        time: of the flow.
-        runs: folder for the study's folder.
-        tell: is told what is done now, and the fraction done.
-
-    Raises:
-        InputError: sizes that do not rise or do not go together, no seed or one twice, settings not
-            above 0.
-        RunError: a risk that is not finite.
-    """
+def experiment(
+    depths: Sequence[int],
+    widths: Sequence[int],
+    seeds: Sequence[int],
+    draws: int,
+    atoms: int,
+    learning_rate: float,
+    time: float,
+) -> Study[Values, ConsistencyStudy]:
+    """Returns the study of networks of every size, for one flow time, in float64."""
     expected = (
         "at least three sizes of 2 layers or more, a width for each depth, "
         "from the smallest to the largest"
@@ -247,7 +221,7 @@ def study_consistency(
 
     settings = {"depths": tuple(depths), "widths": tuple(widths), "draws": draws, "atoms": atoms}
     flowing = {"learning_rate": learning_rate, "steps": steps, "state": STATE, "samples": SAMPLES}
-    study = Study(
+    return Study(
         name="consistency",
         record=ConsistencyStudy,
         axes={"seeds": seeds},
@@ -256,7 +230,6 @@ def study_consistency(
         measure=measure,
         result=rates,
     )
-    return harness.run_study(study, runs, tell)
 
 
 def _from(before: Tensor, model: nn.Module) -> float:

@@ -31,7 +31,7 @@ from deeplimit.meanfield import (
 from deeplimit.network import ResidualChain, TwoLayerResidual
 from deeplimit.records import Record
 from deeplimit.studies import harness
-from deeplimit.studies.harness import Machine, Point, ProgressCallback, Study, Tell, silent
+from deeplimit.studies.harness import Machine, Point, Study, Tell
 from deeplimit.studies.rates import looked_at
 
 Source = Literal["kernel", "slope"]
@@ -112,42 +112,16 @@ class ConvergenceStudy(Record):
         return sum(c is not None and c.holds for c in found) / len(found)
 
 
-def study_convergence(
-    *,
-    widths: Sequence[int] = (4, 8, 16, 32, 64, 128, 256),
-    distances: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0),
-    seeds: Sequence[int] = (0, 1, 2),
-    depth: int = 8,
-    samples: int = 8,
-    learning_rate: float = 0.1,
-    time: float = 30.0,
-    runs: Path = Path("runs"),
-    tell: ProgressCallback = silent,
-) -> ConvergenceStudy:
-    """Trains networks of every width from every initial risk, in float64, with certificates.
-
-    study.json is left in a folder of its own, `convergence`; one that was interrupted goes on.
-
-    >>> found = study_convergence(widths=(64,), distances=(0.03,), depth=2, time=0.4, runs=runs)
-    >>> found.held(64, 0.03, "slope")
-    1.0
-
-    Args:
-        widths: M, from the smallest to the largest; below and above the number of samples.
-        distances: ρ: how far the targets are from the first outputs; L(μ_0) = ρ²/2.
-        seeds: at least one.
-        depth: N.
-        samples: D.
-        learning_rate: the step of the flow.
-        time: of the flow.
-        runs: folder for the study's folder.
-        tell: is told what is done now, and the fraction done.
-
-    Raises:
-        InputError: widths or distances that do not rise, settings not above 0, fewer than two
-            samples, no seed or one twice.
-        RunError: a risk that is not finite.
-    """
+def experiment(
+    widths: Sequence[int],
+    distances: Sequence[float],
+    seeds: Sequence[int],
+    depth: int,
+    samples: int,
+    learning_rate: float,
+    time: float,
+) -> Study[ConvergenceTraining, ConvergenceStudy]:
+    """Returns the study of networks of every width from every initial risk, with certificates."""
     harness.check_once("seeds", seeds)
     steps = check_time(learning_rate, time)
     rising = "from the smallest to the largest"
@@ -168,7 +142,7 @@ def study_convergence(
 
     axes = {"widths": widths, "distances": distances, "seeds": seeds}
     sizes = {"depth": depth, "state": STATE, "samples": samples}
-    study = Study(
+    return Study(
         name="convergence",
         record=ConvergenceStudy,
         axes=axes,
@@ -177,7 +151,6 @@ def study_convergence(
         measure=measure,
         result=lambda found, _: {"trainings": tuple(found[p] for p in product(*axes.values()))},
     )
-    return harness.run_study(study, runs, tell)
 
 
 def _trained(

@@ -1,20 +1,66 @@
-"""The cost of every way to a gradient on one batch: memory, time, error and drift."""
+"""The cost of every way to a gradient on one batch: memory, time, error and drift.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+The memory at its peak and the time are taken in passes of their own.
+"""
+
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deeplimit._anatomy.checks import check_count
-from deeplimit.gradient import use_backprop
-from deeplimit.gradient.accuracy import LossOf
+from deeplimit.errors import InputError, describe_error
+from deeplimit.gradient import drift, layout, plan_memory, use_adjoint, use_backprop
+from deeplimit.gradient.accuracy import LossOf, Measurement, peak_memory, wait
 from deeplimit.gradient.codes import BITS
-from deeplimit.studies.gradient_methods import MethodCost, Methods
+from deeplimit.gradient.meter import KEPT, Way
+from deeplimit.gradient.stand_ins import AdjointForward, Switch, engines, switches
+from deeplimit.network import ResidualChain
+from deeplimit.reading import one_line
 
 EVALUATIONS = (1, 2, 3)
 SAME = 1.02  # memories this near count as equal: then the faster method is the better one
+Own = list[tuple[nn.Module, str, Any]]
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """One way to the gradient.
+
+    Attributes:
+        method: plain; checkpointed: torch's non-reentrant checkpoint per block; adjoint: rebuilt by
+            a fixed point; coded; planned: what `plan_memory` makes of all these.
+        evaluations: e, of the adjoint.
+        anchors: the blocks whose input is kept beside the first and last of every chain.
+        memory: bytes at the peak of a step beyond parameters and gradients.
+        seconds: of a forward and backward pass, the median.
+        error: ‖g − g*‖ / ‖g*‖ over all parameters, g* that of plain backpropagation.
+        drift: the largest of each chain.
+        kept: how many of the blocks' inputs are kept.
+        failed: why there are no figures; empty if there are.
+        bits: b, of coded states.
+        plan: in words, how many states come back in which way.
+    """
+
+    method: str
+    evaluations: int | None = None
+    anchors: tuple[str, ...] = ()
+    memory: int | None = None
+    seconds: float | None = None
+    error: float | None = None
+    drift: tuple[float, ...] = ()
+    kept: int | None = None
+    failed: str = ""
+    bits: int | None = None
+    plan: str | None = None
 
 
 @dataclass(frozen=True)
@@ -168,13 +214,199 @@ def measure_gradient_cost(
     )
 
 
+@dataclass
+class Methods:
+    """One model and batch, and what the first passes find out about them.
+
+    Attributes:
+        reference: the exact gradient; None where plain backpropagation runs out of memory.
+        loss: of the batch; NaN then.
+        chains: names of the blocks linked to each other.
+        left_plain: candidates that are not rebuilt, and why.
+        blocks: where the adjoint stands in; none if no state can be coded or rebuilt.
+        adds: whether some block adds its input, so that states can be rebuilt.
+    """
+
+    model: nn.Module
+    loss_of: LossOf
+    batch: Any
+    tolerance: float
+    steps: int
+    tell: Callable[[str], object]
+
+    def __post_init__(self) -> None:
+        self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        use_backprop(self.model)
+        self.plain = _own(self.model)
+        self._adjoint(Way(BITS[-1], 1))
+        self.tell("the exact gradient")
+        self.reference = self._reference()
+        self.loss = math.nan if self.reference is None else self.reference.loss
+        (engine,) = engines(self.model)
+        engine.chains = []
+        self._pass()
+        found = layout(self.model)
+        self.chains = tuple(map(tuple, engine.chains))
+        self.left_plain = found.plain
+        linked = {name for chain in self.chains for name in chain if len(chain) > 1}
+        self.blocks = [s for s in switches(self.model) if linked & {t.name for t in s.steps}]
+        self.adds = any(t.adds for s in self.blocks for t in s.steps if t.name in linked)
+        _put(self.model, self.plain)
+
+    def costs(self, methods: Sequence[MethodCost]) -> tuple[MethodCost, ...]:
+        """Measures them, a row for each: the figures, or why there are none.
+
+        Times are taken in turns, a step of each method after the other, so that whatever else the
+        machine does meets all of them.
+        """
+        measured = [self._measured(method) for method in methods]
+        self.tell("time")
+        ways = [way for _, way in measured if way is not None]
+        times: list[list[float]] = [[] for _ in ways]
+        try:
+            for _ in range(self.steps):
+                for mine, way in zip(times, ways, strict=True):
+                    _put(self.model, way)
+                    self.model.zero_grad(set_to_none=True)
+                    wait(self.device)
+                    began = time.perf_counter()
+                    self._step()
+                    wait(self.device)
+                    mine.append(time.perf_counter() - began)
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            _put(self.model, self.plain)
+        medians = map(statistics.median, times)
+        return tuple(
+            row if way is None else replace(row, seconds=next(medians)) for row, way in measured
+        )
+
+    def _measured(self, row: MethodCost) -> tuple[MethodCost, Own | None]:
+        """All but the time, and how the model is switched to this method again."""
+        detail = f", e = {row.evaluations}" if row.evaluations else ""
+        self.tell(row.method + (f", {row.bits} bits" if row.bits else detail))
+        switched = row.method not in ("plain", "checkpointed")
+        try:
+            if row.method == "checkpointed":
+                _checkpoint(self.blocks)
+            elif switched:
+                self._adjoint(Way(row.bits or 0, row.evaluations or 1))
+            self._pass()  # warm; and blocks are told apart in an adjoint's first pass
+            if row.method == "planned":
+                row = self._planned(row)
+            if (exact := self.reference) is not None:
+                row = replace(row, error=exact.error(exact.gradient()))
+            row = replace(
+                row,
+                drift=self._drifts() if switched else (),
+                memory=peak_memory(self._step, self.model, self.device),
+                kept=self._kept() if switched else sum(map(len, self.chains)),
+            )
+            return row, _own(self.model)
+        except RuntimeError as failure:
+            if row.method == "plain" and not isinstance(failure, torch.OutOfMemoryError):
+                raise
+            failed = f"{type(failure).__name__}: {one_line(failure).strip()}"
+            return replace(row, failed=failed), None
+        finally:
+            _put(self.model, self.plain)
+
+    def _planned(self, row: MethodCost) -> MethodCost:
+        """Switches the model to a plan within the tolerance."""
+        plan = plan_memory(self.model, self.loss_of, self.batch, self.tolerance)
+        use_adjoint(self.model, plan=plan, on_drift="ignore")
+        self._pass()
+        anchors = tuple(name for name, way in plan.ways.items() if way == KEPT)
+        counts = Counter(map(str, plan.ways.values())).most_common()
+        words = "; ".join(f"{count} {way}" for way, count in counts)
+        return replace(row, anchors=anchors, plan=words, error=plan.error)
+
+    def _adjoint(self, way: Way) -> None:
+        how = {"bits": way.bits, "evaluations": way.evaluations, "tolerance": self.tolerance}
+        use_adjoint(self.model, **how, on_drift="ignore")  # type: ignore[arg-type]
+
+    def _reference(self) -> Measurement | None:
+        """The exact gradient; None where plain backpropagation runs out of memory."""
+        try:
+            return Measurement(self.model, self.loss_of, self.batch)
+        except torch.OutOfMemoryError:
+            return None
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the model does not run on its batch: {describe_error(error)}"
+            ) from error
+
+    def _step(self) -> None:
+        torch.autograd.backward(self.loss_of(self.model, self.batch))
+
+    def _pass(self) -> None:
+        """One backward pass that leaves nothing behind."""
+        if self.reference is not None:
+            self.reference.gradient()
+        else:
+            self._step()
+            self.model.zero_grad(set_to_none=True)
+
+    def _drifts(self) -> tuple[float, ...]:
+        """Of each chain by itself: in a pass in which all states of the others are kept."""
+        (engine,) = engines(self.model)
+        settings, drifts = engine.settings, []
+        names = {name for chain in self.chains for name in chain}
+        for chain in self.chains:
+            if len(chain) > 2:  # of fewer, all states are kept
+                others = dict.fromkeys(names - {*chain}, KEPT)
+                engine.settings = replace(settings, ways={**settings.ways, **others})
+                self._pass()
+            drifts.append(drift(self.model) if len(chain) > 2 else 0.0)
+        engine.settings = settings
+        return tuple(drifts)
+
+    def _kept(self) -> int:
+        """Counts linked blocks whose inputs are kept: first, last and anchors."""
+        kept = {*layout(self.model).kept}
+        return sum(
+            n in (0, len(chain) - 1) or block in kept
+            for chain in self.chains
+            for n, block in enumerate(chain)
+        )
+
+
+def _checkpoint(blocks: list[Switch]) -> None:
+    """Puts torch's non-reentrant checkpoint around each of the blocks that the adjoint found."""
+    for switch in blocks:
+        if isinstance(switch, AdjointForward):
+            forward = switch.block.forward
+            switch.block.forward = partial(checkpoint, forward, use_reentrant=False)
+        else:
+            step = partial(ResidualChain.run_step, switch.chain)
+            run: Any = partial(checkpoint, step, use_reentrant=False)
+            switch.chain.run_step = run  # type: ignore[method-assign]
+
+
+def _own(model: nn.Module) -> Own:
+    """Finds what stands in the modules' own attributes in place of their classes' methods."""
+    own = [
+        (m, name, vars(m).get(name)) for m in model.modules() for name in ("forward", "run_step")
+    ]
+    return [place for place in own if place[2] is not None]
+
+
+def _put(model: nn.Module, own: Own) -> None:
+    """Puts that back, and takes away what was not there."""
+    for module, name, _ in _own(model):
+        del vars(module)[name]
+    for module, name, method in own:
+        vars(module)[name] = method
+
+
 def _described(batch: Any) -> str:
     """Names and shapes of what is in a batch."""
     parts = batch if isinstance(batch, tuple | list) else (batch,)
     named = batch.items() if isinstance(batch, Mapping) else [("", part) for part in parts]
-    shapes = [
-        (name, "×".join(map(str, part.shape)) or "scalar")
+    return ", ".join(
+        f"{name} {'×'.join(map(str, part.shape)) or 'scalar'}".strip()
         for name, part in named
         if isinstance(part, Tensor)
-    ]
-    return ", ".join(f"{name} {shape}".strip() for name, shape in shapes)
+    )

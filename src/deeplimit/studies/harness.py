@@ -27,6 +27,7 @@ from deeplimit.files import remove, write_text
 from deeplimit.memory import OBJECTS, require
 from deeplimit.reading import read_json
 from deeplimit.records import Record, coerce, to_plain
+from deeplimit.terminal import ProgressCallback, silent
 from deeplimit.training.new_folder import new_folder
 from deeplimit.training.run_files import alone
 
@@ -36,7 +37,6 @@ Value = TypeVar("Value")
 Found = TypeVar("Found", bound=Record)
 Numbers = Sequence[int] | Sequence[float]
 Point = tuple[Any, ...]  # a value of each axis, in their order
-ProgressCallback = Callable[[str, float], object]  # what is done now; the fraction done
 Tell = Callable[..., None]  # the same of one measurement, without a fraction at its start
 
 
@@ -89,10 +89,6 @@ def _processor() -> str:
 def machine() -> dict[str, str | int]:
     """Returns it as plain values, to be stored beside the figures of a benchmark."""
     return {name: value for name, value in vars(Machine.here()).items() if value is not None}
-
-
-def silent(message: str, done: float) -> None:
-    """Shows no progress."""
 
 
 @dataclass(frozen=True)

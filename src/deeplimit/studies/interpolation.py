@@ -14,8 +14,8 @@ from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance, cot_geodesic, merge, narrow
 from deeplimit.meanfield.geodesic import FramePolicy
 from deeplimit.studies.comparison import ComparedLayer, compared_layers
-from deeplimit.studies.harness import ProgressCallback, silent
 from deeplimit.studies.measured_runs import SharedRuns, blamed, check_frame, run_of
+from deeplimit.terminal import ProgressCallback, silent
 from deeplimit.training import RunFolder
 from deeplimit.training.building import evaluation_batches, tolerance_of
 from deeplimit.training.models import of_transformers, save_network
@@ -104,18 +104,7 @@ def interpolate_runs(
     >>> interpolate_runs(first, second, points=3, frame="interpolate").ts
     (0.0, 0.5, 1.0)
 
-    Args:
-        first: a run folder, of t = 0.
-        second: another on the same data, of t = 1; any width and depth.
-        points: how many t, evenly spaced from 0 to 1.
-        frame: "equal": stems, heads and norms must be; "interpolate" moves them linearly.
-        align: take the second network in the basis of the residual stream that is nearest to the
-            first one's, by their states on training data, as `align_streams`. Its stem and head
-            turn along, so that they need the frame "interpolate".
-        save: a t, whose network is written.
-        name: of it: a new run folder's beside the first, or a file that ends in .safetensors.
-        trust: whether code that the runs' recipes name may be run.
-        tell: is told what is done now, and the fraction done.
+    The arguments are those of `deeplimit.verbs.interpolate`; a basis is aligned by `align_streams`.
 
     Raises:
         InputError: no such runs, different data, state dimensions or activations, networks that are
@@ -221,16 +210,7 @@ def merge_runs(
     >>> merge_runs([first, second], frame="interpolate", name="both").weights
     (0.5, 0.5)
 
-    Args:
-        specs: run folders on the same data, two or more, of any widths and depths. The merged
-            network has the first one's width, and the merged grid's depth.
-        weights: λ_k ≥ 0 of sum 1; equal by default.
-        width: at most so many neurons in a layer, by `narrow`.
-        frame: "equal": stems, heads and norms must be; "interpolate" takes their weighted mean.
-        align: as in `interpolate_runs`, of all runs but the first.
-        name: of the new run folder.
-        trust: whether code that the runs' recipes name may be run.
-        tell: is told what is done now, and the fraction done.
+    The arguments are those of `deeplimit.verbs.merge`; `narrow` makes layers of at most `width`.
 
     Raises:
         InputError: as `interpolate_runs`, wrong weights, a width below 1.

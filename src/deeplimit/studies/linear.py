@@ -15,7 +15,6 @@ Source: [SAP22] arXiv 2205.14612, section 3 and figure 2.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -23,12 +22,11 @@ from torch import Tensor
 
 from deeplimit.extras import need
 from deeplimit.studies import harness, rates
-from deeplimit.studies.harness import Point, ProgressCallback, Tell, silent
+from deeplimit.studies.harness import Point, Study, Tell
 from deeplimit.studies.rates import Range, Theory, Watched, looked_at, whole_range
 
 WIDTH = 4
 SPREAD = 0.5  # of the controls and of B − I: small, so that the initial loss is
-DEPTHS = (8, 16, 32, 64, 128, 256, 512)
 LOOKS = 20
 PRECISION = 1e-6  # of a gap
 
@@ -52,51 +50,24 @@ class LinearStudy(rates.DepthStudy):
     """Holds what `study_linear` finds of its starts, smooth, independent and alternating."""
 
 
-def study_linear(
-    *,
-    depths: Sequence[int] = DEPTHS,
-    seeds: Sequence[int] = (0, 1, 2),
-    learning_rate: float = 0.05,
-    steps: int = 400,
-    runs: Path = Path("runs"),
-    tell: ProgressCallback = silent,
-) -> LinearStudy:
-    """Trains linear residual networks of every depth from three starts, in float64.
-
-    study.json is left in a folder of its own, `linear`; a study that was interrupted goes on.
-
-    >>> found = study_linear(depths=(2, 4), seeds=(0,), steps=2, runs=runs)
-    >>> [family.start for family in found.families]
-    ['smooth', 'independent', 'alternating']
-
-    Args:
-        depths: N, from the smallest to the largest.
-        seeds: at least one; each draws its own controls and its own B.
-        learning_rate: η.
-        steps: of the gradient flow.
-        runs: folder for the study's folder.
-        tell: is told what is done now, and the fraction done.
-
-    Raises:
-        InputError: depths that do not rise, no seed or one twice, η or steps not above 0.
-        RunError: a loss that is not finite.
-    """
+def experiment(
+    depths: Sequence[int], seeds: Sequence[int], learning_rate: float, steps: int
+) -> Study[Watched, LinearStudy]:
+    """Returns the study of linear networks of every depth from three starts, in float64."""
     rates.check_flow(depths, seeds, learning_rate, steps)
     # Controls, states, gradient and what becomes of the controls.
     numbers = 4 * len(THEORY) * len(seeds) * WIDTH**2
     harness.check_fits(depths[-1], numbers, modules=False)
-    return rates.run_rates(
-        LinearStudy,
-        "linear",
+    return rates.depth_study(
+        theory=lambda _, start: THEORY[start],
+        name="linear",
+        record=LinearStudy,
         axes={"depths": depths, "starts": tuple(THEORY), "seeds": seeds},
         # All starts and seeds at once: the matrices are small, and the time is in the calls.
         together=("starts", "seeds"),
         settings={"width": WIDTH, "learning_rate": learning_rate, "steps": steps}
         | {"looked_at": looked_at(steps, LOOKS)},
         measure=lambda points, _, tell: _watched(points, tell, learning_rate, steps),
-        theory=lambda _, start: THEORY[start],
-        runs=runs,
-        tell=tell,
     )
 
 

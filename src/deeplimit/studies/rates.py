@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean, linear_regression
@@ -15,14 +16,13 @@ from torch import Tensor
 from deeplimit.errors import InputError, RunError
 from deeplimit.records import Record
 from deeplimit.studies import harness
-from deeplimit.studies.harness import Machine, Numbers, Point, ProgressCallback, Study, Tell
+from deeplimit.studies.harness import Machine, Numbers, Point, Study
 
 Quantity = Literal["gap", "difference"]
 Moment = Literal["initial", "final", "worst"]
 Range = tuple[float | None, float | None]
 Theory = Mapping[tuple[Quantity, Moment], Range]
 Fit = TypeVar("Fit", bound="Slopes")
-Found = TypeVar("Found", bound=Record)
 
 ANY: Range = (None, None)
 QUANTITIES: tuple[Quantity, ...] = ("gap", "difference")
@@ -167,21 +167,14 @@ class DepthStudy(Record):
     machine: Machine | None = None
 
 
-def run_rates(
-    record: Callable[..., Found],
-    name: str,
-    axes: Mapping[str, Sequence[Any]],
-    settings: Mapping[str, Any],
-    measure: Callable[[Sequence[Point], Path, Tell], Sequence[Watched]],
-    theory: Callable[[str, str], Theory],
-    runs: Path,
-    tell: ProgressCallback,
-    together: tuple[str, ...] = (),
-) -> Found:
-    """Runs a study over depths, seeds, starts and perhaps activations: a `Family` of each start.
+def depth_study(
+    theory: Callable[[str, str], Theory], axes: Mapping[str, Sequence[Any]], **own: Any
+) -> Study[Watched, Any]:
+    """Returns a study over depths, seeds, starts, perhaps activations: a `Family` of each start.
 
-    The arguments are those of `Study` and `run_study`; `theory` is of an activation and a start.
+    What else a `Study` has is its `own`; `theory` is of an activation and a start.
     """
+    seeds, depths = axes["seeds"], axes["depths"]
 
     def families(found: Mapping[Point, Watched], _: Path) -> dict[str, object]:
         def network(**place: object) -> Watched:
@@ -189,28 +182,19 @@ def run_rates(
 
         made = []
         for activation, start in product(axes.get("activations", ("",)), axes["starts"]):
-            watched = [
-                [
-                    network(activations=activation, starts=start, seeds=seed, depths=depth)
-                    for depth in axes["depths"]
-                ]
-                for seed in axes["seeds"]
-            ]
+            of = partial(network, activations=activation, starts=start)
+            watched = [[of(seeds=seed, depths=depth) for depth in depths] for seed in seeds]
             first, last = (tuple(tuple(w.loss[i] for w in row) for row in watched) for i in (0, -1))
             said, fits = theory(activation, start), []
             for quantity, (moment, at) in product(QUANTITIES, MOMENTS.items()):
                 values = [[at(getattr(w, quantity)) for w in row] for row in watched]
                 limits = said.get((quantity, moment), ANY)
-                names = {"quantity": quantity, "moment": moment}
-                fits.append(Rate.fitted(axes["depths"], values, limits, **names))
+                fits.append(Rate.fitted(depths, values, limits, quantity=quantity, moment=moment))
             made.append(Family(start, activation, first, last, tuple(fits)))
         return {"families": tuple(made)}
 
     depth = list(axes).index("depths")
-    study = Study(
-        name, record, axes, settings, Watched, measure, families, together, lambda p: p[depth]
-    )
-    return harness.run_study(study, runs, tell)
+    return Study(axes=axes, value=Watched, result=families, cost=lambda p: p[depth], **own)
 
 
 def looked_at(steps: int, times: int) -> tuple[int, ...]:

@@ -28,15 +28,13 @@ from deeplimit.network.initialisation import check_kernel, smooth_start
 from deeplimit.ode.field import VectorField, longest_stage
 from deeplimit.ode.solvers import solve
 from deeplimit.studies import harness, rates
-from deeplimit.studies.harness import Point, ProgressCallback, Tell, silent
+from deeplimit.studies.harness import Point, Study, Tell
 from deeplimit.studies.rates import ANY, Range, Theory, Watched, looked_at, whole_range
 
 WIDTH, HIDDEN, SAMPLES = 8, 16, 32
 # Of V, small as the initial loss should be. With 1 a seed's curve after training is so bent that
 # N = 16 is not yet near the limit: slopes of max ‖θ_{n+1} − θ_n‖ with GELU from −0.80 to −0.95.
 SPREAD = 0.5
-DEPTHS = (16, 32, 64, 128)
-STUDIED = ("tanh", "gelu", "relu")
 LOOKS = 4
 PRECISION = 1e-3  # of a gap
 
@@ -70,40 +68,15 @@ class SmoothStudy(rates.DepthStudy):
     length_scale: float
 
 
-def study_smooth(
-    *,
-    activations: Sequence[str] = STUDIED,
-    depths: Sequence[int] = DEPTHS,
-    seeds: Sequence[int] = (0, 1, 2),
-    length_scale: float = 0.5,
-    learning_rate: float = 0.1,
-    steps: int = 200,
-    runs: Path = Path("runs"),
-    tell: ProgressCallback = silent,
-) -> SmoothStudy:
-    """Trains networks of every depth from a smooth and from an independent start, in float64.
-
-    study.json is left in a folder of its own, `smooth`; a study that was interrupted goes on.
-
-    >>> found = study_smooth(activations=["tanh"], depths=(2, 4), seeds=(0,), steps=1, runs=runs)
-    >>> [family.name for family in found.families]
-    ['tanh, smooth', 'tanh, independent']
-
-    Args:
-        activations: σ, names in `network.blocks.ACTIVATIONS`.
-        depths: N, from the smallest to the largest, which all others divide.
-        seeds: at least one; each draws its own controls and its own regression.
-        length_scale: ℓ > 0 of the smooth start.
-        learning_rate: η.
-        steps: of gradient descent.
-        runs: folder for the study's folder.
-        tell: is told what is done now, and the fraction done.
-
-    Raises:
-        InputError: no activation, one twice or an unknown one, depths that do not rise or do not
-            divide the largest, no seed or one twice, ℓ, η or steps not above 0.
-        RunError: a loss that is not finite.
-    """
+def experiment(
+    activations: Sequence[str],
+    depths: Sequence[int],
+    seeds: Sequence[int],
+    length_scale: float,
+    learning_rate: float,
+    steps: int,
+) -> Study[Watched, SmoothStudy]:
+    """Returns the study of networks of every depth from a smooth and an independent start."""
     for name in activations:
         choose(ACTIVATIONS, name, "the activation")
     harness.check_once("activations", activations)
@@ -129,15 +102,13 @@ def study_smooth(
     drawn = {"deepest": deepest, "length_scale": length_scale}
     sizes = {"width": WIDTH, "hidden": HIDDEN, "samples": SAMPLES}
     trained = {"learning_rate": learning_rate, "steps": steps}
-    return rates.run_rates(
-        SmoothStudy,
-        "smooth",
+    return rates.depth_study(
+        theory=theory,
+        name="smooth",
+        record=SmoothStudy,
         axes={"activations": activations, "starts": STARTS, "seeds": seeds, "depths": depths},
         settings=sizes | drawn | trained | {"looked_at": looked_at(steps, LOOKS)},
         measure=measure,
-        theory=theory,
-        runs=runs,
-        tell=tell,
     )
 
 

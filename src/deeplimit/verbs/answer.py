@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing_extensions import Doc
 
 from deeplimit.errors import InputError
 from deeplimit.rank import is_first_process
+from deeplimit.studies.experiments import RUNS
 from deeplimit.training import Recipe, RunFolder, recipe_for
 from deeplimit.training.run_folder import check_recipe
 from deeplimit.training.specification import LARGEST_SEED, is_run
@@ -19,8 +20,6 @@ from deeplimit.training.specification import LARGEST_SEED, is_run
 PAGE = "report.html"
 
 # Parameters that several verbs have; a text by itself is what stands for the value in the help.
-RUNS = Path("runs")
-Progress = Callable[[str, float], None]  # what is done now, and the part of all that is done
 Model = Annotated[
     str,
     "MODEL",
@@ -81,10 +80,6 @@ COUNT, POSITIVE, PART = Within(1), Within(0, above=True), Within(0, 1)
 FRACTION = Within(0, 1, above=True)
 SURE = Within(0.5, 1, above=True, below=True)
 Seed = Annotated[int, Within(0, LARGEST_SEED)]
-
-
-def silent(message: str, done: float) -> None:
-    """Progress that nobody asked for."""
 
 
 @dataclass(frozen=True)

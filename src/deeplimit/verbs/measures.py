@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from deeplimit.errors import InputError
+from deeplimit.terminal import ProgressCallback, silent
 from deeplimit.training import RunFolder
 from deeplimit.training.run_folder import check_spec
 from deeplimit.verbs.answer import (
@@ -12,13 +13,11 @@ from deeplimit.verbs.answer import (
     PART,
     Answer,
     Figure,
-    Progress,
     Seed,
     Trust,
     Within,
     check_figure,
     profiled,
-    silent,
 )
 
 Frame = Literal["equal", "interpolate"] | None
@@ -31,7 +30,7 @@ def compare(
     seed: Seed = 0,
     figure: Figure = None,
     trust: Trust = False,
-    tell: Progress = silent,
+    tell: ProgressCallback = silent,
 ) -> Answer:
     """Measure how far networks are from one another, whatever their widths and depths.
 
@@ -78,7 +77,7 @@ def interpolate(
     name: Annotated[str | None, "NAME"] = None,
     figure: Figure = None,
     trust: Trust = False,
-    tell: Progress = silent,
+    tell: ProgressCallback = silent,
 ) -> Answer:
     """Measure what lies between two trained networks, of any widths and depths.
 
@@ -148,7 +147,7 @@ def merge(
     align: bool = False,
     name: Annotated[str, "NAME"] = "merged",
     trust: Trust = False,
-    tell: Progress = silent,
+    tell: ProgressCallback = silent,
 ) -> Answer:
     """Join trained networks of any widths and depths in one.
 

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from deeplimit.errors import InputError
+from deeplimit.terminal import ProgressCallback, silent
 from deeplimit.training import RunFolder
 from deeplimit.training.run_folder import check_spec
 from deeplimit.verbs.answer import (
@@ -12,14 +13,12 @@ from deeplimit.verbs.answer import (
     Answer,
     Figure,
     Model,
-    Progress,
     Seed,
     Shape,
     Trust,
     check_figure,
     option,
     renew_page,
-    silent,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def gradient(
     seed: Seed = 0,
     figure: Figure = None,
     trust: Trust = False,
-    tell: Progress = silent,
+    tell: ProgressCallback = silent,
 ) -> Answer:
     """Measure what memory-free gradients would save on a model, and at what error.
 
@@ -122,7 +121,7 @@ def ode(
     seed: Seed = 0,
     figure: Figure = None,
     trust: Trust = False,
-    tell: Progress = silent,
+    tell: ProgressCallback = silent,
 ) -> Answer:
     """Measure how far a network is from its Neural ODE.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from typing_extensions import Doc
 
 from deeplimit.errors import InputError, RunError
+from deeplimit.studies.experiments import RUNS
 from deeplimit.training import Recipe, RunFolder
 from deeplimit.training.new_folder import check_runs
 from deeplimit.training.run_folder import check_recipe, check_run
@@ -16,7 +17,6 @@ from deeplimit.verbs.answer import (
     FRACTION,
     PART,
     POSITIVE,
-    RUNS,
     SURE,
     Answer,
     Elsewhere,
