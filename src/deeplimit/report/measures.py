@@ -130,9 +130,7 @@ def comparison_figures(found: Comparison) -> list[tuple[str, go.Figure, str]]:
     if len(found.pairs) == 1:
         figure = layer_distance_figure(found.pairs[0].layers)
         return [("distance", figure, f"{answer} {CURVES}")]
-    figure = _over(
-        "s", "depth s, from the input to the output", "Distance in depth", "W<sub>2</sub>"
-    )
+    figure = _over_depth()
     for k, pair in enumerate(found.pairs):
         name = " – ".join(found.networks[n].name for n in (pair.first, pair.second))
         values = [layer.distance for layer in pair.layers]
@@ -224,9 +222,11 @@ def interpolation_figures(found: Interpolation) -> list[tuple[str, go.Figure, st
         f"dashed, where it exists, neurons matched by their numbers. {_saved(found)}".rstrip()
     )
     answer = f"{interpolation_answer(found)} {_circumstances(found)}"
+    loss = _paths(found, "Loss", "nats", lambda score: score.loss, "%{y:.4g}")
+    right = _paths(found, "Accuracy", "percent", lambda score: 100 * score.accuracy, "%{y:.2f} %")
     return [
-        ("loss", path_loss_figure(found), answer[0].upper() + answer[1:]),
-        ("accuracy", path_accuracy_figure(found), accuracy),
+        ("loss", loss, answer[0].upper() + answer[1:]),
+        ("accuracy", right, accuracy),
         ("distance", layer_distance_figure(found.layers), distance),
     ]
 
@@ -257,16 +257,6 @@ def merge_summary(found: MergedRuns) -> RenderableType:
     return answered("", made, *verdict_line(found.verdict), note=note)
 
 
-def path_loss_figure(found: Interpolation) -> go.Figure:
-    """Test loss over t: the geodesic solid, the averages of parameters dashed."""
-    return _paths(found, "Loss", "nats", lambda score: score.loss, "%{y:.4g}")
-
-
-def path_accuracy_figure(found: Interpolation) -> go.Figure:
-    """Test accuracy over t, likewise."""
-    return _paths(found, "Accuracy", "percent", lambda score: 100 * score.accuracy, "%{y:.2f} %")
-
-
 def _paths(
     found: Interpolation, what: str, unit: str, value: Callable[[Score], float], hover: str
 ) -> go.Figure:
@@ -278,11 +268,9 @@ def _paths(
     return draw(figure, found.ts, *curves, value=hover)
 
 
-def layer_distance_figure(
-    layers: tuple[ComparedLayer, ...], title: str = "Distance in depth"
-) -> go.Figure:
+def layer_distance_figure(layers: tuple[ComparedLayer, ...]) -> go.Figure:
     """W_2 over the depth s, constant in each cell; dashed with neurons matched by their numbers."""
-    figure = _over("s", "depth s, from the input to the output", title, "W<sub>2</sub>")
+    figure = _over_depth()
     _add_steps(figure, layers, ("matched", [layer.distance for layer in layers], NETWORK, SOLID))
     by_number = [layer.by_number for layer in layers]
     if any(value is not None for value in by_number):
@@ -306,6 +294,10 @@ def _over(axis: str, x_title: str, title: str, y_title: str, *, zero: bool = Tru
     """An empty figure over what goes from 0 to 1."""
     figure = plain_figure(title, x_title, y_title, at=f"{axis} = %{{x:.3g}}", zero=zero)
     return figure.update_xaxes(range=[-0.03, 1.03])
+
+
+def _over_depth() -> go.Figure:
+    return _over("s", "depth s, from the input to the output", "Distance in depth", "W<sub>2</sub>")
 
 
 def _add_steps(figure: go.Figure, layers: Sequence[ComparedLayer], curve: Curve) -> None:

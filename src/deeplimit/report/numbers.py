@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 from deeplimit.errors import several
 from deeplimit.tables import decimals
@@ -83,13 +84,9 @@ def layers(number: int) -> str:
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     """Consecutive numbers as (first, last): (4, 5, 6, 9) → [(4, 6), (9, 9)]."""
-    found: list[tuple[int, int]] = []
-    for number in sorted(set(numbers)):
-        if found and number == found[-1][1] + 1:
-            found[-1] = (found[-1][0], number)
-        else:
-            found.append((number, number))
-    return found
+    every = enumerate(sorted(set(numbers)))
+    groups = ([n for _, n in group] for _, group in groupby(every, lambda one: one[1] - one[0]))
+    return [(group[0], group[-1]) for group in groups]
 
 
 def perplexity(loss: float) -> str:

@@ -117,35 +117,26 @@ def layer_panels(results: RunResults) -> list[Panel]:
     """Loss twice, distance, update, controls, and class by class; of text fewer."""
     if results.profiles is None:
         return []
-    profiles, cut = results.profiles, results.cut
-    networks = (profiles, cut, results.reference)
-    test, names = profiles.test, results.class_names
-    update = turnpike.update_figure(*networks)
-    controls = []
+    profiles, cut, names = results.profiles, results.cut, results.class_names
+    test, networks = profiles.test, (profiles, cut, results.reference)
+    shown: list[Shown] = []
+    if test.accuracy:
+        for name, log in (("loss", False), ("excess", True)):
+            figure = turnpike.loss_figure(*networks, log=log)
+            shown.append((name, figure, turnpike.loss_caption(profiles, cut, log=log)))
+        figure = turnpike.distance_figure(*networks)
+        shown.append(("distance", figure, turnpike.distance_caption(profiles)))
+    else:
+        figure = turnpike.influence_figure(profiles, cut)
+        shown.append(("influence", figure, turnpike.influence_caption(test)))
+    figure = turnpike.update_figure(*networks)
+    shown.append(("update", figure, turnpike.update_caption(profiles)))
     if profiles.control_norms is not None:
         figure = turnpike.controls_figure(profiles, cut)
-        controls = [("controls", figure, turnpike.controls_caption(profiles))]
-    if not test.accuracy:
-        influence = turnpike.influence_figure(profiles, cut)
-        return _panels(
-            [
-                ("influence", influence, turnpike.influence_caption(test)),
-                ("update", update, turnpike.update_caption(profiles)),
-                *controls,
-            ]
-        )
-    loss, excess = (turnpike.loss_figure(*networks, log=log) for log in (False, True))
-    shown = [
-        ("loss", loss, turnpike.loss_caption(profiles, cut, log=False)),
-        ("excess", excess, turnpike.loss_caption(profiles, cut, log=True)),
-        ("distance", turnpike.distance_figure(*networks), turnpike.distance_caption(profiles)),
-        ("update", update, turnpike.update_caption(profiles)),
-        *controls,
-    ]
+        shown.append(("controls", figure, turnpike.controls_caption(profiles)))
     if test.class_distance:
-        shown.append(
-            ("classes", turnpike.class_figure(test, names), turnpike.class_caption(test, names))
-        )
+        figure = turnpike.class_figure(test, names)
+        shown.append(("classes", figure, turnpike.class_caption(test, names)))
     return _panels(shown)
 
 

@@ -1,11 +1,11 @@
 """States of single samples in a plane, moving from layer 0 to layer N."""
 
 import html
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from deeplimit.control.projection import TrajectoryPicture
@@ -115,28 +115,21 @@ def view(picture: TrajectoryPicture) -> Box:
 
     Of a hundred samples the one that goes furthest may leave the view, lest it shrinks the others.
     """
-    origin = [statistics.median(p[axis] for p in picture.points[-1]) for axis in (0, 1)]
-    reach = [
-        max(abs(layer[i][axis] - origin[axis]) for layer in picture.points for axis in (0, 1))
-        for i in range(len(picture.labels))
-    ]
-    order = sorted(range(len(reach)), key=reach.__getitem__)
-    kept = order[: len(order) - len(order) // 100]
-    held = [layer[i] for layer in picture.points for i in kept]
-    held += [((a + c) / 2, (b + d) / 2) for (a, b), (c, d) in picture.minimisers]
-    spans = [(min(p[axis] for p in held), max(p[axis] for p in held)) for axis in (0, 1)]
-    half = (0.5 + PADDING) * (max(high - low for low, high in spans) or 1.0)
-    x, y = ((low + high) / 2 for low, high in spans)
+    points = np.array(picture.points)
+    reach = np.abs(points - np.median(points[-1], axis=0)).max(axis=(0, 2))
+    kept = reach.argsort(kind="stable")[: len(reach) - len(reach) // 100]
+    middles = np.array(picture.minimisers).mean(axis=1)
+    held = np.concatenate([points[:, kept].reshape(-1, 2), middles])
+    low, high = held.min(axis=0), held.max(axis=0)
+    half = (0.5 + PADDING) * (float((high - low).max()) or 1.0)
+    x, y = ((low + high) / 2).tolist()
     return (x - half, x + half), (y - half, y + half)
 
 
 def leaving(picture: TrajectoryPicture) -> int:
     """Number of samples that are outside the view at some layer."""
-    (x_low, x_high), (y_low, y_high) = view(picture)
-    return sum(
-        not all(x_low <= x <= x_high and y_low <= y <= y_high for x, y in way)
-        for way in zip(*picture.points, strict=True)
-    )
+    points, (low, high) = np.array(picture.points), np.array(view(picture)).T
+    return int(((points < low) | (points > high)).any(axis=(0, 2)).sum())
 
 
 def thin(picture: TrajectoryPicture, most: int = MOST_POINTS) -> TrajectoryPicture:

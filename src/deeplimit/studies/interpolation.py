@@ -8,13 +8,12 @@ from typing import cast
 
 from torch import nn
 
-from deeplimit._anatomy.checks import check_count
 from deeplimit.control import verify_crop
 from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance, cot_geodesic, merge, narrow
 from deeplimit.meanfield.geodesic import FramePolicy
 from deeplimit.studies.comparison import ComparedLayer, compared_layers
-from deeplimit.studies.measured_runs import SharedRuns, blamed, check_frame, run_of
+from deeplimit.studies.measured_runs import SharedRuns, averaged, blamed, run_of
 from deeplimit.terminal import ProgressCallback, silent
 from deeplimit.training import RunFolder
 from deeplimit.training.building import evaluation_batches, tolerance_of
@@ -90,7 +89,7 @@ def interpolate_runs(
     second: str | Path,
     *,
     points: int = 11,
-    frame: FramePolicy = "equal",
+    frame: FramePolicy | None = None,
     align: bool = False,
     save: float | None = None,
     name: str | None = None,
@@ -110,22 +109,17 @@ def interpolate_runs(
         InputError: no such runs, different data, state dimensions or activations, networks that are
             not means of particles, frames that differ, a basis that is fixed, t outside [0, 1].
     """
-    check_frame(frame, align=align)
-    if points < 2:
-        raise InputError(f"points is {points}; expected at least 2, t = 0 and t = 1")
     if (save is None) != (name is None):
         raise InputError("save and name go together: save=0.5 and the name of what is written")
-    if save is not None and not 0 <= save <= 1:
-        raise InputError(f"save is {save}; expected a t in [0, 1], such as 0.5")
     place, is_file = Path(str(name)), str(name).endswith(SUFFIX)
     if is_file and not place.parent.is_dir():
         raise InputError(f"name is {name}: there is no folder {place.parent}")
     if is_file and place.exists():
         raise InputError(f"name is {name}, which is there already; give another name")
     stored = save is not None and not is_file
-    shared = SharedRuns.open([first, second], align=align, trust=trust, stored=stored)
+    shared = SharedRuns.open([first, second], frame, align=align, trust=trust, stored=stored)
     tell("the distance", 0.0)
-    start, end = shared.measures
+    frame, (start, end) = shared.frame, shared.measures
     with blamed(*shared.paths):
         transport = cot_distance(start, end, plans=True)
         cot_geodesic(start, end, 0.0, frame=frame, transport=transport)  # refused now or never
@@ -133,6 +127,7 @@ def interpolate_runs(
     def between(t: float) -> nn.Module:
         return cot_geodesic(start, end, t, frame=frame, transport=transport).network().eval()
 
+    models = [run.model for run in shared.runs]
     ts, no_naive = tuple(k / (points - 1) for k in range(points)), ""
     geodesic, naive = [], []
     for k, t in enumerate(ts):
@@ -140,7 +135,7 @@ def interpolate_runs(
         geodesic.append(shared.score(between(t)))
     try:
         for k, t in enumerate(ts):
-            average = shared.average([1 - t, t])
+            average = averaged(models, [1 - t, t])
             tell(f"parameters averaged at t = {t:.3g}", (points + k + 1) / (2 * points + 1))
             naive.append(shared.score(average))
     except InputError as error:
@@ -163,7 +158,7 @@ def interpolate_runs(
         aligned=align,
         samples=len(shared.data.test),
         softness=shared.folders[0].recipe.softness,
-        ends=(shared.score(shared.runs[0].model), shared.score(shared.runs[1].model)),
+        ends=(shared.score(models[0]), shared.score(models[1])),
         distance=transport.distance,
         layers=compared_layers(start, end, transport),
         ts=ts,
@@ -196,7 +191,7 @@ def merge_runs(
     *,
     weights: Sequence[float] | None = None,
     width: int | None = None,
-    frame: FramePolicy = "equal",
+    frame: FramePolicy | None = None,
     align: bool = False,
     name: str = "merged",
     trust: bool = False,
@@ -215,11 +210,8 @@ def merge_runs(
     Raises:
         InputError: as `interpolate_runs`, wrong weights, a width below 1.
     """
-    check_frame(frame, align=align)
-    if width is not None:
-        check_count("width", width)
-    shared = SharedRuns.open(specs, align=align, trust=trust, stored=True)
-    count = len(shared.runs)
+    shared = SharedRuns.open(specs, frame, align=align, trust=trust, stored=True)
+    frame, count = shared.frame, len(shared.runs)
     tell("the barycentre", 0.0)
     with blamed(*shared.paths):
         joined = merge(shared.measures, weights, frame=frame)
@@ -231,7 +223,7 @@ def merge_runs(
     shares = tuple([1 / count] * count if weights is None else map(float, weights))
     networks = [*(run.model for run in shared.runs), model]
     with suppress(InputError):  # of several shapes
-        networks.append(shared.average(shares))
+        networks.append(averaged(networks[:count], shares))
     scores = []
     for k, network in enumerate(networks):
         tell("accuracy on test data", (k + 1) / (count + 3))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,14 +78,13 @@ def blamed(*paths: str) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class SharedRuns:
-    """Runs whose networks are measures, and the data that they share.
+    """Runs whose networks are measures, two at least, and the data that they share.
 
     Attributes:
-        runs: at least two.
-        folders, names, paths: theirs.
-        measures: their networks'; if asked for all in the basis of the first one's stream.
+        measures: of all networks, aligned in the basis of the first one's stream if asked for.
         data: as the networks see them.
         loss: the first one's.
+        frame: what becomes of stems, heads and norms.
     """
 
     runs: list[MeasuredRun]
@@ -95,25 +94,32 @@ class SharedRuns:
     measures: list[LayerwiseMeasure]
     data: DataSet
     loss: SoftCrossEntropy
+    frame: FramePolicy
 
     @classmethod
     def open(
         cls,
         specs: Sequence[str | Path],
+        frame: FramePolicy | None,
         *,
         align: bool = False,
         trust: bool = False,
         stored: bool = False,
     ) -> "SharedRuns":
         """Loads them; `stored` says that another network is going to be a run beside the first."""
+        if align and frame == "equal":
+            raise InputError(
+                "align turns the second network's stem and head, and others', which then differ "
+                'from the first\'s; give the frame "interpolate" with it'
+            )
         runs = measured(specs, trust=trust)
+        folders = [run.folder for run in runs if run.folder is not None]
         for run in runs:
             if run.folder is None:
                 raise InputError(
                     f"{run.path} is a model, not a run folder; its loss needs data: give folders "
                     "that `deeplimit train` wrote"
                 )
-        folders = [cast(RunFolder, run.folder) for run in runs]
         if stored:
             check_beside(folders[0].path)
             check_storable(runs[0].model)
@@ -127,7 +133,8 @@ class SharedRuns:
             with blamed(*paths):
                 measures[1:] = [align_streams(measures[0], m, batch) for m in measures[1:]]
         names, loss = tuple(run.name for run in runs), loss_of(folders[0].recipe, data)
-        return cls(runs, folders, names, paths, measures, data, loss)
+        frame = frame or ("interpolate" if align else "equal")
+        return cls(runs, folders, names, paths, measures, data, loss, frame)
 
     @torch.no_grad()
     def score(self, model: nn.Module) -> Score:
@@ -141,19 +148,6 @@ class SharedRuns:
                 right += int((logits.argmax(-1) == y).sum())
                 count += len(y)
         return Score(total / count, right / count)
-
-    def average(self, weights: Sequence[float]) -> nn.Module:
-        """Averages the networks' parameters, as `averaged`."""
-        return averaged([run.model for run in self.runs], weights)
-
-
-def check_frame(frame: FramePolicy, *, align: bool) -> None:
-    """Raises InputError where networks are to be turned and to have one stem and head."""
-    if align and frame == "equal":
-        raise InputError(
-            "align turns the second network's stem and head, and others', which then differ from "
-            'the first\'s; give the frame "interpolate" with it'
-        )
 
 
 def _differences(first: RunFolder, other: RunFolder) -> Iterator[str]:
