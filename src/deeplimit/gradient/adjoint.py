@@ -137,14 +137,14 @@ def use_adjoint(
         inner = tuple(s for other, s in steps.items() if other.startswith(name + "."))
         step = Step.of(name, block, inner=inner, named=names is not None)
         steps[name] = step
-        block.forward = AdjointForward(engine, step, block)
+        AdjointForward(engine, step, block).put()
     if bits == "auto" and plan is None:
         engine.auto = Auto(model, engine)
     for name, chain in found:
         mine = [
             Step.of(_place(name, n), *chain.controls(n), named=True) for n in range(chain.horizon)
         ]
-        chain.run_step = AdjointSteps(engine, mine, chain)  # type: ignore[method-assign]
+        AdjointSteps(engine, mine, chain).put()
     return model
 
 
@@ -210,19 +210,19 @@ def layout(model: nn.Module) -> Layout:
         for name in (r.name for r in residual)
         if s.name.startswith(name + ".") or name.startswith(s.name + ".")
     }
-    linked = [
-        (step.name, how, switch.engine.settings.way(step.name).bits)
+    linked = {
+        step.name: way
         for switch in found
         for step in switch.steps
-        if step.known and step.linked and (how := switch.engine.way(step, 1)) != "plain"
-    ]
+        if step.known and step.linked and (way := switch.engine.way(step, 1)) is not None
+    }
     return Layout(
-        tuple(name for name, how, _ in linked if how == "rebuilt"),
+        tuple(name for name, way in linked.items() if way.evaluations and not way.bits),
         tuple(s.name for s in residual if not s.linked),
         {s.name: s.plain for s in steps if s.plain is not None and s.name not in covered},
         tuple(s.name for s in steps if not s.known),
-        {name: bits for name, how, bits in linked if how == "coded"},
-        tuple(name for name, how, _ in linked if how == "kept"),
+        {name: way.bits for name, way in linked.items() if way.bits},
+        tuple(name for name, way in linked.items() if way == KEPT),
     )
 
 

@@ -1,65 +1,13 @@
-"""What all switched blocks of a model share: settings, meter, links, and whose turn it is."""
+"""What all switched blocks of a model share: settings, meter, and whose turn it is."""
 
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
-
-from torch import Tensor
+from typing import Any
 
 from deeplimit.gradient.learning import Step
-from deeplimit.gradient.meter import AdjointError, DriftMeter, Settings
-from deeplimit.gradient.private_torch import graph_task, number_of, reference_to
-
-CROWDED = 64
-
-
-class _Exit(NamedTuple):
-    """A block's output at the moment it left the block. Keeps neither it nor its node alive."""
-
-    node: "weakref.ref[Any]"
-    storage: Any  # while it exists no other storage can have this number
-    form: tuple[object, ...]
-
-
-def _form(x: Tensor) -> tuple[object, ...]:
-    """All that must be equal beside the storage: a slice, a view or an edited tensor differs.
-
-    Neither the address (a slice has it too, and memory is used again) nor the Python object (FSDP2
-    passes aliases) would prove that it is the same state.
-    """
-    return (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version)
-
-
-class Links:
-    """Which node's output a tensor is: the proof that one block's input is the last one's output.
-
-    Holds the outputs that no block has taken yet.
-    """
-
-    def __init__(self) -> None:
-        self._exits: dict[int, _Exit] = {}
-
-    def __reduce__(self) -> Any:
-        """A copied model starts with none."""
-        return Links, ()
-
-    def record(self, node: Any, y: Tensor) -> None:
-        """Notes that y is the state that left `node`."""
-        if len(self._exits) >= CROWDED:
-            self._exits = {k: e for k, e in self._exits.items() if not e.storage.expired()}
-        storage = y.untyped_storage()
-        exit_ = _Exit(weakref.ref(node), reference_to(storage), _form(y))
-        self._exits[number_of(storage)] = exit_
-
-    def match(self, x: Tensor) -> Any:
-        """The node whose output x is, once: a second block that takes it starts a new chain."""
-        number = number_of(x.untyped_storage())
-        found = self._exits.get(number)
-        if found is None or found.form != _form(x):
-            return None
-        del self._exits[number]
-        return found.node()
+from deeplimit.gradient.meter import KEPT, AdjointError, DriftMeter, Settings, Way
+from deeplimit.gradient.private_torch import graph_task
 
 
 class Turn:
@@ -84,10 +32,6 @@ class Turns:
     def __init__(self) -> None:
         self._forward: weakref.ref[Turn] | None = None
         self.replays: int | None = None
-
-    def __reduce__(self) -> Any:
-        """A copied model starts with nobody's turn."""
-        return Turns, ()
 
     def take(self) -> Turn:
         """For a run with gradients.
@@ -149,26 +93,31 @@ class Engine:
     chains: list[list[str]] | None = None
     auto: Any = None
     meter: DriftMeter = field(default_factory=DriftMeter)
-    links: Links = field(default_factory=Links, repr=False)
     turns: Turns = field(default_factory=Turns, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nodes and graphs belong to forward passes of the original."""
-        return self.__dict__ | {"chains": None, "paused": False, "measuring": False}
+        return self.__dict__ | {
+            "chains": None,
+            "paused": False,
+            "measuring": False,
+            "turns": Turns(),
+        }
 
-    def way(self, step: Step, position: int) -> Literal["plain", "kept", "coded", "rebuilt"]:
+    def way(self, step: Step, position: int) -> Way | None:
         """How the backward pass comes by the input of a step at this position of its chain.
 
-        It is decided here for every block: in autograd's own graph (plain), kept, or rebuilt from
-        the next one's by the code of its update or by a fixed point. The last of a chain, which
-        nothing follows, is kept whatever this says.
+        It is decided here for every block: kept, or rebuilt from the next one's by the code of its
+        update or by a fixed point; None: in autograd's own graph. The last of a chain, which
+        nothing follows, is kept whatever this says. Where a block does not add its input there is
+        no fixed point worth the name.
         """
         if step.plain is not None:
-            return "plain"
+            return None
         every, way = self.settings.anchor_every, self.settings.way(step.name)
-        at_anchor = not way.evaluations or (every and position % every == 0)
-        if position == 0 or at_anchor or step.data_dependent_shape:
-            return "kept"
-        if way.bits:
-            return "coded"
-        return "rebuilt" if step.adds else "kept"
+        at_anchor = position == 0 or (every and position % every == 0)
+        if at_anchor or step.data_dependent_shape:
+            return KEPT
+        if step.adds:
+            return way
+        return Way(way.bits, 1) if way.bits else KEPT

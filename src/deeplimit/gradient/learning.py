@@ -1,5 +1,6 @@
 """Learning what a block is: whether it adds its input, and what else its first run shows."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from deeplimit._anatomy.stand_ins import state_of
 from deeplimit.gradient.private_torch import TorchDispatchMode, is_compiled
-from deeplimit.gradient.replay_context import Modules, state_of
+from deeplimit.gradient.replay_context import Modules
 
 # Operations that hand one of their inputs on as it is: by form, by type, or through an addition
 # or a last activation. The inputs that they hand on.
@@ -116,7 +118,8 @@ class FirstRun:
         if self.edited and self.input is not x:
             with torch.no_grad():
                 x.copy_(self.input)  # as the step would have done to its own input
-        y = state_of(output)
+        # Of a mapping nothing says that what comes first is the state.
+        y = None if isinstance(output, Mapping) else state_of(output)
         step.known = True
         inner = [s for s in step.inner if s.known and s.plain is None]
         step.adds = step.named or (y is not None and adds_input(y, self.input))

@@ -1,19 +1,21 @@
 """One run of one step: what is kept of it, and how its input is rebuilt for the backward pass."""
 
 import math
-import operator
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deeplimit._anatomy.stand_ins import state_of
 from deeplimit.errors import InputError
 from deeplimit.gradient.codes import Feedback
 from deeplimit.gradient.engine import Engine, Turn
 from deeplimit.gradient.learning import Step
 from deeplimit.gradient.meter import (
+    KEPT,
     NOT_FINITE,
     AdjointError,
     BackwardPass,
@@ -22,13 +24,14 @@ from deeplimit.gradient.meter import (
     norms,
     relative_drift,
 )
-from deeplimit.gradient.private_torch import checkpoint, checkpoint_around, version_of
-from deeplimit.gradient.replay_context import Arguments, ReplayContext, state_of
+from deeplimit.gradient.private_torch import checkpoint, checkpoint_around
+from deeplimit.gradient.replay_context import Arguments, ReplayContext
 
 # A step, its own function, and where a fixed point for its input may start (from its output).
 Call = tuple[Step, Callable[..., Any], Callable[[Tensor], Tensor] | None]
 MANY = 16
 SAMPLED = 256
+LEFT = "_deeplimit_left"  # attribute of a storage: the node whose output it holds, in which form
 
 
 class _Inside(threading.local):
@@ -54,6 +57,18 @@ class Segment:
         self.updates: list[Tensor] = []
 
 
+class Coded(NamedTuple):
+    """An input by its code: which of the codes of a run it is, and some entries of it."""
+
+    feedback: Feedback
+    number: int
+    sample: Sample
+
+    def state(self) -> Tensor:
+        """x̂_n, in the codes' precision."""
+        return self.feedback.state(self.number)
+
+
 class Node:
     """One run of a step x_{n+1} = x_n + Φ_n(x_n) in a forward pass with gradients.
 
@@ -61,55 +76,61 @@ class Node:
     node before it, which rebuilds its own input from this one's, does. Nothing else.
 
     Attributes:
-        way: how its input is to come back, if it is not the first or last of its chain.
         x: the input x_n, while it is kept: at the start of a chain, at anchors, at the end.
-        next: the node whose input is this one's output, once that is proven.
-        rebuilt: x̃_n in the backward pass, until the node before has used it; of a coded state that
-            which the block was evaluated for.
-        feedback: the codes of this run of states, and coded: which of them its input is, if it is.
-        sample: some entries of a coded input and of the update.
+        code: what its input is decoded from, if that is coded.
+        way: how its input comes back, once another node follows.
+        next: the node whose input is this one's output, once that is proven and while it is needed.
+        rebuilt: x̃_n in the backward pass, until the node before has used it.
+        feedback: the codes of the run of states that the update is coded after.
         chain: names of the steps linked so far, shared by all nodes of the chain.
         segment: shared by the nodes whose states are rebuilt from the same kept one; place: in it.
         around: somebody else's checkpoint, inside which it runs; alone: whether it is the first
             one in there.
-        kept_entries: some of the output's, while the input is kept.
+        entries: some of the output's, while the input is kept.
     """
+
+    segment: Segment
 
     def __init__(self, engine: Engine, call: Call, arguments: Arguments, x: Tensor):
         self.engine, (self.step, self.function, self.start) = engine, call
         step = self.step
-        modules = step.modules
-        self.way, step.size = engine.settings.way(step.name), (x.numel(), x.itemsize)
-        if modules.checkpointing:
-            modules.refuse_checkpoints(step.name)
+        step.size = (x.numel(), x.itemsize)
+        if step.modules.checkpointing:
+            step.modules.refuse_checkpoints(step.name)
         self._turn: Turn | None = engine.turns.take()
         self.around, self.alone = checkpoint_around(), True
         self.x: Tensor | None = x
+        self.code: Coded | None = None
+        self.way = KEPT
         self.next: Node | None = None
         self.rebuilt: Tensor | None = None
         self.feedback: Feedback | None = None
-        self.coded: int | None = None
-        self.sample: Sample | None = None
         self.position = self.place = 0
         self.chain = [step.name]
-        self.segment: Segment | None = None
+        self.entries: Tensor | None = None
         self._arguments = arguments
-        self._requires_grad, self._x_version = x.requires_grad, x._version
-        self._dtype = x.dtype
-        self._parameters = modules.parameters(step.name)
-        self._versions = list(map(version_of, self._parameters))
-        self._context = ReplayContext(modules, x.device)
+        self._requires_grad, self._version, self._dtype = x.requires_grad, x._version, x.dtype
+        self._context = ReplayContext(step.name, step.modules, arguments, x.device)
         self._ran = self._edits = False
-        self.kept_entries: Tensor | None = None
 
     def link(self) -> None:
         """Links it to the node whose output is its input, before it runs."""
-        assert self.x is not None
-        before: Node | None = self.engine.links.match(self.x)
-        if before is not None:
+        x = self.state()
+        storage = x.untyped_storage()
+        left: Any
+        left, form = getattr(storage, LEFT, (None, None))
+        before = left() if form == _form(x) else None
+        if before is not None and before.engine is self.engine:
+            delattr(storage, LEFT)  # a second block that takes it starts a new chain
             self._follow(before)
-        elif self.engine.chains is not None:
+            return
+        self.segment = Segment()
+        if self.engine.chains is not None:
             self.engine.chains.append(self.chain)
+
+    def leave(self, y: Tensor) -> None:
+        """Notes that y is the state that left it: the next block's input, should it be so."""
+        setattr(y.untyped_storage(), LEFT, (weakref.ref(self), _form(y)))
 
     def run(self) -> Any:
         """Runs the step in the forward pass, under a checkpoint that calls `replay`."""
@@ -125,10 +146,10 @@ class Node:
         """What the checkpoint calls: first the forward pass, later its replay."""
         if self._ran:
             return self.replay()
-        assert self.x is not None
-        output = self._apply(self.x)
+        x = self.state()
+        output = self._apply(x)
         y = state_of(output)
-        self.kept_entries = None if y is None else _some(y)
+        self.entries = None if y is None else _some(y)
         self._ran = True
         late = self._context.complete()
         if late is not None:
@@ -136,9 +157,8 @@ class Node:
                 f": its buffer {late} was changed by its forward pass, which it had not done "
                 "before, and what it was is gone; run the step again, from now on it is remembered"
             )
-        self._arguments.complete()
         # Without its graph, which holds the nodes before, which hold this one.
-        self.x, self._x_version = self.x.detach(), self.x._version
+        self.x, self._version = x.detach(), x._version
         return output
 
     def replay(self) -> None:
@@ -149,10 +169,11 @@ class Node:
             self._check_unchanged()
             if self.x is not None:
                 self._replay_kept(found)
-            elif self.coded is not None:
-                self._replay_coded(found)
             else:
-                self._replay_rebuilt(found)
+                z = self._iterate(found)
+                if self.next is not None:
+                    self.rebuilt = z
+                    self.next.rebuilt = None  # it has served; another backward pass rebuilds it
         except (LookupError, TypeError, ValueError) as error:
             raise self._error(
                 f": cannot be run again ({type(error).__name__}: {error}); a block that takes from "
@@ -165,7 +186,7 @@ class Node:
 
     def replace_input(self, copy: Tensor) -> None:
         """For a block that edits its own input: replays from a copy made before."""
-        self.x, self._x_version, self._edits = copy, copy._version, True
+        self.x, self._version, self._edits = copy, copy._version, True
 
     def state(self) -> Tensor:
         """The input x_n: kept, rebuilt, or rebuilt now: from the nearest later one that is there.
@@ -176,47 +197,41 @@ class Node:
             AdjointError: the kept one was changed in place, or a block on the way.
         """
         if self.x is not None:
-            if self.x._version != self._x_version:
+            if self.x._version != self._version:
                 raise self._error(
                     ": its input was changed in place after it was used; change a copy of it "
                     "(x = x + …, not x += …)"
                 )
             return self.x
-        if self.next is None:  # codes are all that is needed; only they and links let an input go
-            return self._decoded()
-        if self.rebuilt is None:
-            missing: list[Node] = []
-            node: Node = self
-            while node.x is None and node.rebuilt is None and node.next is not None:
-                missing.append(node)
-                node = node.next
-            found = node
-            for node in reversed(missing):
-                node.rebuilt = node.rebuild()
-                if node.next is not None and node.next is not found:
-                    node.next.rebuilt = None
-        assert self.rebuilt is not None
-        return self.rebuilt
+        if self.rebuilt is not None:
+            return self.rebuilt
+        if self.code is not None and self.next is None:
+            return self.code.state()
+        missing: list[Node] = []
+        later: Node = self
+        while later.x is None and later.rebuilt is None and later.next is not None:
+            missing.append(later)
+            later = later.next
+        found, x = later, later.state()
+        for node in reversed(missing):
+            x = node.rebuilt = node.rebuild()
+            if later is not found:
+                later.rebuilt = None
+            later = node
+        return x
 
     def rebuild(self) -> Tensor:
         """x̃_n from x_{n+1}, without a gradient that has come to this node."""
-        after = self.next
-        assert after is not None
-        if self.coded is not None:
-            x = self._decoded()
-            if self.step.modules.scattered():
-                return x
-            self._check_unchanged()
-            return self._refined(x, self.way.evaluations)
         if self.step.modules.scattered():
+            if self.code is not None:
+                return self.code.state()
             raise self._error(
                 ": its state is needed although the loss does not depend on its output, and its "
                 "parameters are sharded now; put the loss on later states too, or name the block "
                 "as an anchor"
             )
         self._check_unchanged()
-        target = after.state().to(self._dtype)
-        return self._approach(target, self.way.evaluations)
+        return self._iterate()
 
     def _follow(self, before: "Node") -> None:
         """Links this node to the one whose output is its input; that one's own input can go."""
@@ -232,42 +247,34 @@ class Node:
         self.position, self.alone = before.position + 1, apart
         self.chain = before.chain
         self.chain.append(self.step.name)
-        how = self.engine.way(before.step, before.position)
-        if how == "coded" and before.segment is not None:
-            how = before.encode(self)
-            if how == "coded" and before.way.evaluations == 1:
+        way = self.engine.way(before.step, before.position) or KEPT
+        if way.bits:
+            if not before.encode(self, way.bits):
+                way = KEPT
+            elif way.evaluations == 1:
                 before.next = None  # it needs no later state, and this one's may go before it does
-        if before.segment is not None and how in ("coded", "rebuilt"):
-            before.x = before.kept_entries = None
+        if way.evaluations:
+            before.way, before.x, before.entries = way, None, None
             self.segment, self.place = before.segment, before.place + 1
             self.segment.length = self.place + 1
         else:
             self.segment = Segment()
 
-    def encode(self, after: "Node") -> Literal["coded", "kept"]:
+    def encode(self, after: "Node", bits: int) -> bool:
         """Codes x_{n+1} − x_n, if these are tensors like any other."""
-        x, y = self.x, after.x
-        assert x is not None
-        assert y is not None
+        x, y = self.state(), after.state()
         if type(x) is not Tensor or type(y) is not Tensor or x.device != y.device:
-            return "kept"  # divided among processes, or wrapped in something
+            return False  # divided among processes, or wrapped in something
         with torch.no_grad():
-            if self.feedback is None:
-                self.feedback = Feedback(x)
-            self.coded = len(self.feedback.codes)
-            code = self.feedback.code(y, self.way.bits)
-            self.sample = _sample(x, y, self.feedback.dtype)
+            feedback = Feedback(x) if self.feedback is None else self.feedback
+            number = len(feedback.codes)
+            code = feedback.code(y, bits)
+            self.code = Coded(feedback, number, _sample(x, y, feedback.dtype))
             if x.device.type == "cpu" and not math.isfinite(code.largest()):
                 at = (~(y - x).isfinite()).nonzero()[:1].flatten().tolist()
                 raise self._error(NOT_FINITE + (f" at {at}" if at else ""))
-        after.feedback = self.feedback
-        return "coded"
-
-    def _decoded(self) -> Tensor:
-        """x̂_n by the codes, in their precision."""
-        assert self.feedback is not None
-        assert self.coded is not None
-        return self.feedback.state(self.coded)
+        after.feedback = feedback
+        return True
 
     def _replay_kept(self, found: BackwardPass) -> None:
         """The exact input is here: an ordinary checkpoint's replay, and a look at the drift."""
@@ -275,100 +282,70 @@ class Node:
         leaf = x.detach().requires_grad_(self._requires_grad)
         y = self._evaluate(leaf.clone() if self._edits else leaf)
         self._check_repeats(x, y)
-        if self.kept_entries is not None and y.is_floating_point():
+        if self.entries is not None and y.is_floating_point():
             # From the exact input the forward pass's output must come again: some entries of it.
             entries = _some(y)
             allowed = self._allowed(entries, _some(x) if x.shape == y.shape else None)
-            found.differences.append((self.step.name, norm(entries - self.kept_entries) - allowed))
+            found.differences.append((self.step.name, norm(entries - self.entries) - allowed))
         after = self.next
         if after is None:
             return
-        rebuilt = after.rebuilt
-        if rebuilt is not None and after.segment is not None and after.segment.updates:
+        if after.rebuilt is not None and after.segment.updates:
             found.unmeasured.pop(id(after.segment), None)
-            off = relative_drift(rebuilt - y, after.segment.updates)
+            off = relative_drift(after.rebuilt - y, after.segment.updates)
             found.drifts.append((after.step.name, off))
             after.segment.updates.clear()
         after.rebuilt = None
 
-    def _replay_rebuilt(self, found: BackwardPass) -> None:
-        """x̃_n by the fixed point z ↦ x_{n+1} − Φ_n(z), its last evaluation with gradients."""
-        after, segment = self.next, self.segment
-        assert after is not None
-        assert segment is not None
-        target = after.state().to(self._dtype)
-        z = self._approach(target, self.way.evaluations - 1)
-        y = self._evaluate(z.detach().requires_grad_(self._requires_grad))
-        self._check_repeats(z, y)
-        increment = y - z
-        if self.place % -(-segment.length // MANY) == 0:
-            segment.updates.append(norms(increment))
-        self.rebuilt = torch.sub(target, increment, out=increment)
-        # The kept state that the segment ends at will tell how well.
-        found.unmeasured[id(segment)] = self.step.name
-        after.rebuilt = None  # it has served; another backward pass rebuilds it
+    def _iterate(self, found: BackwardPass | None = None) -> Tensor:
+        """x̃_n by e evaluations, in a replay the last of them with gradients.
 
-    def _replay_coded(self, found: BackwardPass) -> None:
-        """x̂_n by its code, as it is or as the start of the fixed point among what it can have been.
-
-        A block that does not add its input is not evaluated more than once: there is no fixed point
-        worth the name.
-        """
-        sample, evaluations = self.sample, self.way.evaluations
-        assert sample is not None
-        x = self._decoded()
-        z = self._refined(x, evaluations - 1)
-        leaf = z.to(self._dtype)
-        y = self._evaluate(leaf.detach().requires_grad_(self._requires_grad))
-        self._check_repeats(leaf, y)
-        now = _sample(leaf, y, x.dtype)
-        found.coded.append((self.step.name, sample, now))
-        found.compare(MANY)  # or all samples of a deep chain would be there at the end
-        if x.device.type != "cpu":
-            assert self.feedback is not None
-            assert self.coded is not None
-            largest = self.feedback.codes[self.coded].largest()
-            found.infinite.append((self.step.name, ~largest.isfinite()))
-        if self.next is not None:
-            self.rebuilt = self._moved(z, leaf, y, x)
-            self.next.rebuilt = None
-
-    def _refined(self, x: Tensor, evaluations: int) -> Tensor:
-        """Nearer to x_n than x̂_n by so many evaluations, without gradients."""
-        z = x
-        for _ in range(evaluations if self.step.adds else 0):
-            leaf = z.to(self._dtype)
-            with torch.no_grad():
-                z = self._moved(z, leaf, self._evaluate(leaf), x)
-        return z
-
-    def _moved(self, z: Tensor, leaf: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        """The next iterate x_{n+1} − Φ_n(z), where y = z + Φ_n(z), if that is nearer.
-
-        It is taken back into |z − x̂_n| ≤ s/2, where x_n is, and stands if it has come nearer to the
+        z ↦ x_{n+1} − Φ_n(z), from the scheme's own start. For a coded state from x̂_n, and taken
+        back into |z − x̂_n| ≤ s/2, where x_n is; an iterate stands if it has come nearer to the
         entries of x_n that are known: not every block contracts.
         """
-        after, feedback, sample = self.next, self.feedback, self.sample
-        if after is None or not self.step.adds:
-            return z
-        assert feedback is not None
-        assert sample is not None
-        assert self.coded is not None
-        moved = after.state().to(x.dtype) - y + leaf
-        return _nearer(sample.x, feedback.confined(moved, x, self.coded), z)
-
-    def _approach(self, target: Tensor, evaluations: int) -> Tensor:
-        """z^j = x_{n+1} − Φ_n(z^{j−1}) after so many evaluations, from the scheme's own start."""
-        z = target
-        if self.start is None and not evaluations:
-            return z
-        with torch.no_grad():
-            if self.start is not None:
-                with self._context.again():
-                    z = self.start(target)
-            for _ in range(evaluations):
-                z = target - (self._evaluate(z) - z)
+        code, segment = self.code, self.segment
+        precision = self._dtype if code is None else code.feedback.dtype
+        target = (self.next or self).state().to(precision)
+        x = z = self._beginning(target) if code is None else code.state()
+        for left in reversed(range(self.way.evaluations)):
+            replayed = found is not None and not left
+            leaf = z.to(self._dtype)
+            with torch.set_grad_enabled(replayed):
+                y = self._evaluate(leaf.detach().requires_grad_(replayed and self._requires_grad))
+            if replayed:
+                self._check_repeats(leaf, y)
+            if code is not None:
+                if found is not None and replayed:
+                    self._note(found, code, leaf, y)
+                if self.next is not None:
+                    moved = code.feedback.confined(target - y + leaf, x, code.number)
+                    z = _nearer(code.sample.x, moved, z)
+                continue
+            increment = y - leaf
+            if found is not None and replayed:
+                if self.place % -(-segment.length // MANY) == 0:
+                    segment.updates.append(norms(increment))
+                # The kept state that the segment ends at will tell how well.
+                found.unmeasured[id(segment)] = self.step.name
+            z = torch.sub(target, increment, out=increment)
         return z
+
+    def _beginning(self, target: Tensor) -> Tensor:
+        """Where the fixed point starts."""
+        if self.start is None:
+            return target
+        with torch.no_grad(), self._context.again():
+            return self.start(target)
+
+    def _note(self, found: BackwardPass, code: Coded, x: Tensor, y: Tensor) -> None:
+        """What a coded state was in the forward pass, and is now."""
+        now = _sample(x, y, code.feedback.dtype)
+        found.coded.append((self.step.name, code.sample, now))
+        found.compare(MANY)  # or all samples of a deep chain would be there at the end
+        if x.device.type != "cpu":
+            largest = code.feedback.codes[code.number].largest()
+            found.infinite.append((self.step.name, ~largest.isfinite()))
 
     def _evaluate(self, z: Tensor) -> Tensor:
         """The output at z, among what the forward pass met."""
@@ -416,29 +393,21 @@ class Node:
         Raises:
             AdjointError: it would not.
         """
-        parameters = self.step.modules.parameters(self.step.name)
-        same = len(parameters) == len(self._parameters)
-        same = same and all(map(operator.is_, parameters, self._parameters))
-        if not same or list(map(version_of, parameters)) != self._versions:
-            raise self._error(
-                ": its parameters were changed between forward and backward; states cannot be "
-                "rebuilt with others. Run backward before the optimiser's step, or functional_call "
-                "around both"
-            )
         difference = self._context.difference()
         if difference is not None:
-            raise self._error(
-                f": {difference} between forward and backward; states cannot be rebuilt as they "
-                "were. Do it after backward, or leave the block out of blocks="
-            )
-        if self._arguments.more and self._arguments.changed():
-            raise self._error(
-                ": one of its other arguments (a mask, an embedding) was changed in place between "
-                "forward and backward; change a copy of it"
-            )
+            raise self._error(difference)
 
     def _error(self, message: str) -> AdjointError:
         return AdjointError(self.step.name + message)
+
+
+def _form(x: Tensor) -> tuple[object, ...]:
+    """All that must be equal beside the storage: a slice, a view or an edited tensor differs.
+
+    Neither the address (a slice has it too, and memory is used again) nor the Python object (FSDP2
+    passes aliases) would prove that it is the same state.
+    """
+    return (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version)
 
 
 def _sample(x: Tensor, y: Tensor, dtype: torch.dtype) -> Sample:

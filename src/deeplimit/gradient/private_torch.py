@@ -18,7 +18,6 @@ SEEN_IN = "2.13"  # the version of PyTorch in which all of them were seen
 
 try:
     from torch.autograd import forward_ad
-    from torch.multiprocessing.reductions import StorageWeakRef
     from torch.nn.modules.batchnorm import _NormBase as NormBase
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,7 +30,6 @@ try:
     at_end_of_backward: Any = torch.autograd.Variable._execution_engine.queue_callback
     for _owner, _name in {
         Tensor: "_version",
-        torch.UntypedStorage: "_cdata",
         forward_ad: "_current_level",
         nn.Module: "_compiled_call_impl",
     }.items():
@@ -49,13 +47,6 @@ _public: Any = torch.utils.checkpoint.checkpoint
 checkpoint: Callable[..., Any] = getattr(_public, "__wrapped__", _public)
 # How often a tensor was changed in place.
 version_of: Callable[[Tensor], int] = attrgetter("_version")
-# The number of a storage, which no other has as long as this one is referred to.
-number_of: Callable[[torch.UntypedStorage], int] = attrgetter("_cdata")
-
-
-def reference_to(storage: torch.UntypedStorage) -> Any:
-    """Keeps a storage's number from being used again without keeping its memory."""
-    return StorageWeakRef(storage)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def checkpoint_around() -> object | None:

@@ -4,7 +4,7 @@ A replay must be the same function: the same random numbers (dropout), the same 
 norms whose running statistics do not move a second time, buffers as they were, no filled caches.
 """
 
-import copy
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from operator import attrgetter
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
 
 from deeplimit.errors import InputError
 from deeplimit.gradient.meter import AdjointError
@@ -31,13 +32,6 @@ CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 CHECKPOINTING = "gradient_checkpointing"  # transformers' own
 
 _training = attrgetter("training")
-
-
-def state_of(output: Any) -> Tensor | None:
-    """The state in a block's output: the output itself, or the first of a tuple."""
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) else None
 
 
 class Arguments:
@@ -79,15 +73,14 @@ class Arguments:
         """
         self.state = None
         if self.more:
-            self._args = tuple(map(without_graph, self._args))
-            self._kwargs = {k: without_graph(v) for k, v in self._kwargs.items()}
+            self._args, self._kwargs = without_graph((self._args, self._kwargs))
             self._kwargs |= dict.fromkeys(self._kwargs.keys() & CACHES)
             if self._kwargs.get("use_cache"):
                 self._kwargs["use_cache"] = False
-            self._tensors = list(self.tensors())
+            self._tensors = self.tensors()
             self._versions = list(map(version_of, self._tensors))
 
-    def tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """The other tensors, also those in tuples, lists and dicts."""
         return tensors_in((self._args, self._kwargs))
 
@@ -111,25 +104,19 @@ def _is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length") and hasattr(value, "update")
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
+    return [v for v in tree_leaves(value, is_leaf=_is_cache) if isinstance(v, Tensor)]
 
 
 def without_graph(value: Any) -> Any:
     """The same with its tensors as leaves, and without caches."""
+    return tree_map(_leaf, value, is_leaf=_is_cache)
+
+
+def _leaf(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().requires_grad_(value.requires_grad)
-    if type(value) in (tuple, list):
-        return type(value)(map(without_graph, value))
-    if type(value) is dict:
-        return {key: without_graph(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named one
-        return type(value)(*map(without_graph, value))
     return None if _is_cache(value) else value
 
 
@@ -153,15 +140,9 @@ class Modules:
         self._roots = roots
         self._read()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Modules":
-        """Of the copied modules, read when first asked: now they are not whole yet.
-
-        Those that are left out of the copy are None in it.
-        """
-        copied = memo[id(self)] = Modules.__new__(Modules)
-        roots = [copy.deepcopy(root, memo) for root in self._roots]
-        vars(copied)["_roots"] = [root for root in roots if root is not None]
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        """The modules of a copy are read when it is first asked: before, they are not whole."""
+        return {"_roots": self._roots}
 
     def __getattr__(self, name: str) -> Any:
         """Reads the modules of a copy."""
@@ -171,7 +152,8 @@ class Modules:
         return getattr(self, name)
 
     def _read(self) -> None:
-        self._all = list(dict.fromkeys(m for root in self._roots for m in root.modules()))
+        roots = [root for root in self._roots if root is not None]  # left out of the copy
+        self._all = list(dict.fromkeys(m for root in roots for m in root.modules()))
         self.parts = [(m, dict(m._modules), len(m._parameters), len(m._buffers)) for m in self._all]
         indices = (getattr(m, "layer_idx", None) for m in self._all)
         self.layer = next((i for i in indices if isinstance(i, int)), None)
@@ -281,19 +263,22 @@ def _see(places: Iterable[Buffer]) -> list[_Seen]:
 
 
 class ReplayContext:
-    """Taken before a forward pass, completed after it, met again in `again`.
+    """Taken before a forward pass of a block, completed after it, met again in `again`.
 
     Attributes:
         modes: of the block's modules.
     """
 
-    def __init__(self, modules: Modules, device: torch.device):
-        self._modules, self._device, self._parts = modules, device, modules.parts
+    def __init__(self, name: str, modules: Modules, arguments: Arguments, device: torch.device):
+        self._name, self._modules, self._arguments, self._device = name, modules, arguments, device
+        self._parameters = modules.parameters(name)
+        self._versions = list(map(version_of, self._parameters))
+        self._parts = modules.parts
         self.modes = modules.modes()
-        self._autocast: list[tuple[str, torch.dtype, bool]] = []
-        for kind in ("cpu",) if device.type == "cpu" else (device.type, "cpu"):
-            enabled = torch.is_autocast_enabled(kind)
-            self._autocast.append((kind, torch.get_autocast_dtype(kind), enabled))
+        self._autocast = {
+            kind: (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in (("cpu",) if device.type == "cpu" else (device.type, "cpu"))
+        }
         self._random: tuple[Tensor, ...] = _random_state(device)
         self._copies: list[tuple[_Seen, Tensor]] = []  # buffers to be put back
         self._constant: list[_Seen] | None = None  # buffers that must not have changed
@@ -329,35 +314,52 @@ class ReplayContext:
                 self._constant = _see(modules.constant(changing))
             late = [seen.place for seen in self._constant if seen.moved()]
             changing.update(late)
-        self._bare = not (self._random or self._copies)
-        for _, _, enabled in self._autocast:
-            self._bare = self._bare and not enabled
-        for norm in modules.norms:
-            self._bare = self._bare and not norm.training
+        self._arguments.complete()
+        self._bare = not (
+            self._random
+            or self._copies
+            or any(enabled for _, enabled in self._autocast.values())
+            or any(map(_training, modules.norms))
+        )
         return late[0][1] if late else None
 
     def difference(self) -> str | None:
         """What a replay would meet otherwise than the forward pass did; None if nothing."""
-        if self._modules.parts is not self._parts:
-            return "one of its parts was replaced"
+        parameters, before = self._modules.parameters(self._name), self._parameters
+        same = len(parameters) == len(before) and all(map(operator.is_, parameters, before))
+        if not same or list(map(version_of, parameters)) != self._versions:
+            return (
+                ": its parameters were changed between forward and backward; states cannot be "
+                "rebuilt with others. Run backward before the optimiser's step, or functional_call "
+                "around both"
+            )
+        moved = (seen.place[1] for seen in self._constant or () if seen.moved())
+        what = next((f"its buffer {name} was changed" for name in moved), "")
         if self._modules.modes() != self.modes:
-            return "train() or eval() was called"
-        for seen in self._constant or ():
-            if seen.moved():
-                return f"its buffer {seen.place[1]} was changed"
+            what = "train() or eval() was called"
+        if self._modules.parts is not self._parts:
+            what = "one of its parts was replaced"
+        if what:
+            return (
+                f": {what} between forward and backward; states cannot be rebuilt as they were. "
+                "Do it after backward, or leave the block out of blocks="
+            )
+        if self._arguments.changed():
+            return (
+                ": one of its other arguments (a mask, an embedding) was changed in place between "
+                "forward and backward; change a copy of it"
+            )
         return None
 
     def again(self) -> AbstractContextManager[None]:
         """One evaluation as in the forward pass; afterwards everything is as it was."""
-        bare = self._bare
-        for kind, _, _ in self._autocast:
-            bare = bare and not torch.is_autocast_enabled(kind)
+        bare = self._bare and not any(map(torch.is_autocast_enabled, self._autocast))
         return _NOTHING if bare else self._met_again()
 
     @contextmanager
     def _met_again(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for kind, dtype, enabled in self._autocast:
+            for kind, (dtype, enabled) in self._autocast.items():
                 # No cache: a weight cast without gradients would be found in it with gradients on.
                 stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
             if self._random:

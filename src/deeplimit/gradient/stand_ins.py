@@ -1,5 +1,6 @@
 """What stands in a block's own attributes for its forward, and decides how a call is run."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import length_hint
@@ -9,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy.chain import ResidualChain, RunningCost
+from deeplimit._anatomy.stand_ins import MethodStandIn, state_of
 from deeplimit.errors import InputError
 from deeplimit.gradient.engine import Engine
 from deeplimit.gradient.learning import FirstRun, Step
 from deeplimit.gradient.meter import AdjointError
 from deeplimit.gradient.node import Call, Node, inside
 from deeplimit.gradient.private_torch import forward_mode, is_fully_sharded, transform
-from deeplimit.gradient.replay_context import Arguments, state_of
+from deeplimit.gradient.replay_context import Arguments
 
 
-class StandIn:
+class StandIn(MethodStandIn):
     """What `use_adjoint` puts into a model: calls come to it, and are run by `run`.
 
     Attributes:
@@ -40,18 +42,14 @@ class StandIn:
             )
         return super().__new__(cls)
 
-    def __init__(self, engine: Engine, steps: list[Step]):
+    def __init__(self, engine: Engine, steps: list[Step], block: nn.Module, name: str = "forward"):
+        super().__init__(block, name)
         self.engine, self.steps = engine, steps
 
     def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the step's own function, so that its input need not be kept."""
         engine, (step, function, _) = self.engine, call
-        if (
-            engine.paused
-            or not torch.is_grad_enabled()
-            or inside.step
-            or engine.way(step, 0) == "plain"
-        ):
+        if engine.paused or not torch.is_grad_enabled() or inside.step or step.plain is not None:
             return function(*args, **kwargs)
         if transform() is not None:
             raise AdjointError(
@@ -89,7 +87,7 @@ class StandIn:
             )
         y = state_of(output)
         if y is not None and y.grad_fn is not None and y.shape == x.shape and y.dtype == x.dtype:
-            engine.links.record(node, y)
+            node.leave(y)
         return output
 
     def _look_back(self, _: Tensor) -> None:
@@ -122,10 +120,15 @@ class StandIn:
             meter.kinked = meter.kinked or first.kinked
             y = state_of(output)
             if node is not None and y is not None:
-                self.engine.links.record(node, y)
+                node.leave(y)
         elif not step.inner:
             meter.refused.append(f"{step.name} {step.plain}")
         return output
+
+    @property
+    def charged(self) -> bool:
+        """Whether a running cost is being collected: somebody's forward pass is under way."""
+        raise NotImplementedError
 
 
 def _trained(step: Step, arguments: Arguments) -> bool:
@@ -143,16 +146,14 @@ class AdjointForward(StandIn):
     """
 
     def __init__(self, engine: Engine, step: Step, block: nn.Module):
-        super().__init__(engine, [step])
-        self.step, self.block = step, block
-        self.original = vars(block).get("forward")
+        super().__init__(engine, [step], block)
+        self.step = step
         self.running_costs: Iterator[RunningCost | None] = iter(())
         self.paid: list[Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward pass."""
-        function = self.original or partial(type(self.block).forward, self.block)
-        cost = next(self.running_costs, None)
+        function, cost = self.own, next(self.running_costs, None)
         if cost is None or not torch.is_grad_enabled():
             return self.run((self.step, function, None), args, kwargs)
         several = False  # whether the block returns more than the state, or that in a tuple
@@ -177,7 +178,7 @@ class AdjointForward(StandIn):
 
     @property
     def charged(self) -> bool:
-        """Whether a running cost is being collected: somebody's forward pass is under way."""
+        """Whether there are costs for calls to come."""
         return length_hint(self.running_costs) > 0
 
     def _gather(self, _: Tensor) -> None:
@@ -186,54 +187,38 @@ class AdjointForward(StandIn):
 
     def remove(self) -> None:
         """Puts the block's own forward back; inside what others have put around it, steps aside."""
-        if vars(self.block).get("forward") is not self:
-            self.step.plain, self.steps = "was switched back", []
-        elif self.original is None:
-            del self.block.__dict__["forward"]
+        if vars(self.block).get("forward") is self:
+            super().remove()
         else:
-            self.block.forward = self.original
+            self.step.plain, self.steps = "was switched back", []
 
 
 class AdjointSteps(StandIn):
     """Stands in a chain's own attributes for its `run_step`."""
 
     def __init__(self, engine: Engine, steps: list[Step], chain: ResidualChain):
-        super().__init__(engine, steps)
+        super().__init__(engine, steps, chain, "run_step")
         self.chain = chain
 
     def __call__(self, n: int, x: Tensor, cost: RunningCost | None = None) -> Any:
         """The chain's step n."""
         chain = self.chain
-        own = partial(ResidualChain.run_step, chain, n)
+        own = partial(self.own, n)
         start = partial(chain.scheme.inverse_start, chain.controls(n), h=chain.step)
         args = (x,) if cost is None else (x, cost)
         return self.run((self.steps[n], own, start), args, {})
 
     @property
     def charged(self) -> bool:
-        """Whether a running cost is being collected."""
+        """Whether the chain collects costs."""
         return self.chain.collecting
 
-    def remove(self) -> None:
-        """Puts the chain's own step back."""
-        del self.chain.__dict__["run_step"]
 
-
-Switch = AdjointForward | AdjointSteps
-
-
-def switches(model: nn.Module) -> list[Switch]:
+def switches(model: nn.Module) -> list[StandIn]:
     """All that `use_adjoint` put into a model, also where a hook of accelerate's is around it."""
     own = (vars(m).get(name) for m in model.modules() for name in ("forward", "run_step"))
-    found = (_unwrapped(function) for function in own)
-    return [s for s in found if isinstance(s, Switch) and s.steps]
-
-
-def _unwrapped(function: Any) -> Any:
-    """What functools.wraps says that a function is around, down to what `use_adjoint` put there."""
-    while function is not None and not isinstance(function, StandIn):
-        function = getattr(function, "__wrapped__", None)
-    return function
+    found = (inspect.unwrap(function) for function in own if function is not None)
+    return [s for s in found if isinstance(s, StandIn) and s.steps]
 
 
 def engines(model: nn.Module) -> list[Engine]:

@@ -22,7 +22,7 @@ from deeplimit.gradient import drift, layout, plan_memory, use_adjoint, use_back
 from deeplimit.gradient.accuracy import LossOf, Measurement, peak_memory, wait
 from deeplimit.gradient.codes import BITS
 from deeplimit.gradient.meter import KEPT, Way
-from deeplimit.gradient.stand_ins import AdjointForward, Switch, engines, switches
+from deeplimit.gradient.stand_ins import StandIn, engines, switches
 from deeplimit.network import ResidualChain
 from deeplimit.reading import one_line
 
@@ -373,16 +373,11 @@ class Methods:
         )
 
 
-def _checkpoint(blocks: list[Switch]) -> None:
+def _checkpoint(blocks: list[StandIn]) -> None:
     """Puts torch's non-reentrant checkpoint around each of the blocks that the adjoint found."""
-    for switch in blocks:
-        if isinstance(switch, AdjointForward):
-            forward = switch.block.forward
-            switch.block.forward = partial(checkpoint, forward, use_reentrant=False)
-        else:
-            step = partial(ResidualChain.run_step, switch.chain)
-            run: Any = partial(checkpoint, step, use_reentrant=False)
-            switch.chain.run_step = run  # type: ignore[method-assign]
+    for block in blocks:
+        run = partial(checkpoint, block.own, use_reentrant=False)
+        vars(block.block)[block.name] = run
 
 
 def _own(model: nn.Module) -> Own:
