@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit import Heun, InputError, ResidualChain
 from deeplimit._anatomy import Layer
-from deeplimit._anatomy.registry import FAMILIES
+from deeplimit._anatomy.read_model import FAMILIES
 from deeplimit.network import Anatomy, CifarResNet, anatomy, register
 
 

@@ -17,6 +17,7 @@ from deeplimit import (
     refine,
     use_adjoint,
 )
+from deeplimit.control import Fading
 from deeplimit.network import TwoLayerResidual
 
 LOSS = SoftCrossEntropy(3)
@@ -131,3 +132,13 @@ def test_chains_inside_blocks_are_parts_of_these() -> None:
     assert structure.blocks == tuple(blocks)
     states, _ = structure.states(X)
     torch.testing.assert_close(structure.logits(states)[1], model[4](states[1]))
+
+
+def test_blocks_that_hold_chains_add_their_input_and_fade_to_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), *(Block() for _ in range(3)), nn.Linear(5, 3)).double()
+    assert [(stack.horizon, stack.adds) for stack in anatomy(model).stacks] == [(3, True)]
+    with Fading(model, [1]) as fade:
+        fade.set_step(0.0)
+        faded = model(X)
+    assert torch.equal(faded, crop(model, remove=[1])(X))

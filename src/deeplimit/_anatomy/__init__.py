@@ -2,9 +2,8 @@
 
 from deeplimit._anatomy.anatomy import Anatomy, Layer
 from deeplimit._anatomy.chain import Stack, chain_stacks
-from deeplimit._anatomy.read_model import ReadModel
-from deeplimit._anatomy.rebuilding import check_rebuilt
-from deeplimit._anatomy.registry import anatomy, model_of, of_family, register
+from deeplimit._anatomy.other_depths import check_rebuilt
+from deeplimit._anatomy.read_model import ReadModel, anatomy, model_of, of_family, register
 from deeplimit._anatomy.stand_ins import ReplayedBlock
 
 __all__ = [

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any, SupportsIndex
 
 import torch
@@ -16,7 +16,7 @@ from deeplimit._anatomy.block_call import BlockCall
 from deeplimit._anatomy.branches import parameter_ends
 from deeplimit._anatomy.chain import Stack, chain_stacks, control
 from deeplimit._anatomy.checks import layer_numbers
-from deeplimit._anatomy.evaluation import Inputs, RunningStatistics, evaluating
+from deeplimit._anatomy.evaluation import Inputs, RunningStatistics, concatenated, evaluating
 from deeplimit._anatomy.inputs import placed
 from deeplimit._anatomy.stand_ins import state_of, version
 from deeplimit.errors import InputError, several
@@ -210,8 +210,9 @@ class Anatomy(ABC):
 
         The model's chains; where it has none blocks add their input, and the step is 1.
         """
-        if chains := chain_stacks(self.model):
-            return chains
+        return chain_stacks(self.model) or self._runs()
+
+    def _runs(self) -> tuple[Stack, ...]:
         found = []
         for stage, own in groupby(enumerate(self.layers), lambda numbered: numbered[1].stage):
             numbers, layers = zip(*own, strict=True)
@@ -246,11 +247,6 @@ class Anatomy(ABC):
     def state_stages(self) -> tuple[int, ...]:
         """The stage of each state x_0 … x_N."""
         return (*(layer.stage for layer in self.layers), self.stages - 1)
-
-    def _stages_of(self, first: int | Sequence[int], count: int) -> list[int]:
-        of = range(first, first + count) if isinstance(first, int) else first
-        stages = self.state_stages
-        return [stages[n] for n in of]
 
     @property
     def fixed(self) -> tuple[int, ...]:
@@ -311,7 +307,7 @@ class Anatomy(ABC):
         for n, (state, before) in enumerate(zip(states, versions, strict=True)):
             if version(state) != before:
                 name = type(self.model).__name__
-                who = f"layer {n}" if n < self.horizon else "what follows the last layer"
+                who = f"layer {n}" if n < len(states) - 1 else "what follows the last layer"
                 raise InputError(
                     f"{who} of {name} changes its input in place, which loses state {n}; write "
                     "x = x + … for x += …, and leave out inplace=True where it reads the state"
@@ -332,7 +328,7 @@ class Anatomy(ABC):
         states: Sequence[Tensor],
         first: int | Sequence[int] = 0,
         statistics: RunningStatistics | None = None,
-        x: Inputs | None = None,
+        x: Any = None,
     ) -> Tensor:
         """The logits z_n [len(states), B, C] of the states first, first + 1, … of inputs x.
 
@@ -343,17 +339,30 @@ class Anatomy(ABC):
         """
         if not states:
             raise InputError("no states given; expected at least one")
-        batch = states[0].shape[0]
-        mine = self._stages_of(first, len(states))
+        stages = self.state_stages
+        at: dict[int, list[Tensor]] = {}
+        for n, state in zip(
+            count(first) if isinstance(first, int) else first, states, strict=False
+        ):
+            at.setdefault(stages[n], []).append(state)
+        z = self.through(at, x, statistics)
+        return z.reshape(len(states), len(z) // len(states), *z.shape[1:])
+
+    def through(
+        self,
+        at: Mapping[int, Sequence[Tensor]],
+        x: Any = None,
+        statistics: RunningStatistics | None = None,
+    ) -> Tensor:
+        """The logits of states by the stages that they are of, in order, one after the other."""
         statistics = statistics or RunningStatistics(self.model.modules())
         with statistics.use():
-            s = states[0][:0]
-            for stage in range(mine[0], self.stages):
-                if stage > mine[0]:
-                    s = self.carry(stage - 1, s)
-                s = torch.cat([s, *(t for t, at in zip(states, mine, strict=True) if at == stage)])
-            flat = self.head(s)
-        return flat.reshape(len(states), batch, *flat.shape[1:])
+            stacked: list[Tensor] = []
+            for stage in range(min(at), self.stages):
+                if stacked:
+                    stacked = [self.carry(stage - 1, concatenated(stacked))]
+                stacked += at.get(stage, ())
+            return self.head(concatenated(stacked))
 
     def without(self, removed: Iterable[SupportsIndex]) -> nn.Module:
         """An independent copy of the model less some layers.

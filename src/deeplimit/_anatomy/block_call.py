@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeplimit._anatomy.injection import slack_of
+from deeplimit._anatomy.stacks import Watch
 from deeplimit._anatomy.stand_ins import (
     state_among,
     state_of,
@@ -94,45 +95,24 @@ class BlockCall:
 
     x entered the block, `out` left it (None where the run showed none). `order` are its modules
     that were called once, as their calls ended, with the state in what each returned (`outputs`)
-    and the first tensor that each was given (`inputs`).
+    and the state that each was given (`inputs`); `called` are all that were called.
     """
 
     def __init__(self, structure: "Anatomy", n: int, x: Any):
-        self.structure, self.n, self._x = structure, n, x
+        self.structure, self.n = structure, n
         self.block = structure.layers[n].controls[0]
         self.names = {m: name for name, m in structure.model.named_modules()}
-        self.outputs: dict[nn.Module, Tensor] = {}
-        self.inputs: dict[nn.Module, Tensor] = {}
-        self.counts: dict[nn.Module, int] = {}
         self._without: dict[tuple[frozenset[nn.Module], nn.Module | None], Tensor] = {}
-        self._given: dict[nn.Module, Tensor] = {}
-        self._returned: dict[nn.Module, Tensor] = {}
-        called: list[nn.Module] = []
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-
-        def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is self.block:
-                self._call = args, kwargs
-            given = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            if given is not None:
-                self.inputs[module] = given.clone()  # some are written over later in the block
-                self._given[module] = given
-
-        def leaves(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-            self.counts[module] = self.counts.get(module, 0) + 1
-            called.append(module)
-            if (state := state_of(output)) is not None:
-                self.outputs[module] = state.clone()
-                self._returned[module] = state
-
-        with ExitStack() as stack:
-            for module in self.block.modules():
-                hook = module.register_forward_pre_hook(enters, with_kwargs=True)
-                stack.callback(hook.remove)
-                stack.callback(module.register_forward_hook(leaves).remove)
-            self.out = left(structure, n, partial(structure.run, x))
-        once = (m for m in called if self.counts[m] == 1 and m in self.outputs)
+        watch = Watch(self.block.modules(), copies=True)
+        self.out = watch.run(partial(left, structure, n, partial(structure.run, x)))
+        self.called = watch.seen.keys()
+        every = {m: calls[-1] for m, calls in watch.seen.items()}
+        self.outputs = {m: at.left for m, at in every.items() if at.left is not None}
+        self.inputs = {m: at.entered for m, at in every.items() if at.entered is not None}
+        once = [m for m in watch.ended if len(watch.seen[m]) == 1 and m in self.outputs]
         self.order = [m for m in once if m is not self.block and self.outputs[m].numel()]
+        own = every.get(self.block)
+        self._call = ((), {}) if own is None else (own.args, own.kwargs)
         self.x = state_among(*self._call)
 
     def again(
@@ -176,10 +156,6 @@ class BlockCall:
             else:
                 out = state_of(run(*args, **kwargs))
         return found[-1] if found else cast(Tensor, out)
-
-    def follows(self, before: nn.Module, module: nn.Module) -> bool:
-        """Tells whether a module is given what another one returned."""
-        return self._returned.get(before) is self._given.get(module)
 
     def without(self, silent: Collection[nn.Module], at: nn.Module | None = None) -> Tensor:
         """The state that leaves with zeros in place of what these modules return."""

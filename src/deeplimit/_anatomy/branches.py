@@ -7,6 +7,7 @@ from the block's end on, each is set to zero before the next is looked for.
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -124,7 +125,7 @@ def linear_end(
 def _parameter_sets(call: BlockCall, module: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Its own parameters, with those of parts that are not called: all, by part, one by one."""
     own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
-    unseen = [part for part in module.children() if not call.counts.get(part)]
+    unseen = [part for part in module.children() if part not in call.called]
     parts = [list(part.parameters()) for part in unseen]
     every = [group for group in [own, *parts] if group]
     if len(every) > 1:
@@ -174,8 +175,7 @@ def find_end(structure: "Anatomy", n: int, x: Any) -> End | str:
             continue
         end = call.passed(module, clipped=False) or _clipped(call, module)
         if end is not None:
-            convolution = _convolution(call, module)
-            return End(end.name, module, convolution, end.axis, end.state_axis, end.gain, end.rest)
+            return replace(end, convolution=_convolution(call, module))
     return f"where the last branch of {type(call.block).__name__} ends is not found in its modules"
 
 
@@ -201,5 +201,5 @@ def _convolution(call: BlockCall, module: nn.Module) -> nn.Conv2d | None:
     """The convolution whose output a batch norm normalises by its running statistics, if any."""
     if not isinstance(module, _BatchNorm) or module.running_mean is None:
         return None
-    every = (m for m in call.order if isinstance(m, nn.Conv2d) and call.follows(m, module))
-    return next(every, None)
+    given, convolutions = call.inputs[module], (m for m in call.order if isinstance(m, nn.Conv2d))
+    return next((m for m in convolutions if call.outputs[m].equal(given)), None)

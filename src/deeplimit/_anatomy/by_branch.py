@@ -4,8 +4,7 @@ import copy
 import operator
 import warnings
 from collections.abc import Collection, Iterable
-from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
@@ -18,11 +17,11 @@ from deeplimit._anatomy.branches import Branch, find_branches, linear_end, mixes
 from deeplimit._anatomy.evaluation import Inputs, evaluating
 from deeplimit._anatomy.injection import gap
 from deeplimit._anatomy.inputs import FAILS
-from deeplimit._anatomy.rebuilding import check_rebuilt
-from deeplimit._anatomy.stand_ins import said, state_among, with_state
+from deeplimit._anatomy.other_depths import check_rebuilt
+from deeplimit._anatomy.stacks import Seen, Watch
+from deeplimit._anatomy.stand_ins import said, state_among, state_of, with_state
 from deeplimit.errors import InputError
 
-Pair = tuple[int, str]
 ACROSS = ("key_value_states", "encoder_hidden_states")  # given to attention to another stack
 
 
@@ -31,27 +30,26 @@ class LeftOut(nn.Module):
 
     Its state_dict holds zeros of the shapes that were there, so that a saved model is one of the
     plain class, whose answers are the same: there the branch is computed, and adds zero. A cache of
-    keys and values goes on counting tokens. It is made of the module that stood there, what that
-    returned, and the first tensor that it was given.
+    keys and values goes on counting tokens.
     """
 
-    def __init__(self, module: nn.Module, output: Any, x: Tensor, *, zero: bool):
+    def __init__(self, module: nn.Module, call: Seen, *, zero: bool):
+        """Made of the module that stood there and a call of it."""
         super().__init__()
-        several = isinstance(output, tuple | list)
-        y = output[0] if several else output
+        x, y = cast(Tensor, call.entered), cast(Tensor, call.left)
         axes = [k for k, (a, b) in enumerate(zip(x.shape, y.shape, strict=False)) if a != b]
         self.zero = zero
         self.resized = (axes[0] - y.dim(), y.shape[axes[0]]) if axes else None
-        self.possible = isinstance(y, Tensor) and x.dim() == y.dim() and len(axes) < 2
-        self.others = [said(value) for value in output[1:]] if several else None
+        self.possible = x.dim() == y.dim() and len(axes) < 2
+        several = isinstance(call.output, tuple | list)
+        self.others = [said(value) for value in call.output[1:]] if several else None
         self.tensors = {k: (tuple(v.shape), v.dtype) for k, v in module.state_dict().items()}
         places = (getattr(m, "layer_idx", None) for m in module.modules())
         self.layer_idx = next((i for i in places if isinstance(i, int)), None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Zeros of the shape of what stood there, or the input."""
-        x = state_among(args, kwargs)
-        assert x is not None
+        x = cast(Tensor, state_among(args, kwargs))
         cache = next((v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")), None)
         across = any(kwargs.get(k) is not None for k in ACROSS)
         if cache is not None and self.layer_idx is not None and not across:
@@ -125,10 +123,8 @@ class ByBranch(Anatomy):
         if not any(self.parts):
             raise InputError(f"no branch is found in the blocks of {name}; leave layers out")
 
-    @cached_property
-    def pairs(self) -> tuple[Pair, ...]:
-        """(layer, name) of every branch, in order."""
-        return tuple((n, part.name) for n, parts in enumerate(self.parts) for part in parts)
+        self._every = [(n, part) for n, parts in enumerate(self.parts) for part in parts]
+        self.pairs = tuple((n, part.name) for n, part in self._every)  # (layer, name), in order
 
     def numbers(self, wanted: Iterable[Any]) -> set[int]:
         """The numbers of branches, counted through the model."""
@@ -168,10 +164,6 @@ class ByBranch(Anatomy):
 
     def leave_out(self, removed: set[int]) -> nn.Module:
         """A copy less some branches; less a layer where all its branches go."""
-        gone: dict[int, list[Part]] = {}
-        for i in sorted(removed):
-            n, name = self.pairs[i]
-            gone.setdefault(n, []).append(next(p for p in self.parts[n] if p.name == name))
         whole = self.whole(removed)
         model = self.structure.without(whole) if whole else copy.deepcopy(self.model)
         if whole:
@@ -179,13 +171,12 @@ class ByBranch(Anatomy):
         blocks = self.structure.like(model).blocks if whole else None
         others = [n for n in range(self.structure.horizon) if n not in whole]
         names = {module: name for name, module in self.model.named_modules()}
-        for n, parts in gone.items():
+        for n, part in (self._every[i] for i in sorted(removed)):
             if n in whole:
                 continue
             block = self.structure.blocks[n]
             own = blocks[others.index(n)] if blocks else model.get_submodule(names[block])
-            for part in parts:
-                self._leave_out(model, own, block, part, n)
+            self._leave_out(model, own, block, part, n)
         return model
 
     def _leave_out(
@@ -194,37 +185,31 @@ class ByBranch(Anatomy):
         """Changes a copy in place: modules that do nothing, or a last projection of zeros."""
         path = {m: name for name, m in block.named_modules()}[part.branch.end]
         before = {name: own.get_submodule(name) for name in (path, *part.dead)}
-        x, run = self.structure.fitting_example(), self.structure.runner(model)
-        seen: dict[str, tuple[Any, Tensor]] = {}
+        run = partial(self.structure.runner(model), self.structure.fitting_example())
 
-        def called(name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            seen[name] = output, cast(Tensor, state_among(args, kwargs))
-            if name != path:
-                return None
-            first = output[0] if isinstance(output, tuple | list) else output
-            return with_state(output, torch.zeros_like(first))
+        def silent(_: nn.Module, __: Any, output: Any) -> Any:
+            return with_state(output, torch.zeros_like(cast(Tensor, state_of(output))))
 
-        with evaluating(model), torch.no_grad(), ExitStack() as stack:
-            for name, module in before.items():
-                hook = module.register_forward_hook(partial(called, name), with_kwargs=True)
-                stack.callback(hook.remove)
-            expected = run(x)
-            stack.close()
+        with evaluating(model), torch.no_grad():
+            hook = before[path].register_forward_hook(silent)
+            expected = (watch := Watch(before.values())).run(run)
+            hook.remove()
             made = {
-                name: LeftOut(m, *seen[name], zero=m is before[path]) for name, m in before.items()
+                name: LeftOut(m, watch.seen[m][-1], zero=m is before[path])
+                for name, m in before.items()
             }
             if all(one.possible for one in made.values()):
                 for name, one in made.items():
                     own.set_submodule(name, one)
                 try:
-                    if gap(run(x), expected) is None:
+                    if gap(run(), expected) is None:
                         return
                 except FAILS:
                     pass
                 for name, module in before.items():
                     own.set_submodule(name, module)
             self._zero(own, block, part, n)
-            apart = gap(run(x), expected)
+            apart = gap(run(), expected)
         if apart is not None:
             raise InputError(
                 f"branch {part.name} of layer {n} cannot be removed: with its last projection at "

@@ -17,15 +17,13 @@ def set_depths(model: nn.Module, before: Mapping[str, int], kept: Mapping[str, l
     the arguments that build it again.
     """
     mine: Any = getattr(model, "config", None)
-    nearest = (
-        next((c for m in _around(model, name) if (c := _config(m)) is not None), None)
-        for name in before
-    )
+    holders = {name: _around(model, name) for name in before}
+    nearest = (next((m.config for m in own if _described(m)), None) for own in holders.values())
     configs = {id(c): c for c in (*nearest, mine) if hasattr(c, "__dict__")}
-    for name, count in before.items():
-        for module in _around(model, name):
+    for name, modules in holders.items():
+        for module in modules:
             for key, value in list(vars(module).items()):
-                if COUNT.fullmatch(key) and type(value) is int and value == count:
+                if COUNT.fullmatch(key) and type(value) is int and value == before[name]:
                     setattr(module, key, len(kept[name]))
     for config in configs.values():
         _set(config, before, kept, apart=config is mine and len(configs) > 1)
@@ -42,9 +40,8 @@ def set_depths(model: nn.Module, before: Mapping[str, int], kept: Mapping[str, l
             ]
 
 
-def _config(module: nn.Module) -> Any:
-    config = getattr(module, "config", None)
-    return config if hasattr(config, "__dict__") else None
+def _described(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "config", None), "__dict__")
 
 
 def _around(model: nn.Module, name: str) -> list[nn.Module]:
@@ -58,33 +55,18 @@ def _set(
 ) -> None:
     """`apart`: there is another configuration, of the part alone that holds the lists."""
     counts = list(before.values())
-    if len(counts) > 1:
-        for name, value in list(vars(config).items()):
-            told = isinstance(value, list | tuple) and re.search("depth|layer|block", name)
-            if told and [n for n in value if n] == counts:
-                left = iter(before)  # a list that is empty already stays so
-                setattr(config, name, type(value)(n and len(kept[next(left)]) for n in value))
+    if len(counts) == 1:
+        ((name, count),) = before.items()
+        _set_layers(config, kept[name], count, name, apart=apart)
         return
-    ((at, count),) = before.items()
-    set_layers(config, kept[at], count, at, apart=apart)
-    if hasattr(config, "stage_names") and hasattr(config, "out_indices"):
-        _name_stages(config, kept[at])
+    for name, value in list(vars(config).items()):
+        told = isinstance(value, list | tuple) and re.search("depth|layer|block", name)
+        if told and [n for n in value if n] == counts:
+            left = iter(before)  # a list that is empty already stays so
+            setattr(config, name, type(value)(n and len(kept[next(left)]) for n in value))
 
 
-def _name_stages(config: Any, kept: list[int]) -> None:
-    """Where every layer is a stage: what a backbone puts out of those left, or the last stage."""
-    before = len(config.stage_names)
-    wanted = {index % before for index in config.out_indices}
-    config.stage_names = ["stem", *(f"stage{n}" for n in range(1, len(kept) + 1))]
-    # Of a layer that was repeated the last one puts out what it did.
-    ends = {old: new for new, old in enumerate([0, *(n + 1 for n in kept)])}
-    left = sorted(new for old, new in ends.items() if old in wanted)
-    config.out_indices = left or [len(kept)]  # sets out_features too
-
-
-def set_layers(
-    config: Any, kept: list[int], before: int, path: str = "", *, apart: bool = False
-) -> None:
+def _set_layers(config: Any, kept: list[int], before: int, path: str, *, apart: bool) -> None:
     """Rewrites a configuration of one stack of layers in place.
 
     The count of layers is the new one; of lists with an entry for each layer those of the layers
@@ -103,68 +85,78 @@ def set_layers(
         free = []
     for name in [*mine, *free] if part in path else free or mine:
         setattr(config, name, len(kept))
-    for name in list(vars(config)):
-        if name in UNUSUAL:
-            UNUSUAL[name](config, name, kept, before)
-        elif "layer" in name and other not in name:
-            _each(config, name, kept, before)
+    for name, value in list(vars(config).items()):
+        rule = UNUSUAL.get(name, _each if "layer" in name and other not in name else None)
+        if rule is not None and (said := rule(config, value, kept, before)) is not None:
+            setattr(config, "per_layer_config" if rule is _overrides else name, said)
+    if hasattr(config, "stage_names") and hasattr(config, "out_indices"):
+        _name_stages(config, kept)
 
 
-def _first(config: Any, name: str, kept: list[int], before: int) -> None:
+def _name_stages(config: Any, kept: list[int]) -> None:
+    """Where every layer is a stage: what a backbone puts out of those left, or the last stage."""
+    before = len(config.stage_names)
+    wanted = {index % before for index in config.out_indices}
+    config.stage_names = ["stem", *(f"stage{n}" for n in range(1, len(kept) + 1))]
+    # Of a layer that was repeated the last one puts out what it did.
+    ends = {old: new for new, old in enumerate([0, *(n + 1 for n in kept)])}
+    left = sorted(new for old, new in ends.items() if old in wanted)
+    config.out_indices = left or [len(kept)]  # sets out_features too
+
+
+# Of a configuration: what a key said, the layers kept, their number before ↦ what it says; or None.
+Rule = Callable[[Any, Any, list[int], int], Any]
+
+
+def _first(config: Any, value: Any, kept: list[int], before: int) -> Any:
     """So many layers at the beginning are of another kind: so many of them as are left."""
-    value = getattr(config, name)
-    if isinstance(value, int) and value < before:
-        setattr(config, name, sum(i < value for i in kept))
+    counts = isinstance(value, int) and value < before
+    return sum(i < value for i in kept) if counts else None
 
 
-def _indices(config: Any, name: str, kept: list[int], before: int) -> None:
+def _indices(config: Any, value: Any, kept: list[int], before: int) -> Any:
     """The numbers of layers of another kind."""
-    value = getattr(config, name)
-    if isinstance(value, list | tuple):
-        setattr(config, name, type(value)(j for j, i in enumerate(kept) if i in value))
+    several = isinstance(value, list | tuple)
+    return type(value)(j for j, i in enumerate(kept) if i in value) if several else None
 
 
-def _dense(config: Any, name: str, kept: list[int], before: int) -> None:
+def _each(config: Any, value: Any, kept: list[int], before: int) -> Any:
+    """A list with an entry for each layer."""
+    every = isinstance(value, list | tuple) and len(value) == before
+    return type(value)(value[i] for i in kept) if every else None
+
+
+def _dense(config: Any, value: Any, kept: list[int], before: int) -> Any:
     """Layers are dense that `mlp_only_layers` lists or `decoder_sparse_step` does not divide.
 
     A cut from the middle keeps no such rhythm: then all dense layers are listed.
     """
-    listed, step = set(config.mlp_only_layers or ()), getattr(config, "decoder_sparse_step", 1)
+    listed, step = set(value or ()), getattr(config, "decoder_sparse_step", 1)
     if kept != list(range(len(kept))) and step > 1:
         listed |= {i for i in range(before) if (i + 1) % step}
         config.decoder_sparse_step = 1
-    config.mlp_only_layers = [j for j, i in enumerate(kept) if i in listed]
+    return [j for j, i in enumerate(kept) if i in listed]
 
 
-def _attention_types(config: Any, name: str, kept: list[int], before: int) -> None:
+def _attention_types(config: Any, value: Any, kept: list[int], before: int) -> Any:
     """[[kinds, repetitions], …], which GPT-Neo unfolds."""
-    kinds = [kind for part, times in getattr(config, name) for _ in range(times) for kind in part]
-    if len(kinds) == before:
-        setattr(config, name, [[[kinds[i] for i in kept], 1]])
+    kinds = [kind for part, times in value for _ in range(times) for kind in part]
+    return [[[kinds[i] for i in kept], 1]] if len(kinds) == before else None
 
 
-def _each(config: Any, name: str, kept: list[int], before: int) -> None:
-    """A list with an entry for each layer."""
-    value = vars(config)[name]
-    if isinstance(value, list | tuple) and len(value) == before:
-        setattr(config, name, type(value)(value[i] for i in kept))
-
-
-def _by_root(config: Any, name: str, kept: list[int], before: int) -> None:
+def _by_root(config: Any, value: Any, kept: list[int], before: int) -> Any:
     """A number that the model divides by the root of its depth: the quotient stays."""
-    value = getattr(config, name)
-    if isinstance(value, int | float):
-        setattr(config, name, value * (len(kept) / before) ** 0.5)
+    return value * (len(kept) / before) ** 0.5 if isinstance(value, int | float) else None
 
 
-def _overrides(config: Any, name: str, kept: list[int], before: int) -> None:
+def _overrides(config: Any, value: Any, kept: list[int], before: int) -> Any:
     """The entries of transformers' `per_layer_config`, by the numbers of layers."""
-    said = getattr(vars(config)[name], "per_layer_overrides", None)
-    if isinstance(said, dict):
-        config.per_layer_config = {j: dict(said[i]) for j, i in enumerate(kept) if i in said}
+    said: Any = getattr(value, "per_layer_overrides", None)
+    several = isinstance(said, dict)
+    return {j: dict(said[i]) for j, i in enumerate(kept) if i in said} if several else None
 
 
-UNUSUAL: dict[str, Callable[[Any, str, list[int], int], None]] = {
+UNUSUAL: dict[str, Rule] = {
     "max_window_layers": _first,
     "first_k_dense_replace": _first,
     "mlp_only_layers": _dense,

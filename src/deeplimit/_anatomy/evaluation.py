@@ -1,6 +1,6 @@
 """Modes of a model's modules, changed for a while and put back one by one."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,24 +14,33 @@ from deeplimit.errors import InputError
 Inputs = Tensor | Mapping[str, Tensor]
 
 
-def mapped(x: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Inputs with `change` made to each tensor in them; a name that stands for None is left out."""
-    if isinstance(x, Tensor):
-        return change(x)
-    if isinstance(x, Mapping):
-        given = ((name, v) for name, v in x.items() if v is not None)
-        return {name: change(v) if isinstance(v, Tensor) else v for name, v in given}
-    return tuple(change(v) if isinstance(v, Tensor) else v for v in x)
+def mapped(change: Callable[..., Any], *xs: Any) -> Any:
+    """Inputs of one form, with `change` made of the tensors at each place; None is left out."""
+
+    def at(*parts: Any) -> Any:
+        return change(*parts) if isinstance(parts[-1], Tensor) else parts[-1]
+
+    last = xs[-1]
+    if isinstance(last, Tensor):
+        return change(*xs)
+    if isinstance(last, Mapping):
+        return {k: at(*(x[k] for x in xs)) for k, v in last.items() if v is not None}
+    return tuple(map(at, *xs))
 
 
 def to_device(x: Any, device: torch.device) -> Any:
     """Inputs on a device."""
-    return mapped(x, lambda v: v.to(device))
+    return mapped(lambda v: v.to(device), x)
 
 
 def to_precision(x: Any, dtype: torch.dtype) -> Any:
     """Inputs whose numbers with a fraction are of this dtype; whole ones stay as they are."""
-    return mapped(x, lambda v: v.to(dtype) if v.is_floating_point() else v)
+    return mapped(lambda v: v.to(dtype) if v.is_floating_point() else v, x)
+
+
+def concatenated(parts: Sequence[Tensor]) -> Tensor:
+    """Batches one after the other; of one itself, without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def begun(loader: Iterable[Any]) -> Iterator[Any]:

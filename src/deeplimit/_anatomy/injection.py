@@ -1,18 +1,33 @@
-"""A model's own forward without some of its blocks, and with states put in: bypass and inject."""
+"""A model's own forward without some of its blocks, and with states put in; trials of both."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy.evaluation import RunningStatistics
-from deeplimit._anatomy.stacks import Block
+from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.evaluation import RunningStatistics, evaluating
+from deeplimit._anatomy.inputs import (
+    FAILS,
+    TOKENS,
+    batch_of,
+    call,
+    examples,
+    first_sample,
+    joined,
+    one_token,
+    others,
+    otherwise,
+    placed,
+    told,
+)
+from deeplimit._anatomy.stacks import Block, Calls, Watch, is_plain
 from deeplimit._anatomy.stand_ins import (
     StandIn,
-    in_turn,
     own_call,
     standing_in,
     state_among,
@@ -24,29 +39,38 @@ from deeplimit.errors import InputError
 # Of the logits' rounding, what the same head may make of the same state in another call. Sums in
 # half precision are rounded once, at their end.
 SLACK, HALF_SLACK = 100, 4
+SAMPLES = 2  # of a batch on which a head is tried
+MOST = 2**26  # numbers in its answer in one run
 
 
 @contextmanager
-def _instead(blocks: Sequence[Block], functions: Sequence[StandIn | None]) -> Iterator[None]:
-    """Calls functions for blocks, of which one module may be several; where one is None, itself."""
-    turns: dict[nn.Module, list[StandIn | None]] = {}
-    for block, function in zip(blocks, functions, strict=True):
-        turns.setdefault(block.module, []).append(function)
-    with standing_in({module: in_turn(module, own) for module, own in turns.items() if any(own)}):
+def _instead(blocks: Sequence[Block], stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Calls stand_in(n, own, *args, **kwargs) for block n, of which one module may be several.
+
+    `own` is the function that the block's call would have run.
+    """
+    numbers: dict[nn.Module, list[int]] = {}
+    for n, block in enumerate(blocks):
+        numbers.setdefault(block.module, []).append(n)
+
+    def of(module: nn.Module, turns: Iterator[int]) -> StandIn:
+        own = own_call(module)
+        return lambda *args, **kwargs: stand_in(next(turns), own, *args, **kwargs)
+
+    with standing_in({module: of(module, cycle(own)) for module, own in numbers.items()}):
         yield
 
 
 @contextmanager
-def bypassing(blocks: Sequence[Block], gone: Iterable[int]) -> Iterator[None]:
+def bypassing(blocks: Sequence[Block], gone: Collection[int]) -> Iterator[None]:
     """Those of the blocks that are gone return their input, in the form of their output."""
 
-    def bypass(block: Block, *args: Any, **kwargs: Any) -> Any:
-        return block.form(cast(Tensor, state_among(args, kwargs)))
+    def stand_in(n: int, own: StandIn, *args: Any, **kwargs: Any) -> Any:
+        if n in gone:
+            return blocks[n].form(cast(Tensor, state_among(args, kwargs)))
+        return own(*args, **kwargs)
 
-    gone = set(gone)
-    with _instead(
-        blocks, [partial(bypass, b) if n in gone else None for n, b in enumerate(blocks)]
-    ):
+    with _instead(blocks, stand_in):
         yield
 
 
@@ -71,8 +95,7 @@ def passing(
             return output
         return block.form(h if block.shortcut is None else block.shortcut(h))
 
-    functions = [partial(stand_in, n, own_call(b.module)) for n, b in enumerate(blocks)]
-    with _instead(blocks, functions):
+    with _instead(blocks, stand_in):
         yield left
 
 
@@ -95,9 +118,9 @@ def injected(
     rows, entered = 0, -1
     taken: list[Tensor] = []
 
-    def bypass(block: Block, *args: Any, **kwargs: Any) -> Any:
+    def bypass(n: int, _: StandIn, *args: Any, **kwargs: Any) -> Any:
         nonlocal rows, entered
-        h = cast(Tensor, state_among(args, kwargs))
+        block, h = blocks[n], cast(Tensor, state_among(args, kwargs))
         if block.stage != entered:
             entered = block.stage
             if rows and len(h) != rows:
@@ -122,13 +145,8 @@ def injected(
             rows = len(h)
         return h
 
-    functions = [partial(bypass, b) for b in blocks]
     statistics = statistics or RunningStatistics(model.modules())
-    with (
-        torch.random.fork_rng(devices_of(model)),
-        statistics.use(),
-        _instead(blocks, functions),
-    ):
+    with torch.random.fork_rng(devices_of(model)), statistics.use(), _instead(blocks, bypass):
         logits = run()
     return logits if read is None else taken[0]
 
@@ -162,7 +180,137 @@ def gap(a: Tensor | None, b: Tensor) -> str | None:
     return None if apart <= limit else f"by {apart:.2g}"
 
 
-def by_stage(states: Sequence[Tensor], stages: Sequence[int]) -> dict[int, Tensor]:
-    """The states of each stage, one after the other."""
-    pairs = list(zip(states, stages, strict=True))
-    return {m: torch.cat([s for s, at in pairs if at == m]) for m in sorted(set(stages))}
+@contextmanager
+def alike(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and one random state for every run."""
+    with torch.random.fork_rng(devices_of(model)), evaluating(model), torch.no_grad():
+        torch.manual_seed(0)
+        yield
+
+
+def watched(model: nn.Module, example: Any) -> tuple[Calls, Any, Tensor]:
+    """Runs the model on the example, which is made where none was given: what was seen, its logits.
+
+    An InputError where something else is given, or the model does not run on it.
+    """
+    if example is not None and not isinstance(example, Tensor | Mapping | tuple | list):
+        raise InputError(
+            f"{shown(example)} given as the example; expected a batch of the model's inputs: a "
+            "tensor, tensors by name, or a tuple"
+        )
+    reason = ""
+    for given in examples(model) if example is None else [example]:
+        parts = (m for m in model.modules() if m is not model and not is_plain(m))
+        x, watch = placed(model, given), Watch(parts)
+        try:
+            with alike(model):
+                own = watch.run(partial(call, model, x))
+            return watch.seen, x, own
+        except FAILS as error:
+            reason = reason or told(error)  # of the likeliest
+    what = "the example" if example is not None else "an example made for it"
+    raise InputError(
+        f"{type(model).__name__} does not run on {what} ({reason or 'none could be made'}); give a "
+        "batch of its inputs: anatomy(model, example=…), and that in place of the model"
+    )
+
+
+def check_answer(model: nn.Module, own: Tensor) -> None:
+    """Raises InputError for an answer that is no logits."""
+    name = type(model).__name__
+    if not own.is_floating_point() or not own.dim():
+        raise InputError(
+            f"{name} answers {shown(own)}; expected logits: numbers with a fraction, of each sample"
+        )
+    if bool(own.isnan().any()):
+        raise InputError(
+            f"{name} answers NaN to its example, with which no reading agrees: its parameters are "
+            "not finite, or the example does not fit; give a batch of its inputs: "
+            "anatomy(model, example=…)"
+        )
+
+
+class HeadTrial:
+    """The last state injected while the model runs on other inputs than it is of.
+
+    Args:
+        model: whose head is tried.
+        inject: (last states, inputs to run on) ↦ logits.
+        x, last, own: inputs, their last state and the model's own logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inject: Callable[[Tensor, Any], Tensor],
+        x: Any,
+        last: Tensor,
+        own: Tensor,
+    ):
+        self.model, self.inject, self.whole = model, inject, (x, last, own)
+        if len(last) == len(own) == batch_of(x):
+            x, last, own = first_sample(x, SAMPLES), last[:SAMPLES], own[:SAMPLES]
+        self.x, self.last, self.own = x, last, own
+        self.others = others(model, x)
+        self._agreed, self._why = False, ""
+
+    def reads_tokens(self) -> bool:
+        """Tells whether each token is read by itself; one token does not tell."""
+        if self.last.shape[1] < 2 or self.own.shape[:-1] != self.last.shape[:-1]:
+            return False
+        each, own = (t[:, :TOKENS].flatten(0, 1)[:, None] for t in (self.last, self.own))
+        inputs = [*(one_token(o, -1) for o in self.others), one_token(self.x)]
+        return self._whatever(each, own, [joined([one], len(each)) for one in inputs])
+
+    def reads_states(self) -> bool:
+        """Tells whether a state is read by itself, whatever the inputs."""
+        return self._whatever(self.last, self.own, [*self.others, self.x])
+
+    def check(self, name: str | None) -> None:
+        """Raises InputError unless the last state has the model's own logits on its own inputs."""
+        x, last, own = self.whole
+        z = own if self._agreed else self._tried(last, x)
+        apart = gap(z, own)
+        if apart is None:
+            return
+        how = f"the logits of its last state differ from its own {apart}"
+        if z is None:
+            how = f"it does not run ({self._why})"
+        raise InputError(
+            f"{type(self.model).__name__} cannot be read: with its blocks bypassed, {how}, so that "
+            f"something but the last block's state decides them; the blocks read are those of "
+            f"{name or 'the list given'}"
+        )
+
+    def _whatever(self, states: Tensor, own: Tensor, inputs: Sequence[Any]) -> bool:
+        """Tells whether the logits of states are their own beside each of the inputs, in one run.
+
+        Other states are beside them, and the last inputs are their own. Where the model does not
+        run on all inputs it is run on one after the other; but for the first they may be such as
+        it does not take.
+        """
+        samples = batch_of(inputs[0])
+        if not samples:
+            return False
+        at_once = [inputs] if len(inputs) * own.numel() < MOST else []
+        for group in (*at_once, *([one] for one in inputs)):
+            several, expected = len(group) + 1, torch.cat([own] * len(group))
+            every = torch.cat([otherwise(states), *[states] * len(group)])
+            z = self._tried(every, joined([group[0], *group], several * samples))
+            if z is None:
+                if len(group) == 1 and group[0] is inputs[0]:
+                    return False
+                continue
+            self._agreed |= group[-1] is self.x and gap(z[-len(own) :], own) is None
+            if len(own) != len(states) or gap(z[len(own) :], expected) is not None:
+                return False
+            if group is inputs:
+                return True
+        return True
+
+    def _tried(self, states: Tensor, x: Any) -> Tensor | None:
+        try:
+            return self.inject(states, x)
+        except FAILS as error:
+            self._why = told(error)
+            return None

@@ -138,7 +138,7 @@ def placed(model: nn.Module, x: Any) -> Any:
 def first_sample(x: Any, samples: int = 1) -> Any:
     """The first sample of a batch, or the first few."""
     count = batch_of(x)
-    return mapped(x, lambda v: v[:samples] if v.dim() and len(v) == count else v)
+    return mapped(lambda v: v[:samples] if v.dim() and len(v) == count else v, x)
 
 
 def one_token(x: Any, at: int = 0) -> Any:
@@ -147,7 +147,7 @@ def one_token(x: Any, at: int = 0) -> Any:
     def cut(v: Tensor) -> Tensor:
         return v if v.is_floating_point() or v.dim() < 2 else v[:, at:][:, :1]
 
-    return mapped(first_sample(x), cut)
+    return mapped(cut, first_sample(x))
 
 
 BATCH, TOKENS, SIZES = 2, 4, (64, 32, 224, 28)  # of inputs that are made
@@ -155,20 +155,15 @@ BATCH, TOKENS, SIZES = 2, 4, (64, 32, 224, 28)  # of inputs that are made
 
 def joined(xs: Sequence[Any], rows: int) -> Any:
     """Several inputs as one batch of so many rows, in turn; what is no sample is the last one's."""
-    count, last = batch_of(xs[-1]), xs[-1]
+    count = batch_of(xs[-1])
 
-    def join(*parts: Any) -> Any:
-        v = parts[-1]
-        if not (isinstance(v, Tensor) and v.dim() and len(v) == count):
-            return v
+    def join(*parts: Tensor) -> Tensor:
+        if not parts[-1].dim() or len(parts[-1]) != count:
+            return parts[-1]
         every = torch.cat(parts)
         return every[torch.arange(rows) % len(every)]
 
-    if isinstance(last, Tensor):
-        return join(*xs)
-    if isinstance(last, Mapping):
-        return {name: join(*(x[name] for x in xs)) for name in last}
-    return tuple(join(*parts) for parts in zip(*xs, strict=True))
+    return mapped(join, *xs)
 
 
 def others(model: nn.Module, x: Any) -> list[Any]:
@@ -185,7 +180,7 @@ def others(model: nn.Module, x: Any) -> list[Any]:
     tokens = {0, *(m for m in marks if isinstance(m, int) and 0 <= m < words)}
     tokens |= {m.padding_idx or 0 for m in model.modules() if isinstance(m, nn.Embedding)}
     changes: list[Callable[[Tensor], Tensor]] = [partial(_ending, t) for t in sorted(tokens)]
-    return [mapped(x, change) for change in (otherwise, *changes)]
+    return [mapped(change, x) for change in (otherwise, *changes)]
 
 
 def _ending(token: int, x: Tensor) -> Tensor:

@@ -1,97 +1,36 @@
 """Any model with a stack of blocks, read through its own forward: bypass and inject."""
 
-from abc import abstractmethod
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
-from deeplimit._anatomy.checks import layer_numbers
-from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
-from deeplimit._anatomy.injection import by_stage, injected, passing
-from deeplimit._anatomy.inputs import FAILS, call, first_sample, kind_of, one_token
-from deeplimit._anatomy.other_depths import check_kept, with_times
-from deeplimit._anatomy.probing import SAMPLES, HeadTrial, alike, check_answer, watched
-from deeplimit._anatomy.rebuilding import check_rebuilt
-from deeplimit._anatomy.stacks import Block, beside, find_blocks
-from deeplimit._anatomy.stand_ins import (
-    BlockCost,
-    ReplayedBlock,
-    collected,
-    state_among,
-    state_of,
+from deeplimit._anatomy.anatomy import Anatomy, StateHook
+from deeplimit._anatomy.chain import ResidualChain, chains_in
+from deeplimit._anatomy.checks import check_module, layer_numbers
+from deeplimit._anatomy.evaluation import RunningStatistics, concatenated
+from deeplimit._anatomy.injection import (
+    SAMPLES,
+    HeadTrial,
+    alike,
+    check_answer,
+    injected,
+    watched,
 )
+from deeplimit._anatomy.inputs import FAILS, call, first_sample, kind_of, one_token, unwrapped
+from deeplimit._anatomy.of_blocks import ChainAnatomy, OfBlocks
+from deeplimit._anatomy.other_depths import check_kept, check_rebuilt, with_times
+from deeplimit._anatomy.stacks import Block, beside, find_blocks
 from deeplimit.errors import InputError
 
 READ_AS = "_deeplimit_read_as"  # on a model: the example and the blocks that were given for it
+FAMILIES: dict[type[nn.Module], Callable[[nn.Module], Anatomy]] = {ResidualChain: ChainAnatomy}
 
-
-class OfBlocks(Anatomy):
-    """A model whose layers are modules: `_blocks`, in order."""
-
-    @property
-    @abstractmethod
-    def _blocks(self) -> Sequence[Block]: ...
-
-    @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        """All residual blocks in order."""
-        return tuple(block.module for block in self._blocks)
-
-    @property
-    def stages(self) -> int:
-        """One for each run of blocks between which nothing stands and the shape stays."""
-        last = self._blocks[-1]
-        return last.stage + 1 + (last.shortcut is not None)
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """A layer is a block; one that changes the shape takes a state of the stage before."""
-        return tuple(
-            Layer(b.stage, (b.module,), removable=b.shortcut is None) for b in self._blocks
-        )
-
-    @property
-    def _end(self) -> nn.Module:
-        """The module that returns the last state."""
-        return self._blocks[-1].module
-
-    def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
-        """The inputs of the blocks, and what comes out at the end."""
-        numbers: dict[nn.Module, list[int]] = {}
-        for n, block in enumerate(self.blocks):
-            numbers.setdefault(block, []).append(n)
-        calls: Counter[nn.Module] = Counter()
-
-        def enters(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            own = numbers[block]
-            n = own[calls[block] % len(own)]
-            calls[block] += 1
-            hook(n, cast(Tensor, state_among(args, kwargs)))
-
-        def leaves(end: nn.Module, _: tuple[Any, ...], y: Any) -> None:
-            if calls[end] % len(numbers.get(end, [0])) == 0:
-                hook(len(self._blocks), cast(Tensor, state_of(y)))
-
-        handles = [b.register_forward_pre_hook(enters, with_kwargs=True) for b in numbers]
-        return [*handles, self._end.register_forward_hook(leaves)]
-
-    def past(self, n: int) -> Callable[[Tensor], Tensor]:
-        """The shortcut of a block that changes the shape, else the state itself."""
-        return self._blocks[n].shortcut or super().past(n)
-
-    def passing(
-        self, first: int, x: Tensor | None, last: int
-    ) -> AbstractContextManager[list[Tensor]]:
-        """Some of the blocks; the others are bypassed."""
-        return passing(self._blocks, first, x, last)
+Family = TypeVar("Family", bound=type[Anatomy])
 
 
 class ReadModel(OfBlocks):
@@ -128,9 +67,9 @@ class ReadModel(OfBlocks):
         blocks: str | Iterable[nn.Module] | None = None,
     ):
         super().__init__(model)
-        watch, self._example, own = watched(model, example)
-        self._found, calls, self.name, self.others = find_blocks(model, watch, blocks)
-        self._idle = [one for one in beside(self._blocks) if one not in watch.seen]
+        seen, self._example, own = watched(model, example)
+        self._found, calls, self.name, self.others = find_blocks(model, seen, own, blocks)
+        self._idle = [one for one in beside(self._blocks) if one not in seen]
         last = cast(Tensor, calls[-1].left)
         self._check_unwritten(
             [*(cast(Tensor, one.entered) for one in calls), last],
@@ -174,7 +113,7 @@ class ReadModel(OfBlocks):
 
     def like(self, model: nn.Module) -> "ReadModel":
         """Another model of this kind, read on the same example."""
-        return ReadModel(model, self._example, self.name)
+        return read_model(model, self._example, self.name)
 
     def run(self, x: Any) -> Tensor:
         """The logits of the model's own forward."""
@@ -185,11 +124,12 @@ class ReadModel(OfBlocks):
         return self._example
 
     def control(self, n: int) -> list[nn.Parameter]:
-        """All parameters of a layer of tokens, whose attention and MLP each add to the state.
+        """All parameters of a block of tokens, whose attention and MLP each add to the state.
 
         Of another layer those from its last norm on, where it has one.
         """
-        return list(self.blocks[n].parameters()) if self._of_tokens else super().control(n)
+        several = self._of_tokens and not self._chains
+        return list(self.blocks[n].parameters()) if several else super().control(n)
 
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
         """As of any blocks; an InputError where one runs that did not on the example."""
@@ -228,77 +168,47 @@ class ReadModel(OfBlocks):
             raise InputError(self._apart_from_example(f"{len(states)} states were seen"))
         return states, logits
 
-    def logits(
+    def through(
         self,
-        states: Sequence[Tensor],
-        first: int | Sequence[int] = 0,
-        statistics: RunningStatistics | None = None,
+        at: Mapping[int, Sequence[Tensor]],
         x: Any = None,
+        statistics: RunningStatistics | None = None,
+        read: int | None = None,
     ) -> Tensor:
-        """As of any model; an InputError where the head reads the inputs too and x is None."""
-        if not states:
-            raise InputError("no states given; expected at least one")
-        stages = self._stages_of(first, len(states))
+        """As of any model; an InputError where the head reads the inputs too and x is None.
+
+        With `read` the states of this stage in place of their logits.
+        """
         if self.tokens:
-            return self.head_of(0, torch.stack(list(states)), x, statistics)
+            ((stage, states),) = at.items()
+            s, driver = concatenated(states), one_token(self._example if x is None else x)
+            z = self._injected({stage: s.flatten(0, -2)[:, None]}, driver, statistics)
+            return z[:, 0].reshape(*s.shape[:-1], *z.shape[2:])
         if self._free:
-            z = self._together(by_stage(states, stages), x, statistics)
-            if z is not None:
-                return z.reshape(len(states), -1, *z.shape[1:])
-        each = zip(states, stages, strict=True)
-        return torch.stack([self._injected({m: s}, self._driver(x), statistics) for s, m in each])
+            every = {stage: concatenated(states) for stage, states in at.items()}
+            try:
+                z = self._injected(every, self._driver(x), statistics, read)
+                if len(z) == sum(map(len, every.values())):
+                    return z
+            except FAILS:
+                if x is None:
+                    raise
+            self._free = False  # the head asks the inputs how many samples there are
+        each = [{stage: s} for stage, states in at.items() for s in states]
+        return concatenated(
+            [self._injected(one, self._driver(x), statistics, read) for one in each]
+        )
 
     def head(self, x: Tensor, inputs: Any = None) -> Tensor:
         """The logits of states of the last stage; [T, C] of tokens [T, d] (`tokens`)."""
-        return self.head_of(self.stages - 1, x, inputs)
-
-    def head_of(
-        self, stage: int, x: Tensor, inputs: Any, statistics: RunningStatistics | None = None
-    ) -> Tensor:
-        """The logits of states of any stage, or of single tokens."""
-        if self.tokens:
-            driver = one_token(self._example if inputs is None else inputs)
-            z = self._injected({stage: x.flatten(0, -2)[:, None]}, driver, statistics)
-            return z[:, 0].reshape(*x.shape[:-1], *z.shape[2:])
-        return self._alone(stage, x, inputs, statistics)
-
-    def _alone(
-        self,
-        stage: int,
-        x: Tensor,
-        inputs: Any,
-        statistics: RunningStatistics | None = None,
-        read: int | None = None,
-    ) -> Tensor:
-        z = self._together({stage: x}, inputs, statistics, read) if self._free else None
-        if z is not None:
-            return z
-        return self._injected({stage: x}, self._driver(inputs), statistics, read)
-
-    def _together(
-        self,
-        at: Mapping[int, Tensor],
-        x: Any,
-        statistics: RunningStatistics | None,
-        read: int | None = None,
-    ) -> Tensor | None:
-        """The logits of states of many layers on one sample's run; None where that does not do."""
-        try:
-            z = self._injected(at, self._driver(x), statistics, read)
-            if len(z) == sum(map(len, at.values())):
-                return z
-        except FAILS:
-            if x is None:
-                raise
-        self._free = False  # the head asks the inputs how many samples there are
-        return None
+        return self.through({self.stages - 1: [x]}, inputs)
 
     def carry(self, stage: int, x: Tensor, inputs: Any = None) -> Tensor:
         """Past what stands between two stages: the shortcut of a block, or the model's own."""
         last = next(b for b in reversed(self._blocks) if b.stage == stage)
         if last.shortcut is not None:
             return last.shortcut(x)
-        return self._alone(stage, x, inputs, read=stage + 1)
+        return self.through({stage: [x]}, inputs, read=stage + 1)
 
     def _driver(self, x: Any) -> Any:
         """The inputs that the model is run with while states are injected."""
@@ -310,34 +220,6 @@ class ReadModel(OfBlocks):
                 "the states: logits(states, x=inputs)"
             )
         return x
-
-    @property
-    def replayed(self) -> bool:
-        """True where some block is."""
-        return any(isinstance(vars(block).get("forward"), ReplayedBlock) for block in self.blocks)
-
-    @contextmanager
-    def collect_stage_costs(
-        self, costs: Mapping[int, RunningCost], x: Inputs
-    ) -> Iterator[list[Tensor]]:
-        """The blocks' running costs, together once the model has run.
-
-        Those of blocks that are not replayed are computed as the state leaves them.
-        """
-        statistics = RunningStatistics(self.model.modules())
-
-        def charge(n: int, stage: int, state: Tensor, left: Tensor) -> Tensor:
-            return costs[n](lambda s: self.head_of(stage, s, x, statistics), state, left)
-
-        calls: dict[nn.Module, list[BlockCost | None]] = {}
-        for n, b in enumerate(self._blocks):
-            own = partial(charge, n, b.stage) if n in costs else None
-            calls.setdefault(b.module, []).append(own)
-        every: list[Tensor] = []
-        with ExitStack() as stack:
-            paid = [stack.enter_context(collected(m, own)) for m, own in calls.items() if any(own)]
-            yield every
-            every += [c for own in paid for c in own]
 
     def _injected(
         self,
@@ -356,11 +238,15 @@ class ReadModel(OfBlocks):
         return smaller
 
     def leave_out(self, removed: set[int]) -> nn.Module:
-        """A copy with shorter lists, to be read by the same ones."""
+        """A copy with shorter lists or chains, to be read by the same ones."""
+        if self._chains:
+            return super().leave_out(removed)
         return self._remembered(self._tried(removed, shared=False))
 
     def repeated(self, times: Sequence[int]) -> nn.Module:
         """A copy with other lists; a block repeated shares nothing but what it shared before."""
+        if self._chains:
+            return super().repeated(times)
         return self._remembered(with_times(self.model, self._blocks, times))
 
     def _remembered(self, other: nn.Module) -> nn.Module:
@@ -373,6 +259,8 @@ class ReadModel(OfBlocks):
         """As of any model; together too, and of no model that is quantised."""
         gone = layer_numbers(removed)
         super().check_removable(gone)
+        if self._chains:
+            return
         name = type(self.model).__name__
         if gone and getattr(self.model, "is_quantized", False):
             raise InputError(
@@ -407,3 +295,89 @@ class ReadModel(OfBlocks):
             except InputError as error:
                 self._refusals[gone] = str(error)
         return self._refusals[gone]
+
+
+def read_model(
+    model: nn.Module, example: Any, blocks: str | Iterable[nn.Module] | None
+) -> ReadModel:
+    """Reads a model by its chains, unless blocks are meant or the chains are parts of some."""
+    chains = [chain for _, chain in chains_in(model)]
+    if blocks is not None or not chains:
+        return ReadModel(model, example, blocks)
+    try:
+        return ReadModel(model, example, chains)
+    except InputError:
+        with suppress(InputError):
+            return ReadModel(model, example)
+        raise
+
+
+def register(*classes: type[nn.Module]) -> Callable[[Family], Family]:
+    """Class decorator: this anatomy reads models of these classes and their subclasses."""
+
+    def enter(family: Family) -> Family:
+        for cls in classes:
+            FAMILIES[cls] = family
+        return family
+
+    return enter
+
+
+def of_family(model: nn.Module) -> Anatomy | None:
+    """The anatomy of a network of our own, or of a class that was registered."""
+    return next((FAMILIES[cls](model) for cls in type(model).__mro__ if cls in FAMILIES), None)
+
+
+def anatomy(
+    model: nn.Module | Anatomy,
+    example: Any = None,
+    blocks: str | Iterable[nn.Module] | None = None,
+) -> Anatomy:
+    """Reads a model: its residual blocks, their states, and the logits of each state.
+
+    The example and the blocks that were given are remembered on the model: whatever takes the model
+    later, or a copy or a crop of it, reads it likewise. `StageCost`, `crop`, `verify_crop`,
+    `turnpike_profile`, `choose_cut` and `Fading` take what this returns in its place, too. Wrappers
+    of torch.compile, DataParallel and DistributedDataParallel are looked through.
+
+        a = anatomy(model, example=batch, blocks="encoder.layers")
+        states, logits = a.states(batch)
+        z = a.logits(states, x=batch)       # [N + 1, B, …]
+
+    Args:
+        model: any module with a ModuleList or Sequential of blocks that take and return a state of
+            one shape; or an anatomy, which is returned.
+        example: a batch of inputs on which it is read: a tensor, tensors by name, or a tuple. By
+            default one is made: of the width, channels or tokens that its first layer takes.
+        blocks: the name of the list that is meant where there are several (an encoder's and a
+            decoder's), a pattern such as "layers.*.blocks", or the blocks; by default the list, or
+            lists whose names differ in numbers only, with the most blocks.
+
+    Raises:
+        InputError: no model, or as `ReadModel`.
+    """
+    if isinstance(model, Anatomy):
+        return model
+    check_module(model)
+    model = unwrapped(model)
+    own = of_family(model)
+    if own is not None:
+        return own
+    before = vars(model).get(READ_AS, (None, None))
+    given = example if example is not None else before[0]
+    meant = blocks if blocks is not None else before[1]
+    structure = read_model(model, given, meant)
+    if example is not None or blocks is not None:
+        vars(model)[READ_AS] = structure.example(), structure.name
+    return structure
+
+
+def model_of(model: nn.Module | Anatomy) -> nn.Module:
+    """The model, or the one that an anatomy reads.
+
+    Raises:
+        InputError: neither.
+    """
+    module = model.model if isinstance(model, Anatomy) else model
+    check_module(module)
+    return module

@@ -3,8 +3,10 @@
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from deeplimit._anatomy.stand_ins import form_of, state_among, state_of, version
 from deeplimit.errors import InputError
 
 Form = Callable[[Tensor], Any]
+Answer = TypeVar("Answer")
 LISTS = (nn.ModuleList, nn.Sequential)
 ACTIVATIONS = ("act3", "act2", "act", "relu", "activation")  # a block's last one, whatever its name
 TORCHS = "torch.nn.modules."
@@ -22,11 +25,15 @@ NORMS = {TORCHS + kind for kind in ("normalization", "batchnorm", "instancenorm"
 
 @dataclass
 class Seen:
-    """One call of a module: its arguments, and its output."""
+    """One call of a module: the state that entered, its arguments, the state that left, its output.
+
+    `order` counts the calls as they begin, `versions` how often the states had been written over.
+    """
 
     entered: Tensor | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     order: int
-    given: tuple[Any, ...] = ()
     left: Tensor | None = None
     output: Any = None
     versions: tuple[int, ...] = ()
@@ -70,37 +77,42 @@ class Block:
     apart: bool = False
 
 
-@dataclass
 class Watch:
-    """Sees the calls of a model's modules while it runs."""
+    """Sees the calls of modules in a run.
 
-    model: nn.Module
-    seen: Calls = field(default_factory=dict)
-    answer: Tensor | None = None
+    Attributes:
+        seen: the calls of each module.
+        ended: the modules as their calls ended.
+    """
 
-    def run(self, forward: Callable[[], Tensor]) -> Tensor:
-        """Runs the forward; its output."""
-        handles = []
-        for module in self.model.modules():
-            if module is not self.model and not _plain(module):
-                handles.append(module.register_forward_pre_hook(self._enters, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leaves))
-        try:
-            self.answer = forward()
-            return self.answer
-        finally:
-            for handle in handles:
-                handle.remove()
+    def __init__(self, modules: Iterable[nn.Module], *, copies: bool = False):
+        """With `copies` the states are copies, since some are written over later."""
+        self.seen: Calls = {}
+        self.ended: list[nn.Module] = []
+        self._modules, self._copies, self._order = list(modules), copies, count()
+
+    def run(self, forward: Callable[[], Answer]) -> Answer:
+        """Runs a forward; its answer."""
+        with ExitStack() as stack:
+            for module in self._modules:
+                hook = module.register_forward_pre_hook(self._enters, with_kwargs=True)
+                stack.callback(hook.remove)
+                stack.callback(module.register_forward_hook(self._leaves).remove)
+            return forward()
 
     def _enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        order, x = sum(map(len, self.seen.values())), state_among(args, kwargs)
-        call = Seen(x, order, (*args, *kwargs.values()), versions=(version(x),))
+        x = state_among(args, kwargs)
+        call = Seen(self._kept(x), args, kwargs, next(self._order), versions=(version(x),))
         self.seen.setdefault(module, []).append(call)
 
-    def _leaves(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen = self.seen[module][-1]
-        seen.left, seen.output = state_of(output), output
-        seen.versions += (version(seen.left),)
+    def _leaves(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        call, y = self.seen[module][-1], state_of(output)
+        call.left, call.output = self._kept(y), output
+        call.versions += (version(y),)
+        self.ended.append(module)
+
+    def _kept(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or not self._copies else x.clone()
 
 
 class Found(NamedTuple):
@@ -112,14 +124,15 @@ class Found(NamedTuple):
     others: list[str]
 
 
-def find_blocks(model: nn.Module, watch: Watch, asked: str | Iterable[nn.Module] | None) -> Found:
+def find_blocks(
+    model: nn.Module, seen: Calls, answer: Tensor, asked: str | Iterable[nn.Module] | None
+) -> Found:
     """Finds the blocks of a model that has just run, by the name of a list, a pattern, or as given.
 
     Lists whose names differ in numbers only are one group, such as a stage each. Of several groups
     the one with the most blocks is taken, the last in the forward among equals. An InputError where
     there is no stack, none of that name, or its blocks do not make one.
     """
-    seen = watch.seen
     groups, name = _groups(model, seen), asked
     if name is None:
         if not groups:
@@ -127,7 +140,7 @@ def find_blocks(model: nn.Module, watch: Watch, asked: str | Iterable[nn.Module]
         name = max(groups, key=lambda n: (len(groups[n]), max(at.call.order for at in groups[n])))
     if isinstance(name, str):
         places = _asked(model, seen, name, groups)
-        places = _less_head(places, watch.answer, least=2 if asked is None else 1)
+        places = _less_head(places, answer, least=2 if asked is None else 1)
     else:
         given = list(name) if isinstance(name, Iterable) else []
         if not given or not all(isinstance(block, nn.Module) for block in given):
@@ -150,7 +163,7 @@ def find_blocks(model: nn.Module, watch: Watch, asked: str | Iterable[nn.Module]
     return Found(blocks, [p.call for p in places], name if isinstance(name, str) else None, others)
 
 
-def _less_head(places: list[Place], answer: Tensor | None, least: int) -> list[Place]:
+def _less_head(places: list[Place], answer: Tensor, least: int) -> list[Place]:
     """Without a last block that gives the model's answer and is of another class than all others.
 
     It is a head of the state's own width.
@@ -227,7 +240,7 @@ def _is_block(module: nn.Module, seen: Calls) -> bool:
     return len(calls) == 1 and shortcut_of(module) is not None
 
 
-def _plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Tells whether it is one of torch's own layers, or a kind of norm, without parts."""
     kinds = {cls.__module__ for cls in type(module).__mro__}
     own = type(module).__module__.startswith(TORCHS) or bool(kinds & NORMS)
@@ -279,7 +292,8 @@ def _check_first(model: nn.Module, module: nn.Module, at: Seen, follower: Seen) 
     for i, other in enumerate(others, 1):
         if isinstance(other, Tensor) and same(other, follower.entered):
             raise InputError(_elsewhere(model, module, i))
-    if any(isinstance(other, Tensor) and same(at.left, other) for other in follower.given):
+    given = (*follower.args, *follower.kwargs.values())
+    if any(isinstance(other, Tensor) and same(at.left, other) for other in given):
         raise InputError(
             f"a block of {type(model).__name__} takes the state of {type(module).__name__} as "
             "another argument than its first; expected it first: forward(state, …)"

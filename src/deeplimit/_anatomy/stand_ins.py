@@ -30,56 +30,37 @@ def standing_in(stand_ins: Mapping[nn.Module, StandIn]) -> Iterator[None]:
                 vars(module)[PLACE] = before
 
 
-class MethodStandIn:
-    """Stands among a module's own attributes for a method of its class, until it is removed.
+class ForwardStandIn:
+    """Stands among a block's own attributes for the forward of its class, until it is removed.
 
     Attributes:
-        block: the module.
-        name: of the method, `forward` or a chain's `run_step`.
         original: what stood there before, such as a compiled forward.
     """
 
-    def __init__(self, block: nn.Module, name: str = "forward"):
-        self.block, self.name = block, name
-        self.original: StandIn | None = vars(block).get(name)
+    def __init__(self, block: nn.Module):
+        self.block = block
+        self.original: StandIn | None = vars(block).get("forward")
 
     @property
     def own(self) -> StandIn:
         """The function that is called without it."""
-        return self.original or partial(getattr(type(self.block), self.name), self.block)
+        return self.original or partial(type(self.block).forward, self.block)
 
     def put(self) -> None:
         """Puts it there."""
-        vars(self.block)[self.name] = self
+        vars(self.block)["forward"] = self
 
     def remove(self) -> None:
         """Puts back what was there."""
         if self.original is None:
-            del vars(self.block)[self.name]
+            del vars(self.block)["forward"]
         else:
-            vars(self.block)[self.name] = self.original
+            vars(self.block)["forward"] = self.original
 
 
 def own_call(module: nn.Module) -> StandIn:
     """The function that a call of a module runs now, whatever stands in for it later."""
     return vars(module).get(PLACE) or module._call_impl  # noqa: SLF001
-
-
-def in_turn(module: nn.Module, functions: Sequence[StandIn | None]) -> StandIn:
-    """A stand-in for a module that is called several times: one function a call, again and again.
-
-    None leaves a call to the module.
-    """
-    calls = 0
-    own = own_call(module)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        function = functions[calls % len(functions)] or own
-        calls += 1
-        return function(*args, **kwargs)
-
-    return call
 
 
 def state_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -112,34 +93,16 @@ def with_argument(
     return tuple(x if v is before else v for v in args), named
 
 
-def with_state(output: Any, x: Tensor) -> Any:
-    """A block's output with another state in it; what else is in it stays."""
+def with_state(output: Any, x: Tensor, others: Callable[[Any], Any] = lambda v: v) -> Any:
+    """A block's output with another state in it; what else is in it stays, or becomes `others`."""
     kind = type(output)
     if isinstance(output, Mapping):
-        first, *others = output
-        return kind(**{first: x}, **{name: output[name] for name in others})
+        first, *rest = output
+        return kind(**{first: x}, **{name: others(output[name]) for name in rest})
     if isinstance(output, tuple | list):
         make = kind._make if hasattr(kind, "_make") else kind
-        return make([x, *output[1:]])
+        return make([x, *map(others, output[1:])])
     return x
-
-
-def form_of(output: Any) -> Callable[[Tensor], Any]:
-    """A function that puts a state in the form of an output, of which sizes stay.
-
-    Other tensors become None: a model that needs what else its blocks give fails, and is not
-    answered wrongly.
-    """
-    kind = type(output)
-    if isinstance(output, Mapping):
-        first, *others = output
-        more = {name: said(output[name]) for name in others}
-        return lambda x: kind(**{first: x}, **more)
-    if isinstance(output, tuple | list):
-        rest = [said(value) for value in output[1:]]
-        make = kind._make if hasattr(kind, "_make") else kind
-        return lambda x: make([x, *rest])
-    return lambda x: x
 
 
 def said(value: Any) -> Any:
@@ -148,6 +111,15 @@ def said(value: Any) -> Any:
         parts = [said(part) for part in value]
         return type(value)(parts) if None not in parts else None
     return value if isinstance(value, int | float | str) else None
+
+
+def form_of(output: Any) -> Callable[[Tensor], Any]:
+    """A function that puts a state in the form of an output, of which sizes stay.
+
+    Other tensors become None: a model that needs what else its blocks give fails, and is not
+    answered wrongly.
+    """
+    return partial(with_state, with_state(output, torch.empty(0), said))
 
 
 @runtime_checkable

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy.anatomy import Layer
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit._anatomy.read_model import OfBlocks
-from deeplimit._anatomy.registry import register
+from deeplimit._anatomy.of_blocks import OfBlocks
+from deeplimit._anatomy.read_model import register
 from deeplimit._anatomy.stacks import Block
 from deeplimit.errors import InputError
 from deeplimit.network.blocks import with_same_parts

@@ -1,6 +1,5 @@
 """Whole models for the built-in recipes: stem → chains joined by projection shortcuts → head."""
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy.chain import SCHEMES, ResidualChain, Stack, chain_stacks
-from deeplimit._anatomy.chain_anatomy import ChainAnatomy, chain_with
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit._anatomy.registry import register
+from deeplimit._anatomy.of_blocks import ChainAnatomy
+from deeplimit._anatomy.read_model import register
+from deeplimit._anatomy.stacks import Block
 from deeplimit.errors import InputError
 from deeplimit.network.blocks import (
     ACTIVATIONS,
@@ -257,21 +257,18 @@ class ResidualClassifierAnatomy(ChainAnatomy):
     model: ResidualClassifier
 
     @property
-    def _chains(self) -> list[ResidualChain]:
-        return list(self.model.stages)  # type: ignore[arg-type]
+    def _blocks(self) -> Sequence[Block]:
+        stages = self.model.stages
+        return [Block(chain, stages, m, lambda x: x) for m, chain in enumerate(stages)]
 
     @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """The stages', whatever stem and head hold."""
-        return chain_stacks(self.model.stages)
+    def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
+        """Those of the classifier."""
+        return self.model.stem, self.model.head
 
     @property
     def _projections(self) -> Sequence[nn.Module]:
         return list(self.model.projections)
-
-    @property
-    def _parts(self) -> tuple[nn.Module, nn.Module]:
-        return self.model.stem, self.model.head
 
     def example(self) -> Inputs | None:
         """A sample of zeros."""
@@ -279,11 +276,8 @@ class ResidualClassifierAnatomy(ChainAnatomy):
 
     def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
         """A classifier with chains over other blocks; its architecture says their depths."""
-        chains = zip(self._chains, stacks, strict=True)
-        made = nn.ModuleList(chain_with(chain, stack) for chain, stack in chains)
-        made.training = self.model.stages.training
-        other = copy.deepcopy(self.model, {id(self.model.stages): made})
-        a = other.architecture
+        other = cast(ResidualClassifier, super().with_stacks(stacks))
+        a = self.model.architecture
         other.architecture = replace(
             a,
             depths=tuple(stack.horizon for stack in stacks),
