@@ -30,32 +30,34 @@ def standing_in(stand_ins: Mapping[nn.Module, StandIn]) -> Iterator[None]:
                 vars(module)[PLACE] = before
 
 
-class ForwardStandIn:
-    """Stands among a block's own attributes for the forward of its class, until it is removed.
+class MethodStandIn:
+    """Stands among a module's own attributes for a method of its class, until it is removed.
 
     Attributes:
+        block: the module.
+        name: of the method, `forward` or a chain's `run_step`.
         original: what stood there before, such as a compiled forward.
     """
 
-    def __init__(self, block: nn.Module):
-        self.block = block
-        self.original: StandIn | None = vars(block).get("forward")
+    def __init__(self, block: nn.Module, name: str = "forward"):
+        self.block, self.name = block, name
+        self.original: StandIn | None = vars(block).get(name)
 
     @property
     def own(self) -> StandIn:
         """The function that is called without it."""
-        return self.original or partial(type(self.block).forward, self.block)
+        return self.original or partial(getattr(type(self.block), self.name), self.block)
 
     def put(self) -> None:
         """Puts it there."""
-        vars(self.block)["forward"] = self
+        vars(self.block)[self.name] = self
 
     def remove(self) -> None:
         """Puts back what was there."""
         if self.original is None:
-            del vars(self.block)["forward"]
+            del vars(self.block)[self.name]
         else:
-            vars(self.block)["forward"] = self.original
+            vars(self.block)[self.name] = self.original
 
 
 def own_call(module: nn.Module) -> StandIn:

@@ -23,7 +23,6 @@ from deeplimit.gradient.accuracy import LossOf, Measurement, peak_memory, wait
 from deeplimit.gradient.codes import BITS
 from deeplimit.gradient.meter import KEPT, Way
 from deeplimit.gradient.stand_ins import StandIn, engines, switches
-from deeplimit.network import ResidualChain
 from deeplimit.reading import one_line
 
 EVALUATIONS = (1, 2, 3)
@@ -377,7 +376,7 @@ def _checkpoint(blocks: list[StandIn]) -> None:
     """Puts torch's non-reentrant checkpoint around each of the blocks that the adjoint found."""
     for block in blocks:
         run = partial(checkpoint, block.own, use_reentrant=False)
-        vars(block.block)[block.name] = run
+        setattr(block.block, block.name, run)
 
 
 def _own(model: nn.Module) -> Own:
