@@ -45,6 +45,12 @@ def folders(study: HorizonStudy) -> list[list[RunFolder]]:
     ]
 
 
+def test_the_stage_cost_is_the_same_from_the_first_step_to_the_last() -> None:
+    """The bound is on what a constant one reaches; the recipe of mazes lets it grow."""
+    assert recipe_for("mazes").stage_cost_grows
+    assert not horizon_recipe("mazes").stage_cost_grows
+
+
 @pytest.mark.slow
 def test_only_depth_and_seed_differ(study: HorizonStudy) -> None:
     """Step size and costs per layer above all: they are what the theorem holds fixed."""
