@@ -65,6 +65,24 @@ def test_states_and_their_logits_are_those_of_the_naive_walk(name: str) -> None:
         assert close(structure.head(states[2].flatten(0, 1)), stacked[2].flatten(0, 1))
 
 
+def test_a_model_that_views_its_last_state_by_the_size_of_its_inputs() -> None:
+    """Each token of each state is read beside inputs of as many rows."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.OpenAIGPTConfig(
+        n_layer=3, n_embd=16, n_head=2, vocab_size=VOCABULARY, n_positions=20
+    )
+    model = transformers.OpenAIGPTLMHeadModel(config).double().eval()
+    x = torch.randint(VOCABULARY, (4, 10))
+    structure = anatomy(model)
+    states, _ = structure.states(x)
+    z = structure.logits(states, x=x)
+    blocks = model.transformer.h
+    for depth in range(4):
+        model.transformer.h = blocks[:depth]
+        assert close(z[depth], model(x).logits)
+
+
 @pytest.mark.parametrize("name", WALKED)
 def test_padding_does_not_matter(name: str) -> None:
     model, inputs = text_model(name), padded()

@@ -21,7 +21,15 @@ from deeplimit._anatomy.injection import (
     injected,
     watched,
 )
-from deeplimit._anatomy.inputs import FAILS, call, first_sample, kind_of, one_token, unwrapped
+from deeplimit._anatomy.inputs import (
+    FAILS,
+    call,
+    first_sample,
+    joined,
+    kind_of,
+    one_token,
+    unwrapped,
+)
 from deeplimit._anatomy.of_blocks import ChainAnatomy, OfBlocks
 from deeplimit._anatomy.other_depths import check_kept, check_rebuilt, with_times
 from deeplimit._anatomy.stacks import Block, beside, find_blocks
@@ -181,8 +189,11 @@ class ReadModel(OfBlocks):
         """
         if self.tokens:
             ((stage, states),) = at.items()
-            s, driver = concatenated(states), one_token(self._example if x is None else x)
-            z = self._injected({stage: s.flatten(0, -2)[:, None]}, driver, statistics)
+            s = concatenated(states)
+            each = s.flatten(0, -2)[:, None]
+            # As tried: a row of inputs to each, by whose size some models view the last state.
+            driver = joined([one_token(self._example if x is None else x)], len(each))
+            z = self._injected({stage: each}, driver, statistics)
             return z[:, 0].reshape(*s.shape[:-1], *z.shape[2:])
         if self._free:
             every = {stage: concatenated(states) for stage, states in at.items()}
@@ -194,9 +205,9 @@ class ReadModel(OfBlocks):
                 if x is None:
                     raise
             self._free = False  # the head asks the inputs how many samples there are
-        each = [{stage: s} for stage, states in at.items() for s in states]
+        alone = [{stage: s} for stage, states in at.items() for s in states]
         return concatenated(
-            [self._injected(one, self._driver(x), statistics, read) for one in each]
+            [self._injected(one, self._driver(x), statistics, read) for one in alone]
         )
 
     def head(self, x: Tensor, inputs: Any = None) -> Tensor:
