@@ -328,3 +328,31 @@ def test_few_samples_of_many_unknowns_leave_a_map_that_is_damped_or_none() -> No
     (gap,) = bridge_of(bridged).gaps
     assert gap.kind != "linear" or gap.ridge > 0
     assert gap.after <= gap.before
+
+
+class TwoConvolutions(nn.Module):
+    """x + norm(last(σ(x))), beside another convolution of the same weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = nn.Conv2d(4, 4, 1)
+        self.last = nn.Conv2d(4, 4, 1)
+        self.last.load_state_dict(self.beside.state_dict())
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x)
+        side = self.beside(h)  # as much as what goes on, number for number
+        return x + self.norm(self.last(h)) + 0 * side
+
+
+def test_the_convolution_behind_which_a_norm_stands_is_the_one_that_it_is_given() -> None:
+    torch.manual_seed(0)
+    blocks = [TwoConvolutions() for _ in range(3)]
+    head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 5 * 5, 3))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *blocks, head).double().eval()
+    x = torch.rand(8, 3, 7, 7).double()
+    end = find_end(anatomy(model, example=x), 1, x)
+    assert isinstance(end, End)
+    assert end.module is blocks[1].norm
+    assert end.convolution is blocks[1].last

@@ -95,7 +95,7 @@ class BlockCall:
 
     x entered the block, `out` left it (None where the run showed none). `order` are its modules
     that were called once, as their calls ended, with the state in what each returned (`outputs`)
-    and the state that each was given (`inputs`); `called` are all that were called.
+    and the state that each was given (`inputs`); `calls` has the last call of whatever ran.
     """
 
     def __init__(self, structure: "Anatomy", n: int, x: Any):
@@ -105,8 +105,7 @@ class BlockCall:
         self._without: dict[tuple[frozenset[nn.Module], nn.Module | None], Tensor] = {}
         watch = Watch(self.block.modules(), copies=True)
         self.out = watch.run(partial(left, structure, n, partial(structure.run, x)))
-        self.called = watch.seen.keys()
-        every = {m: calls[-1] for m, calls in watch.seen.items()}
+        every = self.calls = {m: calls[-1] for m, calls in watch.seen.items()}
         self.outputs = {m: at.left for m, at in every.items() if at.left is not None}
         self.inputs = {m: at.entered for m, at in every.items() if at.entered is not None}
         once = [m for m in watch.ended if len(watch.seen[m]) == 1 and m in self.outputs]
@@ -156,6 +155,11 @@ class BlockCall:
             else:
                 out = state_of(run(*args, **kwargs))
         return found[-1] if found else cast(Tensor, out)
+
+    def follows(self, before: nn.Module, module: nn.Module) -> bool:
+        """Tells whether a module is given what another one returned: that very tensor."""
+        given, left = self.calls[module], state_of(self.calls[before].output)
+        return left is not None and left is state_among(given.args, given.kwargs)
 
     def without(self, silent: Collection[nn.Module], at: nn.Module | None = None) -> Tensor:
         """The state that leaves with zeros in place of what these modules return."""

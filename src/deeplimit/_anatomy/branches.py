@@ -125,7 +125,7 @@ def linear_end(
 def _parameter_sets(call: BlockCall, module: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Its own parameters, with those of parts that are not called: all, by part, one by one."""
     own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
-    unseen = [part for part in module.children() if part not in call.called]
+    unseen = [part for part in module.children() if part not in call.calls]
     parts = [list(part.parameters()) for part in unseen]
     every = [group for group in [own, *parts] if group]
     if len(every) > 1:
@@ -201,5 +201,5 @@ def _convolution(call: BlockCall, module: nn.Module) -> nn.Conv2d | None:
     """The convolution whose output a batch norm normalises by its running statistics, if any."""
     if not isinstance(module, _BatchNorm) or module.running_mean is None:
         return None
-    given, convolutions = call.inputs[module], (m for m in call.order if isinstance(m, nn.Conv2d))
-    return next((m for m in convolutions if call.outputs[m].equal(given)), None)
+    convolutions = (m for m in call.order if isinstance(m, nn.Conv2d))
+    return next((m for m in convolutions if call.follows(m, module)), None)
