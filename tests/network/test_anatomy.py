@@ -93,6 +93,14 @@ def test_logits_of_some_of_the_states(family: Sample, first: int, count: int) ->
     assert close(structure.logits(some, first=first), every[first : first + count])
 
 
+def test_of_states_there_are_as_many_numbers_as_states() -> None:
+    """What has none would be left out of the answer, or divided among the others."""
+    structure = anatomy(ResidualChain([nn.Linear(3, 3) for _ in range(3)], step=1.0))
+    states, _ = structure.states(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="zip"):
+        structure.logits(states, first=[0, 1])
+
+
 def test_gradients_of_stacked_logits_are_those_one_by_one(family: Sample) -> None:
     model = family.model
     structure = anatomy(model)

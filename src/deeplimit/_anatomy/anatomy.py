@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import count, groupby
+from itertools import groupby
 from typing import Any, SupportsIndex
 
 import torch
@@ -341,9 +341,8 @@ class Anatomy(ABC):
             raise InputError("no states given; expected at least one")
         stages = self.state_stages
         at: dict[int, list[Tensor]] = {}
-        for n, state in zip(
-            count(first) if isinstance(first, int) else first, states, strict=False
-        ):
+        of = range(first, first + len(states)) if isinstance(first, int) else first
+        for n, state in zip(of, states, strict=True):
             at.setdefault(stages[n], []).append(state)
         z = self.through(at, x, statistics)
         return z.reshape(len(states), len(z) // len(states), *z.shape[1:])

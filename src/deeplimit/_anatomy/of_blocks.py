@@ -193,7 +193,7 @@ class OfBlocks(Anatomy):
             return super().with_stacks(stacks, neurons)
         others = []
         for chain, stack in zip(self._chains, stacks, strict=True):
-            other = copy.deepcopy(chain, dict.fromkeys(map(id, chain)))
+            other = copy.deepcopy(chain, dict.fromkeys(map(id, chain)))  # but its blocks
             other._modules.clear()
             other.extend(stack.blocks)
             other.step = stack.step
