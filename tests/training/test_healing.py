@@ -1,6 +1,7 @@
 """A cut network trained a little more: against a naive loop, resumed, refused."""
 
 import copy
+import inspect
 import json
 import shutil
 from dataclasses import replace
@@ -278,6 +279,13 @@ def test_nothing_to_heal(run: RunFolder, tmp_path: Path) -> None:
     (folder.path / "cropped.safetensors").unlink()
     with pytest.raises(InputError, match="make a cut: deeplimit crop"):
         heal_run(folder)
+
+
+def test_a_loader_is_no_data_set(run: RunFolder, data: DataSet) -> None:
+    """Everything else takes one. Without what checks annotations in tests, as users call it."""
+    as_users = inspect.unwrap(heal)
+    with pytest.raises(InputError, match=r"data is DataLoader; expected a DataSet, by .*load_data"):
+        as_users(run.model(), iter_batches(data.train, 8), remove=[1])
 
 
 def test_nothing_that_could_be_trained(run: RunFolder, data: DataSet) -> None:

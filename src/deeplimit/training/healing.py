@@ -89,6 +89,11 @@ def heal(
         RunError: the loss is not finite.
     """
     name = type(model).__name__
+    if not isinstance(data, DataSet):  # such as the loader that everything else takes
+        raise InputError(
+            f"data is {type(data).__name__}; expected a DataSet, by "
+            "deeplimit.data.load_dataset('cifar10') or made of your own splits"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
             f"every parameter of this {name} is frozen; call requires_grad_() on what is to be "
