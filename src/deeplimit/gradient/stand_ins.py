@@ -1,6 +1,7 @@
 """What stands in a block's own attributes for its forward, and decides how a call is run."""
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import length_hint
@@ -20,7 +21,7 @@ from deeplimit.gradient.private_torch import forward_mode, is_fully_sharded, tra
 from deeplimit.gradient.replay_context import Arguments
 
 
-class StandIn(MethodStandIn):
+class StandIn(MethodStandIn, ABC):
     """What `use_adjoint` puts into a model: calls come to it, and are run by `run`.
 
     Attributes:
@@ -126,9 +127,9 @@ class StandIn(MethodStandIn):
         return output
 
     @property
+    @abstractmethod
     def charged(self) -> bool:
         """Whether a running cost is being collected: somebody's forward pass is under way."""
-        raise NotImplementedError
 
 
 def _trained(step: Step, arguments: Arguments) -> bool:

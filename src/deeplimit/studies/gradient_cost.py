@@ -22,7 +22,7 @@ from deeplimit.gradient import drift, layout, plan_memory, use_adjoint, use_back
 from deeplimit.gradient.accuracy import LossOf, Measurement, peak_memory, wait
 from deeplimit.gradient.codes import BITS
 from deeplimit.gradient.meter import KEPT, Way
-from deeplimit.gradient.stand_ins import StandIn, engines, switches
+from deeplimit.gradient.stand_ins import engines, switches
 from deeplimit.reading import one_line
 
 EVALUATIONS = (1, 2, 3)
@@ -116,22 +116,20 @@ class GradientCost:
 
         None where none needs less than plain backpropagation.
         """
-        limit = float("inf") if self.plain.memory is None else self.plain.memory / SAME
-        fit = [
-            (method.memory, method.seconds or 0.0, method)
+        limit = math.inf if self.plain.memory is None else self.plain.memory / SAME
+        linked = sum(map(len, self.chains))
+        fit = {
+            method: method.memory
             for method in self.methods[1:]
             if method.memory is not None
             and method.memory < limit
             and (method.error is not None and method.error <= self.tolerance)
-            and not self._repeated(method)
-        ]
-        least = SAME * min((memory for memory, _, _ in fit), default=0)
-        near = [(seconds, method) for memory, seconds, method in fit if memory <= least]
-        return min(near, key=lambda timed: timed[0], default=(0.0, None))[1]
-
-    def _repeated(self, method: MethodCost) -> bool:
-        """A plan that keeps all states is a checkpoint again."""
-        return method.method == "planned" and method.kept == sum(map(len, self.chains))
+            # A plan that keeps all states is a checkpoint again.
+            and not (method.method == "planned" and method.kept == linked)
+        }
+        least = SAME * min(fit.values(), default=0)
+        near = (method for method, memory in fit.items() if memory <= least)
+        return min(near, key=lambda method: method.seconds or 0.0, default=None)
 
 
 def measure_gradient_cost(
@@ -287,7 +285,9 @@ class Methods:
         switched = row.method not in ("plain", "checkpointed")
         try:
             if row.method == "checkpointed":
-                _checkpoint(self.blocks)
+                for one in self.blocks:  # where the adjoint stood in: torch's, non-reentrant
+                    run = partial(checkpoint, one.own, use_reentrant=False)
+                    setattr(one.block, one.name, run)
             elif switched:
                 self._adjoint(Way(row.bits or 0, row.evaluations or 1))
             self._pass()  # warm; and blocks are told apart in an adjoint's first pass
@@ -370,13 +370,6 @@ class Methods:
             for chain in self.chains
             for n, block in enumerate(chain)
         )
-
-
-def _checkpoint(blocks: list[StandIn]) -> None:
-    """Puts torch's non-reentrant checkpoint around each of the blocks that the adjoint found."""
-    for block in blocks:
-        run = partial(checkpoint, block.own, use_reentrant=False)
-        setattr(block.block, block.name, run)
 
 
 def _own(model: nn.Module) -> Own:
