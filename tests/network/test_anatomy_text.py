@@ -81,6 +81,11 @@ def test_a_model_that_views_its_last_state_by_the_size_of_its_inputs() -> None:
     for depth in range(4):
         model.transformer.h = blocks[:depth]
         assert close(z[depth], model(x).logits)
+    none = torch.empty(0, 16, dtype=torch.double, requires_grad=True)  # no token of a batch counts
+    logits = structure.head(none)
+    assert logits.shape == (0, VOCABULARY)
+    logits.sum().backward()
+    assert none.grad is not None
 
 
 @pytest.mark.parametrize("name", WALKED)

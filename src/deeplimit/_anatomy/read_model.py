@@ -6,6 +6,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, SupportsIndex, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -191,10 +192,12 @@ class ReadModel(OfBlocks):
             ((stage, states),) = at.items()
             s = concatenated(states)
             each = s.flatten(0, -2)[:, None]
+            if not (tokens := len(each)):  # a model runs on one row at least
+                each = torch.cat([each, each.new_zeros(1, *each.shape[1:])])
             # As tried: a row of inputs to each, by whose size some models view the last state.
             driver = joined([one_token(self._example if x is None else x)], len(each))
             z = self._injected({stage: each}, driver, statistics)
-            return z[:, 0].reshape(*s.shape[:-1], *z.shape[2:])
+            return z[:tokens, 0].reshape(*s.shape[:-1], *z.shape[2:])
         if self._free:
             every = {stage: concatenated(states) for stage, states in at.items()}
             try:
