@@ -307,36 +307,38 @@ class Node:
         code, segment = self.code, self.segment
         precision = self._dtype if code is None else code.feedback.dtype
         target = (self.next or self).state().to(precision)
-        x = z = self._beginning(target) if code is None else code.state()
+        if code is not None:
+            x = z = code.state()
+        else:
+            x = z = target if self.start is None else self._beginning(self.start, target)
         for left in reversed(range(self.way.evaluations)):
-            replayed = found is not None and not left
-            leaf = z.to(self._dtype)
-            with torch.set_grad_enabled(replayed):
-                y = self._evaluate(leaf.detach().requires_grad_(replayed and self._requires_grad))
-            if replayed:
+            leaf, noted = z.to(self._dtype), None if left else found
+            if noted is None:
+                with torch.no_grad():
+                    y = self._evaluate(leaf)
+            else:
+                y = self._evaluate(leaf.detach().requires_grad_(self._requires_grad))
                 self._check_repeats(leaf, y)
             if code is not None:
-                if found is not None and replayed:
-                    self._note(found, code, leaf, y)
+                if noted is not None:
+                    self._note(noted, code, leaf, y)
                 if self.next is not None:
                     moved = code.feedback.confined(target - y + leaf, x, code.number)
                     z = _nearer(code.sample.x, moved, z)
                 continue
             increment = y - leaf
-            if found is not None and replayed:
+            if noted is not None:
                 if self.place % -(-segment.length // MANY) == 0:
                     segment.updates.append(norms(increment))
                 # The kept state that the segment ends at will tell how well.
-                found.unmeasured[id(segment)] = self.step.name
+                noted.unmeasured[id(segment)] = self.step.name
             z = torch.sub(target, increment, out=increment)
         return z
 
-    def _beginning(self, target: Tensor) -> Tensor:
-        """Where the fixed point starts."""
-        if self.start is None:
-            return target
+    def _beginning(self, start: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+        """Where the scheme lets the fixed point start."""
         with torch.no_grad(), self._context.again():
-            return self.start(target)
+            return start(target)
 
     def _note(self, found: BackwardPass, code: Coded, x: Tensor, y: Tensor) -> None:
         """What a coded state was in the forward pass, and is now."""

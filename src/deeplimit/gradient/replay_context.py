@@ -275,10 +275,11 @@ class ReplayContext:
         self._versions = list(map(version_of, self._parameters))
         self._parts = modules.parts
         self.modes = modules.modes()
-        self._autocast = {
-            kind: (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in (("cpu",) if device.type == "cpu" else (device.type, "cpu"))
-        }
+        self._autocast, self._cast = dict[str, tuple[torch.dtype, bool]](), False
+        for kind in ("cpu",) if device.type == "cpu" else (device.type, "cpu"):
+            enabled = torch.is_autocast_enabled(kind)
+            self._autocast[kind] = (torch.get_autocast_dtype(kind), enabled)
+            self._cast |= enabled
         self._random: tuple[Tensor, ...] = _random_state(device)
         self._copies: list[tuple[_Seen, Tensor]] = []  # buffers to be put back
         self._constant: list[_Seen] | None = None  # buffers that must not have changed
@@ -316,10 +317,7 @@ class ReplayContext:
             changing.update(late)
         self._arguments.complete()
         self._bare = not (
-            self._random
-            or self._copies
-            or any(enabled for _, enabled in self._autocast.values())
-            or any(map(_training, modules.norms))
+            self._random or self._copies or self._cast or any(map(_training, modules.norms))
         )
         return late[0][1] if late else None
 
@@ -333,8 +331,10 @@ class ReplayContext:
                 "rebuilt with others. Run backward before the optimiser's step, or functional_call "
                 "around both"
             )
-        moved = (seen.place[1] for seen in self._constant or () if seen.moved())
-        what = next((f"its buffer {name} was changed" for name in moved), "")
+        what = ""
+        for seen in self._constant or ():
+            if seen.moved():
+                what = f"its buffer {seen.place[1]} was changed"
         if self._modules.modes() != self.modes:
             what = "train() or eval() was called"
         if self._modules.parts is not self._parts:
