@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.cli import main
-from deeplimit.cli.output import emit
+from deeplimit.cli.verbs import emit
 from deeplimit.terminal import HIDDEN, Terminal, visible
 
 NASTY = "a\x1b[31m\x9b2J\x07\r\u202eb\udcff"

@@ -12,8 +12,7 @@ import torch
 from cli_commands import SMALL, Done, command, contents
 
 from deeplimit.cli import main
-from deeplimit.cli.options import options_of
-from deeplimit.cli.train import Train
+from deeplimit.cli.options import Train, options_of
 from deeplimit.cli.verbs import STUDIES, VERBS, function_of, summary_of
 from deeplimit.network.storage import load
 from deeplimit.training import RunFolder, recipe_for

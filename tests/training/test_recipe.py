@@ -288,7 +288,7 @@ def test_names_paths_and_recipes_are_checked_without_torch(tmp_path: Path):
         "import sys\n"
         "from deeplimit.data.registry import find_source\n"
         "from deeplimit.training import Recipe, RunFolder, recipe_for\n"
-        "from deeplimit.training.new_folder import check_runs\n"
+        "from deeplimit.files import check_runs\n"
         "from deeplimit.training.specification import Named\n"
         "find_source('digits'); recipe_for('mnist')\n"
         f"RunFolder.open(RunFolder.create({str(tmp_path)!r}, None, Recipe()).path)\n"

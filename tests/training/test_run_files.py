@@ -17,11 +17,10 @@ from training_runs import SMALL
 
 from deeplimit.control import CropResult
 from deeplimit.errors import InputError
-from deeplimit.files import whole, write_text
+from deeplimit.files import new_folder, whole, write_text
 from deeplimit.network import Architecture
 from deeplimit.training import Cut, Recipe, RunFolder, crop_run, profile_run, run_files, train
 from deeplimit.training.checkpoint import Checkpoint, save_checkpoint
-from deeplimit.training.new_folder import new_folder
 from deeplimit.training.results import Refinement
 from deeplimit.training.run_files import RunFiles
 from deeplimit.training.run_folder import write_metrics

@@ -1,4 +1,4 @@
-"""The command `deeplimit`: one file per verb; what they do is in the other rooms."""
+"""The command `deeplimit`: from words to a call; what a verb does is in the other rooms."""
 
 from deeplimit.cli.entry import main
 

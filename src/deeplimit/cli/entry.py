@@ -6,13 +6,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from deeplimit.cli.output import say, stop_writing
 from deeplimit.cli.verbs import parse
 from deeplimit.errors import InputError, ProcessLost, RunError
 from deeplimit.extras import missing
 from deeplimit.interruption import Stopped, stoppable
 from deeplimit.memory import ran_out
-from deeplimit.rank import is_first_process
+from deeplimit.terminal import is_first_process, stop_writing, tell
 
 # What a full, read-only or forbidden place answers: a line for the user, no traceback.
 REMEDIES = {
@@ -85,5 +84,5 @@ def check_words(words: Sequence[str]) -> None:
 
 def _failed(code: int, message: str, *, aloud: bool | None = None) -> int:
     if is_first_process() if aloud is None else aloud:
-        say(f"deeplimit: {message}")
+        tell(" ".join(f"deeplimit: {message}".split()))
     return code

@@ -1,12 +1,15 @@
 """The verbs: their names, a table of results and renderers, how a command line becomes a call."""
 
+import sys
 from collections.abc import Callable, Collection
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 from deeplimit.errors import InputError, did_you_mean
+from deeplimit.terminal import progress, stop_writing, visible_json
 
 Command = Callable[[], None]
 
@@ -28,7 +31,7 @@ Version: deeplimit --version"""
 STUDIES = {  # the function of each; a record that it returns gets a page
     "consistency": "studies:study_consistency",
     "convergence": "studies:study_convergence",
-    "horizon": "verbs.studies:horizon",
+    "horizon": "verbs.measures:horizon",
     "linear": "studies:study_linear",
     "smooth": "studies:study_smooth",
 }
@@ -42,6 +45,24 @@ DOING = {  # what a verb's progress is called
     **dict.fromkeys(STUDIES, "training"),
     "compare": "comparing",
     "merge": "merging",
+}
+PAGES = {  # a study's figures, FILE:NAME in report/, and their heading
+    "consistency": (
+        "studies:consistency_figures",
+        "Does training stop depending on width and depth?",
+    ),
+    "convergence": (
+        "convergence:convergence_figures",
+        "Where training converges at a rate known before it starts",
+    ),
+    "linear": (
+        "studies:rates_figures",
+        "Linear residuals: distance to the Neural ODE against depth",
+    ),
+    "smooth": (
+        "studies:rates_figures",
+        "Two-layer residuals: distance to the Neural ODE against depth",
+    ),
 }
 SHOWN = {  # the class of a result: FILE:NAME in report/, which renders it
     "Comparison": "measures:comparison_summary",
@@ -89,8 +110,6 @@ def show(found: Any, *, json: bool) -> None:
     Raises:
         InputError: what was looked at is not as it should be.
     """
-    from deeplimit.cli.output import emit
-
     result = found.result
     if result is not None:  # the first of several processes has it
         shown = f"deeplimit.report.{SHOWN[type(result).__name__]}"
@@ -98,6 +117,26 @@ def show(found: Any, *, json: bool) -> None:
         emit(result, *table, *found.written, json=json)
     if found.fault:
         raise InputError(found.fault)
+
+
+def emit(result: Any, *shown: Any, json: bool) -> None:
+    """The result on stdout: as JSON, or as what `shown` renders (rich's renderables or text).
+
+    JSON is that of the run folder's files: tuples are lists, NaN is null.
+    """
+    from deeplimit.records import to_json
+    from deeplimit.terminal import Terminal
+
+    try:
+        if json:
+            print(visible_json(to_json(result)))
+        else:
+            console = Terminal(soft_wrap=True, highlight=False, markup=False)
+            for part in shown:
+                console.print(part)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; the work itself is done
+        stop_writing()
 
 
 def _choose(verbs: Collection[str], prog: str, description: str, args: list[str]) -> Command:
@@ -126,7 +165,7 @@ def summary_of(verb: str) -> str:
 
 def _parsed(verb: str, prog: str, args: list[str]) -> Command:
     if verb == "train":
-        from deeplimit.cli.train import parse_train
+        from deeplimit.cli.options import parse_train
 
         made = parse_train(args)
         return lambda: show(made.answer(), json=made.json)
@@ -142,14 +181,18 @@ def _parsed(verb: str, prog: str, args: list[str]) -> Command:
 def _answer(verb: str, function: Callable[..., Any], given: Any) -> None:
     """Calls a verb's function, and prints what it returns."""
     from deeplimit.cli.options import call
-    from deeplimit.cli.output import progress
-    from deeplimit.verbs.studies import PAGES, with_page
 
     silent = given.json or "tell" not in signature(function).parameters  # or has its own bars
     with progress(quiet=silent, doing=DOING[verb]) as tell:
         found = call(function, given, {"tell": tell, "quiet": given.json})
     if verb in PAGES:
-        found = with_page(verb, found)
+        from deeplimit.report.page import write_figures
+        from deeplimit.verbs.answer import Answer
+
+        figures, title = PAGES[verb]
+        shown = resolve_name(f"deeplimit.report.{figures}")(found)
+        written = write_figures(Path(found.folder) / "study.html", title, shown)
+        found = Answer(found, (written,))
     show(found, json=given.json)
 
 

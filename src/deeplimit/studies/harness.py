@@ -23,12 +23,11 @@ import torch
 
 from deeplimit._anatomy.checks import check_number
 from deeplimit.errors import InputError, RunError
-from deeplimit.files import remove, write_text
+from deeplimit.files import new_folder, remove, write_text
 from deeplimit.memory import OBJECTS, require
 from deeplimit.reading import read_json
 from deeplimit.records import Record, coerce, to_plain
 from deeplimit.terminal import ProgressCallback, silent
-from deeplimit.training.new_folder import new_folder
 from deeplimit.training.run_files import alone
 
 STUDY, POINTS = "study.json", "points.json"

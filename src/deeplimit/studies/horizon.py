@@ -35,7 +35,7 @@ from deeplimit.training import (
     run_data,
     train,
 )
-from deeplimit.training.new_folder import name_of
+from deeplimit.training.run_folder import name_of
 
 MULTIPLES = (1, 2, 4)
 ADDED = 0.05  # of the layers added may lie outside the tube where the count is said to stay

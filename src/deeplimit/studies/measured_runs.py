@@ -21,8 +21,8 @@ from deeplimit.network.storage import architecture_of
 from deeplimit.training import RunFolder, load_model, loss_of, resume, run_data
 from deeplimit.training.building import evaluation_batches, outside, reshaped
 from deeplimit.training.models import of_transformers
-from deeplimit.training.new_folder import check_beside
 from deeplimit.training.results import Score
+from deeplimit.training.run_folder import check_beside
 
 ALIGNED_ON = 256
 

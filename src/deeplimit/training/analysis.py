@@ -27,16 +27,8 @@ from deeplimit.control.verdict import unchanged
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, RunError, several
 from deeplimit.terminal import tell
-from deeplimit.training.building import (
-    WindowLoss,
-    compared,
-    evaluation_batches,
-    loss_of,
-    measure_of,
-    prepare,
-    run_data,
-    tolerance_of,
-)
+from deeplimit.training import building
+from deeplimit.training.building import compared, evaluation_batches, run_data
 from deeplimit.training.companions import together
 from deeplimit.training.fit import launched, train_in
 from deeplimit.training.processes import (
@@ -66,7 +58,7 @@ def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
     """
     data, recipe, picture = data or run_data(folder), folder.recipe, None
     model = (folder.network or folder.model()).to(usable_device(recipe))
-    loss, most = measure_of(recipe, data), tolerance_of(recipe, data)
+    loss, most = building.measure_of(recipe, data), building.tolerance_of(recipe, data)
     with fitting_threads(recipe):
         train, validation = (
             turnpike_profile(model, evaluation_batches(split), loss)
@@ -160,7 +152,7 @@ def crop_run(
             limit: dict[str, Any] = budget or quality
             loss, validation = None, evaluation_batches(data.validation)
             if data.vocabulary:
-                loss = WindowLoss()
+                loss = building.WindowLoss()
             with fitting_threads(recipe):
                 choice = choose_cut(model, profiles.validation, validation, loss=loss, **limit)
             removed = choice.removed
@@ -190,7 +182,7 @@ def allowed(recipe: Recipe, data: DataSet, *, accuracy: float | None, rise: floa
         if data.vocabulary:
             told, of, give = ("points", "its loss", "rise, in nats a token")
         raise InputError(f"{told} given, but {data.name} is measured by {of}; give {give}")
-    return tolerance_of(recipe, data, rise if data.vocabulary else accuracy)
+    return building.tolerance_of(recipe, data, rise if data.vocabulary else accuracy)
 
 
 def write_cut(new: RunFolder, cut: Cut, cropped: nn.Module) -> Cut:
@@ -285,7 +277,7 @@ def _train_beside(
 ) -> RunFolder:
     """The run of a recipe of the control, begun now or gone on with."""
     own = of.path if of.path.name not in ("", "..") else of.path.resolve()
-    place, start = own.with_name(f"{own.name}-{suffix}"), prepare(recipe, run_data(of))
+    place, start = own.with_name(f"{own.name}-{suffix}"), building.prepare(recipe, run_data(of))
     fabric = launched(start)
     made = partial(RunFolder.create, place.parent, place.name, recipe, start.data.class_names)
     folder = first_process_does(fabric, lambda: _begun(recipe, place, of) or made())
@@ -326,6 +318,8 @@ def _compare(
         plain = (small.network or small.model()).to(device)
         other = compared(recipe, data, plain, folder.cropped())
     with fitting_threads(recipe):
-        profile = turnpike_profile(model, evaluation_batches(data.test), loss_of(recipe, data))
+        profile = turnpike_profile(
+            model, evaluation_batches(data.test), building.loss_of(recipe, data)
+        )
     reference = Reference(profile, report, other, removed)
     folder.write(reference)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,48 +14,21 @@ from torch.optim.lr_scheduler import OneCycleLR
 from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control import StageCost, crop
-from deeplimit.control.verifying import CropResult
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, RunError, several
 from deeplimit.interruption import interruptible
 from deeplimit.ode import refine
-from deeplimit.training.building import (
-    Start,
-    compared,
-    evaluation_batches,
-    freeze_frame,
-    load_data,
-    loss_of,
-    prepare,
-    reshaped,
-    run_data,
-    training_batches,
-)
-from deeplimit.training.checkpoint import (
-    Checkpoint,
-    capture,
-    load_checkpoint,
-    restore,
-    save_checkpoint,
-)
+from deeplimit.training import building, checkpoint, processes
+from deeplimit.training.building import Start
 from deeplimit.training.companions import together
 from deeplimit.training.loop import Training, build_optimizer, depth_due
 from deeplimit.training.models import keeps_any_depth
-from deeplimit.training.new_folder import check_beside
-from deeplimit.training.processes import (
-    alone_in,
-    first_process_does,
-    fitting_threads,
-    launch,
-    place,
-    repeatable,
-    shared,
-)
+from deeplimit.training.processes import first_process_does
 from deeplimit.training.progress import observer
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Refinement
 from deeplimit.training.run_files import alone
-from deeplimit.training.run_folder import RunFolder
+from deeplimit.training.run_folder import RunFolder, check_beside
 
 
 def train(
@@ -87,14 +61,13 @@ def train(
             how to go on.
     """
     runs = Path(runs)
-    recipe = place(recipe)
-    start = prepare(recipe, load_data(recipe, runs))
+    recipe = processes.place(recipe)
+    start = building.prepare(recipe, building.load_data(recipe, runs))
     fabric = launched(start)
     folder = first_process_does(
         fabric, lambda: RunFolder.create(runs, name, start.recipe, start.data.class_names)
     )
-    with alone(folder.path):
-        return _trained(fabric, start, folder, then, quiet=quiet)
+    return train_in(fabric, start, folder, quiet=quiet, then=then)
 
 
 def resume(
@@ -118,25 +91,11 @@ def resume(
         RunError, KeyboardInterrupt: as `train`.
     """
     folder = RunFolder.open(path, trust=trust)
-    folder = replace(folder, recipe=place(folder.recipe))
+    recipe = processes.place(folder.recipe)
     with alone(folder.path):
-        start = prepare(folder.recipe, load_data(folder.recipe, folder.path.parent))
-        load_checkpoint(folder.path)
-        return _trained(launched(start), start, folder, then, quiet=quiet)
-
-
-def _trained(
-    fabric: Fabric,
-    start: Start,
-    folder: RunFolder,
-    then: Callable[[RunFolder], object] | None,
-    *,
-    quiet: bool,
-) -> RunFolder:
-    folder = train_in(fabric, start, folder, quiet=quiet)
-    if then is not None:
-        then(folder)
-    return folder
+        start = building.prepare(recipe, building.load_data(recipe, folder.path.parent))
+        checkpoint.load_checkpoint(folder.path)  # or refused, before processes are started
+        return train_in(launched(start), start, folder, quiet=quiet, then=then)
 
 
 def launched(start: Start) -> Fabric:
@@ -145,13 +104,13 @@ def launched(start: Start) -> Fabric:
     Some parameter may have no gradient: of layers that fade to nothing, of parts of a given model.
     """
     recipe, unused = start.recipe, start.fade is not None
-    if shared(recipe) and not unused and recipe.model is not None:
+    if processes.shared(recipe) and not unused and recipe.model is not None:
         with evaluating(start.model) as model, torch.enable_grad():
-            x, y = next(iter(evaluation_batches(start.data.train.take(1))))
-            cost, _ = StageCost(model, loss_of(recipe, start.data), weight=0.0)(x, y)
+            x, y = next(iter(building.evaluation_batches(start.data.train.take(1))))
+            cost, _ = StageCost(model, building.loss_of(recipe, start.data), weight=0.0)(x, y)
             learnt = [p for p in model.parameters() if p.requires_grad]
             unused = None in torch.autograd.grad(cost, learnt, allow_unused=True)
-    return launch(recipe, unused=unused)
+    return processes.launch(recipe, unused=unused)
 
 
 def fit(
@@ -173,19 +132,19 @@ def fit(
         RunError, KeyboardInterrupt: as `train`.
     """
     recipe = start.recipe
-    checkpoint = None if folder is None else load_checkpoint(folder)
-    layers = checkpoint.rows[-1].get("layers") if checkpoint and checkpoint.rows else None
+    last = None if folder is None else checkpoint.load_checkpoint(folder)
+    layers = last.rows[-1].get("layers") if last and last.rows else None
     if layers is not None:  # the others went before
         start = replace(start, model=crop(start.model, int(layers)))
     training = Training(fabric, start, folder)
-    if checkpoint is not None:
-        training.restore(checkpoint)
+    if last is not None:
+        training.restore(last)
     done = len(training.rows)
     told = {"quiet": quiet or not fabric.is_global_zero, "text": bool(start.data.vocabulary)}
     with (
         observer(recipe.epochs, training.steps_per_epoch, done, **told) as seen,
-        repeatable(fabric.device),
-        fitting_threads(recipe),
+        processes.repeatable(fabric.device),
+        processes.fitting_threads(recipe),
         interruptible() as check,
     ):
         epochs = several(recipe.epochs, "epoch")
@@ -228,11 +187,13 @@ def train_in(
     title: str = "",
     going_on: Path | None = None,
     quiet: bool = False,
+    then: Callable[[RunFolder], object] | None = None,
 ) -> RunFolder:
     """Trains in a run folder that there is, from its last good checkpoint; writes the network.
 
     The run has, then, what this process has of it: its data, and the first one the whole network.
-    `going_on` is the run folder whose resumption goes on with this; by default this one.
+    `going_on` is the run folder whose resumption goes on with this; by default this one. `then` is
+    called with the trained run, before another process may write into it.
 
     Raises:
         RunError, KeyboardInterrupt: as `train`.
@@ -248,13 +209,19 @@ def train_in(
             new.write_metrics(rows or ())
             new.write_model(network)
 
-    with together(f"{command} goes on"), alone(folder.path):
-        if recipe.epochs:
-            training = fit(fabric, start, folder.path, title=title, command=command, quiet=quiet)
-            network, rows = training.end(), training.rows
-        first_process_does(fabric, finish)
-    whole = network.eval() if fabric.is_global_zero else None
-    return replace(folder, data=start.data, network=whole)
+    with alone(folder.path):
+        with together(f"{command} goes on"):
+            if recipe.epochs:
+                training = fit(
+                    fabric, start, folder.path, title=title, command=command, quiet=quiet
+                )
+                network, rows = training.end(), training.rows
+            first_process_does(fabric, finish)
+        whole = network.eval() if fabric.is_global_zero else None
+        folder = replace(folder, data=start.data, network=whole)
+        if then is not None:
+            then(folder)
+    return folder
 
 
 def refine_run(
@@ -297,32 +264,34 @@ def refine_run(
             f"a run folder cannot store another depth of a {type(model).__name__}; refine it in "
             "Python: deeplimit.refine"
         )
-    data = run_data(folder)
+    data = building.run_data(folder)
     optimizer = _optimiser_of(folder, model) if epochs else None
     deeper = refine(model, factor, optimizer=optimizer)
+    # By accuracy, of tokens too.
+    most, loss = recipe.points / 100, building.loss_of(recipe, data)
+    judged = partial(building.compared, recipe, data, model, most=most, loss=loss)
     name = f"{folder.path.resolve().name}-x{factor}" if name is None else name
     refinement = Refinement(
         source=str(folder.path.resolve()),
         factor=factor,
-        report=_by_accuracy(recipe, data, model, deeper),
+        report=judged(deeper),
         epochs=epochs,
         learning_rate=recipe.learning_rate,
         carried=optimizer is not None,
     )
-    shaped = reshaped(recipe, deeper)
-    rate = folder.recipe.learning_rate
+    shaped, rate = building.reshaped(recipe, deeper), folder.recipe.learning_rate
 
     def fill(made: RunFolder, _: Path) -> None:
         if optimizer is not None:
-            save_checkpoint(made.path, _beginning(made.recipe, data, deeper, optimizer, rate))
+            begun = _beginning(made.recipe, data, deeper, optimizer, rate)
+            checkpoint.save_checkpoint(made.path, begun)
         made.write(refinement)
 
     names = folder.class_names
     made = RunFolder.create_from(folder.path.parent, name, shaped, deeper, epochs, names, fill)
     made = resume(made.path, quiet=quiet)
     if epochs:
-        trained = _by_accuracy(recipe, data, model, made.model())
-        made.write(replace(refinement, trained=trained))
+        made.write(replace(refinement, trained=judged(made.model())))
     return made
 
 
@@ -343,33 +312,27 @@ def _deeper_recipe(recipe: Recipe, epochs: int, learning_rate: float | None) -> 
     changed = replace(
         recipe, epochs=epochs, learning_rate=rate, start=None, cut_while_training=cutting
     )
-    return alone_in("deeplimit refine", changed)
+    return processes.alone_in("deeplimit refine", changed)
 
 
 def _optimiser_of(folder: RunFolder, model: nn.Module) -> Optimizer | None:
     """The optimiser as of the run's last checkpoint, for its network; None without one."""
-    checkpoint = load_checkpoint(folder.path)
-    if checkpoint is None:
+    last = checkpoint.load_checkpoint(folder.path)
+    if last is None:
         return None
-    freeze_frame(folder.recipe, model)
+    building.freeze_frame(folder.recipe, model)
     optimizer = build_optimizer(folder.recipe, model)
     schedule = OneCycleLR(optimizer, max_lr=folder.recipe.learning_rate, total_steps=1)
-    restore(checkpoint, model, optimizer, schedule)
+    checkpoint.restore(last, model, optimizer, schedule)
     return optimizer
 
 
 def _beginning(
     recipe: Recipe, data: DataSet, model: nn.Module, optimizer: Optimizer, before: float
-) -> Checkpoint:
+) -> checkpoint.Checkpoint:
     """A checkpoint after 0 epochs: the optimiser carried along, under a schedule of its own."""
     rates = [group["max_lr"] * recipe.learning_rate / before for group in optimizer.param_groups]
-    steps = recipe.epochs * len(training_batches(recipe, data, 0))
+    steps = recipe.epochs * len(building.training_batches(recipe, data, 0))
     schedule = OneCycleLR(optimizer, max_lr=rates, total_steps=steps)
-    weights, state = capture(model, optimizer)
-    return Checkpoint(weights, state, schedule.state_dict(), 0, [])
-
-
-def _by_accuracy(recipe: Recipe, data: DataSet, before: nn.Module, after: nn.Module) -> CropResult:
-    """By accuracy, of tokens too."""
-    loss, most = loss_of(recipe, data), recipe.points / 100
-    return compared(recipe, data, before, after, most=most, loss=loss)
+    weights, state = checkpoint.capture(model, optimizer)
+    return checkpoint.Checkpoint(weights, state, schedule.state_dict(), 0, [])

@@ -19,16 +19,9 @@ from deeplimit.data import DataSet
 from deeplimit.errors import InputError, several
 from deeplimit.files import remove, write_text
 from deeplimit.records import read_record, to_plain
+from deeplimit.training import building
 from deeplimit.training.analysis import HEALED, allowed, write_cut
-from deeplimit.training.building import (
-    Fade,
-    Start,
-    compared,
-    evaluation_batches,
-    measure_of,
-    run_data,
-    tolerance_of,
-)
+from deeplimit.training.building import Fade, Start, compared, evaluation_batches, run_data
 from deeplimit.training.fit import fit, launched
 from deeplimit.training.given_model import check_model
 from deeplimit.training.processes import alone_in, fitting_threads, place, usable_device
@@ -278,7 +271,7 @@ def _heal(folder: RunFolder, plan: Plan, cut: Cut, *, quiet: bool) -> Healing:
     )
     by_rise = cut.choice is not None and cut.choice.budget == "rise"
     asked = cut.choice.limit if cut.choice is not None and by_rise else cut.tolerance
-    most, device = tolerance_of(folder.recipe, data, asked), device_of(healed)
+    most, device = building.tolerance_of(folder.recipe, data, asked), device_of(healed)
     healing = Healing(
         **vars(plan),
         from_full=compared(recipe, data, full.to(device), healed, most=most),
@@ -376,7 +369,7 @@ def search_run(
 def _chosen(model: nn.Module, recipe: Recipe, data: DataSet, depth: int) -> tuple[int, ...]:
     """The layers that go where so many are to be kept."""
     model, validation = model.to(usable_device(recipe)), evaluation_batches(data.validation)
-    loss = measure_of(recipe, data)
+    loss = building.measure_of(recipe, data)
     with fitting_threads(recipe):
         profile = turnpike_profile(model, validation, loss)
         other = loss if data.vocabulary else None

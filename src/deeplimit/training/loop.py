@@ -28,12 +28,7 @@ from deeplimit.gradient.meter import Settings
 from deeplimit.gradient.planning import EXACTLY
 from deeplimit.gradient.stand_ins import engines, switches
 from deeplimit.records import from_plain, to_plain
-from deeplimit.training.building import (
-    Start,
-    build_objective,
-    evaluation_batches,
-    training_batches,
-)
+from deeplimit.training import building
 from deeplimit.training.checkpoint import Checkpoint, capture, restore, save_checkpoint
 from deeplimit.training.processes import first_process_does, seed_draws, seed_epoch
 from deeplimit.training.progress import Observer, Row
@@ -60,7 +55,7 @@ class Training:
         rows, steps: metrics of the epochs done, and optimisation steps done.
     """
 
-    def __init__(self, fabric: Fabric, start: Start, folder: Path | None):
+    def __init__(self, fabric: Fabric, start: building.Start, folder: Path | None):
         self.fabric: Any = fabric
         self.start, self.folder = start, folder
         recipe = self.recipe = start.recipe
@@ -74,7 +69,7 @@ class Training:
         if self.fade is not None:
             # Before the adjoint, which then rebuilds the states of a faded block too.
             self._fadings = [Fading(m, self.fade.layers) for m in (self.network, model)]
-        self.objective = build_objective(start, model)
+        self.objective = building.build_objective(start, model)
         self.drift = None
         self.plan: MemoryPlan | None = None
         if recipe.gradient == "adjoint":
@@ -284,7 +279,7 @@ class Training:
 
     def _validate(self) -> Row:
         """The metrics of the whole network on validation data."""
-        loader = evaluation_batches(self.data.validation)
+        loader = building.evaluation_batches(self.data.validation)
         loss = check_loss(self.objective.loss)
         profile = turnpike_profile(self.network, loader, loss, updates=False)
         # A network may have become worthless without its training loss showing it.
@@ -309,7 +304,7 @@ class Training:
 
     def _batches(self, epoch: int) -> Any:
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        return training_batches(self.recipe, self.data, epoch, rank, world)
+        return building.training_batches(self.recipe, self.data, epoch, rank, world)
 
 
 def depth_due(recipe: Recipe, rows: Sequence[Row]) -> int | None:

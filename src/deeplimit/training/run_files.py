@@ -30,8 +30,8 @@ from deeplimit.files import (
     remove,
     write_text,
 )
-from deeplimit.rank import is_first_process
 from deeplimit.records import read_record
+from deeplimit.terminal import is_first_process
 
 RECIPE, METRICS, MANIFEST = "recipe.toml", "metrics.csv", "run.json"
 STAGING, COMMITTED, LOCK = ".staging", ".committed", ".lock"

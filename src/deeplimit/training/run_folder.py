@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, read and written."""
 
 import csv
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from deeplimit.data.registry import find_source
 from deeplimit.errors import InputError, RunError
-from deeplimit.files import write_text
+from deeplimit.files import check_name, check_runs, new_folder, write_text
 from deeplimit.records import read_record, to_json
-from deeplimit.training.new_folder import check_name, check_runs, name_of, new_folder
 from deeplimit.training.progress import Row, from_csv, to_csv
 from deeplimit.training.recipe import Recipe, read_recipe
 from deeplimit.training.run_files import (
@@ -22,6 +22,7 @@ from deeplimit.training.run_files import (
     SUFFIX,
     RunFiles,
     as_vouched,
+    elsewhere,
     remedy,
 )
 from deeplimit.training.specification import TEXTS, Named, check_single, is_run
@@ -319,6 +320,16 @@ def result_kinds() -> dict[str, type[Any]]:
 
     hints = get_type_hints(RunResults)
     return {stem: get_args(hints[f.result])[0] for stem, f in RUN_FILES.items() if f.result}
+
+
+def name_of(data: str) -> str:
+    """digits, hub:OWNER/NAME, npz:FOLDER/NAME.npz: the last part of it."""
+    return re.sub(r"[^\w.-]+", "-", Path(data.rpartition(":")[2]).stem).strip(".") or "run"
+
+
+def check_beside(run: Path) -> None:
+    """Raises InputError where nothing can be written beside a run; before long work."""
+    check_runs(run.resolve().parent, elsewhere(run))
 
 
 def check_run(folder: Path) -> None:

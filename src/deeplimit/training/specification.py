@@ -9,20 +9,18 @@ says nothing any more, and its code is not run.
 import importlib.util
 import math
 import os
-import pkgutil
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deeplimit.errors import InputError, did_you_mean
 from deeplimit.network.shape import check_shape
-from deeplimit.rank import is_first_process
-from deeplimit.terminal import tell
+from deeplimit.terminal import is_first_process, tell
 from deeplimit.training.run_files import SUFFIX
 
 if TYPE_CHECKING:
@@ -171,54 +169,32 @@ def sources(module: str) -> list[str]:
     return [found.origin or "no file" for found in _chain(module) if found.loader is not None]
 
 
-@contextmanager
-def current_folder() -> Iterator[None]:
-    """Modules are looked for in the current folder too, as by `python -m`."""
-    here = os.getcwd()
-    given = here not in sys.path
-    if given:
-        sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if given:
-            with suppress(ValueError):
-                sys.path.remove(here)
-
-
 def _chain(module: str) -> Iterator[ModuleSpec]:
     """Package, subpackage, …, module; `importlib.util.find_spec` would import all but the last."""
-    top, *parts = module.split(".")
-    with current_folder():
-        try:
-            found = importlib.util.find_spec(top)
-        except ValueError:  # a module without one, such as __main__
-            found = None
-        name = top
+    name, *parts = module.split(".")
+    with suppress(ValueError), current_folder():  # a module without one, such as __main__
+        found = importlib.util.find_spec(name)
         while found is not None:
             yield found
             if not parts:
                 return
-            name = f"{name}.{parts.pop(0)}"
             places = list(found.submodule_search_locations or ())
-            found = _inside(name, places)
+            name = f"{name}.{parts[0]}"
+            loaded: ModuleSpec | None = getattr(sys.modules.get(name), "__spec__", None)
+            # By its own name alone: for a dotted one the package would have to be loaded.
+            found = loaded or PathFinder.find_spec(parts.pop(0), places)
 
 
-def _inside(name: str, places: list[str]) -> ModuleSpec | None:
-    """Finds a name in the folders of its package; several make a package without a file."""
-    loaded: ModuleSpec | None = getattr(sys.modules.get(name), "__spec__", None)
-    if loaded is not None:
-        return loaded
-    finders = (pkgutil.get_importer(place) for place in places)
-    every = [spec for finder in finders if finder and (spec := finder.find_spec(name))]
-    whole = next((spec for spec in every if spec.loader is not None), None)
-    if whole is not None or not every:
-        return whole
-    joined = ModuleSpec(name, None, is_package=True)
-    joined.submodule_search_locations = [
-        place for spec in every for place in spec.submodule_search_locations or ()
-    ]
-    return joined
+@contextmanager
+def current_folder() -> Iterator[None]:
+    """Modules are looked for in the current folder too, as by `python -m`."""
+    here, before = os.getcwd(), sys.path[:]
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 @cache

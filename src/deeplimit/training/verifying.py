@@ -5,21 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from deeplimit.records import read_record
+from deeplimit.training import run_files
 from deeplimit.training.checkpoint import checkpoint_problems
 from deeplimit.training.recipe import read_recipe
-from deeplimit.training.run_files import (
-    COMMITTED,
-    GROWING,
-    RECIPE,
-    RUN_FILES,
-    RunFiles,
-    State,
-    accept,
-    files_in,
-    known,
-    read_manifest,
-    remedy,
-)
+from deeplimit.training.run_files import RECIPE, RunFiles, State
 from deeplimit.training.run_folder import check_run, result_kinds
 
 DAMAGED = "delete it; deeplimit train --resume {} goes on from the one before"
@@ -73,18 +62,20 @@ def verify_run(path: str | Path, *, accepting: bool = False) -> Verification:
         read_recipe(folder / RECIPE)  # and the results, before somebody vouches for them
         for stem, kind in result_kinds().items():
             if (file := folder / f"{stem}.json").is_file():
-                read_record(kind, file, RUN_FILES[stem].remedy.format(folder))
-        accept(folder)
-    moved = [path.name for path in folder.glob(f"{COMMITTED}/*")]
-    there = {name for name in files_in(folder) if name.partition("/")[0] not in moved}
+                read_record(kind, file, run_files.RUN_FILES[stem].remedy.format(folder))
+        run_files.accept(folder)
+    moved = [path.name for path in folder.glob(f"{run_files.COMMITTED}/*")]
+    there = {name for name in run_files.files_in(folder) if name.partition("/")[0] not in moved}
     checked = []
-    for name in sorted(there.union(read_manifest(folder))):
+    for name in sorted(there.union(run_files.read_manifest(folder))):
         found = files.find(name)
         state = "missing" if found is None else found.state
         # Of what we never read nothing need be known.
-        harmless = state in ("sound", "growing") or (state == "unknown" and known(name) is None)
-        checked.append(CheckedFile(name, state, "" if harmless else remedy(folder, name)))
-    for run in (folder, folder / GROWING[1], *folder.glob(f"{GROWING[2]}/*/")):
+        harmless = state in ("sound", "growing") or (
+            state == "unknown" and run_files.known(name) is None
+        )
+        checked.append(CheckedFile(name, state, "" if harmless else run_files.remedy(folder, name)))
+    for run in (folder, folder / run_files.GROWING[1], *folder.glob(f"{run_files.GROWING[2]}/*/")):
         for file, problem in checkpoint_problems(run).items():
             name = file.relative_to(folder).as_posix()
             what = f"{problem}; {DAMAGED.format(folder)}" if problem else ""

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from typing_extensions import Doc
 
 from deeplimit.errors import InputError
-from deeplimit.rank import is_first_process
 from deeplimit.studies.experiments import RUNS
+from deeplimit.terminal import is_first_process
 from deeplimit.training import Recipe, RunFolder, recipe_for
 from deeplimit.training.run_folder import check_recipe
 from deeplimit.training.specification import LARGEST_SEED, is_run

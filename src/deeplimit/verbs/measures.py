@@ -1,13 +1,15 @@
-"""Verbs on several networks as measures: distances, what lies between, what they have in common."""
+"""Verbs on several networks: as measures, what lies between, what they share; at several depths."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from deeplimit.errors import InputError
+from deeplimit.studies.experiments import RUNS, Runs, Seeds
 from deeplimit.terminal import ProgressCallback, silent
 from deeplimit.training import RunFolder
-from deeplimit.training.run_folder import check_spec
+from deeplimit.training.run_folder import check_beside, check_spec
 from deeplimit.verbs.answer import (
     COUNT,
     PART,
@@ -103,8 +105,6 @@ def interpolate(
         name: Where to: a new run folder's name, beside the first run, or FILE.safetensors.
         figure: Where to write the page instead.
     """
-    from deeplimit.training.new_folder import check_beside
-
     check_figure(figure)
     if (save is None) != (name is None):
         raise InputError("--save and --name go together: at which t, and where the network goes")
@@ -191,3 +191,46 @@ def check_several(runs: Sequence[object]) -> None:
     """Raises InputError unless there are two runs or more."""
     if len(runs) < 2:
         raise InputError(f"expected two runs or more, got {len(runs)}")
+
+
+def horizon(
+    *,
+    data: Annotated[str, "DATA"] = "digits",
+    data_dir: Annotated[Path | None, "DIR"] = None,
+    depth: tuple[int, ...] = (10,),
+    seeds: Seeds = (0, 1, 2),
+    stage_cost: float = 0.1,
+    control_cost: float = 0.0,
+    radius: float | None = None,
+    epochs: int | None = None,
+    runs: Runs = RUNS,
+) -> Answer:
+    """Does the number of layers in use stay bounded as the network gets deeper?
+
+    Trains at N, 2N and 4N layers, to convergence, with step size, stage cost and control cost per
+    layer fixed, and counts the layers outside the tube around the minimisers. With a turnpike the
+    count stays where it is. Leaves the runs and study.json in DIR/horizon-DATA. For example:
+      deeplimit study horizon
+      deeplimit study horizon --depth 10 --seeds 0 1 2 --stage-cost 0.1
+
+    Args:
+        data: Name of the data set, as for train.
+        data_dir: Folder that holds the data sets' folders; without it DEEPLIMIT_DATA says where.
+        depth: The smallest of the three depths; several numbers are several stages.
+        stage_cost: Weight γ of the loss at every layer.
+        control_cost: Weight r of the squared norm of every layer's control.
+        radius: Radius δ of the tube; by default a fifth of the distance of zero logits.
+        epochs: Passes over the training data; the default reaches convergence on digits.
+    """
+    from deeplimit.studies import horizon_recipe, study_horizon
+
+    recipe = horizon_recipe(data)
+    recipe = replace(
+        recipe,
+        data_dir=data_dir,
+        depth=depth,
+        stage_cost=stage_cost,
+        control_cost=control_cost,
+        epochs=recipe.epochs if epochs is None else epochs,
+    )
+    return Answer(study_horizon(recipe, seeds=seeds, radius=radius, runs=runs))

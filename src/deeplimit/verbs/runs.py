@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from typing_extensions import Doc
 
 from deeplimit.errors import InputError, RunError
+from deeplimit.files import check_runs
 from deeplimit.studies.experiments import RUNS
 from deeplimit.training import Recipe, RunFolder
-from deeplimit.training.new_folder import check_runs
 from deeplimit.training.run_folder import check_recipe, check_run
 from deeplimit.verbs.answer import (
     COUNT,
