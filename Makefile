@@ -8,13 +8,17 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/deeplimit demo
 
-# What CI runs; a file to a core, and one thread each for small tensors.
+# A file to a core, and one thread each for small tensors. What is compiled is kept, also where the
+# environment says otherwise: tests start some fifty processes, which need not compile it again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope
+
+# What CI runs.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope
+	$(PYTEST)
 
 # While at work, under a minute: no process groups, no browser, no long training.
 quick: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope -m 'not slow and not processes and not browser'
+	$(PYTEST) -m 'not slow and not processes and not browser'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -55,9 +55,10 @@ def first(x: Any) -> Any:
     return {k: v[:1] for k, v in x.items()} if isinstance(x, dict) else x[:1]
 
 
-def check_costs(table: DepthTable, model: nn.Module, x: Any) -> None:
-    """Parameters and multiply-adds of each depth are those of the crop, where there is one."""
+def checked_crops(table: DepthTable, model: nn.Module, x: Any) -> dict[int, nn.Module]:
+    """The crop to each depth that has one, whose parameters and multiply-adds are the table's."""
     assert table.costs is not None
+    crops = {}
     for k in range(table.horizon + 1):
         try:
             smaller = crop(model, k)
@@ -67,6 +68,8 @@ def check_costs(table: DepthTable, model: nn.Module, x: Any) -> None:
         assert k >= table.costs.least
         assert table.costs.parameters[k] == parameters_of(smaller), k
         assert table.costs.multiply_adds[k] == products_of(smaller, first(x)), k
+        crops[k] = smaller
+    return crops
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -76,14 +79,14 @@ def test_a_depth_is_what_the_crop_is(name: str) -> None:
     batches = [(x[:4], y[:4]), (x[4:], y[4:])]
     table = every_depth(model, batches, nn.CrossEntropyLoss())
     assert table.horizon == family.depth
-    check_costs(table, model, x)
+    crops = checked_crops(table, model, x)
     structure = anatomy(model)
     own = F.cross_entropy(model(x), y, reduction="none")
     for k in range(table.horizon + 1):
         with torch.no_grad():
-            try:
-                z = crop(model, k)(x)
-            except InputError:
+            if k in crops:
+                z = crops[k](x)
+            else:
                 z = structure.logits([structure.states(x)[0][k]], k, x=x)[0]
             losses = F.cross_entropy(z, y, reduction="none")
         assert table.loss[k] == pytest.approx(float(losses.mean()), rel=1e-9)
@@ -96,10 +99,10 @@ def test_a_depth_is_what_the_crop_is(name: str) -> None:
 def test_of_texts(name: str) -> None:
     model, y = text_model(name), torch.arange(6) % 4
     table = every_depth(model, [(TEXTS, y)], SoftCrossEntropy(4))
-    check_costs(table, model, TEXTS)
+    crops = checked_crops(table, model, TEXTS)
     for k in range(1, DEPTH + 1):
         with torch.no_grad():
-            z = logits_of(crop(model, k), TEXTS)
+            z = logits_of(crops[k], TEXTS)
         assert table.loss[k] == pytest.approx(float(SoftCrossEntropy(4)(z, y).mean()), rel=1e-9)
 
 
@@ -107,11 +110,11 @@ def test_of_texts(name: str) -> None:
 def test_of_models_that_write(name: str) -> None:
     model, y = text_model(name), next_words(TEXTS)
     table = every_depth(model, [(TEXTS, y)], nn.CrossEntropyLoss())
-    check_costs(table, model, TEXTS)
+    crops = checked_crops(table, model, TEXTS)
     assert table.samples == int((y != -100).sum())
     for k in range(1, DEPTH + 1):
         with torch.no_grad():
-            z = logits_of(crop(model, k), TEXTS)
+            z = logits_of(crops[k], TEXTS)
         expected = F.cross_entropy(z.flatten(0, 1), y.flatten())
         assert table.loss[k] == pytest.approx(float(expected), rel=1e-9)
 
@@ -228,7 +231,7 @@ def test_depths_that_no_cut_reaches_are_told(name: str) -> None:
     model, x = family.model.eval(), family.x
     y = family.y
     table = every_depth(model, [(x, y)], nn.CrossEntropyLoss())
-    check_costs(table, model, x)
+    checked_crops(table, model, x)
     assert table.costs is not None
     least = table.costs.least
     assert least == max(FIXED.get(name, (0,))) + 1

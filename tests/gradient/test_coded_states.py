@@ -1,6 +1,5 @@
 """Coded states: right by a reference written out, for every block of one shape, and measured."""
 
-import doctest
 import gc
 import math
 import warnings
@@ -379,13 +378,3 @@ def test_switching_back_and_rebuilding_without_codes() -> None:
         loss_of(model, batch(5, WIDTH)).backward()
     assert not layout(model).coded
     assert all("does not add its input" in why for why in layout(model).plain.values())
-
-
-def test_the_example_runs() -> None:
-    known = {"nn": nn, "use_adjoint": use_adjoint, "x": torch.randn(4, WIDTH)}
-    known["blocks"] = stack(Norm).float()
-    text = use_adjoint.__doc__
-    assert text is not None
-    example = doctest.DocTestParser().get_doctest(text, known, "use_adjoint", None, 0)
-    assert len(example.examples) == 3
-    assert doctest.DocTestRunner().run(example).failed == 0

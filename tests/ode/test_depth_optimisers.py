@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import pytest
@@ -65,13 +66,20 @@ def trained(kind: str, horizon: int, name: str, size: float = 1e-4) -> tuple[nn.
     return model, optimizer
 
 
+@cache
+def trained_once(kind: str, n: int, name: str) -> tuple[nn.Module, Optimizer, list[Tensor]]:
+    """A network and its optimizer, not to be changed, and the effects of its next two steps."""
+    model, optimizer = trained(kind, n, name)
+    before = copy.deepcopy((model, optimizer))
+    return *before, [step(model, optimizer) for _ in range(2)]
+
+
 def difference(kind: str, n: int, name: str, change: Callable[..., nn.Module]) -> float:
     """Of two steps' effects, before and after a change of depth, relative."""
-    model, optimizer = trained(kind, n, name)
-    changed = copy.deepcopy((model, optimizer))
-    new = change(changed[0], optimizer=changed[1])
-    effect = [step(model, optimizer) for _ in range(2)]
-    after = [step(new, changed[1]) for _ in range(2)]
+    *before, effect = trained_once(kind, n, name)
+    model, optimizer = copy.deepcopy(before)
+    new = change(model, optimizer=optimizer)
+    after = [step(new, optimizer) for _ in range(2)]
     gaps = [float((a - b).norm() / a.norm()) for a, b in zip(effect, after, strict=True)]
     return max(gaps)
 

@@ -5,6 +5,7 @@ DEEPLIMIT_MUTANTS=20000 tries so many; 2,000 otherwise, the same ones each time.
 
 import os
 import random
+import shutil
 import signal
 import tempfile
 import warnings
@@ -38,25 +39,28 @@ def time_limit() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Every kind of file, whole; each is read once, for what is imported then counts for none."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of every kind of file a folder in which it is whole, not to be changed.
+
+    Each is read once, for what is imported then counts for none.
+    """
     found = {}
     for reader in READERS:
-        folder = tmp_path_factory.mktemp("whole")
+        found[reader.file] = folder = tmp_path_factory.mktemp("whole")
         reader.make(folder)
-        reader.read(folder)
-        found[reader.file] = (folder / reader.file).read_bytes()
+        reader.read(shutil.copytree(folder, tmp_path_factory.mktemp("read") / "copy"))
     return found
 
 
-def mutant(reader: Reader, whole: dict[str, bytes], seed: int) -> bytes:
+def mutant(reader: Reader, whole: dict[str, Path], seed: int) -> bytes:
     draw = random.Random(f"{reader.file} {seed}")
-    content = whole[reader.file]
+    content = (whole[reader.file] / reader.file).read_bytes()
     if reader.kind == "json" and draw.random() < 0.6:
         return changed_json(content, draw)
     if reader.kind == "toml" and draw.random() < 0.6:
         return changed_toml(content, draw)
-    return changed_bytes(content, whole[draw.choice(list(whole))], draw)
+    other = draw.choice(list(whole))
+    return changed_bytes(content, (whole[other] / other).read_bytes(), draw)
 
 
 def verdict(reader: Reader, folder: Path) -> str | None:
@@ -86,13 +90,12 @@ def test_a_whole_file_is_read_right(reader: Reader, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.file)
 def test_a_damaged_file_is_refused_in_a_line_or_read_right(
-    reader: Reader, whole: dict[str, bytes]
+    reader: Reader, whole: dict[str, Path]
 ) -> None:
     wrong = {}
     for seed in range(-(-MUTANTS // len(READERS))):
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            reader.make(folder)
+            folder = shutil.copytree(whole[reader.file], Path(name) / "copy")
             (folder / reader.file).write_bytes(mutant(reader, whole, seed))
             problem = verdict(reader, folder)
         if problem is not None:
