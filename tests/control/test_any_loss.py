@@ -114,11 +114,32 @@ def test_every_head_of_transformers(head: str) -> None:
     assert float(mine.abs().max()) > 0
 
 
+@pytest.mark.parametrize("tokens", [4, 3], ids=["", "as many tokens as classes"])
+@pytest.mark.parametrize("ignored", [-100, 1])
+def test_the_cross_entropy_of_tokens_is_pytorchs(tokens: int, ignored: int) -> None:
+    """Classes come last in the logits; as inputs, targets are shifted like those of any loss."""
+    torch.manual_seed(0)
+    body = [nn.Embedding(3, 5), *(Block() for _ in range(4)), nn.Linear(5, 3)]
+    model, x = nn.Sequential(*body).double(), torch.arange(6 * tokens).reshape(6, -1) ** 2 % 5 % 3
+    y = torch.cat([x[:, 1:], torch.full_like(x[:, :1], ignored)], 1)
+    stem, *blocks, head = model
+    states = [stem(x)]
+    for block in blocks:
+        states.append(block(states[-1]))
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3]).double(), ignore_index=ignored)
+    *below, last = (loss(head(s).flatten(0, 1), y.flatten()) for s in states)
+    for shift, targets in ((False, y), (True, x)):
+        cost, _ = StageCost(model, loss, 0.3, shift=shift)(x, targets)
+        assert float(cost) == pytest.approx(float(last + 0.3 * sum(below)), rel=1e-12)
+
+
 def test_losses_that_are_none_are_refused() -> None:
     model = network()
     with pytest.raises(InputError, match=r"the loss returned shape \[8, 3\] for outputs of shape"):
         StageCost(model, nn.MSELoss(reduction="none"))(X, X[:, :3])
     with pytest.raises(InputError, match="given as the loss; expected SoftCrossEntropy"):
         StageCost(model, nn.MSELoss)
+    with pytest.raises(InputError, match="shift=True given with a loss that knows no classes"):
+        StageCost(model, nn.MSELoss(), shift=True)(X, X[:, :3])
     with pytest.raises(InputError, match="expected a SoftCrossEntropy, which has minimisers"):
         dissipativity(StageCost(model, nn.CrossEntropyLoss(), 0.3), [(X, Y)])

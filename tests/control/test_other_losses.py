@@ -14,8 +14,10 @@ from deeplimit import (
     InputError,
     SoftCrossEntropy,
     anatomy,
+    at_depth,
     choose_cut,
     crop,
+    every_depth,
     turnpike_profile,
     verify_crop,
 )
@@ -370,6 +372,43 @@ def test_inputs_may_be_several() -> None:
         turnpike_profile(structure, wrong, nn.MSELoss())
 
 
+@torch.no_grad()
+def test_a_graph_is_measured_as_a_whole() -> None:
+    """Its nodes are the samples; on a part of them, with all edges, the model does not run."""
+
+    class Gathering(Block):
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            return super().forward(x + torch.zeros_like(x).index_add(0, edges[1], x[edges[0]]))
+
+    class Graphs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.body = nn.ModuleList(Gathering(0.1) for _ in range(3))
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            h = self.stem(x)
+            for block in self.body:
+                h = block(h, edges)
+            return self.head(h)
+
+    torch.manual_seed(0)
+    model, count = Graphs().double().eval(), 12
+    x, edges = torch.randn(count, 4).double(), torch.randint(count, (2, 30))
+    y = torch.randint(3, (count,))
+    structure, loader = anatomy(model, example=(x, edges)), [[[x, edges], y]]
+    depths = every_depth(structure, loader, nn.CrossEntropyLoss())
+    for n in range(4):
+        with at_depth(model, n):
+            z = model(x, edges)
+        assert depths.loss[n] == pytest.approx(float(F.cross_entropy(z, y)), rel=1e-12)
+    assert depths.costs.multiply_adds == tuple(4 * 6 + 6 * 3 + n * 6 * 6 for n in range(4))
+    choice = choose_cut(structure, depths, loader, blocks=2)
+    report = verify_crop(structure, crop(structure, choice), loader)
+    expected = float(F.cross_entropy(crop(structure, choice)(x, edges), y))
+    assert report.loss_after == pytest.approx(expected, rel=1e-12)
+
+
 def test_what_is_no_loss_of_samples_is_refused_in_one_line() -> None:
     model, x, y = data()
     loader = batches(x, y)
@@ -447,3 +486,39 @@ def test_tables_are_at_most_a_screen() -> None:
     layers = [int(line.split()[0]) for line in lines[2:]]
     assert (layers[0], layers[-1]) == (0, 60)
     assert all(a < b for a, b in pairwise(layers))
+
+
+@pytest.mark.parametrize("form", ["time first", "two rows a sample", "of another text"])
+@torch.no_grad()
+def test_updates_are_of_samples_wherever_the_states_have_them(form: str) -> None:
+    """Of states [L, B, d], [2 B, L, d], and of a text that the targets are not of."""
+
+    class Texts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.body = nn.ModuleList(map(Block, (0.5, 0.3)))
+
+        def forward(self, x: Tensor) -> Tensor:  # [B, L, 4]
+            h = self.stem(x)
+            h = h.transpose(0, 1) if form == "time first" else h
+            h = h.reshape(-1, 3, 6) if form == "two rows a sample" else h
+            for block in self.body:
+                h = block(h)
+            if form == "time first":
+                return self.head(h.mean(0))
+            if form == "two rows a sample":
+                return self.head(h.view(-1, 6, 6).mean(1))
+            return self.head(h[:, :4] + h.mean(1, keepdim=True))
+
+    torch.manual_seed(0)
+    model, x = Texts().double().eval(), torch.randn(5, 6, 4).double()
+    y = torch.arange(20).view(5, 4) % 3 if form == "of another text" else torch.arange(5) % 3
+    y[2] = -100
+    made = turnpike_profile(anatomy(model, example=x), [(x, y)], nn.CrossEntropyLoss())
+    h = model.stem(x)
+    for n, block in enumerate(model.body):
+        before, h = h, block(h)
+        moved = (h - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+        expected = float(moved[[0, 1, 3, 4]].mean())
+        assert made.relative_update[n] == pytest.approx(expected, rel=1e-12)

@@ -1,14 +1,16 @@
 """Heads of models written by somebody else: what they read beside the last state."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from own_models import Own, Step, X, Y
 from torch import Tensor, nn
 
-from deeplimit import InputError, SoftCrossEntropy, StageCost, crop
+from deeplimit import EarlyExit, InputError, SoftCrossEntropy, StageCost, crop
 from deeplimit.network import anatomy
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -100,6 +102,41 @@ def test_a_head_that_reads_the_whole_batch_is_given_it(habit: str) -> None:
     assert torch.equal(logits, z[-1])
     for n, state in enumerate(states):
         torch.testing.assert_close(z[n], read(state), rtol=1e-13, atol=1e-13)
+
+
+class Pair(NamedTuple):
+    states: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Fields:
+    states: Tensor
+    logits: Tensor
+
+
+@pytest.mark.parametrize("kind", [Pair, Fields, dict])
+@torch.no_grad()
+def test_answers_are_read_by_their_names(kind: Callable[..., Any]) -> None:
+    """Also where something else stands first, and where samples leave early."""
+
+    class Named(Own):
+        def forward(self, x: Tensor) -> Any:
+            h = self.body(self.stem(x))
+            return kind(states=h, logits=self.end(torch.tanh(h)))
+
+    def logits(out: Any) -> Tensor:
+        return out["logits"] if kind is dict else out.logits
+
+    model = Named().eval()
+    states, z = anatomy(model).states(X)
+    assert torch.equal(z, logits(model(X)))
+    first, last = model.end(torch.tanh(states[1])), logits(model(X))
+    torch.testing.assert_close(anatomy(model).logits(states)[1], first)
+    sure = first.softmax(1).amax(1)
+    out = EarlyExit(model, {1: float(sure.median())}).eval()(X)
+    leaves = (sure >= sure.median())[:, None]
+    torch.testing.assert_close(logits(out), torch.where(leaves, first, last))
 
 
 def test_inputs_may_be_a_tuple() -> None:

@@ -11,6 +11,7 @@ from deeplimit import (
     InputError,
     SoftCrossEntropy,
     StageCost,
+    at_depth,
     crop,
     discretization_gap,
     turnpike_profile,
@@ -141,6 +142,79 @@ def test_a_state_that_is_not_the_first_argument_is_refused(
     assert torch.equal(states[0], x)
     assert torch.equal(logits, model(x))
     torch.testing.assert_close(structure.logits(states), model.end(torch.stack(states)))
+
+
+def test_a_loss_that_each_block_gives_beside_its_state_is_that_of_the_layers_that_run() -> None:
+    class Weighed(Step):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), self.linear(x).square().mean()
+
+    class Mixture(Own):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h, paid = self.stem(x), torch.zeros(())
+            for step in self.body:
+                h, more = step(h)
+                paid = paid + more
+            return self.end(h), paid
+
+    model = Mixture().eval()
+    model.body = nn.Sequential(*(Weighed("") for _ in range(5)))
+    for depth in (1, 3):
+        z, paid = crop(model, depth)(X)
+        with at_depth(model, depth):
+            theirs = model(X)
+        assert torch.equal(theirs[0], z)
+        assert torch.equal(theirs[1], paid)
+
+
+def test_blocks_may_stand_in_a_dict() -> None:
+    """A dict of parts of several kinds is no stack."""
+
+    class Keyed(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.ModuleDict({f"layer{n}": Step("") for n in range(4)})
+            self.parts = nn.ModuleDict({"norm": nn.LayerNorm(5), "out": nn.Linear(5, 5)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            for name in self.body:
+                h = self.body[name](h)
+            return self.end(self.parts["out"](self.parts["norm"](h)))
+
+    model = Keyed().eval()
+    assert anatomy(model).name == "body"
+    states, _ = anatomy(model).states(X)
+    smaller = crop(model, remove=[1])
+    assert list(smaller.body) == ["layer0", "layer1", "layer2"]
+    h = states[1]
+    for name in ("layer2", "layer3"):
+        h = model.body[name](h)
+    assert torch.equal(smaller(X), model.end(model.parts["out"](model.parts["norm"](h))))
+
+
+def test_nested_tensors_are_no_states() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+            layer = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.encoder(self.stem(x), src_key_padding_mask=x == 0)[:, 0])
+
+    model, x = Masked().eval(), torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    says = r"nested tensors enter its blocks.* set use_nested_tensor = False"
+    with pytest.raises(InputError, match=says):
+        anatomy(model, example=x)
+    structure = anatomy(model, example=x.flip(1))  # such padding is packed into none
+    with pytest.raises(InputError, match=says), torch.no_grad():
+        structure.states(x)
+    model.encoder.use_nested_tensor = False
+    with torch.no_grad():
+        states, logits = structure.states(x)
+    assert torch.equal(structure.logits(states, x=x)[-1], logits)
 
 
 @pytest.mark.parametrize("place", [4, 3, 2])

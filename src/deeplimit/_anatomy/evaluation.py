@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from deeplimit._anatomy.checks import classes_of, shown
 from deeplimit.errors import InputError
 
-# What a model takes: one tensor, or tensors by name as transformers' models do.
-Inputs = Tensor | Mapping[str, Tensor]
+# What a model takes: one tensor, tensors by name as transformers' models do, or several in order.
+Inputs = Tensor | Mapping[str, Any] | Sequence[Any]
 
 
 def mapped(change: Callable[..., Any], *xs: Any) -> Any:
@@ -54,9 +54,15 @@ def begun(loader: Iterable[Any]) -> Iterator[Any]:
         ) from None
 
 
+def are_inputs(x: Any) -> bool:
+    """Tells whether it is a tensor, tensors by name, or several of which one is a tensor."""
+    several = isinstance(x, tuple | list) and any(isinstance(part, Tensor) for part in x)
+    return several or isinstance(x, Tensor | Mapping)
+
+
 def pairs(
     loader: Iterable[Any], device: torch.device, need: str | None = None
-) -> Iterator[tuple[Inputs, Tensor]]:
+) -> Iterator[tuple[Any, Tensor]]:
     """The batches (x, y) of a loader that hold samples, on a device; y are classes.
 
     An InputError where they have another form, or with `need`, which says what needs one, where
@@ -67,18 +73,19 @@ def pairs(
         batches += 1
         parts = batch if isinstance(batch, tuple | list) else (batch,)
         match parts:
-            case (Tensor() | Mapping() as x, y):
+            case (x, y) if are_inputs(x):
                 y, x = classes_of(y).to(device), to_device(x, device)
-                inputs = [x] if isinstance(x, Tensor) else x.values()
+                inputs: list[Any] = []
+                mapped(inputs.append, x)
                 if y.numel() or any(value.numel() for value in inputs):
                     samples += 1
                     yield x, y
             case _:
                 given = ", ".join(map(_described, parts)) or "nothing"
                 raise InputError(
-                    f"the loader gives batches of {given}; expected (x, y): inputs, a tensor or "
-                    "tensors by name, and a tensor of targets; give it a collate_fn that returns "
-                    "them"
+                    f"the loader gives batches of {given}; expected (x, y): inputs, a tensor, "
+                    "tensors by name or a tuple of them, and a tensor of targets; give it a "
+                    "collate_fn that returns them"
                 )
     if need is not None and not samples:
         none = "batches without a sample" if batches else "no batch"

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -70,9 +71,16 @@ def call(model: nn.Module, x: Any) -> Tensor:
 
 
 def answer(model: nn.Module, output: Any) -> Tensor:
-    """The tensor that is read: logits; several of one shape side by side; else the first one."""
+    """The tensor that is read: logits; several of one shape side by side; else the first one.
+
+    Fields of a named tuple or of a dataclass are tensors by name.
+    """
     if isinstance(output, Tensor):
         return output
+    if hasattr(output, "_asdict"):
+        output = output._asdict()
+    elif not isinstance(output, Mapping) and (names := fields_of(output)):
+        output = {name: getattr(output, name) for name in names}
     if isinstance(output, Mapping):
         starts, ends = output.get("start_logits"), output.get("end_logits")
         if isinstance(starts, Tensor) and isinstance(ends, Tensor) and starts.shape == ends.shape:
@@ -90,6 +98,11 @@ def answer(model: nn.Module, output: Any) -> Tensor:
         f"{type(model).__name__} returns {shown(output)}; expected a tensor, or a mapping or tuple "
         "with one in it"
     )
+
+
+def fields_of(value: Any) -> list[str]:
+    """The names of the fields of a dataclass; none of anything else."""
+    return [one.name for one in fields(value)] if is_dataclass(value) else []
 
 
 def _named(takes: Mapping[str, inspect.Parameter], x: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from deeplimit.errors import InputError
 
 Form = Callable[[Tensor], Any]
 Answer = TypeVar("Answer")
-LISTS = (nn.ModuleList, nn.Sequential)
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 ACTIVATIONS = ("act3", "act2", "act", "relu", "activation")  # a block's last one, whatever its name
 TORCHS = "torch.nn.modules."
 NORMS = {TORCHS + kind for kind in ("normalization", "batchnorm", "instancenorm", "dropout")}
@@ -221,9 +221,17 @@ def _groups(model: nn.Module, seen: Calls) -> dict[str, list[Place]]:
 
 def _within(lists: Iterable[nn.Module], seen: Calls) -> list[Place]:
     """The blocks of lists; those that are called again and again, if none is called once."""
-    found = [(one, b) for one in lists for b in one.children() if _is_block(b, seen)]
+    found = [(one, b) for one in lists for b in _blocks_of(one, seen)]
     once = [(one, b) for one, b in found if len(seen[b]) == 1]
     return [Place(one, b, at) for one, b in once or found for at in seen[b]]
+
+
+def _blocks_of(container: nn.Module, seen: Calls) -> list[nn.Module]:
+    """The blocks in a list; a mapping of parts of several kinds is none."""
+    kinds = set(map(type, container.children()))
+    if isinstance(container, nn.ModuleDict) and len(kinds) > 1:
+        return []
+    return [child for child in container.children() if _is_block(child, seen)]
 
 
 def _is_block(module: nn.Module, seen: Calls) -> bool:

@@ -8,6 +8,8 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from deeplimit.errors import InputError
+
 PLACE = "_compiled_call_impl"  # what nn.Module calls first, where it is there
 
 StandIn = Callable[..., Any]
@@ -66,11 +68,21 @@ def own_call(module: nn.Module) -> StandIn:
 
 
 def state_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The state in a block's arguments: the first that is a tensor of numbers with a fraction."""
+    """The state in a block's arguments: the first that is a tensor of numbers with a fraction.
+
+    An InputError where it is a nested tensor, which has no rows for samples.
+    """
     if args and isinstance(args[0], Tensor):
-        return args[0]
-    given = (v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point())
-    return next(given, None)
+        x: Tensor | None = args[0]
+    else:
+        given = (v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point())
+        x = next(given, None)
+    if x is not None and x.is_nested:
+        raise InputError(
+            "nested tensors enter its blocks, which have no rows for samples: set "
+            "use_nested_tensor = False on the TransformerEncoder"
+        )
+    return x
 
 
 def state_of(output: Any) -> Tensor | None:
@@ -108,10 +120,12 @@ def with_state(output: Any, x: Tensor, others: Callable[[Any], Any] = lambda v: 
 
 
 def said(value: Any) -> Any:
-    """A value without tensors, such as height and width; else None."""
+    """A value without tensors, such as height and width; 0 of a number's, a loss; else None."""
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.dim():
+        return torch.zeros_like(value, requires_grad=False)
     if isinstance(value, tuple | list):
         parts = [said(part) for part in value]
-        return type(value)(parts) if None not in parts else None
+        return None if any(part is None for part in parts) else type(value)(parts)
     return value if isinstance(value, int | float | str) else None
 
 

@@ -1,7 +1,6 @@
 """Batches of a loader: targets where the logits are that predict them, inputs that are finite."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -9,8 +8,8 @@ from torch import Tensor
 
 from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import IGNORED, classes_of, shown
-from deeplimit._anatomy.evaluation import Inputs, begun, device_of
-from deeplimit._anatomy.inputs import batch_of, parameters_of, unwrapped
+from deeplimit._anatomy.evaluation import Inputs, are_inputs, begun, device_of, evaluating
+from deeplimit._anatomy.inputs import FAILS, batch_of, fields_of, parameters_of, unwrapped
 from deeplimit.errors import InputError
 
 SURE = 8  # tokens: so many do not agree with their neighbours, or themselves, by chance
@@ -34,7 +33,7 @@ def any_batches(structure: Anatomy, loader: Iterable[Any], need: str) -> Iterato
         match batch:
             case Mapping() if x := _inputs_of(structure, batch):
                 y = batch
-            case (Tensor() | Mapping() | tuple() as x, y):
+            case (x, y) if are_inputs(x):
                 pass
             case _:
                 raise InputError(
@@ -61,9 +60,18 @@ def part(values: Any, rows: slice | Tensor, count: int) -> Any:
     return rebuilt(values, [part(value, rows, count) for value in inside(values)])
 
 
-def first_part(x: Any, count: int) -> Any:
-    """The first samples of a batch of inputs, at most so many."""
-    return part(x, slice(count), batch_of(x))
+def first_part(structure: Anatomy, x: Any, count: int) -> Any:
+    """The first samples of a batch of inputs, at most so many.
+
+    Of inputs on no part of which the model runs, such as a graph with its edges, all of them.
+    """
+    some = part(x, slice(count), batch_of(x))
+    try:
+        with evaluating(structure.model), torch.no_grad():
+            structure.run(some)
+    except FAILS:
+        return x
+    return some
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -73,18 +81,22 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 
 def inside(values: Any) -> list[Any]:
-    """The values of a mapping, tuple or list; none of anything else."""
+    """The values of a mapping, tuple, list or dataclass; none of anything else."""
     if isinstance(values, Mapping):
         return list(values.values())
+    if names := fields_of(values):
+        return [getattr(values, name) for name in names]
     return list(values) if isinstance(values, tuple | list) else []
 
 
 def rebuilt(values: Any, others: list[Any]) -> Any:
-    """The same mapping, tuple or list of other values; anything else as it is."""
-    kind = type(values)
+    """The same mapping, tuple, list or dataclass of other values; anything else as it is."""
+    kind: Any = type(values)
     if isinstance(values, Mapping):
         named = dict(zip(values, others, strict=True))
-        return kind(**named) if is_dataclass(kind) else named  # as transformers' outputs are
+        return kind(**named) if fields_of(values) else named  # as transformers' outputs are
+    if names := fields_of(values):
+        return kind(**dict(zip(names, others, strict=True)))
     if isinstance(values, tuple | list):
         return kind(*others) if hasattr(kind, "_fields") else kind(others)
     return values
@@ -125,12 +137,13 @@ def aligned(structure: Anatomy, x: Inputs, y: object, *, shift: bool, look: bool
                 f"shift=True given; {name} has no logits for every token: leave it out"
             )
         return y
-    given = x if isinstance(x, Tensor) else x.get("input_ids")
+    named = x if isinstance(x, Mapping) else {}
+    given = x if isinstance(x, Tensor) else named.get("input_ids")
     if look and given is not None and given.shape == y.shape and not given.is_floating_point():
         _check(given, y, shift=shift)
     if not shift or y.dim() != 2:
         return y
-    mask = None if isinstance(x, Tensor) else x.get("attention_mask")
+    mask = named.get("attention_mask")
     if mask is not None and mask.shape == y.shape:
         y = y.masked_fill((mask == 0) | (mask.roll(1, 1) == 0), IGNORED)
     return torch.cat([y[:, 1:], y.new_full((len(y), 1), IGNORED)], 1)
@@ -162,7 +175,7 @@ def blame_inputs(x: Any, figures: Tensor | None = None) -> None:
     """
     if figures is not None and (not figures.numel() or bool(figures.detach().amax().isfinite())):
         return
-    parts = {f"x[{i}]": v for i, v in enumerate(x)} if isinstance(x, tuple) else x
+    parts = {f"x[{i}]": v for i, v in enumerate(x)} if isinstance(x, tuple | list) else x
     for name, value in ({"x": x} if isinstance(x, Tensor) else parts).items():
         wrong = ~value.isfinite() if isinstance(value, Tensor) else torch.zeros(0)
         if bool(wrong.any()):

@@ -16,7 +16,7 @@ from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.block_call import End, left
 from deeplimit._anatomy.branches import find_end
 from deeplimit._anatomy.checks import shown
-from deeplimit._anatomy.evaluation import begun, evaluating
+from deeplimit._anatomy.evaluation import are_inputs, begun, evaluating
 from deeplimit._anatomy.injection import slack_of
 from deeplimit._anatomy.inputs import batch_of, placed
 from deeplimit.control.batches import blame_inputs, first_part
@@ -165,7 +165,7 @@ def _inputs(structure: Anatomy, loader: Iterable[Any]) -> Iterator[Any]:
         match batch:
             case Tensor() | Mapping():
                 x: Any = batch
-            case (Tensor() | Mapping() | tuple() as x,) | (Tensor() | Mapping() | tuple() as x, _):
+            case (x,) | (x, _) if are_inputs(x):
                 pass
             case _:
                 raise InputError(
@@ -195,7 +195,7 @@ class _Gap:
         first = next(_inputs(self.structure, self.loader), None)
         if first is None:
             raise InputError("the loader for bridge gave no sample; a bridge is fitted on some")
-        few = first_part(first, 2)
+        few = first_part(self.structure, first, 2)
         end = self._refusal(few) or find_end(self.student, self.place, few)
         if isinstance(end, str):
             return Gap(self.start, self.stop, "nothing", reason=end)

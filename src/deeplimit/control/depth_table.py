@@ -242,7 +242,7 @@ def depth_costs(structure: Anatomy, x: Any) -> DepthCosts:
     """What a model in evaluation mode costs at each depth, for a batch of inputs."""
     return DepthCosts(
         parameters=_parameters(structure),
-        multiply_adds=depth_products(structure, first_part(x, 1)),
+        multiply_adds=depth_products(structure, x),
         latency=_latency(structure, x),
         latency_batch=batch_of(x),
         device=str(device_of(structure.model)),
@@ -251,10 +251,12 @@ def depth_costs(structure: Anatomy, x: Any) -> DepthCosts:
 
 
 def depth_products(structure: Anatomy, x: Any) -> tuple[int, ...]:
-    """The multiply-adds of a forward pass that ends after n layers, n = 0 … N."""
+    """The multiply-adds for one sample of a pass that ends after n layers, n = 0 … N."""
+    one = first_part(structure, x, 1)
     with counting() as products:
-        spent = _watched(structure, x, products)[1:]
-    return tuple(_at_each(structure, lambda: multiply_adds(structure, x), spent))
+        spent = _watched(structure, one, products)[1:]
+    every = _at_each(structure, lambda: multiply_adds(structure, one), spent)
+    return tuple(count // batch_of(one) for count in every)
 
 
 def least_depth(structure: Anatomy) -> int:

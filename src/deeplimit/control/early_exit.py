@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy
+from deeplimit._anatomy.checks import shown
 from deeplimit._anatomy.inputs import answer, parameters_of
 from deeplimit.control.batches import inside, part, rebuilt, tensors_in
 from deeplimit.errors import InputError
@@ -187,8 +188,8 @@ def _together(parts: Sequence[Any], order: Tensor, count: int) -> Any:
     columns = list(map(inside, parts))
     if any(len(column) != len(columns[0]) for column in columns):
         raise _not_of_samples(f"lengths {list(map(len, columns))}")
-    if isinstance(first, int | float | str) and any(one != first for one in parts):
-        raise _not_of_samples(f"the value {first!r}")
+    if not columns[0] and any(one is not first and one != first for one in parts):
+        raise _not_of_samples(f"the value {shown(first)}")
     others = zip(*columns, strict=True)
     return rebuilt(first, [_together(column, order, count) for column in others])
 

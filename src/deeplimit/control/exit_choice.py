@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.evaluation import evaluating
-from deeplimit.control.batches import any_batches, first_part
+from deeplimit.control.batches import any_batches
 from deeplimit.control.depth_table import depth_products
 from deeplimit.control.early_exit import check_rows, confidences
 from deeplimit.errors import InputError, several
@@ -258,5 +258,5 @@ def measured_answers(structure: Anatomy, data: Iterable[Any]) -> Answers:
         answers = z.argmax(-1)
         sure.append(confidences(z).T.cpu())
         same.append((answers == answers[-1]).T.cpu())
-        costs = costs or depth_products(structure, first_part(x, 1))
+        costs = costs or depth_products(structure, x)
     return Answers(torch.cat(sure), torch.cat(same), costs if costs[-1] else range(len(costs)))

@@ -146,13 +146,31 @@ class OtherLoss(nn.Module):
 
     of_classes, soft = False, None
 
-    def __init__(self, function: Callable[[Any, Any], Tensor]):
+    def __init__(self, function: Callable[[Any, Any], Tensor], tokens: bool = False):  # noqa: FBT001, FBT002
+        """Made of the function; `tokens`: outputs are logits for every token, [B, L, C]."""
         super().__init__()
         check_callable(function)
-        self.function = function
+        self.function, self.tokens = function, tokens
+
+    def targets(self, structure: Anatomy, x: Any, y: Any, *, shift: bool, look: bool = True) -> Any:
+        """What `mean` takes for y: of PyTorch's cross-entropy classes, as `aligned`."""
+        classes = isinstance(y, Tensor) and not y.is_floating_point()
+        if not (is_cross_entropy(self.function) and classes):
+            check_unshifted(shift=shift)
+            return y
+        ignored = int(getattr(self.function, "ignore_index", IGNORED))
+        y = aligned(structure, x, y.masked_fill(y == ignored, IGNORED), shift=shift, look=look)
+        return y.masked_fill(y == IGNORED, ignored)
 
     def mean(self, z: Tensor, y: Any) -> Tensor:
-        """ℓ(z, y); raises InputError unless it is one number."""
+        """ℓ(z, y); raises InputError unless it is one number.
+
+        To PyTorch's cross-entropy, which takes classes as [B, C, L], logits [B, L, C] of targets
+        [B, L] are given so.
+        """
+        last = z.dim() == 3 and isinstance(y, Tensor) and y.shape == z.shape[:2]
+        if last and is_cross_entropy(self.function) and (self.tokens or y.shape[1] != z.shape[2]):
+            z = z.movedim(-1, 1)
         value = self.function(z, y)
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
             shape = f"shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
@@ -166,11 +184,7 @@ class OtherLoss(nn.Module):
         self, structure: Anatomy, loader: Iterable[Any], need: str, *, shift: bool
     ) -> Iterator[tuple[Any, Any]]:
         """The batches (x, y) of a loader, as `any_batches`."""
-        if shift:
-            raise InputError(
-                "shift=True given with a loss that knows no classes; leave it out, and shift the "
-                "targets in the loss"
-            )
+        check_unshifted(shift=shift)
         return any_batches(structure, loader, need)
 
     def measured(
@@ -246,6 +260,20 @@ class OtherLoss(nn.Module):
                 f"{list(z.shape)}: it broadcast targets of another shape; give targets of theirs"
             )
         return value
+
+
+def is_cross_entropy(loss: object) -> bool:
+    """Tells whether it is PyTorch's cross-entropy."""
+    return isinstance(loss, nn.CrossEntropyLoss) or loss is F.cross_entropy
+
+
+def check_unshifted(*, shift: bool) -> None:
+    """Raises InputError where targets are to be shifted of which nothing is known."""
+    if shift:
+        raise InputError(
+            "shift=True given with a loss that knows no classes; leave it out, and shift the "
+            "targets in the loss"
+        )
 
 
 SampleLoss = ClassLoss | OtherLoss

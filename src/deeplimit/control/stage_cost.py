@@ -136,9 +136,11 @@ class StageCost(nn.Module):
         self.control_cost = _check_weight("control cost r", control_cost)
         check_kind(control_cost_kind)
         self.control_cost_kind: ControlCost = control_cost_kind
-        self.loss = loss if isinstance(loss, SoftCrossEntropy) else OtherLoss(loss)
         check_bare(model.model if isinstance(model, Anatomy) else model)
         self.anatomy: Anatomy = anatomy(model)
+        self.loss: SoftCrossEntropy | OtherLoss = (
+            loss if isinstance(loss, SoftCrossEntropy) else OtherLoss(loss, self.anatomy.tokens)
+        )
         self.model = self.anatomy.model
         self.weight = weight
         # The names in each group that no proximal step has been seen to charge yet.
@@ -185,9 +187,10 @@ class StageCost(nn.Module):
             self._check_charged()
         self._watch.look(self)
         at_no_cost = isinstance(y, Tensor) and y.device.type == "cpu"
-        if isinstance(self.loss, SoftCrossEntropy):
-            y = aligned(self.anatomy, x, y, shift=self.shift, look=at_no_cost or not self._looked)
-            self._looked = True
+        look = at_no_cost or not self._looked
+        targets = aligned if isinstance(self.loss, SoftCrossEntropy) else self.loss.targets
+        y = targets(self.anatomy, x, y, shift=self.shift, look=look)
+        self._looked = True
         cost, logits = self._cost(x, y)
         if at_no_cost:
             blame_inputs(x, cost)

@@ -59,9 +59,8 @@ class Trials:
         # hundreds of cuts the ones that suit these samples come first.
         count = batch_of(self._batch)
         rows = max(min(count, self._rows // 2), 1)
-        self._first, self._first_targets = (
-            part(values, slice(rows), count) for values in (self._batch, targets)
-        )
+        self._first = first_part(structure, self._batch, rows)
+        self._first_targets = part(targets, slice(batch_of(self._first)), count)
         self._answers = structure.run(self._first)
         first = of.measured(structure, self._first, self._first_targets, [self._answers])
         used, every = first["loss"].shape[1], own["loss"].shape[1]
@@ -81,7 +80,8 @@ class Trials:
         """Of a cut, for one sample."""
         key = frozenset(removed)
         if key not in self._multiply_adds:
-            self._multiply_adds[key] = multiply_adds(self._cut(key), first_part(self._batch, 1))
+            one = first_part(self.structure, self._batch, 1)
+            self._multiply_adds[key] = multiply_adds(self._cut(key), one) // batch_of(one)
         return self._multiply_adds[key]
 
     def latencies(self, removed: Collection[int]) -> tuple[float, float]:

@@ -337,6 +337,23 @@ def _sums(
     return sums
 
 
+def _that_count(state: Tensor, counts: Tensor) -> Tensor:
+    """The samples [S, …] of a state that count, of targets [B], or [B, L] of tokens.
+
+    A state may have its samples second, as recurrent networks have, several rows for each, such as
+    a text for each choice, or be of another text than the targets.
+    """
+    if state.shape[: counts.dim()] == counts.shape:
+        return state[counts]
+    counts = counts.flatten(1).any(1) if counts.dim() > 1 else counts
+    samples = len(counts)
+    if len(state) != samples and state.dim() > 2 and state.shape[1] == samples:
+        state = state.transpose(0, 1)
+    if samples and len(state) % samples == 0:
+        return state.reshape(samples, -1)[counts]
+    return state
+
+
 def _changes(structure: Anatomy, x: Any, y: Any, of: SampleLoss, states: list[Tensor]) -> Figures:
     """Relative update and influence, summed over samples with x_n ≠ 0, and their number, per layer.
 
@@ -346,13 +363,14 @@ def _changes(structure: Anatomy, x: Any, y: Any, of: SampleLoss, states: list[Te
     """
     of_tokens = of.of_classes and structure.tokens
     mask: Tensor | None = x.get("attention_mask") if isinstance(x, Mapping) else None
+    mask = None if mask is None else mask.flatten(0, -2)
     if of_tokens or (mask is not None and any(s.shape[:2] != mask.shape for s in states)):
         mask = None
-    counts = y != IGNORED if of.of_classes else slice(None)
 
     def rows(state: Tensor) -> Tensor:
         state = state if mask is None else state.masked_fill((mask == 0)[..., None], 0)
-        return state[counts].flatten(1).double()
+        every = _that_count(state, y != IGNORED) if of.of_classes else state
+        return every.flatten(1).double()
 
     table = []
     for n in range(len(states) - 1):

@@ -232,7 +232,8 @@ def verify_crop(
         # Each layer of one is as large as the other's, or they are not alike.
         alike = _forms(structure.model) == _forms(after)
         times = latencies([structure.run] if alike else [structure.run, smaller.run], first)
-        products = [multiply_adds(own, first_part(first, 1)) for own in (structure, smaller)]
+        one = first_part(structure, first, 1)
+        products = [multiply_adds(own, one) // batch_of(one) for own in (structure, smaller)]
         best = constant.losses()
     if right is None:
         verdict, agreement = judge_losses(losses[0], losses[1], best, tolerance), math.nan
