@@ -198,6 +198,52 @@ def test_in_training_mode_all_samples_go_to_the_end() -> None:
     assert not torch.equal(early.eval()(x), model(x))
 
 
+@pytest.mark.parametrize(("make", "x"), [(Own, X), CASES[1][1:]], ids=["own", "chain"])
+@torch.no_grad()
+def test_of_depths_in_one_another_the_innermost_counts(make: Callable[[], Any], x: Tensor) -> None:
+    model = make().to(x.dtype).eval()
+    expected = [crop(model, n)(x) for n in range(1, 5)]
+    with at_depth(model, 2):
+        for n in (4, 1, 3):
+            with at_depth(model, n):
+                assert torch.equal(model(x), expected[n - 1])
+            assert torch.equal(model(x), expected[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [False, True])
+@torch.no_grad()
+def test_a_compiled_model_stops_too(before: bool) -> None:
+    """Whether it was called before or not; nothing that was compiled inside stays."""
+    model = Own().eval()
+    compiled = torch.compile(model, backend="eager")
+    if before:
+        compiled(X)
+    for n in (1, 3):
+        with at_depth(compiled, n):
+            assert torch.equal(compiled(X), crop(model, n)(X))
+    assert torch.equal(compiled(X), model(X))
+
+
+@torch.no_grad()
+def test_threads_stop_one_model_at_several_depths() -> None:
+    """Also while it is read for one of them."""
+    model = Own().eval()
+    expected, wrong = [crop(model, n)(X) for n in (1, 2, 3, 4)], []
+
+    def serve(n: int) -> None:
+        for _ in range(10):
+            with at_depth(model, n + 1):
+                wrong.extend([] if torch.equal(model(X), expected[n]) else [n])
+
+    threads = [threading.Thread(target=serve, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 @torch.no_grad()
 def test_threads_take_turns() -> None:
     model = chain().eval()

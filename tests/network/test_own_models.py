@@ -193,6 +193,20 @@ def test_blocks_may_stand_in_a_dict() -> None:
     assert torch.equal(smaller(X), model.end(model.parts["out"](model.parts["norm"](h))))
 
 
+@torch.no_grad()
+def test_what_a_hook_changes_of_a_block_is_part_of_it() -> None:
+    model = Own().eval()
+    model.body[1].register_forward_pre_hook(lambda _, args: (1.5 * args[0],))
+    model.body[2].register_forward_hook(lambda _, __, y: 0.5 * y)
+    states, _ = anatomy(model).states(X)
+    z = anatomy(model).logits(states)
+    h = model.stem(X)
+    for n, step in enumerate(model.body):
+        assert torch.equal(states[n], h)
+        assert torch.equal(z[n], model.end(torch.tanh(h)))
+        h = step(h)
+
+
 def test_nested_tensors_are_no_states() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:

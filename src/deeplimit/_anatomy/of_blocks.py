@@ -102,7 +102,9 @@ class OfBlocks(Anatomy):
             if calls[end] % len(numbers.get(end, [0])) == 0:
                 hook(len(self._blocks), cast(Tensor, state_of(y)))
 
-        handles = [b.register_forward_pre_hook(enters, with_kwargs=True) for b in numbers]
+        handles = [
+            b.register_forward_pre_hook(enters, with_kwargs=True, prepend=True) for b in numbers
+        ]  # before those that change what enters, which are part of the block
         return [*handles, self._end.register_forward_hook(leaves)]
 
     def register_leaving_hook(self, n: int, hook: Callable[[Tensor], None]) -> RemovableHandle:

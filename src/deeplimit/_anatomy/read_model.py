@@ -34,6 +34,7 @@ from deeplimit._anatomy.inputs import (
 from deeplimit._anatomy.of_blocks import ChainAnatomy, OfBlocks
 from deeplimit._anatomy.other_depths import check_kept, check_rebuilt, with_times
 from deeplimit._anatomy.stacks import Block, beside, find_blocks
+from deeplimit._anatomy.stand_ins import standing_aside
 from deeplimit.errors import InputError
 
 READ_AS = "_deeplimit_read_as"  # on a model: the example and the blocks that were given for it
@@ -380,7 +381,8 @@ def anatomy(
     before = vars(model).get(READ_AS, (None, None))
     given = example if example is not None else before[0]
     meant = blocks if blocks is not None else before[1]
-    structure = read_model(model, given, meant)
+    with standing_aside(model):
+        structure = read_model(model, given, meant)
     if example is not None or blocks is not None:
         vars(model)[READ_AS] = structure.example(), structure.name
     return structure

@@ -95,7 +95,9 @@ class Watch:
         """Runs a forward; its answer."""
         with ExitStack() as stack:
             for module in self._modules:
-                hook = module.register_forward_pre_hook(self._enters, with_kwargs=True)
+                hook = module.register_forward_pre_hook(
+                    self._enters, with_kwargs=True, prepend=True
+                )
                 stack.callback(hook.remove)
                 stack.callback(module.register_forward_hook(self._leaves).remove)
             return forward()

@@ -1,7 +1,9 @@
 """Stand-ins for a block for a while: in front of its hooks, or where its cost is charged."""
 
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -11,25 +13,58 @@ from torch import Tensor, nn
 from deeplimit.errors import InputError
 
 PLACE = "_compiled_call_impl"  # what nn.Module calls first, where it is there
+PASSING = threading.RLock()  # while functions stand in for the blocks that a network passes
 
 StandIn = Callable[..., Any]
 BlockCost = Callable[[Tensor, Tensor], Tensor]  # of the states that enter and leave
 
 
+class StandingIn:
+    """Stands in for a module, whose `own` call it is not."""
+
+    def __init__(self, function: StandIn, own: StandIn):
+        self.function, self.own = function, own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns."""
+        return self.function(*args, **kwargs)
+
+
 @contextmanager
 def standing_in(stand_ins: Mapping[nn.Module, StandIn]) -> Iterator[None]:
-    """Calls these functions for these modules: no hook of a module runs, and nothing of it else."""
+    """Calls these functions for these modules: no hook of a module runs, and nothing of it else.
+
+    What torch.compile made of a model around them would call the modules themselves; meanwhile it
+    is not used.
+    """
     kept = [(module, vars(module).get(PLACE)) for module in stand_ins]
     for module, function in stand_ins.items():
-        vars(module)[PLACE] = function
+        vars(module)[PLACE] = StandingIn(function, own_call(module))
+    compiled = "torch._dynamo" in sys.modules
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module, before in kept:
             if before is None:
                 vars(module).pop(PLACE, None)
             else:
                 vars(module)[PLACE] = before
+
+
+@contextmanager
+def standing_aside(model: nn.Module) -> Iterator[None]:
+    """A model runs its own modules, once no other thread has put functions in their places."""
+    with PASSING:
+        placed = [(vars(module), vars(module).get(PLACE)) for module in model.modules()]
+        stand_ins = [(own, one) for own, one in placed if isinstance(one, StandingIn)]
+        for own, one in stand_ins:
+            own[PLACE] = one.own
+        try:
+            yield
+        finally:
+            for own, one in stand_ins:
+                own[PLACE] = one
 
 
 class MethodStandIn:
@@ -63,8 +98,9 @@ class MethodStandIn:
 
 
 def own_call(module: nn.Module) -> StandIn:
-    """The function that a call of a module runs now, whatever stands in for it later."""
-    return vars(module).get(PLACE) or module._call_impl  # noqa: SLF001
+    """The function that a call of a module runs where nothing stands in for it."""
+    placed: StandIn = vars(module).get(PLACE) or module._call_impl  # noqa: SLF001
+    return placed.own if isinstance(placed, StandingIn) else placed
 
 
 def state_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

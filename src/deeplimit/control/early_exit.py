@@ -1,6 +1,5 @@
 """Early exit: each sample leaves a network at the first depth that is sure of it."""
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +10,9 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.checks import shown
 from deeplimit._anatomy.inputs import answer, parameters_of
+from deeplimit._anatomy.stand_ins import PASSING
 from deeplimit.control.batches import inside, part, rebuilt, tensors_in
 from deeplimit.errors import InputError
-
-# While a network passes some of its layers, functions stand in for its blocks.
-PASSING = threading.RLock()
 
 
 @contextmanager
@@ -24,7 +21,8 @@ def at_depth(model: nn.Module | Anatomy, depth: int) -> Iterator[None]:
 
     It is the same module: no parameter is copied, and its `state_dict` is as ever. Layers that are
     not run are bypassed, so that the answer is z_depth of the profile and of `crop(model, depth)`.
-    In evaluation and in training mode; one thread at a time.
+    In evaluation and in training mode; one thread at a time. Where depths are nested the innermost
+    is that at which it stops. A model that was compiled runs as it is meanwhile.
 
         >>> with at_depth(model, 1):
         ...     z = model(x)
