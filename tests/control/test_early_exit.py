@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from own_models import Own, X
@@ -204,7 +205,7 @@ def test_of_depths_in_one_another_the_innermost_counts(make: Callable[[], Any], 
     model = make().to(x.dtype).eval()
     expected = [crop(model, n)(x) for n in range(1, 5)]
     with at_depth(model, 2):
-        for n in (4, 1, 3):
+        for n in (4, np.int64(1), torch.tensor(3)):
             with at_depth(model, n):
                 assert torch.equal(model(x), expected[n - 1])
             assert torch.equal(model(x), expected[1])
@@ -375,6 +376,8 @@ def test_too_few_samples_show_no_risk() -> None:
             "threshold of depth 1 is 1.5; expected a confidence",
         ),
         (lambda: at_depth(chain(), 7).__enter__(), "depth 7 given; expected .* from 0 to 6"),
+        (lambda: at_depth(chain(), True).__enter__(), "depth True given"),
+        (lambda: crop(chain(), True), "depth True given"),
         (lambda: exit_depths(chain(), []), "the loader gave no sample"),
         (lambda: exit_depths(chain(), [], risk=0.0), "risk is 0.0; expected a fraction above 0"),
         (lambda: exit_depths(chain(), [], exits=[6]), "expected depths from 0 to 5"),

@@ -9,7 +9,15 @@ from model_families import CLASSES, sample
 from profiles import profile
 from torch import nn
 
-from deeplimit import InputError, SoftCrossEntropy, choose_cut, crop, turnpike_profile, verify_crop
+from deeplimit import (
+    InputError,
+    SoftCrossEntropy,
+    choose_cut,
+    crop,
+    every_depth,
+    turnpike_profile,
+    verify_crop,
+)
 from deeplimit.control import layers_to_remove, picture_trajectories, verifying
 from deeplimit.control.batches import aligned
 from deeplimit.control.verdict import judge, loss_bounds
@@ -107,6 +115,13 @@ def test_batches_without_a_sample_are_not_told_as_targets_that_count_nowhere(
             call(model, empty, LOSS)
     assert repr(turnpike_profile(model, [*empty, (x, y), *empty], LOSS)) == repr(made)
     assert choose_cut(model, made, [*empty, (x, y)], blocks=2).samples == 6
+    assert every_depth(model, [*empty, (x, y)], LOSS).costs.latency_batch == len(y)
+
+
+def test_single_samples_are_no_batches(model: nn.Module) -> None:
+    x, y = improving(model, 12)[0]
+    with pytest.raises(InputError, match=r"gives single samples; .* batch_size=64\)"):
+        turnpike_profile(model, list(zip(x, y, strict=True)), LOSS)
 
 
 def test_targets_that_are_no_tensor_are_told_in_one_line_everywhere(model: nn.Module) -> None:

@@ -354,6 +354,24 @@ def test_labels_may_stand_in_a_mapping() -> None:
     assert turnpike_profile(model, split(batch), loss) == turnpike_profile(model, pairs, loss)
 
 
+@torch.no_grad()
+def test_a_decoder_is_given_its_labels_as_inputs_one_place_further_on() -> None:
+    """As transformers does where a batch holds no others; labels may be the encoder's inputs."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, pad_token_id=0
+    )
+    config.decoder_start_token_id = 0
+    model = transformers.T5ForConditionalGeneration(config).double().eval()
+    ids = torch.arange(3, 39).view(4, 9)
+    for labels in (ids, ids.flip(1).masked_fill(ids % 4 == 0, -100)):
+        batch = {"input_ids": ids, "attention_mask": (ids > 5).long(), "labels": labels}
+        structure = anatomy(model, blocks="decoder.block")
+        made = turnpike_profile(structure, [batch], nn.CrossEntropyLoss())
+        assert made.loss[-1] == pytest.approx(float(model(**batch).loss), rel=1e-12)
+
+
 def test_inputs_may_be_several() -> None:
     class Two(nn.Sequential):
         def forward(self, x: Tensor, more: Tensor) -> Tensor:

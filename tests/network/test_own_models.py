@@ -207,6 +207,20 @@ def test_what_a_hook_changes_of_a_block_is_part_of_it() -> None:
         h = step(h)
 
 
+@pytest.mark.filterwarnings("ignore:torch:DeprecationWarning", "ignore:torch:UserWarning")
+@torch.no_grad()
+def test_quantised_blocks_without_parameters_are_blocks() -> None:
+    """Their activations' scale is that of a batch, so that each state meets the head alone."""
+    model = torch.ao.quantization.quantize_dynamic(Own().eval(), {nn.Linear})
+    states, logits = anatomy(model, example=X).states(X)
+    z, h = anatomy(model).logits(states, x=X), model.stem(X)
+    for n, step in enumerate(model.body):
+        assert torch.equal(z[n], model.end(torch.tanh(h)))
+        assert n == 0 or torch.equal(crop(model, n)(X), z[n])
+        h = step(h)
+    assert torch.equal(z[-1], logits)
+
+
 def test_nested_tensors_are_no_states() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:

@@ -75,6 +75,11 @@ def pairs(
         match parts:
             case (x, y) if are_inputs(x):
                 y, x = classes_of(y).to(device), to_device(x, device)
+                if not y.dim():
+                    raise InputError(
+                        "the loader gives single samples; expected batches (x, y): put "
+                        "torch.utils.data.DataLoader(…, batch_size=64) around the data"
+                    )
                 inputs: list[Any] = []
                 mapped(inputs.append, x)
                 if y.numel() or any(value.numel() for value in inputs):

@@ -295,7 +295,9 @@ class HeadTrial:
         at_once = [inputs] if len(inputs) * own.numel() < MOST else []
         for group in (*at_once, *([one] for one in inputs)):
             several, expected = len(group) + 1, torch.cat([own] * len(group))
-            every = torch.cat([otherwise(states), *[states] * len(group)])
+            # Larger ones, which set the scale of a head that is quantised by the batch.
+            beside = 2 * otherwise(states)
+            every = torch.cat([beside, *[states] * len(group)])
             z = self._tried(every, joined([group[0], *group], several * samples))
             if z is None:
                 if len(group) == 1 and group[0] is inputs[0]:

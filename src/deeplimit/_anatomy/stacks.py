@@ -239,7 +239,9 @@ def _blocks_of(container: nn.Module, seen: Calls) -> list[nn.Module]:
 def _is_block(module: nn.Module, seen: Calls) -> bool:
     """Tells whether it has parameters, and keeps the shape or has a shortcut."""
     calls = seen.get(module)
-    if not calls or next(module.parameters(), None) is None:
+    weights = next(module.parameters(), None) is not None
+    # As torch.ao keeps quantised ones.
+    if not calls or not (weights or any(hasattr(m, "_packed_params") for m in module.modules())):
         return False
     if isinstance(module, LISTS) and any(_is_block(child, seen) for child in module.children()):
         return False  # a stage of blocks

@@ -22,7 +22,9 @@ def labelled(structure: Anatomy, loader: Iterable[Any]) -> Iterator[Any]:
         yield (x, batch["labels"]) if x and "labels" in batch else batch
 
 
-def any_batches(structure: Anatomy, loader: Iterable[Any], need: str) -> Iterator[tuple[Any, Any]]:
+def any_batches(
+    structure: Anatomy, loader: Iterable[Any], need: str | None = None
+) -> Iterator[tuple[Any, Any]]:
     """The batches (x, y) of a loader that hold samples, on the model's device, whatever y is.
 
     Of a batch that is a mapping x is what the model's forward takes and is no target, and y the
@@ -43,7 +45,7 @@ def any_batches(structure: Anatomy, loader: Iterable[Any], need: str) -> Iterato
         if batch_of(x):
             empty = False
             yield _each(x, lambda v: v.to(device)), _each(y, lambda v: v.to(device))
-    if empty:
+    if empty and need is not None:
         raise InputError(f"the loader gave no sample; {need}")
 
 
@@ -118,7 +120,12 @@ def _inputs_of(structure: Anatomy, batch: Mapping[str, Any]) -> dict[str, Any]:
     takes = parameters_of(unwrapped(structure.model))
     anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     named = {k: v for k, v in batch.items() if not _is_target(k) and v is not None}
-    return {k: v for k, v in named.items() if k in takes} or (named if anything else {})
+    given, labels = {k: v for k, v in named.items() if k in takes}, batch.get("labels")
+    key, made = "decoder_input_ids", "prepare_decoder_input_ids_from_labels"
+    model: Any = unwrapped(structure.model)
+    if given and labels is not None and key in takes and key not in given and hasattr(model, made):
+        given[key] = getattr(model, made)(labels=labels)
+    return given or (named if anything else {})
 
 
 def aligned(structure: Anatomy, x: Inputs, y: object, *, shift: bool, look: bool = True) -> Tensor:
@@ -138,7 +145,7 @@ def aligned(structure: Anatomy, x: Inputs, y: object, *, shift: bool, look: bool
             )
         return y
     named = x if isinstance(x, Mapping) else {}
-    given = x if isinstance(x, Tensor) else named.get("input_ids")
+    given = x if isinstance(x, Tensor) else named.get("decoder_input_ids", named.get("input_ids"))
     if look and given is not None and given.shape == y.shape and not given.is_floating_point():
         _check(given, y, shift=shift)
     if not shift or y.dim() != 2:

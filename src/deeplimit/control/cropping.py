@@ -1,7 +1,6 @@
 """Cutting the layers that do nothing, at once or by and by."""
 
 from collections.abc import Callable, Iterable
-from operator import index
 from typing import Any, Literal, SupportsIndex, cast
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy, check_rebuilt
 from deeplimit._anatomy.by_branch import ByBranch, check_granularity
-from deeplimit._anatomy.checks import check_number, layer_numbers, shown
+from deeplimit._anatomy.checks import check_count, check_number, layer_numbers, shown
 from deeplimit._anatomy.stand_ins import MethodStandIn, state_among, state_of, with_state
 from deeplimit.control.bridge import bridge as build_bridge
 from deeplimit.control.cut_choice import CutChoice
@@ -114,13 +113,11 @@ def crop(
         remove = layers_to_remove(depth)
     elif depth is not None:
         try:
-            kept = index(depth)
-        except TypeError:
-            kept = -1
-        if not 0 <= kept <= horizon:
+            kept = check_count("depth", depth, 0, horizon)
+        except InputError:
             raise InputError(
                 f"depth {depth} given; the model has {several(horizon, 'layer')}: 0 … {horizon}"
-            )
+            ) from None
         remove = range(kept, horizon)
     if isinstance(structure, ByBranch):
         gone = structure.numbers(() if remove is None else remove)

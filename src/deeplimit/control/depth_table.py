@@ -1,9 +1,9 @@
 """Every depth of one network: what it answers there, and what that costs."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, pairwise
 from statistics import median
 from time import perf_counter
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from deeplimit._anatomy.inputs import batch_of
 from deeplimit.control.batches import any_batches, first_part
 from deeplimit.control.early_exit import at_depth
 from deeplimit.control.losses import Loss
-from deeplimit.control.turnpike import NEED, TurnpikeProfile, turnpike_profile
+from deeplimit.control.turnpike import TurnpikeProfile, turnpike_profile
 from deeplimit.control.verifying import (
     LATENCY_ROUNDS,
     LATENCY_SECONDS,
@@ -221,12 +221,17 @@ def every_depth(
     """
     structure: Anatomy = anatomy(model)
     check_depth(recommended, structure.horizon)
-    batches = begun(data)
-    given = list(islice(batches, 1))
-    profile = turnpike_profile(structure, chain(given, batches), loss, shift=shift)
+    given: list[Any] = []
+
+    def noted(batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            yield batch
+            if not given:
+                given.extend(any_batches(structure, [batch]))
+
+    profile = turnpike_profile(structure, noted(begun(data)), loss, shift=shift)
     with evaluating(structure.model):
-        x, _ = next(any_batches(structure, given, NEED))
-        costs = depth_costs(structure, x)
+        costs = depth_costs(structure, given[0][0])
     return DepthTable(**vars(profile), costs=costs, recommended=recommended)
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy
-from deeplimit._anatomy.checks import shown
+from deeplimit._anatomy.checks import check_count, shown
 from deeplimit._anatomy.inputs import answer, parameters_of
 from deeplimit._anatomy.stand_ins import PASSING
 from deeplimit.control.batches import inside, part, rebuilt, tensors_in
@@ -16,7 +16,7 @@ from deeplimit.errors import InputError
 
 
 @contextmanager
-def at_depth(model: nn.Module | Anatomy, depth: int) -> Iterator[None]:
+def at_depth(model: nn.Module | Anatomy, depth: SupportsIndex) -> Iterator[None]:
     """Stops a model after `depth` layers, x_depth → head, in each call of it inside.
 
     It is the same module: no parameter is copied, and its `state_dict` is as ever. Layers that are
@@ -37,8 +37,8 @@ def at_depth(model: nn.Module | Anatomy, depth: int) -> Iterator[None]:
         InputError: there is no such depth, or a model that cannot be read.
     """
     structure = anatomy(model)
-    _check_depths(structure, [depth], structure.horizon)
-    with PASSING, structure.passing(0, None, depth):
+    (last,) = _check_depths(structure, [depth], structure.horizon)
+    with PASSING, structure.passing(0, None, last):
         yield
 
 
@@ -72,9 +72,10 @@ class EarlyExit(nn.Module):
         self, model: nn.Module, thresholds: Mapping[int, float] | Iterable[tuple[int, float]]
     ):
         super().__init__()
-        given = dict(thresholds)
+        pairs = dict(thresholds)
         structure: Anatomy = anatomy(model)
-        _check_depths(structure, given, structure.horizon - 1)
+        depths = _check_depths(structure, pairs, structure.horizon - 1)
+        given = dict(zip(depths, pairs.values(), strict=True))
         for n, threshold in given.items():
             if not 0 <= threshold <= 1:
                 raise InputError(
@@ -141,14 +142,18 @@ def confidences(z: Tensor) -> Tensor:
     return z.softmax(-1).amax(-1)
 
 
-def _check_depths(structure: Anatomy, depths: Any, most: int) -> None:
+def _check_depths(structure: Anatomy, depths: Iterable[Any], most: int) -> list[int]:
+    """The depths as Python's whole numbers; those of NumPy and tensors of one are some."""
+    checked = []
     for n in depths:
-        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= most:
-            name = type(structure.model).__name__
+        try:
+            checked.append(check_count("depth", n, 0, most))
+        except InputError:
             raise InputError(
                 f"depth {n!r} given; expected a whole number from 0 to {most}, of the "
-                f"{structure.horizon} layers of {name}"
-            )
+                f"{structure.horizon} layers of {type(structure.model).__name__}"
+            ) from None
+    return checked
 
 
 def _plain(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
