@@ -55,9 +55,14 @@ def begun(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def are_inputs(x: Any) -> bool:
-    """Tells whether it is a tensor, tensors by name, or several of which one is a tensor."""
-    several = isinstance(x, tuple | list) and any(isinstance(part, Tensor) for part in x)
-    return several or isinstance(x, Tensor | Mapping)
+    """Tells whether it is a tensor, tensors by name, or several of which one is a tensor.
+
+    A tuple, or a list, which a DataLoader makes of it; a list of one is none.
+    """
+    if isinstance(x, Tensor | Mapping):
+        return True
+    several = isinstance(x, tuple) or (isinstance(x, list) and len(x) > 1)
+    return several and any(isinstance(part, Tensor) for part in x)
 
 
 def pairs(
