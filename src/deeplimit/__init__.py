@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from deeplimit.errors import InputError, RunError
-from deeplimit.lazy import lazy
+from deeplimit.extras import lazy
 
 if TYPE_CHECKING:
     from deeplimit.control import (

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from deeplimit.lazy import lazy
+from deeplimit.extras import lazy
 
 if TYPE_CHECKING:
     from deeplimit.data.dataset import Augmentation, DataSet, Split, Standardisation, iter_batches

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from deeplimit.lazy import lazy
+from deeplimit.extras import lazy
 
 if TYPE_CHECKING:
     from deeplimit.ode._smoothness import Smoothness, StageSmoothness, smoothness

@@ -5,7 +5,7 @@ A file for each subject holds its words, its table and its figures.
 
 from typing import TYPE_CHECKING
 
-from deeplimit.lazy import lazy
+from deeplimit.extras import lazy
 
 if TYPE_CHECKING:
     from deeplimit.report.console import (

@@ -11,7 +11,9 @@ from torch import nn
 
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit.control import (
+    CutChoice,
     SoftCrossEntropy,
+    TurnpikeProfile,
     bridge_of,
     choose_cut,
     control_norms,
@@ -150,11 +152,7 @@ def crop_run(
         if budget or structure.stages > 1 or data.vocabulary or confidence is not None:
             quality = {"rise" if data.vocabulary else "accuracy": most, "confidence": confidence}
             limit: dict[str, Any] = budget or quality
-            loss, validation = None, evaluation_batches(data.validation)
-            if data.vocabulary:
-                loss = building.WindowLoss()
-            with fitting_threads(recipe):
-                choice = choose_cut(model, profiles.validation, validation, loss=loss, **limit)
+            choice = chosen(model, recipe, data, profiles.validation, **limit)
             removed = choice.removed
         else:
             tail = layers_to_remove(profiles.validation, most)
@@ -173,6 +171,21 @@ def crop_run(
         if new.healing() is None:  # of another cut
             new.files.drop(*HEALED)
     return cut
+
+
+def chosen(
+    model: nn.Module,
+    recipe: Recipe,
+    data: DataSet,
+    profile: TurnpikeProfile | None = None,
+    **limit: Any,
+) -> CutChoice:
+    """The cut of layers from any place that validation data choose within a limit."""
+    loss, validation = building.measure_of(recipe, data), evaluation_batches(data.validation)
+    with fitting_threads(recipe):
+        profile = profile or turnpike_profile(model, validation, loss)
+        tokens = loss if data.vocabulary else None
+        return choose_cut(model, profile, validation, loss=tokens, **limit)
 
 
 def allowed(recipe: Recipe, data: DataSet, *, accuracy: float | None, rise: float | None) -> float:

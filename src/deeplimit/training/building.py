@@ -17,7 +17,6 @@ from deeplimit.control.verdict import check_rise, check_tolerance
 from deeplimit.control.verifying import CropResult
 from deeplimit.data import Augmentation, DataSet, Split, iter_batches, load_dataset
 from deeplimit.errors import InputError
-from deeplimit.gradient import use_adjoint
 from deeplimit.memory import OBJECTS, require
 from deeplimit.network import (
     Architecture,
@@ -248,19 +247,6 @@ def outside(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _shape(value: Tensor | None) -> str:
     return "not there" if value is None else "×".join(map(str, value.shape)) or "a number"
-
-
-def build_objective(start: Start, model: nn.Module) -> StageCost:
-    """Makes the objective around a model, which is switched to the recipe's gradient.
-
-    Of how far rebuilt states are off the training itself tells: for all processes together.
-    """
-    recipe = start.recipe
-    if recipe.gradient == "adjoint":
-        evaluations = None if recipe.bits else recipe.evaluations
-        use_adjoint(model, evaluations=evaluations, bits=recipe.bits, on_drift="ignore")
-    freeze_frame(recipe, model)
-    return stage_cost(recipe, start.data, model, start.objective)
 
 
 def stage_cost(

@@ -13,18 +13,18 @@ from torch import nn
 from deeplimit._anatomy import anatomy
 from deeplimit._anatomy.checks import layer_numbers
 from deeplimit._anatomy.evaluation import device_of, to_device
-from deeplimit.control import Distillation, StageCost, choose_cut, crop, turnpike_profile
+from deeplimit.control import Distillation, StageCost, crop
 from deeplimit.control.distillation import check_teaching
 from deeplimit.data import DataSet
 from deeplimit.errors import InputError, several
 from deeplimit.files import remove, write_text
 from deeplimit.records import read_record, to_plain
 from deeplimit.training import building
-from deeplimit.training.analysis import HEALED, allowed, write_cut
+from deeplimit.training.analysis import HEALED, allowed, chosen, write_cut
 from deeplimit.training.building import Fade, Start, compared, evaluation_batches, run_data
 from deeplimit.training.fit import fit, launched
 from deeplimit.training.given_model import check_model
-from deeplimit.training.processes import alone_in, fitting_threads, place, usable_device
+from deeplimit.training.processes import alone_in, place, usable_device
 from deeplimit.training.recipe import Recipe
 from deeplimit.training.results import Cut, Healing, Parts, Plan, Tried
 from deeplimit.training.run_files import alone
@@ -97,10 +97,8 @@ def heal(
     recipe = recipe or Recipe(
         data=data.name, model=name, epochs=1, learning_rate=3e-4, weight_decay=0.0, stage_cost=0.0
     )
-    recipe, objective = place(recipe), _taught(None)
-    if teacher is not None:
-        check_teaching(teacher_weight, temperature)
-        objective = _taught(teacher, teacher_weight, temperature, learns=teacher_learns)
+    recipe = place(recipe)
+    objective = _taught(teacher, teacher_weight, temperature, learns=teacher_learns)
     sample = to_device(next(iter(evaluation_batches(data.train.take(1))))[0], device_of(model))
     for network in (model, teacher or model):
         check_model(network, sample, data, name, replace(recipe, data=data.name))
@@ -121,6 +119,7 @@ def _taught(
     """The objective of a training with a teacher, or without."""
     if teacher is None:
         return StageCost
+    check_teaching(weight, temperature)
     return partial(
         Distillation,
         teacher=teacher,
@@ -332,7 +331,8 @@ def search_run(
         low, high = max(fixed, 1) - 1, horizon
         while high - low > 1:
             depth = (low + high) // 2
-            gone = _chosen(current, recipe, data, depth)
+            current = current.to(usable_device(recipe))
+            gone = chosen(current, recipe, data, blocks=depth).removed
             begun = copy.deepcopy(current).cpu()
             start = Start(recipe, data, begun, _taught(full), Fade(gone, FADE))
             under = file.with_name(str(depth))
@@ -364,13 +364,3 @@ def search_run(
             cut = write_cut(new, cut, current)
             new.files.drop(*HEALED, SEARCH)
     return cut
-
-
-def _chosen(model: nn.Module, recipe: Recipe, data: DataSet, depth: int) -> tuple[int, ...]:
-    """The layers that go where so many are to be kept."""
-    model, validation = model.to(usable_device(recipe)), evaluation_batches(data.validation)
-    loss = building.measure_of(recipe, data)
-    with fitting_threads(recipe):
-        profile = turnpike_profile(model, validation, loss)
-        other = loss if data.vocabulary else None
-        return choose_cut(model, profile, validation, loss=other, blocks=depth).removed

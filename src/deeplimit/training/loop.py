@@ -20,7 +20,7 @@ from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.control import Distillation, Fading, crop, turnpike_profile
 from deeplimit.control.soft_cross_entropy import check_loss
 from deeplimit.errors import InputError, RunError
-from deeplimit.gradient import MemoryPlan, drift
+from deeplimit.gradient import MemoryPlan, drift, use_adjoint
 from deeplimit.gradient.accuracy import Measurement
 from deeplimit.gradient.automatic import EVERY, followed
 from deeplimit.gradient.codes import BITS
@@ -69,14 +69,17 @@ class Training:
         if self.fade is not None:
             # Before the adjoint, which then rebuilds the states of a faded block too.
             self._fadings = [Fading(m, self.fade.layers) for m in (self.network, model)]
-        self.objective = building.build_objective(start, model)
         self.drift = None
         self.plan: MemoryPlan | None = None
         if recipe.gradient == "adjoint":
-            self.drift = DriftWatch(fabric, self.objective.model)
-            (engine,) = engines(self.objective.model)
+            evaluations = None if recipe.bits else recipe.evaluations
+            use_adjoint(model, evaluations=evaluations, bits=recipe.bits, on_drift="ignore")
+            self.drift = DriftWatch(fabric, model)  # tells it, for all processes together
+            (engine,) = engines(model)
             if engine.auto is not None:
                 engine.auto.remove()  # all processes follow one plan, which is made below
+        building.freeze_frame(recipe, model)
+        self.objective = building.stage_cost(recipe, self.data, model, start.objective)
         self.module: Any = fabric.setup_module(self.objective)
         # Only now: under fsdp the parameters have become other objects.
         learns = isinstance(self.objective, Distillation) and self.objective.learns

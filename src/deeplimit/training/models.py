@@ -36,15 +36,8 @@ from deeplimit.network.weights import read_safetensors
 from deeplimit.ode import untie
 from deeplimit.reading import parse_json
 from deeplimit.records import coerce
-from deeplimit.training.library_models import (
-    IMAGES,
-    PREPROCESSOR,
-    LoadedModel,
-    other_model,
-    preprocessor,
-    quiet,
-    transformers_model,
-)
+from deeplimit.training import library_models
+from deeplimit.training.library_models import IMAGES, LoadedModel, transformers_model
 from deeplimit.training.run_files import SUFFIX, as_vouched
 from deeplimit.training.specification import LIBRARIES, check_code
 
@@ -69,7 +62,7 @@ def load_single(
         if module is not None:
             return _of_function(spec, module, name)
         if source != "transformers":
-            return other_model(source, name, classes)
+            return library_models.other_model(source, name, classes)
         name = str(as_vouched(Path(name))) if Path(name).is_dir() else name
         return transformers_model(name, classes, new_head=new_head, task=task)
 
@@ -194,10 +187,11 @@ def _save_folder(
     if len([*model.parameters()]) < len([*model.named_parameters(remove_duplicate=False)]):
         model = untie(model)  # transformers writes no file in which layers share parameters
     with whole(place, folder=True) as aside:
-        with quiet(hf := import_module("transformers")), file_errors():
+        with library_models.quiet(hf := import_module("transformers")), file_errors():
             model.save_pretrained(aside)
             if tokenizer is not None:
                 where: Any = {"local_files_only": True, "trust_remote_code": False}
                 hf.AutoTokenizer.from_pretrained(tokenizer, **where).save_pretrained(aside)
         if standardisation is not None:
-            (aside / PREPROCESSOR).write_text(json.dumps(preprocessor(standardisation), indent=2))
+            said = json.dumps(library_models.preprocessor(standardisation), indent=2)
+            (aside / library_models.PREPROCESSOR).write_text(said)

@@ -114,14 +114,14 @@ class Lines(Observer):
     def epoch(self, row: Row) -> None:
         """A line."""
         seconds = f"{row['seconds']:.1f} s"
-        tell(f"epoch {row['epoch']:.0f}/{self.epochs}  {self.described(row)}  {seconds}")
+        self.start(f"epoch {row['epoch']:.0f}/{self.epochs}  {self.described(row)}  {seconds}")
 
     def warn(self, message: str) -> None:
-        """A line."""
-        tell(f"warning: {message}")
+        """A line, above the bar where there is one."""
+        self.start(f"warning: {message}")
 
 
-class Bar(Observer):
+class Bar(Lines):
     """A bar over all steps, with the running loss and accuracy, the entry, the time left."""
 
     def __init__(
@@ -171,10 +171,6 @@ class Bar(Observer):
         self.last = f"  {self.validated(row)}"
         following = min(int(row["epoch"] or 0) + 1, self.epochs)
         self.progress.update(self.task, figures=self.described(row), epoch=following)
-
-    def warn(self, message: str) -> None:
-        """Says it above the bar."""
-        self.progress.console.print(f"warning: {message}", highlight=False, markup=False)
 
     def __exit__(self, *_: object) -> None:
         """Leaves the bar as it is."""

@@ -167,11 +167,10 @@ class Recipe:
         if self.frame is not None:  # wherever the recipe is read again
             object.__setattr__(self, "frame", self.frame.absolute())
         check_ranges(self)
-        for wrong, name, what in conflicts(self):
-            if wrong:
-                value = getattr(self, name, None)
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise InputError(f"{name} is {shown}{what}" if name else what)
+        for name, what in conflicts(self):
+            value = getattr(self, name, None)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise InputError(f"{name} is {shown}{what}" if name else what)
 
     @classmethod
     def from_toml(cls, path: str | Path, *, trust: bool = False) -> "Recipe":

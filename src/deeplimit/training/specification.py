@@ -223,55 +223,63 @@ def check_ranges(recipe: Recipe) -> None:
                 "32 bits holds: give a smaller one"
             )
     sure = 0.95 if recipe.confidence is None else recipe.confidence
+    soft = "a number above 0 and below 1 − 1/C for C classes, such as 0.05"
     for name, right, expected in (
-        ("softness", 0 < recipe.softness < 1, "a number above 0 and below 1 − 1/C for C classes"),
-        ("points", 0 <= recipe.points < 50, "from 0 to less than 50 points of accuracy"),
-        ("confidence", 0.5 < sure < 1, "a fraction above 0.5 and below 1"),
+        ("softness", 0 < recipe.softness < 1, soft),
+        (
+            "points",
+            0 <= recipe.points < 50,
+            "from 0 to less than 50 points of accuracy, such as 0.5",
+        ),
+        ("confidence", 0.5 < sure < 1, "a fraction above 0.5 and below 1, such as 0.95"),
     ):
         if not right:
-            example = {"softness": 0.05, "points": 0.5, "confidence": 0.95}[name]
-            value = getattr(recipe, name)
-            raise InputError(f"{name} is {value:g}; expected {expected}, such as {example}")
+            raise InputError(f"{name} is {getattr(recipe, name):g}; expected {expected}")
     check_seed(recipe.seed)
 
 
-def conflicts(recipe: Recipe) -> Iterator[tuple[bool, str, str]]:
-    """Yields for each conflict whether it is there, a field, and the words on its value."""
+def conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields for each conflict a field, and the words on its value; or no field, and all words."""
     kind, usual = f"a {recipe.kind} network", type(recipe)
+
+    def given(name: str) -> bool:
+        return bool(getattr(recipe, name) != getattr(usual, name))
+
     if recipe.model is not None:
-        built = f", but the model is {recipe.model}, which is built already; leave"
-        for name in NETWORK:
-            yield getattr(recipe, name) != getattr(usual, name), name, f"{built} {name} out"
+        for name in filter(given, NETWORK):
+            yield (
+                name,
+                f", but the model is {recipe.model}, which is built already; leave {name} out",
+            )
     else:
-        of_weights = (
-            ", but no model is given; a network of deeplimit's own, or published weights of a "
-            f"CIFAR ResNet, is a model by itself: model {recipe.weights}"
-        )
-        of_stack = f", but no model is given: {kind} has one; leave stack out"
-        yield recipe.weights is not None, "weights", of_weights
-        yield recipe.stack is not None, "stack", of_stack
-        name = "new_head" if recipe.new_head else "mean or std"
+        if recipe.weights is not None:
+            yield (
+                "weights",
+                ", but no model is given; a network of deeplimit's own, or published weights of a "
+                f"CIFAR ResNet, is a model by itself: model {recipe.weights}",
+            )
+        if recipe.stack is not None:
+            yield "stack", f", but no model is given: {kind} has one; leave stack out"
+        if any(map(given, ("new_head", "mean", "std"))):
+            name = "new_head" if recipe.new_head else "mean or std"
+            what = f"{kind} has a head for the data and standardises its own inputs"
+            yield "", f"{name} given, but no model: {what}; leave {name} out"
+    if (recipe.mean is None) != (recipe.std is None):
+        yield "", "mean and std go together; give both, or neither"
+    if not recipe.data:
+        yield "data", "empty; expected the name of a data set, such as digits"
+    if recipe.frame is not None and (recipe.kind not in ("vector", "logit") or not recipe.hidden):
+        linear = "" if recipe.hidden else " with hidden 0"
         yield (
-            recipe.new_head or recipe.mean is not None or recipe.std is not None,
-            "",
-            f"{name} given, but no model: {kind} has a head for the data and standardises its "
-            f"own inputs; leave {name} out",
+            "frame",
+            f", but the layers of {kind}{linear} are no means of particles alone; leave it out, or "
+            "give the kind vector or logit with hidden particles",
         )
-    lonely = (recipe.mean is None) != (recipe.std is None)
-    yield lonely, "", "mean and std go together; give both, or neither"
-    yield not recipe.data, "data", "empty; expected the name of a data set, such as digits"
-    linear = "" if recipe.hidden else " with hidden 0"
-    yield (
-        recipe.frame is not None and (recipe.kind not in ("vector", "logit") or not recipe.hidden),
-        "frame",
-        f", but the layers of {kind}{linear} are no means of particles alone; leave it out, or "
-        "give the kind vector or logit with hidden particles",
-    )
     # The published architecture leaves no choice; a field must not be silently ignored.
-    for name, fixed in PUBLISHED.items():
-        other = recipe.kind == "cifar-resnet" and getattr(recipe, name) != fixed
-        remedy = "Leave it out, or give the kind convolutional"
-        yield other, name, f"; a cifar-resnet has {name} {fixed}. {remedy}"
+    for name, fixed in PUBLISHED.items() if recipe.kind == "cifar-resnet" else ():
+        if getattr(recipe, name) != fixed:
+            remedy = "Leave it out, or give the kind convolutional"
+            yield name, f"; a cifar-resnet has {name} {fixed}. {remedy}"
     # Fields that only go with another one's value, why, and how to leave them.
     for name, other, value, why, out in (
         ("length_scale", "initialisation", "smooth", "has none", f"at {usual.length_scale:g}"),
@@ -279,72 +287,60 @@ def conflicts(recipe: Recipe) -> Iterator[tuple[bool, str, str]]:
         ("bits", "gradient", "adjoint", "keeps all states", "out"),
     ):
         there = getattr(recipe, other)
-        lonely = there != value and getattr(recipe, name) != getattr(usual, name)
-        what = f", but the {other} {there} {why}; give the {other} {value}"
-        yield lonely, name, f"{what}, or leave {name} {out}"
-    yield (
-        recipe.bits != 0 and recipe.evaluations != usual.evaluations,
-        "evaluations",
-        f", but bits is {recipe.bits}: states come back by codes, or as planned; leave one out",
-    )
-    yield (
-        recipe.bits == "auto" and recipe.strategy == "fsdp",
-        "bits",
-        ", but the strategy fsdp divides the parameters, by which no plan can be measured; "
-        "give 2, 4 or 8",
-    )
-    yield (
-        recipe.gradient == "adjoint" and recipe.kind == "cifar-resnet" and recipe.bits == 0,
-        "gradient",
-        ": the states of a cifar-resnet cannot be rebuilt, because of the ReLU after every "
-        "addition; give bits, the gradient backprop, or the kind convolutional",
-    )
-    yield (
-        recipe.stage_cost_layers is not None and recipe.stage_cost == 0,
-        "stage_cost_layers",
-        ", but stage_cost is 0: no layer has a loss; leave it out, or give a stage_cost above 0",
-    )
-    yield (
-        recipe.control_cost_kind is not None and recipe.control_cost == 0,
-        "control_cost_kind",
-        ", but control_cost is 0; leave it out, or give a control_cost above 0",
-    )
+        if there != value and given(name):
+            what = f", but the {other} {there} {why}; give the {other} {value}"
+            yield name, f"{what}, or leave {name} {out}"
+    if recipe.bits != 0 and given("evaluations"):
+        what = f", but bits is {recipe.bits}: states come back by codes, or as planned"
+        yield "evaluations", f"{what}; leave one out"
+    if recipe.bits == "auto" and recipe.strategy == "fsdp":
+        yield (
+            "bits",
+            ", but the strategy fsdp divides the parameters, by which no plan can be measured; "
+            "give 2, 4 or 8",
+        )
+    if recipe.gradient == "adjoint" and recipe.kind == "cifar-resnet" and recipe.bits == 0:
+        yield (
+            "gradient",
+            ": the states of a cifar-resnet cannot be rebuilt, because of the ReLU after every "
+            "addition; give bits, the gradient backprop, or the kind convolutional",
+        )
+    for name, cost, why in (
+        ("stage_cost_layers", "stage_cost", ": no layer has a loss"),
+        ("control_cost_kind", "control_cost", ""),
+    ):
+        if getattr(recipe, name) is not None and getattr(recipe, cost) == 0:
+            yield name, f", but {cost} is 0{why}; leave it out, or give a {cost} above 0"
     for name, forms in {"rise": TEXTS[:1], "length": TEXTS}.items():
-        given = getattr(recipe, name) is not None and not recipe.data.startswith(forms)
-        what = f", but {recipe.data} is no text ({', '.join(forms)}…), to which it belongs"
-        yield given, name, f"{what}; leave {name} out"
-    # The control is the same network less its stage cost, and one of another depth.
-    plain, name = recipe.control == "plain", "start" if recipe.model is None else "model"
-    yield (
-        plain and getattr(recipe, name) is not None,
-        "control",
-        f", but {name} is {getattr(recipe, name)}: a network that starts from weights has no "
-        "like of another depth that starts from scratch; leave control at none",
-    )
-    yield (
-        plain and recipe.stage_cost == 0,
-        "control",
-        ", but stage_cost is 0: the network is its own control; leave control at none, or give "
-        "a stage_cost above 0",
-    )
-    yield (
-        recipe.cut_while_training > recipe.epochs > 0,
-        "cut_while_training",
-        f" evaluations, one after each epoch, but epochs is {recipe.epochs}; give fewer, or more "
-        "epochs",
-    )
-    yield (
-        plain and recipe.cut_while_training > 0,
-        "cut_while_training",
-        ", but control is plain, and a network that got shorter has no like that stayed as "
-        "deep; leave one of them out",
-    )
-    yield (
-        recipe.batch_size % recipe.devices != 0,
-        "batch_size",
-        f", which {recipe.devices} devices cannot share equally; give a multiple of "
-        f"{recipe.devices}",
-    )
+        if getattr(recipe, name) is not None and not recipe.data.startswith(forms):
+            what = f", but {recipe.data} is no text ({', '.join(forms)}…), to which it belongs"
+            yield name, f"{what}; leave {name} out"
+    if recipe.control == "plain":  # the same network less its stage cost, and one less deep
+        name = "start" if recipe.model is None else "model"
+        if getattr(recipe, name) is not None:
+            yield (
+                "control",
+                f", but {name} is {getattr(recipe, name)}: a network that starts from weights has "
+                "no like of another depth that starts from scratch; leave control at none",
+            )
+        if recipe.stage_cost == 0:
+            yield (
+                "control",
+                ", but stage_cost is 0: the network is its own control; leave control at none, or "
+                "give a stage_cost above 0",
+            )
+    if recipe.cut_while_training > recipe.epochs > 0:
+        what = f" evaluations, one after each epoch, but epochs is {recipe.epochs}"
+        yield "cut_while_training", f"{what}; give fewer, or more epochs"
+    if recipe.control == "plain" and recipe.cut_while_training > 0:
+        yield (
+            "cut_while_training",
+            ", but control is plain, and a network that got shorter has no like that stayed as "
+            "deep; leave one of them out",
+        )
+    if recipe.batch_size % recipe.devices != 0:
+        what = f", which {recipe.devices} devices cannot share equally"
+        yield "batch_size", f"{what}; give a multiple of {recipe.devices}"
 
 
 def check_seed(seed: int) -> None:

@@ -101,12 +101,21 @@ class Answer:
 
 def show(folder: RunFolder) -> Answer:
     """Writes the page from what is in the folder; several processes leave it to the first."""
-    return _renewed(folder) if is_first_process() else Answer(None)
+    if not is_first_process():
+        return Answer(None)
+    from deeplimit.report import write_page
+    from deeplimit.training.results import Finished
+
+    page = folder.path / PAGE
+    with folder.commit() as new:
+        results = new.results()
+        write_page(results, new.files.place(PAGE))
+    return Answer(Finished(folder.path, page, results), (f"The page is at {page.resolve()}",))
 
 
 def renew_page(folder: RunFolder) -> str:
     """Writes the page from what is in the folder; says where it is."""
-    return _renewed(folder).written[0]
+    return "".join(show(folder).written)
 
 
 def profiled(folder: RunFolder) -> str:
@@ -116,17 +125,6 @@ def profiled(folder: RunFolder) -> str:
     with folder.commit() as new:
         profile_run(new)
         return renew_page(new)
-
-
-def _renewed(folder: RunFolder) -> Answer:
-    from deeplimit.report import write_page
-    from deeplimit.training.results import Finished
-
-    page = folder.path / PAGE
-    with folder.commit() as new:
-        results = new.results()
-        write_page(results, new.files.place(PAGE))
-    return Answer(Finished(folder.path, page, results), (f"The page is at {page.resolve()}",))
 
 
 def unusual(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
