@@ -17,16 +17,9 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
+from deeplimit.data import splitting
 from deeplimit.data.dataset import DataSet, Split
 from deeplimit.data.registry import NPZ, Request
-from deeplimit.data.splitting import (
-    checked_vectors,
-    hold_out_tenths,
-    integer_labels,
-    number_classes,
-    split_whole,
-    splits_of,
-)
 from deeplimit.errors import InputError, refuse, several
 from deeplimit.memory import require, require_unpacked
 from deeplimit.reading import reading
@@ -52,7 +45,9 @@ def load_digits(request: Request) -> DataSet:
 
     pixels, labels = datasets.load_digits(return_X_y=True)
     x = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-    return split_whole(request.name, x, labels.astype(np.int64), tuple(map(str, range(10))))
+    return splitting.split_whole(
+        request.name, x, labels.astype(np.int64), tuple(map(str, range(10)))
+    )
 
 
 def load_spirals(request: Request) -> DataSet:
@@ -69,7 +64,9 @@ def load_spirals(request: Request) -> DataSet:
     angle = 2 * np.pi * _TURNS * t + np.pi * arm
     x = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     x += _NOISE * generator.standard_normal(x.shape)
-    return split_whole(request.name, x.astype(np.float32), arm.astype(np.int64), ("arm 0", "arm 1"))
+    return splitting.split_whole(
+        request.name, x.astype(np.float32), arm.astype(np.int64), ("arm 0", "arm 1")
+    )
 
 
 def load_mazes(request: Request) -> DataSet:
@@ -107,7 +104,7 @@ def load_mazes(request: Request) -> DataSet:
     apart = (away[0].max(axis=1) > 0) & (away[1].max(axis=1) > 0) & (away[0][rows, second] < 0)
     kept = np.flatnonzero(apart)[:_MAZES]
     images = x[kept].reshape(-1, 3, _SIDE, _SIDE)
-    return split_whole(request.name, images, labels[kept], ("red", "blue"))
+    return splitting.split_whole(request.name, images, labels[kept], ("red", "blue"))
 
 
 def _path_lengths(mazes: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -135,15 +132,15 @@ def load_idx(request: Request) -> DataSet:
             _find(folder, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")
         )
         x, y = read_idx(x_file, dimensions=3)[:, None], read_idx(y_file, dimensions=1)
-        images[part], raw_labels[part] = x, integer_labels(y, str(y_file))
+        images[part], raw_labels[part] = x, splitting.integer_labels(y, str(y_file))
         if len(x) != len(y):
             raise InputError(
                 f"{x_file} holds {len(x)} images, {y_file} {len(y)} labels: expected one label per "
                 "image; fetch both again"
             )
-    labels, class_names = number_classes(raw_labels, None, str(folder))
-    rows = hold_out_tenths(labels["train"], class_names, ("validation",), str(folder))
-    splits = splits_of(images["train"], labels["train"], rows)
+    labels, class_names = splitting.number_classes(raw_labels, None, str(folder))
+    rows = splitting.hold_out_tenths(labels["train"], class_names, ("validation",), str(folder))
+    splits = splitting.splits_of(images["train"], labels["train"], rows)
     # A copy, because the file's bytes are read-only and torch's tensors cannot be.
     test = Split(torch.from_numpy(images["test"].copy()), torch.from_numpy(labels["test"]))
     return DataSet(request.name, class_names, **splits, test=test)
@@ -220,14 +217,14 @@ def load_npz(request: Request) -> DataSet:
                 raise InputError(f"{path}: a single array, expected an archive: {NPZ}")
         with zipfile.ZipFile(path) as archive:
             x, y = (_array(archive, name, path) for name in ("x", "y"))
-    labels = integer_labels(y, f"{path}: y")
+    labels = splitting.integer_labels(y, f"{path}: y")
     refuse(path, _faults(x, len(labels)))
     if x.ndim == 2:
-        x = checked_vectors(x, f"{path}: x")
+        x = splitting.checked_vectors(x, f"{path}: x")
     elif x.shape[1] not in _CHANNELS:
         x = np.moveaxis(x, 3, 1)
-    numbered, class_names = number_classes({"train": labels}, None, str(path))
-    return split_whole(request.name, x, numbered["train"], class_names)
+    numbered, class_names = splitting.number_classes({"train": labels}, None, str(path))
+    return splitting.split_whole(request.name, x, numbered["train"], class_names)
 
 
 def _array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:

@@ -14,14 +14,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from deeplimit.data import splitting
 from deeplimit.data.dataset import DataSet, Split
 from deeplimit.data.registry import Request
-from deeplimit.data.splitting import (
-    integer_labels,
-    number_classes,
-    sixty_twenty_twenty,
-    splits_of,
-)
 from deeplimit.data.tables import opened_parquet
 from deeplimit.errors import InputError, describe_error, several
 from deeplimit.memory import require
@@ -188,8 +183,8 @@ def load_table(request: Request) -> DataSet:
             f"{reader.name}: its tokenizer has no padding token, so texts of several lengths make "
             "no batch; set one (tokenizer.pad_token = …) and save both tokenizer and config"
         )
-    x, rows = reader.checked(x), sixty_twenty_twenty(y, names, str(path))
-    parts = splits_of(x, y, rows)
+    x, rows = reader.checked(x), splitting.sixty_twenty_twenty(y, names, str(path))
+    parts = splitting.splits_of(x, y, rows)
     splits = {p: TokenSplit(split.x, split.y, padding=padding) for p, split in parts.items()}
     return DataSet(request.name, names, **splits)
 
@@ -236,9 +231,9 @@ def _numbered(
     trained = any("ForSequenceClassification" in a for a in config.architectures or ())
     names = [str(config.id2label[n]) for n in range(config.num_labels)] if trained else []
     if labels.dtype.kind in "iu":
-        numbers = integer_labels(labels, source)
+        numbers = splitting.integer_labels(labels, source)
         declared = names if numbers.max(initial=0) < len(names) else None
-        classes, called = number_classes({"train": numbers}, declared, source)
+        classes, called = splitting.number_classes({"train": numbers}, declared, source)
         return classes["train"], called
     words = [str(label) for label in labels]
     called = tuple(sorted(set(words)))

@@ -9,21 +9,8 @@ from typing import Any, Literal, cast
 from lightning_fabric import Fabric
 from torch import nn
 
+from deeplimit import control
 from deeplimit._anatomy import Anatomy, anatomy
-from deeplimit.control import (
-    CutChoice,
-    SoftCrossEntropy,
-    TurnpikeProfile,
-    bridge_of,
-    choose_cut,
-    control_norms,
-    crop,
-    every_depth,
-    layers_to_remove,
-    picture_trajectories,
-    turnpike_profile,
-    vanished,
-)
 from deeplimit.control.depth_table import least_depth, removable
 from deeplimit.control.verdict import unchanged
 from deeplimit.data import DataSet
@@ -63,14 +50,14 @@ def profile_run(folder: RunFolder, *, data: DataSet | None = None) -> Profiles:
     loss, most = building.measure_of(recipe, data), building.tolerance_of(recipe, data)
     with fitting_threads(recipe):
         train, validation = (
-            turnpike_profile(model, evaluation_batches(split), loss)
+            control.turnpike_profile(model, evaluation_batches(split), loss)
             for split in (data.train, data.validation)
         )
         depth = validation.depth_within(**{"rise" if data.vocabulary else "accuracy": most})
-        test = every_depth(model, evaluation_batches(data.test), loss, recommended=depth)
-        if isinstance(loss, SoftCrossEntropy):  # tokens are too many classes to be drawn
-            picture = picture_trajectories(model, evaluation_batches(data.test), loss)
-        norms = control_norms(model) if recipe.control_cost else None
+        test = control.every_depth(model, evaluation_batches(data.test), loss, recommended=depth)
+        if isinstance(loss, control.SoftCrossEntropy):  # tokens are too many classes to be drawn
+            picture = control.picture_trajectories(model, evaluation_batches(data.test), loss)
+        norms = control.control_norms(model) if recipe.control_cost else None
     profiles = Profiles(train, validation, test, norms)
     with folder.commit() as new:
         if picture is not None:
@@ -155,17 +142,17 @@ def crop_run(
             choice = chosen(model, recipe, data, profiles.validation, **limit)
             removed = choice.removed
         else:
-            tail = layers_to_remove(profiles.validation, most)
-            removed = _possible(structure, sorted({*tail, *vanished(model)}))
+            tail = control.layers_to_remove(profiles.validation, most)
+            removed = _possible(structure, sorted({*tail, *control.vanished(model)}))
             if not removable(structure, removed):  # not all together with those of the middle
                 removed = _possible(structure, tail)
         tolerance = None if budget or data.vocabulary else most
     if bridge and removed:
         fitted = evaluation_batches(data.train.take(min(BRIDGED, len(data.train))))
     with fitting_threads(recipe):
-        cropped = crop(model, remove=removed, bridge=fitted)
+        cropped = control.crop(model, remove=removed, bridge=fitted)
     report = compared(recipe, data, model, cropped, most=most)
-    cut = Cut(removed, tolerance, report, choice, Parts.of(data), bridge_of(cropped))
+    cut = Cut(removed, tolerance, report, choice, Parts.of(data), control.bridge_of(cropped))
     with folder.commit() as new:
         cut = write_cut(new, cut, cropped)
         if new.healing() is None:  # of another cut
@@ -177,15 +164,15 @@ def chosen(
     model: nn.Module,
     recipe: Recipe,
     data: DataSet,
-    profile: TurnpikeProfile | None = None,
+    profile: control.TurnpikeProfile | None = None,
     **limit: Any,
-) -> CutChoice:
+) -> control.CutChoice:
     """The cut of layers from any place that validation data choose within a limit."""
     loss, validation = building.measure_of(recipe, data), evaluation_batches(data.validation)
     with fitting_threads(recipe):
-        profile = profile or turnpike_profile(model, validation, loss)
+        profile = profile or control.turnpike_profile(model, validation, loss)
         tokens = loss if data.vocabulary else None
-        return choose_cut(model, profile, validation, loss=tokens, **limit)
+        return control.choose_cut(model, profile, validation, loss=tokens, **limit)
 
 
 def allowed(recipe: Recipe, data: DataSet, *, accuracy: float | None, rise: float | None) -> float:
@@ -326,12 +313,12 @@ def _compare(
     """Measures the control on test data; writes reference.json."""
     recipe, data, device = folder.recipe, run_data(folder), usable_device(folder.recipe)
     model, other = (full.network or full.model()).to(device), None
-    report = compared(recipe, data, model, crop(model, remove=removed))
+    report = compared(recipe, data, model, control.crop(model, remove=removed))
     if small is not None:
         plain = (small.network or small.model()).to(device)
         other = compared(recipe, data, plain, folder.cropped())
     with fitting_threads(recipe):
-        profile = turnpike_profile(
+        profile = control.turnpike_profile(
             model, evaluation_batches(data.test), building.loss_of(recipe, data)
         )
     reference = Reference(profile, report, other, removed)
