@@ -296,11 +296,13 @@ def test_what_a_file_of_weights_can_lack(run: RunFolder, tmp_path: Path) -> None
     spec, data = f"transformers:{run.path.parent.parent / 'vit.json'}", run.recipe.data
     wrong = {
         "missing.pt": "cannot be read",
-        "text.pt": "no readable weights",
+        "text.pt": "no readable weights .Unsupported operand",
+        "model.pt": "GLOBAL torch.nn.modules.linear.Linear was not an allowed global by default.: ",
         "list.pt": "holds list; expected a state_dict",
         "other.safetensors": "not the weights of transformers:",
     }
     (tmp_path / "text.pt").write_text("no weights")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     for name, says in wrong.items():

@@ -2,6 +2,7 @@
 
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -32,4 +33,9 @@ def read_pickled(path: Path, fault: str, remedy: str) -> Any:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            # Before what is wrong torch says how to run the code in the file, and colours it.
+            said = str(error).partition("WeightsUnpickler error:")[2].strip()
+            raise ValueError(said.partition(". Please use")[0] or "no pickle") from error
