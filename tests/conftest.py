@@ -2,15 +2,13 @@
 
 import gc
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
+from bare_process import BareProcess
 from beartype import BeartypeConf
 from beartype.claw import beartype_package
 from beartype.claw._ast import _clawaststar
@@ -99,48 +97,21 @@ print(len(calls), "calls")
 """
 
 
-@pytest.fixture
-def refused_calls() -> Callable[[str], None]:
-    """Runs a script that makes a list `calls`, each of which is to be an InputError of one line.
+@pytest.fixture(scope="session")
+def bare_process() -> Iterator[BareProcess]:
+    """Runs scripts, each in a process of its own in which nothing checks annotations."""
+    with BareProcess() as process:
+        yield process
 
-    In a process where nothing checks annotations, as at a user's.
-    """
+
+@pytest.fixture
+def refused_calls(bare_process: BareProcess) -> Callable[[str], None]:
+    """Runs a script that makes a list `calls`, each of which is to be an InputError of one line."""
 
     def check(script: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-c", script + CALLED],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        *lines, counted = done.stdout.splitlines()
+        *lines, counted = bare_process.run(script + CALLED).stdout.splitlines()
         assert counted == f"{len(lines)} calls"
         assert lines
         assert all(line.strip() and "\\n" not in line for line in lines)
 
     return check
-
-
-@pytest.fixture
-def processes_said(tmp_path: Path) -> Callable[[str], list[str]]:
-    """Runs a script that starts processes which meet at the port it is given: the lines it says."""
-
-    def run(script: str) -> list[str]:
-        path = tmp_path / "processes.py"
-        path.write_text(script)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        done = subprocess.run(
-            [sys.executable, str(path), port],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-    return run

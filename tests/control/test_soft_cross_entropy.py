@@ -1,14 +1,13 @@
 """The soft cross-entropy against its definition, PyTorch's label smoothing, and 50-digit sums."""
 
 import math
-import subprocess
-import sys
 from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bare_process import BareProcess
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -257,7 +256,7 @@ def test_logits_of_other_classes_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_targets_of_another_shape_are_refused() -> None:
+def test_targets_of_another_shape_are_refused(bare_process: BareProcess) -> None:
     """In a process without the suite's own shape checks, which would answer first."""
     script = """
 import torch
@@ -270,9 +269,7 @@ for measure in (loss, loss.excess, loss.distance):
         except InputError as error:
             print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = bare_process.run(script).stdout.splitlines()
     assert len(lines) == 15
     assert lines[0] == (
         "targets of shape (6,) given for logits of shape (2, 3, 4); expected (2, 3), "

@@ -1,10 +1,9 @@
 """Memory of losses over tokens by the allocator's own accounting, in a process of its own."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from bare_process import BareProcess
 
 pytestmark = pytest.mark.slow
 
@@ -66,14 +65,10 @@ print(json.dumps([peaks(2), peaks(6)]))
 
 
 @pytest.mark.processes
-def test_logits_of_all_layers_are_never_in_memory_at_once() -> None:
+def test_logits_of_all_layers_are_never_in_memory_at_once(bare_process: BareProcess) -> None:
     """Peaks of a step, of two layers and of six, in units of the model's own logits."""
     pytest.importorskip("transformers")
-    done = subprocess.run(
-        [sys.executable, "-c", PEAKS], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    few, many = json.loads(done.stdout)
+    few, many = json.loads(bare_process.run(PEAKS).stdout)
     # The model's logits, their log-softmax, their gradient. What comes with layers is states.
     assert few["no stage cost"] == pytest.approx(3, abs=0.2)
     for way in ("plain", "adjoint"):

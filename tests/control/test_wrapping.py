@@ -1,8 +1,7 @@
 """Objectives beside and inside DistributedDataParallel, in two gloo processes."""
 
-from collections.abc import Callable
-
 import pytest
+from bare_process import BareProcess, free_port
 
 pytestmark = pytest.mark.processes
 
@@ -81,10 +80,10 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_what_goes_around_a_wrapper_is_refused_and_nothing_else(
-    processes_said: Callable[[str], list[str]],
+    bare_process: BareProcess,
 ) -> None:
     said: dict[str, list[str]] = {}
-    for line in processes_said(SCRIPT):
+    for line in bare_process.run(SCRIPT, free_port()).stdout.splitlines():
         kind, _, rest = line.partition(" ")
         said.setdefault(kind, []).append(rest)
     gaps = [line.split() for line in said["gap"]]

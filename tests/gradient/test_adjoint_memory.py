@@ -1,11 +1,10 @@
 """Memory by the allocator's own accounting, in a process of its own."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
+from bare_process import BareProcess
 
 from deeplimit.network.blocks import ConvolutionalResidual
 
@@ -56,16 +55,9 @@ PeakOf = Callable[[str, int, int, int], float]
 
 
 @pytest.fixture(scope="module")
-def peak_of() -> PeakOf:
+def peak_of(bare_process: BareProcess) -> PeakOf:
     """Peak bytes of a step, less its new gradients: by norm, evaluations, bits and depth."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(CASES)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = bare_process.run(MEASURE, json.dumps(CASES))
     measured = dict(zip(CASES, json.loads(done.stdout), strict=True))
     return lambda *case: float(measured[case])
 

@@ -1,8 +1,7 @@
 """DDP and FSDP2 on two gloo processes: gradients equal those of one process, float64."""
 
-from collections.abc import Callable
-
 import pytest
+from bare_process import BareProcess, free_port
 
 pytestmark = pytest.mark.processes
 
@@ -126,8 +125,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_gradients_equal_the_single_process(processes_said: Callable[[str], list[str]]) -> None:
-    lines = processes_said(SCRIPT)
+def test_gradients_equal_the_single_process(bare_process: BareProcess) -> None:
+    lines = bare_process.run(SCRIPT, free_port()).stdout.splitlines()
     refused = [line for line in lines if line.startswith("refused")]
     assert len(refused) == 2  # an optimiser's step between forward and backward
     assert all("parameters were changed between forward and backward" in line for line in refused)

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,43 +54,11 @@ def one_thread() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-FORKED = """
-import os, runpy, sys
-import sklearn.model_selection, torch.distributed.fsdp, torch.multiprocessing
-import deeplimit.training.loop, deeplimit.training.processes
-
-def work(rank, port):
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2}
-    ranks |= {"LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {k: str(v) for k, v in ranks.items()} | {"TORCHELASTIC_RUN_ID": "forked"}
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-if __name__ == "__main__":
-    port, *sys.argv = sys.argv[1:]
-    torch.multiprocessing.start_processes(work, args=(port,), nprocs=2, start_method="fork")
-"""
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def run_script(
-    script: Path, *args: str, torchrun: int = 0, forked: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Runs a script; it must succeed.
-
-    Under torchrun with so many processes if asked. Forked it runs in two processes as torchrun
-    starts them, which import what they need once, together: where the launcher is not what is
-    tested.
-    """
+def run_script(script: Path, *args: str, torchrun: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs a script, under torchrun with so many processes if asked; it must succeed."""
     launcher = [sys.executable]
     if torchrun:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
-    if forked:
-        launcher += ["-c", FORKED, free_port()]
     done = subprocess.run(
         [*launcher, str(script), *args],
         env=one_thread(),

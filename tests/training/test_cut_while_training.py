@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bare_process import BareProcess
 from greys import greys, vit
-from training_runs import checkpoint_of, equal_weights, largest_difference, run_script
+from training_runs import checkpoint_of, equal_weights, largest_difference
 
 from deeplimit import anatomy, crop
 from deeplimit.control import StageCost, turnpike_profile
@@ -204,7 +205,7 @@ def test_of_a_vision_transformer(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_several_processes_cut_alike(tmp_path: Path) -> None:
+def test_several_processes_cut_alike(tmp_path: Path, bare_process: BareProcess) -> None:
     recipe = replace(RECIPE, epochs=4, points=30.0, batch_size=50, precision="64-true")
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     both = tmp_path / "both.py"
@@ -240,7 +241,7 @@ def test_several_processes_cut_alike(tmp_path: Path) -> None:
         )
     )
     said = "".join(
-        run_script(both, str(tmp_path), *go_on, forked=True).stderr for go_on in ([], ["go_on"])
+        bare_process.run_two(both, str(tmp_path), *go_on).stderr for go_on in ([], ["go_on"])
     )
     alone = train(recipe, runs=tmp_path, name="alone", quiet=True)
     assert len(set(layers_of(alone))) > 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bare_process import BareProcess
 from greys import dino, greys
 from training_runs import (
     SMALL,
@@ -122,7 +123,9 @@ def test_two_processes_are_one(launcher: str, images: Recipe, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_two_processes_wait_for_no_gradient_that_never_comes(tmp_path: Path) -> None:
+def test_two_processes_wait_for_no_gradient_that_never_comes(
+    tmp_path: Path, bare_process: BareProcess
+) -> None:
     """A model with a parameter that has none, and layers that fade to nothing, by ddp."""
     pytest.importorskip("transformers", reason="the extra `hub` is not installed")
     recipe = Recipe(
@@ -147,7 +150,7 @@ def test_two_processes_wait_for_no_gradient_that_never_comes(tmp_path: Path) -> 
             torch.save(healed.state_dict(), runs / "healed.pt")
         """,
     )
-    run_script(both, str(tmp_path), forked=True)
+    bare_process.run_two(both, str(tmp_path))
     one = train(recipe, runs=tmp_path, name="one", quiet=True)
     apart = largest_difference(checkpoint_of(one.path), checkpoint_of(tmp_path / "two"))
     assert apart < 1e-12
@@ -160,12 +163,14 @@ def test_two_processes_wait_for_no_gradient_that_never_comes(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_at_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+def test_two_processes_stop_together_at_a_loss_that_is_not_finite(
+    tmp_path: Path, bare_process: BareProcess
+) -> None:
     both = script(
         tmp_path / "both.py",
         """
         from deeplimit.errors import InputError, RunError
-        recipe = Recipe(depth=(12,), learning_rate=1e18, devices=2, device="cpu", strategy="fsdp")
+        recipe = Recipe(depth=(12,), learning_rate=1e18, device="cpu", strategy="fsdp")
         try:
             train(recipe, runs=sys.argv[1], quiet=True)
         except RunError as error:
@@ -176,7 +181,7 @@ def test_two_processes_stop_together_at_a_loss_that_is_not_finite(tmp_path: Path
             print(f"{error}\\n", end="", flush=True)
         """,
     )
-    lines = run_script(both, str(tmp_path)).stdout.splitlines()
+    lines = bare_process.run_two(both, str(tmp_path)).stdout.splitlines()
     assert len(lines) == 4
     assert len(set(lines)) == 2
     assert sum("the loss is not finite at step" in line for line in lines) == 2
@@ -184,7 +189,9 @@ def test_two_processes_stop_together_at_a_loss_that_is_not_finite(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_in_two_processes_the_control_cost_is_that_of_one(tmp_path: Path) -> None:
+def test_in_two_processes_the_control_cost_is_that_of_one(
+    tmp_path: Path, bare_process: BareProcess
+) -> None:
     """The norm of a group is that of the whole, also where its parameters are divided; the kinetic
     energy is charged by the adjoint."""
     group = replace(EXACT, depth=(6,), control_cost=4.0, control_cost_kind="group")
@@ -201,7 +208,7 @@ def test_in_two_processes_the_control_cost_is_that_of_one(tmp_path: Path) -> Non
                 train(replace(recipe, strategy=name), runs=sys.argv[1], name=f"{kind}-{name}")
         """,
     )
-    run_script(two, str(tmp_path), forked=True)
+    bare_process.run_two(two, str(tmp_path))
     for kind, recipe in recipes.items():
         one = train(recipe, runs=tmp_path, name=kind, quiet=True)
         gone = vanished(one.model())
@@ -250,7 +257,9 @@ def test_killed_in_mid_epoch_it_goes_on_to_the_same_result(
 
 
 @pytest.mark.slow
-def test_under_fsdp_the_gradient_of_the_control_cost_lands_first(tmp_path: Path) -> None:
+def test_under_fsdp_the_gradient_of_the_control_cost_lands_first(
+    tmp_path: Path, bare_process: BareProcess
+) -> None:
     """On CUDA FSDP2 reduces gradients on a stream of its own, onto what is there: the control
     cost's part must be there before, or the two race."""
     first = script(
@@ -284,4 +293,4 @@ def test_under_fsdp_the_gradient_of_the_control_cost_lands_first(tmp_path: Path)
         """,
     )
     # The two processes' lines may run into each other.
-    assert run_script(first, forked=True).stdout.replace("\n", "") == "99"
+    assert bare_process.run_two(first).stdout.replace("\n", "") == "99"
