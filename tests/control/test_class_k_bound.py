@@ -50,6 +50,7 @@ def test_the_excess_of_random_logits_is_above_the_bound(
     assert excess.mean() >= bound.mean() >= mean_bound * (1 - 1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("part", PARTS)
 def test_the_smallest_ratio_that_descent_finds_is_above_one(classes: int, part: float) -> None:

@@ -1,6 +1,7 @@
 """The rule with a guarantee: exact levels, networks whose true loss is known, real cuts."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,22 +25,25 @@ from deeplimit.network import Architecture
 SURE = 0.95
 
 
+@cache
+def most_lost(n: int, c: int, tolerance: float, confidence: float) -> int:
+    """With how many answers lost the tolerance is still excluded, where c were gained; −1: none."""
+    least, most = -1, n - c  # fewer answers lost are never worse
+    while most > least:
+        middle = (least + most + 1) // 2
+        if excludes(n, middle, c, tolerance, confidence):
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
 def exact_level(n: int, tolerance: float, confidence: float, gained: float) -> float:
     """P(the tolerance is excluded) where just that is lost, summed over all counts that matter."""
-    total = 0.0
-    for c in range(n + 1):
-        likely = binom.pmf(c, n, gained)
-        if likely < 1e-12:
-            continue
-        least, most = -1, n - c  # fewer answers lost are never worse
-        while most > least:
-            middle = (least + most + 1) // 2
-            if excludes(n, middle, c, tolerance, confidence):
-                least = middle
-            else:
-                most = middle - 1
-        total += likely * binom.cdf(least, n - c, (gained + tolerance) / (1 - gained))
-    return total
+    likely = binom.pmf(np.arange(n + 1), n, gained)
+    counts = np.flatnonzero(likely >= 1e-12)
+    lost = [most_lost(n, int(c), tolerance, confidence) for c in counts]
+    return float(likely[counts] @ binom.cdf(lost, n - counts, (gained + tolerance) / (1 - gained)))
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.9, 0.95, 0.999])

@@ -95,6 +95,7 @@ def test_a_depth_is_what_the_crop_is(name: str) -> None:
         assert table.loss_error[k] == pytest.approx(error, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_of_texts(name: str) -> None:
     model, y = text_model(name), torch.arange(6) % 4
@@ -106,6 +107,7 @@ def test_of_texts(name: str) -> None:
         assert table.loss[k] == pytest.approx(float(SoftCrossEntropy(4)(z, y).mean()), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_of_models_that_write(name: str) -> None:
     model, y = text_model(name), next_words(TEXTS)
@@ -224,6 +226,7 @@ def test_it_is_stored_whole_and_drawn() -> None:
     assert trace.error_y.array == tuple(100 * e for e in table.accuracy_error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VISION)
 def test_depths_that_no_cut_reaches_are_told(name: str) -> None:
     """Of a model whose stages begin with a layer that has to stay: there it is stopped."""

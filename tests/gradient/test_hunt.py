@@ -7,6 +7,7 @@ import pytest
 from random_stacks import hunted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(60))
 def test_no_error_beyond_the_bound_that_is_told(seed: int) -> None:
     found = hunted(seed)
