@@ -45,7 +45,7 @@ from deeplimit.network import (
     smooth_start,
 )
 from deeplimit.ode import coarsen, refine, smoothness
-from deeplimit.ode._smoothness import ROUGH, SMOOTH
+from deeplimit.ode.limit import ROUGH, SMOOTH
 from deeplimit.studies.harness import machine
 from deeplimit.training import Recipe, build_model, recipe_for, train
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deeplimit import SoftCrossEntropy
-from deeplimit.control._dissipativity import class_k_bound
+from deeplimit.control.trajectories import class_k_bound
 
 CLASSES = [2, 3, 4, 10, 20]
 PARTS = [1e-3, 0.05, 0.3, 0.7, 0.95, 0.999]  # ε as a fraction of 1 − 1/C

@@ -33,8 +33,8 @@ from deeplimit import (
     verify_crop,
 )
 from deeplimit.control import dissipativity, picture_trajectories, soft_cross_entropy
-from deeplimit.control._dissipativity import class_k_bound
 from deeplimit.control.soft_cross_entropy import CountedTokens
+from deeplimit.control.trajectories import class_k_bound
 from deeplimit.gradient import layout
 from deeplimit.network import anatomy
 

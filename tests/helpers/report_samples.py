@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from deeplimit.control.depth_table import DepthCosts, DepthTable
-from deeplimit.control.projection import TrajectoryPicture
+from deeplimit.control.trajectories import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.control.verdict import Verdict, judge
 from deeplimit.control.verifying import CropResult

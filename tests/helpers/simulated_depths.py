@@ -15,8 +15,7 @@ from profiles import profile
 from torch import Tensor
 
 from deeplimit.control.choosing import _best, _cuts
-from deeplimit.control.cut_choice import Spending
-from deeplimit.control.trials import MayGo, Trials
+from deeplimit.control.trials import MayGo, Spending, Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
 from deeplimit.control.verdict import mean_and_error
 from deeplimit.control.verifying import Change

@@ -27,8 +27,8 @@ from deeplimit.network import (
     smooth_start,
 )
 from deeplimit.ode import smoothness
-from deeplimit.ode._smoothness import ROUGH, SMOOTH
 from deeplimit.ode.field import stages
+from deeplimit.ode.limit import ROUGH, SMOOTH
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: LinearResidual(12),

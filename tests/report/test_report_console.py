@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
-from deeplimit.control.cut_choice import CutChoice
+from deeplimit.control.cropping import CutChoice
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.report import crop_summary, profile_table
 from deeplimit.report.console import finished_summary, layer_marks, profile_summary

@@ -20,7 +20,7 @@ from deeplimit.report import (
 )
 from deeplimit.report.numbers import SPACE
 from deeplimit.report.page import layer_panels
-from deeplimit.report.states import leaving, thin, view
+from deeplimit.report.run import leaving, thin, view
 from deeplimit.report.style import CLASSES, NETWORK, REFERENCE, TUBE
 from deeplimit.report.turnpike import class_caption, class_entry, controls_caption, slowest_first
 from deeplimit.training.results import Profiles, RunResults

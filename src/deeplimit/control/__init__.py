@@ -5,19 +5,22 @@ from typing import TYPE_CHECKING
 from deeplimit.extras import lazy
 
 if TYPE_CHECKING:
-    from deeplimit.control._dissipativity import DissipativityReport, dissipativity
     from deeplimit.control.bridge import Bridge, bridge_of
     from deeplimit.control.choosing import choose_cut
     from deeplimit.control.control_cost import control_norms, vanished
-    from deeplimit.control.cropping import Fading, crop, layers_to_remove
-    from deeplimit.control.cut_choice import CutChoice
+    from deeplimit.control.cropping import CutChoice, Fading, crop, layers_to_remove
     from deeplimit.control.depth_table import DepthCosts, DepthTable, every_depth
     from deeplimit.control.distillation import Distillation
     from deeplimit.control.early_exit import EarlyExit, at_depth
     from deeplimit.control.exit_choice import ExitChoice, exit_depths
-    from deeplimit.control.projection import TrajectoryPicture, picture_trajectories
     from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
     from deeplimit.control.stage_cost import StageCost
+    from deeplimit.control.trajectories import (
+        DissipativityReport,
+        TrajectoryPicture,
+        dissipativity,
+        picture_trajectories,
+    )
     from deeplimit.control.turnpike import TurnpikeProfile, turnpike_profile
     from deeplimit.control.verdict import Verdict
     from deeplimit.control.verifying import CropResult, verify_crop

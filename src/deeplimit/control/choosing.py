@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice, product
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from torch import nn
@@ -13,16 +13,15 @@ from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.by_branch import ByBranch, check_granularity
 from deeplimit._anatomy.checks import check_number, layer_numbers
 from deeplimit._anatomy.evaluation import evaluating
-from deeplimit.control.cropping import check_profile
-from deeplimit.control.cut_choice import QUALITY, Budget, CutChoice, Spending
+from deeplimit.control.cropping import Budget, CutChoice, check_profile
 from deeplimit.control.losses import Loss, SampleLoss, sample_loss
 from deeplimit.control.soft_cross_entropy import SoftCrossEntropy
-from deeplimit.control.trials import MayGo, Trials
+from deeplimit.control.trials import QUALITY, MayGo, Spending, Trials
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
 from deeplimit.control.verdict import check_rise, check_tolerance
 from deeplimit.errors import InputError
 
-NAMES: tuple[Budget, ...] = ("accuracy", "rise", "blocks", "multiply_adds", "latency")
+NAMES: tuple[Budget, ...] = get_args(Budget)
 
 
 @torch.no_grad()

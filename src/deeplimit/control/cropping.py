@@ -1,6 +1,7 @@
 """Cutting the layers that do nothing, at once or by and by."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, cast
 
 import torch
@@ -11,10 +12,121 @@ from deeplimit._anatomy.by_branch import ByBranch, check_granularity
 from deeplimit._anatomy.checks import check_count, check_number, layer_numbers, shown
 from deeplimit._anatomy.stand_ins import MethodStandIn, state_among, state_of, with_state
 from deeplimit.control.bridge import bridge as build_bridge
-from deeplimit.control.cut_choice import CutChoice
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
-from deeplimit.control.verdict import FEW
+from deeplimit.control.verdict import CONFIDENCE, FEW, samples_needed
 from deeplimit.errors import InputError, several
+from deeplimit.records import Record
+
+Budget = Literal["accuracy", "rise", "blocks", "multiply_adds", "latency"]
+Score = Literal["influence", "update", "tail", "turnpike", "trial"]
+
+
+@dataclass(frozen=True)
+class CutChoice(Record):
+    """The layers to be removed under a budget; `crop(model, choice)` removes them.
+
+        >>> profile = turnpike_profile(model, loader, SoftCrossEntropy(4))
+        >>> choice = choose_cut(model, profile, blocks=2)
+        >>> choice.limit, sum(choice.layers_after)
+        (2.0, 2)
+
+    Figures that take data are None where none were given, and the latencies where latency was not
+    the budget. Those of accuracy are of the data that the choice was made on: they flatter it, so
+    report a cut on other data (`verify_crop`).
+
+    Attributes:
+        removed: the layers that go whole, in order of the network.
+        score: what put them into that order: "influence" (block influence of the profile),
+            "update" (relative update, where an older profile has no influence), "tail" (the last
+            first), "turnpike" (from the exit of the tube back), "trial" (each removed by trial).
+        budget: what was limited.
+        limit: the accuracy that might be lost, by how much the loss might rise, the number of
+            layers kept, or the fraction of the multiply-adds or of the latency kept.
+        layers_before, layers_after: layers of each stage of the anatomy, counted by the state that
+            enters them.
+        samples: number of samples that the accuracies are of: those that put no layer in order.
+        accuracy_before, accuracy_after: fractions in [0, 1]; None where the loss knows no classes.
+        accuracy_error: standard error of accuracy_after − accuracy_before, paired by sample.
+        multiply_adds_before, multiply_adds_after: for one sample.
+        latency_before, latency_after: median seconds of a forward pass of the first batch, the two
+            networks timed in turns.
+        loss_before, loss_after: mean losses on these samples, where the loss was limited or knows
+            no classes.
+        loss_error: standard error of loss_after − loss_before, paired by sample.
+        branches: where branches were chosen, the pairs (layer, branch) that go; `layers_before` and
+            `layers_after`, and a limit in blocks, count branches then.
+        confidence: with which the limit is kept on later samples, where that was asked for.
+    """
+
+    removed: tuple[int, ...]
+    score: Score
+    budget: Budget
+    limit: float
+    layers_before: tuple[int, ...]
+    layers_after: tuple[int, ...]
+    samples: int | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    accuracy_error: float | None = None
+    multiply_adds_before: int | None = None
+    multiply_adds_after: int | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    loss_error: float | None = None
+    branches: tuple[tuple[int, str], ...] | None = None
+    confidence: float | None = None
+
+    @property
+    def needed(self) -> int | None:
+        """Samples without which the accuracy that may be lost cannot be told.
+
+        None where there are so many, and for another budget.
+        """
+        if self.budget != "accuracy":
+            return None
+        return samples_needed(self.limit, self.samples or 0, self.confidence)
+
+    def __str__(self) -> str:
+        """A line: the layers kept of each stage, and what that costs."""
+        if not (self.removed or self.branches):
+            return "; ".join(["no layer is removed: the network stays the same", *self._judged()])
+        stages = zip(self.layers_after, self.layers_before, strict=True)
+        kept = ", ".join(f"{after} of {before}" for after, before in stages)
+        of = "layers" if self.branches is None else "branches"
+        parts = [f"{of} kept per stage: {kept} (by {self.score})", *self._judged()]
+        if self.multiply_adds_before is not None:
+            parts.append(
+                f"multiply-adds {self.multiply_adds_before:,} → {self.multiply_adds_after:,}"
+            )
+        if self.latency_before is not None and self.latency_after is not None:
+            before, after = 1000 * self.latency_before, 1000 * self.latency_after
+            parts.append(f"latency {before:.3g} → {after:.3g} ms")
+        return "; ".join(parts)
+
+    def _judged(self) -> list[str]:
+        """The accuracies, or losses, and how many samples could tell of what was asked."""
+        name, scale, form = "accuracy", 100, ".2f"
+        figures = (self.accuracy_before, self.accuracy_after)
+        if None in figures:
+            name, scale, form = "loss", 1, ".4g"
+            figures = (self.loss_before, self.loss_after)
+        if self.samples is None or None in figures:
+            return []
+        shown = [f"{scale * cast(float, value):{form}}" for value in figures]
+        shown = shown if self.removed or self.branches else shown[:1]
+        unit, on = " %" if scale == 100 else "", several(self.samples, "sample")
+        parts = [f"{name} {' → '.join(shown)}{unit} of {on}"]
+        sure = f"{100 * (self.confidence or CONFIDENCE):g} %"
+        if self.confidence is not None:
+            parts.append(f"the limit is kept with confidence {sure}")
+        if self.needed is not None:
+            parts.append(
+                f"so few cannot exclude a loss of {several(100 * self.limit, 'point')} at {sure}, "
+                f"{self.needed:,} could"
+            )
+        return parts
 
 
 def layers_to_remove(profile: TurnpikeProfile, accuracy: float = ACCURACY_TOLERANCE) -> range:

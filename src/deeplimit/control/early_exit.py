@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy
-from deeplimit._anatomy.checks import check_count, shown
+from deeplimit._anatomy.checks import check_count, check_number, shown
 from deeplimit._anatomy.inputs import answer, parameters_of
 from deeplimit._anatomy.stand_ins import PASSING
 from deeplimit.control.batches import inside, part, rebuilt, tensors_in
@@ -77,10 +77,8 @@ class EarlyExit(nn.Module):
         depths = _check_depths(structure, pairs, structure.horizon - 1)
         given = dict(zip(depths, pairs.values(), strict=True))
         for n, threshold in given.items():
-            if not 0 <= threshold <= 1:
-                raise InputError(
-                    f"the threshold of depth {n} is {threshold}; expected a confidence from 0 to 1"
-                )
+            what, expected = f"the threshold of depth {n}", "a confidence from 0 to 1"
+            check_number(what, threshold, expected, lambda t: 0 <= t <= 1)
         self.model = structure.model
         self._structure: Anatomy | None = structure
         self.thresholds = dict(sorted(given.items()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy import Anatomy, anatomy
+from deeplimit._anatomy.checks import check_number
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.control.batches import any_batches
 from deeplimit.control.depth_table import depth_products
@@ -111,8 +112,7 @@ def exit_depths(
             model without a row of logits for each sample.
     """
     for name, value in (("risk", risk), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise InputError(f"{name} is {value}; expected a fraction above 0 and below 1")
+        check_number(name, value, "a fraction above 0 and below 1", lambda v: 0 < v < 1)
     structure = anatomy(model)
     horizon = structure.horizon
     if exits is not None and (

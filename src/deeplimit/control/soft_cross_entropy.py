@@ -167,10 +167,6 @@ class CountedTokens:
         # What is measured is measured in float64, and takes more arrays.
         self._measured_size = max(1, CHUNK // (4 * classes))
 
-    def of(self, values: Tensor) -> Tensor:
-        """Those of values [B, L, …], as [T, …]."""
-        return self._flat(values)[self.index]
-
     def chunks(self, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Rows [t, …] of each of the values [B, L, …] and their targets [t], chunk by chunk."""
         flat = [self._flat(value) for value in values]

@@ -1,9 +1,11 @@
-"""Cuts of one model, tried on the same batches."""
+"""Cuts of one model, tried on the same batches, and what they spend of a budget."""
 
 import heapq
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from statistics import NormalDist
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,12 +14,15 @@ from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.evaluation import begun
 from deeplimit._anatomy.inputs import batch_of
 from deeplimit.control.batches import blame_inputs, first_part, part, tensors_in
+from deeplimit.control.cropping import Budget, CutChoice, Score
 from deeplimit.control.losses import ClassLoss, Figures, SampleLoss, check_losses, joined
+from deeplimit.control.verdict import CONFIDENCE, FEW, excludes, most_risen
 from deeplimit.control.verifying import Change, latencies, multiply_adds
-from deeplimit.errors import InputError
+from deeplimit.errors import InputError, several
 
 AGAIN = 8
 NEED = "a cut is chosen on at least one sample that counts"
+QUALITY: tuple[Budget, ...] = ("accuracy", "rise")  # of which most layers go; of others fewest
 
 MayGo = Callable[[Collection[int], int], bool]
 
@@ -163,3 +168,127 @@ class Trials:
                 "shuffle"
             )
         return joined(figures)
+
+
+class Spending:
+    """Measures cuts of so many `orders` by one budget, in which `rise` is the part of the loss.
+
+    Where a `quality` is limited, accuracy or loss, most layers go; where a cost is, fewest, and
+    `most` at most. With a `confidence` a cut is tested by `excludes` and `most_risen`, for one
+    order that is walked along to the first cut that fails.
+    """
+
+    def __init__(
+        self,
+        structure: Anatomy,
+        trials: Trials | None,
+        budget: Budget,
+        limit: float,
+        rise: float,
+        orders: int,
+        confidence: float | None = None,
+    ):
+        self.structure, self.data = structure, trials is not None
+        self.trials = cast(Trials, trials)  # asked only where there are data
+        self.budget, self.limit, self._rise = budget, limit, rise
+        self.quality, self.confidence = budget in QUALITY, confidence
+        # Of an order that is bisected so many cuts are tried; one that is walked along stops at the
+        # first cut that loses, so that none before it counts.
+        tried = orders * math.ceil(math.log2(structure.horizon + 1)) + 1
+        self._z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / tried)
+        self.most = structure.horizon - (int(limit) if budget == "blocks" else 0)
+
+    def bisected(self, order: list[int]) -> tuple[int, ...] | None:
+        """The beginning of an order that meets the budget; None if none does."""
+        sizes = range(int(self.quality), len(order) + 1)
+        k = bisect_left(sizes, 1, key=lambda size: self._turned(order[:size]))
+        return tuple(order[:k]) if self.quality or k < len(sizes) else None
+
+    def one_by_one(self, order: Iterator[int], least: int) -> tuple[int, ...] | None:
+        """The same for an order that is expensive to go on with; costs are met from `least` on."""
+        gone: list[int] = []
+        if self.quality:
+            for n in order:
+                if self._turned([*gone, n]):
+                    break
+                gone.append(n)
+            return tuple(gone)
+        while len(gone) < least or not self._turned(gone):
+            more = next(order, None)
+            if more is None:
+                return None
+            gone.append(more)
+        return tuple(gone)
+
+    def _turned(self, removed: Collection[int]) -> bool:
+        """Tells if a cut loses, where quality is limited, and if it fits, where a cost is."""
+        if self.budget == "blocks":
+            return len(removed) == self.most
+        if not self.quality:
+            if not removed:
+                return self.limit >= 1
+            before, after = self._costs(removed)
+            return before == 0 or after / before <= self.limit
+        if self.trials.samples < FEW:
+            return True
+        change, samples = self.trials.change(removed), self.trials.samples
+        if self.confidence is None:
+            lost = change.lost + self._z * change.accuracy_error > self.limit
+            risen = change.risen + self._z * change.loss_error
+        else:
+            sure = self.confidence
+            lost = not excludes(samples, *change.swapped, self.limit, sure)
+            rise = (change.risen, change.loss_error, change.skewness)
+            risen = most_risen(*rise, samples, sure)
+        # A cut whose loss is not a number loses.
+        return (self.budget == "accuracy" and lost) or not risen <= self._rise
+
+    def _costs(self, removed: Collection[int]) -> tuple[float, float]:
+        """Of the model and its cut: latencies, or else multiply-adds."""
+        if self.budget == "latency":
+            return self.trials.latencies(removed)
+        whole, cut = map(self.trials.multiply_adds, ((), removed))
+        return float(whole), float(cut)
+
+    def choice(self, score: str, cut: tuple[int, ...]) -> CutChoice:
+        """All figures of a cut."""
+        removed = tuple(sorted(cut))
+        figures: dict[str, Any] = {}
+        if self.data:
+            change = self.trials.change(removed)
+            figures = {
+                "samples": self.trials.samples,
+                "multiply_adds_before": self.trials.multiply_adds(()),
+                "multiply_adds_after": self.trials.multiply_adds(removed),
+            }
+            if self.quality or not change.has_accuracy:
+                figures |= change.figures("loss")
+            if change.has_accuracy:
+                figures |= change.figures("accuracy")
+        if self.budget == "latency":
+            figures["latency_before"], figures["latency_after"] = self.trials.latencies(removed)
+        return CutChoice(
+            removed=removed,
+            score=cast(Score, score),
+            budget=self.budget,
+            limit=self.limit,
+            layers_before=self._kept(()),
+            layers_after=self._kept(removed),
+            confidence=self.confidence,
+            **figures,
+        )
+
+    def _kept(self, removed: Collection[int]) -> tuple[int, ...]:
+        """Layers of each stage."""
+        stages = [s.stage for n, s in enumerate(self.structure.layers) if n not in removed]
+        return tuple(map(stages.count, range(self.structure.stages)))
+
+    def unmet(self) -> str:
+        """Says why no cut meets the budget, and what to do."""
+        horizon, fixed = self.structure.horizon, self.structure.fixed
+        name = type(self.structure.model).__name__
+        asked = f"at most {self.limit:g} of the {self.budget.replace('_', '-')} is to be kept"
+        if self.budget == "blocks":
+            asked = f"{int(self.limit)} of {several(horizon, 'layer')} are to be kept"
+        why = f"; layers {', '.join(map(str, fixed))} cannot be removed" if fixed else ""
+        return f"{asked}, which {name} cannot reach by removing layers{why}; give a larger budget"

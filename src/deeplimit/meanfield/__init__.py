@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from deeplimit.extras import lazy
 
 if TYPE_CHECKING:
-    from deeplimit.meanfield.alignment import align_streams
     from deeplimit.meanfield.convergence import (
         ConvergenceCertificate,
         ConvergenceRecorder,
@@ -13,11 +12,11 @@ if TYPE_CHECKING:
     )
     from deeplimit.meanfield.couplings import Plan
     from deeplimit.meanfield.flow import ParticleFlow, particle_flow, slope
+    from deeplimit.meanfield.forms import Narrowed, align_streams, narrow, widen
     from deeplimit.meanfield.geodesic import Merged, cot_geodesic, merge
     from deeplimit.meanfield.kernel import FeatureKernel, feature_kernel
     from deeplimit.meanfield.measure import LayerwiseMeasure
     from deeplimit.meanfield.transport import CotDistance, cot_distance
-    from deeplimit.meanfield.width import Narrowed, narrow, widen
 
 __all__ = [
     "ConvergenceCertificate",

@@ -19,6 +19,7 @@ from deeplimit.meanfield.particles import (
     Neurons,
     Norms,
     ParticleLayout,
+    mean_of,
     particle_layers,
 )
 from deeplimit.network.blocks import check_values
@@ -206,7 +207,7 @@ class Frame:
         values = {}
         for name, value in every[0].items():
             same = [rest[name] for rest in every]
-            values[name] = _mean(same, weights) if value.is_floating_point() else value
+            values[name] = mean_of(same, weights) if value.is_floating_point() else value
         template = copy.deepcopy(self.template)
         template.load_state_dict(values, strict=False)
         places = []
@@ -214,7 +215,7 @@ class Frame:
             offsets = [place.offset for place in column]
             there = [offset for offset in offsets if offset is not None]
             filled = [torch.zeros_like(there[0]) if c is None else c for c in offsets if there]
-            places.append(replace(column[0], offset=_mean(filled, weights) if there else None))
+            places.append(replace(column[0], offset=mean_of(filled, weights) if there else None))
         return replace(self, template=template, places=tuple(places))
 
 
@@ -235,13 +236,6 @@ def _alike(a: Tensor | None, b: Tensor | None) -> bool:
         return a is b
     size = max(float(a.abs().max()), float(b.abs().max()))
     return torch.allclose(a, b.to(a), rtol=0, atol=ROUNDING * torch.finfo(a.dtype).eps * size)
-
-
-def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = values[0] * weights[0]
-    for value, weight in zip(values[1:], weights[1:], strict=True):
-        total = total + value.to(total) * weight
-    return total
 
 
 def listed(names: Sequence[str]) -> str:

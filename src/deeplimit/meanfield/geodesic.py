@@ -16,8 +16,8 @@ from torch import Tensor
 from deeplimit._anatomy.checks import check_count, check_number
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.errors import InputError, several
-from deeplimit.meanfield.alignment import align_streams
 from deeplimit.meanfield.couplings import Plan
+from deeplimit.meanfield.forms import align_streams
 from deeplimit.meanfield.frame import Frame, layers_at, listed, merged_grid
 from deeplimit.meanfield.measure import Cell, LayerwiseMeasure, Network, as_measure, remade
 from deeplimit.meanfield.transport import CotDistance, cot_distance

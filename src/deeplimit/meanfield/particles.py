@@ -79,11 +79,16 @@ def moved_norms(norms: Sequence[Norms], weights: Sequence[float], move: Move) ->
     """
     inner = [n.inner for n in norms if n.inner is not None]
     outer = [n.outer for n in norms if n.outer is not None]
-    mean = None
-    if len(outer) == len(norms):
-        pairs = zip(weights, outer, strict=True)
-        mean = sum((w * x.to(outer[0]) for w, x in pairs), 0 * outer[0])
+    mean = mean_of(outer, weights) if len(outer) == len(norms) else None
     return Norms(move(inner) if len(inner) == len(norms) else None, mean)
+
+
+def mean_of(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ_k λ_k of tensors, in the place and precision of the first."""
+    total = values[0] * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total = total + value.to(total) * weight
+    return total
 
 
 @dataclass(frozen=True)

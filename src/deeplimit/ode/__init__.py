@@ -5,10 +5,16 @@ from typing import TYPE_CHECKING
 from deeplimit.extras import lazy
 
 if TYPE_CHECKING:
-    from deeplimit.ode._smoothness import Smoothness, StageSmoothness, smoothness
     from deeplimit.ode.depth import coarsen, refine, tie, untie
     from deeplimit.ode.discretization import DiscretizationGap, discretization_gap
-    from deeplimit.ode.limit import ControlCurves, DepthLimit, depth_limit
+    from deeplimit.ode.limit import (
+        ControlCurves,
+        DepthLimit,
+        Smoothness,
+        StageSmoothness,
+        depth_limit,
+        smoothness,
+    )
     from deeplimit.ode.solvers import SolverAccuracy, solver_accuracies, with_solver
 
 __all__ = [

@@ -13,8 +13,14 @@ from deeplimit._anatomy import Anatomy, Stack, anatomy
 from deeplimit._anatomy.chain import Euler
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit.errors import InputError, RunError
-from deeplimit.ode.derivatives import Derivatives
-from deeplimit.ode.field import Interpolation, VectorField, longest_stage, record, stages
+from deeplimit.ode.field import (
+    Derivatives,
+    Interpolation,
+    VectorField,
+    longest_stage,
+    record,
+    stages,
+)
 from deeplimit.ode.solvers import ADVICE, solve_by_layer
 from deeplimit.records import Record
 from deeplimit.tables import number, table

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
         gradient_summary,
     )
     from deeplimit.report.page import render_page, write_page
-    from deeplimit.report.states import trajectory_figure
+    from deeplimit.report.run import training_figure, trajectory_figure
     from deeplimit.report.studies import rates_figure
-    from deeplimit.report.training import training_figure
     from deeplimit.report.turnpike import (
         class_figure,
         controls_figure,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from deeplimit.control.cut_choice import CutChoice
+from deeplimit.control.cropping import CutChoice
 from deeplimit.control.depth_table import DepthTable
 from deeplimit.control.verdict import CONFIDENCE, FEW, Verdict, Z
 from deeplimit.control.verifying import CropResult

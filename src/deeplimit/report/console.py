@@ -13,18 +13,7 @@ from deeplimit.control.depth_table import RECOMMENDED, DepthTable
 from deeplimit.control.turnpike import TurnpikeProfile
 from deeplimit.control.verdict import Verdict, Word
 from deeplimit.errors import several
-from deeplimit.report.answer import (
-    comparisons,
-    cut_depth,
-    data_sentence,
-    entry_apart,
-    every_depth,
-    few,
-    path,
-    shortened,
-    vanished_sentence,
-    verdict_sentence,
-)
+from deeplimit.report import answer
 from deeplimit.report.numbers import SPACE, percent, perplexity, significant
 from deeplimit.report.related import control_sentences, healing_sentence
 from deeplimit.tables import shown_depths
@@ -115,7 +104,7 @@ def layer_marks(profile: TurnpikeProfile) -> dict[int, list[str]]:
 
 def depth_summary(depths: DepthTable, run: str | Path, cut: Cut | None = None) -> RenderableType:
     """Every depth on test data, the recommended one in bold, and how to take one of a run."""
-    lines = depths.lines(cut_depth(cut, depths), perplexity=not depths.accuracy)
+    lines = depths.lines(answer.cut_depth(cut, depths), perplexity=not depths.accuracy)
     rows = [Text(one, "bold" if f" {RECOMMENDED} " in one else "") for one in lines]
     title = f"Every depth on test data, {several(depths.samples, 'sample')}"
     return Group(
@@ -138,9 +127,9 @@ def finished_summary(finished: Finished) -> RenderableType:
     cut, profiles = results.cut, results.profiles
     if cut is not None:
         shown = crop_summary(cut, results.reference, profiles, apart=False)
-        parts += [answered("", shown, note=shortened(results.metrics)), Text()]
+        parts += [answered("", shown, note=answer.shortened(results.metrics)), Text()]
     if profiles is not None:
-        parts.append(depth_summary(every_depth(profiles, cut), finished.run, cut))
+        parts.append(depth_summary(answer.every_depth(profiles, cut), finished.run, cut))
     return Group(*parts)
 
 
@@ -162,7 +151,7 @@ def crop_summary(
     are left to that.
     """
     report = cut.report
-    rows = comparisons(report)
+    rows = answer.comparisons(report)
     if report.has_accuracy:
         agreement = percent(report.agreement, report.samples)
         rows = (*rows, ("Agreement", "", agreement, "same class"))
@@ -170,24 +159,24 @@ def crop_summary(
     made: RenderableType = table(
         ("", "before", "after", "change"), rows, title, left=("", "change")
     )
-    if not apart and profiles and cut_depth(cut, profiles.test) is not None:
+    if not apart and profiles and answer.cut_depth(cut, profiles.test) is not None:
         made = Text(title, style="bold")
     chosen = cut.tolerance is not None or cut.choice is not None
     how = "chosen on validation data" if chosen else "given by the user"
     parts: list[RenderableType] = [made]
     if cut.search:
         how = "searched for on validation data, healed on the way"
-        headings, tried = path(cut)
+        headings, tried = answer.path(cut)
         steps = [(*cells[:-1], ", ".join(filter(None, (cells[-1], mark)))) for mark, cells in tried]
         parts.append(table(headings, steps, "The path of the search", left=("verdict",)))
     tested = several(report.samples, "test sample" if report.has_accuracy else "test window")
     notes = [
         f"Depth {how}; {tested}.",
-        f"{data_sentence(cut.parts)}{few(cut)}",
-        vanished_sentence(profiles),
+        f"{answer.data_sentence(cut.parts)}{answer.few(cut)}",
+        answer.vanished_sentence(profiles),
         cut.choice and f"On validation data: {cut.choice}.",
         cut.bridge and f"On training data: {cut.bridge}.",
-        entry_apart(cut, profiles),
+        answer.entry_apart(cut, profiles),
     ]
     lines = [*verdict_line(report.verdict), *(Text(note, style="dim") for note in notes if note)]
     return Group(*parts, *lines, *map(Text, control_sentences(cut, reference)))
@@ -218,7 +207,7 @@ def refinement_summary(refinement: Refinement) -> RenderableType:
     """The network before and after on test data, and after training where there was any."""
     report, trained = refinement.report, refinement.trained
     n, agreement = report.samples, percent(report.agreement, report.samples)
-    (_, *accuracy, _), (_, *loss, _), *costs = comparisons(report)
+    (_, *accuracy, _), (_, *loss, _), *costs = answer.comparisons(report)
     if trained is not None:
         accuracy.append(percent(trained.accuracy_after, n))
         loss.append(significant(trained.loss_after))
@@ -239,7 +228,7 @@ def verdict_line(verdict: Verdict | None) -> list[Text]:
     """The verdict, its word in a colour too; nothing where there is none."""
     if verdict is None:
         return []
-    _, rest = verdict_sentence(verdict).split(":", 1)
+    _, rest = answer.verdict_sentence(verdict).split(":", 1)
     return [Text.assemble(worded(verdict.word), f":{rest}.")]
 
 

@@ -7,21 +7,9 @@ from rich.console import RenderableType
 
 from deeplimit.errors import several
 from deeplimit.meanfield.convergence import ConvergenceCertificate
+from deeplimit.report import style
 from deeplimit.report.console import answered, table
 from deeplimit.report.numbers import significant
-from deeplimit.report.style import (
-    DASHED,
-    NETWORK,
-    REFERENCE,
-    SOLID,
-    TUBE,
-    Curve,
-    class_look,
-    draw,
-    heat_map,
-    plain_figure,
-    positive,
-)
 from deeplimit.studies.convergence import ConvergenceStudy, Source
 
 SOURCES: dict[Source, str] = {
@@ -73,8 +61,8 @@ def certificate_figures(
 
 def risk_figure(certificate: ConvergenceCertificate) -> go.Figure:
     """The risk above its infimum, and the guaranteed curve e^{−2mt} L(μ_0)."""
-    guaranteed = ("guaranteed", certificate.guaranteed, REFERENCE, DASHED)
-    risk = ("risk", certificate.risks, NETWORK, SOLID)
+    guaranteed = style.reference("guaranteed", certificate.guaranteed)
+    risk = style.Curve("risk", certificate.risks)
     title = ("Risk against the guarantee", "risk, logarithmic")
     return _over_time(*title, certificate, guaranteed, risk, log=True)
 
@@ -86,16 +74,16 @@ def travelled_figure(certificate: ConvergenceCertificate) -> go.Figure:
         "Distance against the budget",
         "distance",
         certificate,
-        ("budget R", budget, REFERENCE, DASHED),
-        ("length of the way", certificate.path_lengths, NETWORK, "dot"),
-        ("distance", certificate.distances, NETWORK, SOLID),
+        style.reference("budget R", budget),
+        style.Curve("length of the way", certificate.path_lengths, dash="dot"),
+        style.Curve("distance", certificate.distances),
     )
 
 
 def rate_figure(certificate: ConvergenceCertificate) -> go.Figure:
     """m̂ and the m that was fixed at the start."""
-    fixed = ("m, fixed at the start", [certificate.m] * len(certificate.times), REFERENCE, DASHED)
-    rate = ("m̂", certificate.rates, NETWORK, SOLID)
+    fixed = style.reference("m, fixed at the start", [certificate.m] * len(certificate.times))
+    rate = style.Curve("m̂", certificate.rates)
     title = ("Rate against the one fixed", "rate, logarithmic")
     return _over_time(*title, certificate, fixed, rate, log=True)
 
@@ -104,18 +92,18 @@ def _over_time(
     title: str,
     y_title: str,
     certificate: ConvergenceCertificate,
-    *curves: Curve,
+    *curves: style.Curve,
     log: bool = False,
 ) -> go.Figure:
     """Curves over the flow's time, with a line where the certificate broke."""
-    figure = plain_figure(title, "time of the flow", y_title, at="t = %{x:.3g}", zero=not log)
+    figure = style.plain_figure(title, "time of the flow", y_title, at="t = %{x:.3g}", zero=not log)
     if certificate.broken_at is not None:
         figure.add_vline(
             x=certificate.times[certificate.broken_at],
-            line={"color": TUBE, "width": 1.5},
-            annotation={"text": "broken", "font": {"color": TUBE, "size": 12}},
+            line={"color": style.TUBE, "width": 1.5},
+            annotation={"text": "broken", "font": {"color": style.TUBE, "size": 12}},
         )
-    return draw(figure, certificate.times, *curves, log=log)
+    return style.draw(figure, certificate.times, *curves, log=log)
 
 
 def convergence_summary(study: ConvergenceStudy) -> RenderableType:
@@ -194,21 +182,22 @@ def decay_figure(study: ConvergenceStudy) -> go.Figure:
     dashed.
     """
     title = ("Risk against time", "time of the flow", "risk over the first")
-    figure = plain_figure(*title, at="t = %{x:.3g}")
-    ends = {study.distances[0]: SOLID, study.distances[-1]: DASHED}
+    figure = style.plain_figure(*title, at="t = %{x:.3g}")
+    ends = {study.distances[0]: style.SOLID, study.distances[-1]: style.DASHED}
     for k, width in enumerate(study.widths):
         for distance, dash in ends.items():
             found = study.cell(width, distance)[0].by_slope
-            values = positive([risk / found.risks[0] for risk in found.risks])
+            values = style.positive([risk / found.risks[0] for risk in found.risks])
             name = f"M = {width}, ρ = {distance:g}"
-            draw(figure, found.times, (name, values, class_look(k)[0], dash), log=True)
+            curve = style.Curve(name, values, style.class_look(k)[0], dash)
+            style.draw(figure, found.times, curve, log=True)
     figure.update_traces(mode="lines")
     return figure.update_layout(height=480, margin={"t": 170})
 
 
 def map_figure(study: ConvergenceStudy, source: Source, words: str) -> go.Figure:
     """The fraction of certificates that hold, over width and ρ, with the time when one broke."""
-    figure = plain_figure(f"Certificates, {words}", "ρ", "width M")
+    figure = style.plain_figure(f"Certificates, {words}", "ρ", "width M")
     z = [[study.held(width, d, source) for d in study.distances] for width in study.widths]
     texts = [
         ["<br>".join(_held(study, width, d, source)) for d in study.distances]
@@ -216,7 +205,7 @@ def map_figure(study: ConvergenceStudy, source: Source, words: str) -> go.Figure
     ]
     x, y = [f"{distance:g}" for distance in study.distances], [*map(str, study.widths)]
     hover = "M = %{y}, ρ = %{x}: %{text}<extra></extra>"
-    return heat_map(figure, x, y, z, texts, 1, hover).update_layout(height=420)
+    return style.heat_map(figure, x, y, z, texts, 1, hover).update_layout(height=420)
 
 
 def _held(study: ConvergenceStudy, width: int, distance: float, source: Source) -> tuple[str, ...]:

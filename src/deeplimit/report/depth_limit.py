@@ -14,22 +14,9 @@ from deeplimit.ode import (
     SolverAccuracy,
     StageSmoothness,
 )
+from deeplimit.report import style
 from deeplimit.report.console import answered, table
 from deeplimit.report.numbers import layers, percent, significant
-from deeplimit.report.style import (
-    CLASSES,
-    DASHED,
-    NETWORK,
-    REFERENCE,
-    SOLID,
-    TEXT,
-    class_look,
-    draw,
-    layer_figure,
-    logarithmic,
-    mark_value,
-    positive,
-)
 
 SEEN = 1e3  # times the largest gap, above which a bound would only squeeze all else together
 COLUMNS = ("stage", "layers", "h", "roughness", "gap", "gap/state", "bound", "integral")
@@ -142,46 +129,47 @@ def depth_limit_figures(limit: DepthLimit) -> list[tuple[str, go.Figure, str]]:
 def gap_figure(measured: DiscretizationGap) -> go.Figure:
     """‖x_n − x(s_n)‖ over the layers, the bounds above it and the size of the state."""
     title, top = _of_stage("Distance to the Neural ODE", measured.stage), SEEN * max(measured.gap)
-    figure = layer_figure(title, measured.horizon, "Euclidean norm, logarithmic")
+    figure = style.layer_figure(title, measured.horizon, "Euclidean norm, logarithmic")
     curves = (
-        ("state", measured.state_norm, TEXT, SOLID),
-        ("bound", measured.bound, REFERENCE, DASHED),
-        ("integral form", measured.integral_bound, REFERENCE, SOLID),
-        ("gap", measured.gap, NETWORK, SOLID),
-        ("mean gap", measured.mean_gap, NETWORK, DASHED),
+        style.Curve("state", measured.state_norm, style.TEXT),
+        style.reference("bound", measured.bound or ()),
+        style.Curve("integral form", measured.integral_bound or (), style.REFERENCE),
+        style.Curve("gap", measured.gap),
+        style.Curve("mean gap", measured.mean_gap, dash=style.DASHED),
     )
-    for name, values, color, dash in curves:
-        shown = [v if 0 < v <= top else None for v in values or ()]
+    for curve in curves:
+        shown = [v if v and 0 < v <= top else None for v in curve.values]
         if any(shown):
-            draw(figure, range(len(shown)), (name, shown, color, dash))
-    return logarithmic(figure)
+            style.draw(figure, range(len(shown)), curve._replace(values=shown))
+    return style.logarithmic(figure)
 
 
 def smoothness_figure(measured: StageSmoothness) -> go.Figure:
     """N‖θ_{n+1} − θ_n‖ in units of ‖θ‖, all together and parameter by parameter."""
     title, steps = _of_stage("Smoothness in depth", measured.stage), len(measured.overall)
-    figure = layer_figure(title, steps, "speed of θ, logarithmic", between=True)
+    figure = style.layer_figure(title, steps, "speed of θ, logarithmic", between=True)
     places = [n + 0.5 for n in range(steps)]
     largest = sorted(measured.groups.items(), key=lambda item: -max(item[1]))
-    for color, (name, speeds) in zip(CLASSES, largest, strict=False):
+    for color, (name, speeds) in zip(style.CLASSES, largest, strict=False):
         if any(v > 0 for v in speeds):
-            draw(figure, places, (name, positive(speeds), color, SOLID))
+            style.draw(figure, places, style.Curve(name, style.positive(speeds), color))
     figure.update_traces(line_width=1.2, marker_size=3)
-    draw(figure, places, ("all together", positive(measured.overall), NETWORK, SOLID))
+    style.draw(figure, places, style.Curve("all together", style.positive(measured.overall)))
     figure.data[-1].update(line_width=3.2)
     independent = math.sqrt(2) * measured.horizon
-    mark_value(figure, independent, "independent layers", log=True)
-    return logarithmic(figure, independent)
+    style.mark_value(figure, independent, "independent layers", log=True)
+    return style.logarithmic(figure, independent)
 
 
 def controls_figure(curves: ControlCurves) -> go.Figure:
     """Some numbers of θ_n over n, a colour for each parameter."""
     nodes = max((len(c) for group in curves.groups.values() for c in group), default=1)
     title = _of_stage("Controls as curves in depth", curves.stage)
-    figure = layer_figure(title, nodes - 1, "θ<sub>n</sub>")
+    figure = style.layer_figure(title, nodes - 1, "θ<sub>n</sub>")
     for i, (name, group) in enumerate(curves.groups.items()):
         for j, values in enumerate(group):
-            draw(figure, range(len(values)), (name, values, class_look(i)[0], SOLID))
+            curve = style.Curve(name, values, style.class_look(i)[0])
+            style.draw(figure, range(len(values)), curve)
             figure.data[-1].update(legendgroup=name, showlegend=j == 0)
     figure.update_traces(line_width=1.4, marker_size=3)
     return figure.update_layout(hovermode="closest")

@@ -9,19 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplimit.errors import several
+from deeplimit.report import style
 from deeplimit.report.console import answered, table, verdict_line
 from deeplimit.report.numbers import layers, percent, significant
-from deeplimit.report.style import (
-    CLASSES,
-    DASHED,
-    NETWORK,
-    REFERENCE,
-    SOLID,
-    Curve,
-    draw,
-    heat_map,
-    plain_figure,
-)
 from deeplimit.studies.comparison import ComparedLayer, ComparedPair, Comparison
 from deeplimit.studies.interpolation import Interpolation
 from deeplimit.training.results import MergedRuns, Score
@@ -134,7 +124,7 @@ def comparison_figures(found: Comparison) -> list[tuple[str, go.Figure, str]]:
     for k, pair in enumerate(found.pairs):
         name = " – ".join(found.networks[n].name for n in (pair.first, pair.second))
         values = [layer.distance for layer in pair.layers]
-        _add_steps(figure, pair.layers, (name, values, CLASSES[k % len(CLASSES)], SOLID))
+        _add_steps(figure, pair.layers, style.Curve(name, values, style.class_look(k)[0]))
     return [
         ("distances", distance_map_figure(found), answer),
         ("distance", figure, "W₂ of every layer, for every two networks."),
@@ -262,19 +252,19 @@ def _paths(
 ) -> go.Figure:
     way = "t, from the first network to the second"
     figure = _over("t", way, f"{what} between the networks", unit, zero=False)
-    curves: list[Curve] = [("geodesic", [*map(value, found.geodesic)], NETWORK, SOLID)]
+    curves = [style.Curve("geodesic", [*map(value, found.geodesic)])]
     if found.naive is not None:
-        curves.append(("parameters averaged", [*map(value, found.naive)], REFERENCE, DASHED))
-    return draw(figure, found.ts, *curves, value=hover)
+        curves.append(style.reference("parameters averaged", [*map(value, found.naive)]))
+    return style.draw(figure, found.ts, *curves, value=hover)
 
 
 def layer_distance_figure(layers: tuple[ComparedLayer, ...]) -> go.Figure:
     """W_2 over the depth s, constant in each cell; dashed with neurons matched by their numbers."""
     figure = _over_depth()
-    _add_steps(figure, layers, ("matched", [layer.distance for layer in layers], NETWORK, SOLID))
+    _add_steps(figure, layers, style.Curve("matched", [layer.distance for layer in layers]))
     by_number = [layer.by_number for layer in layers]
     if any(value is not None for value in by_number):
-        _add_steps(figure, layers, ("by their numbers", by_number, REFERENCE, DASHED))
+        _add_steps(figure, layers, style.reference("by their numbers", by_number))
     return figure
 
 
@@ -285,14 +275,15 @@ def distance_map_figure(found: Comparison) -> go.Figure:
     texts = [["" if d is None else significant(d) for d in row] for row in z]
     largest = max(pair.distance for pair in found.pairs) or 1
     hover = "%{y} and %{x}: d = %{text}<extra></extra>"
-    figure = heat_map(plain_figure("Distances", "", ""), names, names, z, texts, largest, hover)
+    figure = style.plain_figure("Distances", "", "")
+    style.heat_map(figure, names, names, z, texts, largest, hover)
     figure.update_yaxes(autorange="reversed")
     return figure.update_layout(height=100 + 44 * len(names), margin={"t": 56})
 
 
 def _over(axis: str, x_title: str, title: str, y_title: str, *, zero: bool = True) -> go.Figure:
     """An empty figure over what goes from 0 to 1."""
-    figure = plain_figure(title, x_title, y_title, at=f"{axis} = %{{x:.3g}}", zero=zero)
+    figure = style.plain_figure(title, x_title, y_title, at=f"{axis} = %{{x:.3g}}", zero=zero)
     return figure.update_xaxes(range=[-0.03, 1.03])
 
 
@@ -300,9 +291,8 @@ def _over_depth() -> go.Figure:
     return _over("s", "depth s, from the input to the output", "Distance in depth", "W<sub>2</sub>")
 
 
-def _add_steps(figure: go.Figure, layers: Sequence[ComparedLayer], curve: Curve) -> None:
+def _add_steps(figure: go.Figure, layers: Sequence[ComparedLayer], curve: style.Curve) -> None:
     """One value for each cell, held until the next."""
-    name, values, color, dash = curve
-    x = [*(layer.start for layer in layers), layers[-1].end]
-    draw(figure, x, (name, [*values, values[-1]], color, dash))
+    x, values = [*(layer.start for layer in layers), layers[-1].end], curve.values
+    style.draw(figure, x, curve._replace(values=[*values, values[-1]]))
     figure.data[-1].update(mode="lines", line_shape="hv")

@@ -12,15 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from deeplimit.files import write_text
 from deeplimit.records import to_json
-from deeplimit.report import (
-    answer,
-    convergence,
-    depth_limit,
-    related,
-    states,
-    training,
-    turnpike,
-)
+from deeplimit.report import answer, convergence, depth_limit, related, run, turnpike
 from deeplimit.report.numbers import percent, significant
 from deeplimit.training.results import Profiles, RunResults
 
@@ -144,12 +136,12 @@ def training_panels(results: RunResults) -> list[Panel]:
     """Loss, accuracy and, once the tube has been entered, the entry over epochs."""
     metrics = results.metrics
     samples = results.profiles.validation.samples if results.profiles else 0
-    measures: tuple[training.Measure, ...] = get_args(training.Measure)
+    measures: tuple[run.Measure, ...] = get_args(run.Measure)
     return _panels(
         (
             f"training-{measure}",
-            training.training_figure(metrics, measure),
-            training.training_caption(metrics, measure, samples),
+            run.training_figure(metrics, measure),
+            run.training_caption(metrics, measure, samples),
         )
         for measure in measures
         if any(row.get(measure) is not None for row in metrics)
@@ -160,8 +152,8 @@ def states_panel(results: RunResults) -> dict[str, Any] | None:
     """The states: a panel, figures of test data to show at each layer, marks along the slider."""
     if results.picture is None:
         return None
-    picture, profiles = states.thin(results.picture), results.profiles
-    figure = states.trajectory_figure(picture, results.class_names)
+    picture, profiles = run.thin(results.picture), results.profiles
+    figure = run.trajectory_figure(picture, results.class_names)
     figure.layout.sliders = ()
     horizon = len(picture.points) - 1
     layers, ticks, validation = [], [], None
@@ -175,8 +167,8 @@ def states_panel(results: RunResults) -> dict[str, Any] | None:
             ]
         if test.horizon == horizon and entry is not None:
             ticks = [{"at": round(entry / max(1, horizon), 4), "text": f"entry {entry}"}]
-    of, leaving = len(results.picture.labels), states.leaving(picture)
-    caption = states.states_caption(picture, of, leaving, validation)
+    of, leaving = len(results.picture.labels), run.leaving(picture)
+    caption = run.states_caption(picture, of, leaving, validation)
     (panel,) = _panels([("states", figure, caption)])
     return {"panel": panel, "layers": layers, "ticks": ticks, "horizon": horizon}
 

@@ -8,17 +8,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from deeplimit.errors import several
+from deeplimit.report import style
 from deeplimit.report.console import answered, table, worded
 from deeplimit.report.numbers import significant
-from deeplimit.report.style import (
-    NETWORK,
-    REFERENCE,
-    TEXT,
-    TUBE,
-    logarithmic_panels,
-    plain_figure,
-    seeds_curve,
-)
 from deeplimit.studies import ConsistencyStudy, HorizonStudy, LinearStudy, SmoothStudy
 from deeplimit.studies.horizon import ADDED
 from deeplimit.studies.rates import Family, Quantity, Rate
@@ -34,7 +26,7 @@ LEGEND = (
     "largest values over training; gap: max ‖xₙ − x(sₙ)‖ to the Neural ODE, Δθ: θₙ₊₁ − θₙ. "
     "✓ where the slope of every seed is as the theory says, ✗ where not. "
 )
-COLORS = {"smooth": NETWORK, "independent": REFERENCE, "alternating": TUBE}
+COLORS = {"smooth": style.NETWORK, "independent": style.REFERENCE, "alternating": style.TUBE}
 MOMENTS = {"initial": ("before training", "dot"), "final": ("after training", "solid")}
 PANELS: dict[Quantity, str] = {
     "gap": "gap to the Neural ODE",
@@ -49,13 +41,13 @@ CONSISTENT = {
 }
 SIZES = {
     "successive sizes": (
-        ("distance", "atoms", "distance d, from atoms", NETWORK),
-        ("output", "independent", "outputs, independent samples", TUBE),
-        ("output", "tied", "outputs, tied samples", REFERENCE),
+        ("distance", "atoms", "distance d, from atoms", style.NETWORK),
+        ("output", "independent", "outputs, independent samples", style.TUBE),
+        ("output", "tied", "outputs, tied samples", style.REFERENCE),
     ),
     "distance travelled": (
-        ("travelled", "independent", "steps scaled by N·M", NETWORK),
-        ("unscaled", "independent", "steps not scaled", REFERENCE),
+        ("travelled", "independent", "steps scaled by N·M", style.NETWORK),
+        ("unscaled", "independent", "steps not scaled", style.REFERENCE),
     ),
 }
 
@@ -125,7 +117,7 @@ def rates_figure(title: str, depths: Sequence[int], families: Sequence[Family]) 
     """
     activations = list(dict.fromkeys(family.activation for family in families))
     rows = len(activations)
-    figure = plain_figure(title, "", "").set_subplots(
+    figure = style.plain_figure(title, "", "").set_subplots(
         rows,
         2,
         subplot_titles=[
@@ -142,12 +134,12 @@ def rates_figure(title: str, depths: Sequence[int], families: Sequence[Family]) 
             for start, rate in rates:
                 if rate.moment in MOMENTS:
                     moment, dash = MOMENTS[rate.moment]
-                    name, color = f"{start}, {moment}", COLORS.get(start, TEXT)
+                    name, color = f"{start}, {moment}", COLORS.get(start, style.TEXT)
                     hover = f"%{{y:.3g}} (slope {significant(rate.slope, 2)})"
-                    curve = seeds_curve(depths, rate.values, name, color, hover, dash)
+                    curve = style.seeds_curve(depths, rate.values, name, color, hover, dash)
                     drawn.append(curve.update(showlegend=row == column == 1))
             figure.add_traces(drawn, rows=row, cols=column)
-    logarithmic_panels(figure, depths, map(str, depths))
+    style.logarithmic_panels(figure, depths, map(str, depths))
     figure.update_xaxes(title={"text": "layers N", "standoff": 8, "font": {"size": 13}}, row=rows)
     legend = {"y": 1 + 45 / (HEIGHT * rows)}
     return figure.update_layout(height=110 + HEIGHT * rows, margin={"t": 130}, legend=legend)
@@ -160,7 +152,7 @@ def _one_over_n(rate: Rate, depths: Sequence[int]) -> go.Scatter:
         x=[depths[0], depths[-1]],
         y=[first, first * depths[0] / depths[-1]],
         mode="lines",
-        line={"color": TEXT, "width": 1},
+        line={"color": style.TEXT, "width": 1},
         showlegend=False,
         hoverinfo="skip",
     )
@@ -203,17 +195,17 @@ def consistency_figures(study: ConsistencyStudy) -> list[tuple[str, go.Figure, s
 
     Markers are geometric means over the seeds, bars reach from the smallest to the largest.
     """
-    figure = plain_figure("Training against width and depth", "", "").set_subplots(
+    figure = style.plain_figure("Training against width and depth", "", "").set_subplots(
         1, 2, subplot_titles=list(SIZES), horizontal_spacing=0.1
     )
     for column, shown in enumerate(SIZES.values(), start=1):
         for quantity, start, name, color in shown:
             rate = study.rate(quantity, start)
             hover = f"%{{y:.3g}} (slope {significant(rate.slope, 2)} in {rate.against})"
-            curve = seeds_curve(study.depths, rate.values, name, color, hover)
+            curve = style.seeds_curve(study.depths, rate.values, name, color, hover)
             figure.add_trace(curve, row=1, col=column)
     sizes = (f"{n}, {m}" for n, m in zip(study.depths, study.widths, strict=True))
-    logarithmic_panels(figure, study.depths, sizes)
+    style.logarithmic_panels(figure, study.depths, sizes)
     title = {"text": "layers N, particles M", "standoff": 8, "font": {"size": 13}}
     figure.update_xaxes(title=title)
     figure.update_layout(height=440, margin={"t": 140}, legend={"y": 1.14})

@@ -8,7 +8,7 @@ test (or validation, in training curves).
 import math
 from collections.abc import Iterable, Sequence
 from statistics import geometric_mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
@@ -69,7 +69,20 @@ LAYOUT: dict[str, Any] = {
 }
 Number = int | float
 Values = Sequence[Number] | Sequence[Number | None]
-Curve = tuple[str, Values, str, str]  # name, values, colour, dash
+
+
+class Curve(NamedTuple):
+    """A curve of a figure, and how it looks."""
+
+    name: str
+    values: Values
+    color: str = NETWORK
+    dash: str = SOLID
+
+
+def reference(name: str, values: Values) -> Curve:
+    """What the network is compared with, in another colour and dashed."""
+    return Curve(name, values, REFERENCE, DASHED)
 
 
 def class_look(index: int) -> tuple[str, str]:
@@ -96,22 +109,15 @@ def _axis_title(text: str) -> dict[str, Any]:
     return {"text": text, "standoff": 8, "font": {"size": 13}}
 
 
-def line(
-    x: Sequence[Number],
-    y: Values,
-    name: str,
-    color: str,
-    dash: str = SOLID,
-    value: str = "%{y:.4g}",
-) -> go.Scatter:
+def line(x: Sequence[Number], curve: Curve, value: str = "%{y:.4g}") -> go.Scatter:
     """A curve, with markers where they are few; `value` is the hover text's format."""
     return go.Scatter(
         x=list(x),
-        y=list(y),
-        name=name,
+        y=list(curve.values),
+        name=curve.name,
         mode="lines+markers" if len(x) <= FEW else "lines",
-        line={"color": color, "width": 2.2, "dash": dash},
-        marker={"color": color, "size": 5},
+        line={"color": curve.color, "width": 2.2, "dash": curve.dash},
+        marker={"color": curve.color, "size": 5},
         hovertemplate=value,
     )
 
@@ -124,8 +130,9 @@ def draw(
     log: bool = False,
 ) -> go.Figure:
     """Adds curves; with `log` what a logarithmic axis can show of them, and that axis."""
-    for name, values, color, dash in curves:
-        figure.add_trace(line(x, positive(values) if log else values, name, color, dash, value))
+    for curve in curves:
+        shown = curve._replace(values=positive(curve.values)) if log else curve
+        figure.add_trace(line(x, shown, value))
     return logarithmic(figure) if log else figure
 
 
@@ -233,8 +240,8 @@ def seeds_curve(
         "array": [max(own) - mean for own, mean in pairs],
         "arrayminus": [mean - min(own) for own, mean in pairs],
     }
-    curve = line(list(x)[: len(means)], means, name, color, dash, value)
-    return curve.update(
+    curve = Curve(name, means, color, dash)
+    return line(list(x)[: len(means)], curve, value).update(
         error_y=bars | {"thickness": 1, "width": 3}, mode="lines+markers", marker_size=6
     )
 

@@ -8,25 +8,9 @@ import plotly.graph_objects as go
 
 from deeplimit.control.depth_table import DepthTable
 from deeplimit.control.turnpike import TurnpikeProfile
+from deeplimit.report import style
 from deeplimit.report.answer import vanished_sentence
 from deeplimit.report.numbers import layers, percent, perplexity, significant
-from deeplimit.report.style import (
-    DASHED,
-    GRID,
-    NETWORK,
-    REFERENCE,
-    SOLID,
-    TUBE,
-    Values,
-    class_look,
-    draw,
-    layer_figure,
-    line,
-    mark_layer,
-    mark_value,
-    plain_figure,
-    shade_tube,
-)
 from deeplimit.training.results import Cut, Profiles, Reference
 
 NAMED = 10  # so many classes can be told apart by colour and symbol
@@ -45,14 +29,14 @@ def loss_figure(
     The excess ℓ − H(q) is what a layer can still gain; on the linear scale H(q) is a dotted line.
     """
 
-    def values(profile: TurnpikeProfile) -> Values:
+    def values(profile: TurnpikeProfile) -> style.Values:
         return [v - profile.minimum for v in profile.loss] if log else profile.loss
 
     title, unit = ("Loss above its minimum", "nats, logarithmic") if log else ("Loss", "nats")
     figure = _over_layers(title, unit, profiles, cut, reference, values, log=log)
     minimum = profiles.test.minimum
     if not log and not math.isnan(minimum):  # as it is of a loss without minimisers
-        mark_value(figure, minimum, f"minimum {significant(minimum)}")
+        style.mark_value(figure, minimum, f"minimum {significant(minimum)}")
     return figure
 
 
@@ -64,21 +48,21 @@ def quality_figure(depths: DepthTable, reference: Reference | None = None) -> go
     """
     (trace,) = depths.plot().data
     cost = "depth" if trace.x[-1] == depths.horizon else "multiply-adds a sample"
-    figure = plain_figure("Quality against cost", cost, trace.name, at=f"%{{x:,}} {cost}")
+    figure = style.plain_figure("Quality against cost", cost, trace.name, at=f"%{{x:,}} {cost}")
     plain = reference and reference.test
     if plain and plain.horizon == depths.horizon:
         values = [100 * a for a in plain.accuracy] if depths.accuracy else plain.loss
-        draw(figure, trace.x, ("no stage cost", values, REFERENCE, DASHED), value="%{y:.4g}")
+        style.draw(figure, trace.x, style.reference("no stage cost", values), value="%{y:.4g}")
     small = reference and reference.small
     if small and depths.accuracy and small.horizon_before <= depths.horizon:
         name = f"no stage cost, {layers(small.horizon_before)} from scratch"
         place, height = [trace.x[small.horizon_before]], [100 * small.accuracy_before]
-        point = line(place, height, name, REFERENCE, value="%{y:.4g}")
+        point = style.line(place, style.Curve(name, height, style.REFERENCE))
         figure.add_trace(point.update(mode="markers", marker={"symbol": "diamond", "size": 10}))
-    trace.update(name="test", line={"color": NETWORK, "width": 2.2}, marker={"size": 5})
+    trace.update(name="test", line={"color": style.NETWORK, "width": 2.2}, marker={"size": 5})
     figure.add_trace(trace.update(error_y={"thickness": 1, "width": 2}))
     depth = depths.recommended_depth
-    mark_layer(figure, trace.x[depth], f"recommended: depth {depth}")
+    style.mark_layer(figure, trace.x[depth], f"recommended: depth {depth}")
     return figure
 
 
@@ -91,12 +75,12 @@ def distance_figure(
     """
     title, unit, measured = "Distance to the minimisers", "mean distance", profiles.validation
     figure = _over_layers(title, unit, profiles, cut, reference, lambda profile: profile.distance)
-    shade_tube(figure, measured.radius)
-    validation = ("validation", measured.distance, TUBE, DASHED)
-    draw(figure, range(measured.horizon + 1), validation, value="%{y:.4g}")
+    style.shade_tube(figure, measured.radius)
+    validation = style.Curve("validation", measured.distance, style.TUBE, style.DASHED)
+    style.draw(figure, range(measured.horizon + 1), validation, value="%{y:.4g}")
     leaving = measured.exit()
     if leaving is not None and leaving < measured.horizon:
-        mark_layer(figure, leaving, f"exit {leaving}")
+        style.mark_layer(figure, leaving, f"exit {leaving}")
     return figure
 
 
@@ -105,7 +89,7 @@ def update_figure(
 ) -> go.Figure:
     """Relative update ‖x_{n+1} − x_n‖ / ‖x_n‖ in percent, drawn half way between n and n + 1."""
 
-    def values(profile: TurnpikeProfile) -> Values:
+    def values(profile: TurnpikeProfile) -> style.Values:
         return [100 * update for update in profile.relative_update]
 
     title, unit, hover = "Relative update", "percent, logarithmic", "%{y:.3g} %"
@@ -117,7 +101,7 @@ def update_figure(
 def influence_figure(profiles: Profiles, cut: Cut | None = None) -> go.Figure:
     """Block influence 1 − cos(x_n, x_{n+1}), drawn half way between n and n + 1."""
 
-    def values(profile: TurnpikeProfile) -> Values:
+    def values(profile: TurnpikeProfile) -> style.Values:
         return profile.influence or ()
 
     return _over_layers("Influence", "1 − cos", profiles, cut, None, values, between=True)
@@ -127,14 +111,13 @@ def controls_figure(profiles: Profiles, cut: Cut | None = None) -> go.Figure:
     """Norm of each layer's controls, drawn half way between n and n + 1; crosses where it is 0."""
     norms = profiles.control_norms or ()
     title, unit = "Controls", "norm of the last layer of each branch"
-    figure = layer_figure(title, profiles.test.horizon, unit, cut, between=True, zero=True)
+    figure = style.layer_figure(title, profiles.test.horizon, unit, cut, between=True, zero=True)
     places = [n + 0.5 for n in range(len(norms))]
-    draw(figure, places, ("norm", norms, NETWORK, SOLID), value="%{y:.4g}")
+    style.draw(figure, places, style.Curve("norm", norms), value="%{y:.4g}")
     gone = profiles.vanished
     if gone:
-        style = {"color": TUBE, "symbol": "x"}
-        at = [n + 0.5 for n in gone]
-        figure.add_scatter(x=at, y=[0] * len(at), mode="markers", name="exactly 0", marker=style)
+        cross, at = {"color": style.TUBE, "symbol": "x"}, [n + 0.5 for n in gone]
+        figure.add_scatter(x=at, y=[0] * len(at), mode="markers", name="exactly 0", marker=cross)
     return figure
 
 
@@ -155,7 +138,7 @@ def _over_layers(
     profiles: Profiles,
     cut: Cut | None,
     reference: Reference | None,
-    values: Callable[[TurnpikeProfile], Values],
+    values: Callable[[TurnpikeProfile], style.Values],
     value: str = "%{y:.4g}",
     *,
     between: bool = False,
@@ -166,16 +149,17 @@ def _over_layers(
     The entry is that of validation data, on which the depth is chosen.
     """
     horizon, entry = profiles.test.horizon, profiles.validation.entry()
-    figure = layer_figure(title, horizon, unit, cut, between=between, zero=not log)
-    drawn = [(profiles.train, "train", NETWORK, SOLID), (profiles.test, "test", NETWORK, DASHED)]
-    if reference is not None:
-        drawn.insert(0, (reference.test, "no stage cost", REFERENCE, DASHED))
-    for profile, name, color, dash in drawn:
-        y = values(profile)
-        places = [n + 0.5 * between for n in range(len(y))]
-        draw(figure, places, (name, y, color, dash), value=value, log=log)
+    figure = style.layer_figure(title, horizon, unit, cut, between=between, zero=not log)
+    drawn = [] if reference is None else [style.reference("no stage cost", values(reference.test))]
+    drawn += [
+        style.Curve("train", values(profiles.train)),
+        style.Curve("test", values(profiles.test), dash=style.DASHED),
+    ]
+    for curve in drawn:
+        places = [n + 0.5 * between for n in range(len(curve.values))]
+        style.draw(figure, places, curve, value=value, log=log)
     if entry is not None:
-        mark_layer(figure, entry, f"entry {entry}")
+        style.mark_layer(figure, entry, f"entry {entry}")
     return figure.update_layout(legend={"traceorder": "reversed"})
 
 
@@ -211,8 +195,8 @@ def class_figure(profile: TurnpikeProfile, class_names: Sequence[str]) -> go.Fig
 
     Beyond ten classes the ten that enter the tube last are named, the others drawn in grey.
     """
-    figure = layer_figure("Class by class", profile.horizon, "mean distance", zero=True)
-    shade_tube(figure, profile.radius)
+    figure = style.layer_figure("Class by class", profile.horizon, "mean distance", zero=True)
+    style.shade_tube(figure, profile.radius)
     order = slowest_first(profile)
     places = list(range(profile.horizon + 1))
     distances = {c: [row[c] for row in profile.class_distance] for c in order}
@@ -223,13 +207,13 @@ def class_figure(profile: TurnpikeProfile, class_names: Sequence[str]) -> go.Fig
             y=[value for label in crowd for value in (*distances[label], None)],
             mode="lines",
             name=f"{len(crowd)} other classes",
-            line={"color": GRID, "width": 1.2},
+            line={"color": style.GRID, "width": 1.2},
             hoverinfo="skip",
         )
     for place, label in enumerate(sorted(order[:NAMED])):
-        color, symbol = class_look(place if crowd else label)
+        color, symbol = style.class_look(place if crowd else label)
         name = html.escape(class_names[label], quote=False)
-        trace = line(places, distances[label], name, color)
+        trace = style.line(places, style.Curve(name, distances[label], color))
         figure.add_trace(trace.update(marker_symbol=symbol, line_width=1.6))
     return figure
 

@@ -30,9 +30,9 @@ from deeplimit.errors import InputError
 from deeplimit.meanfield import LayerwiseMeasure, cot_distance
 from deeplimit.records import Record
 from deeplimit.studies import harness
-from deeplimit.studies.convergence import check_time, flow, generator_of, network_of, normal
+from deeplimit.studies.convergence import check_time, flow, generator_of, network_of
 from deeplimit.studies.harness import Machine, Point, Study, Tell
-from deeplimit.studies.rates import Slopes
+from deeplimit.studies.rates import Slopes, normal
 
 STATE = 4  # numbers in the state; a particle has 2 · 4 + 1
 SAMPLES, SEEN = 16, 64  # trained on; looked at

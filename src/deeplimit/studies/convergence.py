@@ -32,7 +32,7 @@ from deeplimit.network import ResidualChain, TwoLayerResidual
 from deeplimit.records import Record
 from deeplimit.studies import harness
 from deeplimit.studies.harness import Machine, Point, Study, Tell
-from deeplimit.studies.rates import looked_at
+from deeplimit.studies.rates import looked_at, normal
 
 Source = Literal["kernel", "slope"]
 
@@ -217,11 +217,6 @@ def generator_of(*seeds: int) -> torch.Generator:
     for seed in seeds:
         mixed = (mixed * 1_000_003 + seed + 1) % (2**62)
     return torch.Generator().manual_seed(mixed)
-
-
-def normal(generator: torch.Generator, *shape: int) -> Tensor:
-    """Draws standard normal numbers in float64."""
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def network_of(particles: Float[Tensor, "N M p"]) -> nn.Module:

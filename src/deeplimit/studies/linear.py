@@ -23,7 +23,7 @@ from torch import Tensor
 from deeplimit.extras import need
 from deeplimit.studies import harness, rates
 from deeplimit.studies.harness import Point, Study, Tell
-from deeplimit.studies.rates import Range, Theory, Watched, looked_at, whole_range
+from deeplimit.studies.rates import Range, Theory, Watched, looked_at, normal, whole_range
 
 WIDTH = 4
 SPREAD = 0.5  # of the controls and of B − I: small, so that the initial loss is
@@ -75,7 +75,7 @@ def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
     """Draws A and C of the smooth start and B; returns the generator for what else is drawn."""
     generator = torch.Generator().manual_seed(seed)
     scale = SPREAD / math.sqrt(WIDTH)
-    a, c, b = scale * torch.randn(3, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+    a, c, b = scale * normal(generator, 3, WIDTH, WIDTH)
     return a, c, torch.eye(WIDTH, dtype=torch.float64) + b, generator
 
 
@@ -90,9 +90,7 @@ def first_controls(start: str, horizon: int, seed: int) -> Float[Tensor, "N d d"
     if start == "smooth":
         return a + c * torch.cos(math.pi * n / horizon)
     if start == "independent":
-        shape = (horizon, WIDTH, WIDTH)
-        alone = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return SPREAD / math.sqrt(WIDTH) * alone
+        return SPREAD / math.sqrt(WIDTH) * normal(generator, horizon, WIDTH, WIDTH)
     return (-1.0) ** n * math.sqrt(horizon) * torch.eye(WIDTH, dtype=torch.float64)
 
 

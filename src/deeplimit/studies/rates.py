@@ -202,6 +202,11 @@ def looked_at(steps: int, times: int) -> tuple[int, ...]:
     return tuple(sorted({round(steps * i / times) for i in range(times + 1)}))
 
 
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draws standard normal numbers in float64."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
 def converged(gap: Callable[[int], Float[Tensor, "..."]], precision: float) -> Float[Tensor, "..."]:
     """Computes a gap to an ODE's solution with 1, 2, 4, … steps of the solver in each interval.
 

@@ -29,7 +29,7 @@ from deeplimit.ode.field import VectorField, longest_stage
 from deeplimit.ode.solvers import solve
 from deeplimit.studies import harness, rates
 from deeplimit.studies.harness import Point, Study, Tell
-from deeplimit.studies.rates import ANY, Range, Theory, Watched, looked_at, whole_range
+from deeplimit.studies.rates import ANY, Range, Theory, Watched, looked_at, normal, whole_range
 
 WIDTH, HIDDEN, SAMPLES = 8, 16, 32
 # Of V, small as the initial loss should be. With 1 a seed's curve after training is so bent that
@@ -137,8 +137,7 @@ def first_chain(
 def regression(seed: int) -> tuple[Float[Tensor, "samples d"], Float[Tensor, "samples d"]]:
     """Draws inputs x, normal, and y = x + tanh(A x) with A normal of variance 1/d."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(SAMPLES, WIDTH, generator=generator, dtype=torch.float64)
-    a = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+    x, a = normal(generator, SAMPLES, WIDTH), normal(generator, WIDTH, WIDTH)
     return x, x + torch.tanh(x @ a.T / math.sqrt(WIDTH))
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deeplimit.control.bridge import Bridge
-from deeplimit.control.cut_choice import CutChoice
+from deeplimit.control.cropping import CutChoice
 from deeplimit.control.depth_table import DepthTable
-from deeplimit.control.projection import TrajectoryPicture
+from deeplimit.control.trajectories import TrajectoryPicture
 from deeplimit.control.turnpike import TurnpikeProfile, loss_tolerance
 from deeplimit.control.verdict import Verdict, samples_needed
 from deeplimit.control.verifying import CropResult
