@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.checks import IGNORED, check_number
 from deeplimit._anatomy.evaluation import evaluating
+from deeplimit.control import verdict
 from deeplimit.control.batches import blame_inputs
 from deeplimit.control.losses import (
     ConstantAnswer,
@@ -25,14 +26,6 @@ from deeplimit.control.losses import (
     SampleLoss,
     check_callable,
     sample_loss,
-)
-from deeplimit.control.verdict import (
-    FEW,
-    LOSS_TOLERANCE,
-    Z,
-    check_rise,
-    check_tolerance,
-    range_of,
 )
 from deeplimit.errors import InputError, several
 from deeplimit.records import Record
@@ -48,7 +41,7 @@ def loss_tolerance(accuracy: float) -> float:
 
     1 %, or as large a part as the accuracy that may be lost where that is more.
     """
-    return max(LOSS_TOLERANCE, accuracy)
+    return max(verdict.LOSS_TOLERANCE, accuracy)
 
 
 @dataclass(frozen=True)
@@ -179,15 +172,15 @@ class TurnpikeProfile(Record):
         made up for: `samples_to_exclude(accuracy)` says how many could. Of fewer than 11 samples
         (`verdict.FEW`) standard errors mean nothing: the depth is N.
         """
-        check_tolerance(accuracy)
+        verdict.check_tolerance(accuracy)
         if rise is None:
             rise = (loss_tolerance(accuracy) if loss is None else loss) * self.loss_range
         else:
-            check_rise(rise)
-        for n in range(self.horizon if self.samples >= FEW else 0):
-            risen = self.loss[n] - self.loss[-1] + Z * self.loss_error[n]
+            verdict.check_rise(rise)
+        for n in range(self.horizon if self.samples >= verdict.FEW else 0):
+            risen = self.loss[n] - self.loss[-1] + verdict.Z * self.loss_error[n]
             if self.accuracy:
-                lost = self.accuracy[-1] - self.accuracy[n] + Z * self.accuracy_error[n]
+                lost = self.accuracy[-1] - self.accuracy[n] + verdict.Z * self.accuracy_error[n]
             else:
                 lost = 0.0
             if lost <= accuracy and risen <= rise:
@@ -203,7 +196,7 @@ class TurnpikeProfile(Record):
         """
         if self.classes:
             return math.log(self.classes) - self.minimum
-        return range_of(self.loss[-1], self.constant)
+        return verdict.range_of(self.loss[-1], self.constant)
 
     @property
     def recommended_depth(self) -> int:
