@@ -1,7 +1,7 @@
 """The harness of studies: what is visited, what is kept, what is not run again."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,3 +116,30 @@ def test_where_nothing_was_found_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(RunError):
         run_study(Study(**(vars(broken) | {"axes": {"letters": "b", "numbers": (2,)}})), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+SCRIPT = """
+from pathlib import Path
+from tempfile import mkdtemp
+import numpy as np
+from deeplimit.studies import study_consistency, study_convergence, study_linear, study_smooth
+
+runs = mkdtemp()
+linear = {"depths": (2, 4), "seeds": (0,), "steps": 1, "runs": runs}
+found = study_linear(**linear | {"depths": np.array([2, 4]), "seeds": 0})
+assert (found.depths, found.seeds) == ((2, 4), (0,))
+assert type(found).from_json(Path(found.folder, "study.json").read_text()) == found
+wrong = [{"depths": (2.5, 4)}, {"depths": "24"}, {"seeds": (0.5,)}, {"steps": 1.5}, {"steps": "1"}]
+calls = [lambda f=f, w=w: f(**linear | w) for f in (study_linear, study_smooth) for w in wrong]
+wrong = [{"widths": (4.5,)}, {"seeds": "a"}, {"depth": 2.5}, {"samples": "8"}]
+calls += [lambda w=w: study_convergence(**{"runs": runs} | w) for w in wrong]
+sizes = {"depths": (2, 3, 4), "widths": (4, 8, 12), "atoms": 4, "runs": runs}
+wrong = [{"depths": (2, 3, 4.5)}, {"widths": (4, 8, None)}, {"atoms": 2.5}, {"seeds": 0.5}]
+calls += [lambda w=w: study_consistency(**sizes | w) for w in wrong]
+"""
+
+
+@pytest.mark.slow
+def test_numbers_that_are_not_whole_are_refused(refused_calls: Callable[[str], None]) -> None:
+    """In a process where nothing checks annotations; an array, and a single seed, are taken."""
+    refused_calls(SCRIPT)

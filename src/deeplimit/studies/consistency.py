@@ -172,6 +172,8 @@ def experiment(
         "at least three sizes of 2 layers or more, a width for each depth, "
         "from the smallest to the largest"
     )
+    seeds, (atoms,) = harness.whole("seeds", seeds), harness.whole("atoms", atoms)
+    depths, widths = harness.whole("depths", depths), harness.whole("widths", widths)
     harness.check_once("seeds", seeds)
     harness.check_rising("depths", depths, expected, least=2.0, count=3)
     harness.check_rising("widths", widths, expected, least=1.0, count=len(depths))
@@ -219,7 +221,7 @@ def experiment(
             made.append(ConsistencyRate.fitted(columns, rows, theory, **names))
         return {"rates": tuple(made)}
 
-    settings = {"depths": tuple(depths), "widths": tuple(widths), "draws": draws, "atoms": atoms}
+    settings = {"depths": depths, "widths": widths, "draws": draws, "atoms": atoms}
     flowing = {"learning_rate": learning_rate, "steps": steps, "state": STATE, "samples": SAMPLES}
     return Study(
         name="consistency",

@@ -122,6 +122,8 @@ def experiment(
     time: float,
 ) -> Study[ConvergenceTraining, ConvergenceStudy]:
     """Returns the study of networks of every width from every initial risk, with certificates."""
+    seeds, widths = harness.whole("seeds", seeds), harness.whole("widths", widths)
+    depth, samples = harness.whole("depth and samples", (depth, samples))
     harness.check_once("seeds", seeds)
     steps = check_time(learning_rate, time)
     rising = "from the smallest to the largest"

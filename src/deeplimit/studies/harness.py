@@ -16,12 +16,14 @@ from dataclasses import dataclass, fields
 from glob import escape
 from importlib.metadata import version
 from itertools import compress, groupby, pairwise, product
+from operator import index
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
 import torch
 
-from deeplimit._anatomy.checks import check_number
+from deeplimit._anatomy.checks import check_number, shown
 from deeplimit.errors import InputError, RunError
 from deeplimit.files import new_folder, remove, write_text
 from deeplimit.memory import OBJECTS, require
@@ -142,7 +144,7 @@ def run_study(study: Study[Value, Found], runs: Path, progress: ProgressCallback
     """Measures all points, keeps each, and leaves study.json in the study's folder in `runs`."""
     groups = study.groups()
     total = sum(study.cost(point) for group in groups for point in group)
-    with _folder(study, runs, progress) as (folder, known):
+    with _folder(study, Path(runs), progress) as (folder, known):
         done = 0.0
         for group in groups:
             share = sum(map(study.cost, group)) / total
@@ -201,6 +203,20 @@ def _unfinished(
                 points = there["points"]
                 return path.parent, {tuple(p): coerce(study.value, v, str(path)) for p, v in points}
     return None, {}
+
+
+def whole(name: str, values: Any) -> tuple[int, ...]:
+    """Returns whole numbers, of a list or an array, as Python's own; raises InputError for others.
+
+    >>> whole("depths", [8, 16])
+    (8, 16)
+    """
+    try:
+        return tuple(map(index, np.ravel(values).tolist()))
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{name} {shown(values)} given; expected whole numbers, such as (8, 16)"
+        ) from None
 
 
 def check_once(name: str, values: Sequence[Any]) -> None:

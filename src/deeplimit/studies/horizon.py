@@ -139,6 +139,7 @@ def study_horizon(
     Raises:
         InputError: no seed, a seed twice, or a negative radius.
     """
+    seeds = harness.whole("seeds", seeds)
     harness.check_once("seeds", seeds)
     if radius is not None:
         check_number("the tube radius", radius, "a number ≥ 0", lambda r: r >= 0)

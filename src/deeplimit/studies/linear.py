@@ -54,7 +54,7 @@ def experiment(
     depths: Sequence[int], seeds: Sequence[int], learning_rate: float, steps: int
 ) -> Study[Watched, LinearStudy]:
     """Returns the study of linear networks of every depth from three starts, in float64."""
-    rates.check_flow(depths, seeds, learning_rate, steps)
+    depths, seeds, steps = rates.checked_flow(depths, seeds, learning_rate, steps)
     # Controls, states, gradient and what becomes of the controls.
     numbers = 4 * len(THEORY) * len(seeds) * WIDTH**2
     harness.check_fits(depths[-1], numbers, modules=False)

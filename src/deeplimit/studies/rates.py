@@ -223,10 +223,16 @@ def converged(gap: Callable[[int], Float[Tensor, "..."]], precision: float) -> F
     return torch.full_like(before, math.nan)
 
 
-def check_flow(
+def checked_flow(
     depths: Sequence[int], seeds: Sequence[int], learning_rate: float, steps: int
-) -> None:
-    """Raises InputError unless depths rise, there are seeds, η is above 0 and there is a step."""
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Returns depths, seeds and steps as Python's own whole numbers.
+
+    Raises:
+        InputError: depths do not rise, there is no seed or one twice, η is not above 0, no step.
+    """
+    depths, seeds = harness.whole("depths", depths), harness.whole("seeds", seeds)
+    (steps,) = harness.whole("steps", steps)
     expected = (
         "at least two, from the smallest to the largest, each of 2 layers or more, such as 16 32 64"
     )
@@ -235,3 +241,4 @@ def check_flow(
     harness.check_positive(learning_rate=learning_rate)
     if steps < 1:
         raise InputError(f"{steps} steps asked for; expected at least 1")
+    return depths, seeds, steps

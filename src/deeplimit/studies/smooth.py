@@ -80,7 +80,7 @@ def experiment(
     for name in activations:
         choose(ACTIVATIONS, name, "the activation")
     harness.check_once("activations", activations)
-    rates.check_flow(depths, seeds, learning_rate, steps)
+    depths, seeds, steps = rates.checked_flow(depths, seeds, learning_rate, steps)
     deepest = depths[-1]
     if any(deepest % depth for depth in depths):
         raise InputError(
