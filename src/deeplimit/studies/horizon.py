@@ -19,14 +19,22 @@ from statistics import fmean, stdev
 
 from torch import Tensor
 
-from deeplimit import training
 from deeplimit._anatomy.checks import check_number
 from deeplimit.control import DepthTable, TurnpikeProfile
 from deeplimit.control.verdict import CONFIDENCE, Word, Z, word_of
 from deeplimit.records import Record
 from deeplimit.studies import harness
 from deeplimit.studies.harness import Machine, Point, Study, Tell
-from deeplimit.training import Recipe, RunFolder
+from deeplimit.training import (
+    Recipe,
+    RunFolder,
+    complete,
+    profile_run,
+    recipe_for,
+    resume,
+    run_data,
+    train,
+)
 from deeplimit.training.run_folder import name_of
 
 MULTIPLES = (1, 2, 4)
@@ -106,7 +114,7 @@ def horizon_recipe(data: str) -> Recipe:
     >>> horizon_recipe("digits").epochs
     300
     """
-    recipe = replace(training.recipe_for(data), stage_cost_grows=False)
+    recipe = replace(recipe_for(data), stage_cost_grows=False)
     return replace(recipe, width=32, epochs=300) if data == "digits" else recipe
 
 
@@ -150,13 +158,13 @@ def study_horizon(
         ((multiple, seed),) = points
         name = _name(deeper[multiple], seed)
         if (folder / name).exists():  # it was interrupted
-            run = training.resume(folder / name, quiet=quiet)
+            run = resume(folder / name, quiet=quiet)
         else:
             own = replace(deeper[multiple], seed=seed)
-            run = training.train(own, runs=folder, name=name, quiet=quiet)
+            run = train(own, runs=folder, name=name, quiet=quiet)
         if (multiple, seed) == (MULTIPLES[0], seeds[0]):
             smallest[seed] = run
-        return [training.profile_run(run).test]
+        return [profile_run(run).test]
 
     def counted(found: Mapping[Point, TurnpikeProfile], folder: Path) -> dict[str, object]:
         depths = []
@@ -175,7 +183,7 @@ def study_horizon(
         return {
             "radius": tests[0].radius if radius is None else radius,
             "depths": tuple(depths),
-            "verdict": judged(depths, training.run_data(first).test.y),
+            "verdict": judged(depths, run_data(first).test.y),
             "added": fmean(_added(depths)),
         }
 
@@ -225,7 +233,7 @@ def demo_recipe(seed: int = 0) -> Recipe:
     >>> demo_recipe().depth
     (8,)
     """
-    return replace(training.recipe_for("mazes"), epochs=3, control="plain", seed=seed)
+    return replace(recipe_for("mazes"), epochs=3, control="plain", seed=seed)
 
 
 def run_demo(recipe: Recipe, *, runs: Path = Path("runs"), quiet: bool = False) -> RunFolder:
@@ -234,5 +242,5 @@ def run_demo(recipe: Recipe, *, runs: Path = Path("runs"), quiet: bool = False) 
     >>> run_demo(replace(demo_recipe(), depth=(2,), epochs=1), runs=runs, quiet=True).path.name
     'demo'
     """
-    then = partial(training.complete, quiet=quiet)
-    return training.train(recipe, runs=runs, name="demo", quiet=quiet, then=then)
+    then = partial(complete, quiet=quiet)
+    return train(recipe, runs=runs, name="demo", quiet=quiet, then=then)
