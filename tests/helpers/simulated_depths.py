@@ -78,6 +78,7 @@ class Draw(Trials):
         self.network, self.ordering = network, network.stages > 1
         self._first = min(ORDERING, samples // 2) if self.ordering else 0
         self.samples = samples - self._first
+        self._own = self._figures(())
 
     def _figures(self, removed: Iterable[int]) -> dict[str, Tensor]:
         moved = self._moved[list(removed), self._first :].sum(0)
@@ -86,18 +87,19 @@ class Draw(Trials):
         return {"loss": loss, "right": (margin > 0).double()}
 
     def change(self, removed: Collection[int]) -> Change:
-        return Change.of(self._figures(()), self._figures(removed))
+        return Change.of(self._own, self._figures(removed))
 
     def divergence(self, removed: Collection[int]) -> float:
         first = self._first or len(self._margin)
         return float(self._moved[list(removed), :first].sum(0).square().mean())
 
     def order(self, ranked: Iterable[int], may_go: MayGo | None = None) -> Iterator[int]:
-        gone, left = [], list(ranked)
-        while left:
-            gone.append(min(left, key=lambda k: self.divergence([*gone, k])))
-            left.remove(gone[-1])
-            yield gone[-1]
+        moved, left = self._moved[:, : self._first or None], list(ranked)
+        gone = torch.zeros(moved.shape[1])
+        while left:  # the one with which the divergence is least
+            best = left.pop(int((gone + moved[left]).square().mean(1).argmin()))
+            gone = gone + moved[best]
+            yield best
 
     def profile(self) -> TurnpikeProfile:
         """That of all samples, from the first layer's state on."""
