@@ -172,9 +172,14 @@ def _move_statistics(model: nn.Module) -> None:
     model.eval()
 
 
+def _freeze(model: nn.Module) -> None:
+    model.blocks[1].requires_grad_(False)
+
+
 @pytest.mark.parametrize(
     ("block", "training", "change", "message"),
     [
+        (Block, True, _freeze, r"parameters were changed .* Run backward before .*requires_grad_"),
         (Masking, True, _edit_masks, "its buffer mask was changed"),
         (Masking, True, _replace_masks, "its buffer mask was changed"),
         (Block, True, _replace_parts, "was replaced|parameters were changed"),
@@ -190,7 +195,7 @@ def test_changes_between_forward_and_backward_are_errors(
     model, x = tower(block).train(training), inputs()
     use_adjoint(model, on_drift="ignore")
     for _ in range(2):
-        loss = loss_of(model.train(training), x)
+        loss = loss_of(model.train(training).requires_grad_(True), x)
         change(model)
         with pytest.raises(AdjointError, match=message):
             loss.backward()

@@ -106,6 +106,20 @@ def test_blocks_that_never_meet_are_said_to_save_nothing() -> None:
     assert "linked to no other block, their input kept: blocks.0" in str(layout(model))
 
 
+def test_that_nothing_is_saved_is_not_all_that_is_ever_said() -> None:
+    """Hooks between the blocks are taken away: from then on states are rebuilt, and far off."""
+    model = tower()
+    handles = [block.register_forward_hook(lambda _, __, y: 0.9 * y) for block in model.blocks]
+    use_adjoint(model, evaluations=1, tolerance=1e-6)
+    gradients(model, inputs())
+    with pytest.warns(DriftWarning, match="no state will be rebuilt"):
+        gradients(model, inputs())
+    for handle in handles:
+        handle.remove()
+    with pytest.warns(DriftWarning, match="beyond the tolerance"):
+        gradients(model, inputs())
+
+
 def test_checkpoints_of_transformers_around_the_blocks_are_refused() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=2, n_head=2)

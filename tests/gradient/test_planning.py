@@ -518,3 +518,12 @@ def test_gradient_error_by_hand() -> None:
     names = [name for name, _ in model.named_parameters()]
     assert report.worst == names[own.index(max(own))]
     assert report.loss == pytest.approx(float(loss_of(model, x).detach()))
+
+
+@pytest.mark.parametrize(
+    ("gives", "what"), [(None, "NoneType"), (3.0, "float"), (torch.ones(2), r"a tensor of shape")]
+)
+def test_a_loss_that_is_none_is_said(gives: object, what: str) -> None:
+    model = use_adjoint(nn.Sequential(PostNorm(), PostNorm()), bits=4)
+    with pytest.raises(InputError, match=rf"loss_of gave {what}.*expected a scalar"):
+        plan_memory(model, lambda *_: gives, torch.randn(2, 16))  # type: ignore[arg-type, return-value]

@@ -27,8 +27,10 @@ from deeplimit.gradient.node import LEFT
 NAMES: list[tuple[Any, str]] = [
     (torch._C, "_current_graph_task_id"),
     (torch._C._functorch, "peek_interpreter_stack"),
+    (torch._C._functorch, "is_legacy_batchedtensor"),
     (torch._C._autograd, "_top_saved_tensors_default_hooks"),
     (torch.utils.checkpoint, "_checkpoint_hook"),
+    (torch.utils.checkpoint, "_recomputation_hook"),
     (torch.autograd.Variable, "_execution_engine"),
     (torch.autograd.forward_ad, "_current_level"),
     (torch.nn.modules.batchnorm, "_NormBase"),
@@ -105,6 +107,28 @@ def test_a_checkpoint_around_is_seen_and_no_other_hook() -> None:
     with torch.autograd.graph.save_on_cpu():
         look(x)
     assert [one is None for one in found] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_that_repeats_is_seen_unless_it_is_reentrant(reentrant: bool) -> None:
+    found: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        found.append(private.checkpoint_repeats())
+        return x.sin()
+
+    checkpoint(look, torch.ones(2, requires_grad=True), use_reentrant=reentrant).sum().backward()
+    assert found == [False, not reentrant]
+
+
+def test_gradients_of_many_at_once_are_seen() -> None:
+    found: list[bool] = []
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2.0
+    y.register_hook(lambda g: found.append(private.is_batched(g)))
+    y.sum().backward(retain_graph=True)
+    torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True)
+    assert found == [False, True]
 
 
 def test_versions_count_changes_in_place() -> None:

@@ -3,11 +3,13 @@
 import gc
 import math
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -75,15 +77,41 @@ def gradient_error(model: nn.Module, loss_of: LossOf, batch: Any) -> GradientAcc
     return measure.accuracy(measure.gradient())
 
 
+class RandomState:
+    """Of the generators that a forward pass may draw from unasked: torch's, Python's, numpy's."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        cuda: Any = torch.cuda
+        self._cuda = cuda.get_rng_state_all() if cuda.is_initialized() else []
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+
+    def put(self) -> None:
+        """Puts it back."""
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+
+
 class Measurement:
     """One batch, its exact gradient, and as many others as are asked for.
 
-    The exact one is by plain backpropagation, or with other settings that keep every state.
+    The exact one is by plain backpropagation, or with other settings that keep every state. All
+    draw the same random numbers: those of `start`, if it is given.
     """
 
-    def __init__(self, model: nn.Module, loss_of: LossOf, batch: Any, **exactly: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_of: LossOf,
+        batch: Any,
+        start: RandomState | None = None,
+        **exactly: Any,
+    ):
         self.model, self.engines = model, engines(model)
-        self._loss_of, self._batch = loss_of, batch
+        self._loss_of, self._batch, self._start = loss_of, batch, start
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise InputError("no parameter of the model requires a gradient")
@@ -102,11 +130,13 @@ class Measurement:
         """∇θ as the model is switched now; parameters that the loss does not reach are left out."""
         with self._undisturbed():
             loss = self._loss_of(self.model, self._batch)
-            if loss.dim() != 0 or not loss.requires_grad:
+            tensor = isinstance(loss, Tensor)
+            if not tensor or loss.dim() != 0 or not loss.requires_grad:
+                gave = f"a tensor of shape {tuple(loss.shape)}" if tensor else type(loss).__name__
                 raise InputError(
-                    f"loss_of gave a tensor of shape {tuple(loss.shape)}"
-                    f"{'' if loss.requires_grad else ' without a gradient'}; expected a scalar "
-                    "that backward() can start from"
+                    f"loss_of gave {gave}"
+                    f"{' without a gradient' if tensor and not loss.requires_grad else ''}; "
+                    "expected a scalar that backward() can start from"
                 )
             self.loss = float(loss.detach())
             found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
@@ -158,12 +188,13 @@ class Measurement:
         ]
         values = (v for module in self.model.modules() for v in vars(module).values())
         generators = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
-        quiet = each(self.engines, on_drift="ignore")
-        with quiet, torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(0)
+        before = RandomState()
+        with each(self.engines, on_drift="ignore"), torch.enable_grad():
             try:
+                self._start_anew()
                 yield
             finally:
+                before.put()
                 for generator, state in generators:
                     generator.set_state(state)
                 with torch.no_grad():
@@ -172,6 +203,15 @@ class Measurement:
                         # Else graphs of others still read it; batch norms move without a version.
                         if buffer._version != version or not torch.equal(buffer, copy):
                             buffer.copy_(copy)
+
+    def _start_anew(self) -> None:
+        """Sets all random numbers to what they are in each pass."""
+        if self._start is not None:
+            self._start.put()
+            return
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
 
 
 @contextmanager

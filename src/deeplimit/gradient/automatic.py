@@ -1,29 +1,34 @@
 """bits="auto": a plan for the first batch, which is looked at again while the model trains."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from deeplimit.errors import describe_error
-from deeplimit.gradient.accuracy import Measurement, each
+from deeplimit.gradient.accuracy import Measurement, RandomState, each
 from deeplimit.gradient.codes import BITS
 from deeplimit.gradient.engine import Engine
 from deeplimit.gradient.meter import GROWN, DriftWarning
 from deeplimit.gradient.planning import EXACTLY, MemoryPlan, Planner
 from deeplimit.gradient.private_torch import (
     checkpoint_around,
+    checkpoint_repeats,
     graph_task,
+    is_batched,
     is_fully_sharded,
     is_stood_in_for,
+    transform,
 )
 from deeplimit.gradient.replay_context import tensors_in, without_graph
 from deeplimit.gradient.stand_ins import engines, switches
@@ -34,6 +39,12 @@ CHARGED = (
     "the costs of its layers, a stage cost's, are no part of its outputs; give use_adjoint the "
     "StageCost in place of the model"
 )
+REENTRANT = (
+    "a reentrant checkpoint runs the model in the backward pass only; use_reentrant=False lets it "
+    "be planned for"
+)
+
+_OPEN = (Tensor, int, float, str, type(None))  # leaves that hide nothing
 
 
 def followed(
@@ -72,7 +83,9 @@ class Auto:
         self.engine = engine
         self.plan: MemoryPlan | None = None
         self._seen: _Call | None = None
+        self._start: RandomState | None = None  # of a forward pass under way that is to be seen
         self._steps, self._wait = 0, 1
+        self._looked = False
         self._handles = [
             model.register_forward_pre_hook(self.before),
             model.register_forward_hook(self.after, with_kwargs=True),
@@ -80,15 +93,15 @@ class Auto:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy waits for a batch of its own."""
-        return self.__dict__ | {"_seen": None}
+        return self.__dict__ | {"_seen": None, "_start": None, "_looked": False}
 
     def before(self, model: nn.Module, _: Any) -> None:
         """Before a forward pass of the whole module."""
-        self._uncompiled()(self._look, model)
+        self._uncompiled()(self._begin, model)
 
-    def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def after(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After it."""
-        return self._uncompiled()(self._note, model, args, kwargs, output)
+        return self._uncompiled()(self._note, args, kwargs, output)
 
     @staticmethod
     def _uncompiled() -> Callable[..., Any]:
@@ -123,43 +136,73 @@ class Auto:
             or any(map(is_stood_in_for, model.modules()))
         )
 
-    def _note(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """If its backward pass is one to plan for, or to measure the plan by, keeps it in mind.
+    def _only_in_backward(self, model: nn.Module) -> bool:
+        """Tells whether a forward pass runs in a backward pass, and no checkpoint repeats it."""
+        return (
+            graph_task() != -1
+            and torch.is_grad_enabled()
+            and not self.engine.measuring
+            and self.engine.turns.replays is None
+            and not (checkpoint_around() or checkpoint_repeats())
+            and not any(map(is_stood_in_for, model.modules()))
+        )
 
-        The caller gets views of the outputs: their gradients are those of what the caller makes of
-        them, and not of other outputs that the model itself makes of them.
-        """
+    def _begin(self, model: nn.Module) -> None:
+        """Looks at the last pass; notes the random numbers of one to plan for, or to measure by."""
+        self._start = None
         if self._elsewhere(model):
+            if self.plan is None and self._seen is None and self._only_in_backward(model):
+                self._give_up(REENTRANT)
+            return
+        self._look(model)
+        grown = self.plan is not None and self.engine.meter.bound > GROWN * self.plan.bound
+        if self.plan is None or self._steps >= self._wait or (grown and self._steps >= SOON):
+            self._start = RandomState()
+
+    def _note(self, args: Any, kwargs: Any, output: Any) -> Any:
+        """Keeps such a pass in mind as soon as its outputs are given gradients.
+
+        The caller gets others with the same numbers: their gradients are those of what the caller
+        makes of them, and not of other outputs that the model itself makes of them.
+        """
+        start, self._start = self._start, None
+        if start is None:
             return None
-        if self.plan is not None and self._steps < self._wait:
-            grown = self.engine.meter.bound > GROWN * self.plan.bound
-            if not grown or self._steps < SOON:
-                return None
         inputs = [(x, x._version) for x in tensors_in((args, kwargs)) if not x.is_inference()]
-        call = _Call(without_graph(args), without_graph(kwargs), inputs, {})
+        call = _Call(without_graph(args), without_graph(kwargs), inputs, start, {})
 
         def came(i: int, gradient: Tensor) -> None:
-            call.gradients[i] = gradient.detach()
-            self._seen = call
+            if transform() is None and not is_batched(gradient):
+                call.gradients[i] = gradient.detach()
+                self._seen = call
+                if not self._looked:  # however many backward passes there are: it will be
+                    self.engine.meter.unplanned = 0
 
-        leaves, form = tree_flatten(output)
-        for i, y in enumerate(leaves):
-            if isinstance(y, Tensor) and y.requires_grad:
-                leaves[i] = y.view_as(y)
-                leaves[i].register_hook(partial(came, i))
-        return tree_unflatten(leaves, form)
+        places, seen, closed = count(), [], []
+
+        def apart(y: Any) -> Any:
+            i = next(places)
+            if not (isinstance(y, Tensor) and y.requires_grad):
+                closed.extend([] if isinstance(y, _OPEN) else [type(y).__name__])
+                return y
+            other: Any = _Apart.apply(y)  # type: ignore[no-untyped-call, unused-ignore]
+            seen.append(other.register_hook(partial(came, i)))
+            return other
+
+        theirs = _each_leaf(apart, output)
+        if closed and not seen:
+            self._give_up(f"it returns an object of type {closed[0]}, in which no tensor is seen")
+        return theirs
 
     def _look(self, model: nn.Module) -> None:
         """Plans, or measures again, where the backward pass for that is over."""
-        if self._elsewhere(model):
-            return
         if any(switch.charged for switch in switches(model)):
             self._give_up(CHARGED)
             return
         self._steps += 1
         if self._seen is None:
             return
-        engine, seen, self._seen = self.engine, self._seen, None
+        engine, seen, self._seen, self._looked = self.engine, self._seen, None, True
         if not engines(model) or any(x._version != version for x, version in seen.inputs):
             return  # nothing is left to plan for, or another batch is there by now
         if any(map(_speaks, model.modules())):
@@ -169,7 +212,7 @@ class Auto:
         apart = saved_tensors_hooks(_same, _same) if checkpoint_around() else nullcontext()
         try:
             with apart:
-                measure = Measurement(model, _of_gradients, seen, **EXACTLY)
+                measure = Measurement(model, _of_gradients, seen, seen.start, **EXACTLY)
                 if not measure.tells:
                     return  # such as a loss that overflowed, whose step a scaler leaves out
                 plan, words = followed(self.plan, measure, engine.settings.tolerance)
@@ -196,19 +239,52 @@ class Auto:
         self._seen = None
 
 
+class _Apart(torch.autograd.Function):
+    """The identity. Unlike a view its output keeps its hooks where it is changed in place."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        """The same memory and count of changes, so that autograd sees these."""
+        return x.detach()
+
+    @staticmethod
+    def backward(_: Any, *gradients: Any) -> Any:
+        """As it comes."""
+        return gradients
+
+
 class _Call(NamedTuple):
-    """A forward pass of the whole module, and what its outputs were given as gradients."""
+    """A forward pass of the whole module, and what its outputs were given as gradients.
+
+    Those belong to its outputs, hence to its random numbers.
+    """
 
     args: Any
     kwargs: Any
     inputs: list[tuple[Tensor, int]]
+    start: RandomState
     gradients: dict[int, Tensor]
 
 
 def _of_gradients(model: nn.Module, call: _Call) -> Tensor:
     """Σ ⟨y, ∂L/∂y⟩ over the outputs."""
-    outputs = tree_leaves(model.forward(*call.args, **call.kwargs))
+    outputs: list[Any] = []
+    _each_leaf(outputs.append, model.forward(*call.args, **call.kwargs))
     return torch.stack([(outputs[i] * g).sum() for i, g in call.gradients.items()]).sum()
+
+
+def _each_leaf(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same with a function's answers in place of the leaves, those of dataclasses too."""
+
+    def at(leaf: Any) -> Any:
+        if not is_dataclass(leaf) or isinstance(leaf, type):
+            return function(leaf)
+        other = copy.copy(leaf)
+        for name in (field.name for field in fields(leaf) if hasattr(leaf, field.name)):
+            object.__setattr__(other, name, _each_leaf(function, getattr(leaf, name)))
+        return other
+
+    return tree_map(at, value)
 
 
 def _same(x: Tensor) -> Tensor:

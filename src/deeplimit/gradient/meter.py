@@ -180,14 +180,15 @@ class DriftMeter:
         learnt: whether a step had its first run since the last backward pass.
         refused: the blocks left plain since then, each with the reason.
         unplanned: how many backward passes went by that might have led to a plan and did not.
-        warned: whether a warning was given, which is given once.
+        warned: what was warned of, each once: errors, or that nothing is saved.
     """
 
     def __init__(self) -> None:
         self.drift, self.drift_at = 0.0, ""
         self.response = self.bound = 0.0
         self.residual, self.linked, self.kinked = 0, False, False
-        self.learnt, self.warned = False, False
+        self.learnt = False
+        self.warned: set[str] = set()
         self.unplanned = 0.0
         self.refused: list[str] = []
         self._passes: dict[int, BackwardPass] = {}  # by thread
@@ -195,7 +196,7 @@ class DriftMeter:
     def __getstate__(self) -> dict[str, Any]:
         """What was learnt, without the backward passes of the original."""
         none = {"drift": 0.0, "drift_at": "", "response": 0.0, "bound": 0.0, "_passes": {}}
-        return self.__dict__ | none
+        return self.__dict__ | none | {"warned": set(self.warned)}
 
     def this_pass(self, settings: Settings) -> BackwardPass:
         """The backward pass that a replay belongs to; at its end it is looked at."""
@@ -284,9 +285,10 @@ class DriftMeter:
         if settings.bits == "auto" and not settings.ways:
             self.unplanned += 1
             if self.unplanned == PATIENCE:
-                self._warn(settings, NO_PLAN)
+                self._warn(settings, NO_PLAN, "useless")
         if why is not None:
-            self._warn(settings, f"no state will be rebuilt: {why}. layout(model) tells more")
+            message = f"no state will be rebuilt: {why}. layout(model) tells more"
+            self._warn(settings, message, "useless")
         self.refused.clear()
         self.learnt = False
 
@@ -311,10 +313,10 @@ class DriftMeter:
             raise AdjointError(message)
         self._warn(settings, message)
 
-    def _warn(self, settings: Settings, message: str) -> None:
+    def _warn(self, settings: Settings, message: str, of: str = "error") -> None:
         """Once for each switch, unless the user wants to hear nothing."""
-        if settings.on_drift != "ignore" and not self.warned:
-            self.warned = True
+        if settings.on_drift != "ignore" and of not in self.warned:
+            self.warned.add(of)
             warnings.warn(message, DriftWarning, stacklevel=2)
 
 

@@ -25,8 +25,11 @@ try:
     graph_task: Callable[[], int] = torch._C._current_graph_task_id
     # The transform of torch.func that is at work, or None.
     transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
+    # Whether a tensor stands for many at once, as where is_grads_batched=True.
+    is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
     _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
     _checkpoints = torch.utils.checkpoint._checkpoint_hook.__qualname__ + "."
+    _repeats = torch.utils.checkpoint._recomputation_hook.__qualname__ + "."
     at_end_of_backward: Any = torch.autograd.Variable._execution_engine.queue_callback
     for _owner, _name in {
         Tensor: "_version",
@@ -40,7 +43,14 @@ except (AttributeError, ImportError) as gone:
         f"{torch.__version__} does not have ({gone}); use a version in which it is there"
     ) from gone
 
-__all__ = ["NormBase", "TorchDispatchMode", "at_end_of_backward", "graph_task", "transform"]
+__all__ = [
+    "NormBase",
+    "TorchDispatchMode",
+    "at_end_of_backward",
+    "graph_task",
+    "is_batched",
+    "transform",
+]
 
 # Torch's checkpoint, without stepping out of compiled graphs once more: we are outside already.
 _public: Any = torch.utils.checkpoint.checkpoint
@@ -51,9 +61,19 @@ version_of: Callable[[Tensor], int] = attrgetter("_version")
 
 def checkpoint_around() -> object | None:
     """The checkpoint of torch's, non-reentrant, that is recording what is run now."""
+    return _saving_hook(_checkpoints)
+
+
+def checkpoint_repeats() -> bool:
+    """Tells whether a checkpoint of torch's, non-reentrant, is running again what it recorded."""
+    return _saving_hook(_repeats) is not None
+
+
+def _saving_hook(place: str) -> object | None:
+    """What is called where a tensor is saved, if that was defined there."""
     even_while_tracing = True
     hooks = _saving_hooks(even_while_tracing)
-    return hooks[0] if hooks and hooks[0].__qualname__.startswith(_checkpoints) else None
+    return hooks[0] if hooks and hooks[0].__qualname__.startswith(place) else None
 
 
 def forward_mode() -> bool:

@@ -32,6 +32,7 @@ CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 CHECKPOINTING = "gradient_checkpointing"  # transformers' own
 
 _training = attrgetter("training")
+_parameter_state = attrgetter("_version", "requires_grad")
 
 
 class Arguments:
@@ -272,7 +273,7 @@ class ReplayContext:
     def __init__(self, name: str, modules: Modules, arguments: Arguments, device: torch.device):
         self._name, self._modules, self._arguments, self._device = name, modules, arguments, device
         self._parameters = modules.parameters(name)
-        self._versions = list(map(version_of, self._parameters))
+        self._versions = list(map(_parameter_state, self._parameters))
         self._parts = modules.parts
         self.modes = modules.modes()
         self._autocast, self._cast = dict[str, tuple[torch.dtype, bool]](), False
@@ -325,11 +326,11 @@ class ReplayContext:
         """What a replay would meet otherwise than the forward pass did; None if nothing."""
         parameters, before = self._modules.parameters(self._name), self._parameters
         same = len(parameters) == len(before) and all(map(operator.is_, parameters, before))
-        if not same or list(map(version_of, parameters)) != self._versions:
+        if not same or list(map(_parameter_state, parameters)) != self._versions:
             return (
                 ": its parameters were changed between forward and backward; states cannot be "
-                "rebuilt with others. Run backward before the optimiser's step, or functional_call "
-                "around both"
+                "rebuilt with others. Run backward before the optimiser's step or "
+                "requires_grad_(…), or functional_call around both"
             )
         what = ""
         for seen in self._constant or ():
