@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -527,3 +528,19 @@ def test_a_loss_that_is_none_is_said(gives: object, what: str) -> None:
     model = use_adjoint(nn.Sequential(PostNorm(), PostNorm()), bits=4)
     with pytest.raises(InputError, match=rf"loss_of gave {what}.*expected a scalar"):
         plan_memory(model, lambda *_: gives, torch.randn(2, 16))  # type: ignore[arg-type, return-value]
+
+
+def test_a_plan_of_a_shallower_model_is_right_and_of_a_deeper_one_refused() -> None:
+    torch.manual_seed(0)
+    deep, x = nn.Sequential(*(PostNorm() for _ in range(7))), torch.randn(256, 16)
+    shallow = use_adjoint(copy.deepcopy(deep[:5]), bits=8)
+    plan = plan_memory(shallow, loss_of, x, 1e-2)
+    assert any(way != KEPT for way in plan.ways.values())
+    exact = copy.deepcopy(deep)
+    loss_of(exact, x).backward()
+    loss_of(use_adjoint(deep, plan=plan, on_drift="raise"), x).backward()
+    for p, q in zip(deep.parameters(), exact.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 0.05 * q.grad.norm()
+    assert {"4", "5", "6"} <= set(layout(deep).kept)
+    with pytest.raises(InputError, match="the plan names '3', which is not one of the blocks"):
+        use_adjoint(nn.Sequential(PostNorm(), PostNorm()), plan=replace(plan, ways={"3": KEPT}))
