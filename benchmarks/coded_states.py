@@ -3,7 +3,8 @@
 errors: relative error of all parameter gradients against exact backpropagation, for b = 2, 4, 8
 with error feedback in depth and without, and of the adjoint where it converges. states: the error
 of x̂_n over depths 8 … 128. memory and time: of a step, against torch's checkpoint around each
-block; time by the processor's clock, since other programs may run beside. calibration: error over
+block; time by the processor's clock, since other programs may run beside. budget: torch's own
+budget of activations under torch.compile. calibration: error over
 response on the families of networks_tried.py and on blocks that the adjoint cannot invert. hunt:
 random stacks (tests/helpers/random_stacks.py), of which none may be wrong by more than was said.
 
@@ -23,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
@@ -45,6 +47,8 @@ Loss = Callable[[nn.Module], Tensor]
 Network = tuple[nn.Module, Loss, nn.ModuleList | nn.Sequential]
 WIDTH, TOKENS, BATCH = 128, 32, 4
 CLOCK = time.process_time
+BUDGETS = (1.0, 0.5, 0.25, 0.1, 0.0)
+ROUNDS = 5
 
 
 def bert(depth: int = 12) -> Network:
@@ -421,9 +425,51 @@ def which(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def budget(_: argparse.Namespace) -> dict[str, Any]:
+    """Peak and time of a step of the BERT of `which`, compiled under torch's own memory budget.
+
+    Of plain backpropagation, checkpoints and codes, which are not compiled, too. A budget is the
+    part that may be kept of what a compiled step would save (torch._functorch.config). What is
+    compiled is cut into forward and backward by it, and run by PyTorch's own kernels: on a CPU
+    others would take minutes to make, and keep the same.
+    """
+    functorch: Any = torch._functorch.config
+    rows: list[dict[str, Any]] = []
+
+    def add(method: str, model: nn.Module, loss: Loss) -> None:
+        def step() -> None:
+            _step(model, loss)
+
+        step()  # in which it is compiled, or blocks are found
+        step()
+        spent = []
+        for _ in range(ROUNDS):
+            start = CLOCK()
+            step()
+            spent.append(CLOCK() - start)
+        peak = peak_memory(step, model, torch.device("cpu"))
+        rows.append({"method": method, "memory": peak, "seconds": median(spent)})
+        print(rows[-1], flush=True)
+
+    for method in ("plain", "checkpointed", "coded in 4 bits"):
+        model, loss, blocks = bert()
+        if method == "checkpointed":
+            _checkpointed(blocks)
+        elif method != "plain":
+            use_adjoint(model, bits=4, on_drift="ignore")
+        add(method, model, loss)
+    for part in BUDGETS:
+        torch._dynamo.reset()
+        model, loss, _ = bert()
+        with functorch.patch(activation_memory_budget=part):
+            model.compile(backend="aot_eager_decomp_partition")
+            add(f"compiled, budget {part:g}", model, loss)
+    return {"network": "BERT, norm after the addition, 12 layers", "rows": rows}
+
+
 PARTS = {
     "errors": errors, "states": states, "memory": memory, "time": times,
-    "calibration": calibration, "hunt": hunt, "which": which,
+    "calibration": calibration, "hunt": hunt, "which": which, "budget": budget,
 }  # fmt: skip
 
 
