@@ -36,6 +36,12 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 LONG = {"study", "objective"}  # fixtures that train for seconds: what asks for one is slow
+# Files of half a minute or more: begun first, for a worker that began one last would work alone.
+LONGEST = {"test_processes", "test_cli_processes", "test_demo_study", "test_readme"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist's order, by the number of tests
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -43,6 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if LONG & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.hookimpl(trylast=True)
