@@ -256,10 +256,9 @@ def times(options: argparse.Namespace) -> dict[str, Any]:
                 model, loss = convolutional_chain("cpu", 24)
                 wrapped: Any = model
                 if way == "checkpoint":
-                    step = type(model).run_step
-                    model.run_step = lambda *a, m=model, s=step: checkpoint(  # type: ignore[method-assign]
-                        partial(s, m), *a, use_reentrant=False
-                    )
+                    for step in model.steps:
+                        save = partial(checkpoint, step.forward, use_reentrant=False)
+                        step.forward = save  # type: ignore[method-assign]
             else:
                 model, loss, wrapped = bert(24)
                 if way == "checkpoint":

@@ -66,12 +66,8 @@ def plain(model: nn.Module) -> nn.Module:
 def checkpointed(early_stop: bool, model: nn.Module) -> nn.Module:
     """torch.utils.checkpoint, non-reentrant, around each block, otherwise with its defaults."""
     save = partial(checkpoint, use_reentrant=False, early_stop=early_stop)
-    if isinstance(model, ResidualChain):
-        step = partial(ResidualChain.run_step, model)
-        model.run_step = partial(save, step)  # type: ignore[method-assign]
-    else:
-        for block in _layers(model):
-            block.forward = partial(save, block.forward)
+    for block in model.steps if isinstance(model, ResidualChain) else _layers(model):
+        block.forward = partial(save, block.forward)  # type: ignore[method-assign]
     return model
 
 

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from by_hand import Results, Row, accuracy, clocks, optimizer_of, since, train_epoch
 from deeplimit.data import DataSet
 from deeplimit.gradient import drift, gradient_error, use_adjoint
+from deeplimit.gradient.stand_ins import switches
 from deeplimit.ode import smoothness, tie, untie
 from deeplimit.training import Recipe, build_model, recipe_for
 from deeplimit.training.building import load_data, loss_of, training_batches
@@ -72,7 +73,7 @@ def trained(
 ) -> Row:
     """These epochs, in place, with their accuracy on validation and test data."""
     began, curve, largest = clocks(), [], 0.0
-    adjoint = "run_step" in vars(model.stages[0])  # type: ignore[index]
+    adjoint = bool(switches(model))
     for epoch in cycle:
         losses = []
         for loss in train_epoch(model, optimizer, recipe, data, epoch, cycle):

@@ -34,6 +34,37 @@ def test_a_reading_runs_the_model_twice_and_each_block_once(kind: str, dtype: to
     assert (calls.count(Own), calls.count(Step)) == (2, 1)
 
 
+class Pairs(Own):
+    """A number for each two samples, as for images and texts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.again(x).T
+
+
+class TokensFirst(Own):
+    """States [tokens, samples, 5]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.stack([x, 2 * x, 3 * x])).mean(0)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(Pairs, 2), (Pairs, 5), (TokensFirst, 5)])
+def test_what_is_not_read_row_by_row_takes_no_third_run(kind: type[Own], rows: int) -> None:
+    model, calls = kind().double(), []
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: calls.append(module) if module is model else None
+    ):
+        structure = anatomy(model, example=X[:rows].double())
+    assert len(calls) == 2
+    x = X.double()
+    states, _ = structure.states(x)
+    z = structure.logits(states, x=x)
+    for n, state in enumerate(states):
+        own = model.end(torch.tanh(state))
+        expected = own @ model.again(x).T if kind is Pairs else own.mean(0)
+        torch.testing.assert_close(z[n], expected, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_head_that_reads_the_inputs_again_is_given_them(dtype: torch.dtype) -> None:

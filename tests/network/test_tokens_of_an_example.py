@@ -56,3 +56,18 @@ def test_a_configuration_may_list_several_tokens_that_end_a_text() -> None:
     example = ids.clone()
     ids[0, 2], ids[1, 5], ids[2, 3] = 17, 18, 17
     _agrees(Smoothed(eos_token_id=[17, 18]).double().eval(), example, ids)
+
+
+class Named(Smoothed):
+    """The same, called by the name of its input as models of transformers are."""
+
+    main_input_name = "input_ids"
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids)
+
+
+def test_none_of_them_is_in_an_example_that_is_made() -> None:
+    structure = anatomy(Named(eos_token_id=list(range(3, WORDS)), pad_token_id=0).double().eval())
+    assert set(structure.example()["input_ids"].flatten().tolist()) <= {1, 2}
+    assert structure.horizon == 4

@@ -14,10 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.block_call import BlockCall
 from deeplimit._anatomy.branches import parameter_ends
-from deeplimit._anatomy.chain import Stack, chain_stacks, control
+from deeplimit._anatomy.chain import ResidualChain, Stack, chains_in, control, stacks_of
 from deeplimit._anatomy.checks import layer_numbers
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics, concatenated, evaluating
-from deeplimit._anatomy.inputs import placed
+from deeplimit._anatomy.inputs import call, placed
 from deeplimit._anatomy.stand_ins import state_of, version
 from deeplimit.errors import InputError, several
 
@@ -71,8 +71,7 @@ class Anatomy(ABC):
 
     def run(self, x: Any) -> Tensor:
         """The logits of the model's own forward."""
-        logits: Tensor = self.model(x)
-        return logits
+        return call(self.model, x)
 
     @property
     @abstractmethod
@@ -95,7 +94,12 @@ class Anatomy(ABC):
             if (x := state_of(output)) is not None:
                 hook(x)
 
-        return self.layers[n].controls[-1].register_forward_hook(leaves)
+        return self._called[n].register_forward_hook(leaves)
+
+    @property
+    def _called(self) -> Sequence[nn.Module]:
+        """What is called for each layer, and returns what leaves it."""
+        return [layer.controls[-1] for layer in self.layers]
 
     @property
     def replayed(self) -> bool:
@@ -210,14 +214,18 @@ class Anatomy(ABC):
 
         The model's chains; where it has none blocks add their input, and the step is 1.
         """
-        return chain_stacks(self.model) or self._runs()
-
-    def _runs(self) -> tuple[Stack, ...]:
+        if chains := self._chains:
+            return stacks_of(chains)
         found = []
         for stage, own in groupby(enumerate(self.layers), lambda numbered: numbered[1].stage):
             numbers, layers = zip(*own, strict=True)
             found.append(Stack(stage, numbers[0], tuple(layer.controls[0] for layer in layers)))
         return tuple(found)
+
+    @property
+    def _chains(self) -> list[ResidualChain]:
+        """The chains whose steps are the layers, if they are."""
+        return [chain for _, chain in chains_in(self.model)]
 
     @property
     def stem_and_head(self) -> tuple[nn.Module, nn.Module] | None:

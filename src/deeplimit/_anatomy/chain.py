@@ -2,8 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
@@ -93,7 +92,33 @@ SCHEMES: dict[str, Scheme] = {"euler": Euler(), "heun": Heun()}
 
 
 StateHook = Callable[[int, Tensor], None]
-RunningCost = Callable[[Tensor, Tensor], Tensor]
+
+
+class ChainStep(nn.Module):
+    """Step n of a chain, x_n ↦ x_{n+1}: called as a block is, for hooks and stand-ins.
+
+    It is a part of no model: its controls are parts of the chain.
+    """
+
+    chain: "ResidualChain"
+    n: int
+
+    def __init__(self, chain: "ResidualChain", n: int):
+        super().__init__()
+        vars(self).update(chain=chain, n=n)
+
+    @property
+    def controls(self) -> tuple[nn.Module, ...]:
+        """The residual functions that it uses: φ_n for Euler, φ_n and φ_{n+1} for Heun."""
+        return tuple(self.chain.controls(self.n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_{n+1}."""
+        return self.chain.advance(self.n, x)
+
+    def inverse_start(self, x: Tensor) -> Tensor:
+        """A first guess of x_n from x_{n+1}, as the scheme says."""
+        return self.chain.scheme.inverse_start(self.controls, x, self.chain.step)
 
 
 class ResidualChain(nn.Sequential):
@@ -123,8 +148,7 @@ class ResidualChain(nn.Sequential):
         self.step = float(step)
         self.scheme: Scheme = Euler() if scheme is None else scheme
         self._state_hooks: dict[int, StateHook] = OrderedDict()
-        self._running_costs: Mapping[int, RunningCost] = {}
-        self._costs: list[Tensor] = []
+        self._steps = [ChainStep(self, n) for n in range(self.horizon)]
 
     @property
     def horizon(self) -> int:
@@ -139,52 +163,21 @@ class ResidualChain(nn.Sequential):
         """x_{n+1} from x_n: the scheme's step with the controls θ_n, θ_{n+1}, … that it uses."""
         return self.scheme.step(self.controls(n), x, self.step)
 
-    def run_step(
-        self, n: int, x: Tensor, cost: RunningCost | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Step n as `forward` runs it: x_{n+1}, with cost(x_n, x_{n+1}) beside it where given.
-
-        What replays steps in the backward pass puts its own in place of this method in the chain's
-        attributes. Without gradients, as while a state is rebuilt, the cost is left out.
-        """
-        y = self.advance(n, x)
-        if cost is None or not torch.is_grad_enabled():
-            return y
-        return y, cost(x, y)
-
     @property
-    def replayed(self) -> bool:
-        """True where the steps are replayed in the backward pass, with their costs."""
-        return "run_step" in self.__dict__
-
-    @property
-    def collecting(self) -> bool:
-        """True while running costs are collected."""
-        return bool(self._running_costs)
-
-    @contextmanager
-    def collect_stage_costs(self, costs: Mapping[int, RunningCost]) -> Iterator[list[Tensor]]:
-        """Collects costs[n](x_n, x_{n+1}) of the steps n that have one, computed inside them.
-
-        With gradients only; nothing is collected without.
-        """
-        self._running_costs, self._costs = costs, []
-        try:
-            yield self._costs
-        finally:
-            self._running_costs, self._costs = {}, []
+    def steps(self) -> list[ChainStep]:
+        """The N steps, as what is called for each."""
+        if self._steps and self._steps[0].chain is not self:  # those of whom it is a replica
+            self._steps = []
+        self._steps += [ChainStep(self, n) for n in range(len(self._steps), self.horizon)]
+        return self._steps[: self.horizon]
 
     def forward(self, input: Tensor) -> Tensor:
         """x_N from x_0."""
         x = input
         self._show(0, x)
-        for n in range(self.horizon):
-            after = self.run_step(n, x, self._running_costs.get(n))
-            if isinstance(after, tuple):
-                after, paid = after
-                self._costs.append(paid)
-            x = after
-            self._show(n + 1, x)
+        for step in self.steps:
+            x = step(x)
+            self._show(step.n + 1, x)
         return x
 
     def trajectory(self, x: Tensor) -> list[Tensor]:
@@ -252,6 +245,14 @@ def chains_in(
         return own
     inside = [(f"{name}.{n}" if name else n, m) for n, m in model._modules.items() if m is not None]
     return own + [found for n, m in inside for found in chains_in(m, n, nested=nested)]
+
+
+def with_steps(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model, and the steps of its chains, which are none of them."""
+    for module in model.modules():
+        yield module
+        if isinstance(module, ResidualChain):
+            yield from module.steps
 
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # noqa: SLF001

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -187,13 +187,18 @@ def others(model: nn.Module, x: Any) -> list[Any]:
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     said = vars(config) if hasattr(config, "__dict__") else {}
-    told = [value for name, value in said.items() if name.endswith("_token_id")]
-    marks = [m for value in told for m in (value if isinstance(value, list) else [value])]
+    marks = _marks(value for name, value in said.items() if name.endswith("_token_id"))
     words = getattr(config, "vocab_size", None) or 0
-    tokens = {0, *(m for m in marks if isinstance(m, int) and 0 <= m < words)}
+    tokens = {0, *(m for m in marks if 0 <= m < words)}
     tokens |= {m.padding_idx or 0 for m in model.modules() if isinstance(m, nn.Embedding)}
     changes: list[Callable[[Tensor], Tensor]] = [partial(_ending, t) for t in sorted(tokens)]
     return [mapped(change, x) for change in (otherwise, *changes)]
+
+
+def _marks(told: Iterable[Any]) -> set[int]:
+    """Tokens of a meaning, of each of which a configuration tells none, one or several."""
+    every = (m for value in told for m in (value if isinstance(value, list | tuple) else [value]))
+    return {m for m in every if isinstance(m, int)}
 
 
 def _ending(token: int, x: Tensor) -> Tensor:
@@ -259,9 +264,8 @@ def _configured(model: Any, generator: torch.Generator) -> Iterator[Inputs]:
     config, main, takes = model.config, model.main_input_name, parameters_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     words = getattr(text, "vocab_size", None) or 2
-    special = {
-        getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "decoder_start")
-    }
+    kinds = ("pad", "bos", "eos", "decoder_start")
+    special = _marks(getattr(text, f"{kind}_token_id", None) for kind in kinds)
     allowed = [i for i in range(min(words, 1000)) if i not in special] or [0]
     chosen = torch.randint(len(allowed), (BATCH, TOKENS), generator=generator)
     ids = torch.tensor(allowed)[chosen]

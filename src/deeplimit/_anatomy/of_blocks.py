@@ -2,53 +2,69 @@
 
 import copy
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
+from itertools import count, cycle
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.anatomy import Anatomy, Layer, RunningCost, StateHook
-from deeplimit._anatomy.chain import ResidualChain, Stack, stacks_of
-from deeplimit._anatomy.evaluation import Inputs, RunningStatistics
-from deeplimit._anatomy.injection import passing
-from deeplimit._anatomy.stacks import Block
+from deeplimit._anatomy.chain import ChainStep, ResidualChain, Stack
+from deeplimit._anatomy.evaluation import Inputs, RunningStatistics, concatenated
+from deeplimit._anatomy.injection import injected, passing
+from deeplimit._anatomy.inputs import FAILS, first_sample, joined, one_token, placed
+from deeplimit._anatomy.stacks import Block, itself
 from deeplimit._anatomy.stand_ins import (
     BlockCost,
     ReplayedBlock,
     collected,
-    standing_in,
     state_among,
     state_of,
 )
+from deeplimit.errors import InputError
 
 
 class OfBlocks(Anatomy):
-    """A model whose layers are its `_blocks`, or the steps of these where they are chains."""
+    """A model whose layers are its `_blocks`, or the steps of these where they are chains.
+
+    States have the logits that its own forward gives them, put in at the end of their stage while
+    all blocks are bypassed. Where the head reads nothing but states (`_free`), it is run on states
+    of many layers at once, beside one sample; else layer by layer, beside the batch they are of.
+    """
+
+    _free = True
 
     @property
     @abstractmethod
     def _blocks(self) -> Sequence[Block]: ...
 
-    @property
+    @cached_property
     def _chains(self) -> list[ResidualChain]:
         """The blocks, where they are chains."""
         modules = [block.module for block in self._blocks]
         chains = [module for module in modules if isinstance(module, ResidualChain)]
         return chains if len(chains) == len(modules) else []
 
+    @cached_property
+    def _each(self) -> Sequence[Block]:
+        """What is a layer each: the blocks, or the steps of the chains."""
+        if not self._chains:
+            return self._blocks
+        every = enumerate(self._chains)
+        return [Block(step, chain, m, itself) for m, chain in every for step in chain.steps]
+
     @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """The chains in order, whatever else holds some; else the blocks of each stage."""
-        return stacks_of(self._chains) or self._runs()
+    def _called(self) -> Sequence[nn.Module]:
+        return [block.module for block in self._each]
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
         """All residual blocks in order."""
-        return super().blocks if self._chains else tuple(block.module for block in self._blocks)
+        return super().blocks if self._chains else tuple(self._called)
 
     @property
     def stages(self) -> int:
@@ -56,17 +72,13 @@ class OfBlocks(Anatomy):
         last = self._blocks[-1]
         return last.stage + 1 + (last.shortcut is not None)
 
-    @property
+    @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """A layer is a block; one that changes the shape takes a state of the stage before."""
-        if self._chains:
-            return tuple(
-                Layer(s.index, s.blocks[n : n + s.scheme.nodes])
-                for s in self.stacks
-                for n in range(s.horizon)
-            )
+        every = [(b, b.module) for b in self._each]
         return tuple(
-            Layer(b.stage, (b.module,), removable=b.shortcut is None) for b in self._blocks
+            Layer(b.stage, m.controls if isinstance(m, ChainStep) else (m,), b.shortcut is None)
+            for b, m in every
         )
 
     @property
@@ -74,92 +86,122 @@ class OfBlocks(Anatomy):
         """The module that returns the last state."""
         return self._blocks[-1].module
 
+    def _register_end_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
+        """Calls hook(x_N)."""
+        calls, end = count(1), self._end
+        each = max(sum(block.module is end for block in self._blocks), 1)
+
+        def leaves(_: nn.Module, __: tuple[Any, ...], y: Any) -> None:
+            if next(calls) % each == 0:
+                hook(cast(Tensor, state_of(y)))
+
+        return end.register_forward_hook(leaves)
+
     def register_state_hook(self, hook: StateHook) -> list[RemovableHandle]:
-        """The inputs of the blocks, and what comes out at the end.
-
-        Of chains their state hooks, counted through; the end of one is the start of the next.
-        """
-        if chains := self._chains:
-
-            def shows(stack: Stack, n: int, x: Tensor) -> None:
-                if n != stack.horizon or stack.index == len(chains) - 1:
-                    hook(stack.first + n, x)
-
-            every = zip(self.stacks, chains, strict=True)
-            return [chain.register_state_hook(partial(shows, stack)) for stack, chain in every]
+        """The inputs of the blocks or steps, and what comes out at the end."""
         numbers: dict[nn.Module, list[int]] = {}
-        for n, block in enumerate(self.blocks):
-            numbers.setdefault(block, []).append(n)
-        calls: Counter[nn.Module] = Counter()
+        for n, module in enumerate(self._called):
+            numbers.setdefault(module, []).append(n)
 
-        def enters(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            own = numbers[block]
-            n = own[calls[block] % len(own)]
-            calls[block] += 1
-            hook(n, cast(Tensor, state_among(args, kwargs)))
+        def enters(
+            turns: Iterator[int], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
+            hook(next(turns), cast(Tensor, state_among(args, kwargs)))
 
-        def leaves(end: nn.Module, _: tuple[Any, ...], y: Any) -> None:
-            if calls[end] % len(numbers.get(end, [0])) == 0:
-                hook(len(self._blocks), cast(Tensor, state_of(y)))
+        handles = [  # before those that change what enters, which are part of the block
+            module.register_forward_pre_hook(
+                partial(enters, cycle(own)), with_kwargs=True, prepend=True
+            )
+            for module, own in numbers.items()
+        ]
+        return [*handles, self._register_end_hook(partial(hook, len(self._called)))]
 
-        handles = [
-            b.register_forward_pre_hook(enters, with_kwargs=True, prepend=True) for b in numbers
-        ]  # before those that change what enters, which are part of the block
-        return [*handles, self._end.register_forward_hook(leaves)]
+    def through(
+        self,
+        at: Mapping[int, Sequence[Tensor]],
+        x: Any = None,
+        statistics: RunningStatistics | None = None,
+        read: int | None = None,
+    ) -> Tensor:
+        """As of any model; an InputError where the head reads the inputs too and x is None.
 
-    def register_leaving_hook(self, n: int, hook: Callable[[Tensor], None]) -> RemovableHandle:
-        """Of a chain its next state."""
-        if not self._chains:
-            return super().register_leaving_hook(n, hook)
-        stack = next(stack for stack in self.stacks if n in stack.layers)
+        With `read` the states of this stage in place of their logits.
+        """
+        if self.tokens:
+            ((stage, states),) = at.items()
+            s = concatenated(states)
+            each = s.flatten(0, -2)[:, None]
+            if not (tokens := len(each)):  # a model runs on one row at least
+                each = torch.cat([each, each.new_zeros(1, *each.shape[1:])])
+            # As tried: a row of inputs to each, by whose size some models view the last state.
+            driver = joined([one_token(self._given(x))], len(each))
+            z = self._injected({stage: each}, driver, statistics)
+            return z[:tokens, 0].reshape(*s.shape[:-1], *z.shape[2:])
+        if self._free:
+            every = {stage: concatenated(states) for stage, states in at.items()}
+            try:
+                z = self._injected(every, self._driver(x), statistics, read)
+                if len(z) == sum(map(len, every.values())):
+                    return z
+            except FAILS:
+                if x is None:
+                    raise
+            self._free = False  # the head asks the inputs how many samples there are
+        alone = [{stage: s} for stage, states in at.items() for s in states]
+        return concatenated(
+            [self._injected(one, self._driver(x), statistics, read) for one in alone]
+        )
 
-        def leaves(i: int, x: Tensor) -> None:
-            if stack.first + i == n + 1:
-                hook(x)
+    def head(self, x: Tensor, inputs: Any = None) -> Tensor:
+        """The logits of states of the last stage; [T, C] of tokens [T, d] (`tokens`)."""
+        return self.through({self.stages - 1: [x]}, inputs)
 
-        return self._chains[stack.index].register_state_hook(leaves)
+    def carry(self, stage: int, x: Tensor, inputs: Any = None) -> Tensor:
+        """Past what stands between two stages: the shortcut of a block, or the model's own."""
+        last = next(b for b in reversed(self._blocks) if b.stage == stage)
+        if last.shortcut is not None:
+            return last.shortcut(x)
+        return self.through({stage: [x]}, inputs, read=stage + 1)
+
+    def _given(self, x: Any) -> Any:
+        return placed(self.model, self.example()) if x is None else x
+
+    def _driver(self, x: Any) -> Any:
+        """The inputs that the model is run with while states are injected."""
+        if self._free:
+            return first_sample(self._given(x))
+        if x is None:
+            raise InputError(
+                f"the head of {type(self.model).__name__} reads the inputs too; give them with "
+                "the states: logits(states, x=inputs)"
+            )
+        return x
+
+    def _injected(
+        self,
+        at: Mapping[int, Tensor],
+        x: Any,
+        statistics: RunningStatistics | None = None,
+        read: int | None = None,
+    ) -> Tensor:
+        return injected(self.model, self._blocks, partial(self.run, x), at, statistics, read)
 
     def past(self, n: int) -> Callable[[Tensor], Tensor]:
         """The shortcut of a block that changes the shape, else the state itself."""
-        shortcut = None if self._chains else self._blocks[n].shortcut
-        return shortcut or super().past(n)
+        return self._each[n].shortcut or super().past(n)
 
     @contextmanager
     def passing(self, first: int, x: Tensor | None, last: int) -> Iterator[list[Tensor]]:
-        """Some of the blocks, the others bypassed; or of the chains' steps."""
-        if not self._chains:
-            with passing(self._blocks, first, x, last) as left:
-                yield left
-            return
-        left = []
-
-        def run(stack: Stack, chain: ResidualChain, state: Tensor) -> Tensor:
-            for n in stack.layers:
-                if n == first and x is not None:
-                    state = x
-                if n == last:
-                    left.append(state)
-                if first <= n < last:
-                    state = cast(Tensor, chain.run_step(n - stack.first, state))
-            if last == self.horizon and stack.index == self.stages - 1:
-                left.append(state)
-            return state
-
-        pairs = zip(self.stacks, self._chains, strict=True)
-        with standing_in({chain: partial(run, stack, chain) for stack, chain in pairs}):
+        """Some of the blocks or steps, the others bypassed."""
+        with passing(self._each, first, x, last) as left, ExitStack() as stack:
+            if last == self.horizon:
+                stack.callback(self._register_end_hook(left.append).remove)
             yield left
 
     @property
     def replayed(self) -> bool:
-        """True where some block is, or the steps of some chain are."""
-        if chains := self._chains:
-            return any(chain.replayed for chain in chains)
-        return any(isinstance(vars(block).get("forward"), ReplayedBlock) for block in self.blocks)
-
-    @property
-    def _used(self) -> Sequence[nn.Module]:
-        """What states of any stage meet on their way to the logits."""
-        return [self.model]
+        """True where some block or step is."""
+        return any(isinstance(vars(m).get("forward"), ReplayedBlock) for m in self._called)
 
     @contextmanager
     def collect_stage_costs(
@@ -169,23 +211,19 @@ class OfBlocks(Anatomy):
 
         Those of blocks that are not replayed are computed as the state leaves them.
         """
-        statistics = RunningStatistics(m for part in self._used for m in part.modules())
+        statistics = RunningStatistics(self.model.modules())
 
         def charge(n: int, stage: int, state: Tensor, left: Tensor) -> Tensor:
             return costs[n](lambda s: self.through({stage: [s]}, x, statistics), state, left)
 
+        calls: dict[nn.Module, list[BlockCost | None]] = {}
+        for n, b in enumerate(self._each):
+            cost = partial(charge, n, b.stage) if n in costs else None
+            calls.setdefault(b.module, []).append(cost)
         every: list[Tensor] = []
         with ExitStack() as exits:
-            paid = []
-            for stack, chain in zip(self.stacks, self._chains, strict=False):
-                steps = {n: partial(charge, n, stack.index) for n in stack.layers if n in costs}
-                own = {n - stack.first: cost for n, cost in steps.items()}
-                paid.append(exits.enter_context(chain.collect_stage_costs(own)))
-            calls: dict[nn.Module, list[BlockCost | None]] = {}
-            for n, b in enumerate(() if paid else self._blocks):
-                cost = partial(charge, n, b.stage) if n in costs else None
-                calls.setdefault(b.module, []).append(cost)
-            paid += [exits.enter_context(collected(m, own)) for m, own in calls.items() if any(own)]
+            charged = [(m, own) for m, own in calls.items() if any(own)]
+            paid = [exits.enter_context(collected(m, own)) for m, own in charged]
             yield every
             every += [c for own in paid for c in own]
 
@@ -210,46 +248,23 @@ class OfBlocks(Anatomy):
             for stack, chain in pairs
         )
 
-    def _with(self, chains: Iterable[nn.Module]) -> nn.Module:
+    def _with(self, chains: Iterable[ResidualChain]) -> nn.Module:
         memo = {id(old): new for old, new in zip(self._chains, chains, strict=True)}
         other: nn.Module = copy.deepcopy(self.model, memo)
         return other
 
 
 class ChainAnatomy(OfBlocks):
-    """Stages are chains; of a bare `ResidualChain` one, whose state is the logits (width C)."""
-
-    model: Any
+    """A bare `ResidualChain`, whose state is the logits."""
 
     @property
     def _blocks(self) -> Sequence[Block]:
-        return [Block(self.model, self.model, 0, lambda x: x)]
+        return [Block(self.model, self.model, 0, itself)]
 
     @property
     def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
         """Of a chain neither does anything."""
         return nn.Identity(), nn.Identity()
 
-    @property
-    def _projections(self) -> Sequence[nn.Module]:
-        """The modules that alone stand between two stages."""
-        return ()
-
-    @property
-    def _used(self) -> Sequence[nn.Module]:
-        return [*self._projections, self.stem_and_head[1]]
-
-    def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
-        """Through the projection behind the stage."""
-        y: Tensor = self._projections[stage](x)
-        return y
-
-    def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
-        """The classifier's head; of a chain the state itself."""
-        logits: Tensor = self.stem_and_head[1](x)
-        return logits
-
-    def leave_out(self, removed: set[int]) -> nn.Module:
-        """The same with shorter chains."""
-        smaller: nn.Module = copy.deepcopy(self.model.without(removed))
-        return smaller
+    def _driver(self, x: Any) -> Any:
+        return torch.zeros(1) if x is None else x  # a chain that is bypassed looks at neither

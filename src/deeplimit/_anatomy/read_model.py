@@ -1,34 +1,27 @@
 """Any model with a stack of blocks, read through its own forward: bypass and inject."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import pairwise
 from typing import Any, SupportsIndex, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.anatomy import Anatomy, StateHook
 from deeplimit._anatomy.chain import ResidualChain, chains_in
 from deeplimit._anatomy.checks import check_module, layer_numbers
-from deeplimit._anatomy.evaluation import RunningStatistics, concatenated
 from deeplimit._anatomy.injection import (
     SAMPLES,
     HeadTrial,
     alike,
     check_answer,
-    injected,
     watched,
 )
 from deeplimit._anatomy.inputs import (
     FAILS,
-    call,
     first_sample,
-    joined,
     kind_of,
-    one_token,
     unwrapped,
 )
 from deeplimit._anatomy.of_blocks import ChainAnatomy, OfBlocks
@@ -86,7 +79,7 @@ class ReadModel(OfBlocks):
             [*(one.versions[0] for one in calls), calls[-1].versions[1]],
         )
         self._of_tokens = last.dim() == 3
-        self.tokens = self._free = False
+        self._free = False
         self._kinds: set[Any] = {kind_of(self._example)}
         self._refusals: dict[frozenset[int], str | None] = {}
         if not own.is_meta:
@@ -124,10 +117,6 @@ class ReadModel(OfBlocks):
     def like(self, model: nn.Module) -> "ReadModel":
         """Another model of this kind, read on the same example."""
         return read_model(model, self._example, self.name)
-
-    def run(self, x: Any) -> Tensor:
-        """The logits of the model's own forward."""
-        return call(self.model, x)
 
     def example(self) -> Any:
         """The batch on which the model was read."""
@@ -177,73 +166,6 @@ class ReadModel(OfBlocks):
         if len(states) != self.horizon + 1:
             raise InputError(self._apart_from_example(f"{len(states)} states were seen"))
         return states, logits
-
-    def through(
-        self,
-        at: Mapping[int, Sequence[Tensor]],
-        x: Any = None,
-        statistics: RunningStatistics | None = None,
-        read: int | None = None,
-    ) -> Tensor:
-        """As of any model; an InputError where the head reads the inputs too and x is None.
-
-        With `read` the states of this stage in place of their logits.
-        """
-        if self.tokens:
-            ((stage, states),) = at.items()
-            s = concatenated(states)
-            each = s.flatten(0, -2)[:, None]
-            if not (tokens := len(each)):  # a model runs on one row at least
-                each = torch.cat([each, each.new_zeros(1, *each.shape[1:])])
-            # As tried: a row of inputs to each, by whose size some models view the last state.
-            driver = joined([one_token(self._example if x is None else x)], len(each))
-            z = self._injected({stage: each}, driver, statistics)
-            return z[:tokens, 0].reshape(*s.shape[:-1], *z.shape[2:])
-        if self._free:
-            every = {stage: concatenated(states) for stage, states in at.items()}
-            try:
-                z = self._injected(every, self._driver(x), statistics, read)
-                if len(z) == sum(map(len, every.values())):
-                    return z
-            except FAILS:
-                if x is None:
-                    raise
-            self._free = False  # the head asks the inputs how many samples there are
-        alone = [{stage: s} for stage, states in at.items() for s in states]
-        return concatenated(
-            [self._injected(one, self._driver(x), statistics, read) for one in alone]
-        )
-
-    def head(self, x: Tensor, inputs: Any = None) -> Tensor:
-        """The logits of states of the last stage; [T, C] of tokens [T, d] (`tokens`)."""
-        return self.through({self.stages - 1: [x]}, inputs)
-
-    def carry(self, stage: int, x: Tensor, inputs: Any = None) -> Tensor:
-        """Past what stands between two stages: the shortcut of a block, or the model's own."""
-        last = next(b for b in reversed(self._blocks) if b.stage == stage)
-        if last.shortcut is not None:
-            return last.shortcut(x)
-        return self.through({stage: [x]}, inputs, read=stage + 1)
-
-    def _driver(self, x: Any) -> Any:
-        """The inputs that the model is run with while states are injected."""
-        if self._free:
-            return first_sample(self._example if x is None else x)
-        if x is None:
-            raise InputError(
-                f"the head of {type(self.model).__name__} reads the inputs too; give them with "
-                "the states: logits(states, x=inputs)"
-            )
-        return x
-
-    def _injected(
-        self,
-        at: Mapping[int, Tensor],
-        x: Any,
-        statistics: RunningStatistics | None = None,
-        read: int | None = None,
-    ) -> Tensor:
-        return injected(self.model, self._blocks, partial(self.run, x), at, statistics, read)
 
     def _tried(self, gone: Collection[int], *, shared: bool = True) -> nn.Module:
         """A copy with shorter lists; an InputError where the blocks kept do something else."""

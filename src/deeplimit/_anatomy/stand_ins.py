@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,34 +67,33 @@ def standing_aside(model: nn.Module) -> Iterator[None]:
                 own[PLACE] = one
 
 
-class MethodStandIn:
-    """Stands among a module's own attributes for a method of its class, until it is removed.
+class ForwardStandIn:
+    """Stands among a module's own attributes for the forward of its class, until it is removed.
 
     Attributes:
         block: the module.
-        name: of the method, `forward` or a chain's `run_step`.
         original: what stood there before, such as a compiled forward.
     """
 
-    def __init__(self, block: nn.Module, name: str = "forward"):
-        self.block, self.name = block, name
-        self.original: StandIn | None = vars(block).get(name)
+    def __init__(self, block: nn.Module):
+        self.block = block
+        self.original: StandIn | None = vars(block).get("forward")
 
     @property
     def own(self) -> StandIn:
         """The function that is called without it."""
-        return self.original or partial(getattr(type(self.block), self.name), self.block)
+        return self.original or partial(type(self.block).forward, self.block)
 
     def put(self) -> None:
         """Puts it there."""
-        vars(self.block)[self.name] = self
+        vars(self.block)["forward"] = self
 
     def remove(self) -> None:
         """Puts back what was there."""
         if self.original is None:
-            del vars(self.block)[self.name]
+            del vars(self.block)["forward"]
         else:
-            vars(self.block)[self.name] = self.original
+            vars(self.block)["forward"] = self.original
 
 
 def own_call(module: nn.Module) -> StandIn:
@@ -174,9 +173,8 @@ def form_of(output: Any) -> Callable[[Tensor], Any]:
     return partial(with_state, with_state(output, torch.empty(0), said))
 
 
-@runtime_checkable
-class ReplayedBlock(Protocol):
-    """Stands in a block's attributes for its forward, and replays it in the backward pass.
+class ReplayedBlock(ForwardStandIn):
+    """Replays its block's forward in the backward pass.
 
     Attributes:
         running_costs: of the calls that come, one after the other; where there is one, a call
@@ -184,8 +182,10 @@ class ReplayedBlock(Protocol):
         paid: what was charged.
     """
 
-    running_costs: Iterator[BlockCost | None]
-    paid: list[Tensor]
+    def __init__(self, block: nn.Module):
+        super().__init__(block)
+        self.running_costs: Iterator[BlockCost | None] = iter(())
+        self.paid: list[Tensor] = []
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy, anatomy, check_rebuilt
 from deeplimit._anatomy.by_branch import ByBranch, check_granularity
 from deeplimit._anatomy.checks import check_count, check_number, layer_numbers, shown
-from deeplimit._anatomy.stand_ins import MethodStandIn, state_among, state_of, with_state
+from deeplimit._anatomy.stand_ins import ForwardStandIn, state_among, state_of, with_state
 from deeplimit.control.bridge import bridge as build_bridge
 from deeplimit.control.turnpike import ACCURACY_TOLERANCE, TurnpikeProfile
 from deeplimit.control.verdict import CONFIDENCE, FEW, samples_needed
@@ -247,7 +247,7 @@ def crop(
     return smaller
 
 
-class FadedForward(MethodStandIn):
+class FadedForward(ForwardStandIn):
     """Stands in a block's own attributes for its forward: x + s·(y − x) in place of y.
 
     In place of a residual function φ, whose chain adds its input by itself, so that there is no

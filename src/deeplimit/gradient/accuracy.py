@@ -118,7 +118,7 @@ class Measurement:
         with each(self.engines, **(exactly or {"paused": True})):
             self.exact = self.gradient()
         self.scale = _norm(self.exact.values())
-        if any(not step.known for switch in switches(model) for step in switch.steps):
+        if any(not switch.step.known for switch in switches(model)):
             self.gradient()  # the first run is where residual blocks are told from others
 
     @property

@@ -14,7 +14,7 @@ from deeplimit.gradient.learning import Step
 from deeplimit.gradient.meter import KEPT, OnDrift, Settings
 from deeplimit.gradient.planning import MemoryPlan
 from deeplimit.gradient.replay_context import Modules
-from deeplimit.gradient.stand_ins import AdjointForward, AdjointSteps, engines, switches
+from deeplimit.gradient.stand_ins import AdjointForward, engines, switches
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -141,10 +141,9 @@ def use_adjoint(
     if bits == "auto" and plan is None:
         engine.auto = Auto(model, engine)
     for name, chain in found:
-        mine = [
-            Step.of(_place(name, n), *chain.controls(n), named=True) for n in range(chain.horizon)
-        ]
-        AdjointSteps(engine, mine, chain).put()
+        for n, block in enumerate(chain.steps):
+            step = Step.of(_place(name, n), *block.controls, named=True)
+            AdjointForward(engine, step, block).put()
     return model
 
 
@@ -202,7 +201,7 @@ def layout(model: nn.Module) -> Layout:
     """
     engines(model)
     found = switches(model)
-    steps = [step for switch in found for step in switch.steps]
+    steps = [switch.step for switch in found]
     residual = [s for s in steps if s.known and s.plain is None]
     covered = {
         s.name
@@ -212,8 +211,7 @@ def layout(model: nn.Module) -> Layout:
     }
     linked = {
         step.name: way
-        for switch in found
-        for step in switch.steps
+        for step, switch in zip(steps, found, strict=True)
         if step.known and step.linked and (way := switch.engine.way(step, 1)) is not None
     }
     return Layout(

@@ -129,7 +129,7 @@ def plan_memory(
 def _learnt_for_codes(model: nn.Module) -> Iterator[None]:
     """Blocks that do not add their input may be coded, though not if the model has no bits."""
     unlike = [s for s in switches(model) if not s.engine.settings.bits]
-    learnt = [(step, dict(vars(step))) for switch in unlike for step in switch.steps]
+    learnt = [(switch.step, dict(vars(switch.step))) for switch in unlike]
     for step, _ in learnt:
         step.plain, step.known, step.adds, step.linked = None, False, True, False
     try:
@@ -173,7 +173,7 @@ class Planner:
         recorded: list[list[str]] = []
         with each(measure.engines, chains=recorded, **EXACTLY):
             measure.gradient()
-        steps = {s.name: s for switch in switches(measure.model) for s in switch.steps}
+        steps = {s.step.name: s.step for s in switches(measure.model)}
         chains = [[steps[name] for name in chain] for chain in recorded if len(chain) > 2]
         self.places = [
             _Place(n, chain, step, 0 < n < len(chain) - 1 and not step.data_dependent_shape)

@@ -1,17 +1,15 @@
 """What stands in a block's own attributes for its forward, and decides how a call is run."""
 
 import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from operator import length_hint
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy.chain import ResidualChain, RunningCost
-from deeplimit._anatomy.stand_ins import MethodStandIn, state_of
+from deeplimit._anatomy.chain import with_steps
+from deeplimit._anatomy.stand_ins import ReplayedBlock, state_of
 from deeplimit.errors import InputError
 from deeplimit.gradient.engine import Engine
 from deeplimit.gradient.learning import FirstRun, Step
@@ -21,31 +19,75 @@ from deeplimit.gradient.private_torch import forward_mode, is_fully_sharded, tra
 from deeplimit.gradient.replay_context import Arguments
 
 
-class StandIn(MethodStandIn, ABC):
-    """What `use_adjoint` puts into a model: calls come to it, and are run by `run`.
+class AdjointForward(ReplayedBlock):
+    """What `use_adjoint` puts in place of the forward of a block, or of a chain's step.
 
     Attributes:
         engine: what it shares with the others.
-        steps: the steps that it runs; none once it was switched back inside what others put around.
+        step: what it runs.
+        aside: whether it was switched back inside what others put around.
     """
 
     # A compiled graph of what is done here would keep what it must not: it stays outside of graphs.
     run: ClassVar[Callable[..., Any]]
 
-    def __new__(cls, *_: Any) -> "StandIn":
+    def __new__(cls, *_: Any) -> "AdjointForward":
         """With the first one torch's compiler is imported, which takes a second: not before."""
-        if not hasattr(StandIn, "run"):
-            StandIn.run = torch.compiler.disable(  # type: ignore[no-untyped-call, unused-ignore]
-                StandIn._run,
+        if not hasattr(cls, "run"):
+            cls.run = torch.compiler.disable(  # type: ignore[no-untyped-call, unused-ignore]
+                cls._run,
                 reason="blocks under deeplimit's adjoint run outside of a compiled graph; to have "
                 "them compiled: block.forward = torch.compile(block.forward), then "
                 "use_adjoint(model)",
             )
         return super().__new__(cls)
 
-    def __init__(self, engine: Engine, steps: list[Step], block: nn.Module, name: str = "forward"):
-        super().__init__(block, name)
-        self.engine, self.steps = engine, steps
+    def __init__(self, engine: Engine, step: Step, block: nn.Module):
+        super().__init__(block)
+        self.engine, self.step, self.aside = engine, step, False
+        # Of a chain's step: where a fixed point for its input may start.
+        self.start: Callable[[Tensor], Tensor] | None = getattr(block, "inverse_start", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward pass."""
+        function, cost = self.own, next(self.running_costs, None)
+        if cost is None or not torch.is_grad_enabled():
+            return self.run((self.step, function, self.start), args, kwargs)
+        several = False  # whether the block returns more than the state, or that in a tuple
+
+        def charging(*args: Any, **kwargs: Any) -> Any:
+            nonlocal several
+            output = function(*args, **kwargs)
+            if not torch.is_grad_enabled():  # while a state is rebuilt
+                return output
+            several = isinstance(output, tuple)
+            x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            left = cast(Tensor, state_of(output))
+            return (*(output if several else (output,)), cost(x, left))
+
+        *output, paid = self.run((self.step, charging, self.start), args, kwargs)
+        self.paid.append(paid)
+        if paid.requires_grad and is_fully_sharded(self.block):
+            # FSDP2 gathers a block's parameters when a gradient reaches its output; of the cost,
+            # which it is not shown, it does not know.
+            paid.register_hook(self._gather)
+        return tuple(output) if several else output[0]
+
+    @property
+    def charged(self) -> bool:
+        """Whether there are costs for calls to come."""
+        return length_hint(self.running_costs) > 0
+
+    def _gather(self, _: Tensor) -> None:
+        sharded: Any = self.block
+        sharded.unshard()
+
+    def remove(self) -> None:
+        """Puts the block's own forward back; inside what others have put around it, steps aside."""
+        if vars(self.block).get("forward") is self:
+            super().remove()
+        else:
+            self.step.plain, self.aside = "was switched back", True
 
     def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the step's own function, so that its input need not be kept."""
@@ -126,100 +168,17 @@ class StandIn(MethodStandIn, ABC):
             meter.refused.append(f"{step.name} {step.plain}")
         return output
 
-    @property
-    @abstractmethod
-    def charged(self) -> bool:
-        """Whether a running cost is being collected: somebody's forward pass is under way."""
-
 
 def _trained(step: Step, arguments: Arguments) -> bool:
     """Tells whether a gradient is asked for of something else than the state."""
     return any(t.requires_grad for t in arguments.tensors()) or step.modules.trained()
 
 
-class AdjointForward(StandIn):
-    """Stands in a block's own attributes for its forward; the class's forward is untouched.
-
-    Attributes:
-        running_costs: of the calls that come; charged for the block's input and output inside each
-            with gradients.
-        paid: what was charged.
-    """
-
-    def __init__(self, engine: Engine, step: Step, block: nn.Module):
-        super().__init__(engine, [step], block)
-        self.step = step
-        self.running_costs: Iterator[RunningCost | None] = iter(())
-        self.paid: list[Tensor] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward pass."""
-        function, cost = self.own, next(self.running_costs, None)
-        if cost is None or not torch.is_grad_enabled():
-            return self.run((self.step, function, None), args, kwargs)
-        several = False  # whether the block returns more than the state, or that in a tuple
-
-        def charging(*args: Any, **kwargs: Any) -> Any:
-            nonlocal several
-            output = function(*args, **kwargs)
-            if not torch.is_grad_enabled():  # while a state is rebuilt
-                return output
-            several = isinstance(output, tuple)
-            x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-            left = cast(Tensor, state_of(output))
-            return (*(output if several else (output,)), cost(x, left))
-
-        *output, paid = self.run((self.step, charging, None), args, kwargs)
-        self.paid.append(paid)
-        if paid.requires_grad and is_fully_sharded(self.block):
-            # FSDP2 gathers a block's parameters when a gradient reaches its output; of the cost,
-            # which it is not shown, it does not know.
-            paid.register_hook(self._gather)
-        return tuple(output) if several else output[0]
-
-    @property
-    def charged(self) -> bool:
-        """Whether there are costs for calls to come."""
-        return length_hint(self.running_costs) > 0
-
-    def _gather(self, _: Tensor) -> None:
-        sharded: Any = self.block
-        sharded.unshard()
-
-    def remove(self) -> None:
-        """Puts the block's own forward back; inside what others have put around it, steps aside."""
-        if vars(self.block).get("forward") is self:
-            super().remove()
-        else:
-            self.step.plain, self.steps = "was switched back", []
-
-
-class AdjointSteps(StandIn):
-    """Stands in a chain's own attributes for its `run_step`."""
-
-    def __init__(self, engine: Engine, steps: list[Step], chain: ResidualChain):
-        super().__init__(engine, steps, chain, "run_step")
-        self.chain = chain
-
-    def __call__(self, n: int, x: Tensor, cost: RunningCost | None = None) -> Any:
-        """The chain's step n."""
-        chain = self.chain
-        own = partial(self.own, n)
-        start = partial(chain.scheme.inverse_start, chain.controls(n), h=chain.step)
-        args = (x,) if cost is None else (x, cost)
-        return self.run((self.steps[n], own, start), args, {})
-
-    @property
-    def charged(self) -> bool:
-        """Whether the chain collects costs."""
-        return self.chain.collecting
-
-
-def switches(model: nn.Module) -> list[StandIn]:
+def switches(model: nn.Module) -> list[AdjointForward]:
     """All that `use_adjoint` put into a model, also where a hook of accelerate's is around it."""
-    own = (vars(m).get(name) for m in model.modules() for name in ("forward", "run_step"))
+    own = (vars(module).get("forward") for module in with_steps(model))
     found = (inspect.unwrap(function) for function in own if function is not None)
-    return [s for s in found if isinstance(s, StandIn) and s.steps]
+    return [s for s in found if isinstance(s, AdjointForward) and not s.aside]
 
 
 def engines(model: nn.Module) -> list[Engine]:

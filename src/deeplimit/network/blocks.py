@@ -103,19 +103,6 @@ class ConvolutionalResidual(nn.Module):
         return y
 
 
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def with_same_parts(model: Model, cls: type[Model]) -> Model:
-    """A module of a class with a model's parts, to be exchanged; hooks stay the model's own."""
-    other = cls.__new__(cls)
-    nn.Module.__init__(other)
-    other._modules, other._buffers = dict(model._modules), dict(model._buffers)
-    other._non_persistent_buffers_set = set(model._non_persistent_buffers_set)  # noqa: SLF001
-    other.training = model.training
-    return other
-
-
 @torch.no_grad()
 def rescale_last_layer(block: nn.Module, factor: float) -> None:
     """Multiplies φ by a factor: the parameters of the block's last layer, a norm or not."""

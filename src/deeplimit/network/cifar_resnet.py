@@ -8,6 +8,7 @@ import copy
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from deeplimit._anatomy.anatomy import Layer
 from deeplimit._anatomy.evaluation import Inputs
 from deeplimit._anatomy.of_blocks import OfBlocks
 from deeplimit._anatomy.read_model import register
-from deeplimit._anatomy.stacks import Block
+from deeplimit._anatomy.stacks import Block, itself
 from deeplimit.errors import InputError
-from deeplimit.network.blocks import with_same_parts
 from deeplimit.network.shape import check_shape
 from deeplimit.network.weights import read_safetensors
 
@@ -155,7 +155,8 @@ class CifarResNet(nn.Module):
 
     def _with_counts(self, counts: Sequence[int]) -> "CifarResNet":
         """A network with block n counts[n] times; in place of a strided one stands its shortcut."""
-        other, left = with_same_parts(self, CifarResNet), iter(counts)
+        other, left = copy.copy(self), iter(counts)
+        other._modules = dict(self._modules)
         for m, stage in enumerate(self.stages, 1):
             blocks: list[nn.Module] = []
             for block in stage:
@@ -213,39 +214,32 @@ class CifarResNetAnatomy(OfBlocks):
 
     @property
     def _blocks(self) -> list[Block]:
+        """The stages: each is bypassed by its shortcut, with blocks in it or not."""
+        first, *others = self.model.stages
+        shortcuts = map(Shortcut, CHANNELS, CHANNELS[1:])
+        parts = enumerate(zip(others, shortcuts, strict=False))
+        return [Block(first, self.model, 0, itself)] + [
+            Block(stage, self.model, m, itself, shortcut) for m, (stage, shortcut) in parts
+        ]
+
+    @cached_property
+    def _each(self) -> list[Block]:
         return [
-            Block(block, stage, m - changes, lambda x: x, block.shortcut if changes else None)
+            Block(block, stage, m - changes, itself, block.shortcut if changes else None)
             for m, stage in enumerate(self.model.stages)
             for block in stage
             if isinstance(block, BasicBlock)
             for changes in [isinstance(block.shortcut, Shortcut)]
         ]
 
-    @property
-    def stages(self) -> int:
-        """Those of the network, with blocks in them or not."""
-        return len(CHANNELS)
-
-    @property
+    @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The residual blocks, each of which can go."""
         return tuple(replace(layer, removable=True) for layer in super().layers)
 
-    @property
-    def _end(self) -> nn.Module:
-        return self.model.stages[-1]
-
-    def carry(self, stage: int, x: Tensor, inputs: Inputs | None = None) -> Tensor:
-        """Option A: every second pixel, padded with zero channels."""
-        return Shortcut(CHANNELS[stage], CHANNELS[stage + 1]).forward(x)
-
-    def head(self, x: Tensor, inputs: Inputs | None = None) -> Tensor:
-        """Pool and linear layer."""
-        return self.model.head(x)
-
     def leave_out(self, removed: set[int]) -> nn.Module:
         """The same class with fewer blocks."""
-        return copy.deepcopy(self.model.without(removed))
+        return self.repeated([n not in removed for n in range(self.horizon)])
 
     def repeated(self, times: Sequence[int]) -> nn.Module:
         """The same class with other depths."""

@@ -1,18 +1,18 @@
 """Whole models for the built-in recipes: stem → chains joined by projection shortcuts → head."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from deeplimit._anatomy.chain import SCHEMES, ResidualChain, Stack, chain_stacks
+from deeplimit._anatomy.chain import SCHEMES, ResidualChain, Stack
 from deeplimit._anatomy.evaluation import Inputs
-from deeplimit._anatomy.of_blocks import ChainAnatomy
+from deeplimit._anatomy.of_blocks import OfBlocks
 from deeplimit._anatomy.read_model import register
-from deeplimit._anatomy.stacks import Block
+from deeplimit._anatomy.stacks import Block, itself
 from deeplimit.errors import InputError
 from deeplimit.network.blocks import (
     ACTIVATIONS,
@@ -22,7 +22,6 @@ from deeplimit.network.blocks import (
     TwoLayerResidual,
     choose,
     rescale_last_layer,
-    with_same_parts,
 )
 from deeplimit.network.shape import Kind, check_shape
 
@@ -189,17 +188,9 @@ class ResidualClassifier(nn.Module):
                 module.set(mean, std)
         return self
 
-    def without(self, removed: set[int]) -> "ResidualClassifier":
+    def without(self, removed: Iterable[int]) -> "ResidualClassifier":
         """The same network less some of its residual steps, counted through all stages."""
-        smaller, chains = with_same_parts(self, ResidualClassifier), []
-        for stack, chain in zip(chain_stacks(self.stages), self.stages, strict=True):
-            gone = (n - stack.first for n in removed if n in stack.layers)
-            chains.append(cast(ResidualChain, chain).without(gone))
-        smaller.stages = nn.ModuleList(chains)
-        smaller.stages.training = self.stages.training
-        depths = tuple(chain.horizon for chain in chains)
-        smaller.architecture = replace(self.architecture, depths=depths)
-        return smaller
+        return cast(ResidualClassifier, ResidualClassifierAnatomy(self).without(removed))
 
 
 def _stem(a: Architecture) -> nn.Sequential:
@@ -251,7 +242,7 @@ def _head(a: Architecture) -> nn.Module:
 
 
 @register(ResidualClassifier)
-class ResidualClassifierAnatomy(ChainAnatomy):
+class ResidualClassifierAnatomy(OfBlocks):
     """Several chains between a stem and a head."""
 
     model: ResidualClassifier
@@ -259,16 +250,12 @@ class ResidualClassifierAnatomy(ChainAnatomy):
     @property
     def _blocks(self) -> Sequence[Block]:
         stages = self.model.stages
-        return [Block(chain, stages, m, lambda x: x) for m, chain in enumerate(stages)]
+        return [Block(chain, stages, m, itself) for m, chain in enumerate(stages)]
 
     @property
     def stem_and_head(self) -> tuple[nn.Module, nn.Module]:
         """Those of the classifier."""
         return self.model.stem, self.model.head
-
-    @property
-    def _projections(self) -> Sequence[nn.Module]:
-        return list(self.model.projections)
 
     def example(self) -> Inputs | None:
         """A sample of zeros."""
@@ -276,12 +263,14 @@ class ResidualClassifierAnatomy(ChainAnatomy):
 
     def with_stacks(self, stacks: Sequence[Stack], neurons: int | None = None) -> nn.Module:
         """A classifier with chains over other blocks; its architecture says their depths."""
-        other = cast(ResidualClassifier, super().with_stacks(stacks))
-        a = self.model.architecture
-        other.architecture = replace(
-            a,
-            depths=tuple(stack.horizon for stack in stacks),
-            hidden=a.hidden if neurons in (None, a.hidden or a.width) else neurons,
-            step=stacks[0].step,
-        )
+        other, a = cast(ResidualClassifier, super().with_stacks(stacks)), self.model.architecture
+        hidden = a.hidden if neurons in (None, a.hidden or a.width) else neurons
+        other.architecture = replace(other.architecture, hidden=hidden, step=stacks[0].step)
+        return other
+
+    def _with(self, chains: Iterable[ResidualChain]) -> nn.Module:
+        chains = list(chains)
+        other = cast(ResidualClassifier, super()._with(chains))
+        depths = tuple(chain.horizon for chain in chains)
+        other.architecture = replace(other.architecture, depths=depths)
         return other

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import TypeVar
 
 from deeplimit._anatomy import Anatomy, Stack, anatomy, check_rebuilt
-from deeplimit._anatomy.chain import chains_in
+from deeplimit._anatomy.chain import chains_in, with_steps
 from deeplimit._anatomy.checks import check_count
 from deeplimit._anatomy.evaluation import evaluating
 from deeplimit.errors import InputError
@@ -382,8 +382,8 @@ def _check_untied(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
 
 def _check_forward(model: nn.Module) -> None:
     """Raises InputError where a copy of a block would call another block's forward."""
-    for module in model.modules():
-        if {"forward", "run_step"} & vars(module).keys():
+    for module in with_steps(model):
+        if "forward" in vars(module):
             raise InputError(
                 f"the forward of a {type(module).__name__} in this {type(model).__name__} was "
                 "replaced, as use_adjoint does; call use_backprop(model) first, and use_adjoint "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deeplimit._anatomy.chain import with_steps
 from deeplimit._anatomy.checks import check_count
 from deeplimit.errors import InputError, describe_error
 from deeplimit.gradient import drift, layout, plan_memory, use_adjoint, use_backprop
@@ -27,7 +28,7 @@ from deeplimit.reading import one_line
 
 EVALUATIONS = (1, 2, 3)
 SAME = 1.02  # memories this near count as equal: then the faster method is the better one
-Own = list[tuple[nn.Module, str, Any]]
+Own = dict[nn.Module, Any]
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,8 @@ class Methods:
         self.chains = tuple(map(tuple, engine.chains))
         self.left_plain = found.plain
         linked = {name for chain in self.chains for name in chain if len(chain) > 1}
-        self.blocks = [s for s in switches(self.model) if linked & {t.name for t in s.steps}]
-        self.adds = any(t.adds for s in self.blocks for t in s.steps if t.name in linked)
+        self.blocks = [s for s in switches(self.model) if s.step.name in linked]
+        self.adds = any(s.step.adds for s in self.blocks)
         _put(self.model, self.plain)
 
     def costs(self, methods: Sequence[MethodCost]) -> tuple[MethodCost, ...]:
@@ -287,7 +288,7 @@ class Methods:
             if row.method == "checkpointed":
                 for one in self.blocks:  # where the adjoint stood in: torch's, non-reentrant
                     run = partial(checkpoint, one.own, use_reentrant=False)
-                    setattr(one.block, one.name, run)
+                    vars(one.block)["forward"] = run
             elif switched:
                 self._adjoint(Way(row.bits or 0, row.evaluations or 1))
             self._pass()  # warm; and blocks are told apart in an adjoint's first pass
@@ -373,19 +374,16 @@ class Methods:
 
 
 def _own(model: nn.Module) -> Own:
-    """Finds what stands in the modules' own attributes in place of their classes' methods."""
-    own = [
-        (m, name, vars(m).get(name)) for m in model.modules() for name in ("forward", "run_step")
-    ]
-    return [place for place in own if place[2] is not None]
+    """Finds what stands in the modules' own attributes in place of their classes' forward."""
+    return {m: vars(m)["forward"] for m in with_steps(model) if "forward" in vars(m)}
 
 
 def _put(model: nn.Module, own: Own) -> None:
     """Puts that back, and takes away what was not there."""
-    for module, name, _ in _own(model):
-        del vars(module)[name]
-    for module, name, method in own:
-        vars(module)[name] = method
+    for module in _own(model):
+        del vars(module)["forward"]
+    for module, forward in own.items():
+        vars(module)["forward"] = forward
 
 
 def _described(batch: Any) -> str:

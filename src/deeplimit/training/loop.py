@@ -363,7 +363,7 @@ class DriftWatch:
         self.model = model
         self.largest = 0.0
         self._told = 0.0
-        blocks = [step.name for switch in switches(model) for step in switch.steps]
+        blocks = [switch.step.name for switch in switches(model)]
         names = {module: name for name, module in model.named_modules()}
         layers = [names[layer.controls[0]] for layer in anatomy(model).layers]
         # Layers by their numbers in the whole network, then what else is rebuilt, by its name.
