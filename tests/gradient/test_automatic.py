@@ -231,6 +231,15 @@ def test_several_backward_passes_of_one_loss_are_not_said_to_be_none() -> None:
     assert plan_of(model) is not None
 
 
+def test_a_batch_that_is_overwritten_is_said() -> None:
+    model, x = network(), torch.randn(64, 16)
+    step(model, entropy, x.normal_())
+    step(model, entropy, x.normal_())
+    with pytest.warns(DriftWarning, match="its batch was overwritten by then"):
+        step(model, entropy, x.normal_())
+    assert plan_of(model) is None
+
+
 def test_a_gradient_of_0_plans_nothing() -> None:
     model = network()
     for k in range(6):

@@ -32,9 +32,10 @@ GROWN = 1.25  # beyond it a bound is another one
 PATIENCE = 3  # backward passes
 NO_PLAN = (
     "every state is kept: with bits='auto' a plan is made before a forward pass of the module that "
-    "use_adjoint was given, when a backward pass is over, and it has not been run as a whole. Give "
-    "use_adjoint the module whose outputs the loss is made from (the stage cost, if there is one), "
-    "or the plan of plan_memory"
+    "use_adjoint was given, when a backward pass is over, and it has not been run as a whole, or "
+    "its batch was overwritten by then (x = new, not x.copy_(new)). Give use_adjoint the module "
+    "whose outputs the loss is made from (the stage cost, if there is one), or the plan of "
+    "plan_memory"
 )
 NOT_FINITE = ": its update x_{n+1} − x_n is not finite, or beyond 3e38"
 
