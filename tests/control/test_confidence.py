@@ -241,6 +241,7 @@ class Gate(nn.Module):
         return x + self.weight * inside[:, None] * torch.tensor([0.0, 1.0, -1.0])
 
 
+@pytest.mark.slow
 def test_the_profile_of_the_judging_samples_orders_nothing() -> None:
     width, tolerance, draws = 0.012, 0.01, 20
     stem, head = nn.Linear(1, 3), nn.Linear(3, 2, bias=False)

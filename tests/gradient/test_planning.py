@@ -181,6 +181,7 @@ def test_states_that_are_rebuilt_lie_between_kept_ones_where_that_is_cheapest() 
         use_adjoint(model, on_drift="ignore")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_any_mixture_of_ways_is_right_to_its_own_precision(seed: int) -> None:
     """Kept, coded and rebuilt in any order, in one chain of contracting blocks; float64."""
