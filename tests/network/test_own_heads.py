@@ -23,6 +23,33 @@ def test_a_head_that_reads_all_states_is_refused_in_every_precision(dtype: torch
     assert anatomy(Own().to(dtype)).horizon == 5
 
 
+def test_a_head_that_begins_with_zeros_is_read_as_it_will_be() -> None:
+    """Its answers are 0 whatever is injected; the zeros stay where they were."""
+    with pytest.raises(InputError, match=r"the logits of its last state differ from its own by \d"):
+        anatomy(zeroed(Own("sum")))
+    model = zeroed(Own("input").double().eval())
+    objective = StageCost(model, SoftCrossEntropy(3), 0.5)
+    assert not any(bool(p.any()) for one in (model.end, model.again) for p in one.parameters())
+    for p in model.parameters():
+        nn.init.normal_(p)
+    states = [model.stem(X.double())]
+    for step in model.body:
+        states.append(step(states[-1]))
+    loss = SoftCrossEntropy(3)
+    *below, last = (
+        loss(model.end(torch.tanh(h)) + model.again(X.double()), Y).mean() for h in states
+    )
+    expected = float(last + 0.5 * sum(below))
+    assert float(objective(X.double(), Y)[0]) == pytest.approx(expected, rel=1e-12)
+
+
+def zeroed(model: Own) -> Own:
+    for one in (model.end, model.again):
+        nn.init.zeros_(one.weight)
+        nn.init.zeros_(one.bias)
+    return model
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["", "input"])
 def test_a_reading_runs_the_model_twice_and_each_block_once(kind: str, dtype: torch.dtype) -> None:

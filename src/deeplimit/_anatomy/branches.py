@@ -56,9 +56,13 @@ def find_branches(call: BlockCall) -> list[Branch]:
 
 @contextmanager
 def not_zero(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Random numbers in parameters that are all 0: where a scale is 0 no branch is seen."""
+    """Random numbers in parameters that are all 0: where a scale is 0 no branch is seen.
+
+    Of a graph that is there already they are no change. Sharded ones stay.
+    """
     generator = torch.Generator().manual_seed(0)
-    zero = {p for block in blocks for p in block.parameters() if not bool(p.any())}
+    every = dict.fromkeys(p for block in blocks for p in block.parameters())
+    zero = [p.data for p in every if type(p.data) is Tensor and _is_zero(p)]
     for p in zero:
         p.copy_(torch.randn(p.shape, generator=generator))
     try:
@@ -66,6 +70,13 @@ def not_zero(blocks: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for p in zero:
             p.zero_()
+
+
+def _is_zero(p: Tensor) -> bool:
+    """Tells whether a parameter with numbers is all 0; of most a few numbers say no."""
+    if p.is_meta or p.is_inference() or not p.is_floating_point() or p.itemsize < 2:
+        return False
+    return not (bool(p.detach().flatten()[:64].any()) or bool(p.any()))
 
 
 def parameter_ends(call: BlockCall) -> list[nn.Parameter]:

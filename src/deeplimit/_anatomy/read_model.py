@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deeplimit._anatomy.anatomy import Anatomy, StateHook
+from deeplimit._anatomy.branches import not_zero
 from deeplimit._anatomy.chain import ResidualChain, chains_in
 from deeplimit._anatomy.checks import check_module, layer_numbers
 from deeplimit._anatomy.injection import (
@@ -70,6 +71,11 @@ class ReadModel(OfBlocks):
         blocks: str | Iterable[nn.Module] | None = None,
     ):
         super().__init__(model)
+        with not_zero([model]):  # a head of zeros says of every reading that it is right
+            self._read(example, blocks)
+
+    def _read(self, example: Any, blocks: str | Iterable[nn.Module] | None) -> None:
+        model = self.model
         seen, self._example, own = watched(model, example)
         self._found, calls, self.name, self.others = find_blocks(model, seen, own, blocks)
         self._idle = [one for one in beside(self._blocks) if one not in seen]
@@ -152,12 +158,12 @@ class ReadModel(OfBlocks):
             return
         self._kinds.add(kind_of(x))
         part = first_sample(x, SAMPLES)
-        with alike(self.model):
+        with alike(self.model), not_zero([self.model]):
             try:
                 states, logits = self.states(part)
             except FAILS:  # it runs on the whole batch alone
                 part, (states, logits) = x, self.states(x)
-        self._try_head(part, states[-1], logits)
+            self._try_head(part, states[-1], logits)
 
     def states(self, x: Any) -> tuple[list[Tensor], Tensor]:
         """As of any model; an InputError where a block is not called, or more than once."""
