@@ -236,6 +236,7 @@ def test_threads_stop_one_model_at_several_depths() -> None:
         for _ in range(10):
             with at_depth(model, n + 1):
                 wrong.extend([] if torch.equal(model(X), expected[n]) else [n])
+            wrong.extend([] if torch.equal(crop(model, n + 1)(X), expected[n]) else [n])
 
     threads = [threading.Thread(target=serve, args=(n,)) for n in range(4)]
     for thread in threads:

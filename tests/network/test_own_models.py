@@ -193,6 +193,14 @@ def test_blocks_may_stand_in_a_dict() -> None:
     assert torch.equal(smaller(X), model.end(model.parts["out"](model.parts["norm"](h))))
 
 
+def test_a_block_that_is_added_later_is_not_overlooked() -> None:
+    model = Own()
+    objective = StageCost(model, SoftCrossEntropy(3), 0.5)
+    model.body.append(Step(""))
+    with pytest.raises(InputError, match="one more than in its example runs"):
+        objective(X, Y)
+
+
 @torch.no_grad()
 def test_what_a_hook_changes_of_a_block_is_part_of_it() -> None:
     model = Own().eval()

@@ -27,6 +27,7 @@ from deeplimit._anatomy.inputs import (
 )
 from deeplimit._anatomy.stacks import Block, Calls, Watch, is_plain
 from deeplimit._anatomy.stand_ins import (
+    PASSING,
     StandIn,
     own_call,
     standing_in,
@@ -76,8 +77,12 @@ def _altered(
 
 @contextmanager
 def bypassing(blocks: Sequence[Block], gone: Collection[int]) -> Iterator[None]:
-    """Those of the blocks that are gone return their input, in the form of their output."""
-    with _altered(blocks, set(range(len(blocks))).difference(gone), lambda _, h: h):
+    """Those of the blocks that are gone return their input, in the form of their output.
+
+    Threads take turns.
+    """
+    kept = set(range(len(blocks))).difference(gone)
+    with PASSING, _altered(blocks, kept, lambda _, h: h):
         yield
 
 

@@ -78,7 +78,7 @@ class ReadModel(OfBlocks):
         model = self.model
         seen, self._example, own = watched(model, example)
         self._found, calls, self.name, self.others = find_blocks(model, seen, own, blocks)
-        self._idle = [one for one in beside(self._blocks) if one not in seen]
+        self._awake = [one for one in beside(self._blocks) if one in seen]
         last = cast(Tensor, calls[-1].left)
         self._check_unwritten(
             [*(cast(Tensor, one.entered) for one in calls), last],
@@ -142,7 +142,8 @@ class ReadModel(OfBlocks):
         def wakes(_: nn.Module, __: tuple[Any, ...]) -> None:
             raise InputError(self._apart_from_example("one more than in its example runs"))
 
-        idle = [module.register_forward_pre_hook(wakes) for module in self._idle]
+        asleep = (one for one in beside(self._blocks) if one not in self._awake)
+        idle = [module.register_forward_pre_hook(wakes) for module in asleep]
         return [*super().register_state_hook(hook), *idle]
 
     def _apart_from_example(self, what: str) -> str:

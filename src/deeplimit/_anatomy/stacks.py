@@ -185,7 +185,8 @@ def _less_head(places: list[Place], answer: Tensor, least: int) -> list[Place]:
 def beside(blocks: Sequence[Block]) -> list[nn.Module]:
     """Finds modules of the same lists and classes that are no blocks."""
     mine, kinds = {b.module for b in blocks}, {type(b.module) for b in blocks}
-    every = dict.fromkeys(child for b in blocks for child in b.container.children())
+    lists = dict.fromkeys(b.container for b in blocks)
+    every = dict.fromkeys(child for one in lists for child in one.children())
     return [child for child in every if child not in mine and type(child) in kinds]
 
 
