@@ -360,10 +360,18 @@ def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> N
     assert not switches(model)
 
 
-def test_something_else_than_a_choice() -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("on_drift", "shout", "on_drift is 'shout'; expected 'warn', 'raise' or"),
+        ("evaluations", "two", "evaluations is 'two'; expected a whole number ≥ 1"),
+        ("evaluations", 2.0, "evaluations is 2.0; expected a whole number ≥ 1"),
+    ],
+)
+def test_what_annotations_do_not_allow(name: str, value: object, message: str) -> None:
     settings = Settings()
-    vars(settings)["on_drift"] = "shout"
-    with pytest.raises(InputError, match="on_drift is 'shout'; expected 'warn', 'raise' or"):
+    vars(settings)[name] = value
+    with pytest.raises(InputError, match=message):
         settings.__post_init__()
 
 

@@ -122,6 +122,8 @@ def state_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | No
 
 def state_of(output: Any) -> Tensor | None:
     """The state in what a block returns: the tensor, or the first of several."""
+    if isinstance(output, Tensor):
+        return output
     if isinstance(output, Mapping):
         output = tuple(output.values())
     if isinstance(output, tuple | list):

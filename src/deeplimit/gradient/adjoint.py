@@ -206,8 +206,8 @@ def layout(model: nn.Module) -> Layout:
     covered = {
         s.name
         for s in steps
-        for name in (r.name for r in residual)
-        if s.name.startswith(name + ".") or name.startswith(s.name + ".")
+        for r in residual
+        if s.name.startswith(r.name + ".") or r.name.startswith(s.name + ".")
     }
     linked = {
         step.name: way
@@ -236,9 +236,9 @@ def _chains(model: nn.Module) -> list[tuple[str, ResidualChain]]:
     return [(name, chain) for chain, name in reversed(first.items())]
 
 
-def _place(name: str, n: int) -> str:
-    """What step n of a chain is called."""
-    return f"{name}.{n}" if name else str(n)
+def _place(name: str, part: int | str) -> str:
+    """What step n of a chain is called, or a child of a module."""
+    return f"{name}.{part}" if name else str(part)
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -255,7 +255,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
             runs = "forward" in vars(child) or type(child).forward is not nn.Module.forward
             if whole and child not in seen and runs:
                 seen.add(child)
-                found[f"{name}.{child_name}" if name else child_name] = child
+                found[_place(name, child_name)] = child
     return found
 
 

@@ -42,14 +42,11 @@ class Turns:
         me = threading.current_thread()
         with self.lock:
             turn = None if self._forward is None else self._forward()
-            if turn is not None and turn.thread is me:
-                return turn
-            if turn is None or not turn.thread.is_alive():
+            if turn is None or not (turn.thread is me or turn.thread.is_alive()):
                 turn = Turn(me)
                 self._forward = weakref.ref(turn)
-                return turn
             # What runs inside a backward pass, in autograd's threads, belongs to its forward pass.
-            if graph_task() != -1:
+            if turn.thread is me or graph_task() != -1:
                 return turn
             del turn  # or the error would hold it
         raise AdjointError(_TWO)
@@ -109,8 +106,7 @@ class Engine:
 
         It is decided here for every block: kept, or rebuilt from the next one's by the code of its
         update or by a fixed point; None: in autograd's own graph. The last of a chain, which
-        nothing follows, is kept whatever this says. Where a block does not add its input there is
-        no fixed point worth the name.
+        nothing follows, is kept whatever this says.
         """
         if step.plain is not None:
             return None
@@ -118,6 +114,4 @@ class Engine:
         at_anchor = position == 0 or (every and position % every == 0)
         if at_anchor or step.data_dependent_shape:
             return KEPT
-        if step.adds:
-            return way
-        return Way(way.bits, 1) if way.bits else KEPT
+        return way.fitting(adds=step.adds)

@@ -1,6 +1,6 @@
 """Learning what a block is: whether it adds its input, and what else its first run shows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,8 @@ PASSES: dict[str, tuple[int, ...] | None] = {
     "BackwardHookFunctionBackward": None,
 }
 COMPILED = "CompiledFunctionBackward"
+
+Edge = tuple[Any, int]  # a node of autograd's graph, and which of its outputs
 
 # Operations whose derivative jumps somewhere.
 KINKS = (
@@ -151,39 +153,33 @@ def adds_input(y: Tensor, x: Tensor) -> bool:
         return True
     if y.grad_fn is None or not x.requires_grad:
         return False
-    goal = get_gradient_edge(x)
-    waiting: list[tuple[Any, int]] = [(y.grad_fn, y.output_nr)]
-    seen = set()
-    while waiting:
-        node, output = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node == goal.node and output == goal.output_nr:
-            return True
-        seen.add(node)
-        name = node.name()
-        if name == COMPILED:
-            return True
-        if name in PASSES:
-            passed = PASSES[name]
-            following = node.next_functions
-            waiting += following if passed is None else [following[i] for i in passed]
-    return False
+    goal = tuple(get_gradient_edge(x))[:2]
+    return any(edge == goal or edge[0].name() == COMPILED for edge in _behind(y, _handed_on))
+
+
+def _handed_on(node: Any) -> Sequence[Edge]:
+    """Where a node's output is, as it is, one of its inputs."""
+    passed, following = PASSES.get(node.name(), ()), node.next_functions
+    return following if passed is None else [following[i] for i in passed]
 
 
 def has_kinks(y: Tensor, x: Tensor) -> bool:
     """Tells whether some operation between x and y has a derivative that jumps."""
     end = get_gradient_edge(x).node if x.requires_grad else None
-    waiting, seen = [y.grad_fn], {end}
+    within = _behind(y, lambda node: [e for e in node.next_functions if e[0] != end])
+    return any(node != end and node.name().startswith(KINKS) for node, _ in within)
+
+
+def _behind(y: Tensor, following: Callable[[Any], Sequence[Edge]]) -> Iterator[Edge]:
+    """Walks back through the graph of y: its nodes, each with those of its outputs that count."""
+    waiting: list[Edge] = [(y.grad_fn, y.output_nr)]
+    seen = set()
     while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name().startswith(KINKS):
-            return True
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
-    return False
+        edge = waiting.pop()
+        if edge[0] is not None and edge not in seen:
+            seen.add(edge)
+            yield edge
+            waiting += following(edge[0])
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]

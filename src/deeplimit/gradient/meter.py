@@ -6,14 +6,16 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from deeplimit._anatomy.checks import check_count
 from deeplimit.errors import InputError, RunError
 from deeplimit.gradient.codes import BITS
+from deeplimit.gradient.distances import Sample, compared
 from deeplimit.gradient.private_torch import at_end_of_backward, graph_task
 
 OnDrift = Literal["warn", "raise", "ignore"]
@@ -38,6 +40,11 @@ NO_PLAN = (
     "plan_memory"
 )
 NOT_FINITE = ": its update x_{n+1} − x_n is not finite, or beyond 3e38"
+NOT_REPEATED = (
+    ": its replay gave another output than the forward pass: something that is neither input, "
+    "parameter nor buffer was changed in between (an attribute, a hook, a generator). The gradient "
+    "is wrong; leave the block out of blocks=, or run backward before the change"
+)
 
 
 class AdjointError(RunError):
@@ -67,6 +74,12 @@ class Way:
         how = f"coded in {self.bits} bits" if self.bits else "rebuilt"
         return how if self.bits and self.evaluations == 1 else f"{how}, e = {self.evaluations}"
 
+    def fitting(self, *, adds: bool) -> "Way":
+        """This way, or where a block does not add its input, with no fixed point worth the name."""
+        if adds:
+            return self
+        return Way(self.bits, 1) if self.bits else KEPT
+
 
 KEPT = Way()
 
@@ -93,37 +106,30 @@ class Settings:
     measured: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        e, every = self.evaluations, self.anchor_every
+        check_count("evaluations", self.evaluations)
+        if self.anchor_every is not None:
+            check_count("anchor_every", self.anchor_every)
         for right, wrong in (
-            (e >= 1 and e % 1 == 0, f"evaluations is {e}; expected a whole number ≥ 1"),
-            (
-                every is None or (every >= 1 and every % 1 == 0),
-                f"anchor_every is {every}; expected a whole number ≥ 1, or None",
-            ),
             (self.tolerance > 0, f"the tolerance is {self.tolerance}; it must be a number > 0"),
             (
                 self.on_drift in ("warn", "raise", "ignore"),
                 f"on_drift is {self.on_drift!r}; expected 'warn', 'raise' or 'ignore'",
             ),
+            (
+                self.bits in (0, *BITS, "auto"),
+                f"bits is {self.bits!r}; expected 0 (no codes), 2, 4, 8 or 'auto'",
+            ),
         ):
             if not right:
                 raise InputError(wrong)
-        if self.bits not in (0, *BITS, "auto"):
-            raise InputError(f"bits is {self.bits!r}; expected 0 (no codes), 2, 4, 8 or 'auto'")
 
     def way(self, name: str) -> Way:
         """How the input of the block of this name is to come back."""
-        way = self.ways.get(name)
-        if way is None:
-            way = KEPT if self.bits == "auto" else Way(self.bits, self.evaluations)
-        return way
+        return self.ways.get(name, self._usual)
 
-
-class Sample(NamedTuple):
-    """Some entries of a state x and of its update u."""
-
-    x: Tensor
-    u: Tensor
+    @cached_property
+    def _usual(self) -> Way:
+        return KEPT if self.bits == "auto" else Way(self.bits, self.evaluations)
 
 
 @dataclass(eq=False)
@@ -134,22 +140,23 @@ class BackwardPass:
         task: autograd's number for it.
         settings: those in force when it began.
         drifts: (block, drift) at each kept state.
-        differences: (block, how far beyond rounding) of replays from exact inputs.
+        faults: (block, what must not be above 0) by what is wrong where it is: how far replays from
+            exact inputs went beyond rounding, and whether updates were not finite.
         coded: (block, what it met and did in the forward pass, and in the replay) of coded states
             that are to be compared.
         compared: (block, drift, response) of the others.
-        infinite: (block, whether its update was not finite).
-        unmeasured: segments rebuilt whose kept state has not been reached, with the last block.
+        rebuilt: the last block whose input was rebuilt by a fixed point.
     """
 
     task: int
     settings: Settings
     drifts: list[tuple[str, Tensor]] = field(default_factory=list)
-    differences: list[tuple[str, Tensor]] = field(default_factory=list)
+    faults: dict[str, list[tuple[str, Tensor]]] = field(
+        default_factory=lambda: {NOT_FINITE: [], NOT_REPEATED: []}
+    )
     coded: list[tuple[str, Sample, Sample]] = field(default_factory=list)
     compared: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-    infinite: list[tuple[str, Tensor]] = field(default_factory=list)
-    unmeasured: dict[int, str] = field(default_factory=dict)
+    rebuilt: str = ""
 
     def compare(self, at_least: int = 1) -> None:
         """Compares what is to be, if that is so much; small operations of many blocks in a few."""
@@ -162,7 +169,7 @@ class BackwardPass:
         for group in alike.values():
             names, *samples = zip(*group, strict=True)
             was, now = (Sample(*map(torch.stack, zip(*of, strict=True))) for of in samples)
-            self.compared += zip(names, *_compared(was, now), strict=True)
+            self.compared += zip(names, *compared(was, now), strict=True)
 
 
 class DriftMeter:
@@ -230,23 +237,16 @@ class DriftMeter:
         """Takes the largest drift of a backward pass that has ended, and says what it means."""
         self._passes = {key: other for key, other in self._passes.items() if other is not done}
         self.drift, self.drift_at, self.response, self.bound = 0.0, "", 0.0, 0.0
-        infinite, name = _largest(done.infinite, nan=0.0)
-        if infinite:
-            raise AdjointError(name + NOT_FINITE)
-        beyond, name = _largest(done.differences, nan=-math.inf)
-        if beyond > 0:
-            raise AdjointError(
-                f"{name}: its replay gave another output than the forward pass: something that "
-                "is neither input, parameter nor buffer was changed in between (an attribute, a "
-                "hook, a generator). The gradient is wrong; leave the block out of blocks=, or run "
-                "backward before the change"
-            )
+        for message, found in done.faults.items():
+            beyond, name = _largest(found, nan=-math.inf)
+            if beyond > 0:
+                raise AdjointError(name + message)
         self._report_useless(done.settings)
-        if done.unmeasured and not done.drifts:
+        if done.rebuilt and not done.drifts:
             self.drift = math.nan
             self._warn(
                 done.settings,
-                f"the backward pass ended at {next(reversed(done.unmeasured.values()))}, before a "
+                f"the backward pass ended at {done.rebuilt}, before a "
                 "kept state: how far the rebuilt states were off is not known. gradient_error "
                 "measures it; anchors=[…] puts a kept state where the backward pass ends",
             )
@@ -329,64 +329,3 @@ def _largest(found: list[tuple[str, Tensor]], nan: float) -> tuple[float, str]:
     values = torch.where(values.isnan(), nan, values)
     worst = int(values.argmax())
     return float(values[worst]), found[worst][0]
-
-
-def norm(x: Tensor) -> Tensor:
-    """‖x‖, of half-precision numbers in float32."""
-    dtype = torch.float32 if x.itemsize < 4 else x.dtype
-    found: Tensor = torch.linalg.vector_norm(x, dtype=dtype)
-    return found
-
-
-def norms(x: Tensor) -> Tensor:
-    """‖x_i‖ per sample."""
-    if x.dim() < 2:
-        return norm(x)[None]
-    dtype = torch.float32 if x.itemsize < 4 else x.dtype
-    if x.is_contiguous():
-        x = x.flatten(1)  # twice as fast as over several dimensions
-    found: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype)
-    return found
-
-
-def _compared(was: Sample, now: Sample) -> tuple[Tensor, Tensor]:
-    """The drift of states that came again, and the response of blocks to them, a row each.
-
-    Of what else a block gives beside its state nothing is known but that it is given the state: the
-    response is no smaller than the state's own relative error.
-    """
-    off = now.x - was.x
-    response = torch.maximum(_relative(now.u - was.u, was.u), _relative(off, was.x))
-    return _relative(off, was.u), response
-
-
-def _relative(gap: Tensor, update: Tensor) -> Tensor:
-    """Root mean square over a row of gap_i / √(u_i² + m²), with the median m of the |u_i| > 0.
-
-    For entries of one size it is ‖gap‖/‖u‖. A few huge ones, a channel or a sample, neither hide
-    what the others feel nor count for more than their own relative error. Where many are 0, m is
-    that of √p·|u_i|, with p the share of those that are not.
-    """
-    if not gap.numel():
-        return gap.new_zeros(len(gap))
-    size = update.abs()
-    share = (size > 0).to(gap.dtype).mean(1, keepdim=True)
-    median = torch.where(size > 0, size, torch.nan).nanmedian(1, keepdim=True).values
-    usual = median.nan_to_num() * share.sqrt()
-    ratios = torch.where(gap == 0, 0.0, gap.square() / (size.square() + usual.square()))
-    return ratios.mean(1).sqrt()
-
-
-def relative_drift(gap: Tensor, updates: list[Tensor]) -> Tensor:
-    """Root mean square over samples of ‖x̃_n − x_n‖ / ‖x_{n+1} − x_n‖.
-
-    The update is taken as no larger than the median of those since the last kept state (of some,
-    evenly spread over a deep chain): one layer with a huge update, or one sample, would hide an
-    error that all others feel. In an empty batch nothing can be off: 0.
-    """
-    if gap.numel() == 0:
-        return torch.zeros((), device=gap.device)
-    gaps, own = norms(gap), updates[-1]
-    usual = torch.stack(updates).median(dim=0).values
-    ratios = torch.where(gaps == 0, 0.0, gaps / torch.minimum(own, usual))
-    return ratios.square().mean().sqrt()

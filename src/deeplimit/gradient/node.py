@@ -12,25 +12,24 @@ from torch import Tensor
 from deeplimit._anatomy.stand_ins import state_of
 from deeplimit.errors import InputError
 from deeplimit.gradient.codes import Feedback
-from deeplimit.gradient.engine import Engine, Turn
-from deeplimit.gradient.learning import Step
-from deeplimit.gradient.meter import (
-    KEPT,
-    NOT_FINITE,
-    AdjointError,
-    BackwardPass,
+from deeplimit.gradient.distances import (
     Sample,
+    nearer,
     norm,
     norms,
     relative_drift,
+    sample,
+    some,
 )
+from deeplimit.gradient.engine import Engine, Turn
+from deeplimit.gradient.learning import Step
+from deeplimit.gradient.meter import KEPT, NOT_FINITE, NOT_REPEATED, AdjointError, BackwardPass
 from deeplimit.gradient.private_torch import checkpoint, checkpoint_around
 from deeplimit.gradient.replay_context import Arguments, ReplayContext
 
 # A step, its own function, and where a fixed point for its input may start (from its output).
 Call = tuple[Step, Callable[..., Any], Callable[[Tensor], Tensor] | None]
 MANY = 16
-SAMPLED = 256
 LEFT = "_deeplimit_left"  # attribute of a storage: the node whose output it holds, in which form
 
 
@@ -90,6 +89,16 @@ class Node:
     """
 
     segment: Segment
+    chain: list[str]
+    way = KEPT
+    code: Coded | None = None
+    next: "Node | None" = None
+    rebuilt: Tensor | None = None
+    feedback: Feedback | None = None
+    entries: Tensor | None = None
+    position = place = 0
+    alone = True
+    _ran = _edits = False
 
     def __init__(self, engine: Engine, call: Call, arguments: Arguments, x: Tensor):
         self.engine, (self.step, self.function, self.start) = engine, call
@@ -98,20 +107,11 @@ class Node:
         if step.modules.checkpointing:
             step.modules.refuse_checkpoints(step.name)
         self._turn: Turn | None = engine.turns.take()
-        self.around, self.alone = checkpoint_around(), True
+        self.around = checkpoint_around()
         self.x: Tensor | None = x
-        self.code: Coded | None = None
-        self.way = KEPT
-        self.next: Node | None = None
-        self.rebuilt: Tensor | None = None
-        self.feedback: Feedback | None = None
-        self.position = self.place = 0
-        self.chain = [step.name]
-        self.entries: Tensor | None = None
         self._arguments = arguments
         self._requires_grad, self._version, self._dtype = x.requires_grad, x._version, x.dtype
         self._context = ReplayContext(step.name, step.modules, arguments, x.device)
-        self._ran = self._edits = False
 
     def link(self) -> None:
         """Links it to the node whose output is its input, before it runs."""
@@ -124,7 +124,7 @@ class Node:
             delattr(storage, LEFT)  # a second block that takes it starts a new chain
             self._follow(before)
             return
-        self.segment = Segment()
+        self.segment, self.chain = Segment(), [self.step.name]
         if self.engine.chains is not None:
             self.engine.chains.append(self.chain)
 
@@ -149,14 +149,9 @@ class Node:
         x = self.state()
         output = self._apply(x)
         y = state_of(output)
-        self.entries = None if y is None else _some(y)
+        self.entries = None if y is None else some(y)
         self._ran = True
-        late = self._context.complete()
-        if late is not None:
-            raise self._error(
-                f": its buffer {late} was changed by its forward pass, which it had not done "
-                "before, and what it was is gone; run the step again, from now on it is remembered"
-            )
+        self._context.complete()
         # Without its graph, which holds the nodes before, which hold this one.
         self.x, self._version = x.detach(), x._version
         return output
@@ -166,7 +161,7 @@ class Node:
         turns, found = self.engine.turns, self.engine.meter.this_pass(self.engine.settings)
         before = turns.begin_replay()
         try:
-            self._check_unchanged()
+            self._context.check_unchanged()
             if self.x is not None:
                 self._replay_kept(found)
             else:
@@ -230,7 +225,7 @@ class Node:
                 "parameters are sharded now; put the loss on later states too, or name the block "
                 "as an anchor"
             )
-        self._check_unchanged()
+        self._context.check_unchanged()
         return self._iterate()
 
     def _follow(self, before: "Node") -> None:
@@ -269,7 +264,7 @@ class Node:
             feedback = Feedback(x) if self.feedback is None else self.feedback
             number = len(feedback.codes)
             code = feedback.code(y, bits)
-            self.code = Coded(feedback, number, _sample(x, y, feedback.dtype))
+            self.code = Coded(feedback, number, sample(x, y, feedback.dtype))
             if x.device.type == "cpu" and not math.isfinite(code.largest()):
                 at = (~(y - x).isfinite()).nonzero()[:1].flatten().tolist()
                 raise self._error(NOT_FINITE + (f" at {at}" if at else ""))
@@ -284,14 +279,14 @@ class Node:
         self._check_repeats(x, y)
         if self.entries is not None and y.is_floating_point():
             # From the exact input the forward pass's output must come again: some entries of it.
-            entries = _some(y)
-            allowed = self._allowed(entries, _some(x) if x.shape == y.shape else None)
-            found.differences.append((self.step.name, norm(entries - self.entries) - allowed))
+            entries = some(y)
+            allowed = self._allowed(entries, some(x) if x.shape == y.shape else None)
+            gap = norm(entries - self.entries)
+            found.faults[NOT_REPEATED].append((self.step.name, gap - allowed))
         after = self.next
         if after is None:
             return
         if after.rebuilt is not None and after.segment.updates:
-            found.unmeasured.pop(id(after.segment), None)
             off = relative_drift(after.rebuilt - y, after.segment.updates)
             found.drifts.append((after.step.name, off))
             after.segment.updates.clear()
@@ -305,14 +300,17 @@ class Node:
         entries of x_n that are known: not every block contracts.
         """
         code, segment = self.code, self.segment
-        precision = self._dtype if code is None else code.feedback.dtype
-        target = (self.next or self).state().to(precision)
+        target = (self.next or self).state()
+        x = z = target
         if code is not None:
             x = z = code.state()
-        else:
-            x = z = target if self.start is None else self._beginning(self.start, target)
+            target = target.to(z.dtype)
+        elif self.start is not None:
+            with torch.no_grad(), self._context.again():
+                x = z = self.start(target)
         for left in reversed(range(self.way.evaluations)):
-            leaf, noted = z.to(self._dtype), None if left else found
+            leaf = z if z.dtype == self._dtype else z.to(self._dtype)
+            noted = None if left else found
             if noted is None:
                 with torch.no_grad():
                     y = self._evaluate(leaf)
@@ -324,30 +322,24 @@ class Node:
                     self._note(noted, code, leaf, y)
                 if self.next is not None:
                     moved = code.feedback.confined(target - y + leaf, x, code.number)
-                    z = _nearer(code.sample.x, moved, z)
+                    z = nearer(code.sample.x, moved, z)
                 continue
             increment = y - leaf
             if noted is not None:
                 if self.place % -(-segment.length // MANY) == 0:
                     segment.updates.append(norms(increment))
-                # The kept state that the segment ends at will tell how well.
-                noted.unmeasured[id(segment)] = self.step.name
+                noted.rebuilt = self.step.name  # the segment's kept state will tell how well
             z = torch.sub(target, increment, out=increment)
         return z
 
-    def _beginning(self, start: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
-        """Where the scheme lets the fixed point start."""
-        with torch.no_grad(), self._context.again():
-            return start(target)
-
     def _note(self, found: BackwardPass, code: Coded, x: Tensor, y: Tensor) -> None:
         """What a coded state was in the forward pass, and is now."""
-        now = _sample(x, y, code.feedback.dtype)
+        now = sample(x, y, code.feedback.dtype)
         found.coded.append((self.step.name, code.sample, now))
         found.compare(MANY)  # or all samples of a deep chain would be there at the end
         if x.device.type != "cpu":
             largest = code.feedback.codes[code.number].largest()
-            found.infinite.append((self.step.name, ~largest.isfinite()))
+            found.faults[NOT_FINITE].append((self.step.name, ~largest.isfinite()))
 
     def _evaluate(self, z: Tensor) -> Tensor:
         """The output at z, among what the forward pass met."""
@@ -389,16 +381,6 @@ class Node:
             )
         proven.add(modes)
 
-    def _check_unchanged(self) -> None:
-        """The replay must see what the forward pass saw.
-
-        Raises:
-            AdjointError: it would not.
-        """
-        difference = self._context.difference()
-        if difference is not None:
-            raise self._error(difference)
-
     def _error(self, message: str) -> AdjointError:
         return AdjointError(self.step.name + message)
 
@@ -410,28 +392,3 @@ def _form(x: Tensor) -> tuple[object, ...]:
     passes aliases) would prove that it is the same state.
     """
     return (x.storage_offset(), x.shape, x.stride(), x.dtype, x._version)
-
-
-def _sample(x: Tensor, y: Tensor, dtype: torch.dtype) -> Sample:
-    """Some entries of x and of y − x."""
-    state = _some(x, SAMPLED).to(dtype)
-    return Sample(state, _view(y, SAMPLED) - state)
-
-
-def _nearer(known: Tensor, z: Tensor, x: Tensor) -> Tensor:
-    """The one of two states that is nearer to what is known of it; nothing waits for the answer."""
-    gaps = (norm(_some(state, SAMPLED) - known) for state in (z, x))
-    return torch.where(torch.lt(*gaps), z, x)
-
-
-def _some(x: Tensor, count: int = 64) -> Tensor:
-    """At most so many entries, from all over it."""
-    return _view(x, count).clone()
-
-
-def _view(x: Tensor, count: int) -> Tensor:
-    x, size = x.detach() if x.requires_grad else x, x.numel()
-    every = -(-size // count) | 1  # odd, or it could be one channel alone
-    if type(x) is Tensor and x.is_contiguous():
-        return x.as_strided((-(-size // every),), (every,))  # half of a slice's time
-    return x.flatten()[::every]

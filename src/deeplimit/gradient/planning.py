@@ -15,9 +15,9 @@ from deeplimit._anatomy.checks import check_count
 from deeplimit.errors import InputError
 from deeplimit.gradient.accuracy import LossOf, Measurement, each
 from deeplimit.gradient.codes import BITS, GROUP
+from deeplimit.gradient.distances import SAMPLED
 from deeplimit.gradient.learning import Step
 from deeplimit.gradient.meter import KEPT, Way
-from deeplimit.gradient.node import SAMPLED
 from deeplimit.gradient.stand_ins import engines, switches
 from deeplimit.tables import Shown, number, percent, table
 
@@ -182,11 +182,10 @@ class Planner:
         ]
         names = {id(measure.parameters[name]): name for name in measure.exact}
         self._parameters = {
-            step.name: [names[id(p)] for p in step.modules.parameters(step.name) if id(p) in names]
+            step.name: [names[id(p)] for p in step.modules.parameters() if id(p) in names]
             for step in steps.values()
         }
         self._found: dict[frozenset[tuple[str, Way]], MemoryPlan] = {}
-        self._peaks: dict[frozenset[tuple[str, Way]], int] = {}
         self._own: dict[Way, list[float]] = {}
 
     def plan(self, budget: int | None, *, peaks: bool = True) -> MemoryPlan:
@@ -220,13 +219,7 @@ class Planner:
 
     def _everywhere(self, way: Way) -> dict[str, Way]:
         """The same for all, as far as blocks go with it."""
-        ways = {}
-        for place in self.places:
-            if place.free:
-                fits = place.step.adds or way.bits or not way.evaluations
-                alone = Way(way.bits, 1) if way.bits and not place.step.adds else way
-                ways[place.step.name] = alone if fits else KEPT
-        return ways
+        return {p.step.name: way.fitting(adds=p.step.adds) for p in self.places if p.free}
 
     def _gradient(self, ways: Mapping[str, Way]) -> dict[str, Tensor]:
         with each(self.measure.engines, **EXACTLY | {"ways": ways}):
@@ -251,10 +244,12 @@ class Planner:
 
     def _peak(self, plan: MemoryPlan) -> int:
         key = frozenset(plan.ways.items())
-        if key not in self._peaks:
+        peak = self._found[key].memory
+        if peak is None:
             with each(self.measure.engines, **EXACTLY | {"ways": plan.ways}):
-                self._peaks[key] = self.measure.peak()
-        return self._peaks[key]
+                peak = self.measure.peak()
+            self._found[key] = replace(plan, memory=peak)
+        return peak
 
     def _bytes(self, ways: Mapping[str, Way]) -> float:
         total, coded = 0.0, False
@@ -288,14 +283,10 @@ class Planner:
                 for i in sorted({round(k * last / (GRID - 1)) for k in range(GRID)}):
                     self._tried(programme.ways(found[i][0]))
                 continue
-            tried = set()
             for part in AROUND:
                 cell = next(c for c, error in found if error <= (part * self.tolerance) ** 2)
-                if cell not in tried:
-                    tried.add(cell)
-                    plan, _ = self._tried(programme.ways(cell))
-                    if plan.error <= self.tolerance:
-                        break
+                if self._tried(programme.ways(cell))[0].error <= self.tolerance:
+                    break
 
     def _segments(self) -> dict[tuple[int, int], float]:
         """Squared errors by rebuilding all states between two kept ones, places a < b.
@@ -367,7 +358,8 @@ class _Programme:
                 ]
             least, origin = {}, {}
             for kind, entries in ways.items():
-                values = torch.stack([_shifted(v, cells) for v, _, _, cells in entries])
+                shifted = (F.pad(v, (more, 0), value=math.inf) for v, _, _, more in entries)
+                values = torch.stack([v[: self._cells] for v in shifted])
                 least[kind], choice = values.min(0)
                 origin[kind] = choice, [(a, k, cells) for _, a, k, cells in entries]
             self._least.append(least)
@@ -389,8 +381,8 @@ class _Programme:
         while at >= 0:
             place = self.places[at]
             if place.free:
-                e = self._evaluations if place.step.adds else 1
-                found[place.step.name] = Way(kind, e) if kind else KEPT
+                way = Way(kind, self._evaluations) if kind else KEPT
+                found[place.step.name] = way.fitting(adds=place.step.adds)
             choice, entries = self._from[at][kind]
             before, kind, cells = entries[int(choice[cell])]
             for rebuilt in self.places[before + 1 : at]:
@@ -400,8 +392,3 @@ class _Programme:
 
     def _in_cells(self, size: float) -> int:
         return math.ceil(size / self._cell)
-
-
-def _shifted(values: Tensor, cells: int) -> Tensor:
-    """The same for so much more memory."""
-    return F.pad(values, (cells, 0), value=math.inf)[: len(values)]

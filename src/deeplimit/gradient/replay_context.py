@@ -31,8 +31,9 @@ Buffer = tuple[nn.Module, str]
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 CHECKPOINTING = "gradient_checkpointing"  # transformers' own
 
-_training = attrgetter("training")
+_training, _is_meta = attrgetter("training"), attrgetter("is_meta")
 _parameter_state = attrgetter("_version", "requires_grad")
+_PLAIN = {Tensor, nn.Parameter}
 
 
 class Arguments:
@@ -54,8 +55,7 @@ class Arguments:
             self._keyword = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), "")
             self.state = self._kwargs.pop(self._keyword, None)
         self.more = bool(self._args or self._kwargs)
-        self._tensors: list[Tensor] = []
-        self._versions: list[int] = []
+        self._seen: list[tuple[Tensor, int]] = []
 
     def at(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with this state: as they came, or once complete without caches.
@@ -78,8 +78,7 @@ class Arguments:
             self._kwargs |= dict.fromkeys(self._kwargs.keys() & CACHES)
             if self._kwargs.get("use_cache"):
                 self._kwargs["use_cache"] = False
-            self._tensors = self.tensors()
-            self._versions = list(map(version_of, self._tensors))
+            self._seen = [(x, version_of(x)) for x in self.tensors()]
 
     def tensors(self) -> list[Tensor]:
         """The other tensors, also those in tuples, lists and dicts."""
@@ -88,16 +87,15 @@ class Arguments:
     def filled_cache(self, layer: int | None) -> bool:
         """Tells whether a key-value cache already holds something of this layer."""
         for value in (*self._args, *self._kwargs.values()):
-            if _is_cache(value):
-                if layer is None or value.get_seq_length(layer) > 0:
-                    return True
-            elif isinstance(value, tuple) and value and isinstance(value[0], tuple):
+            if _is_cache(value) and (layer is None or value.get_seq_length(layer) > 0):
+                return True
+            if isinstance(value, tuple) and value and isinstance(value[0], tuple):
                 return True  # the old form: a tuple of keys and values per layer
         return False
 
     def changed(self) -> bool:
         """Tells whether another tensor was changed in place since."""
-        return list(map(version_of, self._tensors)) != self._versions
+        return any(version_of(x) != version for x, version in self._seen)
 
 
 def _is_cache(value: Any) -> bool:
@@ -160,7 +158,6 @@ class Modules:
         self.layer = next((i for i in indices if isinstance(i, int)), None)
         self.checkpointing = [m for m in self._all if hasattr(m, CHECKPOINTING)]
         self.norms = [m for m in self._all if isinstance(m, NormBase) and m.track_running_stats]
-        self._places = [(m, name) for m in self._all for name in m._parameters]
         others = set(self._all).difference(self.norms)
         self.buffers = [(m, name) for m in self._all if m in others for name in m._buffers]
         self.buffered = bool(self.buffers or self.norms)
@@ -169,43 +166,22 @@ class Modules:
 
     def refresh(self) -> None:
         """Reads the modules again if one has been replaced, added or parametrised."""
-        for module, parts, parameters, buffers in self.parts:
-            if (
-                module._modules != parts
-                or len(module._parameters) != parameters
-                or len(module._buffers) != buffers
-            ):
+        for m, parts, count, buffers in self.parts:
+            if m._modules != parts or len(m._parameters) != count or len(m._buffers) != buffers:
                 return self._read()
 
-    def parameters(self, name: str) -> list[Tensor]:
+    def parameters(self) -> list[Tensor]:
         """The parameters as they are now: functional_call puts others in their place.
 
         Of those that FSDP2 manages the sharded ones: whole parameters come and go, and are
         filled without a trace in their version.
-
-        Raises:
-            AdjointError: the block of this name does not have them yet, or not any more.
         """
         self.refresh()
-        sharded, managed = shards(self._all)
-        found = sharded
-        for place in self._places:
-            p = place[0]._parameters.get(place[1])
-            if p is None or (managed and place in managed):
-                continue
-            if p.is_meta:
-                raise AdjointError(
-                    f"{name}: its parameters are taken away between runs (offloaded to CPU or "
-                    "disk, as by accelerate's hooks; they are on the device 'meta'): no gradient "
-                    "reaches them. Load the model as a whole, "
-                    "accelerate.hooks.remove_hook_from_submodules(model), to train it"
-                )
-            if is_lazy(p):
-                raise AdjointError(
-                    f"{name}: its parameters have no shape yet (LazyLinear and its like); run one "
-                    "batch first: with torch.no_grad(): model(x)"
-                )
-            found.append(p)
+        found, managed = shards(self._all)
+        for module in self._all:  # twice for each block and step: no comprehension's frames
+            for name, p in module._parameters.items():
+                if p is not None and not (managed and (module, name) in managed):
+                    found.append(p)
         return found
 
     def refuse_checkpoints(self, name: str) -> None:
@@ -223,8 +199,7 @@ class Modules:
 
     def trained(self) -> bool:
         """Tells whether some parameter requires a gradient."""
-        found = (m._parameters.get(name) for m, name in self._places)
-        return any(p is not None and p.requires_grad for p in found)
+        return any(p.requires_grad for p in self.parameters())
 
     def compiled(self) -> bool:
         """Tells whether torch.compile has been at work on one of them."""
@@ -232,7 +207,8 @@ class Modules:
 
     def scattered(self) -> bool:
         """Tells whether parameters are divided among processes at this moment."""
-        return any(is_scattered(m._parameters.get(name)) for m, name in self._places)
+        held = (p for module in self._all for p in module._parameters.values())
+        return any(map(is_scattered, held))
 
     def modes(self) -> Modes:
         """Which of them are in training mode; a block in other modes is another function."""
@@ -272,15 +248,14 @@ class ReplayContext:
 
     def __init__(self, name: str, modules: Modules, arguments: Arguments, device: torch.device):
         self._name, self._modules, self._arguments, self._device = name, modules, arguments, device
-        self._parameters = modules.parameters(name)
+        self._parameters = modules.parameters()
+        _check_there(name, self._parameters)
         self._versions = list(map(_parameter_state, self._parameters))
         self._parts = modules.parts
         self.modes = modules.modes()
-        self._autocast, self._cast = dict[str, tuple[torch.dtype, bool]](), False
-        for kind in ("cpu",) if device.type == "cpu" else (device.type, "cpu"):
-            enabled = torch.is_autocast_enabled(kind)
-            self._autocast[kind] = (torch.get_autocast_dtype(kind), enabled)
-            self._cast |= enabled
+        self._kinds = ("cpu",) if device.type == "cpu" else (device.type, "cpu")
+        on = list(filter(torch.is_autocast_enabled, self._kinds))
+        self._autocast = dict(zip(on, map(torch.get_autocast_dtype, on), strict=True))
         self._random: tuple[Tensor, ...] = _random_state(device)
         self._copies: list[tuple[_Seen, Tensor]] = []  # buffers to be put back
         self._constant: list[_Seen] | None = None  # buffers that must not have changed
@@ -292,13 +267,13 @@ class ReplayContext:
             if changing is not None:
                 self._constant = _see(modules.constant(changing))
 
-    def complete(self) -> str | None:
+    def complete(self) -> None:
         """After the forward pass: keeps of the random state and the buffers what it used.
 
-        Returns:
-            A buffer that has changed for the first time, so that no copy was made before.
+        Raises:
+            AdjointError: a buffer has changed for the first time, and no copy was made before.
         """
-        # 5 kB per layer would be kept; bytes are compared thrice as fast as tensors.
+        # 5 kB per layer would be kept; bytes are compared twice as fast as tensors.
         for before, now in zip(self._random, _random_state(self._device), strict=True):
             if before.numpy().tobytes() != now.numpy().tobytes():
                 break
@@ -307,7 +282,6 @@ class ReplayContext:
         modules = self._modules
         modules.refresh()  # should buffers have been registered
         self._parts = modules.parts
-        late: list[Buffer] = []
         if modules.buffered:
             moved = {seen.place for seen, _ in self._copies if seen.moved()}
             changing = modules.changing.setdefault(self.modes, moved)
@@ -316,19 +290,26 @@ class ReplayContext:
                 self._constant = _see(modules.constant(changing))
             late = [seen.place for seen in self._constant if seen.moved()]
             changing.update(late)
+            if late:
+                raise self._error(
+                    f"its buffer {late[0][1]} was changed by its forward pass, which it had not "
+                    "done before, and what it was is gone; run the step again, from now on it is "
+                    "remembered"
+                )
         self._arguments.complete()
         self._bare = not (
-            self._random or self._copies or self._cast or any(map(_training, modules.norms))
+            self._random or self._copies or self._autocast or any(map(_training, modules.norms))
         )
-        return late[0][1] if late else None
 
-    def difference(self) -> str | None:
-        """What a replay would meet otherwise than the forward pass did; None if nothing."""
-        parameters, before = self._modules.parameters(self._name), self._parameters
+    def check_unchanged(self) -> None:
+        """Raises AdjointError if a replay would meet something else than the forward pass did."""
+        parameters, before = self._modules.parameters(), self._parameters
         same = len(parameters) == len(before) and all(map(operator.is_, parameters, before))
+        if not same:
+            _check_there(self._name, parameters)
         if not same or list(map(_parameter_state, parameters)) != self._versions:
-            return (
-                ": its parameters were changed between forward and backward; states cannot be "
+            raise self._error(
+                "its parameters were changed between forward and backward; states cannot be "
                 "rebuilt with others. Run backward before the optimiser's step or "
                 "requires_grad_(…), or functional_call around both"
             )
@@ -341,28 +322,32 @@ class ReplayContext:
         if self._modules.parts is not self._parts:
             what = "one of its parts was replaced"
         if what:
-            return (
-                f": {what} between forward and backward; states cannot be rebuilt as they were. "
+            raise self._error(
+                f"{what} between forward and backward; states cannot be rebuilt as they were. "
                 "Do it after backward, or leave the block out of blocks="
             )
         if self._arguments.changed():
-            return (
-                ": one of its other arguments (a mask, an embedding) was changed in place between "
+            raise self._error(
+                "one of its other arguments (a mask, an embedding) was changed in place between "
                 "forward and backward; change a copy of it"
             )
-        return None
+
+    def _error(self, message: str) -> AdjointError:
+        return AdjointError(f"{self._name}: {message}")
 
     def again(self) -> AbstractContextManager[None]:
         """One evaluation as in the forward pass; afterwards everything is as it was."""
-        bare = self._bare and not any(map(torch.is_autocast_enabled, self._autocast))
+        bare = self._bare and not any(map(torch.is_autocast_enabled, self._kinds))
         return _NOTHING if bare else self._met_again()
 
     @contextmanager
     def _met_again(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for kind, (dtype, enabled) in self._autocast.items():
+            for kind in self._kinds:
+                dtype = self._autocast.get(kind)
                 # No cache: a weight cast without gradients would be found in it with gradients on.
-                stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+                cast = torch.autocast(kind, dtype, dtype is not None, cache_enabled=False)
+                stack.enter_context(cast)
             if self._random:
                 stack.callback(_set_random_state, self._device, _random_state(self._device))
                 _set_random_state(self._device, self._random)
@@ -377,6 +362,22 @@ class ReplayContext:
 
 
 _NOTHING = nullcontext()
+
+
+def _check_there(name: str, parameters: list[Tensor]) -> None:
+    """Raises AdjointError where the block of this name has not its parameters yet, or any more."""
+    if any(map(_is_meta, parameters)):
+        raise AdjointError(
+            f"{name}: its parameters are taken away between runs (offloaded to CPU or "
+            "disk, as by accelerate's hooks; they are on the device 'meta'): no gradient "
+            "reaches them. Load the model as a whole, "
+            "accelerate.hooks.remove_hook_from_submodules(model), to train it"
+        )
+    if not _PLAIN.issuperset(map(type, parameters)) and any(map(is_lazy, parameters)):
+        raise AdjointError(
+            f"{name}: its parameters have no shape yet (LazyLinear and its like); run one "
+            "batch first: with torch.no_grad(): model(x)"
+        )
 
 
 def _put(stack: ExitStack, where: dict[str, Any], name: str, value: object) -> None:

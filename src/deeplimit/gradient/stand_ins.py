@@ -129,7 +129,7 @@ class AdjointForward(ReplayedBlock):
                 "leave it out of blocks="
             )
         y = state_of(output)
-        if y is not None and y.grad_fn is not None and y.shape == x.shape and y.dtype == x.dtype:
+        if y is not None and not y.is_leaf and y.shape == x.shape and y.dtype == x.dtype:
             node.leave(y)
         return output
 
