@@ -1,6 +1,6 @@
 """Learning what a block is: whether it adds its input, and what else its first run shows."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -157,10 +157,10 @@ def adds_input(y: Tensor, x: Tensor) -> bool:
     return any(edge == goal or edge[0].name() == COMPILED for edge in _behind(y, _handed_on))
 
 
-def _handed_on(node: Any) -> Sequence[Edge]:
+def _handed_on(node: Any) -> Iterator[Edge]:
     """Where a node's output is, as it is, one of its inputs."""
     passed, following = PASSES.get(node.name(), ()), node.next_functions
-    return following if passed is None else [following[i] for i in passed]
+    yield from following if passed is None else (following[i] for i in passed)
 
 
 def has_kinks(y: Tensor, x: Tensor) -> bool:
@@ -170,7 +170,7 @@ def has_kinks(y: Tensor, x: Tensor) -> bool:
     return any(node != end and node.name().startswith(KINKS) for node, _ in within)
 
 
-def _behind(y: Tensor, following: Callable[[Any], Sequence[Edge]]) -> Iterator[Edge]:
+def _behind(y: Tensor, following: Callable[[Any], Iterable[Edge]]) -> Iterator[Edge]:
     """Walks back through the graph of y: its nodes, each with those of its outputs that count."""
     waiting: list[Edge] = [(y.grad_fn, y.output_nr)]
     seen = set()
