@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from report_samples import verdict
 
-from deeplimit.control.turnpike import ACCURACY_TOLERANCE, LOSS_TOLERANCE
+from deeplimit.control.turnpike import ACCURACY_TOLERANCE
+from deeplimit.control.verdict import LOSS_TOLERANCE
 from deeplimit.errors import RunError
 from deeplimit.report import render_page, write_page
 from deeplimit.report.numbers import count, layers, percent, points, seconds, significant
