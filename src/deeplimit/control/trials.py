@@ -66,6 +66,7 @@ class Trials:
         rows = max(min(count, self._rows // 2), 1)
         self._first = first_part(structure, self._batch, rows)
         self._first_targets = part(targets, slice(batch_of(self._first)), count)
+        self._one = first_part(structure, self._batch, 1)
         self._answers = structure.run(self._first)
         first = of.measured(structure, self._first, self._first_targets, [self._answers])
         used, every = first["loss"].shape[1], own["loss"].shape[1]
@@ -85,8 +86,8 @@ class Trials:
         """Of a cut, for one sample."""
         key = frozenset(removed)
         if key not in self._multiply_adds:
-            one = first_part(self.structure, self._batch, 1)
-            self._multiply_adds[key] = multiply_adds(self._cut(key), one) // batch_of(one)
+            products = multiply_adds(self._cut(key), self._one)
+            self._multiply_adds[key] = products // batch_of(self._one)
         return self._multiply_adds[key]
 
     def latencies(self, removed: Collection[int]) -> tuple[float, float]:
