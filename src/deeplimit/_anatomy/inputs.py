@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from deeplimit._anatomy.checks import shown
 from deeplimit._anatomy.evaluation import Inputs, mapped, to_device, to_precision
+from deeplimit._anatomy.nested import fields_of
 from deeplimit.errors import InputError
 
 FAILS = (
@@ -98,11 +98,6 @@ def answer(model: nn.Module, output: Any) -> Tensor:
         f"{type(model).__name__} returns {shown(output)}; expected a tensor, or a mapping or tuple "
         "with one in it"
     )
-
-
-def fields_of(value: Any) -> list[str]:
-    """The names of the fields of a dataclass; none of anything else."""
-    return [one.name for one in fields(value)] if is_dataclass(value) else []
 
 
 def _named(takes: Mapping[str, inspect.Parameter], x: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Batches of a loader: targets where the logits are that predict them, inputs that are finite."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import IGNORED, classes_of, shown
 from deeplimit._anatomy.evaluation import Inputs, are_inputs, begun, device_of, evaluating
-from deeplimit._anatomy.inputs import FAILS, batch_of, fields_of, parameters_of, unwrapped
+from deeplimit._anatomy.inputs import FAILS, batch_of, parameters_of, unwrapped
+from deeplimit._anatomy.nested import each_tensor, inside, rebuilt, tensors_in
 from deeplimit.errors import InputError
 
 SURE = 8  # tokens: so many do not agree with their neighbours, or themselves, by chance
@@ -44,7 +45,7 @@ def any_batches(
                 )
         if batch_of(x):
             empty = False
-            yield _each(x, lambda v: v.to(device)), _each(y, lambda v: v.to(device))
+            yield tuple(each_tensor(lambda v: v.to(device), part) for part in (x, y))
     if empty and need is not None:
         raise InputError(f"the loader gave no sample; {need}")
 
@@ -74,41 +75,6 @@ def first_part(structure: Anatomy, x: Any, count: int) -> Any:
     except FAILS:
         return x
     return some
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    """All tensors in tensors, mappings, tuples and lists."""
-    found = [values] if isinstance(values, Tensor) else []
-    return found + [tensor for value in inside(values) for tensor in tensors_in(value)]
-
-
-def inside(values: Any) -> list[Any]:
-    """The values of a mapping, tuple, list or dataclass; none of anything else."""
-    if isinstance(values, Mapping):
-        return list(values.values())
-    if names := fields_of(values):
-        return [getattr(values, name) for name in names]
-    return list(values) if isinstance(values, tuple | list) else []
-
-
-def rebuilt(values: Any, others: list[Any]) -> Any:
-    """The same mapping, tuple, list or dataclass of other values; anything else as it is."""
-    kind: Any = type(values)
-    if isinstance(values, Mapping):
-        named = dict(zip(values, others, strict=True))
-        return kind(**named) if fields_of(values) else named  # as transformers' outputs are
-    if names := fields_of(values):
-        return kind(**dict(zip(names, others, strict=True)))
-    if isinstance(values, tuple | list):
-        return kind(*others) if hasattr(kind, "_fields") else kind(others)
-    return values
-
-
-def _each(values: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same with a change made to each tensor, in mappings, tuples and lists too."""
-    if isinstance(values, Tensor):
-        return change(values)
-    return rebuilt(values, [_each(value, change) for value in inside(values)])
 
 
 def _is_target(name: str) -> bool:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from deeplimit._anatomy import Anatomy, anatomy
 from deeplimit._anatomy.checks import check_count, check_number, shown
 from deeplimit._anatomy.inputs import answer, parameters_of
+from deeplimit._anatomy.nested import inside, rebuilt, tensors_in
 from deeplimit._anatomy.stand_ins import PASSING
-from deeplimit.control.batches import inside, part, rebuilt, tensors_in
+from deeplimit.control.batches import part
 from deeplimit.errors import InputError
 
 

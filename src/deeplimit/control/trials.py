@@ -13,7 +13,8 @@ from torch import Tensor
 from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.evaluation import begun
 from deeplimit._anatomy.inputs import batch_of
-from deeplimit.control.batches import blame_inputs, first_part, part, tensors_in
+from deeplimit._anatomy.nested import tensors_in
+from deeplimit.control.batches import blame_inputs, first_part, part
 from deeplimit.control.cropping import Budget, CutChoice, Score
 from deeplimit.control.losses import ClassLoss, Figures, SampleLoss, check_losses, joined
 from deeplimit.control.verdict import CONFIDENCE, FEW, excludes, most_risen

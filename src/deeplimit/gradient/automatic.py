@@ -1,11 +1,10 @@
 """bits="auto": a plan for the first batch, which is looked at again while the model trains."""
 
-import copy
 import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any, ClassVar, NamedTuple
@@ -13,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_map
 
+from deeplimit._anatomy.nested import each_leaf
 from deeplimit.errors import describe_error
 from deeplimit.gradient.accuracy import Measurement, RandomState, each
 from deeplimit.gradient.codes import BITS
@@ -189,7 +188,7 @@ class Auto:
             seen.append(other.register_hook(partial(came, i)))
             return other
 
-        theirs = _each_leaf(apart, output)
+        theirs = each_leaf(apart, output)
         if closed and not seen:
             self._give_up(f"it returns an object of type {closed[0]}, in which no tensor is seen")
         return theirs
@@ -269,22 +268,8 @@ class _Call(NamedTuple):
 def _of_gradients(model: nn.Module, call: _Call) -> Tensor:
     """Σ ⟨y, ∂L/∂y⟩ over the outputs."""
     outputs: list[Any] = []
-    _each_leaf(outputs.append, model.forward(*call.args, **call.kwargs))
+    each_leaf(outputs.append, model.forward(*call.args, **call.kwargs))
     return torch.stack([(outputs[i] * g).sum() for i, g in call.gradients.items()]).sum()
-
-
-def _each_leaf(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same with a function's answers in place of the leaves, those of dataclasses too."""
-
-    def at(leaf: Any) -> Any:
-        if not is_dataclass(leaf) or isinstance(leaf, type):
-            return function(leaf)
-        other = copy.copy(leaf)
-        for name in (field.name for field in fields(leaf) if hasattr(leaf, field.name)):
-            object.__setattr__(other, name, _each_leaf(function, getattr(leaf, name)))
-        return other
-
-    return tree_map(at, value)
 
 
 def _same(x: Tensor) -> Tensor:
