@@ -43,6 +43,34 @@ def test_a_head_that_begins_with_zeros_is_read_as_it_will_be() -> None:
     assert float(objective(X.double(), Y)[0]) == pytest.approx(expected, rel=1e-12)
 
 
+class Mixing(nn.Module):
+    """The head reads a mixture of all states, the last one alone as long as nothing was trained."""
+
+    def __init__(self, weights: list[float]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.body = nn.ModuleList(Step("") for _ in weights)
+        self.weights = nn.Parameter(torch.tensor(weights))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, mixed = self.stem(x), torch.zeros(())
+        for step, weight in zip(self.body, self.weights, strict=True):
+            x = step(x)
+            mixed = mixed + weight * x
+        head: Tensor = self.head(mixed)
+        return head
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0, 0, 1], [1e-6, 1e-6, 1e-6, 1]])
+def test_a_mixture_of_states_that_begins_with_the_last_one_is_refused(weights: list[float]) -> None:
+    """Once it is trained the logits of a state are not those of a model that is cut."""
+    model = Mixing(weights)
+    with pytest.raises(InputError, match=r"the logits of its last state differ from its own by \d"):
+        anatomy(model, X)
+    assert model.weights.tolist() == torch.tensor(weights).tolist()
+
+
 def zeroed(model: Own) -> Own:
     for one in (model.end, model.again):
         nn.init.zeros_(one.weight)

@@ -20,6 +20,7 @@ from deeplimit._anatomy.injection import slack_of
 if TYPE_CHECKING:
     from deeplimit._anatomy.anatomy import Anatomy
 
+NEARLY = 1e-3  # 0, of a scale: layer scales begin with 1e-6, and what they hide passes as rounding
 TRIED = 8  # modules of a block that could be folded into, from its end
 
 
@@ -56,26 +57,33 @@ def find_branches(call: BlockCall) -> list[Branch]:
 
 @contextmanager
 def not_zero(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Random numbers in parameters that are all 0: where a scale is 0 no branch is seen.
+    """Random numbers in place of what hides a branch, or what a head reads: parameters that are all
+    0, and numbers of scales and other vectors that are nearly.
 
     Of a graph that is there already they are no change. Sharded ones stay.
     """
     generator = torch.Generator().manual_seed(0)
     every = dict.fromkeys(p for block in blocks for p in block.parameters())
-    zero = [p.data for p in every if type(p.data) is Tensor and _is_zero(p)]
-    for p in zero:
-        p.copy_(torch.randn(p.shape, generator=generator))
+    hidden = [(p.data, p.data.clone()) for p in every if type(p.data) is Tensor and _hides(p)]
+    for p, was in hidden:
+        drawn = torch.randn(p.shape, generator=generator).to(p)
+        p.copy_(drawn if not bool(was.any()) else torch.where(was.abs() < NEARLY, drawn, was))
     try:
         yield
     finally:
-        for p in zero:
-            p.zero_()
+        for p, was in hidden:
+            p.copy_(was)
 
 
-def _is_zero(p: Tensor) -> bool:
-    """Tells whether a parameter with numbers is all 0; of most a few numbers say no."""
+def _hides(p: Tensor) -> bool:
+    """Tells whether a parameter is all 0, or one along an axis that is nearly 0 somewhere.
+
+    Of most a few numbers say no.
+    """
     if p.is_meta or p.is_inference() or not p.is_floating_point() or p.itemsize < 2:
         return False
+    if p.numel() == max(p.shape, default=1):
+        return bool((p.detach().abs() < NEARLY).any())
     return not (bool(p.detach().flatten()[:64].any()) or bool(p.any()))
 
 
