@@ -1,8 +1,11 @@
 """What an example's tokens cannot tell is not concluded from them."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
+import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from deeplimit.network import anatomy
@@ -71,3 +74,31 @@ def test_none_of_them_is_in_an_example_that_is_made() -> None:
     structure = anatomy(Named(eos_token_id=list(range(3, WORDS)), pad_token_id=0).double().eval())
     assert set(structure.example()["input_ids"].flatten().tolist()) <= {1, 2}
     assert structure.horizon == 4
+
+
+def _bart() -> nn.Module:
+    config = hf.BartConfig(
+        vocab_size=99, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=37, decoder_ffn_dim=37, eos_token_id=2,
+    )  # fmt: skip
+    return hf.BartForSequenceClassification(config)
+
+
+def _audio() -> nn.Module:
+    config = hf.ASTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+        max_length=64, num_mel_bins=32,
+    )  # fmt: skip
+    return hf.ASTForAudioClassification(config)
+
+
+@pytest.mark.parametrize("make", [_bart, _audio])
+def test_texts_that_must_end_and_spectrograms_are_made(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    structure = anatomy(make().double().eval())
+    example = structure.example()
+    states, logits = structure.states(example)
+    assert len(states) == 4
+    torch.testing.assert_close(logits, structure.model(**example).logits, rtol=0, atol=0)
+    *_, last = structure.logits(states, x=example)
+    torch.testing.assert_close(last, logits, rtol=1e-13, atol=1e-13)

@@ -276,7 +276,9 @@ def _configured(model: Any, generator: torch.Generator) -> Iterator[Inputs]:
         made["pixel_values"] = torch.randn(shape, generator=generator)
     if main == "input_values":
         strides = math.prod(getattr(config, "conv_stride", None) or [1])
-        made[main] = torch.randn(BATCH, max(12 * strides, 400), generator=generator)
+        spectrogram = [getattr(config, name, None) for name in ("max_length", "num_mel_bins")]
+        sides: list[Any] = spectrogram if all(spectrogram) else [max(12 * strides, 400)]
+        made[main] = torch.randn(BATCH, *sides, generator=generator)
     if main == "input_features":
         bands = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 80
         length = 2 * (getattr(config, "max_source_positions", None) or 50)
@@ -285,5 +287,9 @@ def _configured(model: Any, generator: torch.Generator) -> Iterator[Inputs]:
         made["decoder_input_ids"] = ids
     if made:
         yield made
+        ends = sorted(_marks([getattr(text, "eos_token_id", None)]))
+        if ends and "input_ids" in made:  # some read the state of a text's end
+            end = torch.full_like(ids[:, :1], ends[0])
+            yield made | {"input_ids": torch.cat([ids[:, 1:], end], 1)}
     elif isinstance(getattr(model, "dummy_inputs", None), Mapping):
         yield dict(model.dummy_inputs)
