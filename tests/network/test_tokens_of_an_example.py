@@ -92,13 +92,44 @@ def _audio() -> nn.Module:
     return hf.ASTForAudioClassification(config)
 
 
-@pytest.mark.parametrize("make", [_bart, _audio])
-def test_texts_that_must_end_and_spectrograms_are_made(make: Callable[[], nn.Module]) -> None:
+def _choice() -> nn.Module:
+    config = hf.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=37,
+    )  # fmt: skip
+    return hf.BertForMultipleChoice(config)
+
+
+def _small_images() -> nn.Module:
+    config = hf.ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], image_size=16)
+    return hf.ConvNextForImageClassification(config)
+
+
+def _captions() -> nn.Module:
+    tower = hf.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    text = hf.LlamaConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=37,
+    )  # fmt: skip
+    both = hf.LlavaConfig(vision_config=tower, text_config=text, image_token_index=98)
+    return hf.LlavaForConditionalGeneration(both)
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [(_bart, 3), (_audio, 3), (_choice, 3), (_small_images, 4), (_captions, 3)],
+)
+def test_an_example_is_made_that_the_model_takes(
+    make: Callable[[], nn.Module], layers: int
+) -> None:
     torch.manual_seed(0)
     structure = anatomy(make().double().eval())
     example = structure.example()
     states, logits = structure.states(example)
-    assert len(states) == 4
+    assert len(states) == layers + 1
     torch.testing.assert_close(logits, structure.model(**example).logits, rtol=0, atol=0)
     *_, last = structure.logits(states, x=example)
     torch.testing.assert_close(last, logits, rtol=1e-13, atol=1e-13)

@@ -288,8 +288,26 @@ def _configured(model: Any, generator: torch.Generator) -> Iterator[Inputs]:
     if made:
         yield made
         ends = sorted(_marks([getattr(text, "eos_token_id", None)]))
-        if ends and "input_ids" in made:  # some read the state of a text's end
-            end = torch.full_like(ids[:, :1], ends[0])
-            yield made | {"input_ids": torch.cat([ids[:, 1:], end], 1)}
+        yield from _otherwise_made(made, ends[:1], generator)
     elif isinstance(getattr(model, "dummy_inputs", None), Mapping):
         yield dict(model.dummy_inputs)
+
+
+def _otherwise_made(
+    made: dict[str, Tensor], ends: Sequence[int], generator: torch.Generator
+) -> Iterator[dict[str, Tensor]]:
+    """Inputs that fewer models take."""
+    names = ("pixel_values", "input_features", "input_ids")
+    images, features, ids = (made.get(name) for name in names)
+    if images is not None and ids is not None:  # an image wants tokens that stand for it
+        yield {name: x for name, x in made.items() if x is not images}
+    elif images is not None:
+        for size in SIZES:
+            shape = (*images.shape[:2], size, size)
+            yield made | {"pixel_values": torch.randn(shape, generator=generator)}
+    if features is not None:
+        yield made | {"input_features": features.mT}
+    if ids is not None:
+        for end in ends:  # the answer is read at a text's end
+            yield made | {"input_ids": torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], end)], 1)}
+        yield made | {"input_ids": torch.stack([ids, ids.flip(0)], 1)}  # of which one is chosen
