@@ -12,7 +12,7 @@ import torch
 from cli_commands import SMALL, Done, command, contents
 
 from deeplimit.cli import main
-from deeplimit.cli.options import Train, options_of
+from deeplimit.cli.options import Train, options_of, parse_train
 from deeplimit.cli.verbs import STUDIES, VERBS, function_of, summary_of
 from deeplimit.network.storage import load
 from deeplimit.training import RunFolder, recipe_for
@@ -313,6 +313,16 @@ def test_help_shows_the_defaults_of_the_data_set(data: str) -> None:
     depth = re.search(r"--depth .*?\(default: ([\d ]+)\)", shown)
     assert depth is not None
     assert tuple(map(int, depth[1].split())) == recipe.depth
+
+
+@pytest.mark.parametrize("data", ["digits", "mazes", "cifar10", "npz:x.npz"])
+@pytest.mark.parametrize("on", [True, False])
+def test_what_one_data_set_does_by_itself_is_said_and_unsaid_of_all(data: str, on: bool) -> None:
+    named = [name for name, value in vars(recipe_for(data)).items() if isinstance(value, bool)]
+    assert "stage_cost_grows" in named
+    assert "flip" in named
+    options = parse_train([data, *(f"--{'' if on else 'no-'}{n.replace('_', '-')}" for n in named)])
+    assert {name: getattr(options, name) for name in named} == dict.fromkeys(named, on)
 
 
 def test_help_teaches() -> None:
