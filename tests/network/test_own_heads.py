@@ -328,3 +328,24 @@ def test_what_stands_between_blocks_must_not_tell_a_bypass_from_a_cut() -> None:
     for depth in (1, 2, 3):
         expected = crop(model, depth)(torch.ones(2, 4))
         assert torch.allclose(anatomy(model).logits(states)[depth], expected)
+
+
+class OfGraph(Own):
+    """Takes its inputs inside a mapping of a mapping, and reads them again in the head."""
+
+    def forward(self, inputs: dict[str, dict[str, Tensor]]) -> Tensor:  # type: ignore[override]
+        nodes = inputs["graph"]["nodes"]
+        return super().forward(nodes) + self.again(nodes)
+
+
+def test_inputs_inside_others_are_fitted_and_repeated() -> None:
+    """The example is of another precision than the model; the head meets it once for each state."""
+    model = OfGraph().double().eval()
+    structure = anatomy(model, example={"graph": {"nodes": X}})
+    x = {"graph": {"nodes": X.double()}}
+    states, logits = structure.states(x)
+    assert torch.equal(logits, model(x))
+    z = structure.logits(states, x=x)
+    for one, h in zip(z, states, strict=True):
+        expected = model.end(torch.tanh(h)) + model.again(X.double())
+        torch.testing.assert_close(one, expected, rtol=1e-13, atol=1e-13)

@@ -18,7 +18,7 @@ from deeplimit._anatomy.chain import ResidualChain, Stack, chains_in, control, s
 from deeplimit._anatomy.checks import layer_numbers
 from deeplimit._anatomy.evaluation import Inputs, RunningStatistics, concatenated, evaluating
 from deeplimit._anatomy.inputs import call, placed
-from deeplimit._anatomy.stand_ins import state_of, version
+from deeplimit._anatomy.stand_ins import PASSING, state_of, version
 from deeplimit.errors import InputError, several
 
 StateHook = Callable[[int, Tensor], None]
@@ -379,7 +379,8 @@ class Anatomy(ABC):
         """
         gone = layer_numbers(removed)
         self.check_removable(gone)
-        return self.leave_out(gone)
+        with PASSING:  # no copy of what stands in the blocks while another thread passes them
+            return self.leave_out(gone)
 
     def check_removable(self, removed: Iterable[SupportsIndex]) -> None:
         """Checks that the model can do without these layers.

@@ -1,6 +1,6 @@
 """Modes of a model's modules, changed for a while and put back one by one."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,34 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy.checks import classes_of, shown
+from deeplimit._anatomy.nested import each_tensor, tensors_in
 from deeplimit.errors import InputError
 
 # What a model takes: one tensor, tensors by name as transformers' models do, or several in order.
 Inputs = Tensor | Mapping[str, Any] | Sequence[Any]
 
 
-def mapped(change: Callable[..., Any], *xs: Any) -> Any:
-    """Inputs of one form, with `change` made of the tensors at each place; None is left out."""
-
-    def at(*parts: Any) -> Any:
-        return change(*parts) if isinstance(parts[-1], Tensor) else parts[-1]
-
-    last = xs[-1]
-    if isinstance(last, Tensor):
-        return change(*xs)
-    if isinstance(last, Mapping):
-        return {k: at(*(x[k] for x in xs)) for k, v in last.items() if v is not None}
-    return tuple(map(at, *xs))
-
-
 def to_device(x: Any, device: torch.device) -> Any:
     """Inputs on a device."""
-    return mapped(lambda v: v.to(device), x)
+    return each_tensor(lambda v: v.to(device), x)
 
 
 def to_precision(x: Any, dtype: torch.dtype) -> Any:
     """Inputs whose numbers with a fraction are of this dtype; whole ones stay as they are."""
-    return mapped(lambda v: v.to(dtype) if v.is_floating_point() else v, x)
+    return each_tensor(lambda v: v.to(dtype) if v.is_floating_point() else v, x)
 
 
 def concatenated(parts: Sequence[Tensor]) -> Tensor:
@@ -85,9 +72,7 @@ def pairs(
                         "the loader gives single samples; expected batches (x, y): put "
                         "torch.utils.data.DataLoader(…, batch_size=64) around the data"
                     )
-                inputs: list[Any] = []
-                mapped(inputs.append, x)
-                if y.numel() or any(value.numel() for value in inputs):
+                if y.numel() or any(value.numel() for value in tensors_in(x)):
                     samples += 1
                     yield x, y
             case _:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from deeplimit._anatomy.checks import shown
-from deeplimit._anatomy.evaluation import Inputs, mapped, to_device, to_precision
-from deeplimit._anatomy.nested import fields_of
+from deeplimit._anatomy.evaluation import Inputs, to_device, to_precision
+from deeplimit._anatomy.nested import each_tensor, fields_of, tensors_in
 from deeplimit.errors import InputError
 
 FAILS = (
@@ -133,8 +133,7 @@ def told(error: BaseException) -> str:
 
 def batch_of(x: Any) -> int:
     """Counts the samples; 0 where no tensor tells."""
-    parts = [x] if isinstance(x, Tensor) else [*x.values()] if isinstance(x, Mapping) else [*x]
-    return next((len(p) for p in parts if isinstance(p, Tensor) and p.dim()), 0)
+    return next((len(v) for v in tensors_in(x) if v.dim()), 0)
 
 
 def placed(model: nn.Module, x: Any) -> Any:
@@ -146,7 +145,7 @@ def placed(model: nn.Module, x: Any) -> Any:
 def first_sample(x: Any, samples: int = 1) -> Any:
     """The first sample of a batch, or the first few."""
     count = batch_of(x)
-    return mapped(lambda v: v[:samples] if v.dim() and len(v) == count else v, x)
+    return each_tensor(lambda v: v[:samples] if v.dim() and len(v) == count else v, x)
 
 
 def one_token(x: Any, at: int = 0) -> Any:
@@ -155,7 +154,7 @@ def one_token(x: Any, at: int = 0) -> Any:
     def cut(v: Tensor) -> Tensor:
         return v if v.is_floating_point() or v.dim() < 2 else v[:, at:][:, :1]
 
-    return mapped(cut, first_sample(x))
+    return each_tensor(cut, first_sample(x))
 
 
 BATCH, TOKENS, SIZES = 2, 4, (64, 32, 224, 28)  # of inputs that are made
@@ -171,7 +170,7 @@ def joined(xs: Sequence[Any], rows: int) -> Any:
         every = torch.cat(parts)
         return every[torch.arange(rows) % len(every)]
 
-    return mapped(join, *xs)
+    return each_tensor(join, *xs)
 
 
 def others(model: nn.Module, x: Any) -> list[Any]:
@@ -187,7 +186,7 @@ def others(model: nn.Module, x: Any) -> list[Any]:
     tokens = {0, *(m for m in marks if 0 <= m < words)}
     tokens |= {m.padding_idx or 0 for m in model.modules() if isinstance(m, nn.Embedding)}
     changes: list[Callable[[Tensor], Tensor]] = [partial(_ending, t) for t in sorted(tokens)]
-    return [mapped(change, x) for change in (otherwise, *changes)]
+    return [each_tensor(change, x) for change in (otherwise, *changes)]
 
 
 def _marks(told: Iterable[Any]) -> set[int]:
@@ -220,8 +219,9 @@ def kind_of(x: Any) -> Any:
     """Of inputs, their names and dimensions."""
     if isinstance(x, Tensor):
         return x.dim()
-    parts = dict(x.items() if isinstance(x, Mapping) else enumerate(x))
-    return frozenset((name, v.dim()) for name, v in parts.items() if isinstance(v, Tensor))
+    parts = x.items() if isinstance(x, Mapping) else enumerate(x)
+    dims = ((name, tuple(v.dim() for v in tensors_in(part))) for name, part in parts)
+    return frozenset(of for of in dims if of[1])
 
 
 def examples(model: nn.Module) -> Iterator[Inputs]:

@@ -46,16 +46,23 @@ def rebuilt(values: Any, others: list[Any]) -> Any:
     return values
 
 
-def each_leaf(change: Callable[[Any], Any], values: Any) -> Any:
-    """The same with `change` made of whatever has nothing inside it."""
-    if isinstance(values, Mapping | tuple | list) or fields_of(values):
-        return rebuilt(values, [each_leaf(change, value) for value in inside(values)])
-    return change(values)
+def each_leaf(change: Callable[..., Any], *xs: Any) -> Any:
+    """The same with `change` made of whatever has nothing inside it.
+
+    Of several of one form `change` is given what they have at each place; the last is rebuilt.
+    """
+    last = xs[-1]
+    if isinstance(last, Mapping):
+        return rebuilt(last, [each_leaf(change, *(x[name] for x in xs)) for name in last])
+    if isinstance(last, tuple | list) or fields_of(last):
+        places = zip(*map(inside, xs), strict=True)
+        return rebuilt(last, [each_leaf(change, *parts) for parts in places])
+    return change(*xs)
 
 
-def each_tensor(change: Callable[[Tensor], Any], values: Any) -> Any:
+def each_tensor(change: Callable[..., Any], *xs: Any) -> Any:
     """The same with `change` made of each tensor."""
-    return each_leaf(lambda v: change(v) if isinstance(v, Tensor) else v, values)
+    return each_leaf(lambda *v: change(*v) if isinstance(v[-1], Tensor) else v[-1], *xs)
 
 
 def tensors_in(values: Any) -> list[Tensor]:

@@ -8,9 +8,16 @@ from torch import Tensor
 
 from deeplimit._anatomy import Anatomy
 from deeplimit._anatomy.checks import IGNORED, classes_of, shown
-from deeplimit._anatomy.evaluation import Inputs, are_inputs, begun, device_of, evaluating
+from deeplimit._anatomy.evaluation import (
+    Inputs,
+    are_inputs,
+    begun,
+    device_of,
+    evaluating,
+    to_device,
+)
 from deeplimit._anatomy.inputs import FAILS, batch_of, parameters_of, unwrapped
-from deeplimit._anatomy.nested import each_tensor, inside, rebuilt, tensors_in
+from deeplimit._anatomy.nested import inside, rebuilt, tensors_in
 from deeplimit.errors import InputError
 
 SURE = 8  # tokens: so many do not agree with their neighbours, or themselves, by chance
@@ -45,7 +52,7 @@ def any_batches(
                 )
         if batch_of(x):
             empty = False
-            yield tuple(each_tensor(lambda v: v.to(device), part) for part in (x, y))
+            yield to_device(x, device), to_device(y, device)
     if empty and need is not None:
         raise InputError(f"the loader gave no sample; {need}")
 
