@@ -21,6 +21,8 @@ Every other arm trains the full network once, with
     sandwich        uniform-0.3 by layer 1 and one drawn of the others (arXiv 1903.05134)
     falling, growing  γ from 1 to 0.1 during the training, and from 0.1 to 1
     square          γ from 0 to 1, with the square of the part of the training that is done
+    square-0.5, fourth  γ from 0 to 0.5 so; from 0 to 1, with the fourth power of that part
+    square-drawn-2  square by 2 layers a step, drawn anew for each
     late            uniform-0.3 from a third of the training on
     taught-τ        uniform-0.3; half of each ℓ(z_n) is τ² KL(softmax(z_N/τ) ‖ softmax(z_n/τ)), z_N
                     detached
@@ -77,11 +79,12 @@ OUT = Path(__file__).parent / "results" / "every_depth.json"
 GAMMA = 0.3
 ROUNDS = 20
 TIMES = "times"
-LLAMA = {"layers": 10, "width": 64, "heads": 4, "inner": 176}
+CHECKED = 100  # steps of text, after which the validation loss is looked at
+LLAMA = {"layers": 12, "width": 64, "heads": 4, "inner": 176}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mnist": {"epochs": 1},
-    "cifar10": {"depth": (4, 4, 4), "width": 8, "hidden": 8, "reduction": 2, "epochs": 1},
-    "text": {"epochs": 2, "batch_size": 8, "length": 64, "learning_rate": 3e-3},
+    "cifar10": {"width": 8, "hidden": 8, "reduction": 2, "epochs": 3},
+    "text": {"epochs": 6, "batch_size": 16, "length": 128, "learning_rate": 3e-3},
 }
 Weights = Callable[[int, float, random.Random], Sequence[float]]
 
@@ -99,6 +102,9 @@ def moving(gamma: Callable[[float], float]) -> Weights:
     return lambda horizon, done, _: [gamma(done)] * horizon
 
 
+SQUARE = moving(lambda done: done**2)
+
+
 def shaped(shape: Callable[[int], float]) -> Weights:
     """Weights in proportion to shape(n) whose sum is that of uniform ones."""
 
@@ -114,14 +120,15 @@ def at_quarters(gamma: float) -> Weights:
     return lambda horizon, _, __: [gamma * (n in quarters(horizon)[:-1]) for n in range(horizon)]
 
 
-def drawn(count: int, always: Sequence[int] = ()) -> Weights:
-    """Uniform weights by these layers and so many of the others, which stand for all of them."""
+def drawn(count: int, always: Sequence[int] = (), of: Weights = UNIFORM) -> Weights:
+    """Weights by these layers and so many of the others, which stand for all of them."""
 
-    def weights(horizon: int, _: float, draws: random.Random) -> list[float]:
+    def weights(horizon: int, done: float, draws: random.Random) -> list[float]:
         others = [n for n in range(horizon) if n not in always]
         some = draws.sample(others, count)
         share = len(others) / count
-        return [GAMMA * ((n in always) + share * (n in some)) for n in range(horizon)]
+        every = of(horizon, done, draws)
+        return [every[n] * ((n in always) + share * (n in some)) for n in range(horizon)]
 
     return weights
 
@@ -171,7 +178,10 @@ ARMS = PLAIN | {
     "sandwich": Arm(drawn(1, always=(1,))),
     "falling": Arm(moving(lambda done: 1 - 0.9 * done)),
     "growing": Arm(moving(lambda done: 0.1 + 0.9 * done)),
-    "square": Arm(moving(lambda done: done**2)),
+    "square": Arm(SQUARE),
+    "square-0.5": Arm(moving(lambda done: 0.5 * done**2)),
+    "fourth": Arm(moving(lambda done: done**4)),
+    "square-drawn-2": Arm(drawn(2, of=SQUARE)),
     "late": Arm(moving(lambda done: GAMMA * (done >= 1 / 3))),
     "taught-1": Arm(taught=(0.5, 1.0)),
     "taught-2": Arm(taught=(0.5, 2.0)),
@@ -329,15 +339,18 @@ def trained(recipe: Recipe, data: DataSet, arm: Arm) -> Row:
     optimizer = build_optimizer(recipe, objective)
     steps = recipe.epochs * len(training_batches(recipe, data, 0))
     schedule, start = OneCycleLR(optimizer, recipe.learning_rate, steps), clocks()
+    losses: list[float] = []  # of validation data at the full depth, each hundredth step
     every = (batch for e in range(recipe.epochs) for batch in training_batches(recipe, data, e))
     for step, (x, y) in enumerate(every):
         objective.done = step / steps
         stepped(objective, optimizer, x, y)
         schedule.step()
+        if data.is_text and (step + 1) % CHECKED == 0:
+            losses.append(at_full_depth(objective, data.validation))
     row = {"layers": objective.anatomy.horizon, "steps": steps, **since(start)}
     test, validation = (measured(objective, s) for s in (data.test, data.validation))
     if data.is_text:
-        return row | {"loss": test[1], "validation": validation[1]}
+        return row | {"loss": test[1], "validation": validation[1], "on_the_way": losses}
     return row | {"accuracy": test[0], "loss": test[1], "validation": validation[0]}
 
 
@@ -370,6 +383,18 @@ def measured(objective: Objective, split: Split) -> tuple[list[float], list[floa
         losses = losses + own.flatten(1).sum(1)
     accuracy, loss = ([round(v, 5) for v in (s / samples).tolist()] for s in (hits, losses))
     return accuracy, loss
+
+
+@torch.no_grad()
+def at_full_depth(objective: Objective, split: Split) -> float:
+    """The loss of the model's own output."""
+    objective.eval()
+    some = [
+        objective.loss(objective.anatomy.run(x), y)[y != IGNORED]
+        for x, y in evaluation_batches(split)
+    ]
+    objective.train()
+    return round(float(torch.cat(some).mean()), 5)
 
 
 def between(known: dict[int, float], depth: int) -> float:

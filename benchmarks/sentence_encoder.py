@@ -1,18 +1,20 @@
 """Sentence encoders at every depth: a stage cost against AdaptiveLayerLoss, same steps, same data.
 
     python benchmarks/sentence_encoder.py --data-dir PATH
+    python benchmarks/sentence_encoder.py --data-dir PATH --model FOLDER --rate 1e-3 --out …
 
-A small BERT with mean pooling is trained from scratch on triplets of the texts: eight words; six of
-them in their order; and these six with neighbours exchanged, so that a bag of words cannot tell the
-second from the third. Quality is the mean reciprocal rank of the six in their order among all
-held-out sixes of both kinds (cosine), from the last tenth of each text, of the encoder cut at each
-depth: 0.75 at most without the order.
+A small BERT from scratch, or a pretrained model of transformers, with mean pooling is trained on
+triplets of the texts: eight words; six of them in their order; and these six with neighbours
+exchanged, so that a bag of words cannot tell the second from the third. Quality is the mean
+reciprocal rank of the six in their order among all held-out sixes of both kinds (cosine), from the
+last tenth of each text, of the encoder cut at each depth: 0.75 at most without the order.
 
 Arms: the plain MultipleNegativesRankingLoss; sentence-transformers' AdaptiveLayerLoss around it as
 it comes (one layer drawn a step, weights 1/(1 + log(1 + k)), and a KL term that draws the layer's
-embeddings to the last one's), and without the KL term; StageCostLoss, and with one layer drawn.
-All arms of a seed begin with the same weights and see the same batches. A row that is in the file
-is not made again; the summary compares arms over the seeds that both have.
+embeddings to the last one's), and without the KL term; StageCostLoss, with one layer drawn, and
+with a weight that grows from 0 to 1, or to its default 1/N, with the square of the steps. All arms
+of a seed begin with the same weights and see the same batches. A row that is in the file is not
+made again; the summary compares arms over the seeds that both have.
 """
 
 import argparse
@@ -41,7 +43,7 @@ from deeplimit.integrations.sentence_transformers import StageCostLoss
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH, LAYERS, WORDS, VOCABULARY = 48, 4, 8, 2000
-BATCH, LEARNING_RATE, HELD_OUT = 32, 2e-3, 500
+BATCH, HELD_OUT = 32, 500
 Triplet = tuple[str, str, str]
 
 ARMS: dict[str, Callable[[Any, nn.Module], nn.Module]] = {
@@ -50,6 +52,8 @@ ARMS: dict[str, Callable[[Any, nn.Module], nn.Module]] = {
     "AdaptiveLayerLoss, no KL": lambda m, loss: AdaptiveLayerLoss(m, loss, kl_temperature=0),
     "StageCostLoss": StageCostLoss,
     "StageCostLoss, 1 layer": lambda m, loss: StageCostLoss(m, loss, layers=1),
+    "StageCostLoss, grows to 1": lambda m, loss: StageCostLoss(m, loss, 1.0),
+    "StageCostLoss, grows to 1/N": StageCostLoss,
 }
 
 
@@ -70,9 +74,14 @@ def triplets(texts: list[Path]) -> tuple[list[Triplet], list[Triplet]]:
     return train, held_out[:: len(held_out) // HELD_OUT]
 
 
-def encoder(texts: list[Path], seed: int) -> Any:
-    """A new encoder; those of one seed have the same weights."""
+def encoder(texts: list[Path], seed: int, folder: Path | None) -> Any:
+    """An encoder; those of one seed have the same weights."""
     torch.manual_seed(seed)
+    if folder is not None:
+        model = Transformer(str(folder))
+        model.tokenizer.pad_token = model.tokenizer.pad_token or model.tokenizer.eos_token
+        width = model.get_embedding_dimension()
+        return SentenceTransformer(modules=[model, Pooling(width)], device="cpu")
     with tempfile.TemporaryDirectory() as name:
         words = BertWordPieceTokenizer(lowercase=True)
         words.train([str(path) for path in texts], vocab_size=VOCABULARY, show_progress=False)
@@ -86,15 +95,19 @@ def encoder(texts: list[Path], seed: int) -> Any:
         return SentenceTransformer(modules=[Transformer(name), Pooling(WIDTH)], device="cpu")
 
 
-def trained(model: Any, loss: nn.Module, train: list[Triplet], steps: int, seed: int) -> None:
+def trained(
+    model: Any, loss: Any, train: list[Triplet], steps: int, rate: float, seed: int, grows: bool
+) -> None:
     """Trains for so many steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    draw = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), rate)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    draw, weight = torch.Generator().manual_seed(seed), loss.objective.weight if grows else 0
     torch.manual_seed(seed)
     random.seed(seed)  # by which AdaptiveLayerLoss draws its layers
     model.train()
-    for _ in range(steps):
+    for step in range(steps):
+        if grows:
+            loss.objective.weight = weight * (step / steps) ** 2
         rows = torch.randint(len(train), (BATCH,), generator=draw).tolist()
         columns = [dict(model.preprocess([train[i][k] for i in rows])) for k in (0, 1, 2)]
         optimizer.zero_grad()
@@ -149,7 +162,9 @@ def _means(rows: list[list[float]]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="with text in it")
+    parser.add_argument("--model", type=Path, help="folder of transformers to start from")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rate", type=float, default=2e-3, help="the largest learning rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--out", type=Path, default=RESULTS / "sentence_encoder.json")
@@ -158,18 +173,21 @@ def main() -> None:
     texts = [options.data_dir / f"text/{t}.txt" for t in ("tinyshakespeare", "wizard-of-oz")]
     train, held_out = triplets(texts)
     settings = {
-        "steps": options.steps, "batch": BATCH, "rate": LEARNING_RATE, "width": WIDTH,
-        "layers": LAYERS, "triplets": len(train), "held_out": len(held_out),
+        "steps": options.steps, "batch": BATCH, "rate": options.rate,
+        "triplets": len(train), "held_out": len(held_out),
     }  # fmt: skip
+    new = {"width": WIDTH, "layers": LAYERS}
+    settings |= new if options.model is None else {"start": options.model.name}
     results = Results(options.out, settings, ("arm", "seed"))
     for seed in options.seeds:
         for arm in options.arms:
             if results.has(arm, seed):
                 continue
-            model = encoder(texts, seed)
+            model = encoder(texts, seed, options.model)
             loss = MultipleNegativesRankingLoss(model)
             began = clocks()
-            trained(model, ARMS[arm](model, loss), train, options.steps, seed)
+            cost = ARMS[arm](model, loss)
+            trained(model, cost, train, options.steps, options.rate, seed, "grows" in arm)
             row = {"arm": arm, "seed": seed, **since(began)}
             row["quality"] = quality(copy.deepcopy(model), held_out)
             print(row, flush=True)
