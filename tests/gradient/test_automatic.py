@@ -176,8 +176,15 @@ def in_place(loss: Tensor) -> Tensor:
         (lambda loss: {"loss": loss}, lambda out: in_place(out["loss"])),
         (Answer, lambda out: out.loss),
         (lambda loss: (0, Answer(loss)), lambda out: out[1].loss),
+        (lambda loss: (torch.Size([2, 3]), {"loss": loss}), lambda out: out[1]["loss"]),
     ],
-    ids=["changed in place", "changed in place in a dictionary", "a dataclass", "one in a tuple"],
+    ids=[
+        "changed in place",
+        "changed in place in a dictionary",
+        "a dataclass",
+        "one in a tuple",
+        "beside a size",
+    ],
 )
 def test_it_plans_whatever_the_outputs_are(
     answer: Callable[[Tensor], Any], loss: Callable[[Any], Tensor]

@@ -64,15 +64,16 @@ def not_zero(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """
     generator = torch.Generator().manual_seed(0)
     every = dict.fromkeys(p for block in blocks for p in block.parameters())
-    hidden = [(p.data, p.data.clone()) for p in every if type(p.data) is Tensor and _hides(p)]
+    found = [p.data for p in every if type(p.data) is Tensor and _hides(p)]
+    hidden = [(p, p.clone() if bool(p.any()) else None) for p in found]
     for p, was in hidden:
         drawn = torch.randn(p.shape, generator=generator).to(p)
-        p.copy_(drawn if not bool(was.any()) else torch.where(was.abs() < NEARLY, drawn, was))
+        p.copy_(drawn if was is None else torch.where(was.abs() < NEARLY, drawn, was))
     try:
         yield
     finally:
         for p, was in hidden:
-            p.copy_(was)
+            p.zero_() if was is None else p.copy_(was)
 
 
 def _hides(p: Tensor) -> bool:

@@ -268,7 +268,12 @@ class _Call(NamedTuple):
 def _of_gradients(model: nn.Module, call: _Call) -> Tensor:
     """Σ ⟨y, ∂L/∂y⟩ over the outputs."""
     outputs: list[Any] = []
-    each_leaf(outputs.append, model.forward(*call.args, **call.kwargs))
+
+    def seen(leaf: Any) -> Any:
+        outputs.append(leaf)
+        return leaf
+
+    each_leaf(seen, model.forward(*call.args, **call.kwargs))
     return torch.stack([(outputs[i] * g).sum() for i, g in call.gradients.items()]).sum()
 
 
