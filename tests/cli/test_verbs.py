@@ -14,6 +14,7 @@ from cli_commands import SMALL, Done, command, contents
 from deeplimit.cli import main
 from deeplimit.cli.options import Train, options_of, parse_train
 from deeplimit.cli.verbs import STUDIES, VERBS, function_of, summary_of
+from deeplimit.errors import InputError
 from deeplimit.network.storage import load
 from deeplimit.training import RunFolder, recipe_for
 
@@ -323,6 +324,13 @@ def test_what_one_data_set_does_by_itself_is_said_and_unsaid_of_all(data: str, o
     assert "flip" in named
     options = parse_train([data, *(f"--{'' if on else 'no-'}{n.replace('_', '-')}" for n in named)])
     assert {name: getattr(options, name) for name in named} == dict.fromkeys(named, on)
+
+
+@pytest.mark.parametrize("other", ["--no-flip", "--epochs=60", "--depth 20", "--runs elsewhere"])
+def test_beside_resume_no_option_is_ignored_that_is_the_default_here(other: str) -> None:
+    with pytest.raises(InputError, match=f"^{other} and --resume run given; a run goes on by its"):
+        parse_train(["--resume", "run", *other.split()])
+    assert parse_train(["--resume", "run", "--json"]).resume == Path("run")
 
 
 def test_help_teaches() -> None:

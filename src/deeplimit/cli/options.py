@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +21,13 @@ from deeplimit.errors import InputError
 from deeplimit.training import Recipe, recipe_for
 from deeplimit.training.specification import Named
 from deeplimit.verbs import resume, train
-from deeplimit.verbs.answer import Answer, Trust, Within, option, unusual
+from deeplimit.verbs.answer import Answer, Trust, Within, option
 
 # No --no-json beside --json, and no way to spell out None: leave the option out.
 STYLE = (FlagCreatePairsOff, DisallowNone)
 HIDDEN = ("tell", "quiet")
 DEFAULT_DATA = "digits"
+BESIDE_RESUME = ("--resume", "--trust", "--json")
 
 Json = Annotated[bool, arg(help="Print the result as JSON on stdout, and nothing else there.")]
 
@@ -135,11 +137,10 @@ def parse_train(args: list[str]) -> Train:
     Raises:
         InputError: options that do not go together, or a recipe that cannot be read.
     """
-    nothing = Train(data="")
     words = [word for word in args if word not in ("-h", "--help")]
-    given = _parse(words, nothing)
+    given = _parse(words, Train(data=""))
     if given.resume is not None:
-        _refuse_others(given, nothing)
+        _refuse_others(words, given)
     if given.recipe is not None and given.data:
         raise InputError(
             f"data set {given.data!r} and --recipe {given.recipe} given; the recipe names its own "
@@ -172,15 +173,16 @@ def _parse(args: list[str], defaults: Train) -> Train:
     )
 
 
-def _refuse_others(given: Train, nothing: Train) -> None:
-    """A run goes on by its own recipe: an option that would silently be ignored is refused."""
-    for name in unusual(vars(given), vars(nothing)):
-        if name in ("resume", "trust", "json"):
-            continue
-        value = getattr(given, name)
-        what = "data set" if name == "data" else option(name)
-        words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+def _refuse_others(words: list[str], given: Train) -> None:
+    """A run goes on by its own recipe: an option that would silently be ignored is refused.
+
+    Also one whose value is the default here: the run's may be another.
+    """
+    places = [i for i, word in enumerate(words) if word.startswith("--")]
+    said = [" ".join(words[i:j]) for i, j in pairwise([*places, len(words)])]
+    others = [one for one in said if re.split("[ =]", one)[0] not in BESIDE_RESUME]
+    for what in [f"data set {given.data}"] if given.data else others:
         raise InputError(
-            f"{what} {words} and --resume {given.resume} given; a run goes on by its own recipe: "
-            f"leave out {what}, or leave out --resume to start a new run"
+            f"{what} and --resume {given.resume} given; a run goes on by its own recipe: leave out "
+            f"{what}, or leave out --resume to start a new run"
         )
