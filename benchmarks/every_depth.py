@@ -21,8 +21,7 @@ Every other arm trains the full network once, with
     sandwich        uniform-0.3 by layer 1 and one drawn of the others (arXiv 1903.05134)
     falling, growing  γ from 1 to 0.1 during the training, and from 0.1 to 1
     square          γ from 0 to 1, with the square of the part of the training that is done
-    square-0.5, fourth  γ from 0 to 0.5 so; from 0 to 1, with the fourth power of that part
-    square-drawn-2  square by 2 layers a step, drawn anew for each
+    square-0.5, square-drawn-2  γ from 0 to 0.5 so; square by 2 layers a step, drawn for each
     late            uniform-0.3 from a third of the training on
     taught-τ        uniform-0.3; half of each ℓ(z_n) is τ² KL(softmax(z_N/τ) ‖ softmax(z_n/τ)), z_N
                     detached
@@ -180,7 +179,6 @@ ARMS = PLAIN | {
     "growing": Arm(moving(lambda done: 0.1 + 0.9 * done)),
     "square": Arm(SQUARE),
     "square-0.5": Arm(moving(lambda done: 0.5 * done**2)),
-    "fourth": Arm(moving(lambda done: done**4)),
     "square-drawn-2": Arm(drawn(2, of=SQUARE)),
     "late": Arm(moving(lambda done: GAMMA * (done >= 1 / 3))),
     "taught-1": Arm(taught=(0.5, 1.0)),

@@ -1,6 +1,8 @@
 """Early exit: rows that left are gone, answers are those of really cut models, the risk is kept."""
 
 import copy
+import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -228,7 +230,7 @@ def test_a_compiled_model_stops_too(before: bool) -> None:
 
 @torch.no_grad()
 def test_threads_stop_one_model_at_several_depths() -> None:
-    """Also while it is read for one of them."""
+    """Also while it is read, or copied, for one of them."""
     model = Own().eval()
     expected = [crop(model, n)(X) for n in (1, 2, 3, 4)]
 
@@ -240,6 +242,33 @@ def test_threads_stop_one_model_at_several_depths() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(serve, range(4)))
+
+
+def test_a_copy_is_made_after_the_pass_of_another_thread() -> None:
+    """What stands in the blocks meanwhile is not copied."""
+    model, inside, go = Own().eval(), threading.Event(), threading.Event()
+    structure, copied = anatomy(model), []
+
+    class Mark:
+        def __deepcopy__(self, _: object) -> "Mark":
+            copied.append(go.is_set())
+            return self
+
+    def stopped() -> Tensor:
+        with at_depth(structure, 2):
+            answer: Tensor = model(X)
+            return answer
+
+    model.mark = Mark()  # type: ignore[assignment]
+    model.stem.register_forward_pre_hook(lambda *_: inside.set() or (go.wait(60) and None))
+    with ThreadPoolExecutor(2) as pool:
+        answer = pool.submit(stopped)
+        assert inside.wait(60)
+        smaller = pool.submit(structure.without, {2, 3, 4})
+        time.sleep(0.3)
+        go.set()
+        assert torch.equal(smaller.result()(X), answer.result())
+    assert copied == [True]
 
 
 @torch.no_grad()

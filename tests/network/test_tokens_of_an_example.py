@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from deeplimit._anatomy.inputs import call
 from deeplimit.network import anatomy
 from deeplimit.network.blocks import TwoLayerResidual
 
@@ -76,6 +78,11 @@ def test_none_of_them_is_in_an_example_that_is_made() -> None:
     assert structure.horizon == 4
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 36,
+}  # fmt: skip
+
+
 def _bart() -> nn.Module:
     config = hf.BartConfig(
         vocab_size=99, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=2,
@@ -85,19 +92,16 @@ def _bart() -> nn.Module:
 
 
 def _audio() -> nn.Module:
-    config = hf.ASTConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
-        max_length=64, num_mel_bins=32,
-    )  # fmt: skip
-    return hf.ASTForAudioClassification(config)
+    return hf.ASTForAudioClassification(hf.ASTConfig(max_length=64, num_mel_bins=32, **SMALL))
 
 
 def _choice() -> nn.Module:
-    config = hf.BertConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
-        intermediate_size=37,
-    )  # fmt: skip
-    return hf.BertForMultipleChoice(config)
+    return hf.BertForMultipleChoice(hf.BertConfig(vocab_size=99, **SMALL))
+
+
+def _features() -> nn.Module:
+    """Tokens come first, and bands last."""
+    return hf.ParakeetEncoder(hf.ParakeetEncoderConfig(subsampling_conv_channels=8, **SMALL))
 
 
 def _small_images() -> nn.Module:
@@ -110,17 +114,14 @@ def _captions() -> nn.Module:
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         image_size=16, patch_size=8,
     )  # fmt: skip
-    text = hf.LlamaConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=2, intermediate_size=37,
-    )  # fmt: skip
+    text = hf.LlamaConfig(vocab_size=99, num_key_value_heads=2, **SMALL)
     both = hf.LlavaConfig(vision_config=tower, text_config=text, image_token_index=98)
     return hf.LlavaForConditionalGeneration(both)
 
 
 @pytest.mark.parametrize(
     ("make", "layers"),
-    [(_bart, 3), (_audio, 3), (_choice, 3), (_small_images, 4), (_captions, 3)],
+    [(_bart, 3), (_audio, 3), (_choice, 3), (_features, 3), (_small_images, 4), (_captions, 3)],
 )
 def test_an_example_is_made_that_the_model_takes(
     make: Callable[[], nn.Module], layers: int
@@ -130,6 +131,6 @@ def test_an_example_is_made_that_the_model_takes(
     example = structure.example()
     states, logits = structure.states(example)
     assert len(states) == layers + 1
-    torch.testing.assert_close(logits, structure.model(**example).logits, rtol=0, atol=0)
+    torch.testing.assert_close(logits, call(structure.model, example), rtol=0, atol=0)
     *_, last = structure.logits(states, x=example)
     torch.testing.assert_close(last, logits, rtol=1e-13, atol=1e-13)
